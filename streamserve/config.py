@@ -1,0 +1,82 @@
+"""Frozen configs, split by owner: each part receives its own and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamserve.errors import ConfigError
+
+POLICIES = ("fcfs", "priority")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The KV cache: ``num_blocks`` blocks of ``block_size`` tokens, in every layer."""
+
+    num_blocks: int
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("num_blocks", self.num_blocks, 1)
+        _at_least("block_size", self.block_size, 1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit."""
+        return self.num_blocks * self.block_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """One step's budget and the order in which requests are served."""
+
+    max_model_len: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_num_waiting: int = 1024
+    policy: str = "fcfs"
+    max_steps_in_flight: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least("max_model_len", self.max_model_len, 2)
+        _at_least("max_num_seqs", self.max_num_seqs, 1)
+        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _at_least("max_num_waiting", self.max_num_waiting, 1)
+        _at_least("max_steps_in_flight", self.max_steps_in_flight, 1)
+        if self.policy not in POLICIES:
+            raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiConfig:
+    """The HTTP front."""
+
+    served_model_names: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    strict_fields: bool = False
+    max_body_bytes: int = 16 * 2**20
+    max_header_bytes: int = 64 * 2**10
+    ping_interval_s: float = 15.0
+    drain_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names:
+            raise ConfigError("served_model_names must hold at least one name, got none")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
+        _at_least("max_body_bytes", self.max_body_bytes, 1024)
+        _at_least("max_header_bytes", self.max_header_bytes, 1024)
+        if self.ping_interval_s <= 0:
+            raise ConfigError(f"ping_interval_s must be above 0, got {self.ping_interval_s}")
+        if self.drain_timeout_s < 0:
+            raise ConfigError(f"drain_timeout_s must be at least 0, got {self.drain_timeout_s}")
+
+
+def _at_least(name: str, value: int, limit: int) -> None:
+    if value < limit:
+        raise ConfigError(f"{name} must be at least {limit}, got {value}")

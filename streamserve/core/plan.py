@@ -1,0 +1,122 @@
+"""What crosses between the scheduler and a model runner: plain, picklable data and one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from streamserve.core.sampling_params import SamplingParams
+
+PENDING_TOKEN = -1
+"""In ``ScheduledRequest.token_ids``: the id that the previous step sampled, still on the device."""
+
+
+class BlockCopy(NamedTuple):
+    """Copy-on-write: block ``src`` is copied to ``dst`` in every layer before the step's writes."""
+
+    src: int
+    dst: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """What a runner must know about a request that enters, or after preemption re-enters, a plan.
+
+    The runner keeps it until the request's id appears in ``SchedulerOutput.released_ids``.
+    ``token_ids`` are all the ids known to the host (prompt, then output): the penalties' history.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    seed: int
+    choice_index: int
+    eos_token_ids: frozenset[int] = frozenset()  # masked out until min_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request's share of a step.
+
+    ``token_ids`` are computed at positions ``start, start + 1, …``. ``new_block_ids`` are appended
+    to the request's block table, which starts empty with its ``NewRequest``. With ``sample``, the
+    logits of the last token are sampled, as output position ``output_position`` (0 is the first
+    generated token): it keys the random draw.
+    """
+
+    request_id: str
+    start: int
+    token_ids: list[int]
+    new_block_ids: list[int]
+    sample: bool
+    output_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """The plan of one step. Σ ``len(token_ids)`` ≤ ``max_num_batched_tokens``.
+
+    A runner works in this order: drop ``released_ids``, add ``new_requests``, do every block copy,
+    then the forward. No block is both source and destination of a copy in one plan.
+    """
+
+    step_id: int
+    new_requests: list[NewRequest] = field(default_factory=list)
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    block_copies: list[BlockCopy] = field(default_factory=list)
+    released_ids: list[str] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the forward."""
+        return sum(len(s.token_ids) for s in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Logprobs of one sampled token: natural logarithms of the model's own distribution.
+
+    As in vLLM's and OpenAI's default they are taken before penalties, temperature and truncation.
+    ``top`` is ``(token_id, logprob)`` by falling logprob, as many as ``SamplingParams.logprobs``.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRunnerOutput:
+    """What one step sampled, in the order of ``SchedulerOutput.scheduled``.
+
+    An entry of ``sampled_token_ids`` is empty where the plan did not ask for a sample.
+    ``logprobs`` is ``None`` when nobody asked; else an entry is empty for those who did not.
+    """
+
+    step_id: int
+    sampled_token_ids: list[list[int]]
+    logprobs: list[list[TokenLogprobs]] | None = None
+
+
+class ModelRunner(Protocol):
+    """Runs plans on a device. Called from the event loop's thread only.
+
+    ``launch`` queues the forward and never waits. ``sample`` supplies what was not known at launch
+    (grammar bit masks by request id) and returns a future that resolves on another thread; it is
+    called once for every launched step, in order. An exception raised by the device is the
+    future's; the runner then still accepts further plans.
+    """
+
+    def launch(self, plan: SchedulerOutput) -> None:
+        """Start the forward of ``plan``."""
+
+    def sample(
+        self, step_id: int, masks: Mapping[str, bytes] | None = None
+    ) -> Future[ModelRunnerOutput]:
+        """Sample the step's rows once its forward is done."""
+
+    def close(self) -> None:
+        """Wait for what is in flight and free the device. Idempotent."""

@@ -1,0 +1,127 @@
+"""A request as the scheduler sees it: token ids and two counters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum, StrEnum, auto
+
+from streamserve.core.sampling_params import SamplingParams
+
+
+class RequestStatus(Enum):
+    """Where a request stands. ``PREEMPTED`` requests wait again, their blocks given back."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    PREEMPTED = auto()
+    FINISHED = auto()
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. ``STOP`` and ``LENGTH`` are OpenAI's; the others end without success."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Request:
+    """One sequence being generated. Mutated by the scheduler and the KV cache manager only.
+
+    There is no prefill and no decode phase: every step lets ``num_computed_tokens`` chase
+    ``num_tokens + num_pending_tokens``::
+
+        |<---------- token_ids (known to the host) --------->|<- pending ->|
+        |<-- prompt -->|<-------------- output ------------->|             |
+        |<------- num_computed_tokens (KV written or being written) --->|
+
+    ``num_computed_tokens`` moves when a step is *scheduled*; ``num_pending_tokens`` counts tokens
+    that a launched step samples and the host does not know yet.
+
+    Invariant: ``0 <= num_computed_tokens <= num_tokens + num_pending_tokens + num_draft_tokens``.
+    """
+
+    __slots__ = (
+        "arrival_time",
+        "block_table",
+        "cache_salt",
+        "choice_index",
+        "eos_token_ids",
+        "finish_reason",
+        "last_step_id",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_draft_tokens",
+        "num_pending_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "priority",
+        "request_id",
+        "sampling_params",
+        "seed",
+        "status",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        *,
+        arrival_time: float,
+        seed: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        choice_index: int = 0,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> None:
+        self.request_id = request_id
+        self.sampling_params = sampling_params
+        self.arrival_time = arrival_time
+        self.seed = seed
+        self.eos_token_ids = eos_token_ids
+        self.choice_index = choice_index
+        self.priority = priority  # smaller is served first, as in vLLM
+        self.cache_salt = cache_salt
+
+        self.token_ids: list[int] = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
+        self.num_draft_tokens = 0
+        self.num_cached_tokens = 0  # of the prompt, at first admission: what usage reports
+        self.block_table: list[int] = []
+        self.status = RequestStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None  # the stop id or string that matched
+        self.num_preemptions = 0
+        self.last_step_id = -1  # the newest step launched with this request in it
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known to the host, prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens known to the host."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of the output tokens known to the host."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether ``Scheduler.finish`` has been called."""
+        return self.status is RequestStatus.FINISHED
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id!r}, {self.status.name}, "
+            f"computed {self.num_computed_tokens}/{self.num_tokens}+{self.num_pending_tokens})"
+        )

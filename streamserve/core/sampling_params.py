@@ -1,0 +1,127 @@
+"""What a request asks of the sampler and of the end of its answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from streamserve.errors import InvalidParameterError
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn and when the answer ends. Immutable; checked on construction.
+
+    ``temperature == 0`` is greedy: top-k, top-p, min-p and the seed then have no effect.
+    ``top_k == 0`` means no limit (``-1``, vLLM's spelling, is accepted for the same).
+    ``max_tokens is None`` means up to the end of the context.
+    ``logprobs`` is the number of alternatives reported per position (0: only the sampled token's
+    own logprob; ``None``: none). ``seed is None`` draws one when the request is admitted.
+    Penalties follow OpenAI (presence, frequency: generated tokens only) and CTRL (repetition:
+    prompt and generated tokens), in transformers' and vLLM's meaning.
+
+    Raises ``InvalidParameterError`` naming the field, the limit and the value.
+    """
+
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        if self.max_tokens is not None:
+            _require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+            _require(
+                0 <= self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                f"between 0 and max_tokens ({self.max_tokens})",
+                self.min_tokens,
+            )
+        _require(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)
+        _within("temperature", self.temperature, 0.0, 2.0)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _require(
+            math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0,
+            "top_p",
+            "above 0 and at most 1",
+            self.top_p,
+        )
+        _require(self.top_k >= 0, "top_k", "at least 1, or 0 or -1 for no limit", self.top_k)
+        _require(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0,
+            "repetition_penalty",
+            "a finite number above 0",
+            self.repetition_penalty,
+        )
+        for token_id, bias in self.logit_bias.items():
+            _require(token_id >= 0, "logit_bias", "keyed by token ids of at least 0", token_id)
+            _within("logit_bias", bias, -100.0, 100.0)
+        if self.seed is not None:
+            _require(-MAX_SEED - 1 <= self.seed <= MAX_SEED, "seed", "a 64-bit integer", self.seed)
+        self._check_stops()
+        if self.logprobs is not None:
+            _require(
+                0 <= self.logprobs <= MAX_LOGPROBS,
+                "logprobs",
+                f"between 0 and {MAX_LOGPROBS}",
+                self.logprobs,
+            )
+
+    def _check_stops(self) -> None:
+        _require(
+            len(self.stop) <= MAX_STOP_STRINGS,
+            "stop",
+            f"at most {MAX_STOP_STRINGS} strings",
+            len(self.stop),
+        )
+        for stop in self.stop:
+            _require(stop != "", "stop", "made of non-empty strings", stop)
+        for token_id in self.stop_token_ids:
+            _require(token_id >= 0, "stop_token_ids", "token ids of at least 0", token_id)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the sampler takes the arg-max."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the sampler must see the tokens that came before."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+def _require(ok: bool, name: str, limit: str, value: object) -> None:
+    if not ok:
+        raise InvalidParameterError(f"{name} must be {limit}, got {value!r}", param=name)
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    _require(
+        math.isfinite(value) and low <= value <= high, name, f"between {low} and {high}", value
+    )

@@ -1,0 +1,48 @@
+"""What a request's reader receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from streamserve.core.plan import TokenLogprobs
+from streamserve.core.request import FinishReason
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens so far. ``cached_tokens`` is the part of the prompt that the prefix cache held."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """News of one request since the last one: merging two neighbours gives their union.
+
+    ``text`` is ready to show (never half a character, never a possible beginning of a stop
+    string). ``token_ids`` and ``logprobs`` may run ahead of or behind the text by the tokens whose
+    text is held back. ``finish_reason`` is set in the last output only; ``stop_reason`` is the stop
+    string or id that matched, ``None`` for end-of-sequence (vLLM's meaning).
+    """
+
+    text: str
+    token_ids: list[int]
+    usage: Usage
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_merged: int = 1
+
+    def merge(self, later: RequestOutput) -> RequestOutput:
+        """Return the output that says what ``self`` and then ``later`` say. Associative."""
+        return RequestOutput(
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            usage=later.usage,
+            logprobs=self.logprobs + later.logprobs,
+            finish_reason=later.finish_reason,
+            stop_reason=later.stop_reason,
+            num_merged=self.num_merged + later.num_merged,
+        )

@@ -1,0 +1,96 @@
+"""Every exception that streamserve raises on purpose.
+
+StreamServeError
+├── ConfigError                 a flag or config value that cannot be served
+├── ModelLoadError              a checkpoint that cannot be loaded
+│   └── UnsupportedModelError   an architecture or feature that is not built
+├── KVCacheMemoryError          the KV cache does not fit into the memory there is
+├── RequestError                a request that is refused before any byte is sent (HTTP 4xx/503)
+│   ├── InvalidParameterError   a field's value is wrong                        (400)
+│   ├── ContextLengthError      the prompt can never fit                        (400)
+│   └── QueueFullError          too many requests wait already                  (429)
+└── EngineError                 a request that failed after it was accepted     (500)
+    └── EngineDeadError         the engine has stopped and says so              (503)
+
+A message names the field, states the limit and the value that was given. Lack of room inside the
+scheduler is a value (``None``), never an exception; the impossible is an ``assert``.
+"""
+
+from __future__ import annotations
+
+
+class StreamServeError(Exception):
+    """Root of the tree: catch this to catch everything that is ours."""
+
+
+class ConfigError(StreamServeError):
+    """A flag or config value that cannot be served."""
+
+
+class ModelLoadError(StreamServeError):
+    """A checkpoint that cannot be loaded."""
+
+
+class UnsupportedModelError(ModelLoadError):
+    """An architecture or feature that is not built; the message lists what is."""
+
+
+class KVCacheMemoryError(StreamServeError):
+    """The KV cache does not fit into the memory there is."""
+
+
+class RequestError(StreamServeError):
+    """A request that is refused before any byte is sent.
+
+    ``param`` is the request field at fault (``None`` when no single field is), ``code`` OpenAI's
+    machine-readable error code, ``status`` the HTTP status.
+    """
+
+    status = 400
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class InvalidParameterError(RequestError):
+    """A field's value is wrong."""
+
+
+class ContextLengthError(RequestError):
+    """The prompt, or the prompt and ``max_tokens`` together, can never fit."""
+
+    def __init__(self, message: str, *, param: str | None = "messages") -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait already; ``retry_after_s`` is when a place is expected."""
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message, code="queue_full")
+        self.retry_after_s = retry_after_s
+
+
+class EngineError(StreamServeError):
+    """A request that failed after it was accepted; ``status`` is what it would have had."""
+
+    status = 500
+
+    def __init__(self, message: str, *, code: str = "internal_error") -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+
+
+class EngineDeadError(EngineError):
+    """The engine has stopped: every request fails with this until the process is restarted."""
+
+    status = 503
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="engine_dead")
