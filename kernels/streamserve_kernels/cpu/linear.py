@@ -1,0 +1,50 @@
+"""Linear layers on the CPU: bfloat16 weights prepacked for oneDNN, everything else as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..interface import PackedLinear
+from ..naive import NaiveLinear
+
+
+@dataclass(frozen=True, slots=True)
+class OneDnnLinear:
+    """A bfloat16 weight in oneDNN's blocked layout: no reorder on each call."""
+
+    packed: Tensor
+    bias: Tensor | None
+    out_features: int
+    in_features: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    @property
+    def nbytes(self) -> int:
+        weight_bytes = 2 * self.out_features * self.in_features
+        return weight_bytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def unpack(self) -> Tensor:
+        return self.packed.to_dense()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
+
+
+def prepare_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """Packs weight [N, K]; the caller may release it afterwards."""
+    if weight.dtype == torch.bfloat16 and torch._C._has_mkldnn:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+        return OneDnnLinear(packed, bias, weight.shape[0], weight.shape[1])
+    return NaiveLinear(weight, bias)
+
+
+def linear(x: Tensor, packed: PackedLinear) -> Tensor:
+    """Computes x [..., K] @ weightᵀ + bias -> [..., N]."""
+    return packed(x)

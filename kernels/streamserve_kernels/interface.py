@@ -1,0 +1,161 @@
+"""What every backend offers: the contract between the models and the kernels.
+
+A backend is a module (or any object) with these functions; mypy checks a module against a
+protocol like any other object. Letters in shapes:
+
+    T tokens in the step          Hq, Hkv  query and key/value heads    D, Dv  head sizes
+    R requests in the step        B blocks in the cache                 S      tokens in a block
+    M most blocks of one request  N, K     output and input features    E      experts
+
+Every function is called from one thread at a time (the device thread). Tensors may be views of a
+fused projection: the last dimension is contiguous, the heads of one token are adjacent, and the
+stride between tokens is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+GatedKind = Literal["silu", "gelu", "gelu_tanh", "relu"]
+ActivationKind = Literal[
+    "silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "relu2"
+]
+
+
+@runtime_checkable
+class PackedLinear(Protocol):
+    """A weight [N, K] (and bias [N]) in whatever layout the backend multiplies fastest."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the packed weight and the bias."""
+        ...
+
+    def unpack(self) -> Tensor:
+        """The weight [N, K], row-major. A copy unless the packed form is already row-major."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`linear(x, self)`."""
+        ...
+
+
+class Kernels(Protocol):
+    """One backend. The semantics are those of `streamserve_kernels.naive`, function by function."""
+
+    @property
+    def name(self) -> str: ...
+
+    def kv_cache_shape(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
+    ) -> tuple[int, ...]: ...
+
+    def write_kv(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None: ...
+
+    def copy_blocks(self, caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None: ...
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_start_loc: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        alibi_slopes: Tensor | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def rms_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        residual: Tensor | None = None,
+        weight_offset: float = 0.0,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+    def rotary_embedding(
+        self,
+        query: Tensor,
+        key: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        *,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def rotary_write_kv(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def gated_activation(self, x: Tensor, kind: GatedKind) -> Tensor: ...
+
+    def activation(self, x: Tensor, kind: ActivationKind) -> Tensor: ...
+
+    def prepare_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear: ...
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor: ...
+
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor: ...
+
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        gate_up: Sequence[PackedLinear],
+        down: Sequence[PackedLinear],
+        top_k: int,
+        renormalise: bool,
+        kind: GatedKind,
+    ) -> Tensor: ...
+
+    def warm_up(
+        self, dtype: torch.dtype, head_size: int, value_head_size: int | None = None
+    ) -> None:
+        """Compiles all that a model of this dtype and these head sizes will call."""
+        ...
+
+    def compilations(self) -> int:
+        """Kernels compiled or read from the disk cache by this process so far."""
+        ...

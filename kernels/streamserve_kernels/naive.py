@@ -1,0 +1,317 @@
+"""The specification: every kernel in plain torch, on any device, readable before fast.
+
+Sums run in float32 whatever the dtype of the tensors. Each function here is the meaning of the
+function of the same name in every other backend, the fallback where there is none, and what the
+tests compare with. Shape letters are those of `interface`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from .interface import ActivationKind, GatedKind, PackedLinear
+
+name = "naive"
+
+
+def kv_cache_shape(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
+) -> tuple[int, ...]:
+    """Shape [B, Hkv, S, D] of one layer's key (or value) cache.
+
+    Block first, so a block is one contiguous piece for `copy_blocks`; head before token, so that
+    attention over one kv head reads S·D adjacent elements per block.
+    """
+    return (num_blocks, num_kv_heads, block_size, head_size)
+
+
+def write_kv(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Writes this step's keys [T, Hkv, D] and values [T, Hkv, Dv] into the caches, in place.
+
+    `slot_mapping` [T] int64: `block_id * S + offset`, or -1 for a padding row, which is skipped.
+    """
+    block_size = key_cache.shape[2]
+    rows = (slot_mapping >= 0).nonzero(as_tuple=True)[0]
+    slots = slot_mapping[rows]
+    blocks, offsets = slots // block_size, slots % block_size
+    key_cache[blocks, :, offsets] = key[rows].to(key_cache.dtype)
+    value_cache[blocks, :, offsets] = value[rows].to(value_cache.dtype)
+
+
+def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
+    """Copies whole blocks `src` [C] to `dst` [C] (int64) along dim 0 of every cache, in place.
+
+    No block is both a source and a destination, so the order of the copies does not matter.
+    """
+    for cache in caches:
+        cache[dst] = cache[src]
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of ragged queries [T, Hq, D] over a paged cache -> [T, Hq, Dv].
+
+    Request r's queries are rows `query_start_loc[r]:query_start_loc[r + 1]`; the last of them sits
+    at position `seq_lens[r] - 1`. Its key at position j is in block `block_table[r, j // S]`,
+    offset `j % S`. Entries of the table past the sequence are never read. Query head h reads kv
+    head `h // (Hq / Hkv)`. Rows that belong to no request come back as zeros.
+
+    score(i, j) = scale·q_i·k_j, then soft_cap·tanh(score / soft_cap), then + slope_h·(j - i);
+    visible iff j <= i and, with a window, i - j < window. `sinks` [Hq] is one extra logit per head
+    that takes part in the softmax's denominator only (gpt-oss).
+
+    Paging: Kwon et al. 2023; ALiBi: Press et al. 2022; soft cap: Gemma Team 2024.
+    """
+    num_tokens, num_heads, _ = query.shape
+    num_kv_heads, block_size, head_size = key_cache.shape[1:]
+    value_size = value_cache.shape[3]
+    group = num_heads // num_kv_heads
+    output = query.new_zeros(num_tokens, num_heads, value_size)
+    starts = query_start_loc.tolist()
+    for r, seq_len in enumerate(seq_lens.tolist()):
+        start, end = starts[r], starts[r + 1]
+        if end == start:
+            continue
+        blocks = block_table[r, : -(-seq_len // block_size)].long()
+        keys = key_cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_size)
+        values = value_cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, value_size)
+        keys = keys[:, :seq_len].float().repeat_interleave(group, dim=0)  # [Hq, L, D]
+        values = values[:, :seq_len].float().repeat_interleave(group, dim=0)  # [Hq, L, Dv]
+        scores = scale * (query[start:end].float().transpose(0, 1) @ keys.transpose(1, 2))
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        key_positions = torch.arange(seq_len, device=query.device)
+        positions = torch.arange(seq_len - (end - start), seq_len, device=query.device)[:, None]
+        if alibi_slopes is not None:
+            distance = (key_positions - positions).float()
+            scores = scores + alibi_slopes.float()[:, None, None] * distance
+        visible = key_positions <= positions
+        if window is not None:
+            visible &= positions - key_positions < window
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:
+            sink = sinks.float()[:, None, None].expand(-1, end - start, 1)
+            scores = torch.cat([scores, sink], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :seq_len]
+        output[start:end] = (weights @ values).transpose(0, 1).to(output.dtype)
+    return output
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root-mean-square norm of x [..., H] (Zhang & Sennrich 2019); sums in float32.
+
+    Without an offset (Llama) the normalised row is rounded to x's dtype before the weight; with one
+    (Gemma, whose weights are stored minus 1) `weight_offset + weight` multiplies in float32. With
+    `residual` [..., H] it returns `(norm(h), h)` where `h = x + residual`.
+    """
+    h = x if residual is None else x + residual
+    h32 = h.float()
+    normed = h32 * torch.rsqrt(h32.square().mean(-1, keepdim=True) + eps)
+    if weight_offset == 0.0:
+        normed = normed.to(x.dtype) * weight
+    else:
+        normed = normed * (weight_offset + weight.float())
+    normed = normed.to(x.dtype)
+    return normed if residual is None else (normed, h)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm of x [..., H] (Ba et al. 2016) in float32, rounded once at the end.
+
+    With `residual` [..., H] it returns `(norm(h), h)` where `h = x + residual`.
+    """
+    h = x if residual is None else x + residual
+    normed = F.layer_norm(
+        h.float(),
+        (h.shape[-1],),
+        None if weight is None else weight.float(),
+        None if bias is None else bias.float(),
+        eps,
+    ).to(x.dtype)
+    return normed if residual is None else (normed, h)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """Rotates x [T, H, rot_dim] in place by cos, sin [T, 1, rot_dim / 2] (float32)."""
+    half = x.shape[-1] // 2
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    a, b = first.float(), second.float()
+    first.copy_(a * cos - b * sin)
+    second.copy_(b * cos + a * sin)
+
+
+def rotary_embedding(
+    query: Tensor, key: Tensor, positions: Tensor, cos_sin: Tensor, *, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """Rotates query [T, Hq, D] and key [T, Hkv, D] **in place** and returns them (Su et al. 2021).
+
+    `cos_sin` [P, rot_dim] float32 holds the cosines in its first half and the sines in its second;
+    row `positions[t]` ([T] int64) belongs to token t. Only the first rot_dim of D elements turn.
+    `interleaved` pairs elements (2i, 2i + 1) as GPT-J does, otherwise (i, i + rot_dim / 2).
+    """
+    rot_dim = cos_sin.shape[1]
+    cos, sin = cos_sin[positions][:, None].chunk(2, dim=-1)
+    _rotate(query[..., :rot_dim], cos, sin, interleaved)
+    _rotate(key[..., :rot_dim], cos, sin, interleaved)
+    return query, key
+
+
+def rotary_write_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """`rotary_embedding` followed by `write_kv`: one call, and in a fused backend one pass."""
+    rotary_embedding(query, key, positions, cos_sin, interleaved=interleaved)
+    write_kv(key, value, key_cache, value_cache, slot_mapping)
+    return query, key
+
+
+def _activate(x: Tensor, kind: ActivationKind) -> Tensor:
+    match kind:
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh" | "gelu_new" | "gelu_fast":
+            return F.gelu(x, approximate="tanh")
+        case "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
+        case "relu":
+            return F.relu(x)
+        case "relu2":
+            return F.relu(x).square()
+    raise ValueError(f"activation kind {kind!r} is not known")
+
+
+def gated_activation(x: Tensor, kind: GatedKind) -> Tensor:
+    """act(gate)·up for x [..., 2·I] laid out gate first, up second -> [..., I]; one rounding."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (_activate(gate, kind) * up).to(x.dtype)
+
+
+def activation(x: Tensor, kind: ActivationKind) -> Tensor:
+    """act(x), elementwise, computed in float32. `gelu_new` and `gelu_fast` are `gelu_tanh`."""
+    return _activate(x.float(), kind).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class NaiveLinear:
+    """A weight that is not packed at all."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def unpack(self) -> Tensor:
+        return self.weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def prepare_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """Makes weight [N, K] (and bias [N]) ready for `linear`. Once per weight, at load time.
+
+    The caller may drop its own references afterwards; `unpack` gives the weight back.
+    """
+    return NaiveLinear(weight, bias)
+
+
+def linear(x: Tensor, packed: PackedLinear) -> Tensor:
+    """Computes x [..., K] @ weightᵀ + bias -> [..., N] in the dtype of x, summed in float32."""
+    return packed(x)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows `ids` [T] of weight [V, H] -> [T, H]."""
+    return F.embedding(ids, weight)
+
+
+def moe(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[PackedLinear],
+    down: Sequence[PackedLinear],
+    top_k: int,
+    renormalise: bool,
+    kind: GatedKind,
+) -> Tensor:
+    """Mixture of experts of x [T, H] by router_logits [T, E] -> [T, H] (Jiang et al. 2024).
+
+    Each token goes to its `top_k` most likely experts (softmax over all E in float32; with
+    `renormalise` the chosen probabilities are scaled to sum to 1). Expert e maps H -> 2·I
+    (`gate_up[e]`), a gated activation, I -> H (`down[e]`).
+    """
+    probabilities = torch.softmax(router_logits.float(), dim=-1)
+    weights, chosen = probabilities.topk(top_k, dim=-1)
+    if renormalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in range(len(gate_up)):
+        rows, slots = (chosen == e).nonzero(as_tuple=True)
+        hidden = gated_activation(linear(x[rows], gate_up[e]), kind)
+        output[rows] += weights[rows, slots, None] * linear(hidden, down[e]).float()
+    return output.to(x.dtype)
+
+
+def warm_up(dtype: torch.dtype, head_size: int, value_head_size: int | None = None) -> None:
+    """Nothing to compile."""
+
+
+def compilations() -> int:
+    """Nothing is ever compiled."""
+    return 0
