@@ -1,0 +1,34 @@
+"""Models: one decoder, families as data, and the loader that brings a checkpoint to it.
+
+    path = resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    config = load_config(path)                      # before any weight: plan memory from it
+    dtype = resolve_dtype("auto", config, device)
+    decoder = load_model(path, dtype=dtype, device=device, kernels=kernels)
+    logits = decoder.forward(batch, kv_caches)
+
+Where things are: `spec` says what a decoder is, `families` turn configs into specs, `decoder` and
+`layers` run them, `names`, `checkpoint` and `tensor_files` find the weights, `weights` packs them.
+"""
+
+from .batch import ForwardBatch, KVCache, allocate_kv_cache, kv_bytes_per_block
+from .config import ModelConfig, load_config
+from .decoder import Decoder
+from .families import supported_architectures
+from .loader import LoadFormat, load_model, resolve_dtype, resolve_model
+from .spec import DecoderSpec
+
+__all__ = [
+    "Decoder",
+    "DecoderSpec",
+    "ForwardBatch",
+    "KVCache",
+    "LoadFormat",
+    "ModelConfig",
+    "allocate_kv_cache",
+    "kv_bytes_per_block",
+    "load_config",
+    "load_model",
+    "resolve_dtype",
+    "resolve_model",
+    "supported_architectures",
+]

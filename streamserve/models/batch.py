@@ -1,0 +1,68 @@
+"""One step's tensors, and the cache they point into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from streamserve_kernels import Kernels
+from torch import Tensor
+
+from .spec import DecoderSpec
+
+KVCache: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Per layer, the key cache and the value cache, in the shape that the kernels asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """The tokens of one step: T tokens of R sequences, flattened in sequence order.
+
+    Everything lives on the model's device. A row of ``block_table`` is padded with any valid block
+    id past the blocks that its sequence has.
+    """
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, each token's place in its own sequence
+    slot_mapping: Tensor  # [T] int64, block_id * block_size + offset; -1 is padding: not written
+    query_start_loc: Tensor  # [R + 1] int32, where each sequence's tokens start in T
+    seq_lens: Tensor  # [R] int32, cached tokens and this step's together
+    block_table: Tensor  # [R, M] int32
+    logits_indices: Tensor  # [L] int64 into T, strictly increasing: rows that need logits
+
+
+def allocate_kv_cache(
+    spec: DecoderSpec,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
+) -> KVCache:
+    """Zeroed caches for ``num_blocks`` blocks of ``block_size`` tokens in every layer.
+
+    Raises whatever torch raises when the memory is not there; plan with `kv_bytes_per_block`.
+    """
+    caches: KVCache = []
+    for layer in spec.layers:
+        heads = layer.attention.num_kv_heads
+        key, value = (
+            torch.zeros(
+                kernels.kv_cache_shape(num_blocks, block_size, heads, head_size),
+                dtype=dtype,
+                device=device,
+            )
+            for head_size in (
+                layer.attention.query_key_head_size,
+                layer.attention.value_head_size,
+            )
+        )
+        caches.append((key, value))
+    return caches
+
+
+def kv_bytes_per_block(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one block takes in all layers together."""
+    elements = sum(layer.attention.key_size + layer.attention.value_size for layer in spec.layers)
+    return elements * block_size * dtype.itemsize

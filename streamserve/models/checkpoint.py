@@ -1,0 +1,191 @@
+"""From a checkpoint's tensors to the weights that a spec calls for, or random ones in their place.
+
+A `WeightSource` answers one question, "the weight (or bias) of this module", with a fresh tensor in
+the asked dtype: the parts that a checkpoint keeps apart are copied straight into their place in it,
+so that memory never holds more than the one being built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from streamserve.errors import ModelLoadError
+
+from .names import WeightNames
+from .parameters import Module, decoder_modules
+from .spec import DecoderSpec
+from .tensor_files import TensorFiles
+
+Leaf = Literal["weight", "bias"]
+_NAMED_IN_AN_ERROR = 8
+
+
+class WeightSource(Protocol):
+    def fetch(self, module: Module, leaf: Leaf, dtype: torch.dtype) -> Tensor:
+        """The module's weight (`Module.shape`) or bias (``[num_rows]``), owned by the caller."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A checkpoint tensor that fills ``rows`` rows of a module; ``shape`` as the file keeps it."""
+
+    name: str
+    rows: int
+    shape: tuple[int, ...]
+
+
+def module_pieces(names: WeightNames, module: Module, leaf: Leaf) -> list[Piece]:
+    """The checkpoint tensors that make up a module's weight or bias, in row order."""
+    stored = names.modules[module.name]
+    rows = module.rows if len(stored) == len(module.rows) else (module.num_rows,)
+    suffix = "" if module.role == "vector" else f".{leaf}"
+    pieces = []
+    for template, count in zip(stored, rows, strict=True):
+        shape: tuple[int, ...] = (count,)
+        if leaf == "weight" and module.columns is not None:
+            shape = (count, module.columns)
+            if module.name in names.transposed:
+                shape = (module.columns, count)
+        name = template.format(layer=module.layer, expert=module.expert) + suffix
+        pieces.append(Piece(name, count, shape))
+    return pieces
+
+
+class CheckpointSource:
+    """Weights from files, checked as a whole before the first byte is copied.
+
+    Raises ModelLoadError that names the tensors that are missing, left over or of a wrong shape.
+    """
+
+    def __init__(self, files: TensorFiles, names: WeightNames, spec: DecoderSpec) -> None:
+        self._files = files
+        self._names = names
+        self._spec = spec
+        self._stored = self._index(files, names)
+        self._check()
+
+    @staticmethod
+    def _index(files: TensorFiles, names: WeightNames) -> dict[str, str]:
+        """Full names to names as stored: a checkpoint may leave the optional prefix out."""
+        stored = list(files.names())
+        prefix = names.optional_prefix
+        if not prefix or any(name.startswith(prefix) for name in stored):
+            return {name: name for name in stored}
+        head = names.modules["head"][0] + "."
+        return {name if name.startswith(head) else prefix + name: name for name in stored}
+
+    def _check(self) -> None:
+        used: set[str] = set()
+        missing: list[str] = []
+        for module in decoder_modules(self._spec):
+            for piece in self._all_pieces(module):
+                used.add(piece.name)
+                if piece.name not in self._stored:
+                    missing.append(piece.name)
+                    continue
+                shape = self._files.shape(self._stored[piece.name])
+                if shape != piece.shape:
+                    raise ModelLoadError(
+                        f"tensor {self._stored[piece.name]} has shape {list(shape)}; "
+                        f"the config asks for {list(piece.shape)}"
+                    )
+        ignored = re.compile("|".join(f"(?:{p})$" for p in self._names.ignored) or r"(?!)")
+        surplus = [
+            name
+            for full, name in self._stored.items()
+            if full not in used and not ignored.search(full)
+        ]
+        if self._spec.tied_head:
+            surplus = [name for name in surplus if not self._is_tied_copy(name)]
+        problems = [
+            f"{what} {len(found)} tensor{'s' if len(found) > 1 else ''}: {_listing(found)}"
+            for what, found in (("it lacks", missing), ("it has no use for", surplus))
+            if found
+        ]
+        if problems:
+            raise ModelLoadError(f"the checkpoint does not fit the config: {'; '.join(problems)}")
+
+    def _all_pieces(self, module: Module) -> Iterator[Piece]:
+        yield from module_pieces(self._names, module, "weight")
+        if module.bias:
+            yield from module_pieces(self._names, module, "bias")
+
+    def _is_tied_copy(self, name: str) -> bool:
+        """Whether this is the head of a tied model, saved although it equals the embedding."""
+        if name != f"{self._names.modules['head'][0]}.weight":
+            return False
+        embedding = self._stored.get(f"{self._names.modules['embedding'][0]}.weight")
+        if embedding is None:
+            return False
+        if not torch.equal(self._files.read(name), self._files.read(embedding)):
+            raise ModelLoadError(
+                f"the config ties the head to the embedding, but {name} differs from {embedding}"
+            )
+        self._files.release(name)
+        self._files.release(embedding)
+        return True
+
+    def fetch(self, module: Module, leaf: Leaf, dtype: torch.dtype) -> Tensor:
+        pieces = module_pieces(self._names, module, leaf)
+        built = torch.empty(module.shape if leaf == "weight" else (module.num_rows,), dtype=dtype)
+        transposed = leaf == "weight" and module.name in self._names.transposed
+        start = 0
+        for piece in pieces:
+            name = self._stored[piece.name]
+            tensor = self._files.read(name)
+            if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
+                raise ModelLoadError(f"tensor {name} has dtype {tensor.dtype}: quantised weights")
+            if transposed:
+                tensor = tensor.t()
+            target = built[start : start + piece.rows]
+            if module.name == "layers.qkv" and self._names.qkv_layout == "grouped":
+                assert module.layer is not None
+                self._copy_grouped(target, tensor, module.layer)
+            else:
+                target.copy_(tensor)
+            self._files.release(name)
+            start += piece.rows
+        return built
+
+    def _copy_grouped(self, target: Tensor, tensor: Tensor, layer: int) -> None:
+        """``[kv heads, (queries of the group, key, value), head size]`` to all q, all k, all v."""
+        attention = self._spec.layers[layer].attention
+        groups = attention.num_kv_heads
+        heads = attention.num_heads // groups
+        grouped = tensor.view(groups, heads + 2, attention.query_key_head_size, *tensor.shape[1:])
+        parts = (grouped[:, :heads], grouped[:, heads : heads + 1], grouped[:, heads + 1 :])
+        start = 0
+        for part in parts:
+            rows = part.shape[0] * part.shape[1] * part.shape[2]
+            target[start : start + rows].view(part.shape).copy_(part)
+            start += rows
+
+
+class RandomSource:
+    """Weights drawn at random, the same for the same seed: for load tests without a checkpoint."""
+
+    def __init__(self, seed: int = 0, std: float = 0.02) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._std = std
+
+    def fetch(self, module: Module, leaf: Leaf, dtype: torch.dtype) -> Tensor:
+        if leaf == "bias":
+            return torch.zeros(module.num_rows, dtype=dtype)
+        if module.role == "norm":
+            return torch.ones(module.shape, dtype=dtype)
+        return torch.empty(module.shape, dtype=dtype).normal_(
+            0.0, self._std, generator=self._generator
+        )
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMED_IN_AN_ERROR])
+    more = len(names) - _NAMED_IN_AN_ERROR
+    return f"{shown} and {more} more" if more > 0 else shown

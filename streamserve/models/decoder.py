@@ -1,0 +1,225 @@
+"""The one forward: every family's decoder, assembled from its spec when the weights are loaded.
+
+All choices are made at assembly. What runs per layer and step is a fixed row of kernel calls on
+bound weights, since a decode step of a small model is made of hundreds of them and each
+microsecond of Python between two is paid by every token.
+"""
+
+from __future__ import annotations
+
+import torch
+from streamserve_kernels import Kernels
+from torch import Tensor
+
+from .batch import ForwardBatch, KVCache
+from .layers import Attention, BoundNorm, bind_mlp, bind_norm
+from .rope import cos_sin_table
+from .spec import DecoderSpec, LayerSpec, RopeSpec
+from .weights import DecoderWeights, Weights
+
+
+class Block:
+    """One layer. Takes what the last one left, (x, residual) whose sum is the hidden state."""
+
+    __slots__ = (
+        "_attention",
+        "_attention_norm",
+        "_attention_post_norm",
+        "_mlp",
+        "_mlp_norm",
+        "_mlp_post_norm",
+        "_parallel",
+        "_plain",
+        "_residual_scale",
+    )
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        weights: Weights,
+        kernels: Kernels,
+        device: torch.device,
+        cos_sin: Tensor | None,
+    ) -> None:
+        def norm(name: str) -> BoundNorm | None:
+            named = getattr(spec, name)
+            if named is None:
+                return None
+            return bind_norm(named, weights.norms[f"layers.{name}"], kernels)
+
+        self._attention = Attention(spec.attention, weights, kernels, device, cos_sin)
+        self._mlp = bind_mlp(spec.mlp, weights, kernels)
+        self._attention_norm = norm("attention_norm") or BoundNorm()
+        self._mlp_norm = norm("mlp_norm")
+        self._attention_post_norm = norm("attention_post_norm")
+        self._mlp_post_norm = norm("mlp_post_norm")
+        self._parallel = spec.residual == "parallel"
+        self._residual_scale = spec.residual_scale
+        self._plain = (
+            not self._parallel
+            and self._mlp_norm is not None
+            and self._attention_post_norm is None
+            and self._mlp_post_norm is None
+            and spec.residual_scale == 1.0
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        batch: ForwardBatch,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the next (x, residual), of ``rows`` only where given.
+
+        x, residual: [T, H] -> [T, H] or [L, H]. The last layer is given the rows that need logits:
+        every token must leave its key and value, but only those rows are worth finishing.
+        """
+        if residual is None:
+            normed, residual = self._attention_norm.norm(x), x
+        else:
+            normed, residual = self._attention_norm.add_norm(x, residual)
+        attention = self._attention
+        query = attention.write(normed, batch, key_cache, value_cache)
+        if rows is None:
+            attended = attention.attend(query, batch, key_cache, value_cache)
+        else:
+            residual = residual.index_select(0, rows)
+            if rows.shape[0] == 0:
+                return residual, residual
+            attended = attention.attend(query, batch, key_cache, value_cache)
+            attended = attended.index_select(0, rows)
+            if self._parallel:
+                normed = normed.index_select(0, rows)
+        x = attention.output(attended)
+        if self._plain:
+            normed, residual = self._mlp_norm.add_norm(x, residual)  # type: ignore[union-attr]
+            return self._mlp(normed), residual
+        return self._finish(x, normed, residual)
+
+    def _finish(self, x: Tensor, normed: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The second half of a block that is parallel, post-normed or scaled."""
+        if self._attention_post_norm is not None:
+            x = self._attention_post_norm.norm(x)
+        if self._parallel:
+            if self._mlp_norm is not None:
+                normed = self._mlp_norm.norm(residual)
+        else:
+            if self._residual_scale != 1.0:
+                x = x * self._residual_scale
+            if self._mlp_norm is not None:
+                normed, residual = self._mlp_norm.add_norm(x, residual)
+            else:
+                normed = residual = x + residual
+        mlp = self._mlp(normed)
+        if self._mlp_post_norm is not None:
+            mlp = self._mlp_post_norm.norm(mlp)
+        if self._parallel:
+            mlp = mlp + x
+        if self._residual_scale != 1.0:
+            mlp = mlp * self._residual_scale
+        return mlp, residual
+
+
+class Decoder:
+    """A decoder-only language model, ready to run. Stateless between calls: not tied to a thread.
+
+    ``max_model_len`` bounds every position it is given. ``nbytes`` is what its weights take.
+    Nothing in it needs a gradient; calling it under ``torch.inference_mode`` saves a little.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: DecoderWeights,
+        kernels: Kernels,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+    ) -> None:
+        self.spec = spec
+        self.kernels = kernels
+        self.dtype = dtype
+        self.device = device
+        self.max_model_len = max_model_len
+        self.nbytes = weights.nbytes()
+        tables: dict[RopeSpec, Tensor] = {}
+        self._blocks = [
+            Block(layer, layer_weights, kernels, device, self._cos_sin(layer, tables))
+            for layer, layer_weights in zip(spec.layers, weights.layers, strict=True)
+        ]
+        outer = weights.outer
+        self._embedding = outer.tensors["embedding"]
+        self._position_embedding = outer.tensors.get("position_embedding")
+        self._embedding_norm = (
+            None
+            if spec.embedding_norm is None
+            else bind_norm(spec.embedding_norm, outer.norms["embedding_norm"], kernels)
+        )
+        self._final_norm = (
+            BoundNorm()
+            if spec.final_norm is None
+            else bind_norm(spec.final_norm, outer.norms["final_norm"], kernels)
+        )
+        self._head = outer.linears["head"]
+
+    def _cos_sin(self, layer: LayerSpec, tables: dict[RopeSpec, Tensor]) -> Tensor | None:
+        rope = layer.attention.rope
+        if rope is None:
+            return None
+        if rope not in tables:
+            tables[rope] = cos_sin_table(rope, self.max_model_len, self.device)
+        return tables[rope]
+
+    def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
+        """Runs one step and writes its keys and values into ``kv_caches``.
+
+        Returns logits [L, V] float32 for the rows ``batch.logits_indices``; L may be 0.
+        """
+        return self.compute_logits(self.hidden_states(batch, kv_caches))
+
+    def hidden_states(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
+        """As `forward`, but returns the final normed hidden states [L, H] of the same rows."""
+        x = self._embed(batch)
+        residual: Tensor | None = None
+        rows = batch.logits_indices
+        # Strictly increasing rows that are as many as the tokens are all of them.
+        last_rows = None if rows.shape[0] == x.shape[0] else rows
+        last = len(self._blocks) - 1
+        for index, block in enumerate(self._blocks):
+            key_cache, value_cache = kv_caches[index]
+            x, residual = block.forward(
+                x, residual, batch, key_cache, value_cache, last_rows if index == last else None
+            )
+        if rows.shape[0] == 0:
+            return x[:0]
+        assert residual is not None
+        return self._final_norm.add_norm(x, residual)[0]
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Normed hidden states [L, H] -> logits [L, V] float32."""
+        if hidden_states.shape[0] == 0:
+            return hidden_states.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
+        logits = self._head(hidden_states).float()
+        if self.spec.logit_scale != 1.0:
+            logits = logits * self.spec.logit_scale
+        cap = self.spec.logit_soft_cap
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _embed(self, batch: ForwardBatch) -> Tensor:
+        x = self.kernels.embedding(batch.input_ids, self._embedding)
+        if self.spec.embedding_scale != 1.0:
+            x = x * self.spec.embedding_scale
+        positions = self.spec.learned_positions
+        if positions is not None:
+            assert self._position_embedding is not None
+            places = batch.positions + positions.offset if positions.offset else batch.positions
+            x = x + self.kernels.embedding(places, self._position_embedding)
+        if self._embedding_norm is not None:
+            x = self._embedding_norm.norm(x)
+        return x

@@ -1,0 +1,21 @@
+"""What a family is: the architectures it covers, how a config becomes a spec, and its names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..hf_config import HfConfig
+from ..names import WeightNames
+from ..spec import DecoderSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """``max_positions`` is the context that the config states, before any rotary stretching."""
+
+    architecture: str
+    model_type: str
+    spec: Callable[[HfConfig], DecoderSpec]
+    max_positions: Callable[[HfConfig], int]
+    names: WeightNames

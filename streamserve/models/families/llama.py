@@ -1,0 +1,207 @@
+"""Llama and its close relatives: RMS norms, rotary positions, a gated MLP, grouped queries.
+
+Mistral adds a window and Qwen2 biases on q, k and v; Qwen3 drops them for a norm of each query and
+key head; Mixtral has experts in the MLP's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..hf_config import HfConfig
+from ..names import WeightNames
+from ..spec import (
+    AttentionSpec,
+    DecoderSpec,
+    ExpertsSpec,
+    LayerSpec,
+    MlpSpec,
+    NormSpec,
+    QkNormSpec,
+)
+from .family import Family
+
+_LAYER = "model.layers.{layer}."
+_ATTENTION = {
+    "embedding": ("model.embed_tokens",),
+    "final_norm": ("model.norm",),
+    "head": ("lm_head",),
+    "layers.attention_norm": (_LAYER + "input_layernorm",),
+    "layers.mlp_norm": (_LAYER + "post_attention_layernorm",),
+    "layers.qkv": tuple(_LAYER + f"self_attn.{name}_proj" for name in "qkv"),
+    "layers.q_norm": (_LAYER + "self_attn.q_norm",),
+    "layers.k_norm": (_LAYER + "self_attn.k_norm",),
+    "layers.output": (_LAYER + "self_attn.o_proj",),
+}
+_MLP = {
+    "layers.gate_up": (_LAYER + "mlp.gate_proj", _LAYER + "mlp.up_proj"),
+    "layers.down": (_LAYER + "mlp.down_proj",),
+}
+_EXPERT = _LAYER + "block_sparse_moe.experts.{expert}."
+_EXPERTS = {
+    "layers.router": (_LAYER + "block_sparse_moe.gate",),
+    "layers.experts.gate_up": (_EXPERT + "w1", _EXPERT + "w3"),
+    "layers.experts.down": (_EXPERT + "w2",),
+}
+# Checkpoints converted before 2023 carry the rotary frequencies as a buffer of every layer.
+_IGNORED = (r"rotary_emb\.inv_freq",)
+
+LLAMA_NAMES = WeightNames({**_ATTENTION, **_MLP}, ignored=_IGNORED)
+MIXTRAL_NAMES = WeightNames({**_ATTENTION, **_EXPERTS}, ignored=_IGNORED)
+
+
+def _decoder(
+    config: HfConfig,
+    *,
+    windows: tuple[int | None, ...],
+    mlp: MlpSpec | ExpertsSpec,
+    default_kv_heads: int | None = None,
+    default_eps: float = 1e-6,
+    default_context: int = 2048,
+    head_size: int | None = None,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    qk_norm: bool = False,
+) -> DecoderSpec:
+    hidden_size = config.integer("hidden_size")
+    num_heads = config.integer("num_attention_heads")
+    num_kv_heads = config.integer_or(default_kv_heads or num_heads, "num_key_value_heads")
+    size = head_size or config.head_size(hidden_size, num_heads)
+    norm = NormSpec("rms_norm", config.number_or(default_eps, "rms_norm_eps"))
+    rope = config.rope(size, default_context=default_context)
+    layers = {
+        window: LayerSpec(
+            attention=AttentionSpec(
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                query_key_head_size=size,
+                value_head_size=size,
+                scale=size**-0.5,
+                window=window,
+                rope=rope,
+                qk_norm=QkNormSpec(norm) if qk_norm else None,
+                qkv_bias=qkv_bias,
+                output_bias=output_bias,
+            ),
+            mlp=mlp,
+            attention_norm=norm,
+            mlp_norm=norm,
+        )
+        for window in windows
+    }
+    return DecoderSpec(
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        layers=tuple(layers[window] for window in windows),
+        final_norm=norm,
+        tied_head=config.flag_or(False, "tie_word_embeddings"),
+    )
+
+
+def _mlp(config: HfConfig, *, bias: bool = False) -> MlpSpec:
+    return MlpSpec(
+        intermediate_size=config.integer("intermediate_size"),
+        activation=config.activation_or("silu", "hidden_act"),
+        gated=True,
+        bias=bias,
+    )
+
+
+def _llama(config: HfConfig) -> DecoderSpec:
+    bias = config.flag_or(False, "attention_bias")
+    return _decoder(
+        config,
+        windows=(None,) * config.integer("num_hidden_layers"),
+        mlp=_mlp(config, bias=config.flag_or(False, "mlp_bias")),
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+
+
+def _mistral(config: HfConfig) -> DecoderSpec:
+    window = config.optional_integer("sliding_window")
+    return _decoder(
+        config,
+        windows=config.layer_windows(config.integer("num_hidden_layers"), window),
+        mlp=_mlp(config),
+        default_kv_heads=8,
+        default_context=4096 * 32,
+    )
+
+
+def _qwen_windows(config: HfConfig) -> tuple[int | None, ...]:
+    """Layers from ``max_window_layers`` on are windowed, if windows are switched on at all."""
+    num_layers = config.integer("num_hidden_layers")
+    if not config.flag_or(False, "use_sliding_window"):
+        return (None,) * num_layers
+    window = config.optional_integer("sliding_window")
+    if "layer_types" in config.values:
+        return config.layer_windows(num_layers, window)
+    first = config.integer_or(28, "max_window_layers", minimum=0)
+    return tuple(window if layer >= first else None for layer in range(num_layers))
+
+
+def _qwen2(config: HfConfig) -> DecoderSpec:
+    return _decoder(
+        config,
+        windows=_qwen_windows(config),
+        mlp=_mlp(config),
+        default_context=32_768,
+        qkv_bias=True,
+    )
+
+
+def _qwen3(config: HfConfig) -> DecoderSpec:
+    bias = config.flag_or(False, "attention_bias")
+    return _decoder(
+        config,
+        windows=_qwen_windows(config),
+        mlp=_mlp(config),
+        default_context=32_768,
+        head_size=config.integer_or(128, "head_dim"),
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm=True,
+    )
+
+
+def _mixtral(config: HfConfig) -> DecoderSpec:
+    window = config.optional_integer("sliding_window")
+    return _decoder(
+        config,
+        windows=config.layer_windows(config.integer("num_hidden_layers"), window),
+        mlp=ExpertsSpec(
+            num_experts=config.integer_or(8, "num_local_experts"),
+            top_k=config.integer_or(2, "num_experts_per_tok"),
+            intermediate_size=config.integer("intermediate_size"),
+            activation=config.activation_or("silu", "hidden_act"),
+        ),
+        default_kv_heads=8,
+        default_eps=1e-5,
+        default_context=4096 * 32,
+    )
+
+
+def _family(
+    architecture: str,
+    model_type: str,
+    spec: Callable[[HfConfig], DecoderSpec],
+    context: int,
+    names: WeightNames = LLAMA_NAMES,
+) -> Family:
+    return Family(
+        architecture=architecture,
+        model_type=model_type,
+        spec=spec,
+        max_positions=lambda config: config.integer_or(context, "max_position_embeddings"),
+        names=names,
+    )
+
+
+FAMILIES = (
+    _family("LlamaForCausalLM", "llama", _llama, 2048),
+    _family("MistralForCausalLM", "mistral", _mistral, 4096 * 32),
+    _family("Qwen2ForCausalLM", "qwen2", _qwen2, 32_768),
+    _family("Qwen3ForCausalLM", "qwen3", _qwen3, 32_768),
+    _family("MixtralForCausalLM", "mixtral", _mixtral, 4096 * 32, MIXTRAL_NAMES),
+)

@@ -1,0 +1,234 @@
+"""Typed reading of a Hugging Face ``config.json``.
+
+The file is read as plain JSON. transformers' own classes would fill in defaults, but importing them
+takes seconds, which a server start-up cannot spare; so each family states its defaults where it
+reads. Both generations of rotary settings are understood: ``rope_theta`` with ``rope_scaling``, and
+``rope_parameters`` as transformers 5 writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamserve.errors import ModelLoadError, UnsupportedModelError
+
+from .rope import yarn_attention_factor
+from .spec import Activation, RopeScaling, RopeSpec
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "relu": "relu",
+    "quick_gelu": "quick_gelu",
+}
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+class HfConfig:
+    """A config's values, read by name; every error names the key and the value it holds."""
+
+    def __init__(self, values: Mapping[str, Any], source: str = "config.json") -> None:
+        self.values = values
+        self.source = source
+
+    def integer(self, *names: str, minimum: int = 1) -> int:
+        """The first of ``names`` that is set. Raises ModelLoadError when none is."""
+        for name in names:
+            value = self.optional_integer(name, minimum=minimum)
+            if value is not None:
+                return value
+        raise ModelLoadError(f"{self.source} lacks {' or '.join(names)}, an integer")
+
+    def integer_or(self, default: int, *names: str, minimum: int = 1) -> int:
+        for name in names:
+            value = self.optional_integer(name, minimum=minimum)
+            if value is not None:
+                return value
+        return default
+
+    def optional_integer(self, name: str, *, minimum: int = 1) -> int | None:
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ModelLoadError(
+                f"{self.source}: {name} must be an integer of at least {minimum}, got {value!r}"
+            )
+        return value
+
+    def number_or(self, default: float, *names: str) -> float:
+        for name in names:
+            value = self.values.get(name)
+            if value is not None:
+                return _number(f"{self.source}: {name}", value)
+        return default
+
+    def flag_or(self, default: bool, name: str) -> bool:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ModelLoadError(f"{self.source}: {name} must be true or false, got {value!r}")
+        return value
+
+    def activation_or(self, default: str, *names: str) -> Activation:
+        for name in names:
+            value = self.values.get(name)
+            if value is None:
+                continue
+            if value not in ACTIVATIONS:
+                raise UnsupportedModelError(
+                    f"{self.source}: {name} {value!r} is not supported; "
+                    f"these are: {', '.join(ACTIVATIONS)}"
+                )
+            return ACTIVATIONS[value]
+        return ACTIVATIONS[default]
+
+    def head_size(self, hidden_size: int, num_heads: int) -> int:
+        """``head_dim`` where the config names it, else an equal share of the hidden size."""
+        named = self.optional_integer("head_dim")
+        if named is not None:
+            return named
+        if hidden_size % num_heads:
+            raise ModelLoadError(
+                f"{self.source}: hidden_size {hidden_size} is no multiple of "
+                f"num_attention_heads {num_heads}, and head_dim is not given"
+            )
+        return hidden_size // num_heads
+
+    def layer_windows(self, num_layers: int, window: int | None) -> tuple[int | None, ...]:
+        """Each layer's attention window from ``layer_types``; without them ``window`` for all."""
+        kinds = self.values.get("layer_types")
+        if kinds is None:
+            return (window,) * num_layers
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise ModelLoadError(
+                f"{self.source}: layer_types must list {num_layers} layers, got {kinds!r}"
+            )
+        windows: list[int | None] = []
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise UnsupportedModelError(
+                    f"{self.source}: layer type {kind!r} is not supported; "
+                    "these are: full_attention, sliding_attention"
+                )
+            windows.append(window if kind == "sliding_attention" else None)
+        return tuple(windows)
+
+    def rope(
+        self,
+        head_size: int,
+        *,
+        theta_names: tuple[str, ...] = ("rope_theta",),
+        partial_names: tuple[str, ...] = ("partial_rotary_factor",),
+        default_theta: float = 10_000.0,
+        default_partial: float = 1.0,
+        default_context: int = 2048,
+        interleaved: bool = False,
+    ) -> RopeSpec:
+        """The rotary settings of either generation, values inside the rope dict first."""
+        parameters = self._rope_parameters()
+        source = f"{self.source}: rope"
+        theta = parameters.get("rope_theta")
+        if theta is None:
+            theta = self.number_or(default_theta, *theta_names)
+        partial = parameters.get("partial_rotary_factor")
+        if partial is None:
+            partial = self.number_or(default_partial, *partial_names)
+        rotary_dim = int(head_size * _number(f"{source} partial_rotary_factor", partial))
+        if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_size:
+            raise UnsupportedModelError(
+                f"{source}: {rotary_dim} rotated elements of a head of {head_size} "
+                "must be an even number between 2 and the head size"
+            )
+        return RopeSpec(
+            base=_number(f"{source} rope_theta", theta),
+            rotary_dim=rotary_dim,
+            interleaved=interleaved,
+            scaling=self._rope_scaling(parameters, default_context),
+        )
+
+    def _rope_parameters(self) -> Mapping[str, Any]:
+        for name in ("rope_scaling", "rope_parameters"):
+            value = self.values.get(name)
+            if not value:
+                continue
+            if not isinstance(value, dict):
+                raise ModelLoadError(f"{self.source}: {name} must be an object, got {value!r}")
+            nested = [key for key, inner in value.items() if isinstance(inner, dict)]
+            if nested:
+                raise UnsupportedModelError(
+                    f"{self.source}: {name} differs by layer type ({', '.join(nested)}), "
+                    "which is not supported for this architecture"
+                )
+            return value
+        return {}
+
+    def _rope_scaling(self, given: Mapping[str, Any], default_context: int) -> RopeScaling | None:
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind == "default":
+            return None
+        if kind not in ROPE_KINDS:
+            raise UnsupportedModelError(
+                f"{self.source}: rope type {kind!r} is not supported; "
+                f"these are: {', '.join(ROPE_KINDS)}"
+            )
+        context = self.integer_or(default_context, "max_position_embeddings")
+        original = context
+        if kind in ("llama3", "yarn"):
+            inner = HfConfig(given, f"{self.source}: rope")
+            original = self.integer_or(
+                inner.integer_or(context, "original_max_position_embeddings"),
+                "original_max_position_embeddings",
+            )
+
+        def read(name: str, default: float | None = None) -> float:
+            value = given.get(name)
+            if value is None:
+                if default is None:
+                    raise ModelLoadError(f"{self.source}: rope type {kind!r} needs {name}")
+                return default
+            return _number(f"{self.source}: rope {name}", value)
+
+        factor = read("factor", context / original if kind == "yarn" else None)
+        if factor <= 0:
+            raise ModelLoadError(f"{self.source}: rope factor must be positive, got {factor}")
+        if kind == "llama3":
+            return RopeScaling(
+                kind="llama3",
+                factor=factor,
+                original_max_position_embeddings=original,
+                low_freq_factor=read("low_freq_factor"),
+                high_freq_factor=read("high_freq_factor"),
+            )
+        if kind == "yarn":
+            implied = yarn_attention_factor(
+                factor, given.get("mscale"), given.get("mscale_all_dim")
+            )
+            return RopeScaling(
+                kind="yarn",
+                factor=factor,
+                original_max_position_embeddings=original,
+                beta_fast=read("beta_fast", 32.0) or 32.0,
+                beta_slow=read("beta_slow", 1.0) or 1.0,
+                attention_factor=read("attention_factor", implied),
+                truncate=given.get("truncate", True) is not False,
+            )
+        return RopeScaling(
+            kind="linear" if kind == "linear" else "dynamic",
+            factor=factor,
+            original_max_position_embeddings=original,
+        )
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ModelLoadError(f"{what} must be a number, got {value!r}")
+    return float(value)

@@ -1,0 +1,234 @@
+"""The parts of a block, each bound to its weights and to the kernels it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from streamserve_kernels import GatedKind, Kernels
+from torch import Tensor
+
+from streamserve.errors import UnsupportedModelError
+
+from .batch import ForwardBatch
+from .rope import alibi_slopes
+from .spec import Activation, AttentionSpec, ExpertsSpec, MlpSpec, NormSpec
+from .weights import NormWeights, Weights
+
+
+class BoundNorm:
+    """No norm at all; `bind_norm` makes the others."""
+
+    __slots__ = ()
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x
+
+    def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (norm(x + residual), x + residual)."""
+        total = x + residual
+        return total, total
+
+
+class _RmsNorm(BoundNorm):
+    __slots__ = ("_eps", "_kernel", "_offset", "_weight")
+
+    def __init__(self, spec: NormSpec, weights: NormWeights, kernels: Kernels) -> None:
+        self._kernel: Any = kernels.rms_norm
+        self._weight, self._eps, self._offset = weights.weight, spec.eps, spec.weight_offset
+
+    def norm(self, x: Tensor) -> Tensor:
+        normed: Tensor = self._kernel(x, self._weight, self._eps, None, self._offset)
+        return normed
+
+    def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        both: tuple[Tensor, Tensor] = self._kernel(
+            x, self._weight, self._eps, residual, self._offset
+        )
+        return both
+
+
+class _LayerNorm(BoundNorm):
+    __slots__ = ("_bias", "_eps", "_kernel", "_weight")
+
+    def __init__(self, spec: NormSpec, weights: NormWeights, kernels: Kernels) -> None:
+        self._kernel: Any = kernels.layer_norm
+        self._weight, self._bias, self._eps = weights.weight, weights.bias, spec.eps
+
+    def norm(self, x: Tensor) -> Tensor:
+        normed: Tensor = self._kernel(x, self._weight, self._bias, self._eps)
+        return normed
+
+    def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        both: tuple[Tensor, Tensor] = self._kernel(x, self._weight, self._bias, self._eps, residual)
+        return both
+
+
+def bind_norm(spec: NormSpec, weights: NormWeights, kernels: Kernels) -> BoundNorm:
+    kind = _RmsNorm if spec.kind == "rms_norm" else _LayerNorm
+    return kind(spec, weights, kernels)
+
+
+class Attention:
+    """q, k and v in one product, rotation and cache write in one call, then paged attention."""
+
+    __slots__ = (
+        "_alibi_slopes",
+        "_attend",
+        "_cos_sin",
+        "_interleaved",
+        "_k_norm",
+        "_per_head_norm",
+        "_q_norm",
+        "_qkv",
+        "_rotary_write_kv",
+        "_sinks",
+        "_spec",
+        "_splits",
+        "_write_kv",
+        "output",
+    )
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        weights: Weights,
+        kernels: Kernels,
+        device: torch.device,
+        cos_sin: Tensor | None,
+    ) -> None:
+        self._spec = spec
+        self._qkv = weights.linears["layers.qkv"]
+        self.output = weights.linears["layers.output"]
+        self._attend = kernels.paged_attention
+        self._write_kv = kernels.write_kv
+        self._rotary_write_kv = kernels.rotary_write_kv
+        self._cos_sin = cos_sin
+        self._interleaved = spec.rope is not None and spec.rope.interleaved
+        self._splits = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        self._sinks = weights.tensors.get("layers.sinks")
+        self._alibi_slopes = None
+        if spec.alibi:
+            self._alibi_slopes = torch.tensor(alibi_slopes(spec.num_heads), device=device)
+        self._q_norm = self._k_norm = None
+        self._per_head_norm = True
+        if spec.qk_norm is not None:
+            norm = spec.qk_norm.norm
+            self._q_norm = bind_norm(norm, weights.norms["layers.q_norm"], kernels)
+            self._k_norm = bind_norm(norm, weights.norms["layers.k_norm"], kernels)
+            self._per_head_norm = spec.qk_norm.per_head
+
+    def write(
+        self, normed: Tensor, batch: ForwardBatch, key_cache: Tensor, value_cache: Tensor
+    ) -> Tensor:
+        """[T, H] -> queries [T, Hq, D], rotated; the step's keys and values go into the cache."""
+        query, key, value = self._project(normed)
+        if self._q_norm is not None and self._k_norm is not None:
+            query, key = self._normed(query, self._q_norm), self._normed(key, self._k_norm)
+        if self._cos_sin is None:
+            self._write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
+            return query
+        return self._rotary_write_kv(
+            query,
+            key,
+            value,
+            batch.positions,
+            self._cos_sin,
+            key_cache,
+            value_cache,
+            batch.slot_mapping,
+            interleaved=self._interleaved,
+        )[0]
+
+    def attend(
+        self, query: Tensor, batch: ForwardBatch, key_cache: Tensor, value_cache: Tensor
+    ) -> Tensor:
+        """Queries [T, Hq, D] -> [T, Hq * Dv], before the output projection."""
+        spec = self._spec
+        return self._attend(
+            query,
+            key_cache,
+            value_cache,
+            batch.block_table,
+            batch.seq_lens,
+            batch.query_start_loc,
+            scale=spec.scale,
+            window=spec.window,
+            alibi_slopes=self._alibi_slopes,
+            soft_cap=spec.soft_cap,
+            sinks=self._sinks,
+        ).view(query.shape[0], spec.output_size)
+
+    def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        spec = self._spec
+        qkv = self._qkv(normed)
+        size = spec.query_key_head_size
+        if size == spec.value_head_size:
+            query, key, value = qkv.view(qkv.shape[0], -1, size).split_with_sizes(self._splits, 1)
+            return query, key, value
+        sizes = (spec.query_size, spec.key_size, spec.value_size)
+        query, key, value = qkv.split_with_sizes(sizes, 1)
+        return (
+            query.view(-1, spec.num_heads, size),
+            key.view(-1, spec.num_kv_heads, size),
+            value.view(-1, spec.num_kv_heads, spec.value_head_size),
+        )
+
+    def _normed(self, x: Tensor, norm: BoundNorm) -> Tensor:
+        if self._per_head_norm:
+            return norm.norm(x)
+        return norm.norm(x.reshape(x.shape[0], -1)).view(x.shape)
+
+
+def bind_mlp(
+    spec: MlpSpec | ExpertsSpec, weights: Weights, kernels: Kernels
+) -> Callable[[Tensor], Tensor]:
+    """The MLP or experts as one function [T, H] -> [T, H]."""
+    if isinstance(spec, ExpertsSpec):
+        return _bind_experts(spec, weights, kernels)
+    down = weights.linears["layers.down"]
+    if spec.gated:
+        gate_up, kind = weights.linears["layers.gate_up"], _gated_kind(spec.activation)
+        gated_activation = kernels.gated_activation
+
+        def gated(x: Tensor) -> Tensor:
+            return down(gated_activation(gate_up(x), kind))
+
+        return gated
+    up, plain_kind, activation = weights.linears["layers.up"], spec.activation, kernels.activation
+
+    def plain(x: Tensor) -> Tensor:
+        return down(activation(up(x), plain_kind))
+
+    return plain
+
+
+def _bind_experts(
+    spec: ExpertsSpec, weights: Weights, kernels: Kernels
+) -> Callable[[Tensor], Tensor]:
+    if spec.router != "softmax":
+        raise UnsupportedModelError(
+            f"router kind {spec.router!r} is not supported; these are: softmax"
+        )
+    router, moe, kind = weights.linears["layers.router"], kernels.moe, _gated_kind(spec.activation)
+    gate_up, down = weights.expert_gate_up, weights.expert_down
+    top_k, renormalise = spec.top_k, spec.renormalise
+
+    def experts(x: Tensor) -> Tensor:
+        return moe(x, router(x), gate_up, down, top_k=top_k, renormalise=renormalise, kind=kind)
+
+    return experts
+
+
+def _gated_kind(activation: Activation) -> GatedKind:
+    """Both tanh forms of GELU are one formula; the kernels gate with one name for it."""
+    name = "gelu_tanh" if activation == "gelu_new" else activation
+    for kind in get_args(GatedKind):
+        if kind == name:
+            known: GatedKind = kind
+            return known
+    raise UnsupportedModelError(
+        f"a gated MLP with activation {activation!r} is not supported; "
+        f"these are: {', '.join(get_args(GatedKind))}"
+    )

@@ -1,0 +1,144 @@
+"""From the name of a model to a decoder that runs: find the files, pick the dtype, load."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from streamserve_kernels import Kernels
+
+from streamserve.errors import ModelLoadError
+
+from .checkpoint import CheckpointSource, RandomSource, WeightSource
+from .config import ModelConfig, load_config
+from .decoder import Decoder
+from .tensor_files import open_tensor_files
+from .weights import Progress, build_weights
+
+LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
+DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Code, other frameworks' weights and training leftovers stay where they are.
+_HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+
+
+def resolve_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    load_format: LoadFormat = "auto",
+    local_files_only: bool = False,
+) -> Path:
+    """The directory of ``model``: a local one, or a hub id, downloaded into the hub's cache.
+
+    Raises ModelLoadError that says what was tried.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory
+    looks_local = model.startswith(("/", ".", "~"))
+    if looks_local or not _HUB_ID.fullmatch(model):
+        raise ModelLoadError(
+            f"model {model!r}: there is no such directory ({directory.absolute()})"
+            + ("" if looks_local else ", and it is no hub id (owner/name)")
+        )
+    # Importing the hub client costs half a second, which a local model need not pay.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    weights = {"pt": ("pytorch_model*.bin*",), "dummy": ()}.get(load_format, ("*.safetensors*",))
+
+    def download(*patterns: str) -> Path:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=[*_HUB_FILES, *patterns],
+                ignore_patterns=["consolidated*", "original/*"],
+                local_files_only=local_files_only,
+            )
+        )
+
+    try:
+        path = download(*weights)
+        if load_format == "auto" and not any(path.glob("*.safetensors")):
+            path = download("pytorch_model*.bin*")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"model {model!r}: there is no such directory ({directory.absolute()}), and the hub "
+            f"did not give it: {type(error).__name__}: {error}"
+        ) from error
+    return path
+
+
+def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype that weights and activations take.
+
+    ``auto`` on a CPU is bfloat16 where the CPU multiplies it natively and float32 elsewhere; on
+    another device it is the checkpoint's own, with float32 halved to bfloat16. Raises
+    ModelLoadError for a name that is unknown.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise ModelLoadError(f"dtype {name!r} is unknown; these are: auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+    return torch.float16 if config.dtype == torch.float16 else torch.bfloat16
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has matrix or dot-product instructions for bfloat16 (AMX, AVX512_BF16)."""
+    try:
+        features = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", features, re.MULTILINE)
+    # `bf16` is how Arm's dot products are listed.
+    return found is not None and not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(
+        found[1].split()
+    )
+
+
+def load_model(
+    path: Path | str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
+    load_format: LoadFormat = "auto",
+    max_model_len: int | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Decoder:
+    """Loads a checkpoint's directory; ``dummy`` draws the weights from ``seed`` instead.
+
+    Holds the resident weights and, at any time, one more matrix. ``max_model_len`` is the longest
+    sequence to serve, the model's own by default. Raises ModelLoadError or UnsupportedModelError.
+    """
+    if load_format not in get_args(LoadFormat):
+        raise ModelLoadError(
+            f"load format {load_format!r} is unknown; these are: {', '.join(get_args(LoadFormat))}"
+        )
+    config = load_config(path)
+    max_model_len = config.resolve_max_model_len(max_model_len)
+    source: WeightSource
+    if load_format == "dummy":
+        source = RandomSource(seed)
+    else:
+        files = open_tensor_files(Path(path), load_format)
+        source = CheckpointSource(files, config.family.names, config.spec)
+    weights = build_weights(config.spec, source, kernels, dtype, device, progress)
+    return Decoder(
+        config.spec, weights, kernels, dtype=dtype, device=device, max_model_len=max_model_len
+    )

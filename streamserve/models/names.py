@@ -1,0 +1,42 @@
+"""Where a checkpoint keeps each weight: a table of names per family.
+
+The decoder's modules have names of our own (the keys of ``WeightNames.modules``, listed below), and
+a family says which modules of its checkpoint, stacked by rows, make one of ours. ``{layer}`` and
+``{expert}`` stand for their numbers.
+
+    embedding  position_embedding  embedding_norm  final_norm  head
+    layers.attention_norm  layers.attention_post_norm  layers.mlp_norm  layers.mlp_post_norm
+    layers.qkv  layers.q_norm  layers.k_norm  layers.output  layers.sinks
+    layers.gate_up (or layers.up when not gated)  layers.down
+    layers.router  layers.experts.gate_up  layers.experts.down
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+QkvLayout = Literal["stacked", "grouped"]
+"""How a checkpoint that fuses q, k and v orders the rows.
+
+``stacked``: all q, all k, all v. ``grouped``: for each kv head its queries, its key, its value;
+with as many kv heads as heads that is head by head.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightNames:
+    """``modules`` maps each module of ours to the checkpoint modules whose rows it stacks.
+
+    A single checkpoint module for ``layers.qkv`` or ``layers.gate_up`` is already fused.
+    ``transposed`` modules keep ``[in, out]`` (GPT-2's Conv1D). ``optional_prefix`` may be absent
+    from a checkpoint's names. ``ignored`` are regular expressions, matched at the end of a name, of
+    buffers that old checkpoints carry and no decoder needs.
+    """
+
+    modules: Mapping[str, tuple[str, ...]]
+    qkv_layout: QkvLayout = "stacked"
+    transposed: frozenset[str] = field(default_factory=frozenset)
+    optional_prefix: str = ""
+    ignored: tuple[str, ...] = ()

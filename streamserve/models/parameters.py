@@ -1,0 +1,153 @@
+"""The weights that a spec calls for: their names, shapes and roles, in the order of the forward.
+
+One list serves three uses: counting bytes before anything is read, checking a checkpoint against
+what is needed, and building the decoder's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .spec import DecoderSpec, ExpertsSpec, LayerSpec, NormSpec
+
+Role = Literal["linear", "norm", "table", "vector"]
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A weight ``[sum(rows), columns]`` and maybe a bias ``[sum(rows)]``.
+
+    ``rows`` are the parts stacked in it, as (q, k, v) or (gate, up). A norm or vector has
+    ``columns=None``: its weight is ``[sum(rows)]``. ``name`` is a key of ``WeightNames.modules``.
+    """
+
+    name: str
+    role: Role
+    rows: tuple[int, ...]
+    columns: int | None = None
+    bias: bool = False
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.num_rows,) if self.columns is None else (self.num_rows, self.columns)
+
+    @property
+    def numel(self) -> int:
+        return self.num_rows * ((self.columns or 1) + (1 if self.bias else 0))
+
+
+def decoder_modules(spec: DecoderSpec) -> Iterator[Module]:
+    """Every module of the decoder; a tied head has none of its own."""
+    yield embedding_module(spec)
+    yield from position_modules(spec)
+    for index in range(len(spec.layers)):
+        yield from layer_modules(spec, index)
+    yield from final_modules(spec)
+
+
+def embedding_module(spec: DecoderSpec) -> Module:
+    return Module("embedding", "table", (spec.vocab_size,), spec.hidden_size)
+
+
+def position_modules(spec: DecoderSpec) -> Iterator[Module]:
+    """What is added to the embedding before the first layer, where a family has it."""
+    if spec.learned_positions is not None:
+        rows = spec.learned_positions.num_positions + spec.learned_positions.offset
+        yield Module("position_embedding", "table", (rows,), spec.hidden_size)
+    if spec.embedding_norm is not None:
+        yield _norm("embedding_norm", spec.embedding_norm, spec.hidden_size)
+
+
+def final_modules(spec: DecoderSpec) -> Iterator[Module]:
+    if spec.final_norm is not None:
+        yield _norm("final_norm", spec.final_norm, spec.hidden_size)
+    if not spec.tied_head:
+        yield Module("head", "linear", (spec.vocab_size,), spec.hidden_size, bias=spec.head_bias)
+
+
+def layer_modules(spec: DecoderSpec, index: int) -> Iterator[Module]:
+    """One layer's modules in the order in which the forward meets them."""
+    layer = spec.layers[index]
+    hidden_size = spec.hidden_size
+    if layer.attention_norm is not None:
+        yield _norm("layers.attention_norm", layer.attention_norm, hidden_size, index)
+    yield from _attention_modules(layer, hidden_size, index)
+    if layer.attention_post_norm is not None:
+        yield _norm("layers.attention_post_norm", layer.attention_post_norm, hidden_size, index)
+    if layer.mlp_norm is not None:
+        yield _norm("layers.mlp_norm", layer.mlp_norm, hidden_size, index)
+    yield from _mlp_modules(layer, hidden_size, index)
+    if layer.mlp_post_norm is not None:
+        yield _norm("layers.mlp_post_norm", layer.mlp_post_norm, hidden_size, index)
+
+
+def weight_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
+    """Bytes of all weights in ``dtype``, an upper bound to plan memory with before loading.
+
+    A tied head counts twice: kernels that pack linear weights keep the rows for the embedding and
+    a packed copy for the head.
+    """
+    elements = sum(module.numel for module in decoder_modules(spec))
+    if spec.tied_head:
+        elements += spec.vocab_size * spec.hidden_size
+    return elements * dtype.itemsize
+
+
+def _norm(name: str, norm: NormSpec, size: int, layer: int | None = None) -> Module:
+    return Module(name, "norm", (size,), bias=norm.bias, layer=layer)
+
+
+def _attention_modules(layer: LayerSpec, hidden_size: int, index: int) -> Iterator[Module]:
+    attention = layer.attention
+    yield Module(
+        "layers.qkv",
+        "linear",
+        (attention.query_size, attention.key_size, attention.value_size),
+        hidden_size,
+        bias=attention.qkv_bias,
+        layer=index,
+    )
+    if attention.qk_norm is not None:
+        norm, per_head = attention.qk_norm.norm, attention.qk_norm.per_head
+        head_size = attention.query_key_head_size
+        query_size = head_size if per_head else attention.query_size
+        key_size = head_size if per_head else attention.key_size
+        yield _norm("layers.q_norm", norm, query_size, index)
+        yield _norm("layers.k_norm", norm, key_size, index)
+    if attention.sinks:
+        yield Module("layers.sinks", "vector", (attention.num_heads,), layer=index)
+    yield Module(
+        "layers.output",
+        "linear",
+        (hidden_size,),
+        attention.output_size,
+        bias=attention.output_bias,
+        layer=index,
+    )
+
+
+def _mlp_modules(layer: LayerSpec, hidden_size: int, index: int) -> Iterator[Module]:
+    mlp = layer.mlp
+    size = mlp.intermediate_size
+    if isinstance(mlp, ExpertsSpec):
+        yield Module("layers.router", "linear", (mlp.num_experts,), hidden_size, layer=index)
+        for expert in range(mlp.num_experts):
+            for name, rows, columns in (
+                ("layers.experts.gate_up", (size, size), hidden_size),
+                ("layers.experts.down", (hidden_size,), size),
+            ):
+                yield Module(name, "linear", rows, columns, layer=index, expert=expert)
+        return
+    name, rows = ("layers.gate_up", (size, size)) if mlp.gated else ("layers.up", (size,))
+    yield Module(name, "linear", rows, hidden_size, bias=mlp.bias, layer=index)
+    yield Module("layers.down", "linear", (hidden_size,), size, bias=mlp.bias, layer=index)

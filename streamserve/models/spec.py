@@ -1,0 +1,181 @@
+"""What a decoder is, as data: one frozen tree that a family writes and the decoder reads.
+
+A family differs from another along few axes. Each axis is a field here; none is a subclass. Sizes
+are in elements, windows and positions in tokens.
+
+    DecoderSpec
+    ├── embedding, learned positions, embedding norm and scale
+    ├── layers: tuple[LayerSpec]          one per layer, so that layers may differ
+    │   ├── AttentionSpec                 heads, window, rope, qk-norm, biases, sinks, soft cap
+    │   ├── MlpSpec | ExpertsSpec
+    │   └── norms before and after each half; sequential or parallel residual
+    └── final norm, head (tied or not), logit scale and soft cap
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+NormKind = Literal["rms_norm", "layer_norm"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu", "quick_gelu"]
+RopeScalingKind = Literal["linear", "dynamic", "llama3", "yarn"]
+Residual = Literal["sequential", "parallel"]
+RouterKind = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """``weight_offset`` is added to the weight (Gemma stores ``weight - 1``)."""
+
+    kind: NormKind
+    eps: float
+    bias: bool = False
+    weight_offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How the rotary frequencies are stretched past the trained length.
+
+    ``original_max_position_embeddings`` is the length trained on before stretching. The ``*_freq``
+    fields belong to ``llama3``, ``beta_*``, ``attention_factor`` and ``truncate`` to ``yarn``.
+    ``attention_factor`` multiplies cos and sin.
+    """
+
+    kind: RopeScalingKind
+    factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary positions on the first ``rotary_dim`` elements of each head.
+
+    ``interleaved`` pairs elements (0, 1), (2, 3), … (GPT-J); otherwise (0, d/2), (1, d/2 + 1), …
+    """
+
+    base: float
+    rotary_dim: int
+    interleaved: bool = False
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QkNormSpec:
+    """A norm of queries and keys before rotation, over each head or over all heads at once."""
+
+    norm: NormSpec
+    per_head: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """``num_kv_heads`` covers MHA (= heads), GQA and MQA (= 1); ``window`` counts the token itself.
+
+    ``window=None`` is full attention. ``rope=None`` with ``alibi=False`` leaves order to learned
+    positions, or to nothing. ``soft_cap`` bounds the scores by ``cap * tanh(score / cap)``.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    query_key_head_size: int
+    value_head_size: int
+    scale: float
+    window: int | None = None
+    rope: RopeSpec | None = None
+    alibi: bool = False
+    qk_norm: QkNormSpec | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    soft_cap: float | None = None
+    sinks: bool = False
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.query_key_head_size
+
+    @property
+    def key_size(self) -> int:
+        return self.num_kv_heads * self.query_key_head_size
+
+    @property
+    def value_size(self) -> int:
+        return self.num_kv_heads * self.value_head_size
+
+    @property
+    def output_size(self) -> int:
+        return self.num_heads * self.value_head_size
+
+
+@dataclass(frozen=True, slots=True)
+class MlpSpec:
+    """``down(act(gate(x)) * up(x))`` when gated, else ``down(act(up(x)))``."""
+
+    intermediate_size: int
+    activation: Activation
+    gated: bool
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """Gated experts without biases; each token goes to its ``top_k`` by router probability."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    activation: Activation
+    router: RouterKind = "softmax"
+    renormalise: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One block.
+
+    ``attention_norm`` and ``mlp_norm`` come before their half, the ``*_post_norm`` after it and
+    before the residual is added. In a parallel block both halves read the same input; with
+    ``mlp_norm=None`` they share the attention's normed input. ``residual_scale`` multiplies what
+    each half adds.
+    """
+
+    attention: AttentionSpec
+    mlp: MlpSpec | ExpertsSpec
+    attention_norm: NormSpec | None
+    mlp_norm: NormSpec | None
+    attention_post_norm: NormSpec | None = None
+    mlp_post_norm: NormSpec | None = None
+    residual: Residual = "sequential"
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedPositions:
+    """A table of ``num_positions`` rows; position ``p`` reads row ``p + offset`` (OPT: 2)."""
+
+    num_positions: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """A whole decoder-only language model. ``logit_scale`` multiplies, then the soft cap bounds."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    final_norm: NormSpec | None
+    learned_positions: LearnedPositions | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: NormSpec | None = None
+    tied_head: bool = False
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None

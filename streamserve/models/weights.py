@@ -1,0 +1,129 @@
+"""The decoder's weights on their device, packed for the kernels, built module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from streamserve_kernels import Kernels, PackedLinear
+from torch import Tensor
+
+from .checkpoint import Leaf, WeightSource
+from .parameters import (
+    Module,
+    embedding_module,
+    final_modules,
+    layer_modules,
+    position_modules,
+    weight_bytes,
+)
+from .spec import DecoderSpec
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) while weights load."""
+
+
+@dataclass(frozen=True, slots=True)
+class NormWeights:
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(slots=True)
+class Weights:
+    """One layer's modules, or those around the layers, by the names of `parameters`."""
+
+    linears: dict[str, PackedLinear] = field(default_factory=dict)
+    norms: dict[str, NormWeights] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    expert_gate_up: list[PackedLinear] = field(default_factory=list)
+    expert_down: list[PackedLinear] = field(default_factory=list)
+
+    def nbytes(self) -> int:
+        packed = (*self.linears.values(), *self.expert_gate_up, *self.expert_down)
+        norms = (part for norm in self.norms.values() for part in (norm.weight, norm.bias))
+        tensors = (*self.tensors.values(), *norms)
+        return sum(linear.nbytes for linear in packed) + sum(
+            tensor.nbytes for tensor in tensors if tensor is not None
+        )
+
+
+@dataclass(slots=True)
+class DecoderWeights:
+    outer: Weights
+    layers: list[Weights]
+
+    def nbytes(self) -> int:
+        """Bytes resident; a tied head that the kernels did not pack counts twice."""
+        return self.outer.nbytes() + sum(layer.nbytes() for layer in self.layers)
+
+
+def build_weights(
+    spec: DecoderSpec,
+    source: WeightSource,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> DecoderWeights:
+    """Fetches every module and packs it at once, so that only one is ever held twice."""
+    builder = _Builder(source, kernels, dtype, device, weight_bytes(spec, dtype), progress)
+    outer = Weights()
+    builder.add(outer, (embedding_module(spec), *position_modules(spec)))
+    layers = []
+    for index in range(len(spec.layers)):
+        layer = Weights()
+        builder.add(layer, layer_modules(spec, index))
+        layers.append(layer)
+    builder.add(outer, final_modules(spec))
+    if spec.tied_head:
+        outer.linears["head"] = kernels.prepare_linear(outer.tensors["embedding"], None)
+    if progress is not None:
+        progress(builder.total, builder.total)
+    return DecoderWeights(outer, layers)
+
+
+class _Builder:
+    def __init__(
+        self,
+        source: WeightSource,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        device: torch.device,
+        total: int,
+        progress: Progress | None,
+    ) -> None:
+        self.total = total
+        self._done = 0
+        self._source = source
+        self._kernels = kernels
+        self._dtype = dtype
+        self._device = device
+        self._progress = progress
+
+    def add(self, weights: Weights, modules: Iterable[Module]) -> None:
+        for module in modules:
+            self._add(weights, module)
+            self._done += module.numel * self._dtype.itemsize
+            if self._progress is not None:
+                self._progress(self._done, self.total)
+
+    def _add(self, weights: Weights, module: Module) -> None:
+        weight = self._fetch(module, "weight")
+        bias = self._fetch(module, "bias") if module.bias else None
+        if module.role == "norm":
+            weights.norms[module.name] = NormWeights(weight, bias)
+        elif module.role != "linear":
+            weights.tensors[module.name] = weight
+        else:
+            packed = self._kernels.prepare_linear(weight, bias)
+            if module.name == "layers.experts.gate_up":
+                weights.expert_gate_up.append(packed)
+            elif module.name == "layers.experts.down":
+                weights.expert_down.append(packed)
+            else:
+                weights.linears[module.name] = packed
+
+    def _fetch(self, module: Module, leaf: Leaf) -> Tensor:
+        return self._source.fetch(module, leaf, self._dtype).to(self._device)
