@@ -1,0 +1,1 @@
+"""Step loop, streams, tokeniser, detokeniser: asyncio, no torch."""

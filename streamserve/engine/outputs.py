@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from streamserve.core.plan import TokenLogprobs
@@ -46,3 +47,17 @@ class RequestOutput:
             stop_reason=later.stop_reason,
             num_merged=self.num_merged + later.num_merged,
         )
+
+
+def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Fold ``merge`` over at least one output, in time linear in their size."""
+    last = outputs[-1]
+    return RequestOutput(
+        text="".join([output.text for output in outputs]),
+        token_ids=[token_id for output in outputs for token_id in output.token_ids],
+        usage=last.usage,
+        logprobs=[entry for output in outputs for entry in output.logprobs],
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        num_merged=sum([output.num_merged for output in outputs]),
+    )

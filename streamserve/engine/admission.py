@@ -1,0 +1,64 @@
+"""What can be known of a request before it is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.errors import ContextLengthError, InvalidParameterError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionLimits:
+    """The model's limits: positions and rows of the vocabulary."""
+
+    max_model_len: int
+    vocab_size: int
+
+    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> SamplingParams:
+        """Return ``params`` with ``max_tokens`` settled.
+
+        Raises ``InvalidParameterError`` or ``ContextLengthError``.
+        """
+        if not prompt_token_ids:
+            raise InvalidParameterError("prompt must hold at least one token", param="prompt")
+        self._check_ids("prompt", prompt_token_ids)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("logit_bias", params.logit_bias)
+        num_prompt_tokens = len(prompt_token_ids)
+        num_left = self.max_model_len - num_prompt_tokens
+        if num_left < 1:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.max_model_len} tokens. However, "
+                f"your prompt has {num_prompt_tokens} tokens, which leaves no room for an answer. "
+                "Please reduce the length of the messages."
+            )
+        if params.max_tokens is None:
+            if params.min_tokens > num_left:
+                raise ContextLengthError(
+                    self._message(num_prompt_tokens, params.min_tokens), param="min_tokens"
+                )
+            return replace(params, max_tokens=num_left)
+        if params.max_tokens > num_left:
+            raise ContextLengthError(
+                self._message(num_prompt_tokens, params.max_tokens), param="max_tokens"
+            )
+        return params
+
+    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        low, high = min(token_ids, default=0), max(token_ids, default=0)
+        if low < 0 or high >= self.vocab_size:
+            raise InvalidParameterError(
+                f"{name} must hold token ids from 0 to {self.vocab_size - 1}, "
+                f"got {low if low < 0 else high}",
+                param=name,
+            )
+
+    def _message(self, num_prompt_tokens: int, num_output_tokens: int) -> str:
+        return (
+            f"This model's maximum context length is {self.max_model_len} tokens. However, you "
+            f"requested {num_prompt_tokens + num_output_tokens} tokens ({num_prompt_tokens} in "
+            f"the messages, {num_output_tokens} in the completion). Please reduce the length of "
+            "the messages or completion."
+        )

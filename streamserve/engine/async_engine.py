@@ -1,0 +1,451 @@
+"""The step loop: one asyncio task that schedules, launches, and turns ids into text.
+
+One turn::
+
+    schedule -> launch -> text of the step before -> await the step's ids -> update
+                          ^ overlaps with the forward
+
+Everything here runs on the event loop and is atomic between two awaits, so nothing needs a lock.
+The device thread sees a plan and returns a result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from streamserve.core.clock import Clock, monotonic
+from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
+from streamserve.core.request import FinishReason, Request
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.scheduler import RequestUpdate, Scheduler
+from streamserve.engine.admission import AdmissionLimits
+from streamserve.engine.garbage import collect_idle
+from streamserve.engine.output_processor import OutputProcessor
+from streamserve.engine.stream import RequestStream
+from streamserve.engine.tokenizer import Tokenizer
+from streamserve.errors import EngineDeadError, EngineError, InvalidParameterError, RequestError
+
+logger = logging.getLogger(__name__)
+
+MAX_CONSECUTIVE_FAILED_STEPS = 3
+_STOP_GRACE_S = 10.0
+"""How long ``stop`` waits for a step that is on the device after every request has ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot; the last five count since the start. ``kv_usage`` is a share, 0 to 1."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    num_steps: int
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+
+
+class _Live:
+    """What the engine holds of a request that has not ended."""
+
+    __slots__ = ("processor", "request", "stream")
+
+    def __init__(self, request: Request, stream: RequestStream, processor: OutputProcessor) -> None:
+        self.request = request
+        self.stream = stream
+        self.processor = processor
+
+
+class _DeadError(Exception):
+    """Leaves the step loop: the engine cannot go on."""
+
+
+class AsyncEngine:
+    """Serves requests with one scheduler and one runner. Event-loop thread only.
+
+    A step that raises fails the requests in it (their streams raise ``EngineError``) and the
+    engine goes on. After ``MAX_CONSECUTIVE_FAILED_STEPS`` of them, or when the scheduler itself
+    raises and its accounting can no longer be trusted, the engine is dead: every stream and every
+    later ``submit`` raises ``EngineDeadError`` with the reason.
+    """
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        tokenizer: Tokenizer,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+        clock: Clock = monotonic,
+        vocab_size: int | None = None,
+        idle_delay_s: float = 1.0,
+    ) -> None:
+        """``vocab_size``: the model's rows, if not as many as the tokenizer has ids.
+
+        After ``idle_delay_s`` without work the accounting is checked and garbage collected.
+        """
+        self._scheduler = scheduler
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._clock = clock
+        self._limits = AdmissionLimits(
+            max_model_len=max_model_len,
+            vocab_size=tokenizer.vocab_size if vocab_size is None else vocab_size,
+        )
+        self._idle_delay_s = idle_delay_s
+        self._max_steps_in_flight = scheduler.config.max_steps_in_flight
+        self._seeds = random.Random()
+        self._live: dict[str, _Live] = {}
+        self._in_flight: deque[tuple[int, Future[ModelRunnerOutput]]] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()  # there may be work again
+        self._is_stopping = False
+        self._dead_reason: str | None = None
+        self._num_consecutive_failures = 0
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generation_tokens = 0
+
+    # The public face: called by the API between two awaits of the step loop.
+
+    async def start(self) -> None:
+        """Create the step loop's task. ``submit`` works before: requests then wait."""
+        if self._task is not None:
+            raise RuntimeError("the engine was started already")
+        self._task = asyncio.create_task(self._run(), name="streamserve-step-loop")
+
+    async def stop(self, *, drain_timeout_s: float = 0.0) -> None:
+        """Refuse new requests, let the others finish until the timeout, then abort the rest.
+
+        Idempotent; a second call with a shorter timeout cuts the first one's short. Closes the
+        runner.
+        """
+        self._is_stopping = True
+        self._wake.set()
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=drain_timeout_s)
+        for request_id in list(self._live):
+            self.abort(request_id)
+        if self._task is not None:
+            _, late = await asyncio.wait([self._task], timeout=_STOP_GRACE_S)
+            if late:
+                logger.error("a step has hung for %g s: leaving it behind", _STOP_GRACE_S)
+                self._task.cancel()
+                return
+        self._runner.close()
+
+    def submit(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str = "",
+        arrival_time: float | None = None,
+        choice_index: int = 0,
+    ) -> RequestStream:
+        """Queue a request, or say why not before anything is queued.
+
+        ``params.max_tokens`` of ``None`` means the rest of the context. Raises
+        ``InvalidParameterError``, ``ContextLengthError``, ``QueueFullError`` or
+        ``EngineDeadError`` (also when the engine is stopping).
+        """
+        self._raise_if_dead()
+        if self._is_stopping:
+            raise EngineDeadError("the server is shutting down and takes no new requests")
+        if request_id in self._live:
+            raise InvalidParameterError(
+                f"request_id must be unique, got {request_id!r} twice", param="request_id"
+            )
+        params = self._limits.check(prompt_token_ids, params)
+        self._scheduler.check_fits(len(prompt_token_ids), params)
+        arrival_time = self._clock() if arrival_time is None else arrival_time
+        request = Request(
+            request_id,
+            prompt_token_ids,
+            params,
+            arrival_time=arrival_time,
+            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
+            eos_token_ids=self._eos_token_ids,
+            choice_index=choice_index,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        processor = OutputProcessor(self._tokenizer, request)
+        stream = RequestStream(
+            request_id, len(prompt_token_ids), arrival_time=arrival_time, on_close=self.abort
+        )
+        try:
+            self._scheduler.add(request)
+        except RequestError:
+            raise
+        except Exception as error:
+            self._die("the scheduler failed to add a request", error)
+            self._raise_if_dead()
+        self._live[request_id] = _Live(request, stream, processor)
+        self._wake.set()
+        return stream
+
+    def abort(self, request_id: str) -> bool:
+        """End a request with ``ABORT``; its blocks are free by the next step.
+
+        Returns whether there was one to end.
+        """
+        live = self._live.get(request_id)
+        if live is None:
+            return False
+        self._finish(live, FinishReason.ABORT)
+        if not live.stream.has_ended:  # dying has ended it
+            self._end(live)
+            live.stream.put(live.processor.abort())
+        self._wake.set()
+        return True
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether every request fails until the process is restarted."""
+        return self._dead_reason is not None
+
+    @property
+    def dead_reason(self) -> str | None:
+        """Why, in one line, ``None`` while alive."""
+        return self._dead_reason
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is live and no step in flight."""
+        return not self._live and not self._in_flight
+
+    def stats(self) -> EngineStats:
+        """What there is to count. Cheap: may be called for every scrape and every log line."""
+        scheduler = self._scheduler
+        cache = scheduler.kv_cache
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_usage=cache.usage,
+            prefix_query_tokens=cache.stats.num_queried_tokens,
+            prefix_hit_tokens=cache.stats.num_hit_tokens,
+            num_steps=self._num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            prompt_tokens=self._num_prompt_tokens,
+            generation_tokens=self._num_generation_tokens,
+        )
+
+    # The step loop.
+
+    async def _run(self) -> None:
+        try:
+            await self._step_loop()
+        except _DeadError as error:
+            self._die(str(error), error.__cause__)
+        except asyncio.CancelledError:
+            self._die("the step loop was cancelled", None)
+            raise
+        except Exception as error:
+            self._die("the step loop failed", error)
+
+    async def _step_loop(self) -> None:
+        updates: list[RequestUpdate] = []
+        while self._dead_reason is None:
+            self._launch_steps()
+            if updates:
+                self._publish(updates)
+                updates = []
+            if self._in_flight:
+                updates = await self._retire_step()
+            elif self._is_stopping and not self._live:
+                return
+            else:
+                await self._wait_for_work()
+
+    def _launch_steps(self) -> None:
+        """Fill the device's queue as far as the scheduler has something to launch."""
+        while len(self._in_flight) < self._max_steps_in_flight:
+            plan = self._scheduler.schedule()
+            if plan is None:
+                return
+            try:
+                self._runner.launch(plan)
+                # No request needs masks yet, so the device need not wait for the host here.
+                future = self._runner.sample(plan.step_id)
+            except Exception as error:
+                self._fail_step(plan.step_id, error)
+                continue
+            self._in_flight.append((plan.step_id, future))
+            self._num_steps += 1
+            if plan.new_requests:
+                self._stamp_first_scheduled(plan)
+
+    def _stamp_first_scheduled(self, plan: SchedulerOutput) -> None:
+        now = self._clock()
+        for new in plan.new_requests:  # a preempted request is new to the runner again
+            timings = self._live[new.request_id].stream.timings
+            if timings.first_scheduled is None:
+                timings.first_scheduled = now
+
+    async def _retire_step(self) -> list[RequestUpdate]:
+        """Wait for the oldest step in flight and book what it sampled."""
+        step_id, future = self._in_flight[0]
+        if future.done():
+            # Readers and sockets get one turn of the event loop for every step.
+            await asyncio.sleep(0)
+        else:
+            await _until_done(future)
+        self._in_flight.popleft()
+        if self._dead_reason is not None:  # an abort or submit met a broken scheduler meanwhile
+            return []
+        try:
+            output = future.result()
+        except Exception as error:
+            self._fail_step(step_id, error)
+            return []
+        self._num_consecutive_failures = 0
+        return self._scheduler.update(output)
+
+    def _publish(self, updates: list[RequestUpdate]) -> None:
+        """Do the text work of a step and leave the outputs in the mailboxes."""
+        now = self._clock()
+        for update in updates:
+            request = update.request
+            live = self._live.get(request.request_id)
+            if live is None:  # its next step failed at launch
+                continue
+            try:
+                output = live.processor.process(
+                    update.new_token_ids,
+                    update.logprobs,
+                    update.finish_reason,
+                    request.stop_reason,
+                )
+            except Exception as error:
+                self._fail_request(live, error)
+                continue
+            timings = live.stream.timings
+            if timings.first_token is None:
+                timings.first_token = now
+                self._num_prompt_tokens += request.num_prompt_tokens
+            timings.last_token = now
+            self._num_generation_tokens += len(output.token_ids)
+            if output.finish_reason is not None:
+                if update.finish_reason is None:
+                    # A stop string: the token that the step in flight samples is discarded.
+                    self._finish(
+                        live,
+                        FinishReason.STOP,
+                        num_output_tokens=live.processor.num_output_tokens,
+                        stop_reason=output.stop_reason,
+                    )
+                self._end(live)
+            live.stream.put(output)
+
+    async def _wait_for_work(self) -> None:
+        """Sleep until a request arrives or leaves; put the house in order if that takes long."""
+        self._wake.clear()
+        if self._live or self._is_stopping:
+            await self._wake.wait()
+            return
+        try:
+            async with asyncio.timeout(self._idle_delay_s):
+                await self._wake.wait()
+            return
+        except TimeoutError:
+            pass
+        self._scheduler.kv_cache.check_integrity()
+        collect_idle()
+        await self._wake.wait()
+
+    # Ends: each of a request's ends comes through ``_end``, once.
+
+    def _end(self, live: _Live) -> None:
+        del self._live[live.request.request_id]
+        live.stream.timings.finished = self._clock()
+
+    def _finish(
+        self,
+        live: _Live,
+        reason: FinishReason,
+        *,
+        num_output_tokens: int | None = None,
+        stop_reason: int | str | None = None,
+    ) -> None:
+        """Tell the scheduler that a request ends for a reason that it cannot know itself."""
+        try:
+            self._scheduler.finish(
+                live.request, reason, num_output_tokens=num_output_tokens, stop_reason=stop_reason
+            )
+        except Exception as error:
+            self._die("the scheduler failed to finish a request", error)
+
+    def _fail_request(self, live: _Live, error: Exception) -> None:
+        logger.error("request %s failed in text work", live.request.request_id, exc_info=error)
+        self._finish(live, FinishReason.ERROR)
+        if not live.stream.has_ended:
+            self._end(live)
+            live.stream.fail(EngineError(f"the output could not be decoded: {_name_of(error)}"))
+
+    def _fail_step(self, step_id: int, error: Exception) -> None:
+        """Fail the requests of a step. Raises ``_DeadError`` if steps keep failing."""
+        logger.error("step %d failed", step_id, exc_info=error)
+        for request in self._scheduler.fail_step(step_id):
+            live = self._live.get(request.request_id)
+            if live is not None:
+                self._end(live)
+                live.stream.fail(EngineError(f"the model step failed: {_name_of(error)}"))
+        self._num_consecutive_failures += 1
+        if self._num_consecutive_failures >= MAX_CONSECUTIVE_FAILED_STEPS:
+            raise _DeadError(f"{self._num_consecutive_failures} steps in a row failed") from error
+
+    def _die(self, reason: str, cause: BaseException | None) -> None:
+        if self._dead_reason is not None:
+            return
+        if cause is not None:
+            reason = f"{reason}: {_name_of(cause)}"
+        self._dead_reason = reason
+        logger.critical("the engine is dead: %s", reason, exc_info=cause)
+        for live in list(self._live.values()):
+            self._end(live)
+            live.stream.fail(self._dead_error())
+        self._wake.set()
+
+    def _dead_error(self) -> EngineDeadError:
+        return EngineDeadError(f"the engine is dead: {self._dead_reason}")
+
+    def _raise_if_dead(self) -> None:
+        if self._dead_reason is not None:
+            raise self._dead_error()
+
+
+async def _until_done(future: Future[ModelRunnerOutput]) -> None:
+    """Wait for another thread's future; leaves its result and its exception in it."""
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+    future.add_done_callback(lambda _: _call_soon(loop, waiter))
+    await waiter
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None:
+    try:
+        loop.call_soon_threadsafe(_resolve, waiter)
+    except RuntimeError:  # the loop was closed while the device worked
+        pass
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _name_of(error: BaseException) -> str:
+    """What a client may read of an internal error: its kind. The log has the rest."""
+    return type(error).__name__

@@ -1,0 +1,175 @@
+"""Token ids to text as they come: never half a character, and none lost at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.engine.pieces import PieceTable
+from streamserve.engine.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+_MAX_HELD = 32
+"""Tokens held back at most by the general way: a character spans four, the rest is U+FFFD."""
+
+
+class IncrementalDetokenizer:
+    """Decodes what follows a prompt. Not shared between requests; any one thread.
+
+    What ``add`` and then ``finish`` return, put together, is what ``tokenizer.decode`` of prompt
+    and output has after the prompt's own (complete) text, however the ids are cut into calls.
+    One exception: ``ByteFallback`` turns *all* of a run of byte tokens into U+FFFD when the run is
+    not valid UTF-8 as a whole. Characters of such a run that were complete have been shown by
+    then, and stay; only the bytes that belong to none become U+FFFD.
+    """
+
+    __slots__ = ("add", "finish")
+
+    add: Callable[[Sequence[int]], str]
+    """Take the next ids and return the text that has become certain."""
+    finish: Callable[[], str]
+    """Return what was held back: a character that stays incomplete, as ``decode`` gives it."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams
+    ) -> None:
+        skip = params.skip_special_tokens
+        pieces = tokenizer.pieces(skip_special_tokens=skip)
+        way: _PieceDetokenizer | _WindowDetokenizer
+        if pieces is not None:
+            way = _PieceDetokenizer(pieces, prompt_token_ids)
+        else:
+            way = _WindowDetokenizer(tokenizer, prompt_token_ids, skip)
+        self.add = way.add
+        self.finish = way.finish
+
+
+class _PieceDetokenizer:
+    """Every token's text is in a table; bytes of a character wait until it is complete."""
+
+    __slots__ = ("_num_to_strip", "_pending", "_pieces")
+
+    def __init__(self, pieces: PieceTable, prompt_token_ids: Sequence[int]) -> None:
+        self._pieces = pieces
+        self._pending = b""
+        self._num_to_strip = pieces.strip_left
+        if self._num_to_strip and any(pieces[token_id] for token_id in reversed(prompt_token_ids)):
+            self._num_to_strip = 0
+        # The prompt may end inside a character, which then is the output's.
+        start = len(prompt_token_ids)
+        while start and isinstance(pieces[prompt_token_ids[start - 1]], bytes):
+            start -= 1
+        if start < len(prompt_token_ids):
+            self.add(prompt_token_ids[start:])
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        pieces = self._pieces
+        if len(token_ids) == 1 and not self._pending:
+            piece = pieces[token_ids[0]]
+            if piece.__class__ is str and not self._num_to_strip:
+                return piece
+        texts = []
+        for token_id in token_ids:
+            piece = pieces[token_id]
+            if isinstance(piece, bytes):
+                texts.append(self._add_bytes(piece))
+            elif piece:
+                if self._pending:
+                    texts.append(self._flush())
+                texts.append(piece)
+        return self._strip("".join(texts))
+
+    def finish(self) -> str:
+        return self._strip(self._flush())
+
+    def _add_bytes(self, piece: bytes) -> str:
+        """Take the whole characters out of ``pending + piece``; keep the beginning of one."""
+        data = self._pending + piece
+        text = ""
+        while True:
+            try:
+                text += data.decode()
+            except UnicodeDecodeError as error:
+                text += data[: error.start].decode()
+                if error.reason == "unexpected end of data":
+                    self._pending = data[error.start :]
+                    return text
+                text += _REPLACEMENT * (error.end - error.start if self._pieces.per_byte else 1)
+                data = data[error.end :]
+            else:
+                self._pending = b""
+                return text
+
+    def _flush(self) -> str:
+        num_bytes = len(self._pending)
+        self._pending = b""
+        return _REPLACEMENT * (num_bytes if self._pieces.per_byte else min(num_bytes, 1))
+
+    def _strip(self, text: str) -> str:
+        while self._num_to_strip and text:
+            if text[0] == " ":
+                self._num_to_strip -= 1
+                text = text[1:]
+            else:
+                self._num_to_strip = 0
+        return text
+
+
+class _WindowDetokenizer:
+    """For any decoder: the text of a token is what it adds to that of the tokens before it.
+
+    ::
+
+        ids   … | context: shown, complete | held: not shown yet | new
+                ^ _ids[0]                  ^ _num_shown
+    """
+
+    __slots__ = ("_ids", "_num_shown", "_skip", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip
+        self._ids: list[int] = []
+        self._num_shown = 0
+        self._prime(prompt_token_ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+    def _prime(self, prompt_token_ids: Sequence[int]) -> None:
+        """Start behind the shortest end of the prompt that has text and is whole characters."""
+        size, num_prompt_tokens = 4, len(prompt_token_ids)
+        while True:
+            self._ids = list(prompt_token_ids[-size:])
+            text = self._decode(self._ids)
+            if size >= num_prompt_tokens or (text and text[0] != _REPLACEMENT):
+                break
+            size *= 2
+        complete = len(self._ids)
+        while complete and self._decode(self._ids[:complete])[-1:] == _REPLACEMENT:
+            complete -= 1
+        self._num_shown = complete or len(self._ids)
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        return "".join([self._add_one(token_id) for token_id in token_ids])
+
+    def finish(self) -> str:
+        shown = self._decode(self._ids[: self._num_shown])
+        return self._decode(self._ids)[len(shown) :]
+
+    def _add_one(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        shown = self._decode(self._ids[: self._num_shown])
+        text = self._decode(self._ids)
+        num_held = len(self._ids) - self._num_shown
+        if len(text) <= len(shown):
+            if num_held == 1:
+                self._ids.pop()  # a token without text, such as a skipped one
+            return ""
+        if text[-1] == _REPLACEMENT and num_held < _MAX_HELD:
+            return ""
+        # The next window begins where this one's context ended: its first token has text, so
+        # whatever the decoder does at the beginning of a text happens to both decodes alike.
+        del self._ids[: self._num_shown]
+        self._num_shown = len(self._ids)
+        return text[len(shown) :]

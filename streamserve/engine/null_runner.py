@@ -1,0 +1,110 @@
+"""Tokens without a model: what everything but the model costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+
+from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+
+Pace = Callable[[Callable[[], None]], None]
+"""Called with ``resolve`` for every step, on the event loop; calls it when the step may end."""
+
+
+class NullRunner:
+    """A ``ModelRunner`` that samples ``token_ids[(key + output position) % n]``.
+
+    ``key`` is a hash of the request's id with ``per_request``, else 0: every request then answers
+    the same. Without a ``pace`` a step's future is done when ``sample`` returns. A ``pace`` decides
+    when it resolves: a benchmark starts the next step when every reader has read this one.
+
+    Keeps no tensors but counts as a runner would: ``num_computed_tokens`` by request id.
+    """
+
+    def __init__(
+        self,
+        token_ids: Sequence[int] = (0,),
+        *,
+        per_request: bool = False,
+        pace: Pace | None = None,
+    ) -> None:
+        if not token_ids:
+            raise ValueError("token_ids must hold at least one id, got none")
+        self._token_ids = tuple(token_ids)
+        self._per_request = per_request
+        self._pace = pace
+        self._keys: dict[str, int] = {}
+        self._num_logprobs: dict[str, int] = {}
+        self._plan: SchedulerOutput | None = None
+        self.num_computed_tokens: dict[str, int] = {}
+        self.num_steps = 0
+        self.is_closed = False
+
+    def launch(self, plan: SchedulerOutput) -> None:
+        """Book the plan. Raises nothing, computes nothing."""
+        for request_id in plan.released_ids:
+            self._keys.pop(request_id, None)
+            self._num_logprobs.pop(request_id, None)
+            self.num_computed_tokens.pop(request_id, None)
+        for new in plan.new_requests:
+            self._keys[new.request_id] = self._key_of(new.request_id)
+            if new.sampling_params.logprobs is not None:
+                self._num_logprobs[new.request_id] = new.sampling_params.logprobs
+        computed = self.num_computed_tokens
+        for scheduled in plan.scheduled:
+            computed[scheduled.request_id] = scheduled.start + len(scheduled.token_ids)
+        self._plan = plan
+        self.num_steps += 1
+
+    def sample(
+        self, step_id: int, masks: Mapping[str, bytes] | None = None
+    ) -> Future[ModelRunnerOutput]:
+        """Return a future that is done, or that ``pace`` resolves."""
+        plan = self._plan
+        assert plan is not None, f"step {step_id} is sampled before it was launched"
+        assert plan.step_id == step_id, f"step {plan.step_id} was launched, {step_id} is sampled"
+        future: Future[ModelRunnerOutput] = Future()
+        output = self._output_of(plan)
+        if self._pace is None:
+            future.set_result(output)
+        else:
+            self._pace(lambda: future.set_result(output))
+        return future
+
+    def close(self) -> None:
+        """There is nothing to free. Idempotent."""
+        self.is_closed = True
+
+    def _output_of(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+        keys, ids, size = self._keys, self._token_ids, len(self._token_ids)
+        sampled = [
+            [ids[(keys[s.request_id] + s.output_position) % size]] if s.sample else []
+            for s in plan.scheduled
+        ]
+        logprobs = None
+        if self._num_logprobs:
+            logprobs = [
+                self._logprobs_of(token_ids, self._num_logprobs.get(s.request_id))
+                for s, token_ids in zip(plan.scheduled, sampled, strict=True)
+            ]
+        return ModelRunnerOutput(plan.step_id, sampled, logprobs)
+
+    def _logprobs_of(self, token_ids: list[int], num_top: int | None) -> list[TokenLogprobs]:
+        """The sampled token is certain; the others listed are the lowest ids, as good as never."""
+        if num_top is None:
+            return []
+        entries = []
+        for token_id in token_ids:
+            others = [(other, -100.0) for other in range(num_top) if other != token_id]
+            top = ((token_id, 0.0), *others)[:num_top]
+            entries.append(TokenLogprobs(token_id, 0.0, top))
+        return entries
+
+    def _key_of(self, request_id: str) -> int:
+        if not self._per_request:
+            return 0
+        # Not ``hash``: it differs from process to process.
+        key = 0
+        for character in request_id:
+            key = (key * 31 + ord(character)) & 0xFFFFFFFF
+        return key

@@ -1,0 +1,126 @@
+"""One request's way from token ids to what its reader sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamserve.core.plan import TokenLogprobs
+from streamserve.core.request import FinishReason, Request
+from streamserve.engine.detokenizer import IncrementalDetokenizer
+from streamserve.engine.outputs import RequestOutput, Usage
+from streamserve.engine.stop import StopChecker
+from streamserve.engine.tokenizer import Tokenizer
+
+
+class OutputProcessor:
+    """Detokenises, looks for stop strings, counts. Event-loop thread only.
+
+    ``num_output_tokens`` counts what the reader has been given: end-of-sequence and stop tokens
+    belong to it, tokens behind a stop string do not.
+    """
+
+    __slots__ = (
+        "_add",
+        "_finish",
+        "_keep_stop_token",
+        "_min_tokens",
+        "_request",
+        "_stop",
+        "num_output_tokens",
+    )
+
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        params = request.sampling_params
+        detokenizer = IncrementalDetokenizer(tokenizer, request.token_ids, params)
+        self._add = detokenizer.add
+        self._finish = detokenizer.finish
+        self._stop = (
+            StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
+        )
+        self._keep_stop_token = params.include_stop_str_in_output
+        self._min_tokens = params.min_tokens
+        self._request = request
+        self.num_output_tokens = 0
+
+    def process(
+        self,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs],
+        finish_reason: FinishReason | None,
+        stop_reason: int | str | None,
+    ) -> RequestOutput:
+        """Return the news of one step.
+
+        The output's ``finish_reason`` is ``STOP`` with a string as ``stop_reason`` if a stop
+        string ended in these tokens; those behind it are then dropped.
+        """
+        if self._stop is not None:
+            return self._process_with_stops(token_ids, logprobs, finish_reason, stop_reason)
+        self.num_output_tokens += len(token_ids)
+        if finish_reason is None:
+            text = self._add(token_ids)
+        else:
+            text = self._add(self._shown_ids(token_ids, finish_reason)) + self._finish()
+        return self._output(text, token_ids, logprobs, finish_reason, stop_reason)
+
+    def abort(self) -> RequestOutput:
+        """Return the last output of a request that ends between two steps."""
+        text = ""
+        if self.num_output_tokens:
+            text = self._finish()
+            if self._stop is not None:
+                text = self._stop.add(text, may_stop=False)[0] + self._stop.flush()
+        return self._output(text, [], [], FinishReason.ABORT, None)
+
+    def _process_with_stops(
+        self,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs],
+        finish_reason: FinishReason | None,
+        stop_reason: int | str | None,
+    ) -> RequestOutput:
+        stop = self._stop
+        assert stop is not None
+        text = ""
+        before = self.num_output_tokens
+        shown_ids = self._shown_ids(token_ids, finish_reason)
+        for n, token_id in enumerate(shown_ids, start=1):
+            certain, matched = stop.add(
+                self._add((token_id,)), may_stop=before + n > self._min_tokens
+            )
+            text += certain
+            if matched is not None:
+                self.num_output_tokens += n
+                return self._output(
+                    text,
+                    token_ids[:n],
+                    logprobs[:n],
+                    FinishReason.STOP,
+                    matched,
+                )
+        self.num_output_tokens += len(token_ids)
+        if finish_reason is not None:
+            may_stop = self.num_output_tokens > self._min_tokens
+            certain, matched = stop.add(self._finish(), may_stop=may_stop)
+            text += certain + stop.flush()
+            if matched is not None:
+                finish_reason, stop_reason = FinishReason.STOP, matched
+        return self._output(text, token_ids, logprobs, finish_reason, stop_reason)
+
+    def _shown_ids(self, token_ids: list[int], finish_reason: FinishReason | None) -> Sequence[int]:
+        """Leave out the token that ended the request: end-of-sequence or a stop id (as vLLM)."""
+        if finish_reason is FinishReason.STOP and not self._keep_stop_token:
+            return token_ids[:-1]
+        return token_ids
+
+    def _output(
+        self,
+        text: str,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs],
+        finish_reason: FinishReason | None,
+        stop_reason: int | str | None,
+    ) -> RequestOutput:
+        request = self._request
+        usage = Usage(request.num_prompt_tokens, self.num_output_tokens, request.num_cached_tokens)
+        return RequestOutput(text, token_ids, usage, logprobs, finish_reason, stop_reason)

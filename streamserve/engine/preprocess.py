@@ -1,0 +1,118 @@
+"""From what a client sent to token ids, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+from streamserve.engine.chat_template import ChatTemplate, Message
+from streamserve.engine.tokenizer import Tokenizer
+from streamserve.errors import InvalidParameterError
+
+_T = TypeVar("_T")
+
+INLINE_CHARACTERS = 256
+"""Up to here a text costs less than the way to another thread and back."""
+
+
+class ChatPrompt(NamedTuple):
+    """A rendered chat and its token ids."""
+
+    text: str
+    token_ids: list[int]
+
+
+class Preprocessor:
+    """Renders and tokenises on a small thread pool, with a time limit. Event-loop thread only.
+
+    ``tokenizers`` releases the interpreter lock; Jinja does not, but a chat of ordinary length
+    renders in well under a millisecond.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None = None,
+        *,
+        timeout_s: float = 10.0,
+        num_threads: int = 2,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._timeout_s = timeout_s
+        self._num_threads = num_threads
+        self._pool: ThreadPoolExecutor | None = None
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``. Raises ``InvalidParameterError`` past the time limit."""
+
+        def work() -> list[int]:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        return await self._run(work, num_characters=len(text), param="prompt")
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> ChatPrompt:
+        """Render ``messages`` and tokenise the result.
+
+        Raises ``InvalidParameterError``: what the template says against the messages, no template
+        at all, or the time limit.
+        """
+        template = self._chat_template
+        if template is None:
+            raise InvalidParameterError("this model has no chat template", param="messages")
+
+        def work() -> ChatPrompt:
+            text = template.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **kwargs,
+            )
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return ChatPrompt(text, ids)
+
+        size = INLINE_CHARACTERS + 1 if tools else sum(_size_of(message) for message in messages)
+        return await self._run(work, num_characters=size, param="messages")
+
+    def close(self) -> None:
+        """Let go of the threads. Idempotent; does not wait for work that runs."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    async def _run(self, work: Callable[[], _T], *, num_characters: int, param: str) -> _T:
+        if num_characters <= INLINE_CHARACTERS:
+            return work()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="preprocess")
+        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await future
+        except TimeoutError:
+            # The thread cannot be stopped: leave it its pool, so that it delays nobody else.
+            self.close()
+            raise InvalidParameterError(
+                f"{param} took longer than the limit of {self._timeout_s:g} s to render and "
+                "tokenise",
+                param=param,
+            ) from None
+
+
+def _size_of(message: Message) -> int:
+    content = message.get("content")
+    if isinstance(content, str):
+        return len(content)
+    return 0 if content is None else INLINE_CHARACTERS + 1

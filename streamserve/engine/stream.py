@@ -1,0 +1,179 @@
+"""The mailbox between the step loop and one request's reader."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+
+from streamserve.engine.outputs import RequestOutput, merge_outputs
+from streamserve.errors import EngineError
+
+_COMPACT_AFTER = 64
+"""Unread outputs are folded into one when this many lie in the slot: memory stays that of text."""
+
+
+class RequestTimings:
+    """When things happened to a request, in seconds of the engine's clock; ``None``: not yet.
+
+    ``first_token`` and ``last_token`` are when the token's text was ready, not when it was
+    delivered: the API stamps that.
+    """
+
+    __slots__ = ("arrival", "finished", "first_scheduled", "first_token", "last_token")
+
+    def __init__(self, arrival: float) -> None:
+        self.arrival = arrival
+        self.first_scheduled: float | None = None
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self.finished: float | None = None
+
+
+class RequestStream:
+    """A one-slot merging mailbox: what the reader has not fetched yet is one output.
+
+    Event-loop thread only, one reader. Iterating yields outputs up to and including the one with a
+    ``finish_reason``; if the request fails, what it had produced is delivered first and then
+    ``EngineError`` is raised. Leaving early must close the stream (``close``, ``aclose`` or
+    ``async with``): that aborts the request, and its blocks are free by the next step.
+    """
+
+    __slots__ = (
+        "_ended",
+        "_error",
+        "_exhausted",
+        "_is_closed",
+        "_loop",
+        "_on_close",
+        "_unread",
+        "_waiter",
+        "num_prompt_tokens",
+        "request_id",
+        "timings",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        *,
+        arrival_time: float,
+        on_close: Callable[[str], object],
+    ) -> None:
+        self.request_id = request_id
+        self.num_prompt_tokens = num_prompt_tokens
+        self.timings = RequestTimings(arrival_time)
+        self._on_close = on_close
+        self._loop = asyncio.get_running_loop()
+        self._unread: list[RequestOutput] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: EngineError | None = None
+        self._ended = False  # the engine has said its last word
+        self._exhausted = False  # and the reader has heard it
+        self._is_closed = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine has put the last output or failed the request."""
+        return self._ended
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the reader has left."""
+        return self._is_closed
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether the reader has fetched everything put so far."""
+        return not self._unread
+
+    def put(self, output: RequestOutput) -> None:
+        """Leave ``output`` for the reader. Never blocks; dropped if the reader has left.
+
+        The stream owns ``output`` from here on. Called by the engine only.
+        """
+        assert not self._ended, f"{self.request_id}: an output after the last one"
+        if output.finish_reason is not None:
+            self._ended = True
+        if self._is_closed:
+            return
+        unread = self._unread
+        unread.append(output)
+        if len(unread) >= _COMPACT_AFTER:
+            self._unread = [merge_outputs(unread)]
+        self._wake()
+
+    def fail(self, error: EngineError) -> None:
+        """End the stream with ``error``, after what was put before. Called by the engine only."""
+        assert not self._ended, f"{self.request_id}: a failure after the last output"
+        self._ended = True
+        self._error = error
+        self._wake()
+
+    def get_nowait(self) -> RequestOutput | None:
+        """Return everything since the last call as one output, ``None`` if there is nothing.
+
+        Raises ``EngineError`` if the request failed, ``RuntimeError`` after the last output.
+        """
+        unread = self._unread
+        if unread:
+            output = unread[0] if len(unread) == 1 else merge_outputs(unread)
+            self._unread = []
+            self._exhausted = output.finish_reason is not None
+            return output
+        if self._error is not None:
+            self._exhausted = True
+            raise self._error
+        if self._exhausted or self._is_closed:
+            raise RuntimeError(f"the stream of {self.request_id} was read past its end")
+        return None
+
+    async def get(self) -> RequestOutput:
+        """Wait for the next output. Raises as ``get_nowait``; nothing is lost if cancelled."""
+        while (output := self.get_nowait()) is None:
+            assert self._waiter is None, f"{self.request_id}: a stream has one reader"
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return output
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._exhausted or (self._is_closed and self._error is None):
+            raise StopAsyncIteration
+        return await self.get()
+
+    def close(self) -> None:
+        """The reader leaves: abort the request unless it has ended. Idempotent, never waits."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._unread = []
+        if not self._ended:
+            self._on_close(self.request_id)
+        self._wake()
+
+    async def aclose(self) -> None:
+        """``close``, for ``contextlib.aclosing``."""
+        self.close()
+
+    async def __aenter__(self) -> RequestStream:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
