@@ -1,0 +1,133 @@
+"""What a request changes in its logits before anything is drawn: penalties, bias, banned ends.
+
+The state is the request's own history, kept incrementally, so an edit costs what the number of
+*distinct* tokens costs and never the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamserve.core.plan import NewRequest
+
+Float32Array: TypeAlias = NDArray[np.float32]
+Int64Array: TypeAlias = NDArray[np.int64]
+
+
+class TokenCounts:
+    """Distinct tokens of one request, and how often each was *generated* (0: prompt only)."""
+
+    __slots__ = ("_counts", "_ids", "_index", "_vocab_size", "num_tokens")
+
+    def __init__(self, token_ids: Sequence[int], num_prompt_tokens: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        prompt = np.unique(np.asarray(token_ids[:num_prompt_tokens], dtype=np.int64))
+        prompt = prompt[(prompt >= 0) & (prompt < vocab_size)]
+        capacity = max(64, 2 * len(prompt))
+        self._ids: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self._counts: Float32Array = np.zeros(capacity, dtype=np.float32)
+        self._ids[: len(prompt)] = prompt
+        self._index: dict[int, int] = {token: i for i, token in enumerate(prompt.tolist())}
+        self.num_tokens = num_prompt_tokens
+        self.extend(num_prompt_tokens, token_ids[num_prompt_tokens:])
+
+    @property
+    def ids(self) -> Int64Array:
+        """Distinct ids ``[N]``, in the order first seen."""
+        return self._ids[: len(self._index)]
+
+    @property
+    def counts(self) -> Float32Array:
+        """Occurrences among the generated tokens ``[N]``."""
+        return self._counts[: len(self._index)]
+
+    def extend(self, position: int, token_ids: Sequence[int]) -> None:
+        """Counts generated ``token_ids`` that stand at ``position, position + 1, …``.
+
+        Positions that were counted before are skipped: a chunk that is computed again after
+        preemption is not generated again.
+        """
+        for token in token_ids[max(self.num_tokens - position, 0) :]:
+            self.num_tokens += 1
+            if not 0 <= token < self._vocab_size:
+                continue
+            slot = self._index.get(token)
+            if slot is None:
+                slot = self._index[token] = len(self._index)
+                if slot == len(self._ids):
+                    self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
+                    self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+                self._ids[slot] = token
+            self._counts[slot] += 1.0
+
+
+class LogitsEdits:
+    """The edits of one request. ``history`` is kept only when a penalty reads it."""
+
+    __slots__ = (
+        "_banned_ids",
+        "_bias_ids",
+        "_bias_values",
+        "_frequency_penalty",
+        "_min_tokens",
+        "_presence_penalty",
+        "_repetition_penalty",
+        "history",
+    )
+
+    def __init__(self, request: NewRequest, vocab_size: int) -> None:
+        params = request.sampling_params
+        self.history = (
+            TokenCounts(request.token_ids, request.num_prompt_tokens, vocab_size)
+            if params.has_penalties
+            else None
+        )
+        self._repetition_penalty = np.float32(params.repetition_penalty)
+        self._presence_penalty = np.float32(params.presence_penalty)
+        self._frequency_penalty = np.float32(params.frequency_penalty)
+        bias = {token: value for token, value in params.logit_bias.items() if token < vocab_size}
+        self._bias_ids: Int64Array = np.array(list(bias), dtype=np.int64)
+        self._bias_values: Float32Array = np.array(list(bias.values()), dtype=np.float32)
+        ends = sorted(request.eos_token_ids | frozenset(params.stop_token_ids))
+        self._banned_ids: Int64Array = np.array(
+            [token for token in ends if 0 <= token < vocab_size], dtype=np.int64
+        )
+        self._min_tokens = params.min_tokens
+
+    @staticmethod
+    def are_needed(request: NewRequest) -> bool:
+        """Whether the request's logits are ever changed before the draw."""
+        params = request.sampling_params
+        return params.has_penalties or bool(params.logit_bias) or params.min_tokens > 0
+
+    def apply(self, logits: Float32Array, output_position: int) -> None:
+        """Changes one row ``[V]`` in place.
+
+        The order is penalties, then bias, then bans: a bias is added exactly as given, and no bias
+        can let an end through before ``min_tokens``. The repetition penalty (Keskar et al. 2019,
+        CTRL) divides positive logits and multiplies negative ones, as transformers and vLLM do;
+        presence and frequency penalties are OpenAI's and read generated tokens only.
+        """
+        if self.history is not None:
+            self._apply_penalties(logits, self.history)
+        if len(self._bias_ids):
+            logits[self._bias_ids] += self._bias_values
+        if output_position < self._min_tokens:
+            logits[self._banned_ids] = -np.inf
+
+    def _apply_penalties(self, logits: Float32Array, history: TokenCounts) -> None:
+        ids, counts = history.ids, history.counts
+        values = logits[ids]
+        if self._repetition_penalty != 1.0:
+            values = np.where(
+                values < 0, values * self._repetition_penalty, values / self._repetition_penalty
+            )
+        if self._frequency_penalty != 0.0:
+            values -= self._frequency_penalty * counts
+        if self._presence_penalty != 0.0:
+            values -= self._presence_penalty * (counts > 0)
+        logits[ids] = values

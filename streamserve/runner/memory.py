@@ -1,0 +1,193 @@
+"""Is there room? Answered, with the numbers, before the model is loaded.
+
+|<------------------------- available ------------------------->|
+|<-- weights -->|<- step buffers ->|<---- KV blocks ---->| rest |
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from streamserve.errors import ConfigError, KVCacheMemoryError
+
+GIB = 2**30
+MIB = 2**20
+
+DEFAULT_CPU_SHARE = 0.25
+DEFAULT_CPU_LIMIT = 4 * GIB
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class AvailableMemory:
+    """Bytes that may be used, and where the number comes from."""
+
+    num_bytes: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What goes where, in bytes; ``kv_bytes`` is ``num_blocks`` blocks of ``block_size`` tokens."""
+
+    available: AvailableMemory
+    weight_bytes: int
+    step_buffer_bytes: int
+    kv_bytes: int
+    kv_bytes_per_block: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit into the KV cache."""
+        return self.num_blocks * self.block_size
+
+    def chats(self) -> list[tuple[int, int]]:
+        """``(how many chats, tokens of each)`` that fit at once: all seats, and the longest."""
+        shared = min(self.max_model_len, self.num_blocks // self.max_num_seqs * self.block_size)
+        whole = -(-self.max_model_len // self.block_size)
+        longest = (min(self.max_num_seqs, self.num_blocks // whole), self.max_model_len)
+        if shared == 0:
+            seats = (self.num_blocks, self.block_size)
+        else:
+            seats = (self.max_num_seqs, shared)
+        return [longest] if seats == longest else [seats, longest]
+
+    def describe(self) -> str:
+        """Several lines for a person, without a trailing newline."""
+        per_token = self.kv_bytes_per_block / self.block_size
+        chats = ", or ".join(
+            f"{count:,} {'chat' if count == 1 else 'chats'} of {length:,}"
+            for count, length in self.chats()
+        )
+        return "\n".join(
+            (
+                f"available     {format_bytes(self.available.num_bytes)} ({self.available.source})",
+                f"weights       {format_bytes(self.weight_bytes)}",
+                f"step buffers  {format_bytes(self.step_buffer_bytes)}",
+                f"KV blocks     {self.num_blocks:,} of {self.block_size} tokens, "
+                f"{format_bytes(self.kv_bytes)} ({format_bytes(per_token)} per token)",
+                f"tokens        {self.num_tokens:,} fit: {chats} tokens",
+            )
+        )
+
+
+def plan_memory(
+    *,
+    available: AvailableMemory,
+    weight_bytes: int,
+    step_buffer_bytes: int,
+    kv_bytes_per_block: int,
+    block_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    kv_cache_memory: int | None = None,
+    use_all: bool = False,
+) -> MemoryPlan:
+    """Sizes the KV cache.
+
+    ``kv_cache_memory`` is what was asked for in bytes. Without it, ``use_all`` (a GPU, whose
+    ``available`` is already a share) takes whatever the weights and buffers leave; otherwise it is
+    the least of a quarter of ``available``, 4 GiB, what ``max_num_seqs`` sequences of
+    ``max_model_len`` can use, and what is left.
+
+    Raises KVCacheMemoryError when weights, buffers and cache do not fit together, or when the
+    cache cannot hold one sequence of ``max_model_len`` tokens.
+    """
+    room = available.num_bytes - weight_bytes - step_buffer_bytes
+    blocks_per_sequence = -(-max_model_len // block_size)
+    if kv_cache_memory is not None:
+        budget = kv_cache_memory
+    elif use_all:
+        budget = room
+    else:
+        budget = min(
+            int(DEFAULT_CPU_SHARE * available.num_bytes),
+            DEFAULT_CPU_LIMIT,
+            max_num_seqs * blocks_per_sequence * kv_bytes_per_block,
+            room,
+        )
+    num_blocks = max(budget, 0) // kv_bytes_per_block
+    sizes = (
+        f"weights {format_bytes(weight_bytes)} + step buffers {format_bytes(step_buffer_bytes)} + "
+        f"KV cache {format_bytes(max(budget, 0))}; available: {format_bytes(available.num_bytes)} "
+        f"({available.source})"
+    )
+    if room < 0 or budget > room:
+        raise KVCacheMemoryError(
+            f"the model and its KV cache do not fit into memory: {sizes}. "
+            + (
+                f"Lower --kv-cache-memory to {_size_flag(room)} or less"
+                if room >= blocks_per_sequence * kv_bytes_per_block
+                else "A smaller model or dtype, or more memory, is needed"
+            )
+        )
+    if num_blocks < blocks_per_sequence:
+        _refuse_short_cache(
+            num_blocks, blocks_per_sequence, block_size, kv_bytes_per_block, max_model_len, sizes
+        )
+    return MemoryPlan(
+        available=available,
+        weight_bytes=weight_bytes,
+        step_buffer_bytes=step_buffer_bytes,
+        kv_bytes=num_blocks * kv_bytes_per_block,
+        kv_bytes_per_block=kv_bytes_per_block,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size like ``4GiB``, ``512MiB``, ``2G``, ``1.5g`` or ``1073741824``.
+
+    ``K``, ``M``, ``G``, ``T`` alone and with ``iB`` are powers of 1024, with ``B`` powers of 1000.
+    Raises ConfigError for anything else, and for zero.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"a size must look like 4GiB, 512MiB or 2G, got {text!r}")
+    number, prefix, binary = match.groups()
+    is_decimal = prefix != "" and not binary and text.strip().lower().endswith("b")
+    if binary and not prefix:
+        raise ConfigError(f"a size must look like 4GiB, 512MiB or 2G, got {text!r}")
+    size = int(float(number) * (1000 if is_decimal else 1024) ** _POWERS[prefix.lower()])
+    if size < 1:
+        raise ConfigError(f"a size must be at least one byte, got {text!r}")
+    return size
+
+
+def format_bytes(num_bytes: float) -> str:
+    """``num_bytes`` with the largest binary unit that leaves at least 1."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def _refuse_short_cache(
+    num_blocks: int,
+    blocks_per_sequence: int,
+    block_size: int,
+    kv_bytes_per_block: int,
+    max_model_len: int,
+    sizes: str,
+) -> None:
+    needed = _size_flag(blocks_per_sequence * kv_bytes_per_block, round_up=True)
+    lower = f"lower --max-model-len to {num_blocks * block_size} or " if num_blocks else ""
+    raise KVCacheMemoryError(
+        f"the KV cache holds {num_blocks * block_size} tokens, fewer than one sequence of "
+        f"--max-model-len {max_model_len}: {lower}raise --kv-cache-memory to {needed}. {sizes}"
+    )
+
+
+def _size_flag(num_bytes: int, *, round_up: bool = False) -> str:
+    """A value for ``--kv-cache-memory``, in whole MiB."""
+    return f"{-(-num_bytes // MIB) if round_up else num_bytes // MIB}MiB"

@@ -1,0 +1,209 @@
+"""Runs plans on one device thread: forward, then sampling, strictly in turn.
+
+    event loop        launch(1)  sample(1)      launch(2)  sample(2)
+    device thread          [ forward 1 ][ sample 1 ]  [ forward 2 ][ sample 2 ]
+                                             └─ future 1 resolves
+
+Both calls only put something into a queue. The thread takes one plan, runs its forward, then takes
+one sample call: step 2 may be launched while step 1 is still running, but its forward starts when
+step 1 has been sampled, since it may compute the very tokens that step 1 draws.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from streamserve_kernels import Kernels
+from torch import Tensor
+
+from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from streamserve.models.batch import ForwardBatch, KVCache
+from streamserve.runner.input_batch import InputBatch, StepRows
+from streamserve.runner.sampler import Sampler
+
+
+class ForwardModel(Protocol):
+    """What the runner needs of a ``streamserve.models.Decoder``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches and caches live."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """The backend; the runner calls ``copy_blocks``."""
+
+    def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
+        """Logits ``[L, V]`` float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A forward that has run: its logits ``[L, V]`` and whose they are."""
+
+    logits: Tensor | None
+    rows: StepRows | None
+
+
+@dataclass(frozen=True, slots=True)
+class _SampleCall:
+    masks: Mapping[str, bytes] | None
+    future: Future[ModelRunnerOutput]
+
+
+class TorchModelRunner:
+    """``core.plan.ModelRunner`` on a torch device. Its methods are for the event loop's thread.
+
+    Everything else happens on the thread that the constructor starts: torch keeps one pool of
+    workers per calling thread, and the books need no lock.
+    """
+
+    def __init__(
+        self,
+        model: ForwardModel,
+        kv_caches: KVCache,
+        *,
+        vocab_size: int,
+        block_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        padded_sizes: Sequence[int] = (),
+    ) -> None:
+        self._model = model
+        self._kv_caches = kv_caches
+        self._flat_caches = [cache for pair in kv_caches for cache in pair]
+        self._input_batch = InputBatch(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            vocab_size=vocab_size,
+            device=model.device,
+            padded_sizes=padded_sizes,
+        )
+        self._sampler = Sampler(vocab_size, max_num_seqs)
+        self._plans: SimpleQueue[SchedulerOutput | None] = SimpleQueue()
+        self._sample_calls: SimpleQueue[_SampleCall | None] = SimpleQueue()
+        self._unsampled: deque[int] = deque()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="streamserve-device", daemon=True)
+        self._thread.start()
+
+    def launch(self, plan: SchedulerOutput) -> None:
+        """Queue the forward of ``plan``. Raises RuntimeError once closed."""
+        if self._closed:
+            raise RuntimeError("the model runner is closed")
+        self._unsampled.append(plan.step_id)
+        self._plans.put(plan)
+
+    def sample(
+        self, step_id: int, masks: Mapping[str, bytes] | None = None
+    ) -> Future[ModelRunnerOutput]:
+        """Sample the oldest launched step, which must be ``step_id``, once its forward is done.
+
+        ``masks``: request id → packed bits, lowest first, 1 for a token that may come; requests
+        without one are free. Raises RuntimeError when steps are sampled out of order.
+        """
+        if self._closed:
+            raise RuntimeError("the model runner is closed")
+        if not self._unsampled or self._unsampled[0] != step_id:
+            raise RuntimeError(
+                f"step {step_id} cannot be sampled: launched and unsampled are "
+                f"{list(self._unsampled)}, oldest first"
+            )
+        self._unsampled.popleft()
+        future: Future[ModelRunnerOutput] = Future()
+        self._sample_calls.put(_SampleCall(masks, future))
+        return future
+
+    def close(self) -> None:
+        """Finish every step whose sample was asked for, then stop. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._plans.put(None)
+            self._sample_calls.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while (plan := self._plans.get()) is not None:
+                launched: _Launched | Exception
+                try:
+                    launched = self._forward(plan)
+                except Exception as error:
+                    launched = error
+                call = self._sample_calls.get()
+                if call is None:
+                    return
+                self._resolve(plan, launched, call)
+
+    def _forward(self, plan: SchedulerOutput) -> _Launched:
+        self._input_batch.apply(plan)
+        if plan.block_copies:
+            self._copy_blocks(plan.block_copies)
+        if not plan.scheduled:
+            return _Launched(None, None)
+        batch, rows = self._input_batch.build(plan)
+        return _Launched(self._model.forward(batch, self._kv_caches), rows)
+
+    def _copy_blocks(self, copies: list[BlockCopy]) -> None:
+        pairs = torch.tensor(copies, dtype=torch.int64).to(self._model.device)
+        self._model.kernels.copy_blocks(
+            self._flat_caches, pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+        )
+
+    def _resolve(
+        self, plan: SchedulerOutput, launched: _Launched | Exception, call: _SampleCall
+    ) -> None:
+        is_awaited = call.future.set_running_or_notify_cancel()
+        try:
+            if isinstance(launched, Exception):
+                raise launched
+            output = self._sample(plan, launched, call.masks)
+        except Exception as error:
+            self._input_batch.record_failure(plan)
+            if is_awaited:
+                call.future.set_exception(error)
+        else:
+            if is_awaited:
+                call.future.set_result(output)
+
+    def _sample(
+        self, plan: SchedulerOutput, launched: _Launched, masks: Mapping[str, bytes] | None
+    ) -> ModelRunnerOutput:
+        sampled: list[list[int]] = [[] for _ in plan.scheduled]
+        logits, rows = launched.logits, launched.rows
+        if logits is None or rows is None or not rows.places:
+            return ModelRunnerOutput(plan.step_id, sampled)
+        token_ids, row_logprobs = self._draw(logits, rows, masks)
+        self._input_batch.record(rows, token_ids)
+        for place, token_id in zip(rows.places, token_ids.tolist(), strict=True):
+            sampled[place] = [token_id]
+        if row_logprobs is None:
+            return ModelRunnerOutput(plan.step_id, sampled)
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in plan.scheduled]
+        for place, found in zip(rows.places, row_logprobs, strict=True):
+            logprobs[place] = found
+        return ModelRunnerOutput(plan.step_id, sampled, logprobs)
+
+    def _draw(
+        self, logits: Tensor, rows: StepRows, masks: Mapping[str, bytes] | None
+    ) -> tuple[NDArray[np.int64], list[list[TokenLogprobs]] | None]:
+        wanted = self._input_batch.sampling_batch(rows, masks)
+        on_host: NDArray[np.float32] = logits.cpu().numpy()
+        if wanted is None:
+            return self._sampler.greedy(on_host), None
+        token_ids = self._sampler.sample(on_host, wanted)
+        if (wanted.num_logprobs < 0).all():
+            return token_ids, None
+        return token_ids, self._sampler.logprobs(on_host, token_ids, wanted.num_logprobs)

@@ -1,0 +1,266 @@
+"""From logits to token ids: batched over requests that each ask for something else.
+
+One row goes through, in this order:
+
+    penalties, bias, bans      logits_edits
+    grammar mask
+    temperature                below MIN_TEMPERATURE it is greedy
+    min-p, top-k, top-p        truncation; each on what the one before left
+    inverse CDF                in token id order, at the row's one uniform
+
+It is the order of vLLM's v1 sampler (``vllm/v1/sample/sampler.py``), with transformers' meaning of
+each filter. A greedy row is an arg-max and never sees a softmax.
+
+Every operation works on one row alone in a fixed order, so the same logits and the same uniform
+give the same token in any company. That is also why this is numpy: its loops do not split a row
+by the number of threads, and on a CPU they are several times faster here than torch's.
+
+A bad row never stops the others: a NaN counts as minus infinity, and a row in which everything is
+minus infinity yields the arg-max of the raw logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamserve.core.plan import TokenLogprobs
+from streamserve.runner.logits_edits import LogitsEdits
+from streamserve.runner.truncation import restricted_draw
+
+Float32Array: TypeAlias = NDArray[np.float32]
+Float64Array: TypeAlias = NDArray[np.float64]
+Int64Array: TypeAlias = NDArray[np.int64]
+
+MIN_TEMPERATURE = 1e-5  # vLLM's bound: below it a float32 division overflows
+MIN_LOGPROB = -9999.0  # what OpenAI and vLLM report for minus infinity, which JSON cannot hold
+
+_BLOCK = 256  # weights per partial sum of the CDF
+_WORK_BYTES = 2 * 2**20  # rows of the working copy: about what stays in a core's cache
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """What L rows ask for; every array is ``[L]``.
+
+    ``temperature == 0`` is greedy, ``top_k == 0`` no limit, ``num_logprobs == -1`` none. ``edits``
+    and ``masks`` go by row; a mask is one bit per token, lowest bit first, 1 where it is allowed,
+    and tokens past its end are not.
+    """
+
+    temperature: Float32Array
+    top_k: Int64Array
+    top_p: Float64Array
+    min_p: Float32Array
+    uniforms: Float64Array
+    output_positions: Int64Array
+    num_logprobs: Int64Array
+    edits: dict[int, LogitsEdits] = field(default_factory=dict)
+    masks: dict[int, bytes] = field(default_factory=dict)
+
+
+class Sampler:
+    """Samples rows of ``vocab_size`` logits. Holds work space and nothing else; one thread."""
+
+    def __init__(self, vocab_size: int, max_rows: int) -> None:
+        self._vocab_size = vocab_size
+        padded = -(-vocab_size // _BLOCK) * _BLOCK
+        self._chunk_rows = max(1, min(max_rows, _WORK_BYTES // (4 * padded)))
+        # Columns past the vocabulary stay minus infinity: no weight, and whole blocks everywhere.
+        self._work = np.full((self._chunk_rows, padded), -np.inf, dtype=np.float32)
+        self._keep = np.zeros((self._chunk_rows, padded), dtype=np.bool_)
+        self._row_numbers = np.arange(max_rows, dtype=np.int64)
+
+    @staticmethod
+    def work_bytes(vocab_size: int, max_rows: int) -> int:
+        """Bytes of work space that ``Sampler(vocab_size, max_rows)`` holds."""
+        padded = -(-vocab_size // _BLOCK) * _BLOCK
+        return 5 * padded * max(1, min(max_rows, _WORK_BYTES // (4 * padded)))
+
+    def greedy(self, logits: Float32Array) -> Int64Array:
+        """Arg-max ids ``[L]`` of logits ``[L, V]``; the lowest id wins a tie."""
+        ids: Int64Array = np.argmax(logits, axis=1)
+        best = logits[self._row_numbers[: len(ids)], ids]
+        if np.isnan(best).any():
+            for row in np.flatnonzero(np.isnan(best)):
+                ids[row] = np.argmax(np.where(np.isnan(logits[row]), -np.inf, logits[row]))
+        return ids
+
+    def sample(self, logits: Float32Array, batch: SamplingBatch) -> Int64Array:
+        """Token ids ``[L]`` for logits ``[L, V]``, which stay as they are."""
+        ids = np.empty(len(logits), dtype=np.int64)
+        # A model's infinities and NaNs are handled below; they are not worth a warning per step.
+        with np.errstate(all="ignore"):
+            for start in range(0, len(logits), self._chunk_rows):
+                end = min(start + self._chunk_rows, len(logits))
+                ids[start:end] = self._sample_chunk(logits, batch, start, end)
+        return ids
+
+    def _sample_chunk(
+        self, logits: Float32Array, batch: SamplingBatch, start: int, end: int
+    ) -> Int64Array:
+        work = self._work[: end - start]
+        work[:, : self._vocab_size] = logits[start:end]
+        for row, edits in batch.edits.items():
+            if start <= row < end:
+                edits.apply(work[row - start, : self._vocab_size], int(batch.output_positions[row]))
+        for row, mask in batch.masks.items():
+            if start <= row < end:
+                _apply_mask(work[row - start, : self._vocab_size], mask)
+        best = work.max(axis=1)
+        if not np.isfinite(best).all():
+            self._repair(work, best, logits[start:end])
+        temperature = batch.temperature[start:end]
+        greedy = temperature < MIN_TEMPERATURE
+        ids: Int64Array = np.empty(end - start, dtype=np.int64)
+        if greedy.all():
+            return np.argmax(work, axis=1, out=ids)
+        if greedy.any():
+            ids[greedy] = np.argmax(work[greedy], axis=1)
+            temperature = np.where(greedy, np.float32(1.0), temperature)
+        _weights_in_place(work, best, temperature)
+        sampled = np.flatnonzero(~greedy)
+        self._draw(work, batch, start, sampled, ids)
+        return ids
+
+    def _draw(
+        self,
+        weights: Float32Array,
+        batch: SamplingBatch,
+        start: int,
+        sampled: Int64Array,
+        ids: Int64Array,
+    ) -> None:
+        """Fills ``ids[sampled]`` by the uniforms; min-p zeroes tails of ``weights`` [C, Vp]."""
+        end = start + len(weights)
+        min_p = batch.min_p[start:end]
+        if min_p.any():
+            # A weight is the token's probability over that of the likeliest: min-p's own scale.
+            keep = np.greater_equal(weights, min_p[:, None], out=self._keep[: len(weights)])
+            np.multiply(weights, keep, out=weights)
+        cumulative = _block_sums(weights).cumsum(axis=1)
+        uniforms = batch.uniforms[start:end]
+        top_k, top_p = batch.top_k[start:end], batch.top_p[start:end]
+        restricted = (top_k[sampled] > 0) | (top_p[sampled] < 1.0)
+        for row in sampled[restricted].tolist():
+            ids[row] = restricted_draw(
+                weights[row],
+                float(cumulative[row, -1]),
+                int(top_k[row]),
+                float(top_p[row]),
+                float(uniforms[row]),
+            )
+        free = sampled[~restricted]
+        if len(free):
+            ids[free] = inverse_cdf(weights, cumulative, free, uniforms)
+
+    def _repair(self, work: Float32Array, best: Float32Array, raw: Float32Array) -> None:
+        """Makes rows whose maximum is not finite drawable, in place."""
+        for row in np.flatnonzero(~np.isfinite(best)):
+            values = work[row]
+            values[np.isnan(values)] = -np.inf
+            top = values.max()
+            if top == -np.inf:  # all is forbidden: the model's own first choice is left
+                first = np.argmax(np.where(np.isnan(raw[row]), -np.inf, raw[row]))
+                values[first] = top = np.float32(0.0)
+            elif top == np.inf:
+                values[:] = np.where(values == np.inf, np.float32(0.0), np.float32(-np.inf))
+                top = np.float32(0.0)
+            best[row] = top
+
+    def logprobs(
+        self, logits: Float32Array, token_ids: Int64Array, num_logprobs: Int64Array
+    ) -> list[list[TokenLogprobs]]:
+        """Logprobs of ``token_ids`` ``[L]`` under the raw logits ``[L, V]``, row by row.
+
+        ``num_logprobs`` ``[L]`` is the number of alternatives; rows with -1 get an empty list.
+        """
+        with np.errstate(all="ignore"):
+            return [
+                [self._row_logprobs(row, token, count)] if count >= 0 else []
+                for row, token, count in zip(
+                    logits, token_ids.tolist(), num_logprobs.tolist(), strict=True
+                )
+            ]
+
+    def _row_logprobs(self, logits: Float32Array, token: int, count: int) -> TokenLogprobs:
+        work = self._work[:1]
+        row = work[0, : self._vocab_size]
+        row[:] = logits
+        best = work.max(axis=1)
+        if not np.isfinite(best).all():
+            self._repair(work, best, logits[None])
+        top = top_ids(row, count)
+        values = row[np.append(top, token)].astype(np.float64)
+        _weights_in_place(work, best, np.ones(1, dtype=np.float32))
+        normaliser = float(best[0]) + float(np.log(_block_sums(work).sum()))
+        found = np.maximum(values - normaliser, MIN_LOGPROB).tolist()
+        return TokenLogprobs(token, found[-1], tuple(zip(top.tolist(), found[:-1], strict=True)))
+
+
+def top_ids(values: Float32Array, count: int) -> Int64Array:
+    """Ids of the ``count`` largest values of a row, by falling value, then by rising id."""
+    count = min(count, len(values))
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
+    threshold = np.partition(values, len(values) - count)[len(values) - count]
+    ids = np.flatnonzero(values >= threshold)
+    return ids[np.argsort(-values[ids], kind="stable")[:count]]
+
+
+def inverse_cdf(
+    weights: Float32Array, cumulative: Float64Array, rows: Int64Array, uniforms: Float64Array
+) -> Int64Array:
+    """For each of ``rows``, the first id at which the CDF exceeds the row's uniform.
+
+    ``weights`` ``[C, nb·256]`` need not sum to 1, ``cumulative`` ``[C, nb]`` are running sums of
+    their blocks, ``uniforms`` ``[C]`` lie in [0, 1). Only one block of each row is looked into.
+    """
+    targets = uniforms[rows] * cumulative[rows, -1]
+    row_cumulative = cumulative[rows]
+    # Rounding may lift a target to the total; the last block with any weight then has it.
+    block = np.minimum(
+        (row_cumulative <= targets[:, None]).sum(axis=1),
+        (row_cumulative < row_cumulative[:, -1:]).sum(axis=1),
+    )
+    before = np.where(block > 0, cumulative[rows, block - 1], 0.0)
+    inside = weights.reshape(len(weights), -1, _BLOCK)[rows, block].cumsum(axis=1, dtype=np.float64)
+    offset = np.minimum(
+        (inside <= (targets - before)[:, None]).sum(axis=1),
+        (inside < inside[:, -1:]).sum(axis=1),
+    )
+    found: Int64Array = block * _BLOCK + offset
+    return found
+
+
+def unpack_mask(mask: bytes, vocab_size: int) -> NDArray[np.bool_]:
+    """Which of ``vocab_size`` tokens a packed bit mask allows."""
+    bits = np.unpackbits(
+        np.frombuffer(mask, dtype=np.uint8)[: -(-vocab_size // 8)], bitorder="little"
+    )
+    allowed = np.zeros(vocab_size, dtype=np.bool_)
+    count = min(len(bits), vocab_size)
+    allowed[:count] = bits[:count]
+    return allowed
+
+
+def _apply_mask(logits: Float32Array, mask: bytes) -> None:
+    logits[~unpack_mask(mask, len(logits))] = -np.inf
+
+
+def _weights_in_place(logits: Float32Array, best: Float32Array, temperature: Float32Array) -> None:
+    """exp((logits - best) / temperature) in place: the likeliest token weighs exactly 1."""
+    np.subtract(logits, best[:, None], out=logits)
+    if (temperature != 1.0).any():
+        np.divide(logits, temperature[:, None], out=logits)
+    np.exp(logits, out=logits)
+
+
+def _block_sums(weights: Float32Array) -> Float64Array:
+    """Sums of 256 neighbours, ``[C, nb]`` float64."""
+    blocks = weights.reshape(len(weights), -1, _BLOCK)
+    sums: Float64Array = np.add.reduce(blocks, axis=2).astype(np.float64)
+    return sums
