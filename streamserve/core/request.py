@@ -44,22 +44,31 @@ class Request:
 
     __slots__ = (
         "arrival_time",
+        "awaited_hash",
+        "block_hashes",
         "block_table",
         "cache_salt",
         "choice_index",
+        "computing_hash",
         "eos_token_ids",
         "finish_reason",
+        "has_failed_step",
+        "is_in_runner",
         "last_step_id",
+        "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_draft_tokens",
         "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_steps_in_flight",
+        "num_written_tokens",
         "priority",
         "request_id",
         "sampling_params",
         "seed",
+        "sort_key",
         "status",
         "stop_reason",
         "token_ids",
@@ -99,6 +108,17 @@ class Request:
         self.stop_reason: int | str | None = None  # the stop id or string that matched
         self.num_preemptions = 0
         self.last_step_id = -1  # the newest step launched with this request in it
+
+        # The rest is the scheduler's and the cache's own book-keeping.
+        self.sort_key: tuple[float, ...] = ()
+        self.max_num_tokens = 0  # token ids at which the answer ends with LENGTH
+        self.num_steps_in_flight = 0
+        self.num_written_tokens = 0  # leading tokens whose KV was there when a step retired
+        self.has_failed_step = False  # its KV is not to be trusted past num_written_tokens
+        self.is_in_runner = False  # a NewRequest was sent, and its release was not
+        self.block_hashes: list[bytes] = []  # of the leading full blocks of token_ids
+        self.computing_hash: bytes | None = None  # the block it computes for others that wait
+        self.awaited_hash: bytes | None = None  # the block it waits for while another computes it
 
     @property
     def num_tokens(self) -> int:

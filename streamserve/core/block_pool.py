@@ -1,0 +1,106 @@
+"""Fixed-size KV blocks as integers: reference counts and an LRU free list."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+
+class PrefixNode:
+    """One block's worth of cached tokens, below its parent: a node of the prefix tree.
+
+    A node is named by its content (the path of tokens from its root), a block by its place in
+    memory. ``block`` is where the content lies, ``None`` for a root and for a node whose block was
+    evicted while something below it lives on. ``block_hash`` chains the whole path; it is ``None``
+    for a tail, a node with fewer tokens than a block holds.
+    """
+
+    __slots__ = ("block", "block_hash", "children", "num_pins", "parent", "token_ids")
+
+    def __init__(
+        self, parent: PrefixNode | None, token_ids: list[int], block_hash: bytes | None
+    ) -> None:
+        self.parent = parent
+        self.token_ids = token_ids
+        self.block_hash = block_hash
+        self.block: KVCacheBlock | None = None
+        # first token -> children in the order they were cached (a dict: removal in O(1))
+        self.children: dict[int, dict[PrefixNode, None]] = {}
+        self.num_pins = 0  # requests whose deepest node this is
+
+
+class KVCacheBlock:
+    """One block. In the free list ⇔ ``ref_cnt == 0``; a free block may still be cached."""
+
+    __slots__ = ("block_id", "node", "ref_cnt")
+
+    def __init__(self, block_id: int) -> None:
+        self.block_id = block_id
+        self.ref_cnt = 0
+        self.node: PrefixNode | None = None  # what it is cached as
+
+    @property
+    def block_hash(self) -> bytes | None:
+        """The chained hash that this block is found by, ``None`` while it is not full or cached."""
+        return None if self.node is None else self.node.block_hash
+
+    def __repr__(self) -> str:
+        return (
+            f"KVCacheBlock({self.block_id}, ref_cnt={self.ref_cnt}, cached={self.node is not None})"
+        )
+
+
+class BlockPool:
+    """Every block there is. All operations are O(1) per block.
+
+    The free list is least recently used first. A block that is freed uncached goes to its front:
+    nothing is lost when it is taken. ``evict(node)`` is called before a cached block is taken for
+    new content and must detach the node from the block.
+    """
+
+    def __init__(self, num_blocks: int, evict: Callable[[PrefixNode], None]) -> None:
+        self.blocks = [KVCacheBlock(block_id) for block_id in range(num_blocks)]
+        self.num_evictions = 0
+        self._evict = evict
+        self._free: OrderedDict[int, KVCacheBlock] = OrderedDict(
+            (block.block_id, block) for block in self.blocks
+        )
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that ``allocate`` could hand out now, cached or not."""
+        return len(self._free)
+
+    def allocate(self) -> KVCacheBlock:
+        """The least recently used free block, with one reference and cached no more."""
+        _, block = self._free.popitem(last=False)
+        assert block.ref_cnt == 0
+        if block.node is not None:
+            self.num_evictions += 1
+            self._evict(block.node)
+            assert block.node is None
+        block.ref_cnt = 1
+        return block
+
+    def touch(self, block: KVCacheBlock) -> None:
+        """Take one more reference."""
+        if block.ref_cnt == 0:
+            del self._free[block.block_id]
+        block.ref_cnt += 1
+
+    def release(self, block: KVCacheBlock) -> None:
+        """Give one reference back; the last one makes the block free and most recently used."""
+        assert block.ref_cnt > 0, f"block {block.block_id} freed twice"
+        block.ref_cnt -= 1
+        if block.ref_cnt == 0:
+            self._free[block.block_id] = block
+            if block.node is None:
+                self._free.move_to_end(block.block_id, last=False)
+
+    def check_integrity(self, expected_ref_cnts: list[int]) -> None:
+        """Assert that references are what ``expected_ref_cnts`` (by block id) says."""
+        for block, expected in zip(self.blocks, expected_ref_cnts, strict=True):
+            assert block.ref_cnt == expected, f"{block}: {expected} references are held"
+            assert (block.block_id in self._free) == (block.ref_cnt == 0), f"{block}: free list"
+            if block.node is not None:
+                assert block.node.block is block, f"{block}: cached as a node that is elsewhere"

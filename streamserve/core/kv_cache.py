@@ -1,0 +1,293 @@
+"""KV accounting: who holds which block, what is cached, what must be copied. Integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from streamserve.config import CacheConfig
+from streamserve.core.block_pool import BlockPool, KVCacheBlock, PrefixNode
+from streamserve.core.plan import BlockCopy
+from streamserve.core.prefix_cache import NO_MATCH, PrefixCache, PrefixMatch, num_common_tokens
+from streamserve.core.request import Request
+
+
+@dataclass(slots=True)
+class KVCacheStats:
+    """Counters since the start; tokens are those of requests when they were admitted."""
+
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
+    num_evictions: int = 0
+    num_block_copies: int = 0
+
+
+class _Holding:
+    """What a request with blocks holds besides ``Request.block_table``.
+
+    ``nodes[0]`` is its root and ``nodes[i + 1]`` what block ``i`` is cached as, or another block
+    with the same content; the last one is pinned. Empty when prefix caching is off.
+
+        block_table   [ 0 | 1 | 2 | 3 | 4 ]
+                       shared ^   ^ own          num_shared_blocks = 2
+        nodes     root, 0 , 1 , 2                blocks 3 and 4 are not (all) written yet
+    """
+
+    __slots__ = ("nodes", "num_shared_blocks", "request")
+
+    def __init__(self, request: Request, nodes: list[PrefixNode], num_shared_blocks: int) -> None:
+        self.request = request
+        self.nodes = nodes
+        self.num_shared_blocks = num_shared_blocks
+
+
+class KVCacheManager:
+    """Gives blocks to requests, or says ``None``. Never touches a tensor, never raises for room.
+
+    A block is written by one request only: the one that allocated it. A request that shares a
+    block (by a prefix hit or a fork) copies it before it writes. The owner of a forked tail may
+    go on writing: it only appends behind what the others share.
+
+    ``secret`` keys the block hashes (random when ``None``), so that nobody can craft collisions.
+    """
+
+    def __init__(self, config: CacheConfig, *, secret: bytes | None = None) -> None:
+        self.block_size = config.block_size
+        self.num_blocks = config.num_blocks
+        self._cache = PrefixCache(config.block_size, secret)
+        self._pool = BlockPool(config.num_blocks, self._cache.detach)
+        self._caching = config.enable_prefix_caching
+        self._holdings: dict[str, _Holding] = {}
+        self._copies: list[BlockCopy] = []  # for the plan that is being made
+        self._num_copy_refs: dict[int, int] = {}  # block id -> references held by copies
+        self._stats = KVCacheStats()
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that nobody holds, cached or not."""
+        return self._pool.num_free_blocks
+
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that are held, 0 to 1."""
+        return 1.0 - self._pool.num_free_blocks / self.num_blocks
+
+    @property
+    def stats(self) -> KVCacheStats:
+        """The counters now. Not a copy."""
+        self._stats.num_evictions = self._pool.num_evictions
+        return self._stats
+
+    def find_prefix(self, request: Request) -> PrefixMatch:
+        """The longest cached prefix of a request without blocks; takes nothing."""
+        assert not request.block_table
+        return self._cache.match(request) if self._caching else NO_MATCH
+
+    def allocate_slots(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        match: PrefixMatch | None = None,
+        *,
+        num_reserved_blocks: int = 0,
+    ) -> list[int] | None:
+        """Room for the tokens after ``num_computed_tokens``; the block ids that were appended.
+
+        ``match`` admits a request that holds nothing: its blocks come first, the request's
+        counters start behind them, and the answer is ``None`` unless *all* the request's known
+        tokens would fit now with ``num_reserved_blocks`` left over. They are not all taken: the
+        look-ahead only keeps a request out that would soon be preempted.
+
+        Copies that the step must do first are collected for ``take_copies``. ``None`` means that
+        there is no room; nothing has changed then.
+        """
+        if match is not None:
+            return self._admit(request, num_new_tokens, match, num_reserved_blocks)
+        table = request.block_table
+        start = request.num_computed_tokens
+        num_new_blocks = -(-(start + num_new_tokens) // self.block_size) - len(table)
+        shared = self._shared_tail(request) if not request.is_in_runner else None
+        if num_new_blocks <= 0 and shared is None:
+            return []
+        if max(num_new_blocks, 0) + (shared is not None) > self._pool.num_free_blocks:
+            return None
+        if shared is not None:
+            # The request's reference becomes the copy's. Nobody has seen this table yet.
+            index = start // self.block_size
+            table[index] = self._copy(shared)
+            self._holdings[request.request_id].num_shared_blocks = index
+        return self._append_blocks(table, num_new_blocks)
+
+    def _admit(
+        self, request: Request, num_new_tokens: int, match: PrefixMatch, num_reserved_blocks: int
+    ) -> list[int] | None:
+        assert request.request_id not in self._holdings
+        matched = [node.block for node in match.nodes if node.block is not None]
+        assert len(matched) == len(match.nodes)
+        source = None if match.partial is None else match.partial.block
+        num_all = -(-request.num_tokens // self.block_size) - len(matched)
+        num_free = self._pool.num_free_blocks - sum(block.ref_cnt == 0 for block in matched)
+        if source is not None and source.ref_cnt == 0:
+            num_free -= 1
+        if num_all + num_reserved_blocks > num_free:
+            return None
+
+        nodes = [self._cache.root(request.cache_salt), *match.nodes] if self._caching else []
+        if nodes:
+            self._cache.pin(nodes[-1])
+        self._holdings[request.request_id] = _Holding(request, nodes, len(matched))
+        table = request.block_table
+        for block in matched:
+            self._pool.touch(block)
+            table.append(block.block_id)
+        if source is not None:
+            self._pool.touch(source)
+            table.append(self._copy(source))
+        request.num_computed_tokens = match.num_tokens
+        request.num_written_tokens = len(matched) * self.block_size
+        self._stats.num_queried_tokens += request.num_tokens
+        self._stats.num_hit_tokens += match.num_tokens
+        end = match.num_tokens + num_new_tokens
+        self._append_blocks(table, -(-end // self.block_size) - len(table))
+        return list(table)
+
+    def fork(self, parent: Request, child: Request) -> int:
+        """Let ``child``, which holds nothing, share the parent's written tokens; returns how many.
+
+        At least one of the child's tokens is left to compute. A block that is shared in part is
+        copied when the child first writes.
+        """
+        assert not child.block_table
+        holding = self._holdings[parent.request_id]
+        limit = min(parent.num_written_tokens, parent.num_tokens, child.num_tokens - 1)
+        num_tokens = num_common_tokens(parent.token_ids, child.token_ids, limit)
+        if parent.cache_salt != child.cache_salt:
+            num_tokens = 0
+        num_blocks = -(-num_tokens // self.block_size)
+        nodes = holding.nodes[: num_tokens // self.block_size + 1]
+        if nodes:
+            self._cache.pin(nodes[-1])
+        self._holdings[child.request_id] = _Holding(child, nodes, num_blocks)
+        for block_id in parent.block_table[:num_blocks]:
+            self._pool.touch(self._pool.blocks[block_id])
+            child.block_table.append(block_id)
+        child.num_computed_tokens = child.num_written_tokens = num_tokens
+        return num_tokens
+
+    def cache_blocks(self, request: Request) -> None:
+        """Index the request's full blocks whose tokens are known and whose steps have retired."""
+        if not self._caching:
+            return
+        nodes, size = self._holdings[request.request_id].nodes, self.block_size
+        num_full = min(request.num_written_tokens, request.num_tokens) // size
+        if len(nodes) > num_full:
+            return
+        self._cache.hash_blocks(request)
+        deepest = nodes[-1]
+        for i in range(len(nodes) - 1, num_full):
+            token_ids = request.token_ids[i * size : (i + 1) * size]
+            block = self._pool.blocks[request.block_table[i]]
+            nodes.append(self._cache.insert(nodes[-1], token_ids, request.block_hashes[i], block))
+        self._cache.pin(nodes[-1])
+        self._cache.unpin(deepest)
+
+    def free(self, request: Request) -> None:
+        """Give all blocks back, deepest first; what was written and is known stays cached.
+
+        Tokens past ``request.token_ids`` (discarded by a late stop) leave the cache.
+        """
+        if self._caching:
+            self.cache_blocks(request)
+            self._leave_cached(self._holdings[request.request_id])
+        del self._holdings[request.request_id]
+        table = request.block_table
+        for block_id in reversed(table):
+            self._pool.release(self._pool.blocks[block_id])
+        table.clear()
+        request.num_computed_tokens = request.num_written_tokens = 0
+
+    def _leave_cached(self, holding: _Holding) -> None:
+        """Make the cache show exactly the tokens that are written and known, tail included."""
+        request, nodes, size = holding.request, holding.nodes, self.block_size
+        blocks = [self._pool.blocks[block_id] for block_id in request.block_table]
+        num_known = min(request.num_written_tokens, request.num_tokens)
+        num_full, num_tail = divmod(num_known, size)
+        deepest = nodes[-1]
+        self._cache.pin(nodes[num_full])
+        for node, block in zip(nodes[1:], blocks, strict=False):
+            self._cache.adopt(node, block)  # the block that had this content may be gone
+        for node, block in zip(nodes[num_full + 1 :], blocks[num_full:], strict=False):
+            if block.node is node and block.ref_cnt == 1:
+                self._cache.detach(node)
+        if num_tail and num_full >= holding.num_shared_blocks and blocks[num_full].node is None:
+            token_ids = request.token_ids[num_full * size : num_known]
+            self._cache.insert_tail(nodes[num_full], token_ids, blocks[num_full])
+        self._cache.unpin(nodes[num_full])
+        self._cache.unpin(deepest)
+
+    def take_copies(self) -> list[BlockCopy]:
+        """The copies that the plan being made must do; their sources stay referenced."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def release_copies(self, copies: Iterable[BlockCopy]) -> None:
+        """The step that did ``copies`` has retired: nothing reads their sources any more."""
+        for copy in copies:
+            self._num_copy_refs[copy.src] -= 1
+            if not self._num_copy_refs[copy.src]:
+                del self._num_copy_refs[copy.src]
+            self._pool.release(self._pool.blocks[copy.src])
+
+    def check_integrity(self) -> None:
+        """Assert every invariant of blocks, references and the prefix tree. O(blocks)."""
+        expected = [0] * self.num_blocks
+        for block_id, num_refs in self._num_copy_refs.items():
+            expected[block_id] += num_refs
+        pins: dict[PrefixNode, int] = {}
+        for holding in self._holdings.values():
+            self._check_holding(holding)
+            for block_id in holding.request.block_table:
+                expected[block_id] += 1
+            if holding.nodes:
+                pins[holding.nodes[-1]] = pins.get(holding.nodes[-1], 0) + 1
+        self._pool.check_integrity(expected)
+        self._cache.check_integrity(pins)
+
+    def _check_holding(self, holding: _Holding) -> None:
+        request, size = holding.request, self.block_size
+        assert len(set(request.block_table)) == len(request.block_table), f"{request}: block twice"
+        assert request.num_computed_tokens <= len(request.block_table) * size, f"{request}: room"
+        assert request.num_written_tokens <= request.num_computed_tokens, f"{request}: written"
+        assert len(holding.nodes) <= request.num_written_tokens // size + 1, f"{request}: cached"
+        for i, block_id in enumerate(request.block_table):
+            block = self._pool.blocks[block_id]
+            if block.node is not None and i >= holding.num_shared_blocks:
+                assert i + 1 < len(holding.nodes), (
+                    f"{request}: {block} is cached and may be written"
+                )
+                assert block.node is holding.nodes[i + 1], f"{request}: {block} cached as another's"
+
+    def _append_blocks(self, table: list[int], num_blocks: int) -> list[int]:
+        block_ids = [self._pool.allocate().block_id for _ in range(num_blocks)]
+        table.extend(block_ids)
+        return block_ids
+
+    def _shared_tail(self, request: Request) -> KVCacheBlock | None:
+        """The block that the next token goes into, if others read it too."""
+        index, offset = divmod(request.num_computed_tokens, self.block_size)
+        holding = self._holdings[request.request_id]
+        if not offset or index >= holding.num_shared_blocks:
+            return None
+        block = self._pool.blocks[request.block_table[index]]
+        if block.ref_cnt == 1 and block.node is None:
+            holding.num_shared_blocks = index  # everybody else has left: it is the request's own
+            return None
+        return block
+
+    def _copy(self, source: KVCacheBlock) -> int:
+        """Plan a copy into a new block. One reference to ``source`` becomes the copy's."""
+        block_id = self._pool.allocate().block_id
+        self._copies.append(BlockCopy(source.block_id, block_id))
+        self._num_copy_refs[source.block_id] = self._num_copy_refs.get(source.block_id, 0) + 1
+        self._stats.num_block_copies += 1
+        return block_id

@@ -1,0 +1,222 @@
+"""The prefix cache: which block holds the KV of which tokens after which tokens.
+
+A tree per salt, one block of tokens per node. Full nodes are found in O(1) by a chained hash,
+keyed with a per-process secret; a hit then compares the tokens and the parent, so even a
+collision cannot serve another prompt's KV. Past the last full node the best partly matching child
+is found by its first token.
+
+    root(salt) ── [t0 … t15] ── [t16 … t31] ─┬─ [t32 … t47]      full: in the index by its hash
+                                             └─ [t32 … t36]      tail: a child only
+"""
+
+from __future__ import annotations
+
+import secrets
+from array import array
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import NamedTuple
+
+from streamserve.core.block_pool import KVCacheBlock, PrefixNode
+from streamserve.core.request import Request
+
+MAX_PARTIAL_CANDIDATES = 16  # children with the right first token that a look-up compares
+
+
+class PrefixMatch(NamedTuple):
+    """What is cached of a request: full nodes below its root, then a part of one more.
+
+    The first ``num_partial_tokens`` of ``partial`` match; it is ``None`` when they are 0.
+    """
+
+    nodes: list[PrefixNode]
+    partial: PrefixNode | None
+    num_partial_tokens: int
+    num_tokens: int
+
+    def without_partial(self) -> PrefixMatch:
+        """The full blocks only: what to fall back on when there is no room for a copy."""
+        return PrefixMatch(self.nodes, None, 0, self.num_tokens - self.num_partial_tokens)
+
+
+NO_MATCH = PrefixMatch([], None, 0, 0)
+
+
+class PrefixCache:
+    """Index of cached blocks by content. Knows nodes and their blocks, not reference counts."""
+
+    def __init__(self, block_size: int, secret: bytes | None = None) -> None:
+        self._block_size = block_size
+        key = secrets.token_bytes(32) if secret is None else secret
+        self._root_hasher = blake2b(key=key, digest_size=16, person=b"root")
+        self._block_hasher = blake2b(key=key, digest_size=16, person=b"block")
+        self._roots: dict[str, PrefixNode] = {}
+        self._salts: dict[PrefixNode, str] = {}  # the other way round
+        self._index: dict[bytes, PrefixNode] = {}
+
+    def root(self, salt: str) -> PrefixNode:
+        """The root that requests with this salt share; made when there is none."""
+        node = self._roots.get(salt)
+        if node is None:
+            node = PrefixNode(None, [], self._root_hash(salt))
+            self._roots[salt] = node
+            self._salts[node] = salt
+        return node
+
+    def hash_blocks(self, request: Request) -> None:
+        """Extend ``request.block_hashes`` to every full block of its token ids."""
+        hashes, token_ids, size = request.block_hashes, request.token_ids, self._block_size
+        num_full = len(token_ids) // size
+        if len(hashes) == num_full:
+            return
+        block_hash = hashes[-1] if hashes else self._root_hash(request.cache_salt)
+        for start in range(len(hashes) * size, num_full * size, size):
+            block_hash = self._hash(block_hash, token_ids[start : start + size])
+            hashes.append(block_hash)
+
+    def match(self, request: Request) -> PrefixMatch:
+        """The longest cached prefix that leaves at least one token to compute.
+
+        Mutates nothing but ``request.block_hashes``. Raises nothing.
+        """
+        self.hash_blocks(request)
+        node = self._roots.get(request.cache_salt)
+        if node is None:
+            return NO_MATCH
+        token_ids, size = request.token_ids, self._block_size
+        limit = len(token_ids) - 1
+        nodes: list[PrefixNode] = []
+        for i in range(limit // size):
+            child = self._index.get(request.block_hashes[i])
+            if (
+                child is None
+                or child.block is None
+                or child.parent is not node
+                or child.token_ids != token_ids[i * size : (i + 1) * size]
+            ):
+                break
+            nodes.append(child)
+            node = child
+        num_full = len(nodes) * size
+        partial, num_partial = self._best_child(node, token_ids[num_full:limit][:size])
+        return PrefixMatch(nodes, partial, num_partial, num_full + num_partial)
+
+    def insert(
+        self, parent: PrefixNode, token_ids: list[int], block_hash: bytes, block: KVCacheBlock
+    ) -> PrefixNode:
+        """Cache a full block; returns its content's node, which an older block may already hold."""
+        node = self._index.get(block_hash)
+        if node is None or node.parent is not parent or node.token_ids != token_ids:
+            node = PrefixNode(parent, token_ids, block_hash)
+            self._index.setdefault(block_hash, node)
+            _add_child(parent, node)
+        self.adopt(node, block)
+        return node
+
+    def adopt(self, node: PrefixNode, block: KVCacheBlock) -> None:
+        """Let ``block``, which holds the node's content, stand for a node that has no block."""
+        if node.block is None and block.node is None:
+            node.block = block
+            block.node = node
+
+    def insert_tail(self, parent: PrefixNode, token_ids: list[int], block: KVCacheBlock) -> None:
+        """Cache a block's first tokens, unless a child of ``parent`` starts with them already."""
+        _, num_matching = self._best_child(parent, token_ids)
+        if num_matching < len(token_ids):
+            node = PrefixNode(parent, token_ids, None)
+            _add_child(parent, node)
+            self.adopt(node, block)
+
+    def detach(self, node: PrefixNode) -> None:
+        """Forget where the node's content lies: its block is taken for something else."""
+        assert node.block is not None
+        node.block.node = None
+        node.block = None
+        self._prune(node)
+
+    def pin(self, node: PrefixNode) -> None:
+        """Keep the path to ``node`` in the tree: a request will cache blocks below it."""
+        node.num_pins += 1
+
+    def unpin(self, node: PrefixNode) -> None:
+        """Undo one ``pin``."""
+        assert node.num_pins > 0
+        node.num_pins -= 1
+        self._prune(node)
+
+    def _prune(self, node: PrefixNode) -> None:
+        """Remove a node that leads nowhere, and its ancestors for as long as the same is true."""
+        while node.block is None and not node.children and not node.num_pins:
+            parent = node.parent
+            if parent is None:
+                del self._roots[self._salts.pop(node)]
+                return
+            if node.block_hash is not None and self._index.get(node.block_hash) is node:
+                del self._index[node.block_hash]
+            siblings = parent.children[node.token_ids[0]]
+            del siblings[node]
+            if not siblings:
+                del parent.children[node.token_ids[0]]
+            node = parent
+
+    def _best_child(self, node: PrefixNode, token_ids: list[int]) -> tuple[PrefixNode | None, int]:
+        """The child with a block that shares most leading tokens; of equals the newest."""
+        best, num_best = None, 0
+        if token_ids and token_ids[0] in node.children:
+            candidates = reversed(node.children[token_ids[0]])
+            for child, _ in zip(candidates, range(MAX_PARTIAL_CANDIDATES), strict=False):
+                if child.block is None:
+                    continue
+                num_common = num_common_tokens(child.token_ids, token_ids)
+                if num_common > num_best:
+                    best, num_best = child, num_common
+                    if num_best == len(token_ids):
+                        break
+        return best, num_best
+
+    def _root_hash(self, salt: str) -> bytes:
+        hasher = self._root_hasher.copy()
+        hasher.update(salt.encode("utf-8", "surrogatepass"))
+        return hasher.digest()
+
+    def _hash(self, parent_hash: bytes, token_ids: list[int]) -> bytes:
+        hasher = self._block_hasher.copy()
+        hasher.update(parent_hash + array("q", token_ids).tobytes())
+        return hasher.digest()
+
+    def check_integrity(self, num_pins: Mapping[PrefixNode, int]) -> None:
+        """Assert that every node is where it belongs, leads somewhere and has these pins."""
+        indexed = 0
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            assert node.num_pins == num_pins.get(node, 0), "pins and requests disagree"
+            alive = node.block is not None or node.children or node.num_pins
+            assert alive, "a node that leads nowhere was kept"
+            if node.block is not None:
+                assert node.block.node is node, f"{node.block}: cached twice"
+            if node.block_hash is not None and self._index.get(node.block_hash) is node:
+                indexed += 1
+            if node.parent is not None and node.block_hash is None:
+                assert not node.children, "a tail cannot have children"
+                assert node.block is not None, "a tail without a block was kept"
+                assert len(node.token_ids) < self._block_size, "a full block cached as a tail"
+            for first, children in node.children.items():
+                assert children, "an empty list of children was kept"
+                for child in children:
+                    assert child.parent is node, "a node under a parent that is not its own"
+                    assert child.token_ids[0] == first, "a node under another's first token"
+                stack.extend(children)
+        assert indexed == len(self._index), "the index holds a node that is not in the tree"
+
+
+def _add_child(parent: PrefixNode, node: PrefixNode) -> None:
+    parent.children.setdefault(node.token_ids[0], {})[node] = None
+
+
+def num_common_tokens(a: list[int], b: list[int], limit: int | None = None) -> int:
+    """Length of the longest common prefix, at most ``limit``."""
+    num = min(len(a), len(b)) if limit is None else limit
+    if a[:num] == b[:num]:
+        return num
+    return next(i for i in range(num) if a[i] != b[i])

@@ -1,0 +1,655 @@
+"""What runs in the next step. One budget of tokens, one order, two counters per request.
+
+A request is ``num_tokens`` and ``num_computed_tokens``; every step lets the second chase the
+first. A new prompt, a chunk of a long one, a decode, and a resume after preemption are the same
+path. Everything here is plain integers and lives on the event loop's thread.
+
+A step is *in flight* from ``schedule`` until ``update`` or ``fail_step`` retires it. Two rules
+keep memory right while the host does not know yet what the device did:
+
+- A request that ends while a step has it keeps its blocks until that step retires.
+- A request is preempted only when no step has it. One that must yield while a step has it keeps
+  its seat, is put into no further step, and leaves when its token is known.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum, auto
+from itertools import count
+from operator import attrgetter
+
+from streamserve.config import SchedulerConfig
+from streamserve.core.clock import Clock
+from streamserve.core.kv_cache import KVCacheManager
+from streamserve.core.plan import (
+    PENDING_TOKEN,
+    ModelRunnerOutput,
+    NewRequest,
+    ScheduledRequest,
+    SchedulerOutput,
+    TokenLogprobs,
+)
+from streamserve.core.policy import POLICIES
+from streamserve.core.prefill import prefill_budget
+from streamserve.core.request import FinishReason, Request, RequestStatus
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.errors import ContextLengthError, QueueFullError
+
+_by_key = attrgetter("sort_key")
+
+
+@dataclass(slots=True)
+class RequestUpdate:
+    """What a retired step means for one request.
+
+    ``logprobs`` is as long as ``new_token_ids`` when the request asked for them, else empty.
+    ``finish_reason`` is set when the request ended with the last of these tokens.
+    """
+
+    request: Request
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason | None
+
+
+class _Step:
+    """A plan and the requests of its ``scheduled``, in the same order."""
+
+    __slots__ = ("blocked", "num_prefill_tokens", "plan", "preempted", "requests")
+
+    def __init__(self, step_id: int, num_prefill_tokens: int) -> None:
+        self.plan = SchedulerOutput(step_id)
+        self.requests: list[Request] = []
+        self.num_prefill_tokens = num_prefill_tokens  # what is left of the budget
+        self.blocked = False  # somebody waits for blocks: nobody behind may take any
+        self.preempted = False
+
+
+class _Admission(Enum):
+    ADMITTED = auto()
+    AWAITS_PREFIX = auto()  # another request is computing what this one needs
+    NO_ROOM = auto()
+
+
+class Scheduler:
+    """Continuous batching over a paged KV cache. Not thread-safe: one thread owns it.
+
+    ``plan = schedule()``, launch and sample it, ``update(output)`` (or ``fail_step``), in the
+    order of the plans; with ``max_steps_in_flight`` of 2, ``schedule`` may be called once more
+    before the first plan's result is there.
+
+    ``kv_cache`` belongs to this scheduler alone from here on.
+    """
+
+    def __init__(self, config: SchedulerConfig, kv_cache: KVCacheManager, clock: Clock) -> None:
+        self.config = config
+        self.kv_cache = kv_cache
+        self._clock = clock
+        self._policy = POLICIES[config.policy]
+        # A seat is worth at least one token per step, so that no decode ever waits for budget.
+        self._num_seats = min(config.max_num_seqs, config.max_num_batched_tokens)
+        num_kv_tokens = kv_cache.num_blocks * kv_cache.block_size
+        # The last token is never an input, so it needs no KV.
+        self._max_model_len = min(config.max_model_len, num_kv_tokens + 1)
+
+        self._requests: dict[str, Request] = {}  # waiting and running
+        self._waiting: list[Request] = []  # sorted by key, as is the next
+        self._running: list[Request] = []
+        self._yielding: dict[str, Request] = {}  # running, to be preempted when its step retires
+        self._leaving: dict[str, Request] = {}  # finished, a step still has it
+        self._computing: dict[bytes, Request] = {}  # block hash -> who computes it for all
+        self._in_flight: deque[_Step] = deque()
+        self._released_ids: list[str] = []  # for the next plan
+        self._next_step_id = 0
+        self._arrivals = count()
+        self._last_admission_s: float | None = None
+        self._admission_interval_s = 1.0
+
+    # ---------------------------------------------------------------- what there is
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a seat."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a seat, preempted ones among them."""
+        return len(self._waiting)
+
+    @property
+    def num_steps_in_flight(self) -> int:
+        """Steps that were scheduled and not retired."""
+        return len(self._in_flight)
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and answer together: ``SchedulerConfig``'s limit or what the KV cache holds."""
+        return self._max_model_len
+
+    def get(self, request_id: str) -> Request | None:
+        """The request that waits or runs under this id."""
+        return self._requests.get(request_id)
+
+    # ---------------------------------------------------------------- in and out
+
+    def check_fits(self, num_prompt_tokens: int, params: SamplingParams) -> None:
+        """Raise ``ContextLengthError`` unless the request, alone, could run to its full length."""
+        if num_prompt_tokens < 1:
+            raise ContextLengthError(
+                f"the prompt must hold at least 1 token, got {num_prompt_tokens}"
+            )
+        num_output_tokens = 1 if params.max_tokens is None else params.max_tokens
+        num_tokens = num_prompt_tokens + num_output_tokens
+        asked = (
+            f"got a prompt of {num_prompt_tokens} tokens and max_tokens {params.max_tokens}"
+            f" ({num_tokens} in total)"
+        )
+        if params.max_tokens is None:
+            asked = f"got a prompt of {num_prompt_tokens} tokens and at least 1 to generate"
+        if num_tokens > self.config.max_model_len:
+            raise ContextLengthError(
+                f"prompt and answer must fit into max_model_len of {self.config.max_model_len}"
+                f" tokens, {asked}"
+            )
+        if num_tokens > self._max_model_len:
+            raise ContextLengthError(
+                f"prompt and answer must fit into the KV cache of {self._max_model_len - 1}"
+                f" tokens, {asked}"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises ``ContextLengthError`` if it can never fit, ``QueueFullError`` if too many wait,
+        ``ValueError`` if its id is in use (a finished request's id is, until its last step has
+        retired).
+        """
+        self.check_fits(request.num_prompt_tokens, request.sampling_params)
+        if len(self._waiting) >= self.config.max_num_waiting:
+            raise QueueFullError(
+                f"at most {self.config.max_num_waiting} requests may wait,"
+                f" {len(self._waiting)} do already",
+                retry_after_s=self._admission_interval_s,
+            )
+        self._enter(request)
+        insort(self._waiting, request, key=_by_key)
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Add ``child``, which shares with ``parent`` the written tokens they have in common.
+
+        The child takes a seat at once and shares by reference count; where there is no seat, or
+        the parent does not run, it waits like any other and shares what is cached by then.
+        ``max_num_waiting`` does not apply: the parent was let in. Raises as ``add`` does otherwise.
+        """
+        self.check_fits(child.num_prompt_tokens, child.sampling_params)
+        self._enter(child)
+        seated = parent.status is RequestStatus.RUNNING and len(self._running) < self._num_seats
+        if not seated:
+            insort(self._waiting, child, key=_by_key)
+            return
+        num_shared = self.kv_cache.fork(parent, child)
+        child.num_cached_tokens = min(num_shared, child.num_prompt_tokens)
+        child.status = RequestStatus.RUNNING
+        insort(self._running, child, key=_by_key)
+
+    def finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        num_output_tokens: int | None = None,
+        stop_reason: int | str | None = None,
+    ) -> bool:
+        """End a request: the one way out, taken exactly once. A second call returns ``False``.
+
+        ``num_output_tokens`` discards the output tokens behind it, from the request's ids and
+        from the prefix cache: a stop string was found late. A step in flight that has the request
+        goes on; its result is ignored, and the blocks return when it retires.
+        """
+        if request.status is RequestStatus.FINISHED:
+            return False
+        assert self._requests.get(request.request_id) is request
+        del self._requests[request.request_id]
+        was_running = request.status is RequestStatus.RUNNING
+        _remove(self._running if was_running else self._waiting, request)
+        self._yielding.pop(request.request_id, None)
+        self._stop_computing(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+        if num_output_tokens is not None:
+            assert 0 <= num_output_tokens <= request.num_output_tokens
+            del request.token_ids[request.num_prompt_tokens + num_output_tokens :]
+            del request.block_hashes[request.num_tokens // self.kv_cache.block_size :]
+        if request.num_steps_in_flight:
+            self._leaving[request.request_id] = request
+        elif was_running:
+            self._release(request)
+        return True
+
+    def _enter(self, request: Request) -> None:
+        if request.request_id in self._requests or request.request_id in self._leaving:
+            raise ValueError(f"request_id must be unique, got {request.request_id!r} again")
+        assert request.status is RequestStatus.WAITING
+        request.sort_key = self._policy.key(request, next(self._arrivals))
+        request.max_num_tokens = self._max_model_len
+        if request.sampling_params.max_tokens is not None:
+            limit = request.num_prompt_tokens + request.sampling_params.max_tokens
+            request.max_num_tokens = min(limit, self._max_model_len)
+        self._requests[request.request_id] = request
+
+    def _release(self, request: Request) -> None:
+        """Give back what a request that left its seat held: blocks, and its row in the runner."""
+        assert not request.num_steps_in_flight
+        self.kv_cache.free(request)
+        if request.is_in_runner:
+            request.is_in_runner = False
+            self._released_ids.append(request.request_id)
+
+    # ---------------------------------------------------------------- the next step
+
+    def schedule(self) -> SchedulerOutput | None:
+        """The next plan, or ``None``: nothing to launch before something else happens.
+
+        Running requests come first, in policy order. Each that needs one token has it set aside
+        for it; longer ones and then waiting ones share the rest. Since requests are visited in
+        policy order and the victims of preemption are the last in it, none is in the plan yet.
+        """
+        if len(self._in_flight) >= self.config.max_steps_in_flight or not self._requests:
+            return None
+        num_decodes = 0
+        for request in self._running:
+            num_left = len(request.token_ids) + request.num_pending_tokens
+            num_decodes += num_left - request.num_computed_tokens == 1
+        step = _Step(self._next_step_id, prefill_budget(self.config, num_decodes))
+
+        running, waiting, outranks = self._running, self._waiting, self._policy.outranks
+        contested = waiting and running and outranks(waiting[0], running[-1])
+        index = 0
+        while index < len(running):
+            request = running[index]
+            if contested and waiting and outranks(waiting[0], request):
+                index += self._admit_before(request, step)
+                if index >= len(running) or running[index] is not request:
+                    continue
+            self._continue(request, step)
+            if index < len(running) and running[index] is request:
+                index += 1
+        if not (step.blocked or step.preempted) or not step.requests:
+            self._admit_waiting(step)
+        return self._launch(step)
+
+    def _launch(self, step: _Step) -> SchedulerOutput | None:
+        plan = step.plan
+        if not step.requests:
+            assert self._in_flight, "live requests, none of which can run"
+            return None
+        plan.released_ids.extend(self._released_ids)
+        self._released_ids.clear()
+        plan.block_copies.extend(self.kv_cache.take_copies())
+        self._next_step_id += 1
+        self._in_flight.append(step)
+        return plan
+
+    def _continue(self, request: Request, step: _Step) -> None:
+        """Put a running request's next tokens into the step, unless there is no room now."""
+        num_known = len(request.token_ids)
+        num_pending = request.num_pending_tokens
+        if num_pending and (
+            num_known + num_pending >= request.max_num_tokens  # its last token is in flight
+            or request.last_step_id != step.plan.step_id - 1  # not the previous step's sample
+        ):
+            return
+        if request.request_id in self._yielding:
+            return
+        num_new = num_known + num_pending - request.num_computed_tokens
+        if num_new > 1:
+            num_new = min(num_new, step.num_prefill_tokens)
+            if not num_new:
+                return
+        block_ids = self.kv_cache.allocate_slots(request, num_new)
+        while block_ids is None:
+            if not self._make_room(request, step):
+                return
+            block_ids = self.kv_cache.allocate_slots(request, num_new)
+        if num_known + num_pending - request.num_computed_tokens > 1:
+            step.num_prefill_tokens -= num_new
+        self._append(request, num_new, block_ids, step)
+
+    def _make_room(self, request: Request, step: _Step) -> bool:
+        """Preempt the last of the running. ``False``: ``request`` cannot run in this step."""
+        if step.blocked:
+            return False
+        if self._blocks_return():
+            step.blocked = True
+            return False
+        victim = self._running[-1]
+        step.blocked = not self._yield(victim, step)
+        return not step.blocked and victim is not request
+
+    def _blocks_return(self) -> bool:
+        """Whether blocks come back when a step in flight retires: then waiting beats preempting."""
+        return bool(
+            self._leaving or self._yielding or any(s.plan.block_copies for s in self._in_flight)
+        )
+
+    def _yield(self, victim: Request, step: _Step) -> bool:
+        """Take a running request's seat: now, or (``False``) when the step that has it retires."""
+        step.preempted = True
+        if victim.num_steps_in_flight:
+            self._yielding[victim.request_id] = victim
+            return False
+        if victim.num_tokens - victim.num_computed_tokens == 1:
+            step.num_prefill_tokens += 1  # was set aside for it
+        self._preempt(victim)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Back to waiting; the blocks are free, but cached until somebody needs them."""
+        assert not request.num_pending_tokens
+        _remove(self._running, request)
+        self._stop_computing(request)
+        self._release(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_preemptions += 1
+        insort(self._waiting, request, key=_by_key)
+
+    def _append(
+        self, request: Request, num_new: int, new_block_ids: list[int], step: _Step
+    ) -> None:
+        """Write a request's share of the step into the plan and move its counters."""
+        start = request.num_computed_tokens
+        end = start + num_new
+        num_known = len(request.token_ids)
+        num_total = num_known + request.num_pending_tokens
+        if not request.is_in_runner:
+            request.is_in_runner = True
+            new_block_ids = list(request.block_table)
+            step.plan.new_requests.append(
+                NewRequest(
+                    request.request_id,
+                    list(request.token_ids),
+                    request.num_prompt_tokens,
+                    request.sampling_params,
+                    request.seed,
+                    request.choice_index,
+                    request.eos_token_ids,
+                )
+            )
+        step.plan.scheduled.append(
+            ScheduledRequest(
+                request.request_id,
+                start,
+                # A pending token is always alone: nothing before it is left to compute.
+                request.token_ids[start:end] if start < num_known else [PENDING_TOKEN],
+                new_block_ids,
+                end == num_total,
+                num_total - request.num_prompt_tokens,
+            )
+        )
+        step.requests.append(request)
+        request.num_computed_tokens = end
+        request.last_step_id = step.plan.step_id
+        request.num_steps_in_flight += 1
+        if end == num_total:
+            request.num_pending_tokens += 1
+
+    # ---------------------------------------------------------------- admission
+
+    def _admit_waiting(self, step: _Step) -> None:
+        """Seat waiting requests in policy order, until something runs out."""
+        waiting = self._waiting
+        index = 0
+        while index < len(waiting):
+            admission = self._admit(waiting[index], step)
+            if admission is _Admission.NO_ROOM:
+                return
+            if admission is _Admission.AWAITS_PREFIX:
+                index += 1
+
+    def _admit_before(self, request: Request, step: _Step) -> int:
+        """Seat the waiting requests that outrank ``request``, at the cost of the tail's seats.
+
+        Returns by how many places ``request`` moved. It may be among those that lost their seat.
+        """
+        num_admitted = 0
+        index = 0
+        outranks = self._policy.outranks
+        while index < len(self._waiting) and outranks(self._waiting[index], request):
+            candidate = self._waiting[index]
+            admission = self._admit(candidate, step)
+            if admission is _Admission.ADMITTED:
+                num_admitted += 1
+            elif admission is _Admission.AWAITS_PREFIX:
+                index += 1
+            elif not self._yield_tail_to(candidate, step):
+                break
+        return num_admitted
+
+    def _yield_tail_to(self, candidate: Request, step: _Step) -> bool:
+        """Take the tail's seat for a waiting request that outranks it; ``False`` if not now."""
+        if step.blocked or not self._running or self._blocks_return():
+            return False
+        tail = self._running[-1]
+        if not self._policy.outranks(candidate, tail):
+            return False
+        has_seat = len(self._running) < self._num_seats
+        if has_seat and not step.num_prefill_tokens:
+            return False  # more urgent prompts have all the tokens of this step
+        num_blocks = self.kv_cache.num_free_blocks + sum(
+            len(r.block_table) for r in self._running if self._policy.outranks(candidate, r)
+        )
+        if num_blocks * self.kv_cache.block_size < candidate.num_tokens:
+            return False  # it would not help
+        return self._yield(tail, step)
+
+    def _admit(self, request: Request, step: _Step) -> _Admission:
+        """Seat a waiting request and schedule its first tokens, if everything it needs is there."""
+        if request.awaited_hash is not None and self._awaits(request, request.awaited_hash):
+            return _Admission.AWAITS_PREFIX
+        request.awaited_hash = None
+        if step.blocked or not step.num_prefill_tokens or len(self._running) >= self._num_seats:
+            return _Admission.NO_ROOM
+        match = self.kv_cache.find_prefix(request)
+        if len(match.nodes) < len(request.block_hashes):
+            missing_hash = request.block_hashes[len(match.nodes)]
+            if self._awaits(request, missing_hash):
+                request.awaited_hash = missing_hash
+                return _Admission.AWAITS_PREFIX
+        # One block for each running request, or it would soon take them by preempting this one.
+        num_reserved = len(self._running)
+        for choice in (match, match.without_partial()):
+            num_new = min(request.num_tokens - choice.num_tokens, step.num_prefill_tokens)
+            block_ids = self.kv_cache.allocate_slots(
+                request, num_new, choice, num_reserved_blocks=num_reserved
+            )
+            if block_ids is not None:
+                break
+            if choice.partial is None:
+                return _Admission.NO_ROOM
+        else:
+            return _Admission.NO_ROOM
+        step.num_prefill_tokens -= num_new
+        self._seat(request)
+        self._append(request, num_new, block_ids, step)
+        return _Admission.ADMITTED
+
+    def _seat(self, request: Request) -> None:
+        if request.last_step_id < 0:
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+            now = self._clock()
+            if self._last_admission_s is not None and len(self._waiting) > 1:
+                interval = now - self._last_admission_s
+                self._admission_interval_s += 0.1 * (interval - self._admission_interval_s)
+            self._last_admission_s = now
+        _remove(self._waiting, request)
+        request.status = RequestStatus.RUNNING
+        insort(self._running, request, key=_by_key)
+        self._note_computing(request)
+
+    # ---------------------------------------------------------------- shared prefixes
+
+    def _awaits(self, request: Request, block_hash: bytes) -> bool:
+        """Whether another request computes this block, and ``request`` should wait for it.
+
+        Not for one it outranks: that one may be kept waiting by others in between.
+        """
+        holder = self._computing.get(block_hash)
+        return holder is not None and not self._policy.outranks(request, holder)
+
+    def _note_computing(self, request: Request) -> None:
+        """Register the first block that the request has not written: those behind it follow.
+
+        One entry per request is enough. Whoever shares more of the prompt finds the blocks before
+        this one in the cache, misses this one, and waits; and again for the next, chunk by chunk.
+        """
+        index = request.num_written_tokens // self.kv_cache.block_size
+        hashes = request.block_hashes
+        block_hash = hashes[index] if index < len(hashes) else None
+        if block_hash is request.computing_hash:
+            return
+        self._stop_computing(request)
+        if block_hash is not None:
+            self._computing[block_hash] = request
+            request.computing_hash = block_hash
+
+    def _stop_computing(self, request: Request) -> None:
+        """The request computes nothing for others any more: the next one takes over."""
+        block_hash = request.computing_hash
+        if block_hash is not None:
+            request.computing_hash = None
+            if self._computing.get(block_hash) is request:
+                del self._computing[block_hash]
+
+    # ---------------------------------------------------------------- a step retires
+
+    def update(self, output: ModelRunnerOutput) -> list[RequestUpdate]:
+        """Retire the oldest step: append its ids, end what has ended, index what is full.
+
+        Returns one update for each request that got tokens, in the plan's order. Requests that
+        ended while the step was in flight are passed over.
+        """
+        if not self._in_flight or self._in_flight[0].plan.step_id != output.step_id:
+            raise ValueError(f"step {output.step_id} is not the oldest step in flight")
+        step = self._in_flight.popleft()
+        self.kv_cache.release_copies(step.plan.block_copies)
+        updates: list[RequestUpdate] = []
+        block_size = self.kv_cache.block_size
+        logprobs = output.logprobs
+        for i, request in enumerate(step.requests):
+            scheduled = step.plan.scheduled[i]
+            request.num_steps_in_flight -= 1
+            end = scheduled.start + len(scheduled.token_ids)
+            if not request.has_failed_step:
+                request.num_written_tokens = end
+            if request.status is RequestStatus.FINISHED:
+                self._leave(request)
+                continue
+            if scheduled.sample:
+                request.num_pending_tokens -= 1
+                new_token_ids = self._append_tokens(request, output.sampled_token_ids[i])
+                updates.append(
+                    RequestUpdate(
+                        request,
+                        new_token_ids,
+                        logprobs[i][: len(new_token_ids)] if logprobs is not None else [],
+                        request.finish_reason,
+                    )
+                )
+                if request.finish_reason is not None:
+                    continue
+            if end // block_size > scheduled.start // block_size:
+                self.kv_cache.cache_blocks(request)
+            if request.computing_hash is not None:
+                self._note_computing(request)
+            if self._yielding and not request.num_steps_in_flight:
+                if self._yielding.pop(request.request_id, None) is not None:
+                    self._preempt(request)
+        return updates
+
+    def fail_step(self, step_id: int) -> list[Request]:
+        """Retire a step that raised; returns its requests, finished with ``ERROR`` just now.
+
+        Any step in flight may fail. Nothing that it wrote, and nothing that a later step wrote
+        on top for the same requests, enters the prefix cache.
+        """
+        step = next((s for s in self._in_flight if s.plan.step_id == step_id), None)
+        if step is None:
+            raise ValueError(f"step {step_id} is not in flight")
+        self._in_flight.remove(step)
+        self.kv_cache.release_copies(step.plan.block_copies)
+        failed: list[Request] = []
+        for request in step.requests:
+            request.num_steps_in_flight -= 1
+            request.has_failed_step = True
+            if request.status is RequestStatus.FINISHED:
+                self._leave(request)
+            elif self.finish(request, FinishReason.ERROR):
+                failed.append(request)
+        return failed
+
+    def _leave(self, request: Request) -> None:
+        """A finished request's step has retired."""
+        if not request.num_steps_in_flight:
+            del self._leaving[request.request_id]
+            self._release(request)
+
+    def _append_tokens(self, request: Request, token_ids: list[int]) -> list[int]:
+        """Append sampled ids up to the one that ends the request, and then finish it."""
+        params = request.sampling_params
+        for i, token_id in enumerate(token_ids):
+            request.token_ids.append(token_id)
+            if request.num_output_tokens > params.min_tokens:
+                if token_id in request.eos_token_ids and not params.ignore_eos:
+                    self.finish(request, FinishReason.STOP)
+                    return token_ids[: i + 1]
+                if token_id in params.stop_token_ids:
+                    self.finish(request, FinishReason.STOP, stop_reason=token_id)
+                    return token_ids[: i + 1]
+            if len(request.token_ids) >= request.max_num_tokens:
+                self.finish(request, FinishReason.LENGTH)
+                return token_ids[: i + 1]
+        return token_ids
+
+    # ---------------------------------------------------------------- invariants
+
+    def check_integrity(self) -> None:
+        """Assert every invariant of the scheduler and its KV cache. O(blocks + requests)."""
+        self.kv_cache.check_integrity()
+        for requests in (self._waiting, self._running):
+            keys = [request.sort_key for request in requests]
+            assert keys == sorted(keys), "requests out of order"
+        assert len(self._running) <= self._num_seats
+        assert len(self._requests) == len(self._waiting) + len(self._running)
+        for request in self._waiting:
+            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+            assert not request.block_table
+            assert not request.num_steps_in_flight
+            assert not request.is_in_runner
+            assert request.computing_hash is None
+        for request in self._running:
+            assert request.status is RequestStatus.RUNNING
+            limit = request.num_tokens + request.num_pending_tokens + request.num_draft_tokens
+            assert 0 <= request.num_computed_tokens <= limit
+        for block_hash, request in self._computing.items():
+            assert request.computing_hash == block_hash, "a block that nobody computes"
+            assert request.status is RequestStatus.RUNNING
+        for request in self._leaving.values():
+            assert request.is_finished
+            assert request.num_steps_in_flight
+
+
+def _remove(requests: list[Request], request: Request) -> None:
+    """Remove from a list sorted by key; keys are unique."""
+    index = bisect_left(requests, request.sort_key, key=_by_key)
+    assert requests[index] is request
+    del requests[index]
