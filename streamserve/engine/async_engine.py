@@ -98,7 +98,7 @@ class AsyncEngine:
         self._eos_token_ids = eos_token_ids
         self._clock = clock
         self._limits = AdmissionLimits(
-            max_model_len=max_model_len,
+            max_model_len=min(max_model_len, scheduler.max_model_len),
             vocab_size=tokenizer.vocab_size if vocab_size is None else vocab_size,
         )
         self._idle_delay_s = idle_delay_s
@@ -114,6 +114,7 @@ class AsyncEngine:
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
+        self._num_preemptions = 0  # of requests that have ended
 
     # The public face: called by the API between two awaits of the step loop.
 
@@ -164,9 +165,7 @@ class AsyncEngine:
         if self._is_stopping:
             raise EngineDeadError("the server is shutting down and takes no new requests")
         if request_id in self._live:
-            raise InvalidParameterError(
-                f"request_id must be unique, got {request_id!r} twice", param="request_id"
-            )
+            raise _duplicate(request_id)
         params = self._limits.check(prompt_token_ids, params)
         self._scheduler.check_fits(len(prompt_token_ids), params)
         arrival_time = self._clock() if arrival_time is None else arrival_time
@@ -189,6 +188,8 @@ class AsyncEngine:
             self._scheduler.add(request)
         except RequestError:
             raise
+        except ValueError as error:  # the id's last step has not retired
+            raise _duplicate(request_id) from error
         except Exception as error:
             self._die("the scheduler failed to add a request", error)
             self._raise_if_dead()
@@ -237,7 +238,8 @@ class AsyncEngine:
             prefix_query_tokens=cache.stats.num_queried_tokens,
             prefix_hit_tokens=cache.stats.num_hit_tokens,
             num_steps=self._num_steps,
-            num_preemptions=scheduler.num_preemptions,
+            num_preemptions=self._num_preemptions
+            + sum(live.request.num_preemptions for live in self._live.values()),
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self._num_generation_tokens,
         )
@@ -361,7 +363,7 @@ class AsyncEngine:
             return
         except TimeoutError:
             pass
-        self._scheduler.kv_cache.check_integrity()
+        self._scheduler.check_integrity()
         collect_idle()
         await self._wake.wait()
 
@@ -369,6 +371,7 @@ class AsyncEngine:
 
     def _end(self, live: _Live) -> None:
         del self._live[live.request.request_id]
+        self._num_preemptions += live.request.num_preemptions
         live.stream.timings.finished = self._clock()
 
     def _finish(
@@ -444,6 +447,12 @@ def _call_soon(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) ->
 def _resolve(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+def _duplicate(request_id: str) -> InvalidParameterError:
+    return InvalidParameterError(
+        f"request_id must be unique, got {request_id!r} again", param="request_id"
+    )
 
 
 def _name_of(error: BaseException) -> str:

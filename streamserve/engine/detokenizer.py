@@ -120,56 +120,51 @@ class _WindowDetokenizer:
 
     ::
 
-        ids   … | context: shown, complete | held: not shown yet | new
-                ^ _ids[0]                  ^ _num_shown
+        _ids    context, all shown | since then: shown up to an incomplete character
+                0                  ^ _num_context
+        text of _ids               |<- _num_shown characters ->| held back: U+FFFD
     """
 
-    __slots__ = ("_ids", "_num_shown", "_skip", "_tokenizer")
+    __slots__ = ("_ids", "_num_context", "_num_shown", "_skip", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip
-        self._ids: list[int] = []
-        self._num_shown = 0
-        self._prime(prompt_token_ids)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
-
-    def _prime(self, prompt_token_ids: Sequence[int]) -> None:
-        """Start behind the shortest end of the prompt that has text and is whole characters."""
-        size, num_prompt_tokens = 4, len(prompt_token_ids)
+        # The shortest end of the prompt that has text and does not begin inside a character.
+        size = 4
         while True:
             self._ids = list(prompt_token_ids[-size:])
-            text = self._decode(self._ids)
-            if size >= num_prompt_tokens or (text and text[0] != _REPLACEMENT):
+            text = self._decode()
+            if size >= len(prompt_token_ids) or (text and text[0] != _REPLACEMENT):
                 break
             size *= 2
-        complete = len(self._ids)
-        while complete and self._decode(self._ids[:complete])[-1:] == _REPLACEMENT:
-            complete -= 1
-        self._num_shown = complete or len(self._ids)
+        self._num_context = len(self._ids)
+        self._num_shown = len(text.rstrip(_REPLACEMENT))
 
     def add(self, token_ids: Sequence[int]) -> str:
         return "".join([self._add_one(token_id) for token_id in token_ids])
 
     def finish(self) -> str:
-        shown = self._decode(self._ids[: self._num_shown])
-        return self._decode(self._ids)[len(shown) :]
+        return self._decode()[self._num_shown :]
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
 
     def _add_one(self, token_id: int) -> str:
+        before = self._num_shown
         self._ids.append(token_id)
-        shown = self._decode(self._ids[: self._num_shown])
-        text = self._decode(self._ids)
-        num_held = len(self._ids) - self._num_shown
-        if len(text) <= len(shown):
-            if num_held == 1:
+        text = self._decode()
+        num_new_ids = len(self._ids) - self._num_context
+        if len(text) <= before:
+            if num_new_ids == 1:
                 self._ids.pop()  # a token without text, such as a skipped one
             return ""
-        if text[-1] == _REPLACEMENT and num_held < _MAX_HELD:
-            return ""
-        # The next window begins where this one's context ended: its first token has text, so
-        # whatever the decoder does at the beginning of a text happens to both decodes alike.
-        del self._ids[: self._num_shown]
-        self._num_shown = len(self._ids)
-        return text[len(shown) :]
+        if text[-1] == _REPLACEMENT and num_new_ids < _MAX_HELD:
+            self._num_shown = max(before, len(text.rstrip(_REPLACEMENT)))
+            return text[before : self._num_shown]
+        # The next context is what has come since this one. It has text, so whatever the decoder
+        # does at the beginning of a text happens alike with and without the next token.
+        del self._ids[: self._num_context]
+        self._num_context = num_new_ids
+        self._num_shown = len(self._decode())
+        return text[before:]
