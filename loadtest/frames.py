@@ -1,0 +1,224 @@
+"""How many ``data:`` frames one core can send, and what one costs.
+
+    python -m loadtest.frames
+
+A server without a model (``loadtest.null_server``) is pinned to one core, this client to another.
+It opens ``--streams`` chat completions on raw sockets and counts frames. Every token must come in
+a frame of its own: a stream's text frames are counted against its own ``usage``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from loadtest.null_server import MODEL_NAME
+
+_MARK = b"data: "
+_RECEIVE_BYTES = 1 << 18
+_TAIL_BYTES = 1024
+_FRAMES_WITHOUT_TEXT = 4  # role, finish_reason, usage, [DONE]
+_TIMEOUT_S = 120.0
+
+
+@dataclass(slots=True)
+class Reader:
+    """One connection: counts frames across the borders of what it receives."""
+
+    sock: socket.socket
+    num_frames: int = 0
+    num_bytes: int = 0
+    tail: bytes = b""
+
+    def feed(self, data: bytes) -> None:
+        """Count what starts in ``data`` or across its border."""
+        border = self.tail[-(len(_MARK) - 1) :] + data[: len(_MARK) - 1]
+        self.num_frames += data.count(_MARK) + border.count(_MARK)
+        self.num_bytes += len(data)
+        self.tail = (self.tail + data)[-_TAIL_BYTES:]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the response has ended."""
+        return self.tail.endswith(b"0\r\n\r\n")
+
+    @property
+    def num_tokens(self) -> int:
+        """``completion_tokens`` of the usage that the stream ended with."""
+        start = self.tail.index(b'"usage":{') + len(b'"usage":')
+        usage = json.JSONDecoder().raw_decode(self.tail[start:].decode())[0]
+        return int(usage["completion_tokens"])
+
+
+@dataclass(slots=True)
+class Result:
+    """What was measured. ``seconds`` from the first body byte to the last."""
+
+    num_streams: int
+    num_frames: int
+    num_tokens: int
+    num_bytes: int
+    seconds: float
+    server_cpu_seconds: float
+    merged: list[int] = field(default_factory=list)
+
+    @property
+    def frames_per_second(self) -> float:
+        return self.num_frames / self.seconds
+
+    @property
+    def cpu_us_per_frame(self) -> float:
+        return self.server_cpu_seconds / self.num_frames * 1e6
+
+
+def request_bytes(num_tokens: int, host: str) -> bytes:
+    """One streamed chat completion as HTTP/1.1."""
+    body = json.dumps(
+        {
+            "model": MODEL_NAME,
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": num_tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process, from ``/proc``."""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(url: str, pid: int, *, num_streams: int, num_tokens: int) -> Result:
+    """Run ``num_streams`` streams at once and count."""
+    address = urlsplit(url)
+    assert address.hostname is not None
+    selector = selectors.DefaultSelector()
+    readers: list[Reader] = []
+    for _ in range(num_streams):
+        sock = socket.create_connection((address.hostname, address.port or 80))
+        reader = Reader(sock)
+        readers.append(reader)
+        selector.register(sock, selectors.EVENT_READ, reader)
+    payload = request_bytes(num_tokens, address.netloc)
+    cpu_before = cpu_seconds(pid)
+    for reader in readers:
+        reader.sock.sendall(payload)
+    num_open = num_streams
+    started = 0.0
+    while num_open:
+        events = selector.select(_TIMEOUT_S)
+        if not events:
+            raise TimeoutError(f"no byte for {_TIMEOUT_S:g} s")
+        for key, _ in events:
+            reader = key.data
+            data = reader.sock.recv(_RECEIVE_BYTES)
+            if not data:
+                raise ConnectionError(f"the server closed a stream: {reader.tail[-300:]!r}")
+            reader.feed(data)
+            if not started and reader.num_frames:
+                started = time.perf_counter()
+            if reader.is_done:
+                selector.unregister(reader.sock)
+                num_open -= 1
+    seconds = time.perf_counter() - started
+    cpu = cpu_seconds(pid) - cpu_before
+    for reader in readers:
+        reader.sock.close()
+    return Result(
+        num_streams=num_streams,
+        num_frames=sum(r.num_frames for r in readers),
+        num_tokens=sum(r.num_tokens for r in readers),
+        num_bytes=sum(r.num_bytes for r in readers),
+        seconds=seconds,
+        server_cpu_seconds=cpu,
+        merged=[
+            i
+            for i, r in enumerate(readers)
+            if r.num_frames - _FRAMES_WITHOUT_TEXT != r.num_tokens or r.num_tokens != num_tokens
+        ],
+    )
+
+
+def start_server(core: int | None, num_streams: int, profile: str | None) -> subprocess.Popen[str]:
+    """Start ``loadtest.null_server`` on ``core``; its first line of output is its URL."""
+    command = [sys.executable, "-m", "loadtest.null_server", "--port", "0"]
+    command += ["--max-num-seqs", str(num_streams)]
+    if profile is not None:
+        command += ["--profile", profile]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    if core is not None:
+        os.sched_setaffinity(process.pid, {core})
+    return process
+
+
+def pick_cores() -> tuple[int | None, int | None]:
+    """The server's core and the client's; ``None`` where there is only one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return (cores[0], cores[1]) if len(cores) > 1 else (None, None)
+
+
+def report(result: Result) -> str:
+    """One paragraph for people."""
+    return (
+        f"{result.num_streams} streams, {result.num_tokens} tokens, {result.num_frames} frames "
+        f"of {result.num_bytes / result.num_frames:.0f} bytes\n"
+        f"{result.frames_per_second:,.0f} frames/s, "
+        f"{result.cpu_us_per_frame:.2f} us of server CPU per frame, "
+        f"{'no frame merged' if not result.merged else f'MERGED in streams {result.merged}'}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the measurement; 1 if frames were merged or a floor was not reached."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=2000, help="of each stream")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--at-least", type=float, default=0.0, help="frames/s the best must reach")
+    parser.add_argument("--profile", help="write the server's cProfile into this file")
+    args = parser.parse_args(argv)
+    server_core, client_core = pick_cores()
+    if client_core is not None:
+        os.sched_setaffinity(0, {client_core})
+    process = start_server(server_core, args.streams, args.profile)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        if not url:
+            raise RuntimeError("the server did not start")
+        measure(url, process.pid, num_streams=args.streams, num_tokens=20)  # warm-up
+        results = [
+            measure(url, process.pid, num_streams=args.streams, num_tokens=args.tokens)
+            for _ in range(args.repeats)
+        ]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(10)
+    for result in results:
+        print(report(result))
+    best = max(result.frames_per_second for result in results)
+    is_merged = any(result.merged for result in results)
+    return 1 if is_merged or best < args.at_least else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

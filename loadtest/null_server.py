@@ -1,0 +1,138 @@
+"""A whole server without a model: what everything but the model costs.
+
+    python -m loadtest.null_server --port 8000
+
+The ``NullRunner`` gives one token to each stream in each step, and the next step starts when every
+stream's mailbox is empty, so no two tokens of a stream ever share a frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from streamserve.api.app import ApiApp, create_app
+from streamserve.api.server import serve
+from streamserve.config import ApiConfig, CacheConfig, SchedulerConfig
+from streamserve.core.clock import monotonic
+from streamserve.core.kv_cache import KVCacheManager
+from streamserve.core.scheduler import Scheduler
+from streamserve.engine.async_engine import AsyncEngine
+from streamserve.engine.byte_tokenizer import ByteTokenizer
+from streamserve.engine.chat_template import ChatTemplate
+from streamserve.engine.garbage import freeze_gc
+from streamserve.engine.null_runner import NullRunner, Pace
+from streamserve.engine.preprocess import Preprocessor
+from streamserve.engine.stream import RequestStream
+
+MODEL_NAME = "null"
+MAX_MODEL_LEN = 2**20
+_TEXT = b" the quick brown fox jumps over the lazy dog"
+
+
+class StreamList:
+    """The live streams of an engine, and whether all of them have been read."""
+
+    def __init__(self) -> None:
+        self._streams: list[RequestStream] = []
+
+    def add(self, stream: RequestStream) -> None:
+        """Watch one more stream until it ends."""
+        self._streams.append(stream)
+
+    def are_drained(self) -> bool:
+        """Whether every mailbox is empty. Forgets what has ended."""
+        for stream in self._streams:
+            if not stream.is_drained:
+                return False
+        self._streams = [s for s in self._streams if not s.has_ended and not s.is_closed]
+        return True
+
+
+class WatchedEngine(AsyncEngine):
+    """An engine that lists its streams."""
+
+    streams: StreamList
+
+    def submit(self, *args: Any, **kwargs: Any) -> RequestStream:
+        stream = super().submit(*args, **kwargs)
+        self.streams.add(stream)
+        return stream
+
+
+def pace_of_readers(streams: StreamList) -> Pace:
+    """A step ends when the tokens of the one before have been read."""
+
+    def pace(resolve: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def check() -> None:
+            if streams.are_drained():
+                resolve()
+            else:
+                loop.call_soon(check)
+
+        loop.call_soon(check)
+
+    return pace
+
+
+def build_app(config: ApiConfig, *, max_num_seqs: int) -> ApiApp:
+    """The application over a ``NullRunner`` paced by its readers."""
+    streams = StreamList()
+    tokenizer = ByteTokenizer()
+    cache = CacheConfig(num_blocks=2**16, block_size=16)
+    scheduler_config = SchedulerConfig(
+        max_model_len=MAX_MODEL_LEN, max_num_seqs=max_num_seqs, max_num_batched_tokens=8192
+    )
+    engine = WatchedEngine(
+        scheduler=Scheduler(scheduler_config, KVCacheManager(cache), clock=monotonic),
+        runner=NullRunner(tuple(_TEXT), pace=pace_of_readers(streams)),
+        tokenizer=tokenizer,
+        eos_token_ids=frozenset({257}),
+        max_model_len=MAX_MODEL_LEN,
+    )
+    engine.streams = streams
+    template = ChatTemplate.builtin("plain", special_tokens=tokenizer.special_tokens)
+    return create_app(
+        engine=engine,
+        preprocessor=Preprocessor(tokenizer, template),
+        tokenizer=tokenizer,
+        config=config,
+        max_model_len=MAX_MODEL_LEN,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until Ctrl-C; prints the URL when ready."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--profile", help="write a cProfile of the run into this file")
+    args = parser.parse_args(argv)
+    config = ApiConfig(
+        served_model_names=(MODEL_NAME,), host=args.host, port=args.port, drain_timeout_s=1.0
+    )
+    app = build_app(config, max_num_seqs=args.max_num_seqs)
+
+    def ready(url: str) -> None:
+        freeze_gc()
+        sys.stdout.write(f"{url}\n")
+        sys.stdout.flush()
+
+    if args.profile is None:
+        serve(app, config, on_ready=ready)
+        return
+    import cProfile
+
+    with cProfile.Profile() as profile:
+        serve(app, config, on_ready=ready)
+    profile.dump_stats(args.profile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The ASGI application: routes, middlewares, and the small endpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from streamserve import __version__
+from streamserve.api.context import ApiContext, Gate
+from streamserve.api.errors import EXCEPTION_HANDLERS
+from streamserve.api.generation import (
+    ChatEndpoint,
+    CompletionEndpoint,
+    check_model,
+)
+from streamserve.api.metrics import Metrics, MetricsRegistry
+from streamserve.api.middleware import ApiKeyMiddleware, RequestIdMiddleware
+from streamserve.api.sampling import sampling_defaults
+from streamserve.api.scope import RAW_SEND
+from streamserve.config import ApiConfig
+from streamserve.core.clock import Clock, monotonic
+from streamserve.engine.async_engine import AsyncEngine
+from streamserve.engine.preprocess import Preprocessor
+from streamserve.engine.tokenizer import Tokenizer
+
+_EXPOSED_HEADERS = ("X-Request-Id", "X-Ignored-Fields", "Retry-After")
+
+
+class ApiApp(Starlette):
+    """Starlette, and the server's own ``send`` left in the scope for the token path."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[RAW_SEND] = send
+        await super().__call__(scope, receive, send)
+
+    @property
+    def context(self) -> ApiContext:
+        """What the endpoints share."""
+        context: ApiContext = self.state.context
+        return context
+
+
+def create_app(
+    *,
+    engine: AsyncEngine,
+    preprocessor: Preprocessor,
+    tokenizer: Tokenizer,
+    config: ApiConfig,
+    max_model_len: int,
+    generation_config: Mapping[str, Any] | None = None,
+    clock: Clock = monotonic,
+    wall_clock: Callable[[], float] = time.time,
+) -> ApiApp:
+    """Build the application around a started engine (``serve`` starts it).
+
+    ``generation_config`` is the model's own: of it ``GENERATION_CONFIG_FIELDS`` become the sampling
+    defaults. Raises ``ConfigError`` if one of them is out of range.
+    """
+    metrics = Metrics()
+    context = ApiContext(
+        engine=engine,
+        preprocessor=preprocessor,
+        tokenizer=tokenizer,
+        config=config,
+        max_model_len=max_model_len,
+        sampling_defaults=sampling_defaults(generation_config or {}),
+        clock=clock,
+        wall_clock=wall_clock,
+        created=int(wall_clock()),
+        metrics=metrics,
+        gate=Gate(retry_after_s=config.drain_timeout_s),
+    )
+    registry = MetricsRegistry(metrics, engine, config.served_model_names[0])
+    small = _SmallEndpoints(context, registry)
+    routes = [
+        Route("/v1/chat/completions", ChatEndpoint(context), methods=["POST"]),
+        Route("/v1/completions", CompletionEndpoint(context), methods=["POST"]),
+        Route("/v1/models", small.models),
+        Route("/v1/models/{model:path}", small.model),
+        Route("/health", small.health),
+        Route("/version", small.version),
+        Route("/metrics", small.metrics),
+    ]
+    app = ApiApp(
+        routes=routes,
+        middleware=_middleware(config),
+        exception_handlers=dict(EXCEPTION_HANDLERS),
+    )
+    # A redirect would make a client repeat its POST elsewhere, or drop its body: 404 is clearer.
+    app.router.redirect_slashes = False
+    app.state.context = context
+    return app
+
+
+def _middleware(config: ApiConfig) -> list[Middleware]:
+    """From the outside in. CORS stands before the key: a browser must be able to read a 401."""
+    middleware = [Middleware(RequestIdMiddleware)]
+    if config.allowed_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=config.allowed_origins,
+                allow_credentials=config.allow_credentials,
+                allow_methods=("GET", "POST"),
+                allow_headers=("*",),
+                expose_headers=_EXPOSED_HEADERS,
+            )
+        )
+    if config.api_keys:
+        middleware.append(Middleware(ApiKeyMiddleware, api_keys=config.api_keys))
+    return middleware
+
+
+class _SmallEndpoints:
+    """The endpoints that only look."""
+
+    def __init__(self, context: ApiContext, registry: MetricsRegistry) -> None:
+        self._context = context
+        self._registry = registry
+
+    async def models(self, _request: Request) -> Response:
+        names = self._context.config.served_model_names
+        return _json({"object": "list", "data": [self._card(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        name: str = request.path_params["model"]
+        check_model(name, self._context.config.served_model_names)
+        return _json(self._card(name))
+
+    async def health(self, _request: Request) -> Response:
+        if self._context.engine.is_dead:
+            return _json({"status": "dead"}, 503)
+        if not self._context.gate.is_open:
+            return _json({"status": "draining"}, 503)
+        return _json({"status": "ok"})
+
+    async def version(self, _request: Request) -> Response:
+        return _json({"version": __version__})
+
+    async def metrics(self, _request: Request) -> Response:
+        return Response(self._registry.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._context.created,
+            "owned_by": "streamserve",
+            "max_model_len": self._context.max_model_len,
+        }
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status_code=status, media_type="application/json")

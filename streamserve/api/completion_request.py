@@ -1,0 +1,123 @@
+"""The body of ``POST /v1/completions``, parsed at the edge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamserve.api.fields import (
+    Reader,
+    Refused,
+    integer,
+    out_of_range,
+    read_bool,
+    read_fields,
+    read_str,
+    require,
+    wrong_type,
+)
+from streamserve.api.sampling import (
+    ANNOTATIONS,
+    COMMON_FIELDS,
+    REFUSED,
+    Common,
+    read_common,
+    sampling_params,
+    token_id,
+)
+from streamserve.core.sampling_params import MAX_LOGPROBS, SamplingParams
+from streamserve.errors import InvalidParameterError
+
+MAX_PROMPTS = 256
+DEFAULT_MAX_TOKENS = 16  # OpenAI's for this endpoint
+
+Prompt = str | list[int]
+
+_PROMPT_KINDS = "a string, an array of strings, token ids, or an array of arrays of token ids"
+
+
+def _read_token_ids(name: str, value: list[Any]) -> list[int]:
+    return [token_id(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def _read_prompts(name: str, value: Any) -> tuple[Prompt, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list):
+        raise wrong_type(name, _PROMPT_KINDS, value)
+    if not value:
+        raise out_of_range(name, "a non-empty array", value)
+    first = value[0]
+    if isinstance(first, (int, float)) and not isinstance(first, bool):
+        return (_read_token_ids(name, value),)
+    if len(value) > MAX_PROMPTS:
+        raise out_of_range(name, f"at most {MAX_PROMPTS} prompts", value)
+    if isinstance(first, str):
+        return tuple(read_str(f"{name}[{i}]", item) for i, item in enumerate(value))
+    prompts: list[Prompt] = []
+    for i, item in enumerate(value):
+        if not isinstance(item, list):
+            raise wrong_type(f"{name}[{i}]", "a string or an array of token ids", item)
+        if not item:
+            raise out_of_range(f"{name}[{i}]", "a non-empty array of token ids", item)
+        prompts.append(_read_token_ids(f"{name}[{i}]", item))
+    return tuple(prompts)
+
+
+COMPLETION_FIELDS: dict[str, Reader] = {
+    **COMMON_FIELDS,
+    "add_special_tokens": read_bool,
+    "echo": read_bool,
+    "logprobs": integer(0, MAX_LOGPROBS),
+    "max_tokens": integer(1),
+    "prompt": _read_prompts,
+}
+
+COMPLETION_REFUSED: dict[str, Refused] = {
+    **REFUSED,
+    "suffix": Refused(("",), "is not supported by this server yet"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A completion request whose every field is valid; one choice for each prompt, in order."""
+
+    common: Common
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    add_special_tokens: bool
+    echo: bool
+
+
+def parse_completion_request(
+    body: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> CompletionRequest:
+    """Parse and check; ``defaults`` are the model's sampling defaults.
+
+    Raises ``InvalidParameterError`` for the first field that is wrong or not supported.
+    """
+    values, unknown = read_fields(
+        body, honoured=COMPLETION_FIELDS, refused=COMPLETION_REFUSED, annotations=ANNOTATIONS
+    )
+    echo = values.get("echo", False)
+    logprobs = values.get("logprobs")
+    if echo and logprobs is not None:
+        raise InvalidParameterError(
+            "echo with logprobs is not supported by this server yet",
+            param="echo",
+            code="unsupported_parameter",
+        )
+    return CompletionRequest(
+        common=read_common(values, unknown),
+        prompts=require(values, "prompt"),
+        params=sampling_params(
+            values,
+            defaults,
+            max_tokens=values.get("max_tokens", DEFAULT_MAX_TOKENS),
+            logprobs=logprobs,
+        ),
+        add_special_tokens=values.get("add_special_tokens", True),
+        echo=echo,
+    )

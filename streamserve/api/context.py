@@ -1,0 +1,101 @@
+"""What the endpoints share: one object, built by ``create_app``, passed explicitly."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamserve.api.errors import shutting_down
+from streamserve.api.metrics import Metrics
+from streamserve.config import ApiConfig
+from streamserve.core.clock import Clock
+from streamserve.engine.async_engine import AsyncEngine
+from streamserve.engine.preprocess import Preprocessor
+from streamserve.engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_MAX_LOGGED_FIELDS = 1000
+
+
+class Gate:
+    """Who may come in, and how many are inside.
+
+    Shutting down has two parts: ``close`` turns newcomers away, ``wait_empty`` returns when the
+    last of those inside has left.
+    """
+
+    def __init__(self, retry_after_s: float) -> None:
+        self._retry_after_s = retry_after_s
+        self._num_inside = 0
+        self._is_open = True
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether new requests are taken."""
+        return self._is_open
+
+    @property
+    def num_inside(self) -> int:
+        """Requests between their arrival and their last byte."""
+        return self._num_inside
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Hold a place while a request is served. Raises ``HttpError`` 503 when closed."""
+        if not self._is_open:
+            raise shutting_down(self._retry_after_s)
+        self._num_inside += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._num_inside -= 1
+            if self._num_inside == 0:
+                self._empty.set()
+
+    def close(self) -> None:
+        """Take no new requests."""
+        self._is_open = False
+
+    async def wait_empty(self) -> None:
+        """Return when nobody is inside."""
+        await self._empty.wait()
+
+
+class FieldLog:
+    """Logs each field that nobody knows once, so that a chatty client does not fill the log."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def unknown(self, name: str) -> None:
+        """Log ``name`` unless it was logged before."""
+        if name in self._seen or len(self._seen) >= _MAX_LOGGED_FIELDS:
+            return
+        self._seen.add(name)
+        logger.warning("ignored a request field that nobody knows: %s", name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiContext:
+    """Everything an endpoint needs. ``wall_clock`` gives ``created``; ``clock`` is monotonic."""
+
+    engine: AsyncEngine
+    preprocessor: Preprocessor
+    tokenizer: Tokenizer
+    config: ApiConfig
+    max_model_len: int
+    sampling_defaults: Mapping[str, Any]
+    clock: Clock
+    wall_clock: Callable[[], float]
+    created: int
+    metrics: Metrics
+    gate: Gate
+    field_log: FieldLog = field(default_factory=FieldLog)

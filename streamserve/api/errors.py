@@ -1,0 +1,121 @@
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from streamserve.errors import EngineError, QueueFullError, RequestError, StreamServeError
+
+logger = logging.getLogger(__name__)
+
+
+class HttpError(RequestError):
+    """A refusal that only HTTP knows: wrong key, unknown model, body too large, shutting down."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.status = status
+        self.headers = dict(headers or {})
+
+
+def shutting_down(retry_after_s: float) -> HttpError:
+    """The refusal of a server that drains: another one, or this one restarted, may take it."""
+    return HttpError(
+        503,
+        "The server is shutting down and takes no new requests",
+        code="shutting_down",
+        headers={"Retry-After": _retry_after(retry_after_s)},
+    )
+
+
+def error_type(status: int) -> str:
+    """OpenAI's ``type`` for a status."""
+    if status == 429:
+        return "rate_limit_error"
+    return "server_error" if status >= 500 else "invalid_request_error"
+
+
+def error_content(exc: BaseException) -> tuple[int, dict[str, Any]]:
+    """The status and the ``error`` object that tell a client about ``exc``.
+
+    Our own errors speak for themselves; the text of any other stays in the log.
+    """
+    if isinstance(exc, RequestError):
+        status, message, param, code = exc.status, exc.message, exc.param, exc.code
+    elif isinstance(exc, EngineError):
+        status, message, param, code = exc.status, exc.message, None, exc.code
+    else:
+        status, param, code = 500, None, "internal_error"
+        message = "The server had an error while processing the request"
+    return status, {"message": message, "type": error_type(status), "param": param, "code": code}
+
+
+def error_response(exc: BaseException) -> Response:
+    """``exc`` as a whole HTTP response."""
+    status, content = error_content(exc)
+    headers: dict[str, str] = {}
+    if isinstance(exc, HttpError):
+        headers = exc.headers
+    elif isinstance(exc, QueueFullError):
+        headers = {"Retry-After": _retry_after(exc.retry_after_s)}
+    return Response(
+        orjson.dumps({"error": content}, option=orjson.OPT_NON_STR_KEYS),
+        status_code=status,
+        headers=headers,
+        media_type="application/json",
+    )
+
+
+def _retry_after(seconds: float) -> str:
+    # The header holds whole seconds; 0 would ask for a busy loop.
+    return str(max(1, math.ceil(seconds)))
+
+
+async def on_streamserve_error(_request: Request, exc: Exception) -> Response:
+    """Starlette's exception handler for every error of ours."""
+    return error_response(exc)
+
+
+async def on_http_exception(request: Request, exc: Exception) -> Response:
+    """Starlette's exception handler for its router's 404 and 405."""
+    assert isinstance(exc, HTTPException)
+    url = f"{request.method} {request.url.path}"
+    if exc.status_code == 404:
+        error = HttpError(404, f"Unknown URL: {url}", code="unknown_url")
+    elif exc.status_code == 405:
+        allow = (exc.headers or {}).get("Allow", "")
+        error = HttpError(
+            405, f"Method not allowed: {url} (allowed: {allow})", code="method_not_allowed"
+        )
+    else:
+        error = HttpError(exc.status_code, exc.detail)
+    error.headers.update(exc.headers or {})
+    return error_response(error)
+
+
+async def on_unexpected_error(_request: Request, exc: Exception) -> Response:
+    """Starlette's exception handler for bugs; the server logs the traceback."""
+    return error_response(exc)
+
+
+EXCEPTION_HANDLERS = {
+    StreamServeError: on_streamserve_error,
+    HTTPException: on_http_exception,
+    Exception: on_unexpected_error,
+}

@@ -1,0 +1,177 @@
+"""Reading a JSON body through a table of fields: each is honoured, refused by name, or reported.
+
+A table maps a name to a reader, a function that returns the value checked and converted, or
+raises ``InvalidParameterError`` naming the field and what was given. ``null`` always means
+"not given", as in OpenAI's API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamserve.errors import InvalidParameterError
+
+Reader = Callable[[str, Any], Any]
+
+MAX_INT = 2**31 - 1
+MAX_INT64 = 2**63 - 1
+_MAX_SHOWN = 60
+
+_JSON_NAMES = {
+    str: "a string",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    list: "an array",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def shown(value: Any) -> str:
+    """``value`` as an error message quotes it: short, however large it is."""
+    if isinstance(value, (list, dict)):
+        return f"{_JSON_NAMES[type(value)]} of {len(value)}"
+    text = repr(value[:_MAX_SHOWN]) if isinstance(value, str) else repr(value)
+    return text if len(text) <= _MAX_SHOWN + 2 else text[:_MAX_SHOWN] + "…"
+
+
+def wrong_type(name: str, expected: str, value: Any) -> InvalidParameterError:
+    """The error for a value of the wrong JSON type."""
+    kind = _JSON_NAMES.get(type(value), type(value).__name__)
+    given = kind if isinstance(value, (list, dict)) or value is None else f"{kind}: {shown(value)}"
+    return InvalidParameterError(
+        f"{name} must be {expected}, got {given}", param=name, code="invalid_type"
+    )
+
+
+def out_of_range(name: str, limit: str, value: Any) -> InvalidParameterError:
+    """The error for a value of the right type outside its limit."""
+    return InvalidParameterError(
+        f"{name} must be {limit}, got {shown(value)}", param=name, code="invalid_value"
+    )
+
+
+def read_bool(name: str, value: Any) -> bool:
+    """A JSON boolean; 0, 1 and "true" are not one."""
+    if not isinstance(value, bool):
+        raise wrong_type(name, "a boolean", value)
+    return value
+
+
+def read_str(name: str, value: Any) -> str:
+    """A JSON string."""
+    if not isinstance(value, str):
+        raise wrong_type(name, "a string", value)
+    return value
+
+
+def read_number(name: str, value: Any) -> float:
+    """A JSON number. JSON has no NaN and no infinity, so it is finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise wrong_type(name, "a number", value)
+    return float(value)
+
+
+def integer(low: int = -MAX_INT, high: int = MAX_INT) -> Reader:
+    """A reader of integers within ``low .. high``. ``5.0`` is one: some languages write it so."""
+
+    def read(name: str, value: Any) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise wrong_type(name, "an integer", value)
+        if not low <= value <= high:
+            raise out_of_range(name, f"between {low} and {high}", value)
+        return value
+
+    return read
+
+
+def list_of(read_item: Reader, what: str, max_items: int) -> Reader:
+    """A reader of arrays, each item read by ``read_item``; the result is a tuple."""
+
+    def read(name: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise wrong_type(name, f"an array of {what}", value)
+        if len(value) > max_items:
+            raise out_of_range(name, f"an array of at most {max_items} {what}", value)
+        return tuple(read_item(f"{name}[{i}]", item) for i, item in enumerate(value))
+
+    return read
+
+
+def read_object(name: str, value: Any) -> dict[str, Any]:
+    """A JSON object."""
+    if not isinstance(value, dict):
+        raise wrong_type(name, "an object", value)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A known field whose feature is not built: only values that ask for nothing pass."""
+
+    neutral: tuple[Any, ...] = ()
+    why: str = "is not supported"
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise unless ``value`` asks for nothing."""
+        if value is None:
+            return
+        for neutral in self.neutral:
+            # bool is an int in Python and not in JSON: True must not pass for 1.
+            if isinstance(value, bool) == isinstance(neutral, bool) and value == neutral:
+                return
+        allowed = " or ".join(shown_neutral(n) for n in self.neutral)
+        hint = f" (only {allowed} is accepted)" if allowed else ""
+        raise InvalidParameterError(
+            f"{name} {self.why}{hint}", param=name, code="unsupported_parameter"
+        )
+
+
+def shown_neutral(value: Any) -> str:
+    """A neutral value as JSON writes it, near enough for a message."""
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+
+
+def read_fields(
+    body: Mapping[str, Any],
+    *,
+    honoured: Mapping[str, Reader],
+    refused: Mapping[str, Refused],
+    annotations: frozenset[str],
+    prefix: str = "",
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the honoured fields that were given, and the names that nobody knows.
+
+    ``prefix`` is where the object stands in the body (``"messages[2]."``), for messages.
+    """
+    values: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, value in body.items():
+        reader = honoured.get(name)
+        if reader is not None:
+            if value is not None:
+                values[name] = reader(prefix + name, value)
+        elif name in refused:
+            refused[name].check(prefix + name, value)
+        elif name not in annotations:
+            unknown.append(prefix + name)
+    return values, unknown
+
+
+def require(values: Mapping[str, Any], name: str) -> Any:
+    """The value of a field that must be given."""
+    if name not in values:
+        raise InvalidParameterError(
+            f"{name} is required", param=name, code="missing_required_parameter"
+        )
+    return values[name]
+
+
+def first_given(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of ``names`` that was given."""
+    return next((name for name in names if name in values), None)

@@ -1,0 +1,308 @@
+"""``POST /v1/chat/completions`` and ``/v1/completions``: one request, from its bytes to its answer.
+
+Each endpoint is an ASGI application, so that one function sees the whole of a request's life: what
+it takes (a place, the engine's streams) it gives back there, whatever happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from streamserve.api.body import ClientGoneError, ignored_fields_header, read_json_object
+from streamserve.api.chat_request import parse_chat_request
+from streamserve.api.completion_request import parse_completion_request
+from streamserve.api.context import ApiContext
+from streamserve.api.errors import HttpError
+from streamserve.api.frames import (
+    CHAT,
+    COMPLETION,
+    Choice,
+    ChoiceFrames,
+    Envelope,
+    Kind,
+    whole_answer,
+)
+from streamserve.api.metrics import Delivery
+from streamserve.api.sampling import Common
+from streamserve.api.scope import CLOSE_CONNECTION, RAW_SEND
+from streamserve.api.sse import AnswerStream, StreamedChoice, check_success
+from streamserve.core.plan import TokenLogprobs
+from streamserve.core.request import FinishReason
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.engine.stream import RequestStream
+from streamserve.errors import ContextLengthError, EngineError, InvalidParameterError, RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One choice's prompt, and its text where the answer repeats it."""
+
+    token_ids: list[int]
+    echo: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A parsed request, ready for the engine."""
+
+    common: Common
+    params: SamplingParams
+    prompts: list[Prompt]
+
+
+class GenerationEndpoint(ABC):
+    """What the two endpoints share: everything but the parsing of the body."""
+
+    kind: Kind
+    prompt_param: str
+
+    def __init__(self, context: ApiContext) -> None:
+        self._context = context
+
+    @abstractmethod
+    async def prepare(self, body: Mapping[str, Any]) -> Work:
+        """Parse, render and tokenise. Raises ``RequestError``."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context = self._context
+        arrival_time = context.clock()
+        try:
+            with context.gate.enter():
+                await self._serve(scope, receive, send, arrival_time)
+        except ClientGoneError:
+            return
+        except RequestError as exc:
+            context.metrics.refused(exc.status)
+            raise
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
+        context = self._context
+        body = await read_json_object(scope, receive, max_bytes=context.config.max_body_bytes)
+        work = await self.prepare(body)
+        streams = self._submit(work, request_id := self._new_id(), arrival_time)
+        deliveries = [Delivery(context.metrics, context.clock, arrival_time) for _ in streams]
+        envelope = Envelope(
+            kind=self.kind,
+            id=request_id,
+            created=int(context.wall_clock()),
+            model=work.common.model or context.config.served_model_names[0],
+        )
+        headers = self._headers(work.common)
+        try:
+            if work.common.stream:
+                answer = self._answer_stream(scope, work, envelope, streams, deliveries, headers)
+                await answer(scope, receive, send)
+            else:
+                choices = await _collect_unless_gone(streams, work.prompts, receive)
+                logprobs_of = context.tokenizer if work.params.logprobs is not None else None
+                content = whole_answer(envelope, choices, logprobs_of=logprobs_of)
+                response = Response(content, headers=headers, media_type="application/json")
+                await response(scope, receive, send)
+                for choice, delivery in zip(choices, deliveries, strict=True):
+                    delivery.end(choice.finish_reason)
+        except EngineError:
+            for delivery in deliveries:
+                delivery.end(FinishReason.ERROR)
+            raise
+        finally:
+            for stream, delivery in zip(streams, deliveries, strict=True):
+                stream.close()
+                delivery.end(FinishReason.ABORT)  # unless it has ended already
+
+    def _new_id(self) -> str:
+        return self.kind.id_prefix + secrets.token_hex(16)
+
+    def _submit(self, work: Work, request_id: str, arrival_time: float) -> list[RequestStream]:
+        """Hand all prompts to the engine, or none."""
+        streams: list[RequestStream] = []
+        try:
+            for index, prompt in enumerate(work.prompts):
+                streams.append(
+                    self._context.engine.submit(
+                        prompt.token_ids,
+                        work.params,
+                        request_id=f"{request_id}-{index}" if index else request_id,
+                        priority=work.common.priority,
+                        cache_salt=work.common.cache_salt,
+                        arrival_time=arrival_time,
+                    )
+                )
+        except BaseException as exc:
+            for stream in streams:
+                stream.close()
+            if isinstance(exc, ContextLengthError) and exc.param == "messages":
+                exc.param = self.prompt_param
+            raise
+        return streams
+
+    def _answer_stream(
+        self,
+        scope: Scope,
+        work: Work,
+        envelope: Envelope,
+        streams: Sequence[RequestStream],
+        deliveries: Sequence[Delivery],
+        headers: dict[str, str],
+    ) -> AnswerStream:
+        options = work.common.stream_options
+        logprobs_of = self._context.tokenizer if work.params.logprobs is not None else None
+        choices = [
+            StreamedChoice(
+                stream,
+                ChoiceFrames(
+                    envelope,
+                    index,
+                    include_usage=options.include_usage,
+                    continuous_usage=options.continuous_usage_stats,
+                    logprobs_of=logprobs_of,
+                ),
+                delivery,
+                echo=prompt.echo,
+            )
+            for index, (stream, delivery, prompt) in enumerate(
+                zip(streams, deliveries, work.prompts, strict=True)
+            )
+        ]
+        return AnswerStream(
+            envelope,
+            choices,
+            include_usage=options.include_usage,
+            headers=headers,
+            ping_interval_s=self._context.config.ping_interval_s,
+            raw_send=scope[RAW_SEND],
+            close_connection=_close_of(scope),
+        )
+
+    def _headers(self, common: Common) -> dict[str, str]:
+        if not common.unknown_fields:
+            return {}
+        return {"X-Ignored-Fields": ignored_fields_header(common.unknown_fields)}
+
+    def check_common(self, common: Common) -> None:
+        """The model is ours, and no field is unknown where that is refused."""
+        config = self._context.config
+        check_model(common.model, config.served_model_names)
+        if not common.unknown_fields:
+            return
+        if config.strict_fields:
+            names = ignored_fields_header(common.unknown_fields)
+            raise InvalidParameterError(
+                f"Unknown fields: {names} (the server runs with --strict-fields)",
+                param=common.unknown_fields[0],
+                code="unknown_parameter",
+            )
+        for name in common.unknown_fields:
+            self._context.field_log.unknown(name)
+
+
+class ChatEndpoint(GenerationEndpoint):
+    """``POST /v1/chat/completions``."""
+
+    kind = CHAT
+    prompt_param = "messages"
+
+    async def prepare(self, body: Mapping[str, Any]) -> Work:
+        request = parse_chat_request(body, self._context.sampling_defaults)
+        self.check_common(request.common)
+        prompt = await self._context.preprocessor.chat(
+            request.messages,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            add_special_tokens=request.add_special_tokens,
+            **request.chat_template_kwargs,
+        )
+        return Work(request.common, request.params, [Prompt(prompt.token_ids)])
+
+
+class CompletionEndpoint(GenerationEndpoint):
+    """``POST /v1/completions``."""
+
+    kind = COMPLETION
+    prompt_param = "prompt"
+
+    async def prepare(self, body: Mapping[str, Any]) -> Work:
+        request = parse_completion_request(body, self._context.sampling_defaults)
+        self.check_common(request.common)
+        prompts: list[Prompt] = []
+        for prompt in request.prompts:
+            if isinstance(prompt, str):
+                token_ids = await self._context.preprocessor.encode(
+                    prompt, add_special_tokens=request.add_special_tokens
+                )
+                prompts.append(Prompt(token_ids, prompt if request.echo else ""))
+            else:
+                echo = self._context.tokenizer.decode(prompt) if request.echo else ""
+                prompts.append(Prompt(prompt, echo))
+        return Work(request.common, request.params, prompts)
+
+
+def _close_of(scope: Scope) -> Callable[[], None] | None:
+    extension: dict[str, Callable[[], None]] | None = scope.get("extensions", {}).get(
+        CLOSE_CONNECTION
+    )
+    return None if extension is None else extension["close"]
+
+
+def check_model(model: str | None, served: Sequence[str]) -> None:
+    """Raise 404 unless ``model`` is one of ours. Naming none means the only one there is."""
+    if model is not None and model not in served:
+        raise HttpError(
+            404,
+            f"The model {model[:256]!r} does not exist; this server has {', '.join(served)}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+async def _collect(stream: RequestStream, echo: str) -> Choice:
+    texts = [echo]
+    logprobs: list[TokenLogprobs] = []
+    while True:
+        output = await stream.get()
+        texts.append(output.text)
+        logprobs += output.logprobs
+        if output.finish_reason is not None:
+            check_success(output)
+            return Choice("".join(texts), output.finish_reason, output.usage, logprobs)
+
+
+async def _collect_all(streams: Sequence[RequestStream], prompts: Sequence[Prompt]) -> list[Choice]:
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(_collect(stream, prompt.echo))
+                for stream, prompt in zip(streams, prompts, strict=True)
+            ]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _collect_unless_gone(
+    streams: Sequence[RequestStream], prompts: Sequence[Prompt], receive: Receive
+) -> list[Choice]:
+    """Read all streams to their ends. Raises ``ClientGoneError`` as soon as the client has left."""
+    collector = asyncio.create_task(_collect_all(streams, prompts))
+    watcher = asyncio.create_task(_wait_disconnect(receive))
+    try:
+        await asyncio.wait((collector, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if collector.done():
+            return collector.result()
+        raise ClientGoneError
+    finally:
+        collector.cancel()
+        watcher.cancel()
+        await asyncio.wait((collector, watcher))
+
+
+async def _wait_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

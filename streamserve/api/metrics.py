@@ -1,0 +1,233 @@
+"""Prometheus metrics, named as vLLM names them where the meaning is the same.
+
+Latencies are stamped after the send to the socket has returned: they are what was delivered, not
+what was generated. Recording one costs a bisection into a list of integers; Prometheus's own
+objects are built when somebody scrapes. Event-loop thread only.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from streamserve.core.clock import Clock
+from streamserve.core.request import FinishReason
+from streamserve.engine.async_engine import AsyncEngine
+
+PREFIX = "streamserve:"
+
+# fmt: off
+TTFT_BOUNDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
+    10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
+)
+INTER_TOKEN_BOUNDS = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2,
+    0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0,
+)
+E2E_BOUNDS = (
+    0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0,
+    60.0, 120.0, 240.0, 480.0, 960.0,
+)
+# fmt: on
+FINISHED_REASONS = ("stop", "length", "abort", "error")
+
+
+class Histogram:
+    """Counts by upper bound, without locks: the event loop is its only user."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value; a bound belongs to its own bucket (Prometheus's ``le``)."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    @property
+    def count(self) -> int:
+        """How many values were observed."""
+        return sum(self.counts)
+
+    def family(self, name: str, documentation: str) -> HistogramMetricFamily:
+        """The histogram in Prometheus's form: cumulative counts."""
+        buckets: list[tuple[str, float]] = []
+        cumulative = 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            cumulative += count
+            buckets.append((bound, float(cumulative)))
+        return HistogramMetricFamily(name, documentation, buckets=buckets, sum_value=self.total)
+
+
+class Metrics:
+    """What the API observes itself; the engine's own counters join at the scrape."""
+
+    def __init__(self) -> None:
+        self.time_to_first_token = Histogram(TTFT_BOUNDS)
+        self.inter_token_latency = Histogram(INTER_TOKEN_BOUNDS)
+        self.e2e_latency = Histogram(E2E_BOUNDS)
+        self.num_finished = dict.fromkeys(FINISHED_REASONS, 0)
+        self.num_refused: dict[int, int] = {}
+
+    def refused(self, status: int) -> None:
+        """Count a request that was refused before it reached the engine's queue."""
+        self.num_refused[status] = self.num_refused.get(status, 0) + 1
+
+
+class Delivery:
+    """Stamps one choice's frames as they leave, and its end, once.
+
+    ``text_sent`` is called for every frame of every stream: it is kept to a clock read and a count.
+    """
+
+    __slots__ = ("_arrival", "_clock", "_gaps", "_last", "_metrics")
+
+    def __init__(self, metrics: Metrics, clock: Clock, arrival: float) -> None:
+        self._metrics: Metrics | None = metrics
+        self._gaps = metrics.inter_token_latency
+        self._clock = clock
+        self._arrival = arrival
+        self._last: float | None = None
+
+    def text_sent(self) -> None:
+        """A frame with text is on the socket."""
+        now = self._clock()
+        last = self._last
+        self._last = now
+        if last is not None:
+            self._gaps.observe(now - last)
+        elif self._metrics is not None:
+            self._metrics.time_to_first_token.observe(now - self._arrival)
+
+    def end(self, reason: FinishReason) -> None:
+        """The choice has ended; only the first call counts."""
+        metrics = self._metrics
+        if metrics is None:
+            return
+        self._metrics = None
+        metrics.num_finished[reason.value] += 1
+        metrics.e2e_latency.observe(self._clock() - self._arrival)
+
+
+class MetricsCollector(Collector):
+    """Turns ``Metrics`` and the engine's statistics into Prometheus's families at each scrape."""
+
+    def __init__(self, metrics: Metrics, engine: AsyncEngine, model_name: str) -> None:
+        self._metrics = metrics
+        self._engine = engine
+        self._model = {"model_name": model_name}
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._engine_families()
+        yield from self._api_families()
+
+    def _engine_families(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        gauges: tuple[tuple[str, str, float], ...] = (
+            ("num_requests_running", "Requests in the running batch.", stats.num_running),
+            ("num_requests_waiting", "Requests that wait to be scheduled.", stats.num_waiting),
+            ("kv_cache_usage_perc", "Share of KV blocks in use; 1 is all.", stats.kv_usage),
+        )
+        for name, documentation, value in gauges:
+            yield self._gauge(name, documentation, value)
+        counters: tuple[tuple[str, str, float], ...] = (
+            ("prompt_tokens", "Prompt tokens of admitted requests.", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+            (
+                "prefix_cache_queries",
+                "Prompt tokens looked up in the prefix cache.",
+                stats.prefix_query_tokens,
+            ),
+            (
+                "prefix_cache_hits",
+                "Prompt tokens found in the prefix cache.",
+                stats.prefix_hit_tokens,
+            ),
+            ("num_preemptions", "Requests that gave their seat up.", stats.num_preemptions),
+            ("engine_steps", "Steps of the engine.", stats.num_steps),
+        )
+        for name, documentation, value in counters:
+            yield self._counter(name, documentation, [(self._model, value)])
+
+    def _api_families(self) -> Iterator[Metric]:
+        metrics = self._metrics
+        yield self._counter(
+            "request_success",
+            "Requests that ended, by reason.",
+            [
+                ({**self._model, "finished_reason": reason}, count)
+                for reason, count in metrics.num_finished.items()
+            ],
+        )
+        yield self._counter(
+            "request_refused",
+            "Requests refused before they were queued, by HTTP status.",
+            [
+                ({**self._model, "status": str(status)}, count)
+                for status, count in sorted(metrics.num_refused.items())
+            ],
+        )
+        yield self._histogram(
+            "time_to_first_token_seconds",
+            "From a request's arrival to its first token's frame on the socket.",
+            metrics.time_to_first_token,
+        )
+        yield self._histogram(
+            "inter_token_latency_seconds",
+            "Between two neighbouring token frames of a stream on the socket.",
+            metrics.inter_token_latency,
+        )
+        yield self._histogram(
+            "e2e_request_latency_seconds",
+            "From a request's arrival to its last byte on the socket.",
+            metrics.e2e_latency,
+        )
+
+    def _gauge(self, name: str, documentation: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(PREFIX + name, documentation, labels=list(self._model))
+        family.add_metric(list(self._model.values()), value)
+        return family
+
+    def _counter(
+        self,
+        name: str,
+        documentation: str,
+        values: Sequence[tuple[Mapping[str, str], float]],
+    ) -> CounterMetricFamily:
+        labels = list(values[0][0]) if values else list(self._model)
+        family = CounterMetricFamily(PREFIX + name, documentation, labels=labels)
+        for label_values, value in values:
+            family.add_metric(list(label_values.values()), value)
+        return family
+
+    def _histogram(self, name: str, documentation: str, histogram: Histogram) -> Metric:
+        family = histogram.family(PREFIX + name, documentation)
+        for i, sample in enumerate(family.samples):
+            family.samples[i] = sample._replace(labels={**self._model, **sample.labels})
+        return family
+
+
+class MetricsRegistry:
+    """A registry of our own: importing or embedding the server touches no global state."""
+
+    def __init__(self, metrics: Metrics, engine: AsyncEngine, model_name: str) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(MetricsCollector(metrics, engine, model_name))
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        text: bytes = generate_latest(self._registry)
+        return text

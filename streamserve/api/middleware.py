@@ -1,0 +1,87 @@
+"""Pure ASGI middlewares: they act on a request's and a response's headers, never on a frame."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from streamserve.api.errors import HttpError, error_response
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def is_sane_request_id(value: str) -> bool:
+    """Whether a client's own id may appear in our headers and logs."""
+    return _SANE_REQUEST_ID.fullmatch(value) is not None
+
+
+class RequestIdMiddleware:
+    """Gives every response an ``X-Request-Id``: the client's own if it is sane.
+
+    The id is left in ``scope["state"]["request_id"]``. It names the HTTP request, for logs; the
+    engine's id is always our own, so that two clients cannot collide.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = Headers(scope=scope).get("x-request-id", "")
+        if not is_sane_request_id(request_id):
+            request_id = f"req-{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                header = (b"x-request-id", request_id.encode())
+                message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class ApiKeyMiddleware:
+    """Asks for a key under ``/v1``. Health, version and metrics stay open, as in vLLM."""
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _is_guarded(scope["path"]) or self._has_key(scope):
+            await self._app(scope, receive, send)
+            return
+        refusal = HttpError(
+            401,
+            "Missing or wrong API key: send it as 'Authorization: Bearer <key>'",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await error_response(refusal)(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        if scheme.lower() != b"bearer":
+            return False
+        # Digests have one length and every key is compared: time says nothing about any of them.
+        digest = _digest(key.strip())
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return any(matches)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _is_guarded(path: str) -> bool:
+    return path == "/v1" or path.startswith("/v1/")

@@ -1,0 +1,90 @@
+"""uvicorn's httptools protocol with what it lacks: a limit on headers, OpenAI's error shape, and
+a way for a failed stream to end its connection.
+"""
+
+from __future__ import annotations
+
+import http
+from typing import Any
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from streamserve.api.errors import error_type
+from streamserve.api.scope import CLOSE_CONNECTION
+
+
+class _HeadersTooLargeError(Exception):
+    """Stops the parser: it holds what it has met of a header until that is complete."""
+
+
+class ServeProtocol(HttpToolsProtocol):
+    """One connection. ``max_header_bytes`` bounds the request line and all headers together."""
+
+    max_header_bytes = 64 * 2**10  # set by ``protocol_class``
+
+    _is_in_head = False
+    _num_head_bytes = 0
+    _num_unparsed_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # A header that never ends shows up in no callback.
+        if self._is_in_head and not self.transport.is_closing():
+            self._num_unparsed_bytes += len(data)
+            if self._num_unparsed_bytes > self.max_header_bytes:
+                self._refuse_headers()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head = True
+        self._num_head_bytes = 0
+        self._num_unparsed_bytes = 0
+        self.scope["extensions"] = {CLOSE_CONNECTION: {"close": self.transport.close}}
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count(len(name) + len(value) + len(b": \r\n"))
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._num_head_bytes > self.max_header_bytes:
+            self._refuse_headers()
+        else:
+            self._refuse(400, msg, "invalid_http")
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_head_bytes += num_bytes
+        if self._num_head_bytes > self.max_header_bytes:
+            raise _HeadersTooLargeError  # httptools turns it into its own error
+
+    def _refuse_headers(self) -> None:
+        message = f"The request line and headers must be at most {self.max_header_bytes} bytes"
+        self._refuse(431, message, "headers_too_large")
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        """Answer without the application and end the connection: the parser is lost."""
+        error = {"message": message, "type": error_type(status), "param": None, "code": code}
+        body = orjson.dumps({"error": error})
+        head = (
+            f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"
+            "content-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        self._is_in_head = False
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+def protocol_class(max_header_bytes: int) -> type[ServeProtocol]:
+    """The protocol with a limit of its own: uvicorn builds it by class, without arguments."""
+    namespace: dict[str, Any] = {"max_header_bytes": max_header_bytes}
+    return type("ServeProtocol", (ServeProtocol,), namespace)

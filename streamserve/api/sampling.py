@@ -1,0 +1,234 @@
+"""The sampling fields that chat and completions share, from JSON to ``SamplingParams``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamserve.api.fields import (
+    MAX_INT,
+    MAX_INT64,
+    Reader,
+    Refused,
+    integer,
+    list_of,
+    out_of_range,
+    read_bool,
+    read_fields,
+    read_number,
+    read_object,
+    read_str,
+    wrong_type,
+)
+from streamserve.core.sampling_params import MAX_STOP_STRINGS, SamplingParams
+from streamserve.errors import ConfigError, InvalidParameterError
+
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS = 4096
+MAX_CACHE_SALT = 256
+
+GENERATION_CONFIG_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a model's ``generation_config.json`` may set as defaults, as in vLLM. ``do_sample`` has no
+say: many checkpoints leave it out or wrong, and a request that wants greedy says temperature 0."""
+
+token_id = integer(0, MAX_INT)
+
+# Accepted and without effect: they say something about the request, not about the answer.
+ANNOTATIONS = frozenset(
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+
+_NOT_BUILT = "is not supported by this server yet"
+
+REFUSED: dict[str, Refused] = {
+    "allowed_token_ids": Refused(([],), _NOT_BUILT),
+    "bad_words": Refused(([],), _NOT_BUILT),
+    "best_of": Refused((1,), _NOT_BUILT),
+    "data_parallel_rank": Refused(),
+    "detokenize": Refused((True,)),
+    "early_stopping": Refused((False,), _NOT_BUILT),
+    "guided_choice": Refused((), _NOT_BUILT),
+    "guided_decoding_backend": Refused((), _NOT_BUILT),
+    "guided_grammar": Refused((), _NOT_BUILT),
+    "guided_json": Refused((), _NOT_BUILT),
+    "guided_regex": Refused((), _NOT_BUILT),
+    "guided_whitespace_pattern": Refused((), _NOT_BUILT),
+    "kv_transfer_params": Refused(),
+    "length_penalty": Refused((1, 1.0), _NOT_BUILT),
+    "logits_processors": Refused(([],)),
+    "n": Refused((1,), _NOT_BUILT),
+    "prompt_embeds": Refused(),
+    "prompt_logprobs": Refused((), _NOT_BUILT),
+    "repetition_detection": Refused(),
+    "request_id": Refused((), "is not supported: send an X-Request-Id header"),
+    "response_format": Refused(({"type": "text"},), _NOT_BUILT),
+    "return_token_ids": Refused((False,), _NOT_BUILT),
+    "return_tokens_as_token_ids": Refused((False,), _NOT_BUILT),
+    "spaces_between_special_tokens": Refused((True,)),
+    "structured_outputs": Refused((), _NOT_BUILT),
+    "truncate_prompt_tokens": Refused((), _NOT_BUILT),
+    "truncation_side": Refused((), _NOT_BUILT),
+    "use_beam_search": Refused((False,), _NOT_BUILT),
+    "vllm_xargs": Refused(({},)),
+}
+
+
+def _read_stop(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list):
+        raise wrong_type(name, "a string or an array of strings", value)
+    stops: tuple[str, ...] = list_of(read_str, "strings", MAX_STOP_STRINGS)(name, value)
+    return stops
+
+
+def _read_logit_bias(name: str, value: Any) -> dict[int, float]:
+    pairs = read_object(name, value)
+    if len(pairs) > MAX_LOGIT_BIAS:
+        raise out_of_range(name, f"an object of at most {MAX_LOGIT_BIAS} entries", value)
+    biases: dict[int, float] = {}
+    for key, bias in pairs.items():
+        # int() is too kind: it takes "1_0", " 1" and other scripts' digits.
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise out_of_range(name, "keyed by token ids", key)
+        biases[token_id(f"{name} key", int(key))] = read_number(f"{name}[{key}]", bias)
+    return biases
+
+
+def _read_cache_salt(name: str, value: Any) -> str:
+    salt = read_str(name, value)
+    if not 1 <= len(salt) <= MAX_CACHE_SALT:
+        raise out_of_range(name, f"a string of 1 to {MAX_CACHE_SALT} characters", salt)
+    return salt
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """How a streamed answer reports usage."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+_STREAM_OPTIONS: dict[str, Reader] = {
+    "include_usage": read_bool,
+    "continuous_usage_stats": read_bool,
+}
+_STREAM_OPTIONS_REFUSED = {"include_obfuscation": Refused((False,))}
+
+
+@dataclass(frozen=True, slots=True)
+class _RawStreamOptions:
+    """Stream options as given, before it is known whether the request streams."""
+
+    options: StreamOptions
+    unknown: tuple[str, ...]
+
+
+def _read_stream_options(name: str, value: Any) -> _RawStreamOptions:
+    values, unknown = read_fields(
+        read_object(name, value),
+        honoured=_STREAM_OPTIONS,
+        refused=_STREAM_OPTIONS_REFUSED,
+        annotations=frozenset(),
+        prefix=f"{name}.",
+    )
+    return _RawStreamOptions(StreamOptions(**values), tuple(unknown))
+
+
+SAMPLING_FIELDS: dict[str, Reader] = {
+    "frequency_penalty": read_number,
+    "ignore_eos": read_bool,
+    "include_stop_str_in_output": read_bool,
+    "logit_bias": _read_logit_bias,
+    "min_p": read_number,
+    "min_tokens": integer(0),
+    "presence_penalty": read_number,
+    "repetition_penalty": read_number,
+    "seed": integer(-MAX_INT64 - 1, MAX_INT64),
+    "skip_special_tokens": read_bool,
+    "stop": _read_stop,
+    "stop_token_ids": list_of(token_id, "token ids", MAX_STOP_TOKEN_IDS),
+    "temperature": read_number,
+    "top_k": integer(),
+    "top_p": read_number,
+}
+
+COMMON_FIELDS: dict[str, Reader] = {
+    **SAMPLING_FIELDS,
+    "cache_salt": _read_cache_salt,
+    "model": read_str,
+    "priority": integer(),
+    "stream": read_bool,
+    "stream_options": _read_stream_options,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What every generation request says. ``model`` is ``None`` where none was named."""
+
+    model: str | None
+    stream: bool
+    stream_options: StreamOptions
+    priority: int
+    cache_salt: str
+    unknown_fields: tuple[str, ...]
+
+
+def read_common(values: Mapping[str, Any], unknown: list[str]) -> Common:
+    """Build ``Common`` from fields that were read through a table."""
+    stream = values.get("stream", False)
+    raw = values.get("stream_options")
+    if raw is not None and not stream:
+        raise InvalidParameterError(
+            "stream_options may be given only with stream: true",
+            param="stream_options",
+            code="invalid_value",
+        )
+    return Common(
+        model=values.get("model"),
+        stream=stream,
+        stream_options=StreamOptions() if raw is None else raw.options,
+        priority=values.get("priority", 0),
+        cache_salt=values.get("cache_salt", ""),
+        unknown_fields=tuple(unknown) + (() if raw is None else raw.unknown),
+    )
+
+
+def sampling_params(
+    values: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+) -> SamplingParams:
+    """Build the params from the fields that were given, over the model's own defaults."""
+    given = {name: values[name] for name in SAMPLING_FIELDS if name in values}
+    return SamplingParams(**{**defaults, **given}, max_tokens=max_tokens, logprobs=logprobs)
+
+
+def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that a model's ``generation_config`` sets; the rest are OpenAI's.
+
+    Raises ``ConfigError`` at start-up rather than at every request if one is out of range.
+    """
+    defaults = {
+        name: generation_config[name]
+        for name in GENERATION_CONFIG_FIELDS
+        if generation_config.get(name) is not None
+    }
+    try:
+        SamplingParams(**defaults)
+    except (InvalidParameterError, TypeError) as exc:
+        raise ConfigError(f"generation_config: {exc}") from exc
+    return defaults

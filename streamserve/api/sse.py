@@ -1,0 +1,214 @@
+"""The streamed answer: sse-starlette's pings and disconnects, our own token path.
+
+Per token there is one wait for the mailbox, one string dump and one ASGI ``send`` that goes
+straight to the server, past the middlewares (they act on headers only).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import anyio
+from orjson import dumps
+from sse_starlette.sse import EventSourceResponse
+from starlette.types import Message, Send
+
+from streamserve.api.errors import error_content
+from streamserve.api.frames import DONE, PING, ChoiceFrames, Envelope, error_frame, usage_frame
+from streamserve.api.metrics import Delivery
+from streamserve.core.plan import TokenLogprobs
+from streamserve.core.request import FinishReason
+from streamserve.engine.outputs import RequestOutput, Usage
+from streamserve.engine.stream import RequestStream
+from streamserve.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+
+class RequestAbortedError(EngineError):
+    """The engine gave the request up before its answer was complete."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The request was aborted before its answer was complete: the server is shutting down",
+            code="aborted",
+        )
+
+
+def check_success(output: RequestOutput) -> None:
+    """Raise unless ``output`` is part of a success: a cut answer must not look like a whole one."""
+    if output.finish_reason is FinishReason.ABORT:
+        raise RequestAbortedError
+    if output.finish_reason is FinishReason.ERROR:
+        raise EngineError("The request failed while it was being served")
+
+
+class StreamedChoice:
+    """One choice on its way: its stream, its frames, and what to show before the first token."""
+
+    __slots__ = ("delivery", "echo", "frames", "stream", "usage")
+
+    def __init__(
+        self, stream: RequestStream, frames: ChoiceFrames, delivery: Delivery, *, echo: str = ""
+    ) -> None:
+        self.stream = stream
+        self.frames = frames
+        self.delivery = delivery
+        self.echo = echo
+        self.usage = Usage(prompt_tokens=stream.num_prompt_tokens)
+
+
+class _Nothing:
+    """Stands in for the body iterator, which the token path does not use."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        raise NotImplementedError
+
+
+class AnswerStream(EventSourceResponse):
+    """Streams ``choices`` until each has ended; closes their streams whatever happens.
+
+    ``raw_send`` is the server's own ``send``; ``close_connection`` (if the server offers it) ends
+    the connection after a failure, so that no client takes the answer for complete.
+    """
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        choices: Sequence[StreamedChoice],
+        *,
+        include_usage: bool,
+        headers: dict[str, str],
+        ping_interval_s: float,
+        raw_send: Send,
+        close_connection: Callable[[], None] | None,
+    ) -> None:
+        super().__init__(
+            _Nothing(), headers={"Cache-Control": "no-cache", **headers}, ping=ping_interval_s
+        )
+        self._envelope = envelope
+        self._choices = choices
+        self._include_usage = include_usage
+        self._raw_send = raw_send
+        self._close_connection = close_connection
+        self._num_sent = 0
+
+    async def _stream_response(self, send: Send) -> None:
+        start: Message = {
+            "type": "http.response.start",
+            "status": self.status_code,
+            "headers": self.raw_headers,
+        }
+        try:
+            await send(start)
+            if len(self._choices) == 1:
+                await self._pump(self._choices[0], self._ending)
+            else:
+                await self._pump_all()
+        except EngineError as exc:
+            await self._fail(exc)
+        except Exception as exc:
+            logger.exception("%s failed while it was streamed", self._envelope.id)
+            await self._fail(exc)
+        finally:
+            self.active = False
+            for choice in self._choices:
+                choice.stream.close()
+                choice.delivery.end(FinishReason.ABORT)  # unless it has ended already
+
+    async def _pump_all(self) -> None:
+        """Several choices interleave: each is sent when its own tokens come."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for choice in self._choices:
+                    group.create_task(self._pump(choice, None))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        await self._send_last(self._ending())
+
+    async def _pump(self, choice: StreamedChoice, ending: Callable[[], bytes] | None) -> None:
+        """Send one choice to its end. ``ending``, if given, ends the response in the same write."""
+        get, send, frames, delivery = (
+            choice.stream.get,
+            self._raw_send,
+            choice.frames,
+            choice.delivery,
+        )
+        head, tail, is_plain = frames.head, frames.tail, frames.is_plain
+        opening = frames.role(choice.usage)  # travels with the first text
+        if choice.echo:
+            await self._send(frames.text(choice.echo, (), choice.usage))
+        held: list[TokenLogprobs] = []  # logprobs wait for the text they belong to
+        while True:
+            output = await get()
+            if output.finish_reason is not None:
+                break
+            text = output.text
+            if is_plain:
+                if not text:
+                    continue
+                body = head + dumps(text) + tail
+            else:
+                held += output.logprobs
+                if not text:
+                    continue
+                body = frames.text(text, held, output.usage)
+                held = []
+            if opening:
+                body = opening + body
+                opening = b""
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            self._num_sent += 1
+            delivery.text_sent()
+        check_success(output)
+        choice.usage = output.usage
+        held += output.logprobs
+        body = opening
+        if output.text or held:
+            body += frames.text(output.text, held, output.usage)
+        body += frames.last(output.finish_reason, output.usage)
+        await (self._send(body) if ending is None else self._send_last(body + ending()))
+        if output.text:
+            delivery.text_sent()
+        delivery.end(output.finish_reason)
+
+    def _ending(self) -> bytes:
+        """What follows the last choice's last chunk."""
+        if not self._include_usage:
+            return DONE
+        return usage_frame(self._envelope, [choice.usage for choice in self._choices]) + DONE
+
+    async def _fail(self, exc: Exception) -> None:
+        """Headers are out: one event says what status it would have been, and no ``[DONE]``."""
+        for choice in self._choices:
+            choice.delivery.end(FinishReason.ERROR)
+        await self._send_last(error_frame(*error_content(exc)))
+        if self._close_connection is not None:
+            self._close_connection()
+
+    async def _send(self, body: bytes) -> None:
+        await self._raw_send({"type": "http.response.body", "body": body, "more_body": True})
+        self._num_sent += 1
+
+    async def _send_last(self, body: bytes) -> None:
+        self.active = False  # no ping may follow
+        await self._raw_send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _ping(self, send: Send) -> None:
+        """Send a comment after each ``ping_interval`` in which nothing else was sent.
+
+        ``send`` is atomic for one message, so a ping never falls into the middle of a frame.
+        """
+        while self.active:
+            num_sent = self._num_sent
+            await anyio.sleep(self.ping_interval)
+            if self.active and self._num_sent == num_sent:
+                await self._send(PING)
+
+    async def _listen_for_exit_signal_with_grace(self) -> None:
+        """Never returns: sse-starlette would cancel every stream on SIGTERM; draining is ours."""
+        await anyio.sleep_forever()
