@@ -1,0 +1,162 @@
+"""Every family against transformers on random weights, in float32, through a paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from streamserve_kernels import Kernels
+
+from streamserve.models import Decoder, load_model
+from tests.models.paged import PagedHarness, Sequence
+
+NUM_GREEDY = 32
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+GQA = {**BASE, "num_key_value_heads": 2}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+
+CONFIGS = {
+    "llama2": lambda: transformers.LlamaConfig(**BASE),
+    "llama3": lambda: transformers.LlamaConfig(
+        **GQA, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+    ),
+    "llama-biases": lambda: transformers.LlamaConfig(
+        **GQA, attention_bias=True, mlp_bias=True, head_dim=16
+    ),
+    "llama-linear": lambda: transformers.LlamaConfig(
+        **GQA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    ),
+    "llama-mqa": lambda: transformers.LlamaConfig(**{**GQA, "num_key_value_heads": 1}),
+    "mistral": lambda: transformers.MistralConfig(**GQA, sliding_window=7),
+    "mistral-nemo": lambda: transformers.MistralConfig(**GQA, sliding_window=None, head_dim=16),
+    "qwen2": lambda: transformers.Qwen2Config(**GQA, tie_word_embeddings=True),
+    "qwen2-windows": lambda: transformers.Qwen2Config(
+        **GQA, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+    "qwen2.5-yarn": lambda: transformers.Qwen2Config(**GQA, rope_parameters=YARN_ROPE),
+    "qwen3": lambda: transformers.Qwen3Config(**GQA, head_dim=16, tie_word_embeddings=True),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2, **ENDS),
+    "gpt2-by-layer": lambda: transformers.GPT2Config(
+        **GPT2, **ENDS, n_inner=40, scale_attn_by_inverse_layer_idx=True, activation_function="relu"
+    ),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**BASE),
+    "gpt-neox-sequential": lambda: transformers.GPTNeoXConfig(
+        **BASE,
+        use_parallel_residual=False,
+        attention_bias=False,
+        rope_parameters={"rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    ),
+    "phi": lambda: transformers.PhiConfig(**BASE),
+    "phi-qk-norm": lambda: transformers.PhiConfig(**GQA, qk_layernorm=True),
+    "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4),
+    "mixtral-window": lambda: transformers.MixtralConfig(
+        **GQA, num_local_experts=3, num_experts_per_tok=1, sliding_window=5
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    build: Callable[..., transformers.PreTrainedModel],
+    kernels: Kernels,
+) -> Iterator[tuple[transformers.PreTrainedModel, Decoder]]:
+    """The same weights twice: transformers' model and ours, loaded from what it saved."""
+    model = build(CONFIGS[request.param]())
+    directory: Path = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(directory)
+    decoder = load_model(
+        directory, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels
+    )
+    yield model, decoder
+
+
+def prompts(shared: int) -> list[list[int]]:
+    """Ragged prompts, the first ``shared`` tokens of all but one in common."""
+    generator = torch.Generator().manual_seed(11)
+    lengths = (21, 13, 34, 1, 18)
+    tokens = [torch.randint(0, 97, (length,), generator=generator).tolist() for length in lengths]
+    return [own if i == 3 else tokens[2][:shared] + own[shared:] for i, own in enumerate(tokens)]
+
+
+@pytest.mark.parametrize("chunk", [None, 5], ids=["unchunked", "chunked"])
+@pytest.mark.parametrize("prefix_hit", [False, True], ids=["cold", "prefix-hit"])
+def test_logits_and_greedy_tokens_equal_transformers(pair, chunk, prefix_hit):
+    """A forward of transformers over prompt and answer checks each token that was drawn.
+
+    If every answer token is the argmax that transformers has after what stands before it, its own
+    greedy generation is the same answer, by induction over the tokens.
+    """
+    model, decoder = pair
+    harness = PagedHarness(decoder)
+    sequences = [Sequence(tokens) for tokens in prompts(shared=10)]
+    skipped = [0] * len(sequences)
+    if prefix_hit:
+        harness.prefill(sequences[:1], chunk)
+        for index, sequence in enumerate(sequences[1:], start=1):
+            harness.share_prefix(sequence, sequences[0])
+            skipped[index] = sequence.num_computed
+        assert skipped == [0, 8, 8, 0, 8]
+        # The first one is a full hit: all but its last token come from the cache.
+        again = Sequence(sequences[0].tokens)
+        harness.share_prefix(again, sequences[0])
+        sequences[0], skipped[0] = again, again.num_computed
+    prefill_logits = harness.prefill(sequences, chunk)
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    last = torch.stack([logits[-1] for logits in prefill_logits])
+    decode_logits = harness.decode(sequences, last, NUM_GREEDY)
+
+    for index, sequence in enumerate(sequences):
+        with torch.inference_mode():
+            expected = model(torch.tensor([sequence.tokens])).logits[0]
+        ours = torch.cat((prefill_logits[index], decode_logits[index, 1:]))
+        torch.testing.assert_close(ours, expected[skipped[index] : -1], rtol=1e-4, atol=1e-4)
+        drawn = expected[lengths[index] - 1 : -1].argmax(-1).tolist()
+        assert sequence.tokens[lengths[index] :] == drawn
+
+
+def test_rows_that_nobody_asked_for_change_nothing(pair):
+    """Only the last rows' logits, none at all, and padding: each equals the full computation."""
+    _, decoder = pair
+    tokens = prompts(shared=0)
+    everything = PagedHarness(decoder).prefill([Sequence(t) for t in tokens], None)
+
+    harness = PagedHarness(decoder)
+    sequences = [Sequence(t) for t in tokens]
+    work = [(sequence, len(sequence.tokens)) for sequence in sequences]
+    logits = harness.step(work, padding=3)
+    assert logits.dtype == torch.float32
+    expected = torch.stack([rows[-1] for rows in everything])
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+    harness = PagedHarness(decoder)
+    sequence = Sequence(tokens[0])
+    assert harness.step([(sequence, 9)]).shape == (0, 97)
+    logits = harness.step([(sequence, len(tokens[0]) - 9)], all_rows=True)
+    torch.testing.assert_close(logits, everything[0][9:], rtol=1e-5, atol=1e-5)
