@@ -37,9 +37,8 @@ class NewRequest:
     eos_token_ids: frozenset[int] = frozenset()  # masked out until min_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """One request's share of a step.
+class ScheduledRequest(NamedTuple):
+    """One request's share of a step. A tuple: one is made per request and step.
 
     ``token_ids`` are computed at positions ``start, start + 1, …``. ``new_block_ids`` are appended
     to the request's block table, which starts empty with its ``NewRequest``. With ``sample``, the
