@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,7 +86,7 @@ def pair(
     tmp_path_factory: pytest.TempPathFactory,
     build: Callable[..., transformers.PreTrainedModel],
     kernels: Kernels,
-) -> Iterator[tuple[transformers.PreTrainedModel, Decoder]]:
+) -> tuple[transformers.PreTrainedModel, Decoder]:
     """The same weights twice: transformers' model and ours, loaded from what it saved."""
     model = build(CONFIGS[request.param]())
     directory: Path = tmp_path_factory.mktemp("checkpoint")
@@ -94,7 +94,7 @@ def pair(
     decoder = load_model(
         directory, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels
     )
-    yield model, decoder
+    return model, decoder
 
 
 def prompts(shared: int) -> list[list[int]]:

@@ -34,7 +34,8 @@ import streamserve_kernels
 from streamserve.models import load_model
 
 def resident():
-    fields = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith("Rss"))
+    lines = [line for line in open("/proc/self/status") if line.startswith("Rss")]
+    fields = dict(line.split(":", 1) for line in lines)
     return [int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")]
 
 before, peak, done = resident(), [0, 0], threading.Event()

@@ -362,7 +362,7 @@ class TestResolve:
         assert found == snapshot
 
     def test_a_hub_model_that_cannot_be_had_says_what_was_tried(self, tmp_path):
-        with pytest.raises(ModelLoadError, match="no such directory .*, and the hub did not give"):
+        with pytest.raises(ModelLoadError, match=r"no such directory .*, and the hub did not give"):
             resolve_model("owner/name", cache_dir=tmp_path, local_files_only=True)
 
     @pytest.mark.parametrize(
