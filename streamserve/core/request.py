@@ -59,6 +59,7 @@ class Request:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_draft_tokens",
+        "num_free_when_refused",
         "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
@@ -119,6 +120,7 @@ class Request:
         self.block_hashes: list[bytes] = []  # of the leading full blocks of token_ids
         self.computing_hash: bytes | None = None  # the block it computes for others that wait
         self.awaited_hash: bytes | None = None  # the block it waits for while another computes it
+        self.num_free_when_refused = -1  # spare blocks when there was last no room to admit it
 
     @property
     def num_tokens(self) -> int:

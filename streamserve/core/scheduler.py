@@ -23,20 +23,17 @@ from operator import attrgetter
 
 from streamserve.config import SchedulerConfig
 from streamserve.core.clock import Clock
-from streamserve.core.kv_cache import KVCacheManager
-from streamserve.core.plan import (
-    PENDING_TOKEN,
-    ModelRunnerOutput,
-    NewRequest,
-    ScheduledRequest,
-    SchedulerOutput,
-    TokenLogprobs,
-)
+from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.limits import ContextLimits
+from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.core.policy import POLICIES
 from streamserve.core.prefill import prefill_budget
+from streamserve.core.prefix_cache import PrefixMatch
+from streamserve.core.prefix_claims import PrefixClaims
 from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
-from streamserve.errors import ContextLengthError, QueueFullError
+from streamserve.core.step import Step
+from streamserve.errors import QueueFullError
 
 _by_key = attrgetter("sort_key")
 
@@ -53,19 +50,6 @@ class RequestUpdate:
     new_token_ids: list[int]
     logprobs: list[TokenLogprobs]
     finish_reason: FinishReason | None
-
-
-class _Step:
-    """A plan and the requests of its ``scheduled``, in the same order."""
-
-    __slots__ = ("blocked", "num_prefill_tokens", "plan", "preempted", "requests")
-
-    def __init__(self, step_id: int, num_prefill_tokens: int) -> None:
-        self.plan = SchedulerOutput(step_id)
-        self.requests: list[Request] = []
-        self.num_prefill_tokens = num_prefill_tokens  # what is left of the budget
-        self.blocked = False  # somebody waits for blocks: nobody behind may take any
-        self.preempted = False
 
 
 class _Admission(Enum):
@@ -92,23 +76,20 @@ class Scheduler:
         # A seat is worth at least one token per step, so that no decode ever waits for budget.
         self._num_seats = min(config.max_num_seqs, config.max_num_batched_tokens)
         num_kv_tokens = kv_cache.num_blocks * kv_cache.block_size
-        # The last token is never an input, so it needs no KV.
-        self._max_model_len = min(config.max_model_len, num_kv_tokens + 1)
+        self._limits = ContextLimits(config.max_model_len, num_kv_tokens)
 
         self._requests: dict[str, Request] = {}  # waiting and running
         self._waiting: list[Request] = []  # sorted by key, as is the next
         self._running: list[Request] = []
         self._yielding: dict[str, Request] = {}  # running, to be preempted when its step retires
         self._leaving: dict[str, Request] = {}  # finished, a step still has it
-        self._computing: dict[bytes, Request] = {}  # block hash -> who computes it for all
-        self._in_flight: deque[_Step] = deque()
+        self._claims = PrefixClaims(kv_cache.block_size, self._policy.outranks)
+        self._in_flight: deque[Step] = deque()
         self._released_ids: list[str] = []  # for the next plan
         self._next_step_id = 0
         self._arrivals = count()
         self._last_admission_s: float | None = None
         self._admission_interval_s = 1.0
-
-    # ---------------------------------------------------------------- what there is
 
     @property
     def has_unfinished(self) -> bool:
@@ -133,38 +114,15 @@ class Scheduler:
     @property
     def max_model_len(self) -> int:
         """Prompt and answer together: ``SchedulerConfig``'s limit or what the KV cache holds."""
-        return self._max_model_len
+        return self._limits.max_num_tokens
 
     def get(self, request_id: str) -> Request | None:
         """The request that waits or runs under this id."""
         return self._requests.get(request_id)
 
-    # ---------------------------------------------------------------- in and out
-
     def check_fits(self, num_prompt_tokens: int, params: SamplingParams) -> None:
         """Raise ``ContextLengthError`` unless the request, alone, could run to its full length."""
-        if num_prompt_tokens < 1:
-            raise ContextLengthError(
-                f"the prompt must hold at least 1 token, got {num_prompt_tokens}"
-            )
-        num_output_tokens = 1 if params.max_tokens is None else params.max_tokens
-        num_tokens = num_prompt_tokens + num_output_tokens
-        asked = (
-            f"got a prompt of {num_prompt_tokens} tokens and max_tokens {params.max_tokens}"
-            f" ({num_tokens} in total)"
-        )
-        if params.max_tokens is None:
-            asked = f"got a prompt of {num_prompt_tokens} tokens and at least 1 to generate"
-        if num_tokens > self.config.max_model_len:
-            raise ContextLengthError(
-                f"prompt and answer must fit into max_model_len of {self.config.max_model_len}"
-                f" tokens, {asked}"
-            )
-        if num_tokens > self._max_model_len:
-            raise ContextLengthError(
-                f"prompt and answer must fit into the KV cache of {self._max_model_len - 1}"
-                f" tokens, {asked}"
-            )
+        self._limits.check(num_prompt_tokens, params)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -222,7 +180,7 @@ class Scheduler:
         was_running = request.status is RequestStatus.RUNNING
         _remove(self._running if was_running else self._waiting, request)
         self._yielding.pop(request.request_id, None)
-        self._stop_computing(request)
+        self._claims.drop(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason
@@ -241,10 +199,14 @@ class Scheduler:
             raise ValueError(f"request_id must be unique, got {request.request_id!r} again")
         assert request.status is RequestStatus.WAITING
         request.sort_key = self._policy.key(request, next(self._arrivals))
-        request.max_num_tokens = self._max_model_len
-        if request.sampling_params.max_tokens is not None:
-            limit = request.num_prompt_tokens + request.sampling_params.max_tokens
-            request.max_num_tokens = min(limit, self._max_model_len)
+        request.max_num_tokens = self._limits.num_tokens_at_end(
+            request.num_prompt_tokens, request.sampling_params
+        )
+        if request.num_tokens >= request.max_num_tokens:
+            raise ValueError(
+                f"token_ids must leave room for one more of {request.max_num_tokens},"
+                f" got {request.num_tokens}"
+            )
         self._requests[request.request_id] = request
 
     def _release(self, request: Request) -> None:
@@ -254,8 +216,6 @@ class Scheduler:
         if request.is_in_runner:
             request.is_in_runner = False
             self._released_ids.append(request.request_id)
-
-    # ---------------------------------------------------------------- the next step
 
     def schedule(self) -> SchedulerOutput | None:
         """The next plan, or ``None``: nothing to launch before something else happens.
@@ -270,7 +230,7 @@ class Scheduler:
         for request in self._running:
             num_left = len(request.token_ids) + request.num_pending_tokens
             num_decodes += num_left - request.num_computed_tokens == 1
-        step = _Step(self._next_step_id, prefill_budget(self.config, num_decodes))
+        step = Step(self._next_step_id, prefill_budget(self.config, num_decodes))
 
         running, waiting, outranks = self._running, self._waiting, self._policy.outranks
         contested = waiting and running and outranks(waiting[0], running[-1])
@@ -284,11 +244,11 @@ class Scheduler:
             self._continue(request, step)
             if index < len(running) and running[index] is request:
                 index += 1
-        if not (step.blocked or step.preempted) or not step.requests:
+        if not (step.is_blocked or step.preempted) or not step.requests:
             self._admit_waiting(step)
         return self._launch(step)
 
-    def _launch(self, step: _Step) -> SchedulerOutput | None:
+    def _launch(self, step: Step) -> SchedulerOutput | None:
         plan = step.plan
         if not step.requests:
             assert self._in_flight, "live requests, none of which can run"
@@ -300,7 +260,7 @@ class Scheduler:
         self._in_flight.append(step)
         return plan
 
-    def _continue(self, request: Request, step: _Step) -> None:
+    def _continue(self, request: Request, step: Step) -> None:
         """Put a running request's next tokens into the step, unless there is no room now."""
         num_known = len(request.token_ids)
         num_pending = request.num_pending_tokens
@@ -311,30 +271,38 @@ class Scheduler:
             return
         if request.request_id in self._yielding:
             return
-        num_new = num_known + num_pending - request.num_computed_tokens
-        if num_new > 1:
-            num_new = min(num_new, step.num_prefill_tokens)
+        start = request.num_computed_tokens
+        num_left = num_new = num_known + num_pending - start
+        if num_left > 1:
+            num_new = min(num_left, step.num_prefill_tokens)
             if not num_new:
                 return
-        block_ids = self.kv_cache.allocate_slots(request, num_new)
-        while block_ids is None:
-            if not self._make_room(request, step):
+        num_slots = len(request.block_table) * self.kv_cache.block_size
+        new_block_ids: list[int] = []
+        if start + num_new > num_slots or not request.is_in_runner:
+            allocated = None if step.is_blocked else self._allocate(request, num_new, step)
+            if allocated is None:
                 return
-            block_ids = self.kv_cache.allocate_slots(request, num_new)
-        if num_known + num_pending - request.num_computed_tokens > 1:
+            new_block_ids = allocated
+        if num_left > 1:
             step.num_prefill_tokens -= num_new
-        self._append(request, num_new, block_ids, step)
+        step.add(request, num_new, new_block_ids)
 
-    def _make_room(self, request: Request, step: _Step) -> bool:
+    def _allocate(self, request: Request, num_new: int, step: Step) -> list[int] | None:
+        """Blocks for a running request, at the cost of those behind it; ``None``: not now."""
+        while (block_ids := self.kv_cache.allocate_slots(request, num_new)) is None:
+            if not self._make_room(request, step):
+                return None
+        return block_ids
+
+    def _make_room(self, request: Request, step: Step) -> bool:
         """Preempt the last of the running. ``False``: ``request`` cannot run in this step."""
-        if step.blocked:
-            return False
         if self._blocks_return():
-            step.blocked = True
+            step.is_blocked = True
             return False
         victim = self._running[-1]
-        step.blocked = not self._yield(victim, step)
-        return not step.blocked and victim is not request
+        step.is_blocked = not self._yield(victim, step)
+        return not step.is_blocked and victim is not request
 
     def _blocks_return(self) -> bool:
         """Whether blocks come back when a step in flight retires: then waiting beats preempting."""
@@ -342,7 +310,7 @@ class Scheduler:
             self._leaving or self._yielding or any(s.plan.block_copies for s in self._in_flight)
         )
 
-    def _yield(self, victim: Request, step: _Step) -> bool:
+    def _yield(self, victim: Request, step: Step) -> bool:
         """Take a running request's seat: now, or (``False``) when the step that has it retires."""
         step.preempted = True
         if victim.num_steps_in_flight:
@@ -357,55 +325,13 @@ class Scheduler:
         """Back to waiting; the blocks are free, but cached until somebody needs them."""
         assert not request.num_pending_tokens
         _remove(self._running, request)
-        self._stop_computing(request)
+        self._claims.drop(request)
         self._release(request)
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         insort(self._waiting, request, key=_by_key)
 
-    def _append(
-        self, request: Request, num_new: int, new_block_ids: list[int], step: _Step
-    ) -> None:
-        """Write a request's share of the step into the plan and move its counters."""
-        start = request.num_computed_tokens
-        end = start + num_new
-        num_known = len(request.token_ids)
-        num_total = num_known + request.num_pending_tokens
-        if not request.is_in_runner:
-            request.is_in_runner = True
-            new_block_ids = list(request.block_table)
-            step.plan.new_requests.append(
-                NewRequest(
-                    request.request_id,
-                    list(request.token_ids),
-                    request.num_prompt_tokens,
-                    request.sampling_params,
-                    request.seed,
-                    request.choice_index,
-                    request.eos_token_ids,
-                )
-            )
-        step.plan.scheduled.append(
-            ScheduledRequest(
-                request.request_id,
-                start,
-                # A pending token is always alone: nothing before it is left to compute.
-                request.token_ids[start:end] if start < num_known else [PENDING_TOKEN],
-                new_block_ids,
-                end == num_total,
-                num_total - request.num_prompt_tokens,
-            )
-        )
-        step.requests.append(request)
-        request.num_computed_tokens = end
-        request.last_step_id = step.plan.step_id
-        request.num_steps_in_flight += 1
-        if end == num_total:
-            request.num_pending_tokens += 1
-
-    # ---------------------------------------------------------------- admission
-
-    def _admit_waiting(self, step: _Step) -> None:
+    def _admit_waiting(self, step: Step) -> None:
         """Seat waiting requests in policy order, until something runs out."""
         waiting = self._waiting
         index = 0
@@ -416,7 +342,7 @@ class Scheduler:
             if admission is _Admission.AWAITS_PREFIX:
                 index += 1
 
-    def _admit_before(self, request: Request, step: _Step) -> int:
+    def _admit_before(self, request: Request, step: Step) -> int:
         """Seat the waiting requests that outrank ``request``, at the cost of the tail's seats.
 
         Returns by how many places ``request`` moved. It may be among those that lost their seat.
@@ -435,9 +361,9 @@ class Scheduler:
                 break
         return num_admitted
 
-    def _yield_tail_to(self, candidate: Request, step: _Step) -> bool:
+    def _yield_tail_to(self, candidate: Request, step: Step) -> bool:
         """Take the tail's seat for a waiting request that outranks it; ``False`` if not now."""
-        if step.blocked or not self._running or self._blocks_return():
+        if step.is_blocked or not self._running or self._blocks_return():
             return False
         tail = self._running[-1]
         if not self._policy.outranks(candidate, tail):
@@ -452,36 +378,47 @@ class Scheduler:
             return False  # it would not help
         return self._yield(tail, step)
 
-    def _admit(self, request: Request, step: _Step) -> _Admission:
+    def _admit(self, request: Request, step: Step) -> _Admission:
         """Seat a waiting request and schedule its first tokens, if everything it needs is there."""
-        if request.awaited_hash is not None and self._awaits(request, request.awaited_hash):
+        awaited_hash = request.awaited_hash
+        if awaited_hash is not None and self._claims.must_wait(request, awaited_hash):
             return _Admission.AWAITS_PREFIX
         request.awaited_hash = None
-        if step.blocked or not step.num_prefill_tokens or len(self._running) >= self._num_seats:
+        if step.is_blocked or not step.num_prefill_tokens or len(self._running) >= self._num_seats:
             return _Admission.NO_ROOM
+        # One block for each running request, or it would soon take them by preempting this one.
+        num_reserved = len(self._running)
+        num_spare = self.kv_cache.num_free_blocks - num_reserved
+        if num_spare <= request.num_free_when_refused:
+            return _Admission.NO_ROOM  # nothing came back: a long prompt is not looked up again
         match = self.kv_cache.find_prefix(request)
         if len(match.nodes) < len(request.block_hashes):
             missing_hash = request.block_hashes[len(match.nodes)]
-            if self._awaits(request, missing_hash):
+            if self._claims.must_wait(request, missing_hash):
                 request.awaited_hash = missing_hash
                 return _Admission.AWAITS_PREFIX
-        # One block for each running request, or it would soon take them by preempting this one.
-        num_reserved = len(self._running)
-        for choice in (match, match.without_partial()):
-            num_new = min(request.num_tokens - choice.num_tokens, step.num_prefill_tokens)
-            block_ids = self.kv_cache.allocate_slots(
-                request, num_new, choice, num_reserved_blocks=num_reserved
-            )
-            if block_ids is not None:
-                break
-            if choice.partial is None:
-                return _Admission.NO_ROOM
-        else:
+        block_ids = self._admit_blocks(request, match, num_reserved, step)
+        if block_ids is None and match.partial is not None:
+            # The copy needs a block more than the request alone: compute its tokens instead.
+            match = match.without_partial()
+            block_ids = self._admit_blocks(request, match, num_reserved, step)
+        if block_ids is None:
+            request.num_free_when_refused = num_spare
             return _Admission.NO_ROOM
-        step.num_prefill_tokens -= num_new
+        request.num_free_when_refused = -1
         self._seat(request)
-        self._append(request, num_new, block_ids, step)
+        num_new = min(request.num_tokens - match.num_tokens, step.num_prefill_tokens)
+        step.num_prefill_tokens -= num_new
+        step.add(request, num_new, block_ids)
         return _Admission.ADMITTED
+
+    def _admit_blocks(
+        self, request: Request, match: PrefixMatch, num_reserved: int, step: Step
+    ) -> list[int] | None:
+        num_new = min(request.num_tokens - match.num_tokens, step.num_prefill_tokens)
+        return self.kv_cache.allocate_slots(
+            request, num_new, match, num_reserved_blocks=num_reserved
+        )
 
     def _seat(self, request: Request) -> None:
         if request.last_step_id < 0:
@@ -494,43 +431,7 @@ class Scheduler:
         _remove(self._waiting, request)
         request.status = RequestStatus.RUNNING
         insort(self._running, request, key=_by_key)
-        self._note_computing(request)
-
-    # ---------------------------------------------------------------- shared prefixes
-
-    def _awaits(self, request: Request, block_hash: bytes) -> bool:
-        """Whether another request computes this block, and ``request`` should wait for it.
-
-        Not for one it outranks: that one may be kept waiting by others in between.
-        """
-        holder = self._computing.get(block_hash)
-        return holder is not None and not self._policy.outranks(request, holder)
-
-    def _note_computing(self, request: Request) -> None:
-        """Register the first block that the request has not written: those behind it follow.
-
-        One entry per request is enough. Whoever shares more of the prompt finds the blocks before
-        this one in the cache, misses this one, and waits; and again for the next, chunk by chunk.
-        """
-        index = request.num_written_tokens // self.kv_cache.block_size
-        hashes = request.block_hashes
-        block_hash = hashes[index] if index < len(hashes) else None
-        if block_hash is request.computing_hash:
-            return
-        self._stop_computing(request)
-        if block_hash is not None:
-            self._computing[block_hash] = request
-            request.computing_hash = block_hash
-
-    def _stop_computing(self, request: Request) -> None:
-        """The request computes nothing for others any more: the next one takes over."""
-        block_hash = request.computing_hash
-        if block_hash is not None:
-            request.computing_hash = None
-            if self._computing.get(block_hash) is request:
-                del self._computing[block_hash]
-
-    # ---------------------------------------------------------------- a step retires
+        self._claims.update(request)
 
     def update(self, output: ModelRunnerOutput) -> list[RequestUpdate]:
         """Retire the oldest step: append its ids, end what has ended, index what is full.
@@ -570,7 +471,7 @@ class Scheduler:
             if end // block_size > scheduled.start // block_size:
                 self.kv_cache.cache_blocks(request)
             if request.computing_hash is not None:
-                self._note_computing(request)
+                self._claims.update(request)
             if self._yielding and not request.num_steps_in_flight:
                 if self._yielding.pop(request.request_id, None) is not None:
                     self._preempt(request)
@@ -606,25 +507,26 @@ class Scheduler:
     def _append_tokens(self, request: Request, token_ids: list[int]) -> list[int]:
         """Append sampled ids up to the one that ends the request, and then finish it."""
         params = request.sampling_params
+        known = request.token_ids
+        num_before_stop = request.num_prompt_tokens + params.min_tokens
         for i, token_id in enumerate(token_ids):
-            request.token_ids.append(token_id)
-            if request.num_output_tokens > params.min_tokens:
+            known.append(token_id)
+            if len(known) > num_before_stop:
                 if token_id in request.eos_token_ids and not params.ignore_eos:
                     self.finish(request, FinishReason.STOP)
                     return token_ids[: i + 1]
                 if token_id in params.stop_token_ids:
                     self.finish(request, FinishReason.STOP, stop_reason=token_id)
                     return token_ids[: i + 1]
-            if len(request.token_ids) >= request.max_num_tokens:
+            if len(known) >= request.max_num_tokens:
                 self.finish(request, FinishReason.LENGTH)
                 return token_ids[: i + 1]
         return token_ids
 
-    # ---------------------------------------------------------------- invariants
-
     def check_integrity(self) -> None:
         """Assert every invariant of the scheduler and its KV cache. O(blocks + requests)."""
         self.kv_cache.check_integrity()
+        self._claims.check_integrity()
         for requests in (self._waiting, self._running):
             keys = [request.sort_key for request in requests]
             assert keys == sorted(keys), "requests out of order"
@@ -640,9 +542,6 @@ class Scheduler:
             assert request.status is RequestStatus.RUNNING
             limit = request.num_tokens + request.num_pending_tokens + request.num_draft_tokens
             assert 0 <= request.num_computed_tokens <= limit
-        for block_hash, request in self._computing.items():
-            assert request.computing_hash == block_hash, "a block that nobody computes"
-            assert request.status is RequestStatus.RUNNING
         for request in self._leaving.values():
             assert request.is_finished
             assert request.num_steps_in_flight

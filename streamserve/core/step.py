@@ -1,0 +1,61 @@
+"""One step while it is made and while it is in flight: a plan and the requests behind it."""
+
+from __future__ import annotations
+
+from streamserve.core.plan import PENDING_TOKEN, NewRequest, ScheduledRequest, SchedulerOutput
+from streamserve.core.request import Request
+
+
+class Step:
+    """A plan and the requests of its ``scheduled``, in the same order."""
+
+    __slots__ = ("is_blocked", "num_prefill_tokens", "plan", "preempted", "requests")
+
+    def __init__(self, step_id: int, num_prefill_tokens: int) -> None:
+        self.plan = SchedulerOutput(step_id)
+        self.requests: list[Request] = []
+        self.num_prefill_tokens = num_prefill_tokens  # what is left for prompts
+        self.is_blocked = False  # somebody waits for blocks: nobody behind may take any
+        self.preempted = False  # somebody lost the seat: nobody waiting takes one in this step
+
+    def add(self, request: Request, num_new_tokens: int, new_block_ids: list[int]) -> None:
+        """Write a request's share into the plan and move its counters past it."""
+        start = request.num_computed_tokens
+        end = start + num_new_tokens
+        token_ids = request.token_ids
+        num_known = len(token_ids)
+        num_total = num_known + request.num_pending_tokens
+        plan = self.plan
+        if not request.is_in_runner:
+            request.is_in_runner = True
+            new_block_ids = list(request.block_table)
+            plan.new_requests.append(_new_request(request))
+        plan.scheduled.append(
+            ScheduledRequest(
+                request.request_id,
+                start,
+                # A pending token is always alone: nothing before it is left to compute.
+                token_ids[start:end] if start < num_known else [PENDING_TOKEN],
+                new_block_ids,
+                end == num_total,
+                num_total - request.num_prompt_tokens,
+            )
+        )
+        self.requests.append(request)
+        request.num_computed_tokens = end
+        request.last_step_id = plan.step_id
+        request.num_steps_in_flight += 1
+        if end == num_total:
+            request.num_pending_tokens += 1
+
+
+def _new_request(request: Request) -> NewRequest:
+    return NewRequest(
+        request_id=request.request_id,
+        token_ids=list(request.token_ids),
+        num_prompt_tokens=request.num_prompt_tokens,
+        sampling_params=request.sampling_params,
+        seed=request.seed,
+        choice_index=request.choice_index,
+        eos_token_ids=request.eos_token_ids,
+    )
