@@ -9,6 +9,7 @@ from streamserve.engine.pieces import PieceTable
 from streamserve.engine.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
+_MAX_CHARACTER_BYTES = 4
 _MAX_HELD = 32
 """Tokens held back at most by the general way: a character spans four, the rest is U+FFFD."""
 
@@ -56,11 +57,14 @@ class _PieceDetokenizer:
         if self._num_to_strip and any(pieces[token_id] for token_id in reversed(prompt_token_ids)):
             self._num_to_strip = 0
         # The prompt may end inside a character, which then is the output's.
-        start = len(prompt_token_ids)
-        while start and isinstance(pieces[prompt_token_ids[start - 1]], bytes):
-            start -= 1
-        if start < len(prompt_token_ids):
-            self.add(prompt_token_ids[start:])
+        tail: list[bytes] = []
+        for token_id in reversed(prompt_token_ids):
+            piece = pieces[token_id]
+            if isinstance(piece, bytes) and len(tail) < _MAX_CHARACTER_BYTES:
+                tail.append(piece)
+            elif piece:
+                break
+        self._add_bytes(b"".join(reversed(tail)))
 
     def add(self, token_ids: Sequence[int]) -> str:
         pieces = self._pieces
