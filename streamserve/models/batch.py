@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from streamserve_kernels import Kernels
 from torch import Tensor
+
+from streamserve_kernels import Kernels
 
 from .spec import DecoderSpec
 

@@ -8,8 +8,9 @@ microsecond of Python between two is paid by every token.
 from __future__ import annotations
 
 import torch
-from streamserve_kernels import Kernels
 from torch import Tensor
+
+from streamserve_kernels import Kernels
 
 from .batch import ForwardBatch, KVCache
 from .layers import Attention, BoundNorm, bind_mlp, bind_norm

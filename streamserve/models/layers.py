@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
-from streamserve_kernels import GatedKind, Kernels
 from torch import Tensor
 
 from streamserve.errors import UnsupportedModelError
+from streamserve_kernels import GatedKind, Kernels
 
 from .batch import ForwardBatch
 from .rope import alibi_slopes

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from streamserve_kernels import Kernels
 
 from streamserve.errors import ModelLoadError
+from streamserve_kernels import Kernels
 
 from .checkpoint import CheckpointSource, RandomSource, WeightSource
 from .config import ModelConfig, load_config

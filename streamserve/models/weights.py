@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from streamserve_kernels import Kernels, PackedLinear
 from torch import Tensor
+
+from streamserve_kernels import Kernels, PackedLinear
 
 from .checkpoint import Leaf, WeightSource
 from .parameters import (

@@ -11,8 +11,9 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import streamserve_kernels
 import transformers
+
+import streamserve_kernels
 from streamserve_kernels import Kernels
 
 transformers.logging.set_verbosity_error()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from streamserve_kernels import Kernels
 
 from streamserve.models import Decoder, load_model
+from streamserve_kernels import Kernels
 from tests.models.paged import PagedHarness, Sequence
 
 NUM_GREEDY = 32

@@ -1,0 +1,93 @@
+"""The tool that makes random checkpoints: what it writes loads, and its text is ASCII."""
+
+from __future__ import annotations
+
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from streamserve.models import load_config, load_model
+from tests.models.paged import PagedHarness, Sequence
+from tools.make_checkpoint import SHAPES, SPECIAL_TOKENS, make_tokenizer, write_checkpoint
+
+CPU = torch.device("cpu")
+PARAMETERS = {"smollm-135m": 134_515_008, "qwen-0.5b": 494_032_768, "llama-1b": 1_235_814_400}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    write_checkpoint("tiny", directory)
+    return directory
+
+
+def test_the_script_writes_the_same_bytes_for_the_same_seed(tiny, tmp_path):
+    script = Path(__file__).parents[2] / "tools" / "make_checkpoint.py"
+    again, other = tmp_path / "again", tmp_path / "other"
+    for directory, seed in ((again, "0"), (other, "1")):
+        command = [sys.executable, str(script), "tiny", str(directory), "--seed", seed]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "of weights in" in result.stdout
+    for file in tiny.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
+    weights = "model.safetensors"
+    assert (tiny / weights).read_bytes() != (other / weights).read_bytes()
+
+
+def test_it_loads_here_as_in_transformers(tiny, kernels, tmp_path):
+    write_checkpoint("tiny", tmp_path, shard_mb=0)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6]
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0]
+    for directory in (tiny, tmp_path):
+        decoder = load_model(directory, dtype=torch.float32, device=CPU, kernels=kernels)
+        logits = PagedHarness(decoder).prefill([Sequence(tokens)], None)[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", PARAMETERS)
+def test_the_shapes_are_those_of_the_real_models(shape, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.make_checkpoint._write_weights", lambda *_: 0)
+    write_checkpoint(shape, tmp_path)
+    config = load_config(tmp_path)
+    embedding = config.vocab_size * SHAPES[shape]["hidden_size"]
+    assert config.weight_bytes(torch.bfloat16) // 2 - embedding == PARAMETERS[shape]
+    assert config.eos_token_ids == (config.vocab_size - 1, config.vocab_size - 3)
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == (
+        config.vocab_size
+    )
+
+
+@pytest.mark.parametrize("vocab_size", [1024, 49_152, 151_936])
+def test_every_id_is_ascii_text_and_every_ascii_text_has_ids(vocab_size):
+    tokenizer = make_tokenizer(vocab_size)
+    assert tokenizer.get_vocab_size() == vocab_size
+    pieces = tokenizer.decode_batch([[token] for token in range(vocab_size)])
+    assert all(piece and piece.isascii() for piece in pieces)
+    assert len(set(pieces)) == vocab_size
+    every_byte = "".join(map(chr, range(128)))
+    for text in (every_byte, string.printable, "The quick brown fox, 2024: it's *late*!\n\n\tWhy?"):
+        ids = tokenizer.encode(text).ids
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode("naïve").ids) == "na??ve"
+
+
+def test_the_chat_template_opens_the_assistants_turn(tiny):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    messages = [{"role": "user", "content": "Hello there"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
+    ids = Tokenizer.from_file(str(tiny / "tokenizer.json")).encode(text).ids
+    assert ids.count(1023) == 1
+    assert ids.count(1022) == 2
+    assert len(SPECIAL_TOKENS) == 3
+    assert tokenizer.eos_token_id == 1023

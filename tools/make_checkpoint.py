@@ -1,0 +1,295 @@
+"""Writes a checkpoint of random weights in a real model's shape, with a tokenizer to match.
+
+    python tools/make_checkpoint.py smollm-135m /tmp/checkpoints/smollm-135m
+    python tools/make_checkpoint.py llama-1b /tmp/checkpoints/llama-1b --shard-mb 1000
+
+For load tests and benchmarks where nothing can be downloaded: the arithmetic is that of the real
+model, only the answers are nonsense. The same seed writes the same bytes. Every vocabulary piece is
+plain ASCII, so that each generated id is text at once and no chunk waits for the rest of a
+character. Needs torch and tokenizers, nothing of streamserve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import string
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+_COMMON = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rope_scaling": None,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
+_LLAMA = {
+    **_COMMON,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **_LLAMA,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10_000.0,
+    },
+    # HuggingFaceTB/SmolLM2-135M
+    "smollm-135m": {
+        **_LLAMA,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49_152,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100_000.0,
+    },
+    # Qwen/Qwen2.5-0.5B
+    "qwen-0.5b": {
+        **_COMMON,
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 32_768,
+        "max_window_layers": 24,
+        "sliding_window": 32_768,
+        "use_sliding_window": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": True,
+    },
+    # meta-llama/Llama-3.2-1B
+    "llama-1b": {
+        **_LLAMA,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 500_000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# English letters, commonest first: a merge that comes early in the table is one that is made early.
+_LETTERS = "etaoinshrdlcumwfgypbvkjxqz"
+_SPACE = "\u0120"  # how GPT-2's byte-level alphabet spells a space
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard-mb", type=int, default=None, help="split into files of this size")
+    options = parser.parse_args()
+    started = time.monotonic()
+    written = write_checkpoint(options.shape, options.directory, options.seed, options.shard_mb)
+    seconds = time.monotonic() - started
+    print(f"{options.directory}: {written / 2**20:.0f} MiB of weights in {seconds:.1f} s")
+
+
+def write_checkpoint(
+    shape: str, directory: Path, seed: int = 0, shard_mb: int | None = None
+) -> int:
+    """Writes weights, configs and tokenizer; returns the bytes of weights written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = dict(SHAPES[shape])
+    vocab_size = config["vocab_size"]
+    end_of_text, _, end_of_turn = range(vocab_size - 3, vocab_size)
+    config.update(bos_token_id=end_of_text, eos_token_id=end_of_turn)
+    _write_json(directory / "config.json", config)
+    _write_json(
+        directory / "generation_config.json",
+        {"bos_token_id": end_of_text, "eos_token_id": [end_of_turn, end_of_text]},
+    )
+    make_tokenizer(vocab_size).save(str(directory / "tokenizer.json"))
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SPECIAL_TOKENS[0],
+            "eos_token": SPECIAL_TOKENS[2],
+            "pad_token": SPECIAL_TOKENS[0],
+            "add_bos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config["max_position_embeddings"],
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    return _write_weights(directory, list(_tensors(config)), seed, shard_mb)
+
+
+def make_tokenizer(vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of exactly ``vocab_size`` ids, each of which decodes to ASCII text.
+
+    The last three ids are `SPECIAL_TOKENS`. They are not marked special, so that they too decode to
+    text. Bytes outside ASCII encode as a question mark.
+    """
+    ascii_bytes = pre_tokenizers.ByteLevel.alphabet()
+    by_byte = _byte_alphabet()
+    assert set(by_byte) <= set(ascii_bytes)
+    vocabulary = {piece: index for index, piece in enumerate(by_byte)}
+    merges = []
+    for left, right in itertools.islice(_merges(), vocab_size - len(by_byte) - 3):
+        vocabulary[left + right] = len(vocabulary)
+        merges.append((left, right))
+    assert len(vocabulary) == vocab_size - 3
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's spelling of the bytes 0 to 127: printable ones as they are, the rest from U+0100."""
+    printable = set(string.printable) - set(string.whitespace)
+    unprintable = itertools.count(256)
+    return [chr(b) if chr(b) in printable else chr(next(unprintable)) for b in range(128)]
+
+
+def _merges() -> Iterator[tuple[str, str]]:
+    """Pairs to merge, each a piece of its own: letter groups of two to four, with and without a
+    space before them; enough for half a million ids.
+    """
+    letters = _LETTERS
+    pairs = [a + b for a, b in itertools.product(letters, repeat=2)]
+    yield from ((_SPACE, letter) for letter in letters + letters.upper())
+    yield from itertools.product(letters, repeat=2)
+    yield from itertools.product(string.digits, repeat=2)
+    yield from ((_SPACE + a, b) for a, b in itertools.product(letters, repeat=2))
+    yield from itertools.product(pairs, letters)
+    yield from ((_SPACE + a, pair) for a, pair in itertools.product(letters, pairs))
+    yield from itertools.product(pairs, repeat=2)
+
+
+def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a Llama's or Qwen2's tensors, in the order of the forward."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head_size = hidden // config["num_attention_heads"]
+    heads = {"q": config["num_attention_heads"]} | dict.fromkeys(
+        "kv", config["num_key_value_heads"]
+    )
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}."
+        yield layer + "input_layernorm.weight", (hidden,)
+        for name, count in heads.items():
+            yield f"{layer}self_attn.{name}_proj.weight", (count * head_size, hidden)
+            if config["model_type"] == "qwen2":
+                yield f"{layer}self_attn.{name}_proj.bias", (count * head_size,)
+        yield layer + "self_attn.o_proj.weight", (hidden, hidden)
+        yield layer + "post_attention_layernorm.weight", (hidden,)
+        yield layer + "mlp.gate_proj.weight", (inner, hidden)
+        yield layer + "mlp.up_proj.weight", (inner, hidden)
+        yield layer + "mlp.down_proj.weight", (hidden, inner)
+    yield "model.norm.weight", (hidden,)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def _write_weights(
+    directory: Path,
+    tensors: list[tuple[str, tuple[int, ...]]],
+    seed: int,
+    shard_mb: int | None,
+) -> int:
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    limit = math.inf if shard_mb is None else shard_mb * 2**20
+    filled = 0
+    for name, shape in tensors:
+        size = 2 * math.prod(shape)
+        if filled and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, shape))
+        filled += size
+    weight_map = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        total += _write_shard(directory / file, shard, seed)
+        weight_map.update({name: file for name, _ in shard})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
+    return total
+
+
+def _write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]], seed: int) -> int:
+    """One safetensors file, tensor by tensor, so that memory holds no more than the largest."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in tensors:
+        end = offset + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name, shape in tensors:
+            file.write(_random_tensor(name, shape, seed).view(torch.uint8).numpy().data)
+    return offset
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Flat bfloat16 as Hugging Face initialises it: norms one, all else normal, of std 0.02."""
+    size = math.prod(shape)
+    if name.endswith("norm.weight"):
+        return torch.ones(size, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
+    return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
