@@ -18,7 +18,7 @@ from streamserve.api.app import ApiApp, create_app
 from streamserve.api.server import serve
 from streamserve.config import ApiConfig, CacheConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
-from streamserve.core.kv_cache import KVCacheManager
+from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.byte_tokenizer import ByteTokenizer
@@ -80,9 +80,19 @@ def pace_of_readers(streams: StreamList) -> Pace:
     return pace
 
 
-def build_app(config: ApiConfig, *, max_num_seqs: int) -> ApiApp:
-    """The application over a ``NullRunner`` paced by its readers."""
+def pace_of_clock(step_s: float) -> Pace:
+    """A step takes ``step_s``: a model as fast as you like."""
+
+    def pace(resolve: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_later(step_s, resolve)
+
+    return pace
+
+
+def build_app(config: ApiConfig, *, max_num_seqs: int, step_s: float | None = None) -> ApiApp:
+    """The application over a ``NullRunner``, paced by its readers unless ``step_s`` is given."""
     streams = StreamList()
+    pace = pace_of_readers(streams) if step_s is None else pace_of_clock(step_s)
     tokenizer = ByteTokenizer()
     cache = CacheConfig(num_blocks=2**16, block_size=16)
     scheduler_config = SchedulerConfig(
@@ -90,7 +100,7 @@ def build_app(config: ApiConfig, *, max_num_seqs: int) -> ApiApp:
     )
     engine = WatchedEngine(
         scheduler=Scheduler(scheduler_config, KVCacheManager(cache), clock=monotonic),
-        runner=NullRunner(tuple(_TEXT), pace=pace_of_readers(streams)),
+        runner=NullRunner(tuple(_TEXT), pace=pace),
         tokenizer=tokenizer,
         eos_token_ids=frozenset({257}),
         max_model_len=MAX_MODEL_LEN,
@@ -112,12 +122,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--step-ms", type=float, help="of a step, instead of the readers' pace")
+    parser.add_argument("--drain-timeout", type=float, default=1.0, help="seconds")
     parser.add_argument("--profile", help="write a cProfile of the run into this file")
     args = parser.parse_args(argv)
     config = ApiConfig(
-        served_model_names=(MODEL_NAME,), host=args.host, port=args.port, drain_timeout_s=1.0
+        served_model_names=(MODEL_NAME,),
+        host=args.host,
+        port=args.port,
+        drain_timeout_s=args.drain_timeout,
     )
-    app = build_app(config, max_num_seqs=args.max_num_seqs)
+    step_s = None if args.step_ms is None else args.step_ms / 1e3
+    app = build_app(config, max_num_seqs=args.max_num_seqs, step_s=step_s)
 
     def ready(url: str) -> None:
         freeze_gc()

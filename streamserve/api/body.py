@@ -30,7 +30,7 @@ async def read_json_object(scope: Scope, receive: Receive, *, max_bytes: int) ->
     headers = Headers(scope=scope)
     _check_type(headers)
     length = headers.get("content-length", "")
-    if length.isdigit() and (len(length) > 18 or int(length) > max_bytes):
+    if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > max_bytes):
         raise _too_large(max_bytes)
     raw = await _read(receive, max_bytes)
     try:

@@ -1,0 +1,93 @@
+"""What Prometheus scrapes, and when latencies are stamped."""
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.api.harness import MODEL, Api, Exchange, chat_body
+
+from streamserve.api.metrics import Delivery, Histogram, Metrics
+from streamserve.core.request import FinishReason
+
+
+async def scrape(api):
+    answer = await api.call("GET", "/metrics")
+    assert answer.status == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name.removeprefix("streamserve:"), sample.labels.get("le")): sample.value
+        for family in text_string_to_metric_families(answer.body.decode())
+        for sample in family.samples
+        if sample.labels.get("finished_reason", "length") == "length"
+        and sample.labels["model_name"] == MODEL
+    }
+
+
+async def test_a_scrape_before_and_after():
+    async with Api().running() as api:
+        before = await scrape(api)
+        await api.complete(prompt="x" * 40, max_tokens=5, stream=True)
+        await api.complete(prompt="x" * 40, max_tokens=5)
+        await api.complete(prompt=5)
+        after = await scrape(api)
+    assert set(before) <= set(after)
+    assert before["generation_tokens_total", None] == 0
+    assert after["generation_tokens_total", None] == 10
+    assert after["prompt_tokens_total", None] == 82
+    assert after["prefix_cache_queries_total", None] == 82
+    assert after["prefix_cache_hits_total", None] > 0
+    assert after["num_requests_running", None] == 0
+    assert after["num_requests_waiting", None] == 0
+    assert after["kv_cache_usage_perc", None] == 0
+    assert after["request_success_total", None] == 2
+    assert after["request_refused_total", None] == 1
+    assert after["time_to_first_token_seconds_count", None] == 1
+    assert after["time_to_first_token_seconds_bucket", "+Inf"] == 1
+    assert after["e2e_request_latency_seconds_count", None] == 2
+    # Latencies are of frames: tokens that were fetched together share one.
+    assert 0 <= after["inter_token_latency_seconds_count", None] <= 4
+
+
+async def test_running_and_waiting_requests_are_counted():
+    async with Api(is_held=True).running() as api:
+        exchanges = [
+            Exchange(api.app, "POST", "/v1/chat/completions", chat_body(stream=True, max_tokens=2))
+            for _ in range(10)
+        ]
+        for exchange in exchanges:
+            await exchange.until(lambda e: bool(e.messages))
+        await api.pace.step()
+        now = await scrape(api)
+        assert now["num_requests_running", None] + now["num_requests_waiting", None] == 10
+        assert now["num_requests_waiting", None] >= 2
+        assert now["kv_cache_usage_perc", None] > 0
+        api.pace.let_go()
+        for exchange in exchanges:
+            await exchange.finished()
+
+
+def test_a_bound_belongs_to_its_own_bucket():
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 3.0):
+        histogram.observe(value)
+    assert histogram.counts == [2, 2, 1]
+    assert histogram.count == 5
+    samples = {
+        s.labels.get("le", s.name): s.value for s in histogram.family("x", "about x").samples
+    }
+    assert samples == {"1.0": 2, "2.0": 4, "+Inf": 5, "x_count": 5, "x_sum": 8.0}
+
+
+def test_latencies_are_stamped_when_frames_have_left():
+    now = 10.0
+    metrics = Metrics()
+    delivery = Delivery(metrics, lambda: now, arrival=9.0)
+    now = 10.5
+    delivery.text_sent()
+    now = 10.75
+    delivery.text_sent()
+    now = 11.0
+    delivery.end(FinishReason.STOP)
+    delivery.end(FinishReason.ABORT)
+    assert metrics.time_to_first_token.total == pytest.approx(1.5)
+    assert metrics.inter_token_latency.total == pytest.approx(0.25)
+    assert metrics.e2e_latency.total == pytest.approx(2.0)
+    assert metrics.num_finished == {"stop": 1, "length": 0, "abort": 0, "error": 0}
