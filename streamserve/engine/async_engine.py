@@ -106,6 +106,7 @@ class AsyncEngine:
         self._seeds = random.Random()
         self._live: dict[str, _Live] = {}
         self._in_flight: deque[tuple[int, Future[ModelRunnerOutput]]] = deque()
+        self._updates: list[RequestUpdate] = []  # of the last retired step, not yet text
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()  # there may be work again
         self._is_stopping = False
@@ -249,23 +250,21 @@ class AsyncEngine:
     async def _run(self) -> None:
         try:
             await self._step_loop()
-        except _DeadError as error:
-            self._die(str(error), error.__cause__)
         except asyncio.CancelledError:
             self._die("the step loop was cancelled", None)
             raise
+        except _DeadError as error:
+            self._die(str(error), error.__cause__)
         except Exception as error:
+            self._publish()
             self._die("the step loop failed", error)
 
     async def _step_loop(self) -> None:
-        updates: list[RequestUpdate] = []
         while self._dead_reason is None:
             self._launch_steps()
-            if updates:
-                self._publish(updates)
-                updates = []
+            self._publish()
             if self._in_flight:
-                updates = await self._retire_step()
+                await self._retire_step()
             elif self._is_stopping and not self._live:
                 return
             else:
@@ -296,7 +295,7 @@ class AsyncEngine:
             if timings.first_scheduled is None:
                 timings.first_scheduled = now
 
-    async def _retire_step(self) -> list[RequestUpdate]:
+    async def _retire_step(self) -> None:
         """Wait for the oldest step in flight and book what it sampled."""
         step_id, future = self._in_flight[0]
         if future.done():
@@ -306,23 +305,25 @@ class AsyncEngine:
             await _until_done(future)
         self._in_flight.popleft()
         if self._dead_reason is not None:  # an abort or submit met a broken scheduler meanwhile
-            return []
+            return
         try:
             output = future.result()
         except Exception as error:
             self._fail_step(step_id, error)
-            return []
+            return
         self._num_consecutive_failures = 0
-        return self._scheduler.update(output)
+        self._updates = self._scheduler.update(output)
 
-    def _publish(self, updates: list[RequestUpdate]) -> None:
-        """Do the text work of a step and leave the outputs in the mailboxes."""
+    def _publish(self) -> None:
+        """Do the text work of the last retired step and leave the outputs in the mailboxes."""
+        updates = self._updates
+        if not updates:
+            return
+        self._updates = []
         now = self._clock()
         for update in updates:
             request = update.request
-            live = self._live.get(request.request_id)
-            if live is None:  # its next step failed at launch
-                continue
+            live = self._live[request.request_id]
             try:
                 output = live.processor.process(
                     update.new_token_ids,
@@ -400,6 +401,7 @@ class AsyncEngine:
     def _fail_step(self, step_id: int, error: Exception) -> None:
         """Fail the requests of a step. Raises ``_DeadError`` if steps keep failing."""
         logger.error("step %d failed", step_id, exc_info=error)
+        self._publish()  # what the step before gave them comes first
         for request in self._scheduler.fail_step(step_id):
             live = self._live.get(request.request_id)
             if live is not None:

@@ -94,7 +94,7 @@ class FakeRunner:
         for _ in range(num_steps):
             await self.launched()
             self._resolve(*self._held.pop(0))
-            await turns()
+            await turns(4)
 
     def release_all(self) -> None:
         self.hold = False

@@ -3,11 +3,11 @@
 import asyncio
 
 import pytest
-from tests.engine.fakes import EOS, PROMPT, FakeRunner, collect, serving, turns
 
 from streamserve.core.request import FinishReason
 from streamserve.engine.null_runner import NullRunner
 from streamserve.errors import ContextLengthError, InvalidParameterError, QueueFullError
+from tests.engine.fakes import EOS, PROMPT, FakeRunner, collect, serving, turns
 
 IN_FLIGHT = pytest.mark.parametrize("max_steps_in_flight", [1, 2])
 

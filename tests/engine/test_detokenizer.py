@@ -5,11 +5,11 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.engine.tokenizers_for_tests import FAST_KINDS, KINDS, TEXTS
 
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.detokenizer import IncrementalDetokenizer
+from tests.engine.tokenizers_for_tests import FAST_KINDS, KINDS, TEXTS
 
 REPLACEMENT = "\ufffd"
 PARAMS = {skip: SamplingParams(skip_special_tokens=skip) for skip in (False, True)}
