@@ -206,11 +206,10 @@ class AsyncEngine:
         live = self._live.get(request_id)
         if live is None:
             return False
-        self._finish(live, FinishReason.ABORT)
-        if not live.stream.has_ended:  # dying has ended it
+        if self._finish(live, FinishReason.ABORT):
             self._end(live)
             live.stream.put(live.processor.abort())
-        self._wake.set()
+            self._wake.set()
         return True
 
     @property
@@ -332,7 +331,8 @@ class AsyncEngine:
                     request.stop_reason,
                 )
             except Exception as error:
-                self._fail_request(live, error)
+                if not self._fail_request(live, error):
+                    return
                 continue
             timings = live.stream.timings
             if timings.first_token is None:
@@ -341,14 +341,14 @@ class AsyncEngine:
             timings.last_token = now
             self._num_generation_tokens += len(output.token_ids)
             if output.finish_reason is not None:
-                if update.finish_reason is None:
-                    # A stop string: the token that the step in flight samples is discarded.
-                    self._finish(
-                        live,
-                        FinishReason.STOP,
-                        num_output_tokens=live.processor.num_output_tokens,
-                        stop_reason=output.stop_reason,
-                    )
+                # A stop string: the token that the step in flight samples is discarded.
+                if update.finish_reason is None and not self._finish(
+                    live,
+                    FinishReason.STOP,
+                    num_output_tokens=live.processor.num_output_tokens,
+                    stop_reason=output.stop_reason,
+                ):
+                    return
                 self._end(live)
             live.stream.put(output)
 
@@ -382,26 +382,35 @@ class AsyncEngine:
         *,
         num_output_tokens: int | None = None,
         stop_reason: int | str | None = None,
-    ) -> None:
-        """Tell the scheduler that a request ends for a reason that it cannot know itself."""
+    ) -> bool:
+        """Tell the scheduler that a request ends for a reason that it cannot know itself.
+
+        ``False``: it could not, which was the end of the engine and of every stream.
+        """
         try:
             self._scheduler.finish(
                 live.request, reason, num_output_tokens=num_output_tokens, stop_reason=stop_reason
             )
         except Exception as error:
             self._die("the scheduler failed to finish a request", error)
+            return False
+        return True
 
-    def _fail_request(self, live: _Live, error: Exception) -> None:
+    def _fail_request(self, live: _Live, error: Exception) -> bool:
+        """End one request whose text cannot be made. ``False``: as of ``_finish``."""
         logger.error("request %s failed in text work", live.request.request_id, exc_info=error)
-        self._finish(live, FinishReason.ERROR)
-        if not live.stream.has_ended:
-            self._end(live)
-            live.stream.fail(EngineError(f"the output could not be decoded: {_name_of(error)}"))
+        if not self._finish(live, FinishReason.ERROR):
+            return False
+        self._end(live)
+        live.stream.fail(EngineError(f"the output could not be decoded: {_name_of(error)}"))
+        return True
 
     def _fail_step(self, step_id: int, error: Exception) -> None:
         """Fail the requests of a step. Raises ``_DeadError`` if steps keep failing."""
         logger.error("step %d failed", step_id, exc_info=error)
         self._publish()  # what the step before gave them comes first
+        if self._dead_reason is not None:
+            return
         for request in self._scheduler.fail_step(step_id):
             live = self._live.get(request.request_id)
             if live is not None:

@@ -255,6 +255,12 @@ async def test_a_scheduler_that_breaks_outside_the_loop_is_death_too():
         with pytest.raises(EngineDeadError, match="finish"):
             await collect(stream)
     async with serving(FakeRunner(), scheduler_class=BrokenScheduler) as h:
+        streams = [h.submit("a", stop=("w",)), h.submit("b")]
+        h.scheduler.broken = "finish"
+        for stream in streams:
+            with pytest.raises(EngineDeadError, match="finish"):
+                await collect(stream)
+    async with serving(FakeRunner(), scheduler_class=BrokenScheduler) as h:
         h.scheduler.broken = "add"
         with pytest.raises(EngineDeadError, match="add"):
             h.submit("a")
