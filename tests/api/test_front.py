@@ -4,9 +4,9 @@ import asyncio
 import re
 
 import pytest
-from tests.api.harness import CREATED, MAX_MODEL_LEN, MODEL, Answer, Api, Exchange, chat_body
 
 from streamserve import __version__
+from tests.api.harness import CREATED, MAX_MODEL_LEN, MODEL, Answer, Api, Exchange, chat_body
 
 CHAT = "/v1/chat/completions"
 ORIGIN = {"origin": "https://chat.example"}

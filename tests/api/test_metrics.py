@@ -2,10 +2,10 @@
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.api.harness import MODEL, Api, Exchange, chat_body
 
 from streamserve.api.metrics import Delivery, Histogram, Metrics
 from streamserve.core.request import FinishReason
+from tests.api.harness import MODEL, Api, Exchange, chat_body
 
 
 async def scrape(api):

@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
-from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, events_of, text_of, until
 
 from streamserve.errors import EngineDeadError
+from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, events_of, text_of, until
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -198,8 +198,8 @@ async def test_a_batch_is_admitted_whole_or_not_at_all():
 
 async def test_logprobs_of_a_chat():
     async with Api().running() as api:
-        whole = await api.chat(logprobs=True, top_logprobs=1, max_tokens=2)
-        streamed = await api.chat(logprobs=True, top_logprobs=1, max_tokens=2, stream=True)
+        whole = await api.chat(logprobs=True, top_logprobs=2, max_tokens=2)
+        streamed = await api.chat(logprobs=True, top_logprobs=2, max_tokens=2, stream=True)
         bare = await api.chat(logprobs=True, max_tokens=1)
     first = {
         "token": "a",

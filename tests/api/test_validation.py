@@ -4,12 +4,12 @@ import logging
 
 import orjson
 import pytest
-from tests.api.harness import MODEL, Api, chat_body
 
 from streamserve.api.chat_request import CHAT_FIELDS, CHAT_REFUSED, parse_chat_request
 from streamserve.api.completion_request import COMPLETION_FIELDS, COMPLETION_REFUSED
 from streamserve.api.sampling import ANNOTATIONS, sampling_defaults
 from streamserve.errors import ConfigError
+from tests.api.harness import MODEL, Api, chat_body
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -406,8 +406,8 @@ def test_tables_do_not_contradict_each_other():
 
 
 def test_every_field_of_openais_client_is_known():
-    from openai.types.chat import completion_create_params as chat
     from openai.types import completion_create_params as completion
+    from openai.types.chat import completion_create_params as chat
 
     for params, honoured, refused in (
         (chat.CompletionCreateParamsBase, CHAT_FIELDS, CHAT_REFUSED),

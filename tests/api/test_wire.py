@@ -1,6 +1,7 @@
 """The wire format, byte for byte."""
 
 import pytest
+
 from tests.api.harness import CREATED, MODEL, Api, Exchange, chat_body, events_of, text_of
 
 CHAT = "/v1/chat/completions"

@@ -1,0 +1,283 @@
+"""The server on a real socket: bytes, connections, limits."""
+
+import asyncio
+import contextlib
+import json
+import socket
+
+import pytest
+
+from streamserve.api.server import bind_sockets
+from streamserve.config import ApiConfig
+from streamserve.errors import ConfigError
+from tests.api.harness import Api, BrokenRunner, chat_body, events_of, text_of, until
+
+
+class Client:
+    """One raw connection."""
+
+    def __init__(self, reader, writer):
+        self.reader = reader
+        self.writer = writer
+
+    async def send(self, method, path, body=None, *, headers=(), expect=False):
+        raw = b"" if body is None else json.dumps(body).encode()
+        lines = [f"{method} {path} HTTP/1.1", "Host: test", f"Content-Length: {len(raw)}"]
+        lines += ["Content-Type: application/json", *headers]
+        self.writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + raw)
+        await self.writer.drain()
+
+    async def head(self):
+        async with asyncio.timeout(10):
+            raw = (await self.reader.readuntil(b"\r\n\r\n")).decode()
+        status, *lines = raw.removesuffix("\r\n\r\n").split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        return int(status.split()[1]), headers
+
+    async def chunk(self):
+        """One chunk of a chunked body; empty at its end."""
+        async with asyncio.timeout(10):
+            size = int(await self.reader.readuntil(b"\r\n"), 16)
+            data = await self.reader.readexactly(size)
+            assert await self.reader.readexactly(2) == b"\r\n"
+        return data
+
+    async def chunks(self):
+        found = []
+        while data := await self.chunk():
+            found.append(data)
+        return found
+
+    async def whole(self):
+        status, headers = await self.head()
+        async with asyncio.timeout(10):
+            body = await self.reader.readexactly(int(headers["content-length"]))
+        return status, headers, body
+
+    async def is_closed_by_server(self):
+        async with asyncio.timeout(10):
+            return await self.reader.read() == b""
+
+
+@contextlib.asynccontextmanager
+async def connected(address):
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        yield Client(reader, writer)
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+CHAT = "/v1/chat/completions"
+
+
+async def test_a_stream_byte_for_byte():
+    api = Api()
+    async with api.serving() as address, connected(address) as client:
+        await client.send("POST", CHAT, chat_body(stream=True, max_tokens=3))
+        status, headers = await client.head()
+        chunks = await client.chunks()
+    assert status == 200
+    assert headers["transfer-encoding"] == "chunked"
+    assert headers["cache-control"] == "no-cache"
+    assert headers["x-accel-buffering"] == "no"
+    assert headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert "content-length" not in headers
+    assert "server" not in headers
+    body = b"".join(chunks)
+    assert text_of(events_of(body)) == "abc"
+    assert body.endswith(b"data: [DONE]\n\n")
+    assert b"\r" not in body
+
+
+async def test_every_frame_is_a_chunk_of_its_own_and_headers_come_before_the_first():
+    api = Api(is_held=True)
+    async with api.serving() as address, connected(address) as client:
+        await client.send("POST", CHAT, chat_body(stream=True, max_tokens=3))
+        status, _ = await client.head()  # no step has ended yet
+        assert status == 200
+        assert api.engine.stats().generation_tokens == 0
+        texts = []
+        for _ in range(3):
+            await api.pace.step()
+            texts.append(text_of(events_of(await client.chunk())))
+        assert texts == ["a", "b", "c"]
+        assert await client.chunk() == b""
+
+
+async def test_pings_arrive_while_the_model_is_silent():
+    api = Api(is_held=True, ping_interval_s=0.01)
+    async with api.serving() as address, connected(address) as client:
+        await client.send("POST", CHAT, chat_body(stream=True, max_tokens=1))
+        await client.head()
+        assert await client.chunk() == b": ping\n\n"
+        assert await client.chunk() == b": ping\n\n"
+        api.pace.let_go()
+        assert text_of(events_of(b"".join(await client.chunks()))) == "a"
+
+
+async def test_a_connection_serves_one_request_after_another():
+    async with Api().serving() as address, connected(address) as client:
+        for _ in range(3):
+            await client.send("POST", CHAT, chat_body(stream=True, max_tokens=2))
+            await client.head()
+            await client.chunks()
+            await client.send("POST", CHAT, chat_body(max_tokens=2))
+            status, _, _ = await client.whole()
+            assert status == 200
+            await client.send("POST", CHAT, {"messages": 5})
+            status, _, body = await client.whole()
+            assert status == 400
+            assert json.loads(body)["error"]["param"] == "messages"
+
+
+async def test_pipelined_requests_are_answered_in_order():
+    async with Api().serving() as address, connected(address) as client:
+        for i in range(3):
+            header = f"X-Request-Id: r{i}"
+            await client.send("POST", CHAT, chat_body(max_tokens=i + 1), headers=[header])
+        for i in range(3):
+            _, headers, body = await client.whole()
+            assert headers["x-request-id"] == f"r{i}"
+            assert json.loads(body)["usage"]["completion_tokens"] == i + 1
+
+
+async def test_a_failed_stream_ends_its_connection():
+    api = Api(runner=BrokenRunner(good_steps=2))
+    async with api.serving() as address, connected(address) as client:
+        await client.send("POST", CHAT, chat_body(stream=True, max_tokens=9))
+        await client.head()
+        events = events_of(b"".join(await client.chunks()))
+        assert events[-1]["error"]["status"] == 500
+        assert await client.is_closed_by_server()
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_a_closed_socket_frees_the_blocks(is_streamed):
+    api = Api(is_held=True)
+    async with api.serving() as address:
+        async with connected(address) as client:
+            await client.send("POST", CHAT, chat_body(stream=is_streamed, max_tokens=100))
+            await api.pace.step()
+            await until(lambda: len(api.pace.waiting) == 1)
+            assert api.num_used_blocks > 0
+        await until(lambda: api.app.context.gate.num_inside == 0)
+        api.pace.let_go()
+        await until(lambda: api.engine.is_idle)
+        assert api.num_used_blocks == 0
+
+
+async def test_a_reader_who_stalls_keeps_nobody_else_waiting():
+    api = Api(token_ids=b"x" * 50)
+    async with api.serving() as address, connected(address) as slow, connected(address) as fast:
+        slow.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        await slow.send("POST", CHAT, chat_body(stream=True, max_tokens=400))
+        await fast.send("POST", CHAT, chat_body(stream=True, max_tokens=400))
+        await fast.head()
+        assert text_of(events_of(b"".join(await fast.chunks()))) == "x" * 400
+        await slow.head()
+        assert text_of(events_of(b"".join(await slow.chunks()))) == "x" * 400
+
+
+async def test_a_body_over_the_limit_is_refused_and_the_connection_stays():
+    async with Api(max_body_bytes=1024).serving() as address, connected(address) as client:
+        await client.send("POST", CHAT, chat_body(user="x" * 100_000))
+        status, _, body = await client.whole()
+        assert status == 413
+        assert json.loads(body)["error"]["code"] == "request_too_large"
+        await client.send("POST", CHAT, chat_body(max_tokens=1))
+        assert (await client.whole())[0] == 200
+
+
+async def test_a_client_that_asks_first_is_told_before_it_sends():
+    async with Api(max_body_bytes=1024).serving() as address, connected(address) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n"
+        client.writer.write(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        status, _, _ = await client.whole()
+        assert status == 413
+
+
+async def test_a_client_that_asks_first_may_continue():
+    body = json.dumps(chat_body(max_tokens=1)).encode()
+    async with Api().serving() as address, connected(address) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        client.writer.write(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        assert (await client.head())[0] == 100
+        client.writer.write(body)
+        assert (await client.whole())[0] == 200
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX-Big: " + b"x" * 5000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % i for i in range(900)) + b"\r\n",
+        b"GET /" + b"x" * 5000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nX-Endless: " + b"x" * 5000,
+        b"GET /" + b"x" * 5000,
+    ],
+)
+async def test_headers_over_the_limit_are_refused(head):
+    async with Api(max_header_bytes=4096).serving() as address, connected(address) as client:
+        client.writer.write(head)
+        status, headers, body = await client.whole()
+        assert status == 431
+        assert headers["connection"] == "close"
+        assert json.loads(body)["error"]["code"] == "headers_too_large"
+        assert await client.is_closed_by_server()
+
+
+async def test_an_endless_header_in_pieces_is_refused():
+    async with Api(max_header_bytes=4096).serving() as address, connected(address) as client:
+        client.writer.write(b"GET /health HTTP/1.1\r\nX-Endless: ")
+        for _ in range(5):
+            client.writer.write(b"x" * 1000)
+            await client.writer.drain()
+            await asyncio.sleep(0)
+        assert (await client.whole())[0] == 431
+
+
+async def test_headers_of_many_requests_do_not_add_up():
+    async with Api(max_header_bytes=4096).serving() as address, connected(address) as client:
+        for _ in range(5):
+            await client.send("GET", "/health", headers=[f"X-Big: {'x' * 3000}"])
+            assert (await client.whole())[0] == 200
+
+
+@pytest.mark.parametrize(
+    "raw", [b"nonsense\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02"]
+)
+async def test_what_is_not_http_is_a_400_in_openais_shape(raw):
+    async with Api().serving() as address, connected(address) as client:
+        client.writer.write(raw)
+        status, _, body = await client.whole()
+        assert status == 400
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+        assert await client.is_closed_by_server()
+
+
+def test_a_port_in_use_is_a_clear_error():
+    taken = bind_sockets(ApiConfig(served_model_names=("m",), port=0))
+    try:
+        taken[0].listen()
+        port = taken[0].getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: Address already in use"):
+            bind_sockets(ApiConfig(served_model_names=("m",), port=port))
+    finally:
+        taken[0].close()
+
+
+def test_an_unknown_host_is_a_clear_error():
+    with pytest.raises(ConfigError, match=r"cannot listen on no\.such\.host\.invalid:80"):
+        bind_sockets(ApiConfig(served_model_names=("m",), host="no.such.host.invalid", port=80))
+
+
+def test_localhost_has_one_port_on_all_its_addresses():
+    sockets = bind_sockets(ApiConfig(served_model_names=("m",), host="localhost", port=0))
+    try:
+        assert len({sock.getsockname()[1] for sock in sockets}) == 1
+    finally:
+        for sock in sockets:
+            sock.close()

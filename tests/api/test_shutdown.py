@@ -1,0 +1,228 @@
+"""Signals and draining, in real processes; what a server without a model imports."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from urllib.parse import urlsplit
+
+import pytest
+from sse_starlette.sse import AppStatus
+
+from streamserve.api.server import ApiServer
+from tests.api.harness import Api, Exchange, chat_body, events_of, text_of, until
+
+CHAT = "/v1/chat/completions"
+PROMPTLY_S = 5.0  # on a busy machine; it is 0.3 s on an idle one
+
+
+@contextlib.contextmanager
+def server_process(*flags):
+    """``loadtest.null_server`` as a process; yields it and its host and port."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "loadtest.null_server", "--port", "0", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url = urlsplit(process.stdout.readline().strip())
+        yield process, (url.hostname, url.port)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def streaming(address, max_tokens):
+    """A stream whose first bytes have come; yields the response."""
+    connection = http.client.HTTPConnection(*address, timeout=20)
+    body = chat_body(stream=True, max_tokens=max_tokens, model="null", ignore_eos=True)
+    headers = {"content-type": "application/json"}
+    connection.request("POST", CHAT, json.dumps(body), headers)
+    response = connection.getresponse()
+    assert response.status == 200
+    response.read1(1)
+    try:
+        yield response
+    finally:
+        connection.close()
+
+
+def wait_until_stalled(address):
+    """Until the one stream there is has filled its socket: no further token is generated."""
+    counts = [-1, -2]
+    while len(counts) < 5 or len(set(counts[-5:])) > 1:
+        connection = http.client.HTTPConnection(*address, timeout=10)
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        connection.close()
+        counts.append(float(re.search(r"generation_tokens_total\{.*\} (.*)", text)[1]))
+
+
+def wait_until_draining(address):
+    """Until newcomers are refused; returns the refusal."""
+    deadline = time.monotonic() + 10
+    while True:
+        connection = http.client.HTTPConnection(*address, timeout=10)
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        content = json.loads(response.read())
+        connection.close()
+        if response.status == 503:
+            return content
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_server_ends_at_once_with_0(sig):
+    with server_process("--drain-timeout", "60") as (process, _):
+        started = time.monotonic()
+        process.send_signal(sig)
+        _, errors = process.communicate(timeout=20)
+        assert time.monotonic() - started < PROMPTLY_S
+        assert process.returncode == 0
+        assert errors == ""
+
+
+def test_an_idle_connection_does_not_hold_the_server_up():
+    with server_process("--drain-timeout", "60") as (process, address):
+        connection = http.client.HTTPConnection(*address, timeout=10)
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert time.monotonic() - started < PROMPTLY_S
+        assert process.returncode == 0
+        connection.close()
+
+
+def test_a_stream_is_drained_and_newcomers_are_refused():
+    with (
+        server_process("--drain-timeout", "60", "--step-ms", "5") as (process, address),
+        streaming(address, max_tokens=150) as response,
+    ):
+        process.send_signal(signal.SIGTERM)
+        assert wait_until_draining(address) == {"status": "draining"}
+        newcomer = http.client.HTTPConnection(*address, timeout=10)
+        headers = {"content-type": "application/json"}
+        newcomer.request("POST", CHAT, json.dumps(chat_body(model="null")), headers)
+        refusal = newcomer.getresponse()
+        assert refusal.status == 503
+        assert refusal.headers["retry-after"] == "60"
+        assert json.loads(refusal.read())["error"]["code"] == "shutting_down"
+        newcomer.close()
+        events = events_of(b"d" + response.read())
+        assert len(text_of(events)) == 150
+        assert events[-1] == "[DONE]"
+        process.communicate(timeout=20)
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize("flags", [("--drain-timeout", "0.2"), ("--drain-timeout", "60")])
+def test_a_stream_that_is_cut_says_so(flags):
+    with (
+        server_process(*flags, "--step-ms", "5") as (process, address),
+        streaming(address, max_tokens=100_000) as response,
+    ):
+        process.send_signal(signal.SIGINT)
+        if flags[1] == "60":
+            wait_until_draining(address)
+            process.send_signal(signal.SIGINT)  # the second ends it now
+        body = b"d" + response.read()
+        events = events_of(body)
+        assert events[-1]["error"]["status"] == 503
+        assert b"[DONE]" not in body
+        process.communicate(timeout=20)
+        assert process.returncode == 0
+
+
+def test_a_reader_who_does_not_read_does_not_hold_the_server_up():
+    with (
+        server_process("--drain-timeout", "60") as (process, address),
+        streaming(address, max_tokens=1_000_000),
+    ):
+        wait_until_stalled(address)
+        process.send_signal(signal.SIGINT)
+        wait_until_draining(address)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert process.returncode == 0
+
+
+async def test_the_gate_lets_those_inside_finish():
+    api = Api(is_held=True, drain_timeout_s=60.0)
+    drained = []
+    ready = asyncio.Event()
+    server = ApiServer(
+        api.app, api.config, on_ready=lambda _: ready.set(), on_draining=drained.append
+    )
+    running = asyncio.create_task(server.run())
+    await ready.wait()
+    inside = Exchange(api.app, "POST", CHAT, chat_body(stream=True, max_tokens=3))
+    await inside.until(lambda e: bool(e.messages))
+    server.request_shutdown()
+    await until(lambda: not api.app.context.gate.is_open)
+    assert drained == [1]
+    assert (await api.chat()).status == 503
+    api.pace.let_go()
+    await inside.finished()
+    await running
+    assert text_of(events_of(inside.body)) == "abc"
+    assert api.runner.is_closed
+
+
+async def test_a_shutdown_wanted_during_the_start_is_not_lost():
+    api = Api()
+    ready = []
+    server = ApiServer(api.app, api.config, on_ready=ready.append)
+    server.request_shutdown()
+    async with asyncio.timeout(10):
+        await server.run()
+    assert ready == []
+
+
+async def test_a_port_that_is_taken_meanwhile_is_a_clear_error():
+    api = Api()
+    async with api.serving() as (_, port):
+        other = Api(port=port)
+        with pytest.raises(Exception, match="Address already in use"):
+            await ApiServer(other.app, other.config).run()
+
+
+async def test_sse_starlettes_own_shutdown_does_not_reach_our_streams(monkeypatch):
+    monkeypatch.setattr(AppStatus, "should_exit", True)
+    async with Api().running() as api:
+        answer = await api.chat(stream=True, max_tokens=3)
+    assert text_of(answer.events) == "abc"
+
+
+def test_a_server_without_a_model_imports_no_torch():
+    code = (
+        "import sys\n"
+        "from loadtest.null_server import build_app\n"
+        "from streamserve.config import ApiConfig\n"
+        "build_app(ApiConfig(served_model_names=('null',)), max_num_seqs=4)\n"
+        "import streamserve.api.server\n"
+        "heavy = {'torch', 'transformers', 'streamserve.runner', 'streamserve.models'}\n"
+        "found = sorted(heavy & set(sys.modules))\n"
+        "sys.exit(f'imported: {found}' if found else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_frame_benchmark_counts_no_merged_frame():
+    command = [sys.executable, "-m", "loadtest.frames", "--streams", "8", "--tokens", "50"]
+    done = subprocess.run(
+        [*command, "--repeats", "1"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 streams, 400 tokens, 432 frames" in done.stdout
+    assert "no frame merged" in done.stdout
