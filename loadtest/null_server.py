@@ -46,7 +46,7 @@ class StreamList:
     def are_drained(self) -> bool:
         """Whether every mailbox is empty. Forgets what has ended."""
         for stream in self._streams:
-            if not stream.is_drained:
+            if not stream.is_drained and not stream.has_ended:
                 return False
         self._streams = [s for s in self._streams if not s.has_ended and not s.is_closed]
         return True

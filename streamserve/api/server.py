@@ -153,11 +153,11 @@ class ApiServer:
     async def _close_when_wanted(self, server: uvicorn.Server) -> None:
         await self._shutdown_wanted.wait()
         try:
-            await self._drain()
+            await self._drain(server)
         finally:
             server.should_exit = True
 
-    async def _drain(self) -> None:
+    async def _drain(self, server: uvicorn.Server) -> None:
         gate = self._app.context.gate
         gate.close()
         if gate.num_inside and self._on_draining is not None:
@@ -172,6 +172,10 @@ class ApiServer:
             )
             await self._app.context.engine.stop()
             await asyncio.wait((empty,), timeout=_FLUSH_TIMEOUT_S)
+            if gate.num_inside:  # their readers do not read: nothing more will leave
+                for connection in list(server.server_state.connections):
+                    connection.transport.abort()
+                await asyncio.wait((empty,), timeout=_FLUSH_TIMEOUT_S)
         finally:
             empty.cancel()
             now.cancel()

@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,6 +43,10 @@ def server_process(*flags):
 def streaming(address, max_tokens):
     """A stream whose first bytes have come; yields the response."""
     connection = http.client.HTTPConnection(*address, timeout=20)
+    connection.sock = socket.socket()
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full
+    connection.sock.settimeout(20)
+    connection.sock.connect(address)
     body = chat_body(stream=True, max_tokens=max_tokens, model="null", ignore_eos=True)
     headers = {"content-type": "application/json"}
     connection.request("POST", CHAT, json.dumps(body), headers)
@@ -152,8 +157,9 @@ def test_a_reader_who_does_not_read_does_not_hold_the_server_up():
         process.send_signal(signal.SIGINT)
         wait_until_draining(address)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=20)
         assert process.returncode == 0
+        assert errors == ""
 
 
 async def test_the_gate_lets_those_inside_finish():
