@@ -13,8 +13,8 @@ from streamserve.errors import InvalidParameterError
 
 _T = TypeVar("_T")
 
-INLINE_CHARACTERS = 256
-"""Up to here a text costs less than the way to another thread and back."""
+INLINE_CHARACTERS = 128
+"""Up to here encoding costs less (about 60 µs) than the way to another thread and back."""
 
 
 class ChatPrompt(NamedTuple):

@@ -107,7 +107,9 @@ class FastTokenizer:
         return self._all_special_ids
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # ``encode`` holds the interpreter lock, this does not: a long text must not stop the loop.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
