@@ -56,8 +56,11 @@ class DecoderWeights:
     layers: list[Weights]
 
     def nbytes(self) -> int:
-        """Bytes resident; a tied head that the kernels did not pack counts twice."""
-        return self.outer.nbytes() + sum(layer.nbytes() for layer in self.layers)
+        """Bytes resident. A tied head counts if the kernels made a packed copy of it."""
+        head = self.outer.linears["head"]
+        embedding = self.outer.tensors["embedding"]
+        shared = head.nbytes if getattr(head, "weight", None) is embedding else 0
+        return self.outer.nbytes() + sum(layer.nbytes() for layer in self.layers) - shared
 
 
 def build_weights(

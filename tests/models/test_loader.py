@@ -236,6 +236,13 @@ class TestTensors:
         assert seen[-1] == (total, total)
         assert decoder.nbytes == total
 
+    def test_a_tied_head_takes_no_memory_where_it_is_not_packed(self, checkpoint, tiny_llama, load):
+        directory, model = checkpoint(tiny_llama(tie_word_embeddings=True))
+        parameters = sum(parameter.nbytes for parameter in model.parameters())
+        assert load(directory).nbytes == parameters
+        planned = load_config(directory).weight_bytes(torch.float32)
+        assert planned == parameters + model.get_input_embeddings().weight.nbytes
+
     def test_bfloat16_stays_close(self, checkpoint, tiny_llama, load):
         directory, model = checkpoint(tiny_llama())
         decoder = load(directory, dtype=torch.bfloat16)

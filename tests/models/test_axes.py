@@ -1,0 +1,345 @@
+"""Axes of a spec that no family on offer uses yet, each proven on a model of transformers.
+
+The specs and names are written out by hand here: this is also what adding a family amounts to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from streamserve.errors import UnsupportedModelError
+from streamserve.models import Decoder
+from streamserve.models.checkpoint import CheckpointSource, RandomSource
+from streamserve.models.names import WeightNames
+from streamserve.models.spec import (
+    AttentionSpec,
+    DecoderSpec,
+    ExpertsSpec,
+    LayerSpec,
+    MlpSpec,
+    NormSpec,
+    QkNormSpec,
+    RopeSpec,
+)
+from streamserve.models.tensor_files import open_tensor_files
+from streamserve.models.weights import build_weights
+from tests.models.paged import PagedHarness, Sequence
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+LAYER = "model.layers.{layer}."
+LLAMA_LIKE = {
+    "embedding": ("model.embed_tokens",),
+    "final_norm": ("model.norm",),
+    "head": ("lm_head",),
+    "layers.attention_norm": (LAYER + "input_layernorm",),
+    "layers.mlp_norm": (LAYER + "post_attention_layernorm",),
+    "layers.qkv": tuple(LAYER + f"self_attn.{name}_proj" for name in "qkv"),
+    "layers.q_norm": (LAYER + "self_attn.q_norm",),
+    "layers.k_norm": (LAYER + "self_attn.k_norm",),
+    "layers.output": (LAYER + "self_attn.o_proj",),
+    "layers.gate_up": (LAYER + "mlp.gate_proj", LAYER + "mlp.up_proj"),
+    "layers.down": (LAYER + "mlp.down_proj",),
+}
+RMS = NormSpec("rms_norm", 1e-6)
+ATTENTION = AttentionSpec(
+    num_heads=4,
+    num_kv_heads=2,
+    query_key_head_size=8,
+    value_head_size=8,
+    scale=8**-0.5,
+    rope=RopeSpec(10_000.0, 8),
+)
+MLP = MlpSpec(intermediate_size=48, activation="silu", gated=True)
+LAYER_SPEC = LayerSpec(ATTENTION, MLP, attention_norm=RMS, mlp_norm=RMS)
+
+
+def gemma2():
+    """Norms before and after, offset weights, both soft caps, a scaled embedding, two windows."""
+    config = transformers.Gemma2Config(
+        **SIZES,
+        head_dim=8,
+        query_pre_attn_scalar=16,
+        sliding_window=6,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=1.5,
+        attn_implementation="eager",
+    )
+    norm = NormSpec("rms_norm", 1e-6, weight_offset=1.0)
+    attention = replace(ATTENTION, scale=16**-0.5, soft_cap=2.0)
+    layer = LayerSpec(
+        attention,
+        replace(MLP, activation="gelu_tanh"),
+        attention_norm=norm,
+        mlp_norm=norm,
+        attention_post_norm=norm,
+        mlp_post_norm=norm,
+    )
+    spec = DecoderSpec(
+        vocab_size=97,
+        hidden_size=32,
+        layers=(replace(layer, attention=replace(attention, window=6)), layer),
+        final_norm=norm,
+        embedding_scale=32**0.5,
+        tied_head=True,
+        logit_soft_cap=1.5,
+    )
+    names = {
+        **LLAMA_LIKE,
+        "layers.attention_post_norm": (LAYER + "post_attention_layernorm",),
+        "layers.mlp_norm": (LAYER + "pre_feedforward_layernorm",),
+        "layers.mlp_post_norm": (LAYER + "post_feedforward_layernorm",),
+    }
+    return config, spec, WeightNames(names)
+
+
+def olmo2():
+    """Norms after each half only, and q and k normed over all heads at once."""
+    config = transformers.Olmo2Config(**SIZES, rms_norm_eps=1e-6)
+    layer = LayerSpec(
+        replace(ATTENTION, qk_norm=QkNormSpec(RMS, per_head=False)),
+        MLP,
+        attention_norm=None,
+        mlp_norm=None,
+        attention_post_norm=RMS,
+        mlp_post_norm=RMS,
+    )
+    spec = DecoderSpec(vocab_size=97, hidden_size=32, layers=(layer,) * 2, final_norm=RMS)
+    names = {
+        **LLAMA_LIKE,
+        "layers.attention_post_norm": (LAYER + "post_attention_layernorm",),
+        "layers.mlp_post_norm": (LAYER + "post_feedforward_layernorm",),
+    }
+    return config, spec, WeightNames(names)
+
+
+def granite():
+    """Scales on the embedding, on each residual and on the logits."""
+    config = transformers.GraniteConfig(
+        **SIZES,
+        rms_norm_eps=1e-6,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.3,
+        logits_scaling=4.0,
+    )
+    layer = replace(LAYER_SPEC, attention=replace(ATTENTION, scale=0.3), residual_scale=0.4)
+    spec = DecoderSpec(
+        vocab_size=97,
+        hidden_size=32,
+        layers=(layer,) * 2,
+        final_norm=RMS,
+        embedding_scale=3.0,
+        logit_scale=0.25,
+    )
+    return config, spec, WeightNames(LLAMA_LIKE)
+
+
+def gpt_j():
+    """Interleaved rotation of a part of each head, a parallel block behind one norm."""
+    config = transformers.GPTJConfig(
+        vocab_size=97,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_inner=48,
+        n_positions=128,
+        rotary_dim=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    norm = NormSpec("layer_norm", 1e-5, bias=True)
+    layer = LayerSpec(
+        replace(ATTENTION, num_kv_heads=4, rope=RopeSpec(10_000.0, 4, interleaved=True)),
+        MlpSpec(48, "gelu_new", gated=False, bias=True),
+        attention_norm=norm,
+        mlp_norm=None,
+        residual="parallel",
+    )
+    spec = DecoderSpec(
+        vocab_size=97, hidden_size=32, layers=(layer,) * 2, final_norm=norm, head_bias=True
+    )
+    block = "transformer.h.{layer}."
+    names = {
+        "embedding": ("transformer.wte",),
+        "final_norm": ("transformer.ln_f",),
+        "head": ("lm_head",),
+        "layers.attention_norm": (block + "ln_1",),
+        "layers.qkv": tuple(block + f"attn.{name}_proj" for name in "qkv"),
+        "layers.output": (block + "attn.out_proj",),
+        "layers.up": (block + "mlp.fc_in",),
+        "layers.down": (block + "mlp.fc_out",),
+    }
+    return config, spec, WeightNames(names)
+
+
+def bloom():
+    """ALiBi with a head count that is no power of two, and a norm of the embedding."""
+    config = transformers.BloomConfig(
+        vocab_size=97, hidden_size=48, n_layer=2, n_head=6, bos_token_id=1, eos_token_id=2
+    )
+    norm = NormSpec("layer_norm", 1e-5, bias=True)
+    attention = AttentionSpec(6, 6, 8, 8, 8**-0.5, alibi=True, qkv_bias=True, output_bias=True)
+    layer = LayerSpec(attention, MlpSpec(192, "gelu_tanh", gated=False, bias=True), norm, norm)
+    spec = DecoderSpec(
+        vocab_size=97,
+        hidden_size=48,
+        layers=(layer,) * 2,
+        final_norm=norm,
+        embedding_norm=norm,
+        tied_head=True,
+    )
+    block = "transformer.h.{layer}."
+    names = {
+        "embedding": ("transformer.word_embeddings",),
+        "embedding_norm": ("transformer.word_embeddings_layernorm",),
+        "final_norm": ("transformer.ln_f",),
+        "head": ("lm_head",),
+        "layers.attention_norm": (block + "input_layernorm",),
+        "layers.mlp_norm": (block + "post_attention_layernorm",),
+        "layers.qkv": (block + "self_attention.query_key_value",),
+        "layers.output": (block + "self_attention.dense",),
+        "layers.up": (block + "mlp.dense_h_to_4h",),
+        "layers.down": (block + "mlp.dense_4h_to_h",),
+    }
+    return config, spec, WeightNames(names, qkv_layout="grouped")
+
+
+def falcon():
+    """The grouped layout with fewer kv heads than heads, and two norms before a parallel block."""
+    config = transformers.FalconConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        ffn_hidden_size=48,
+        new_decoder_architecture=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    norm = NormSpec("layer_norm", 1e-5, bias=True)
+    layer = LayerSpec(ATTENTION, MlpSpec(48, "gelu", gated=False), norm, norm, residual="parallel")
+    spec = DecoderSpec(
+        vocab_size=97, hidden_size=32, layers=(layer,) * 2, final_norm=norm, tied_head=True
+    )
+    block = "transformer.h.{layer}."
+    names = {
+        "embedding": ("transformer.word_embeddings",),
+        "final_norm": ("transformer.ln_f",),
+        "head": ("lm_head",),
+        "layers.attention_norm": (block + "ln_attn",),
+        "layers.mlp_norm": (block + "ln_mlp",),
+        "layers.qkv": (block + "self_attention.query_key_value",),
+        "layers.output": (block + "self_attention.dense",),
+        "layers.up": (block + "mlp.dense_h_to_4h",),
+        "layers.down": (block + "mlp.dense_4h_to_h",),
+    }
+    return config, spec, WeightNames(names, qkv_layout="grouped")
+
+
+@pytest.mark.parametrize("family", [gemma2, olmo2, granite, gpt_j, bloom, falcon])
+def test_an_axis_equals_transformers(family, checkpoint, kernels):
+    config, spec, names = family()
+    directory, model = checkpoint(config)
+    decoder = decoder_of(spec, CheckpointSource(open_files(directory), names, spec), kernels)
+    tokens = torch.randint(0, 97, (29,), generator=torch.Generator().manual_seed(5)).tolist()
+    logits = PagedHarness(decoder).prefill([Sequence(tokens), Sequence(tokens[:3])], 11)
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1], expected[:3], rtol=1e-4, atol=1e-4)
+
+
+def open_files(directory: Path):
+    return open_tensor_files(directory, "safetensors")
+
+
+def decoder_of(spec: DecoderSpec, source, kernels) -> Decoder:
+    weights = build_weights(spec, source, kernels, torch.float32, CPU)
+    return Decoder(spec, weights, kernels, dtype=torch.float32, device=CPU, max_model_len=128)
+
+
+def test_a_parallel_block_scales_what_both_halves_add(kernels):
+    """No model of transformers has both: a scale of one half is half the step from the input."""
+    spec = DecoderSpec(
+        vocab_size=97,
+        hidden_size=32,
+        layers=(replace(LAYER_SPEC, residual="parallel"),),
+        final_norm=None,
+    )
+    scaled = replace(spec, layers=(replace(spec.layers[0], residual_scale=0.5),))
+    whole, half = (
+        PagedHarness(decoder_of(s, RandomSource(3, std=0.3), kernels)).prefill(
+            [Sequence([1, 2, 3])], None
+        )[0]
+        for s in (spec, scaled)
+    )
+    nothing = replace(spec, layers=(replace(spec.layers[0], residual_scale=1e-9),))
+    start = PagedHarness(decoder_of(nothing, RandomSource(3, std=0.3), kernels)).prefill(
+        [Sequence([1, 2, 3])], None
+    )[0]
+    torch.testing.assert_close(half - start, (whole - start) / 2, rtol=1e-3, atol=1e-3)
+
+
+def test_values_may_have_a_head_size_of_their_own_and_sinks_take_their_share(kernels):
+    """Values padded with zeros to the keys' size give the same answer; a huge sink silences."""
+    narrow = replace(ATTENTION, value_head_size=4)
+    layer = replace(LAYER_SPEC, attention=replace(narrow, sinks=True))
+    spec = DecoderSpec(vocab_size=97, hidden_size=32, layers=(layer,), final_norm=RMS)
+
+    class Source(RandomSource):
+        sink = 0.0
+
+        def fetch(self, module, leaf, dtype):
+            weight = super().fetch(module, leaf, dtype)
+            return weight.fill_(self.sink) if module.name == "layers.sinks" else weight
+
+    class Loud(Source):
+        sink = 1e4
+
+    tokens = [4, 5, 6, 7]
+    some, none = (
+        PagedHarness(decoder_of(spec, source(1, std=0.3), kernels)).prefill(
+            [Sequence(tokens)], None
+        )[0]
+        for source in (Source, Loud)
+    )
+
+    class Mute(Source):
+        def fetch(self, module, leaf, dtype):
+            weight = super().fetch(module, leaf, dtype)
+            return weight.zero_() if module.name == "layers.output" else weight
+
+    silent = PagedHarness(decoder_of(spec, Mute(1, std=0.3), kernels)).prefill(
+        [Sequence(tokens)], None
+    )[0]
+    torch.testing.assert_close(none, silent)
+    assert not torch.allclose(some, silent)
+
+
+@pytest.mark.parametrize(
+    ("mlp", "message"),
+    [
+        (ExpertsSpec(2, 1, 48, "silu", router="sigmoid"), "router kind 'sigmoid'"),
+        (replace(MLP, activation="quick_gelu"), "gated MLP with activation 'quick_gelu'"),
+    ],
+)
+def test_what_no_kernel_computes_is_refused(mlp, message, kernels):
+    layer = replace(LAYER_SPEC, mlp=mlp)
+    spec = DecoderSpec(vocab_size=97, hidden_size=32, layers=(layer,), final_norm=RMS)
+    with pytest.raises(UnsupportedModelError, match=message):
+        decoder_of(spec, RandomSource(), kernels)
