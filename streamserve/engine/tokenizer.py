@@ -56,6 +56,9 @@ class Tokenizer(Protocol):
 class FastTokenizer:
     """A ``tokenizer.json``, as ``tokenizers`` reads it, and the names of its special tokens.
 
+    What ``add_special_tokens`` adds is the file's own affair: ``add_bos_token`` and the like in
+    ``tokenizer_config.json`` have no effect, as in transformers 5.
+
     ``special_tokens`` maps ``bos_token`` and the like to their text: chat templates see them.
     ``config`` is ``tokenizer_config.json``.
     """
@@ -72,8 +75,11 @@ class FastTokenizer:
         backend.no_padding()
         self.config: Mapping[str, Any] = config or {}
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
-        # Saved files may name a special token here that tokenizer.json holds as an ordinary one.
-        known = [t for t in self.special_tokens.values() if backend.token_to_id(t) is not None]
+        # The config may call a token special that tokenizer.json holds as an ordinary one.
+        entries = (self.config.get("added_tokens_decoder") or {}).values()
+        special = [entry["content"] for entry in entries if entry.get("special")]
+        special.extend(self.special_tokens.values())
+        known = [token for token in special if backend.token_to_id(token) is not None]
         if known:
             backend.add_special_tokens(known)
         added = backend.get_added_tokens_decoder()

@@ -4,7 +4,8 @@ import json
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.tokenizer import FastTokenizer
@@ -43,6 +44,37 @@ def test_a_special_token_is_special_although_tokenizer_json_does_not_know(tmp_pa
     token_id = tokenizer.token_to_id("<tool call>")
     assert tokenizer.is_special(token_id)
     assert tokenizer.decode([token_id]) == ""
+
+
+FLAGS = [
+    {},
+    {"add_bos_token": True},
+    {"add_eos_token": True},
+    {"add_bos_token": False},
+    {"add_bos_token": True, "add_eos_token": True},
+    {"add_bos_token": True, "bos_token": None},
+    {"additional_special_tokens": ["<tool call>", "<|im_end|>"]},
+    {"added_tokens_decoder": {"404": {"content": "<tool call>", "special": True}}},
+]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_flags_of_a_config_mean_what_they_mean_to_transformers(tmp_path, flags, adds_bos):
+    backend = Backend.from_str(KINDS["byte_level"]()._backend.to_str())
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", **flags}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = FastTokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for add in (False, True):
+        ids = ours.encode("hello <tool call> <|im_end|>", add_special_tokens=add)
+        assert ids == theirs.encode("hello <tool call> <|im_end|>", add_special_tokens=add)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(
