@@ -1,0 +1,56 @@
+"""The sort keys, and when one request yields to another."""
+
+import itertools
+
+import pytest
+
+from streamserve import config
+from streamserve.core.policy import POLICIES
+from streamserve.core.request import Request
+from streamserve.core.sampling_params import SamplingParams
+
+
+def make_request(arrival_time, priority):
+    params = SamplingParams()
+    return Request("r", [1], params, arrival_time=arrival_time, seed=0, priority=priority)
+
+
+# (arrival time, priority), in the order in which they came
+REQUESTS = [(3.0, 0), (1.0, 5), (1.0, 0), (2.0, -1), (1.0, 5)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "order"), [("fcfs", [1, 2, 4, 3, 0]), ("priority", [3, 2, 0, 1, 4])]
+)
+def test_order(policy, order):
+    key = POLICIES[policy].key
+    keys = [key(make_request(*args), seq) for seq, args in enumerate(REQUESTS)]
+    assert sorted(range(len(REQUESTS)), key=keys.__getitem__) == order
+    assert len(set(keys)) == len(keys)
+
+
+def test_every_policy_of_the_config_is_there():
+    assert set(config.POLICIES) == set(POLICIES)
+
+
+def test_first_come_never_yields():
+    requests = [make_request(*args) for args in REQUESTS]
+    assert not any(
+        POLICIES["fcfs"].outranks(a, b) for a, b in itertools.product(requests, repeat=2)
+    )
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_outranking_is_a_smaller_key_by_more_than_a_margin(policy):
+    requests = [make_request(*args) for args in REQUESTS]
+    for (i, a), (j, b) in itertools.product(enumerate(requests), repeat=2):
+        if POLICIES[policy].outranks(a, b):
+            assert POLICIES[policy].key(a, i) < POLICIES[policy].key(b, j)
+            assert not POLICIES[policy].outranks(b, a)
+
+
+def test_only_a_more_urgent_class_outranks():
+    outranks = POLICIES["priority"].outranks
+    assert outranks(make_request(9.0, 0), make_request(1.0, 1))
+    assert not outranks(make_request(1.0, 1), make_request(9.0, 1))
+    assert not outranks(make_request(1.0, 2), make_request(9.0, 1))

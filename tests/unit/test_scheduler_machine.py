@@ -1,0 +1,234 @@
+"""Scheduler and KV cache together, against a naive model, under every order of events."""
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from streamserve.core.request import FinishReason, Request, RequestStatus
+from streamserve.errors import ContextLengthError, QueueFullError
+from tests.unit.simulated import VOCAB_SIZE, Harness, naive_output
+
+TOKENS = st.integers(0, 2)  # few, so that prompts share by chance, too
+SALTS = st.sampled_from(["", "", "", "tenant"])
+INDEX = st.integers(0, 10**6)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Adds, steps, forks, aborts and fails; after each rule everything must add up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[Request] = []
+        self.ends: dict[str, tuple[FinishReason, list[int]]] = {}
+
+    @initialize(
+        num_blocks=st.integers(4, 24),
+        block_size=st.sampled_from([1, 2, 4, 5]),
+        budget=st.integers(1, 24),
+        max_num_seqs=st.integers(1, 6),
+        depth=st.sampled_from([1, 2]),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        caching=st.sampled_from([True, True, True, False]),
+    )
+    def start(self, num_blocks, block_size, budget, max_num_seqs, depth, policy, caching):
+        self.harness = Harness(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            enable_prefix_caching=caching,
+            max_model_len=60,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_num_waiting=12,
+            max_steps_in_flight=depth,
+            policy=policy,
+        )
+
+    @property
+    def live(self) -> list[Request]:
+        return [r for r in self.requests if not r.is_finished]
+
+    def _params(self, max_tokens, min_tokens, stops):
+        return {
+            "max_tokens": max_tokens,
+            "min_tokens": min(min_tokens, max_tokens),
+            "stop_token_ids": (3,) if stops else (),
+            "ignore_eos": not stops,
+        }
+
+    def _add(self, prompt, salt, priority, params) -> Request | None:
+        request = self.harness.request(prompt, salt=salt, priority=priority, **params)
+        try:
+            self.harness.scheduler.add(request)
+        except (ContextLengthError, QueueFullError):
+            return None
+        self.requests.append(request)
+        return request
+
+    @rule(
+        prefix=st.integers(0, 3),
+        prefix_length=st.integers(0, 30),
+        suffix=st.lists(TOKENS, min_size=1, max_size=6),
+        salt=SALTS,
+        priority=st.integers(0, 2),
+        max_tokens=st.integers(1, 20),
+        min_tokens=st.integers(0, 4),
+        stops=st.booleans(),
+        copies=st.sampled_from([1, 1, 1, 3]),
+    )
+    def add(
+        self, prefix, prefix_length, suffix, salt, priority, max_tokens, min_tokens, stops, copies
+    ):
+        shared = [(prefix * i * i + i) % VOCAB_SIZE for i in range(prefix_length)]
+        params = self._params(max_tokens, min_tokens, stops)
+        for _ in range(copies):
+            self._add(shared + suffix, salt, priority, params)
+
+    @precondition(lambda self: self.requests)
+    @rule(
+        index=INDEX,
+        cut=st.integers(0, 3),
+        suffix=st.lists(TOKENS, min_size=1, max_size=4),
+        max_tokens=st.integers(1, 10),
+    )
+    def next_turn(self, index, cut, suffix, max_tokens):
+        """Continue a conversation, or a part of one."""
+        before = self.requests[index % len(self.requests)]
+        prompt = before.token_ids[: len(before.token_ids) - cut] + suffix
+        params = self._params(max_tokens, 0, False)
+        self._add(prompt, before.cache_salt, before.priority, params)
+
+    @precondition(lambda self: self.live)
+    @rule(
+        index=INDEX,
+        length=st.integers(0, 60),
+        suffix=st.lists(TOKENS, max_size=3),
+        max_tokens=st.integers(1, 8),
+        same_salt=st.sampled_from([True, True, True, False]),
+    )
+    def fork(self, index, length, suffix, max_tokens, same_salt):
+        parent = self.live[index % len(self.live)]
+        prompt = (parent.token_ids[:length] or parent.token_ids[:1]) + suffix
+        salt = parent.cache_salt if same_salt else parent.cache_salt + "'"
+        params = self._params(max_tokens, 0, False)
+        child = self.harness.request(prompt, salt=salt, priority=parent.priority, **params)
+        try:
+            self.harness.scheduler.fork(parent, child)
+        except ContextLengthError:
+            return
+        self.requests.append(child)
+
+    @rule()
+    def launch(self):
+        self.harness.launch()
+
+    @precondition(lambda self: self.harness.runner.in_flight)
+    @rule()
+    def retire(self):
+        self._check_updates(self.harness.retire())
+
+    @rule(num_steps=st.integers(1, 6))
+    def step(self, num_steps):
+        for _ in range(num_steps):
+            before = len(self.harness.updates)
+            self.harness.step()
+            self._check_updates(self.harness.updates[before:])
+
+    @precondition(lambda self: self.harness.runner.in_flight)
+    @rule(index=INDEX)
+    def fail(self, index):
+        in_flight = self.harness.runner.in_flight
+        for request in self.harness.fail(index % len(in_flight)):
+            assert request.finish_reason is FinishReason.ERROR
+            self._end(request)
+
+    @precondition(lambda self: self.live)
+    @rule(index=INDEX)
+    def abort(self, index):
+        request = self.live[index % len(self.live)]
+        assert self.harness.scheduler.finish(request, FinishReason.ABORT)
+        assert not self.harness.scheduler.finish(request, FinishReason.ABORT)
+        self._end(request)
+
+    @precondition(lambda self: any(r.num_output_tokens for r in self.live))
+    @rule(index=INDEX, num_kept=st.integers(0, 20))
+    def late_stop(self, index, num_kept):
+        candidates = [r for r in self.live if r.num_output_tokens]
+        request = candidates[index % len(candidates)]
+        num_kept = min(num_kept, request.num_output_tokens)
+        kept = request.output_token_ids[:num_kept]
+        assert self.harness.scheduler.finish(
+            request, FinishReason.STOP, num_output_tokens=num_kept, stop_reason="end"
+        )
+        assert request.output_token_ids == kept
+        self._end(request)
+
+    @rule()
+    def drain(self):
+        """Nobody starves: whatever the state, a bounded number of steps ends everything."""
+        num_tokens = sum(r.max_num_tokens for r in self.live)
+        num_steps = 20 + 8 * num_tokens * (1 + len(self.live))
+        while self.harness.scheduler.has_unfinished or self.harness.runner.in_flight:
+            self.step(1)
+            num_steps -= 1
+            assert num_steps > 0, "somebody starves"
+        assert self.harness.kv.num_free_blocks == self.harness.kv.num_blocks
+        assert all(r.is_finished for r in self.requests)
+
+    def _check_updates(self, updates):
+        for update in updates:
+            request = update.request
+            output = request.output_token_ids
+            assert update.new_token_ids == output[-len(update.new_token_ids) :]
+            assert output == naive_output(request, len(output)), "a wrong block was read"
+            assert update.finish_reason is request.finish_reason
+            assert request.is_finished == self._should_end(request)
+            if request.is_finished:
+                self._end(request)
+
+    def _should_end(self, request: Request) -> bool:
+        params = request.sampling_params
+        stops = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stops |= request.eos_token_ids
+        late = request.output_token_ids[params.min_tokens :]
+        return (
+            any(token in stops for token in late)
+            or request.num_output_tokens == params.max_tokens
+            or request.num_tokens == self.harness.scheduler.max_model_len
+        )
+
+    def _end(self, request: Request) -> None:
+        assert request.request_id not in self.ends, "finished twice"
+        assert request.finish_reason is not None
+        self.ends[request.request_id] = (request.finish_reason, list(request.token_ids))
+
+    @invariant()
+    def everything_adds_up(self):
+        if not hasattr(self, "harness"):
+            return
+        self.harness.scheduler.check_integrity()
+        assert 0.0 <= self.harness.kv.usage <= 1.0
+        for request in self.requests:
+            assert request.is_finished == (request.request_id in self.ends)
+            if request.is_finished:
+                reason, token_ids = self.ends[request.request_id]
+                assert (request.finish_reason, request.token_ids) == (reason, token_ids)
+            elif request.status is not RequestStatus.RUNNING:
+                assert not request.block_table
+
+    def teardown(self):
+        if hasattr(self, "harness"):
+            self.drain()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    max_examples=max(150, settings.default.max_examples),
+    stateful_step_count=max(40, settings.default.stateful_step_count),
+)
