@@ -159,7 +159,8 @@ class CheckpointSource:
         attention = self._spec.layers[layer].attention
         groups = attention.num_kv_heads
         heads = attention.num_heads // groups
-        grouped = tensor.view(groups, heads + 2, attention.query_key_head_size, *tensor.shape[1:])
+        head_size = attention.query_key_head_size
+        grouped = tensor.reshape(groups, heads + 2, head_size, *tensor.shape[1:])
         parts = (grouped[:, :heads], grouped[:, heads : heads + 1], grouped[:, heads + 1 :])
         start = 0
         for part in parts:

@@ -58,6 +58,12 @@ CONFIGS = {
     "qwen2-windows": lambda: transformers.Qwen2Config(
         **GQA, use_sliding_window=True, sliding_window=6, max_window_layers=1
     ),
+    "qwen3-layer-types": lambda: transformers.Qwen3Config(
+        **GQA,
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "qwen2.5-yarn": lambda: transformers.Qwen2Config(**GQA, rope_parameters=YARN_ROPE),
     "qwen3": lambda: transformers.Qwen3Config(**GQA, head_dim=16, tie_word_embeddings=True),
     "gpt2": lambda: transformers.GPT2Config(**GPT2, **ENDS),

@@ -135,7 +135,7 @@ def _qwen_windows(config: HfConfig) -> tuple[int | None, ...]:
     if not config.flag_or(False, "use_sliding_window"):
         return (None,) * num_layers
     window = config.optional_integer("sliding_window")
-    if "layer_types" in config.values:
+    if config.values.get("layer_types") is not None:
         return config.layer_windows(num_layers, window)
     first = config.integer_or(28, "max_window_layers", minimum=0)
     return tuple(window if layer >= first else None for layer in range(num_layers))
