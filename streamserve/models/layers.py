@@ -176,9 +176,9 @@ class Attention:
         )
 
     def _normed(self, x: Tensor, norm: BoundNorm) -> Tensor:
-        if self._per_head_norm:
-            return norm.norm(x)
-        return norm.norm(x.reshape(x.shape[0], -1)).view(x.shape)
+        """[T, heads, D], a view of the fused product -> the same, normed and contiguous."""
+        width = x.shape[2] if self._per_head_norm else x.shape[1] * x.shape[2]
+        return norm.norm(x.reshape(-1, width)).view(x.shape)
 
 
 def bind_mlp(
