@@ -361,12 +361,12 @@ class AsyncEngine:
         try:
             async with asyncio.timeout(self._idle_delay_s):
                 await self._wake.wait()
-            return
         except TimeoutError:
-            pass
-        self._scheduler.check_integrity()
-        collect_idle()
-        await self._wake.wait()
+            self._scheduler.check_integrity()
+            await asyncio.sleep(0)
+            if not self._wake.is_set():
+                collect_idle()
+            await self._wake.wait()
 
     # Ends: each of a request's ends comes through ``_end``, once.
 
