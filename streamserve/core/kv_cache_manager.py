@@ -161,10 +161,11 @@ class KVCacheManager:
         holding = self._holdings[parent.request_id]
         limit = min(parent.num_written_tokens, parent.num_tokens, child.num_tokens - 1)
         num_tokens = num_common_tokens(parent.token_ids, child.token_ids, limit)
+        nodes = holding.nodes[: num_tokens // self.block_size + 1]
         if parent.cache_salt != child.cache_salt:
             num_tokens = 0
+            nodes = [self._cache.root(child.cache_salt)] if self._caching else []
         num_blocks = -(-num_tokens // self.block_size)
-        nodes = holding.nodes[: num_tokens // self.block_size + 1]
         if nodes:
             self._cache.pin(nodes[-1])
         self._holdings[child.request_id] = _Holding(child, nodes, num_blocks)
@@ -259,6 +260,8 @@ class KVCacheManager:
         assert request.num_computed_tokens <= len(request.block_table) * size, f"{request}: room"
         assert request.num_written_tokens <= request.num_computed_tokens, f"{request}: written"
         assert len(holding.nodes) <= request.num_written_tokens // size + 1, f"{request}: cached"
+        if holding.nodes:
+            assert holding.nodes[0] is self._cache.root(request.cache_salt), f"{request}: root"
         for i, block_id in enumerate(request.block_table):
             block = self._pool.blocks[block_id]
             if block.node is not None and i >= holding.num_shared_blocks:

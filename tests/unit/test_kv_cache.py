@@ -210,6 +210,15 @@ def test_a_collision_serves_nobody_elses_tokens(monkeypatch):
     kv.check_integrity()
 
 
+def test_what_is_cached_after_a_collision_is_below_its_own_tokens(monkeypatch):
+    monkeypatch.setattr(PrefixCache, "_hash", lambda self, parent, token_ids: b"same")
+    kv = make()
+    compute(kv, [0, 0, 0, 0, 1])
+    compute(kv, [9, 9, 9, 9, 7, 7])
+    assert kv.find_prefix(make_request([0, 0, 0, 0, 7, 7, 7])).num_tokens == 4
+    kv.check_integrity()
+
+
 def test_a_hit_must_have_the_same_parent(monkeypatch):
     """Blocks that differ only in what came before collide: the parent tells them apart."""
     monkeypatch.setattr(
@@ -217,7 +226,11 @@ def test_a_hit_must_have_the_same_parent(monkeypatch):
     )
     kv = make()
     compute(kv, [0, 0, 0, 0, 7, 7, 7, 7, 8])
-    assert compute(kv, [1, 1, 1, 1, 7, 7, 7, 7, 8]) == 0
+    compute(kv, [1, 1, 1, 1, 6])
+    assert kv.find_prefix(make_request([1, 1, 1, 1, 7, 7, 7, 7, 8])).num_tokens == 4
+    compute(kv, [1, 1, 1, 1, 7, 7, 7, 7, 9, 9])
+    assert kv.find_prefix(make_request([0, 0, 0, 0, 7, 7, 7, 7, 9, 9, 9])).num_tokens == 8
+    kv.check_integrity()
 
 
 def test_blocks_are_cached_only_when_their_step_has_retired():
@@ -341,8 +354,23 @@ def test_fork_shares_only_what_is_written_and_common():
     retire(kv, parent)
     assert kv.fork(parent, make_request(list(range(10)), "part")) == 6
     assert kv.fork(parent, make_request([0, 1, 2, 9, 9], "common")) == 3
-    assert kv.fork(parent, make_request(list(range(10)), "salted", salt="s")) == 0
     kv.check_integrity()
+
+
+def test_a_fork_with_another_salt_shares_nothing_then_or_later():
+    kv = make()
+    parent = make_request(list(range(10)), "parent")
+    admit(kv, parent)
+    retire(kv, parent)
+    salted = make_request([*range(8), 77], "salted", salt="s")
+    assert kv.fork(parent, salted) == 0
+    assert kv.allocate_slots(salted, 9) is not None
+    salted.num_computed_tokens = 9
+    retire(kv, salted)
+    kv.free(salted)
+    kv.check_integrity()
+    assert kv.find_prefix(make_request([*range(8), 77, 1])).num_tokens == 8
+    assert kv.find_prefix(make_request([*range(8), 77, 1], salt="s")).num_tokens == 9
 
 
 def test_the_last_of_the_sharers_writes_in_place_when_nothing_is_cached():

@@ -229,6 +229,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=max(150, settings.default.max_examples),
+    max_examples=max(300, settings.default.max_examples),
     stateful_step_count=max(40, settings.default.stateful_step_count),
 )
