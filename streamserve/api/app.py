@@ -20,6 +20,7 @@ from streamserve import __version__
 from streamserve.api.context import ApiContext, Gate
 from streamserve.api.errors import EXCEPTION_HANDLERS
 from streamserve.api.generation import (
+    RAW_SEND,
     ChatEndpoint,
     CompletionEndpoint,
     check_model,
@@ -27,7 +28,6 @@ from streamserve.api.generation import (
 from streamserve.api.metrics import Metrics, MetricsRegistry
 from streamserve.api.middleware import ApiKeyMiddleware, RequestIdMiddleware
 from streamserve.api.sampling import sampling_defaults
-from streamserve.api.scope import RAW_SEND
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock, monotonic
 from streamserve.engine.async_engine import AsyncEngine

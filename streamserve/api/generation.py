@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,15 @@ from streamserve.api.frames import (
 )
 from streamserve.api.metrics import Delivery
 from streamserve.api.sampling import Common
-from streamserve.api.scope import CLOSE_CONNECTION, RAW_SEND
 from streamserve.api.sse import AnswerStream, StreamedChoice, check_success
 from streamserve.core.plan import TokenLogprobs
 from streamserve.core.request import FinishReason
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.stream import RequestStream
 from streamserve.errors import ContextLengthError, EngineError, InvalidParameterError, RequestError
+
+RAW_SEND = "streamserve.raw_send"
+"""In the scope: the server's own ``send``, which passes no middleware."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,6 @@ class GenerationEndpoint(ABC):
             headers=headers,
             ping_interval_s=self._context.config.ping_interval_s,
             raw_send=scope[RAW_SEND],
-            close_connection=_close_of(scope),
         )
 
     def _headers(self, common: Common) -> dict[str, str]:
@@ -242,13 +243,6 @@ class CompletionEndpoint(GenerationEndpoint):
                 echo = self._context.tokenizer.decode(prompt) if request.echo else ""
                 prompts.append(Prompt(prompt, echo))
         return Work(request.common, request.params, prompts)
-
-
-def _close_of(scope: Scope) -> Callable[[], None] | None:
-    extension: dict[str, Callable[[], None]] | None = scope.get("extensions", {}).get(
-        CLOSE_CONNECTION
-    )
-    return None if extension is None else extension["close"]
 
 
 def check_model(model: str | None, served: Sequence[str]) -> None:

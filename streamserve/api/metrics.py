@@ -93,11 +93,13 @@ class Delivery:
     ``text_sent`` is called for every frame of every stream: it is kept to a clock read and a count.
     """
 
-    __slots__ = ("_arrival", "_clock", "_gaps", "_last", "_metrics")
+    __slots__ = ("_arrival", "_bounds", "_clock", "_counts", "_gaps", "_last", "_metrics")
 
     def __init__(self, metrics: Metrics, clock: Clock, arrival: float) -> None:
         self._metrics: Metrics | None = metrics
         self._gaps = metrics.inter_token_latency
+        self._bounds = self._gaps.bounds
+        self._counts = self._gaps.counts
         self._clock = clock
         self._arrival = arrival
         self._last: float | None = None
@@ -108,7 +110,9 @@ class Delivery:
         last = self._last
         self._last = now
         if last is not None:
-            self._gaps.observe(now - last)
+            gap = now - last  # ``Histogram.observe``, without the call
+            self._counts[bisect_left(self._bounds, gap)] += 1
+            self._gaps.total += gap
         elif self._metrics is not None:
             self._metrics.time_to_first_token.observe(now - self._arrival)
 

@@ -1,6 +1,4 @@
-"""uvicorn's httptools protocol with what it lacks: a limit on headers, OpenAI's error shape, and
-a way for a failed stream to end its connection.
-"""
+"""uvicorn's httptools protocol with what it lacks: a limit on headers, OpenAI's error shape."""
 
 from __future__ import annotations
 
@@ -11,7 +9,6 @@ import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from streamserve.api.errors import error_type
-from streamserve.api.scope import CLOSE_CONNECTION
 
 
 class _HeadersTooLargeError(Exception):
@@ -40,7 +37,6 @@ class ServeProtocol(HttpToolsProtocol):
         self._is_in_head = True
         self._num_head_bytes = 0
         self._num_unparsed_bytes = 0
-        self.scope["extensions"] = {CLOSE_CONNECTION: {"close": self.transport.close}}
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)

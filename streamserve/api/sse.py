@@ -18,6 +18,7 @@ from starlette.types import Message, Send
 from streamserve.api.errors import error_content
 from streamserve.api.frames import DONE, PING, ChoiceFrames, Envelope, error_frame, usage_frame
 from streamserve.api.metrics import Delivery
+from streamserve.api.writer import AsgiWriter, FrameWriter, writer_of
 from streamserve.core.plan import TokenLogprobs
 from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage
@@ -72,8 +73,7 @@ class _Nothing:
 class AnswerStream(EventSourceResponse):
     """Streams ``choices`` until each has ended; closes their streams whatever happens.
 
-    ``raw_send`` is the server's own ``send``; ``close_connection`` (if the server offers it) ends
-    the connection after a failure, so that no client takes the answer for complete.
+    ``raw_send`` is the server's own ``send``, past the middlewares.
     """
 
     def __init__(
@@ -85,7 +85,6 @@ class AnswerStream(EventSourceResponse):
         headers: dict[str, str],
         ping_interval_s: float,
         raw_send: Send,
-        close_connection: Callable[[], None] | None,
     ) -> None:
         super().__init__(
             _Nothing(), headers={"Cache-Control": "no-cache", **headers}, ping=ping_interval_s
@@ -94,7 +93,7 @@ class AnswerStream(EventSourceResponse):
         self._choices = choices
         self._include_usage = include_usage
         self._raw_send = raw_send
-        self._close_connection = close_connection
+        self._writer: FrameWriter = AsgiWriter(raw_send)
         self._num_sent = 0
 
     async def _stream_response(self, send: Send) -> None:
@@ -105,6 +104,7 @@ class AnswerStream(EventSourceResponse):
         }
         try:
             await send(start)
+            self._writer = writer_of(self._raw_send)
             if len(self._choices) == 1:
                 await self._pump(self._choices[0], self._ending)
             else:
@@ -132,12 +132,8 @@ class AnswerStream(EventSourceResponse):
 
     async def _pump(self, choice: StreamedChoice, ending: Callable[[], bytes] | None) -> None:
         """Send one choice to its end. ``ending``, if given, ends the response in the same write."""
-        get, send, frames, delivery = (
-            choice.stream.get,
-            self._raw_send,
-            choice.frames,
-            choice.delivery,
-        )
+        get, write = choice.stream.get, self._writer.write
+        frames, delivery = choice.frames, choice.delivery
         head, tail, is_plain = frames.head, frames.tail, frames.is_plain
         opening = frames.role(choice.usage)  # travels with the first text
         if choice.echo:
@@ -161,7 +157,8 @@ class AnswerStream(EventSourceResponse):
             if opening:
                 body = opening + body
                 opening = b""
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            if (writing := write(body)) is not None:
+                await writing
             self._num_sent += 1
             delivery.text_sent()
         check_success(output)
@@ -187,11 +184,12 @@ class AnswerStream(EventSourceResponse):
         for choice in self._choices:
             choice.delivery.end(FinishReason.ERROR)
         await self._send_last(error_frame(*error_content(exc)))
-        if self._close_connection is not None:
-            self._close_connection()
+        # So that no client takes the answer for complete.
+        self._writer.close_connection()
 
     async def _send(self, body: bytes) -> None:
-        await self._raw_send({"type": "http.response.body", "body": body, "more_body": True})
+        if (writing := self._writer.write(body)) is not None:
+            await writing
         self._num_sent += 1
 
     async def _send_last(self, body: bytes) -> None:
