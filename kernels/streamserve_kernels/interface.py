@@ -151,9 +151,13 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
     def warm_up(
-        self, dtype: torch.dtype, head_size: int, value_head_size: int | None = None
+        self,
+        dtype: torch.dtype,
+        head_size: int,
+        value_head_size: int | None = None,
+        block_size: int = 16,
     ) -> None:
-        """Compiles all that a model of this dtype and these head sizes will call."""
+        """Compiles all that a model of this dtype and these sizes will call."""
         ...
 
     def compilations(self) -> int:

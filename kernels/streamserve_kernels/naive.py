@@ -167,8 +167,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     half = x.shape[-1] // 2
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
     a, b = first.float(), second.float()
-    first.copy_(a * cos - b * sin)
-    second.copy_(b * cos + a * sin)
+    rotated = a * cos - b * sin, b * cos + a * sin  # both before either half is overwritten
+    first.copy_(rotated[0])
+    second.copy_(rotated[1])
 
 
 def rotary_embedding(
@@ -308,7 +309,12 @@ def moe(
     return output.to(x.dtype)
 
 
-def warm_up(dtype: torch.dtype, head_size: int, value_head_size: int | None = None) -> None:
+def warm_up(
+    dtype: torch.dtype,
+    head_size: int,
+    value_head_size: int | None = None,
+    block_size: int = 16,
+) -> None:
     """Nothing to compile."""
 
 

@@ -1,24 +1,29 @@
-"""The CPU backend: the names of `naive`, each from where it is fastest."""
+"""The CPU backend: the names of `naive`, each from where it is fastest.
+
+jit, vector, simd   what kernel bodies are written in: pointers, bfloat16, vector operations
+pool                runs them on torch's own threads
+attention*          paged attention: compiled for decode, torch's flash attention for prompts
+elementwise, ops    norms, rotary + cache write, gated activation, block copies
+linear              bfloat16 weights packed for oneDNN
+"""
 
 from __future__ import annotations
 
-from ..naive import (
+from ..naive import embedding, kv_cache_shape
+from .attention import paged_attention
+from .jit import compilations
+from .linear import linear, moe, prepare_linear
+from .ops import (
     activation,
-    compilations,
     copy_blocks,
-    embedding,
     gated_activation,
-    kv_cache_shape,
     layer_norm,
-    moe,
-    paged_attention,
     rms_norm,
     rotary_embedding,
     rotary_write_kv,
-    warm_up,
     write_kv,
 )
-from .linear import linear, prepare_linear
+from .warm_up import warm_up
 
 __all__ = [
     "activation",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..interface import PackedLinear
+from ..interface import GatedKind, PackedLinear
 from ..naive import NaiveLinear
+from .ops import gated_activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +50,33 @@ def prepare_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """Computes x [..., K] @ weightᵀ + bias -> [..., N]."""
     return packed(x)
+
+
+def moe(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[PackedLinear],
+    down: Sequence[PackedLinear],
+    top_k: int,
+    renormalise: bool,
+    kind: GatedKind,
+) -> Tensor:
+    """See `naive.moe`: visits only the experts that some token chose."""
+    weights, chosen = torch.softmax(router_logits.float(), dim=-1).topk(top_k, dim=-1)
+    if renormalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    output = torch.zeros(x.shape, dtype=torch.float32)
+    # tokens sorted by expert: each expert's rows are one slice
+    order = chosen.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen.flatten(), minlength=len(gate_up)).tolist()
+    start = 0
+    for e, count in enumerate(counts):
+        if count == 0:
+            continue
+        slots = order[start : start + count]
+        start += count
+        rows = slots // top_k
+        hidden = gated_activation(linear(x[rows], gate_up[e]), kind)
+        part = linear(hidden, down[e]).float() * weights.flatten()[slots, None]
+        output.index_add_(0, rows, part)
+    return output.to(x.dtype)
