@@ -16,6 +16,9 @@ _T = TypeVar("_T")
 INLINE_CHARACTERS = 128
 """Up to here encoding costs less (about 60 µs) than the way to another thread and back."""
 
+_MESSAGE_CHARACTERS = 16
+"""To render one more message costs as much as to encode this many characters."""
+
 
 class ChatPrompt(NamedTuple):
     """A rendered chat and its token ids."""
@@ -56,6 +59,7 @@ class Preprocessor:
     async def chat(
         self,
         messages: Sequence[Message],
+        /,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -112,7 +116,8 @@ class Preprocessor:
 
 
 def _size_of(message: Message) -> int:
+    """Characters, and what a message costs besides; anything but plain text counts as long."""
     content = message.get("content")
-    if isinstance(content, str):
-        return len(content)
-    return 0 if content is None else INLINE_CHARACTERS + 1
+    if not isinstance(content, str) or len(message) > 2:
+        return INLINE_CHARACTERS + 1
+    return len(content) + _MESSAGE_CHARACTERS

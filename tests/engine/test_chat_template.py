@@ -118,7 +118,7 @@ def theirs(reference, template, messages, **kwargs):
         return type(error)
 
 
-def ours(template, messages, **kwargs):
+def ours(template, messages, /, **kwargs):
     chat_template = ChatTemplate(template, special_tokens=SPECIAL, source="test")
     return chat_template.render(messages, **kwargs)
 
@@ -159,6 +159,11 @@ def test_a_refusal_has_the_template_s_own_words():
     with pytest.raises(InvalidParameterError, match="roles must alternate") as caught:
         ours(INSTRUCT, WITH_SYSTEM)
     assert caught.value.param == "messages"
+
+
+def test_a_template_s_variables_cannot_replace_the_messages():
+    kwargs = {"messages": [], "self": 1}
+    assert ours(INSTRUCT, SHORT, **kwargs) == ours(INSTRUCT, SHORT)
 
 
 def test_the_clock_is_injected():
