@@ -271,7 +271,7 @@ class AsyncEngine:
 
     def _launch_steps(self) -> None:
         """Fill the device's queue as far as the scheduler has something to launch."""
-        while len(self._in_flight) < self._max_steps_in_flight:
+        while self._dead_reason is None and len(self._in_flight) < self._max_steps_in_flight:
             plan = self._scheduler.schedule()
             if plan is None:
                 return
