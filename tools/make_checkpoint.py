@@ -7,6 +7,9 @@ For load tests and benchmarks where nothing can be downloaded: the arithmetic is
 model, only the answers are nonsense. The same seed writes the same bytes. Every vocabulary piece is
 plain ASCII, so that each generated id is text at once and no chunk waits for the rest of a
 character. Needs torch and tokenizers, nothing of streamserve.
+
+llama.cpp's converter knows a tokenizer by the hash of one encoded text, which no new vocabulary can
+match; its ``get_vocab_base_pre`` must be told that the pre-tokenizer is ``gpt-2``.
 """
 
 from __future__ import annotations

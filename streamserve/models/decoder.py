@@ -175,12 +175,12 @@ class Decoder:
             tables[rope] = cos_sin_table(rope, self.max_model_len, self.device)
         return tables[rope]
 
-    def warm_up(self) -> None:
+    def warm_up(self, block_size: int = 16) -> None:
         """Compiles the kernels that this model calls, so that no request waits for a compiler."""
         attentions = (layer.attention for layer in self.spec.layers)
         sizes = {(spec.query_key_head_size, spec.value_head_size) for spec in attentions}
         for head_size, value_head_size in sorted(sizes):
-            self.kernels.warm_up(self.dtype, head_size, value_head_size)
+            self.kernels.warm_up(self.dtype, head_size, value_head_size, block_size)
 
     def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         """Runs one step and writes its keys and values into ``kv_caches``.
