@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamserve.api.fields import (
+    MAX_INT,
     Reader,
     Refused,
     integer,
@@ -38,6 +39,8 @@ _PROMPT_KINDS = "a string, an array of strings, token ids, or an array of arrays
 
 
 def _read_token_ids(name: str, value: list[Any]) -> list[int]:
+    if set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= MAX_INT:
+        return value  # a prompt may be a million ids: no Python per id
     return [token_id(f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 

@@ -20,6 +20,7 @@ from streamserve.engine.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _MAX_LOGGED_FIELDS = 1000
+_MAX_LOGGED_NAME = 64
 
 
 class Gate:
@@ -77,10 +78,11 @@ class FieldLog:
 
     def unknown(self, name: str) -> None:
         """Log ``name`` unless it was logged before."""
+        name = name[:_MAX_LOGGED_NAME]
         if name in self._seen or len(self._seen) >= _MAX_LOGGED_FIELDS:
             return
         self._seen.add(name)
-        logger.warning("ignored a request field that nobody knows: %s", name)
+        logger.warning("ignored a request field that nobody knows: %r", name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

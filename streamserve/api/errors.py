@@ -95,7 +95,7 @@ async def on_streamserve_error(_request: Request, exc: Exception) -> Response:
 async def on_http_exception(request: Request, exc: Exception) -> Response:
     """Starlette's exception handler for its router's 404 and 405."""
     assert isinstance(exc, HTTPException)
-    url = f"{request.method} {request.url.path}"
+    url = f"{request.method} {request.scope['path']}"
     if exc.status_code == 404:
         error = HttpError(404, f"Unknown URL: {url}", code="unknown_url")
     elif exc.status_code == 405:
@@ -109,9 +109,16 @@ async def on_http_exception(request: Request, exc: Exception) -> Response:
     return error_response(error)
 
 
-async def on_unexpected_error(_request: Request, exc: Exception) -> Response:
-    """Starlette's exception handler for bugs; the server logs the traceback."""
-    return error_response(exc)
+async def on_unexpected_error(request: Request, exc: Exception) -> Response:
+    """Starlette's exception handler for bugs; the server logs the traceback.
+
+    It stands outside of our middlewares, so the id is put on here.
+    """
+    response = error_response(exc)
+    request_id = request.scope.get("state", {}).get("request_id")
+    if request_id is not None:
+        response.headers["X-Request-Id"] = request_id
+    return response
 
 
 EXCEPTION_HANDLERS = {

@@ -110,7 +110,9 @@ class GenerationEndpoint(ABC):
                 await response(scope, receive, send)
                 for choice, delivery in zip(choices, deliveries, strict=True):
                     delivery.end(choice.finish_reason)
-        except EngineError:
+        except ClientGoneError:
+            raise
+        except Exception:
             for delivery in deliveries:
                 delivery.end(FinishReason.ERROR)
             raise
@@ -140,6 +142,8 @@ class GenerationEndpoint(ABC):
         except BaseException as exc:
             for stream in streams:
                 stream.close()
+            if isinstance(exc, EngineError):
+                self._context.metrics.refused(exc.status)
             if isinstance(exc, ContextLengthError) and exc.param == "messages":
                 exc.param = self.prompt_param
             raise
@@ -197,7 +201,7 @@ class GenerationEndpoint(ABC):
             names = ignored_fields_header(common.unknown_fields)
             raise InvalidParameterError(
                 f"Unknown fields: {names} (the server runs with --strict-fields)",
-                param=common.unknown_fields[0],
+                param=common.unknown_fields[0][:64],
                 code="unknown_parameter",
             )
         for name in common.unknown_fields:

@@ -116,9 +116,9 @@ class ApiServer:
         sockets = bind_sockets(self._config) if self._sockets is None else self._sockets
         engine = self._app.context.engine
         server = _UvicornServer(self._uvicorn_config(), lambda: self._started(sockets))
-        await engine.start()
         closer = asyncio.create_task(self._close_when_wanted(server))
         try:
+            await engine.start()
             await server.serve(sockets)
         except OSError as exc:
             raise _cannot_listen(self._config, exc) from exc

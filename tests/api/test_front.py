@@ -183,6 +183,12 @@ async def test_unknown_routes_and_methods_have_openais_shape(method, path, statu
         assert answer.headers["allow"]
 
 
+@pytest.mark.parametrize("host", ["[::1", "a b", "", "x:99999999"])
+async def test_a_strange_host_header_breaks_nothing(host):
+    async with Api().running() as api:
+        assert (await api.call("GET", "/nowhere", headers={"host": host})).status == 404
+
+
 async def test_a_bug_is_a_500_that_says_nothing_of_itself():
     async with Api().running() as api:
 
@@ -197,5 +203,6 @@ async def test_a_bug_is_a_500_that_says_nothing_of_itself():
             await exchange.finished()
     answer = Answer(exchange.messages)
     assert answer.status == 500
+    assert answer.headers["x-request-id"].startswith("req-")
     assert answer.error["type"] == "server_error"
     assert "secret" not in answer.error["message"]

@@ -4,11 +4,17 @@ import logging
 
 import orjson
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from streamserve.api.chat_request import CHAT_FIELDS, CHAT_REFUSED, parse_chat_request
-from streamserve.api.completion_request import COMPLETION_FIELDS, COMPLETION_REFUSED
+from streamserve.api.completion_request import (
+    COMPLETION_FIELDS,
+    COMPLETION_REFUSED,
+    parse_completion_request,
+)
 from streamserve.api.sampling import ANNOTATIONS, sampling_defaults
-from streamserve.errors import ConfigError
+from streamserve.errors import ConfigError, InvalidParameterError
 from tests.api.harness import MODEL, Api, chat_body
 
 CHAT = "/v1/chat/completions"
@@ -362,6 +368,13 @@ async def test_unknown_fields_are_named_and_logged_once(caplog):
                 "foo, b%C3%A4r%0D%0Ax, messages[0].mood, stream_options.x"
             )
     assert len(caplog.records) == 4
+    assert "\r" not in caplog.text
+
+
+async def test_huge_field_names_are_neither_logged_nor_kept_whole(caplog):
+    async with Api().running() as api:
+        await api.chat(max_tokens=1, **{"x" * 100_000: 1})
+    assert len(caplog.text) < 500
 
 
 async def test_so_many_unknown_fields_fit_into_a_header():
@@ -458,3 +471,35 @@ def test_every_sampling_field_reaches_the_params():
     assert params.logprobs == 3
     for name in set(given) - {"logit_bias", "stop", "stop_token_ids", "logprobs", "top_logprobs"}:
         assert getattr(params, name) == given[name]
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=5) | st.sampled_from(["role", "content", "type"]), inner)
+    ),
+    max_leaves=8,
+)
+field_names = st.sampled_from(
+    sorted({*CHAT_FIELDS, *CHAT_REFUSED, *COMPLETION_FIELDS, *COMPLETION_REFUSED, *ANNOTATIONS})
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(body=st.dictionaries(field_names | st.text(max_size=5), json_values, max_size=6))
+@pytest.mark.parametrize("parse", [parse_chat_request, parse_completion_request])
+def test_whatever_the_body_it_parses_or_is_refused(parse, body):
+    valid = {"messages": [HI]} if parse is parse_chat_request else {"prompt": "Hi"}
+    error = None
+    try:
+        parse({**valid, **body}, {})
+    except InvalidParameterError as refusal:
+        error = refusal
+    if error is not None:
+        orjson.dumps([error.message, error.param, error.code])
+        assert len(error.message) < 1000
