@@ -22,6 +22,7 @@ from itertools import count
 from operator import attrgetter
 
 from streamserve.config import SchedulerConfig
+from streamserve.core.backlog import Backlog
 from streamserve.core.clock import Clock
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.limits import ContextLimits
@@ -33,6 +34,7 @@ from streamserve.core.prefix_claims import PrefixClaims
 from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.step import Step
+from streamserve.core.stopping import append_tokens
 from streamserve.errors import QueueFullError
 
 _by_key = attrgetter("sort_key")
@@ -88,8 +90,7 @@ class Scheduler:
         self._released_ids: list[str] = []  # for the next plan
         self._next_step_id = 0
         self._arrivals = count()
-        self._last_admission_s: float | None = None
-        self._admission_interval_s = 1.0
+        self._backlog = Backlog()
 
     @property
     def has_unfinished(self) -> bool:
@@ -136,7 +137,7 @@ class Scheduler:
             raise QueueFullError(
                 f"at most {self.config.max_num_waiting} requests may wait,"
                 f" {len(self._waiting)} do already",
-                retry_after_s=self._admission_interval_s,
+                retry_after_s=self._backlog.retry_after_s,
             )
         self._enter(request)
         insort(self._waiting, request, key=_by_key)
@@ -421,14 +422,10 @@ class Scheduler:
         )
 
     def _seat(self, request: Request) -> None:
+        _remove(self._waiting, request)
         if request.last_step_id < 0:
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
-            now = self._clock()
-            if self._last_admission_s is not None and len(self._waiting) > 1:
-                interval = now - self._last_admission_s
-                self._admission_interval_s += 0.1 * (interval - self._admission_interval_s)
-            self._last_admission_s = now
-        _remove(self._waiting, request)
+            self._backlog.admitted(self._clock(), len(self._waiting))
         request.status = RequestStatus.RUNNING
         insort(self._running, request, key=_by_key)
         self._claims.update(request)
@@ -446,29 +443,24 @@ class Scheduler:
         updates: list[RequestUpdate] = []
         block_size = self.kv_cache.block_size
         logprobs = output.logprobs
-        for i, request in enumerate(step.requests):
-            scheduled = step.plan.scheduled[i]
+        rows = zip(step.requests, step.plan.scheduled, output.sampled_token_ids, strict=True)
+        for i, (request, (_, start, token_ids, _, sample, _), sampled_ids) in enumerate(rows):
             request.num_steps_in_flight -= 1
-            end = scheduled.start + len(scheduled.token_ids)
+            end = start + len(token_ids)
             if not request.has_failed_step:
                 request.num_written_tokens = end
             if request.status is RequestStatus.FINISHED:
                 self._leave(request)
                 continue
-            if scheduled.sample:
+            if sample:
                 request.num_pending_tokens -= 1
-                new_token_ids = self._append_tokens(request, output.sampled_token_ids[i])
-                updates.append(
-                    RequestUpdate(
-                        request,
-                        new_token_ids,
-                        logprobs[i][: len(new_token_ids)] if logprobs is not None else [],
-                        request.finish_reason,
-                    )
-                )
-                if request.finish_reason is not None:
+                new_token_ids, reason, stop_id = append_tokens(request, sampled_ids)
+                new_logprobs = logprobs[i][: len(new_token_ids)] if logprobs is not None else []
+                updates.append(RequestUpdate(request, new_token_ids, new_logprobs, reason))
+                if reason is not None:
+                    self.finish(request, reason, stop_reason=stop_id)
                     continue
-            if end // block_size > scheduled.start // block_size:
+            if end // block_size > start // block_size:
                 self.kv_cache.cache_blocks(request)
             if request.computing_hash is not None:
                 self._claims.update(request)
@@ -503,25 +495,6 @@ class Scheduler:
         if not request.num_steps_in_flight:
             del self._leaving[request.request_id]
             self._release(request)
-
-    def _append_tokens(self, request: Request, token_ids: list[int]) -> list[int]:
-        """Append sampled ids up to the one that ends the request, and then finish it."""
-        params = request.sampling_params
-        known = request.token_ids
-        num_before_stop = request.num_prompt_tokens + params.min_tokens
-        for i, token_id in enumerate(token_ids):
-            known.append(token_id)
-            if len(known) > num_before_stop:
-                if token_id in request.eos_token_ids and not params.ignore_eos:
-                    self.finish(request, FinishReason.STOP)
-                    return token_ids[: i + 1]
-                if token_id in params.stop_token_ids:
-                    self.finish(request, FinishReason.STOP, stop_reason=token_id)
-                    return token_ids[: i + 1]
-            if len(known) >= request.max_num_tokens:
-                self.finish(request, FinishReason.LENGTH)
-                return token_ids[: i + 1]
-        return token_ids
 
     def check_integrity(self) -> None:
         """Assert every invariant of the scheduler and its KV cache. O(blocks + requests)."""

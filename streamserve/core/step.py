@@ -30,8 +30,10 @@ class Step:
             request.is_in_runner = True
             new_block_ids = list(request.block_table)
             plan.new_requests.append(_new_request(request))
-        plan.scheduled.append(
-            ScheduledRequest(
+        # tuple's own constructor: a quarter of the time of the named one, for every token there is
+        scheduled = tuple.__new__(
+            ScheduledRequest,
+            (
                 request.request_id,
                 start,
                 # A pending token is always alone: nothing before it is left to compute.
@@ -39,8 +41,9 @@ class Step:
                 new_block_ids,
                 end == num_total,
                 num_total - request.num_prompt_tokens,
-            )
+            ),
         )
+        plan.scheduled.append(scheduled)
         self.requests.append(request)
         request.num_computed_tokens = end
         request.last_step_id = plan.step_id

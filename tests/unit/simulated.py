@@ -126,8 +126,9 @@ class SimulatedRunner:
         request.block_table.extend(scheduled.new_block_ids)
         for src, dst in step.plan.block_copies:
             if dst in scheduled.new_block_ids:
-                num_copied = scheduled.start % self.block_size
-                assert dst == request.block_table[scheduled.start // self.block_size]
+                index = (scheduled.start - 1) // self.block_size
+                assert dst == request.block_table[index]
+                num_copied = scheduled.start - index * self.block_size
                 step.copied[src] = max(step.copied.get(src, 0), num_copied)
         assert len(set(request.block_table)) == len(request.block_table), "a block twice"
         assert request.end in (None, scheduled.start), "tokens skipped or computed twice"

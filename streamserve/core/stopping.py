@@ -1,0 +1,28 @@
+"""Where an answer ends: integer checks on sampled ids. Stop strings are the engine's."""
+
+from __future__ import annotations
+
+from streamserve.core.request import FinishReason, Request
+
+
+def append_tokens(
+    request: Request, token_ids: list[int]
+) -> tuple[list[int], FinishReason | None, int | None]:
+    """Append sampled ids to the request, up to the one that ends it.
+
+    Returns the ids that were appended, why it ended, and the stop id that ended it. EOS and stop
+    ids count only behind ``min_tokens`` output tokens, which is where the sampler allows them.
+    """
+    params = request.sampling_params
+    known = request.token_ids
+    num_before_stop = request.num_prompt_tokens + params.min_tokens
+    for i, token_id in enumerate(token_ids):
+        known.append(token_id)
+        if len(known) > num_before_stop:
+            if token_id in request.eos_token_ids and not params.ignore_eos:
+                return token_ids[: i + 1], FinishReason.STOP, None
+            if token_id in params.stop_token_ids:
+                return token_ids[: i + 1], FinishReason.STOP, token_id
+        if len(known) >= request.max_num_tokens:
+            return token_ids[: i + 1], FinishReason.LENGTH, None
+    return token_ids, None, None
