@@ -53,7 +53,8 @@ decoder = load_model(sys.argv[1], dtype=dtype, device=device, kernels=kernels)
 done.set()
 thread.join()
 slow = [name for name in ("transformers", "huggingface_hub") if name in sys.modules]
-print(json.dumps({"slow_imports": slow, "weights": decoder.nbytes, "before": before, "peak": peak, "after": resident()}))
+memory = {"weights": decoder.nbytes, "before": before, "peak": peak, "after": resident()}
+print(json.dumps({"slow_imports": slow, **memory}))
 """
 
 
