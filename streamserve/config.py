@@ -59,6 +59,7 @@ class ApiConfig:
     allowed_origins: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
     strict_fields: bool = False
+    honours_priority: bool = False  # whether the scheduler's policy looks at it
     max_body_bytes: int = 16 * 2**20
     max_header_bytes: int = 64 * 2**10
     ping_interval_s: float = 15.0

@@ -194,7 +194,7 @@ CHAT_REFUSED: dict[str, Refused] = {
     "parallel_tool_calls": Refused((True, False), _NOT_BUILT),
     "prediction": Refused((), _NOT_BUILT),
     "reasoning_effort": Refused(("none",), _NOT_BUILT),
-    "thinking_token_budget": Refused((), _NOT_BUILT),
+    "return_prompt_text": Refused((False,), _NOT_BUILT),
     # Without tools "auto" can only choose none.
     "tool_choice": Refused(("none", "auto"), _NOT_BUILT),
     "tools": Refused(([],), _NOT_BUILT),

@@ -192,9 +192,15 @@ class GenerationEndpoint(ABC):
         return {"X-Ignored-Fields": ignored_fields_header(common.unknown_fields)}
 
     def check_common(self, common: Common) -> None:
-        """The model is ours, and no field is unknown where that is refused."""
+        """Check what only the server's config can say."""
         config = self._context.config
         check_model(common.model, config.served_model_names)
+        if common.priority and not config.honours_priority:
+            raise InvalidParameterError(
+                f"priority must be 0 unless the server schedules by priority, got {common.priority}",
+                param="priority",
+                code="unsupported_parameter",
+            )
         if not common.unknown_fields:
             return
         if config.strict_fields:

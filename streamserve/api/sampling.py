@@ -26,7 +26,7 @@ from streamserve.errors import ConfigError, InvalidParameterError
 
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
-MAX_CACHE_SALT = 256
+MAX_CACHE_SALT = 1024
 
 GENERATION_CONFIG_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's ``generation_config.json`` may set as defaults, as in vLLM. ``do_sample`` has no
@@ -43,6 +43,7 @@ ANNOTATIONS = frozenset(
         "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
+        "session_id",
         "store",
         "user",
     }
@@ -56,6 +57,7 @@ REFUSED: dict[str, Refused] = {
     "best_of": Refused((1,), _NOT_BUILT),
     "data_parallel_rank": Refused(),
     "detokenize": Refused((True,)),
+    "ec_transfer_params": Refused(),
     "early_stopping": Refused((False,), _NOT_BUILT),
     "guided_choice": Refused((), _NOT_BUILT),
     "guided_decoding_backend": Refused((), _NOT_BUILT),
@@ -65,6 +67,7 @@ REFUSED: dict[str, Refused] = {
     "guided_whitespace_pattern": Refused((), _NOT_BUILT),
     "kv_transfer_params": Refused(),
     "length_penalty": Refused((1, 1.0), _NOT_BUILT),
+    "logprob_token_ids": Refused((), _NOT_BUILT),
     "logits_processors": Refused(([],)),
     "n": Refused((1,), _NOT_BUILT),
     "prompt_embeds": Refused(),
@@ -72,14 +75,20 @@ REFUSED: dict[str, Refused] = {
     "repetition_detection": Refused(),
     "request_id": Refused((), "is not supported: send an X-Request-Id header"),
     "response_format": Refused(({"type": "text"},), _NOT_BUILT),
+    "return_mm_kwargs": Refused((True,)),
     "return_token_ids": Refused((False,), _NOT_BUILT),
+    "return_token_offsets": Refused((False,), _NOT_BUILT),
     "return_tokens_as_token_ids": Refused((False,), _NOT_BUILT),
+    "routed_experts_prompt_start": Refused((0,)),
     "spaces_between_special_tokens": Refused((True,)),
+    "stream_interval": Refused((1,), _NOT_BUILT),
     "structured_outputs": Refused((), _NOT_BUILT),
+    "thinking_token_budget": Refused((-1,), _NOT_BUILT),
     "truncate_prompt_tokens": Refused((), _NOT_BUILT),
     "truncation_side": Refused((), _NOT_BUILT),
     "use_beam_search": Refused((False,), _NOT_BUILT),
     "vllm_xargs": Refused(({},)),
+    "watermarking": Refused((False,), _NOT_BUILT),
 }
 
 

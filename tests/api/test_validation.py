@@ -132,7 +132,8 @@ BAD_CHAT = [
     ({"include_stop_str_in_output": 1}, "include_stop_str_in_output", "a boolean"),
     ({"skip_special_tokens": "no"}, "skip_special_tokens", "a boolean"),
     ({"priority": "high"}, "priority", "an integer"),
-    ({"cache_salt": ""}, "cache_salt", "1 to 256"),
+    ({"cache_salt": ""}, "cache_salt", "1 to 1024"),
+    ({"priority": 1}, "priority", "must be 0 unless the server schedules by priority, got 1"),
     ({"cache_salt": 5}, "cache_salt", "a string"),
     ({"model": 5}, "model", "a string"),
     ({"add_generation_prompt": 1}, "add_generation_prompt", "a boolean"),
@@ -227,7 +228,7 @@ NEUTRAL_CHAT = [
     {"logit_bias": {"97": -100, "98": 1.5}},
     {"stream": True, "stream_options": {"include_obfuscation": False}},
     {"stream_options": None},
-    {"priority": -5, "cache_salt": "tenant"},
+    {"priority": 0, "cache_salt": "tenant"},
     {"messages": [HI, {"role": "assistant", "content": None}, HI]},
     {
         "messages": [
@@ -410,6 +411,11 @@ async def test_a_full_queue_is_429_with_retry_after():
         assert int(answer.headers["retry-after"]) >= 1
         assert answer.error["type"] == "rate_limit_error"
         assert answer.error["code"] == "queue_full"
+
+
+async def test_priority_is_honoured_where_the_policy_looks_at_it():
+    async with Api(honours_priority=True).running() as api:
+        assert (await api.chat(priority=-3, max_tokens=1)).status == 200
 
 
 def test_tables_do_not_contradict_each_other():
