@@ -197,7 +197,7 @@ class GenerationEndpoint(ABC):
         check_model(common.model, config.served_model_names)
         if common.priority and not config.honours_priority:
             raise InvalidParameterError(
-                f"priority must be 0 unless the server schedules by priority, got {common.priority}",
+                f"priority must be 0 unless requests are scheduled by it, got {common.priority}",
                 param="priority",
                 code="unsupported_parameter",
             )

@@ -133,7 +133,7 @@ BAD_CHAT = [
     ({"skip_special_tokens": "no"}, "skip_special_tokens", "a boolean"),
     ({"priority": "high"}, "priority", "an integer"),
     ({"cache_salt": ""}, "cache_salt", "1 to 1024"),
-    ({"priority": 1}, "priority", "must be 0 unless the server schedules by priority, got 1"),
+    ({"priority": 1}, "priority", "must be 0 unless requests are scheduled by it, got 1"),
     ({"cache_salt": 5}, "cache_salt", "a string"),
     ({"model": 5}, "model", "a string"),
     ({"add_generation_prompt": 1}, "add_generation_prompt", "a boolean"),
