@@ -27,19 +27,22 @@ class PrefixMatch(NamedTuple):
     """What is cached of a request: full nodes below its root, then a part of one more.
 
     The first ``num_partial_tokens`` of ``partial`` match; it is ``None`` when they are 0.
+    ``missing_hash`` is the first full block of the request that is not cached, if there is one.
     """
 
     nodes: list[PrefixNode]
     partial: PrefixNode | None
     num_partial_tokens: int
     num_tokens: int
+    missing_hash: bytes | None
 
     def without_partial(self) -> PrefixMatch:
         """The full blocks only: what to fall back on when there is no room for a copy."""
-        return PrefixMatch(self.nodes, None, 0, self.num_tokens - self.num_partial_tokens)
+        num_tokens = self.num_tokens - self.num_partial_tokens
+        return PrefixMatch(self.nodes, None, 0, num_tokens, self.missing_hash)
 
 
-NO_MATCH = PrefixMatch([], None, 0, 0)
+NO_MATCH = PrefixMatch([], None, 0, 0, None)
 
 
 class PrefixCache:
@@ -80,26 +83,32 @@ class PrefixCache:
         Mutates nothing but ``request.block_hashes``. Raises nothing.
         """
         self.hash_blocks(request)
-        node = self._roots.get(request.cache_salt)
-        if node is None:
-            return NO_MATCH
-        token_ids, size = request.token_ids, self._block_size
+        hashes, token_ids, size = request.block_hashes, request.token_ids, self._block_size
         limit = len(token_ids) - 1
+        node = self._roots.get(request.cache_salt)
         nodes: list[PrefixNode] = []
-        for i in range(limit // size):
-            child = self._index.get(request.block_hashes[i])
+        missing_hash = None
+        for i, block_hash in enumerate(hashes):
+            child = None if node is None else self._index.get(block_hash)
             if (
                 child is None
                 or child.block is None
                 or child.parent is not node
                 or child.token_ids != token_ids[i * size : (i + 1) * size]
             ):
+                missing_hash = block_hash
+                break
+            if (i + 1) * size > limit:
                 break
             nodes.append(child)
             node = child
+        if node is None:
+            return NO_MATCH._replace(missing_hash=missing_hash)
         num_full = len(nodes) * size
-        partial, num_partial = self._best_child(node, token_ids[num_full:limit][:size])
-        return PrefixMatch(nodes, partial, num_partial, num_full + num_partial)
+        partial, num_partial = self._best_child(
+            node, token_ids[num_full : min(num_full + size, limit)]
+        )
+        return PrefixMatch(nodes, partial, num_partial, num_full + num_partial, missing_hash)
 
     def insert(
         self, parent: PrefixNode, token_ids: list[int], block_hash: bytes, block: KVCacheBlock

@@ -372,9 +372,10 @@ class Scheduler:
         has_seat = len(self._running) < self._num_seats
         if has_seat and not step.num_prefill_tokens:
             return False  # more urgent prompts have all the tokens of this step
-        num_blocks = self.kv_cache.num_free_blocks + sum(
-            len(r.block_table) for r in self._running if self._policy.outranks(candidate, r)
-        )
+        num_blocks = self.kv_cache.num_free_blocks
+        for request in self._running:  # what yields is gained, what stays has its reserve
+            yields = self._policy.outranks(candidate, request)
+            num_blocks += len(request.block_table) if yields else -1
         if num_blocks * self.kv_cache.block_size < candidate.num_tokens:
             return False  # it would not help
         return self._yield(tail, step)
@@ -393,11 +394,9 @@ class Scheduler:
         if num_spare <= request.num_free_when_refused:
             return _Admission.NO_ROOM  # nothing came back: a long prompt is not looked up again
         match = self.kv_cache.find_prefix(request)
-        if len(match.nodes) < len(request.block_hashes):
-            missing_hash = request.block_hashes[len(match.nodes)]
-            if self._claims.must_wait(request, missing_hash):
-                request.awaited_hash = missing_hash
-                return _Admission.AWAITS_PREFIX
+        if match.missing_hash is not None and self._claims.must_wait(request, match.missing_hash):
+            request.awaited_hash = match.missing_hash
+            return _Admission.AWAITS_PREFIX
         block_ids = self._admit_blocks(request, match, num_reserved, step)
         if block_ids is None and match.partial is not None:
             # The copy needs a block more than the request alone: compute its tokens instead.

@@ -92,7 +92,8 @@ def test_identical_prompts_compute_one_token_each():
     harness = Harness(num_blocks=256, block_size=16, max_model_len=1024)
     prompt = [i % 7 for i in range(512)]
     requests = [harness.add(prompt, max_tokens=1) for _ in range(16)]
-    harness.run()
+    plans = harness.run()
+    assert len(plans) == 512 // 64 + 1  # all the others at once, as soon as they can
     assert harness.runner.num_computed_tokens == 512 + 15
     assert harness.runner.num_copies == 15
     assert [r.num_cached_tokens for r in requests] == [0] + [511] * 15
