@@ -10,12 +10,12 @@ Where things are: `spec` says what a decoder is, `families` turn configs into sp
 `layers` run them, `names`, `checkpoint` and `tensor_files` find the weights, `weights` packs them.
 """
 
-from .batch import ForwardBatch, KVCache, allocate_kv_cache, kv_bytes_per_block
-from .config import ModelConfig, load_config
-from .decoder import Decoder
-from .families import supported_architectures
-from .loader import LoadFormat, load_model, resolve_dtype, resolve_model
-from .spec import DecoderSpec
+from streamserve.models.batch import ForwardBatch, KVCache, allocate_kv_cache, kv_bytes_per_block
+from streamserve.models.config import ModelConfig, load_config
+from streamserve.models.decoder import Decoder
+from streamserve.models.families import supported_architectures
+from streamserve.models.loader import LoadFormat, load_model, resolve_dtype, resolve_model
+from streamserve.models.spec import DecoderSpec
 
 __all__ = [
     "Decoder",

@@ -8,9 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from streamserve.models.spec import DecoderSpec
 from streamserve_kernels import Kernels
-
-from .spec import DecoderSpec
 
 KVCache: TypeAlias = list[tuple[Tensor, Tensor]]
 """Per layer, the key cache and the value cache, in the shape that the kernels asked for."""

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from streamserve.errors import ModelLoadError
-
-from .names import WeightNames
-from .parameters import Module, decoder_modules
-from .spec import DecoderSpec
-from .tensor_files import TensorFiles
+from streamserve.models.names import WeightNames
+from streamserve.models.parameters import Module, decoder_modules
+from streamserve.models.spec import DecoderSpec
+from streamserve.models.tensor_files import TensorFiles
 
 Leaf = Literal["weight", "bias"]
 _NAMED_IN_AN_ERROR = 8

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-
-from . import parameters
-from .families import Family, find_family
-from .hf_config import HfConfig
-from .spec import DecoderSpec
+from streamserve.models import parameters
+from streamserve.models.families import Family, find_family
+from streamserve.models.hf_config import HfConfig
+from streamserve.models.spec import DecoderSpec
 
 # transformers' names for the sampling settings that a model recommends.
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -10,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from streamserve.models.batch import ForwardBatch, KVCache
+from streamserve.models.layers import Attention, BoundNorm, bind_mlp, bind_norm
+from streamserve.models.rope import cos_sin_table
+from streamserve.models.spec import DecoderSpec, LayerSpec, RopeSpec
+from streamserve.models.weights import DecoderWeights, Weights
 from streamserve_kernels import Kernels
-
-from .batch import ForwardBatch, KVCache
-from .layers import Attention, BoundNorm, bind_mlp, bind_norm
-from .rope import cos_sin_table
-from .spec import DecoderSpec, LayerSpec, RopeSpec
-from .weights import DecoderWeights, Weights
 
 
 class Block:

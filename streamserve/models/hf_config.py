@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-
-from .rope import yarn_attention_factor
-from .spec import Activation, RopeScaling, RopeSpec
+from streamserve.models.rope import yarn_attention_factor
+from streamserve.models.spec import Activation, RopeScaling, RopeSpec
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",

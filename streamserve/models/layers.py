@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from streamserve.errors import UnsupportedModelError
+from streamserve.models.batch import ForwardBatch
+from streamserve.models.rope import alibi_slopes
+from streamserve.models.spec import Activation, AttentionSpec, ExpertsSpec, MlpSpec, NormSpec
+from streamserve.models.weights import NormWeights, Weights
 from streamserve_kernels import GatedKind, Kernels
-
-from .batch import ForwardBatch
-from .rope import alibi_slopes
-from .spec import Activation, AttentionSpec, ExpertsSpec, MlpSpec, NormSpec
-from .weights import NormWeights, Weights
 
 
 class BoundNorm:

@@ -9,13 +9,12 @@ from typing import Literal, get_args
 import torch
 
 from streamserve.errors import ModelLoadError
+from streamserve.models.checkpoint import CheckpointSource, RandomSource, WeightSource
+from streamserve.models.config import ModelConfig, load_config
+from streamserve.models.decoder import Decoder
+from streamserve.models.tensor_files import open_tensor_files
+from streamserve.models.weights import Progress, build_weights
 from streamserve_kernels import Kernels
-
-from .checkpoint import CheckpointSource, RandomSource, WeightSource
-from .config import ModelConfig, load_config
-from .decoder import Decoder
-from .tensor_files import open_tensor_files
-from .weights import Progress, build_weights
 
 LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
 DTYPES = {

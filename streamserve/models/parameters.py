@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from .spec import DecoderSpec, ExpertsSpec, LayerSpec, NormSpec
+from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec, NormSpec
 
 Role = Literal["linear", "norm", "table", "vector"]
 

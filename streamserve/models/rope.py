@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .spec import RopeScaling, RopeSpec
+from streamserve.models.spec import RopeScaling, RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, max_length: int) -> Tensor:

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from streamserve_kernels import Kernels, PackedLinear
-
-from .checkpoint import Leaf, WeightSource
-from .parameters import (
+from streamserve.models.checkpoint import Leaf, WeightSource
+from streamserve.models.parameters import (
     Module,
     embedding_module,
     final_modules,
@@ -19,7 +17,8 @@ from .parameters import (
     position_modules,
     weight_bytes,
 )
-from .spec import DecoderSpec
+from streamserve.models.spec import DecoderSpec
+from streamserve_kernels import Kernels, PackedLinear
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while weights load."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from streamserve.errors import UnsupportedModelError
-
-from ..hf_config import HfConfig
-from . import gpt2, gpt_neox, llama, phi
-from .family import Family
+from streamserve.models.families import gpt2, gpt_neox, llama, phi
+from streamserve.models.families.family import Family
+from streamserve.models.hf_config import HfConfig
 
 __all__ = ["FAMILIES", "Family", "find_family", "supported_architectures"]
 

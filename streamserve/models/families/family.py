@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..hf_config import HfConfig
-from ..names import WeightNames
-from ..spec import DecoderSpec
+from streamserve.models.hf_config import HfConfig
+from streamserve.models.names import WeightNames
+from streamserve.models.spec import DecoderSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from ..hf_config import HfConfig
-from ..names import WeightNames
-from ..spec import AttentionSpec, DecoderSpec, LayerSpec, LearnedPositions, MlpSpec, NormSpec
-from .family import Family
+from streamserve.models.families.family import Family
+from streamserve.models.hf_config import HfConfig
+from streamserve.models.names import WeightNames
+from streamserve.models.spec import (
+    AttentionSpec,
+    DecoderSpec,
+    LayerSpec,
+    LearnedPositions,
+    MlpSpec,
+    NormSpec,
+)
 
 _LAYER = "transformer.h.{layer}."
 

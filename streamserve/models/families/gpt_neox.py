@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..hf_config import HfConfig
-from ..names import WeightNames
-from ..spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, NormSpec
-from .family import Family
+from streamserve.models.families.family import Family
+from streamserve.models.hf_config import HfConfig
+from streamserve.models.names import WeightNames
+from streamserve.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, NormSpec
 
 _LAYER = "gpt_neox.layers.{layer}."
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..hf_config import HfConfig
-from ..names import WeightNames
-from ..spec import (
+from streamserve.models.families.family import Family
+from streamserve.models.hf_config import HfConfig
+from streamserve.models.names import WeightNames
+from streamserve.models.spec import (
     AttentionSpec,
     DecoderSpec,
     ExpertsSpec,
@@ -19,7 +20,6 @@ from ..spec import (
     NormSpec,
     QkNormSpec,
 )
-from .family import Family
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = {

@@ -1,0 +1,131 @@
+"""The floors of the house: imports go down only, and the light floors stay light.
+
+cli > api > engine > runner > models > kernels > core > (errors, config). `api`, `engine` and
+`core` never import torch, so that the whole server can be tested without a model.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLOORS = ["base", "core", "kernels", "models", "runner", "engine", "api", "cli"]
+BASE = {"streamserve", "streamserve.errors", "streamserve.config"}
+TORCH_FREE = {"base", "core", "engine", "api"}
+HEAVY = {"torch", "transformers", "numba", "triton", "numpy"}
+# What a floor may import although it is not below: `engine` meets `runner` in `core`'s protocol.
+FORBIDDEN = {"engine": {"runner", "models", "kernels"}, "api": {"runner", "models", "kernels"}}
+
+
+def _modules() -> dict[str, Path]:
+    files = {}
+    for root, top in ((ROOT, "streamserve"), (ROOT / "kernels", "streamserve_kernels")):
+        for path in (root / top).rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            files[".".join(parts).removesuffix(".__init__")] = path
+    return files
+
+
+MODULES = _modules()
+
+
+def _floor(module: str) -> str:
+    if module in BASE:
+        return "base"
+    if module == "streamserve.__main__":
+        return "cli"
+    top, _, rest = module.partition(".")
+    return "kernels" if top == "streamserve_kernels" else rest.split(".")[0]
+
+
+def _imports(module: str, path: Path) -> set[str]:
+    """Every imported module, also those inside functions; ``from a import b`` counts a.b if one."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} uses a relative import"
+            assert node.module is not None
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return found
+
+
+IMPORTS = {module: _imports(module, path) for module, path in MODULES.items()}
+
+
+def test_every_module_has_a_floor():
+    assert {_floor(module) for module in MODULES} <= set(FLOORS)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down(module):
+    floor = _floor(module)
+    ours = {name for name in IMPORTS[module] if name.split(".")[0].startswith("streamserve")}
+    for name in ours:
+        assert FLOORS.index(_floor(name)) <= FLOORS.index(floor), f"{module} imports {name}"
+        assert _floor(name) not in FORBIDDEN.get(floor, ()), f"{module} imports {name}"
+    if floor == "kernels":
+        assert all(_floor(name) == "kernels" for name in ours), f"{module} imports ours: {ours}"
+    if floor in TORCH_FREE:
+        heavy = {name.split(".")[0] for name in IMPORTS[module]} & HEAVY
+        assert not heavy, f"{module} imports {heavy}"
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if _floor(m) in {"core", "base"}))
+def test_core_is_standard_library_only(module):
+    for name in IMPORTS[module]:
+        top = name.split(".")[0]
+        assert top == "streamserve" or top in sys.stdlib_module_names, f"{module} imports {name}"
+
+
+def test_no_import_cycles():
+    state: dict[str, int] = {}
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert state.get(module) != 1, f"cycle: {' -> '.join((*trail, module))}"
+        if state.get(module) == 2:
+            return
+        state[module] = 1
+        for name in sorted(IMPORTS[module]):
+            if name in MODULES and name != module:
+                visit(name, (*trail, module))
+        state[module] = 2
+
+    for module in sorted(MODULES):
+        visit(module, ())
+
+
+def test_only_the_cli_reads_argv_and_the_environment():
+    for module, path in MODULES.items():
+        if _floor(module) in {"cli", "kernels"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                name = f"{node.value.id}.{node.attr}"
+                assert name not in {"sys.argv", "os.environ", "os.getenv"}, f"{module}: {name}"
+
+
+def test_kernels_folder_is_not_a_package():
+    """Hugging Face publishes a package called `kernels`; ours would shadow it."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_files_stay_readable():
+    for module, path in MODULES.items():
+        lines = len(path.read_text().splitlines())
+        assert lines <= 550, f"{module} has {lines} lines; split it"
+
+
+def test_serving_without_a_model_leaves_torch_alone():
+    """The import of every torch-free floor, in a fresh interpreter."""
+    light = sorted(m for m in MODULES if _floor(m) in TORCH_FREE)
+    code = f"import sys, {', '.join(light)}; print(*sorted({HEAVY} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert result.stdout.split() == []
