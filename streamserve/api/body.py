@@ -10,15 +10,12 @@ import orjson
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
+from streamserve.api.disconnect import ClientGoneError
 from streamserve.api.errors import HttpError
 from streamserve.errors import InvalidParameterError
 
 _MAX_NAMES = 32
 _MAX_NAME = 64
-
-
-class ClientGoneError(Exception):
-    """The client left before its request was complete: there is nobody to answer."""
 
 
 async def read_json_object(scope: Scope, receive: Receive, *, max_bytes: int) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from streamserve.api.body import ClientGoneError, ignored_fields_header, read_json_object
+from streamserve.api.body import ignored_fields_header, read_json_object
 from streamserve.api.chat_request import parse_chat_request
 from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.context import ApiContext
+from streamserve.api.disconnect import ClientGoneError, DisconnectGuard
 from streamserve.api.errors import HttpError
 from streamserve.api.frames import (
     CHAT,
@@ -103,7 +104,8 @@ class GenerationEndpoint(ABC):
                 answer = self._answer_stream(scope, work, envelope, streams, deliveries, headers)
                 await answer(scope, receive, send)
             else:
-                choices = await _collect_unless_gone(streams, work.prompts, receive)
+                async with DisconnectGuard(receive):
+                    choices = await _collect_all(streams, work.prompts)
                 logprobs_of = context.tokenizer if work.params.logprobs is not None else None
                 content = whole_answer(envelope, choices, logprobs_of=logprobs_of)
                 response = Response(content, headers=headers, media_type="application/json")
@@ -279,6 +281,8 @@ async def _collect(stream: RequestStream, echo: str) -> Choice:
 
 
 async def _collect_all(streams: Sequence[RequestStream], prompts: Sequence[Prompt]) -> list[Choice]:
+    if len(streams) == 1:
+        return [await _collect(streams[0], prompts[0].echo)]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [
@@ -288,25 +292,3 @@ async def _collect_all(streams: Sequence[RequestStream], prompts: Sequence[Promp
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-async def _collect_unless_gone(
-    streams: Sequence[RequestStream], prompts: Sequence[Prompt], receive: Receive
-) -> list[Choice]:
-    """Read all streams to their ends. Raises ``ClientGoneError`` as soon as the client has left."""
-    collector = asyncio.create_task(_collect_all(streams, prompts))
-    watcher = asyncio.create_task(_wait_disconnect(receive))
-    try:
-        await asyncio.wait((collector, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if collector.done():
-            return collector.result()
-        raise ClientGoneError
-    finally:
-        collector.cancel()
-        watcher.cancel()
-        await asyncio.wait((collector, watcher))
-
-
-async def _wait_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
