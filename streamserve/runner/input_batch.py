@@ -25,6 +25,7 @@ from streamserve.models.batch import ForwardBatch
 from streamserve.runner.logits_edits import LogitsEdits
 from streamserve.runner.philox import uniforms
 from streamserve.runner.sampler import SamplingBatch
+from streamserve.runner.step_buffers import StepBuffers
 
 _UNKNOWN_TOKEN = -1
 
@@ -63,7 +64,7 @@ class InputBatch:
         # Two steps in flight: a leaving request may overlap with the one that takes its seat.
         self._allocate_rows(2 * max_num_seqs)
         self._free_rows = list(range(self._num_rows - 1, -1, -1))
-        self._buffers = _StepBuffers(
+        self._buffers = StepBuffers(
             max_num_batched_tokens, max_num_seqs, self._max_blocks, padded_sizes
         )
 
@@ -96,7 +97,10 @@ class InputBatch:
                 edits.history.extend(scheduled.start, scheduled.token_ids)
 
     def build(self, plan: SchedulerOutput) -> tuple[ForwardBatch, StepRows]:
-        """The tensors of a plan that was applied. They are overwritten by the next call."""
+        """The tensors of a plan that was applied and schedules something.
+
+        They are overwritten by the next call. Raises ValueError if the plan cannot be right.
+        """
         scheduled = plan.scheduled
         rows = np.array([self._rows[s.request_id] for s in scheduled], dtype=np.int64)
         starts = np.array([s.start for s in scheduled], dtype=np.int64)
@@ -106,28 +110,26 @@ class InputBatch:
         )
         places = [i for i, s in enumerate(scheduled) if s.sample]
         ends = starts + lengths
-        self._check_covered(plan, rows, ends)
+        self._check(plan, rows, lengths, ends)
 
         buffers = self._buffers
-        num_tokens, num_seqs = len(token_ids), len(scheduled)
-        query_start_loc = buffers.set_query_start_loc(lengths)
-        if num_tokens == num_seqs:
+        query_start_loc = buffers.set_sequences(lengths, ends)
+        if len(token_ids) == len(scheduled):
             token_rows, positions = rows, starts
         else:
             token_rows = np.repeat(rows, lengths)
-            positions = np.arange(num_tokens) + np.repeat(starts - query_start_loc[:-1], lengths)
-        if num_tokens and token_ids.min() < 0:
+            positions = np.arange(len(token_ids)) + np.repeat(
+                starts - query_start_loc[:-1], lengths
+            )
+        if token_ids.min() < 0:
             self._resolve_pending(token_ids, token_rows)
         blocks, offsets = np.divmod(positions, self._block_size)
         token_blocks = self._block_table[token_rows, blocks].astype(np.int64)
         slots = token_blocks * self._block_size + offsets
-        buffers.set_tokens(token_ids, positions, slots)
-        buffers.seq_lens[:num_seqs] = ends
-        width = int(blocks.max()) + 1 if num_tokens else 1
-        buffers.set_block_table(self._block_table, rows, width)
         place_array = np.array(places, dtype=np.int64)
-        buffers.logits_indices[: len(places)] = query_start_loc[1:][place_array] - 1
-        forward_batch = buffers.tensors(num_tokens, num_seqs, width, len(places), self._device)
+        buffers.set_block_table(self._block_table, rows, int(blocks.max()) + 1)
+        buffers.set_tokens(token_ids, positions, slots, query_start_loc[1:][place_array] - 1)
+        forward_batch = buffers.tensors(self._device)
         step_rows = StepRows(
             request_ids=[scheduled[i].request_id for i in places],
             places=places,
@@ -258,16 +260,21 @@ class InputBatch:
         self._block_table[row, start:end] = block_ids
         self._num_blocks[row] = end
 
-    def _check_covered(
-        self, plan: SchedulerOutput, rows: NDArray[np.int64], ends: NDArray[np.int64]
+    def _check(
+        self,
+        plan: SchedulerOutput,
+        rows: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        ends: NDArray[np.int64],
     ) -> None:
         """A token without a block of its own would be written into somebody else's."""
-        uncovered = ends > self._num_blocks[rows] * self._block_size
-        if uncovered.any():
-            i = int(np.argmax(uncovered))
+        wrong = (lengths < 1) | (ends > self._num_blocks[rows] * self._block_size)
+        if wrong.any():
+            i = int(np.argmax(wrong))
             raise ValueError(
-                f"request {plan.scheduled[i].request_id!r} computes up to token {int(ends[i])} "
-                f"but has {int(self._num_blocks[rows[i]])} blocks of {self._block_size}"
+                f"request {plan.scheduled[i].request_id!r} computes {int(lengths[i])} tokens up to "
+                f"{int(ends[i])} and has {int(self._num_blocks[rows[i]])} blocks of "
+                f"{self._block_size}"
             )
 
     def _resolve_pending(self, token_ids: NDArray[np.int64], token_rows: NDArray[np.int64]) -> None:
@@ -275,70 +282,3 @@ class InputBatch:
         token_ids[pending] = self._last_token[token_rows[pending]]
         if token_ids.min() < 0:
             raise ValueError("a plan refers to a sampled token, but its request sampled none")
-
-
-class _StepBuffers:
-    """The memory that a step's tensors are views of, allocated and touched once."""
-
-    def __init__(
-        self, max_tokens: int, max_seqs: int, max_blocks: int, padded_sizes: Sequence[int]
-    ) -> None:
-        self._padded_sizes = np.array(sorted(padded_sizes), dtype=np.int64)
-        capacity = max([max_tokens, *padded_sizes])
-        self.input_ids = np.zeros(capacity, dtype=np.int64)
-        self.positions = np.zeros(capacity, dtype=np.int64)
-        self.slot_mapping = np.full(capacity, -1, dtype=np.int64)
-        self.query_start_loc = np.zeros(max_seqs + 1, dtype=np.int32)
-        self.seq_lens = np.zeros(max_seqs, dtype=np.int32)
-        self.block_table = np.zeros(max_seqs * max_blocks, dtype=np.int32)
-        self.logits_indices = np.zeros(max_seqs, dtype=np.int64)
-        self._padded = 0
-
-    def set_query_start_loc(self, lengths: NDArray[np.int64]) -> NDArray[np.int32]:
-        starts = self.query_start_loc[: len(lengths) + 1]
-        np.cumsum(lengths, out=starts[1:], dtype=np.int32)
-        return starts
-
-    def set_tokens(
-        self,
-        token_ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        slots: NDArray[np.int64],
-    ) -> None:
-        count = len(token_ids)
-        padded = self._padded_size(count)
-        self.input_ids[:count] = token_ids
-        self.positions[:count] = positions
-        self.slot_mapping[:count] = slots
-        self.input_ids[count:padded] = 0
-        self.positions[count:padded] = 0
-        self.slot_mapping[count:padded] = -1
-        self._padded = padded
-
-    def set_block_table(
-        self, block_table: NDArray[np.int32], rows: NDArray[np.int64], width: int
-    ) -> None:
-        out = self.block_table[: len(rows) * width].reshape(len(rows), width)
-        # Rows are in range; "clip" keeps numpy from going through a temporary.
-        np.take(block_table[:, :width], rows, axis=0, out=out, mode="clip")
-
-    def tensors(
-        self, num_tokens: int, num_seqs: int, width: int, num_logits: int, device: torch.device
-    ) -> ForwardBatch:
-        def tensor(values: NDArray[np.int32] | NDArray[np.int64]) -> torch.Tensor:
-            on_host = torch.from_numpy(values)
-            return on_host if device.type == "cpu" else on_host.to(device)
-
-        return ForwardBatch(
-            input_ids=tensor(self.input_ids[: self._padded]),
-            positions=tensor(self.positions[: self._padded]),
-            slot_mapping=tensor(self.slot_mapping[: self._padded]),
-            query_start_loc=tensor(self.query_start_loc[: num_seqs + 1]),
-            seq_lens=tensor(self.seq_lens[:num_seqs]),
-            block_table=tensor(self.block_table[: num_seqs * width].reshape(num_seqs, width)),
-            logits_indices=tensor(self.logits_indices[:num_logits]),
-        )
-
-    def _padded_size(self, count: int) -> int:
-        place = int(np.searchsorted(self._padded_sizes, count))
-        return int(self._padded_sizes[place]) if place < len(self._padded_sizes) else count

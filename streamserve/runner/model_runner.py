@@ -22,13 +22,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from streamserve_kernels import Kernels
 from torch import Tensor
 
 from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.models.batch import ForwardBatch, KVCache
 from streamserve.runner.input_batch import InputBatch, StepRows
 from streamserve.runner.sampler import Sampler
+from streamserve_kernels import Kernels
 
 
 class ForwardModel(Protocol):
@@ -200,7 +200,8 @@ class TorchModelRunner:
         self, logits: Tensor, rows: StepRows, masks: Mapping[str, bytes] | None
     ) -> tuple[NDArray[np.int64], list[list[TokenLogprobs]] | None]:
         wanted = self._input_batch.sampling_batch(rows, masks)
-        on_host: NDArray[np.float32] = logits.cpu().numpy()
+        # Rows past those that were asked for are padding.
+        on_host: NDArray[np.float32] = logits[: len(rows.places)].cpu().numpy()
         if wanted is None:
             return self._sampler.greedy(on_host), None
         token_ids = self._sampler.sample(on_host, wanted)

@@ -1,0 +1,73 @@
+"""From a loaded model and a memory plan to a runner that is warm."""
+
+from __future__ import annotations
+
+import torch
+
+from streamserve.models import Decoder, allocate_kv_cache
+from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec
+from streamserve.runner.memory import MemoryPlan
+from streamserve.runner.model_runner import TorchModelRunner
+from streamserve.runner.sampler import Sampler
+from streamserve.runner.step_buffers import step_sizes
+from streamserve.runner.warm_up import WarmUp
+
+
+def build_runner(
+    model: Decoder, memory: MemoryPlan, *, max_num_batched_tokens: int
+) -> TorchModelRunner:
+    """Allocates and touches the KV cache and the step buffers, starts the device thread, warms up.
+
+    After it no step compiles anything or asks the system for much memory. Takes seconds to a
+    minute, by the model's size. Raises what torch raises when the memory is not there after all.
+    """
+    kv_caches = allocate_kv_cache(
+        model.spec,
+        memory.num_blocks,
+        memory.block_size,
+        model.dtype,
+        model.device,
+        model.kernels,
+    )
+    for cache in (cache for pair in kv_caches for cache in pair):
+        cache.zero_()  # zeroed memory from the system is only promised until it is written
+    model.warm_up(memory.block_size)
+    sizes = step_sizes(max_num_batched_tokens, memory.max_num_seqs)
+    runner = TorchModelRunner(
+        model,
+        kv_caches,
+        vocab_size=model.spec.vocab_size,
+        block_size=memory.block_size,
+        max_model_len=memory.max_model_len,
+        max_num_seqs=memory.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        padded_sizes=sizes,
+    )
+    try:
+        WarmUp(runner, memory, max_num_batched_tokens).run(sizes)
+    except BaseException:
+        runner.close()
+        raise
+    return runner
+
+
+def step_buffer_bytes(
+    spec: DecoderSpec, dtype: torch.dtype, max_num_batched_tokens: int, max_num_seqs: int
+) -> int:
+    """About what one step needs beside weights and KV: activations, logits, the sampler's copy."""
+    num_rows = step_sizes(max_num_batched_tokens, max_num_seqs)[-1]
+    widest = max(_layer_width(spec.hidden_size, layer) for layer in spec.layers)
+    activations = num_rows * widest * dtype.itemsize
+    logits = max_num_seqs * spec.vocab_size * (dtype.itemsize + torch.float32.itemsize)
+    return activations + logits + Sampler.work_bytes(spec.vocab_size, max_num_seqs)
+
+
+def _layer_width(hidden_size: int, layer: LayerSpec) -> int:
+    """Elements alive per token at a layer's widest place, the residual stream among them."""
+    attention, mlp = layer.attention, layer.mlp
+    heads = attention.query_size + attention.key_size + attention.value_size
+    if isinstance(mlp, ExpertsSpec):
+        inside = mlp.top_k * (3 * mlp.intermediate_size + 2 * hidden_size)
+    else:
+        inside = (3 if mlp.gated else 2) * mlp.intermediate_size
+    return 3 * hidden_size + max(heads + attention.output_size, inside)
