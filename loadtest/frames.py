@@ -69,7 +69,9 @@ class Result:
     num_tokens: int
     num_bytes: int
     seconds: float
-    server_cpu_seconds: float
+    server_user_seconds: float
+    server_system_seconds: float
+    load_average: float
     merged: list[int] = field(default_factory=list)
 
     @property
@@ -78,7 +80,11 @@ class Result:
 
     @property
     def cpu_us_per_frame(self) -> float:
-        return self.server_cpu_seconds / self.num_frames * 1e6
+        return (self.server_user_seconds + self.server_system_seconds) / self.num_frames * 1e6
+
+    @property
+    def system_us_per_frame(self) -> float:
+        return self.server_system_seconds / self.num_frames * 1e6
 
 
 def request_bytes(num_tokens: int, host: str) -> bytes:
@@ -100,11 +106,12 @@ def request_bytes(num_tokens: int, host: str) -> bytes:
     return head.encode() + body
 
 
-def cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> tuple[float, float]:
     """User and system time of a process, from ``/proc``."""
     with open(f"/proc/{pid}/stat", encoding="ascii") as file:
         fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    tick = os.sysconf("SC_CLK_TCK")
+    return int(fields[11]) / tick, int(fields[12]) / tick
 
 
 def measure(url: str, pid: int, *, num_streams: int, num_tokens: int) -> Result:
@@ -119,7 +126,7 @@ def measure(url: str, pid: int, *, num_streams: int, num_tokens: int) -> Result:
         readers.append(reader)
         selector.register(sock, selectors.EVENT_READ, reader)
     payload = request_bytes(num_tokens, address.netloc)
-    cpu_before = cpu_seconds(pid)
+    user_before, system_before = cpu_seconds(pid)
     for reader in readers:
         reader.sock.sendall(payload)
     num_open = num_streams
@@ -140,7 +147,7 @@ def measure(url: str, pid: int, *, num_streams: int, num_tokens: int) -> Result:
                 selector.unregister(reader.sock)
                 num_open -= 1
     seconds = time.perf_counter() - started
-    cpu = cpu_seconds(pid) - cpu_before
+    user, system = cpu_seconds(pid)
     for reader in readers:
         reader.sock.close()
     return Result(
@@ -149,7 +156,9 @@ def measure(url: str, pid: int, *, num_streams: int, num_tokens: int) -> Result:
         num_tokens=sum(r.num_tokens for r in readers),
         num_bytes=sum(r.num_bytes for r in readers),
         seconds=seconds,
-        server_cpu_seconds=cpu,
+        server_user_seconds=user - user_before,
+        server_system_seconds=system - system_before,
+        load_average=os.getloadavg()[0],
         merged=[
             i
             for i, r in enumerate(readers)
@@ -182,7 +191,8 @@ def report(result: Result) -> str:
         f"{result.num_streams} streams, {result.num_tokens} tokens, {result.num_frames} frames "
         f"of {result.num_bytes / result.num_frames:.0f} bytes\n"
         f"{result.frames_per_second:,.0f} frames/s, "
-        f"{result.cpu_us_per_frame:.2f} us of server CPU per frame, "
+        f"{result.cpu_us_per_frame:.2f} us of server CPU per frame "
+        f"({result.system_us_per_frame:.2f} in the kernel), load {result.load_average:.1f}, "
         f"{'no frame merged' if not result.merged else f'MERGED in streams {result.merged}'}"
     )
 
