@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 
-from .interface import ActivationKind, GatedKind, Kernels, PackedLinear
+from streamserve_kernels.interface import ActivationKind, GatedKind, Kernels, PackedLinear
 
 __all__ = ["BACKENDS", "ActivationKind", "GatedKind", "Kernels", "PackedLinear", "load"]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .interface import ActivationKind, GatedKind, PackedLinear
+from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear
 
 name = "naive"
 

@@ -9,11 +9,10 @@ linear              bfloat16 weights packed for oneDNN
 
 from __future__ import annotations
 
-from ..naive import embedding, kv_cache_shape
-from .attention import paged_attention
-from .jit import compilations
-from .linear import linear, moe, prepare_linear
-from .ops import (
+from streamserve_kernels.cpu.attention import paged_attention
+from streamserve_kernels.cpu.jit import compilations
+from streamserve_kernels.cpu.linear import linear, moe, prepare_linear
+from streamserve_kernels.cpu.ops import (
     activation,
     copy_blocks,
     gated_activation,
@@ -23,7 +22,8 @@ from .ops import (
     rotary_write_kv,
     write_kv,
 )
-from .warm_up import warm_up
+from streamserve_kernels.cpu.warm_up import warm_up
+from streamserve_kernels.naive import embedding, kv_cache_shape
 
 __all__ = [
     "activation",

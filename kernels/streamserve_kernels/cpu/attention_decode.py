@@ -22,8 +22,17 @@ from typing import Any
 
 import numpy as np
 
-from .jit import at, call_int, call_void, compile_body, exp, float_of, inline, pointer
-from .simd import add_scaled, add_scaled4, dot, fill, scale_into
+from streamserve_kernels.cpu.jit import (
+    at,
+    call_int,
+    call_void,
+    compile_body,
+    exp,
+    float_of,
+    inline,
+    pointer,
+)
+from streamserve_kernels.cpu.simd import add_scaled, add_scaled4, dot, fill, scale_into
 
 # After the pool's three: output, query, key_cache, value_cache, block_table, seq_lens,
 # query_start_loc, alibi_slopes or 0, sinks or 0, scratch; strides of a query token and of a table

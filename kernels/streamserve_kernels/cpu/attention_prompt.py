@@ -106,9 +106,10 @@ def prompt_attention(
     start = seq_len - length
     if window is not None and window >= seq_len:
         window = None
-    explicit = window is not None or slopes is not None or soft_cap is not None
+    plain = soft_cap is None and key_cache.shape[3] == value_cache.shape[3]
+    explicit = window is not None or slopes is not None or not plain
     tile = MASKED_TILE if explicit else length
-    segment = SEGMENT if soft_cap is None else SEGMENT // 4
+    segment = SEGMENT if plain else SEGMENT // 4
     grouped = query.view(length, num_kv_heads, group, head_size).permute(1, 2, 0, 3)
     if slopes is not None:
         slopes = slopes.float().view(num_kv_heads, group)

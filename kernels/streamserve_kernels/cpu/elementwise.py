@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .jit import (
+from streamserve_kernels.cpu.jit import (
     at,
     call_int,
     compile_body,
@@ -197,7 +197,9 @@ def gated_body(bits: int) -> Any:
             up = at(gate, features)
             for i in range(min(piece, features - first)):
                 x = get(gate, i)
-                sigmoid = one / (one + exp(-(a + b * x * x) * x))
+                # the bound keeps 0·x² from being 0·inf; the sigmoid is flat long before it
+                square = min(x * x, np.float32(1e6))
+                sigmoid = one / (one + exp(-(a + b * square) * x))
                 put(out, i, x * sigmoid * get(up, i))
 
     return compile_body(body)

@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils, errors
 
-from .vector import bf16_to_f32, exp_f32, f32_to_bf16
+from streamserve_kernels.cpu.vector import bf16_to_f32, exp_f32, f32_to_bf16
 
 I32 = ir.IntType(32)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..interface import GatedKind, PackedLinear
-from ..naive import NaiveLinear
-from .ops import gated_activation
+from streamserve_kernels.cpu.ops import gated_activation
+from streamserve_kernels.interface import GatedKind, PackedLinear
+from streamserve_kernels.naive import NaiveLinear
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .. import naive
-from ..interface import ActivationKind, GatedKind
-from . import elementwise as bodies
-from .pool import pool
+from streamserve_kernels import naive
+from streamserve_kernels.cpu import elementwise as bodies
+from streamserve_kernels.cpu.pool import pool
+from streamserve_kernels.interface import ActivationKind, GatedKind
 
 COMPILED = (torch.bfloat16, torch.float32)
 # Elements below which a second thread costs more than it saves (a region is about 3 µs).

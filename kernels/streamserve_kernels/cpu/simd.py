@@ -11,15 +11,8 @@ from typing import Any
 from numba import types
 from numba.core import errors
 
-from .jit import literal_intrinsic
-from .vector import (
-    add_lanes,
-    call_math,
-    chunks,
-    load_f32,
-    splat,
-    store_f32,
-)
+from streamserve_kernels.cpu.jit import literal_intrinsic
+from streamserve_kernels.cpu.vector import add_lanes, call_math, chunks, load_f32, splat, store_f32
 
 
 def _literal(kind: Any) -> int:

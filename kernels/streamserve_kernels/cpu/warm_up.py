@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import ops
-from .attention import COMPILED, decode_kernel
+from streamserve_kernels.cpu import ops
+from streamserve_kernels.cpu.attention import COMPILED, decode_kernel
 
 
 def warm_up(

@@ -1,0 +1,91 @@
+"""Random paged caches for the kernel tests: shuffled block tables, NaN wherever nothing is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamserve_kernels import Kernels, load
+
+TOLERANCE = {
+    torch.float32: {"atol": 2e-6, "rtol": 1e-5},
+    # one rounding of the result, and of the operands inside flash attention
+    torch.bfloat16: {"atol": 1e-2, "rtol": 2e-2},
+    torch.float16: {"atol": 2e-3, "rtol": 4e-3},
+}
+
+
+@pytest.fixture(scope="session")
+def naive() -> Kernels:
+    return load("cpu", "naive")
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Kernels:
+    return load("cpu", "cpu")
+
+
+@dataclass
+class Paged:
+    """One attention call: arguments in the order of `paged_attention`, and the dense sequences."""
+
+    args: tuple[Tensor, ...]
+    keys: list[Tensor]  # of each request [L, Hkv, D]
+    values: list[Tensor]
+    queries: list[Tensor]  # of each request [q, Hq, D]
+
+
+def paged_case(
+    naive: Kernels,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_size: int,
+    block_size: int,
+    requests: list[tuple[int, int]],
+    value_size: int | None = None,
+    padding_rows: int = 0,
+) -> Paged:
+    """Requests are (sequence length, queries). Unused slots and spare blocks hold NaN."""
+    random = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    value_size = value_size or head_size
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random).to(dtype)
+
+    most_blocks = max(-(-length // block_size) for length, _ in requests) + 1
+    num_blocks = len(requests) * most_blocks + 2
+    shape = naive.kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size)
+    key_cache = torch.full(shape, float("nan"), dtype=dtype)
+    value_cache = torch.full((*shape[:3], value_size), float("nan"), dtype=dtype)
+    shuffled = torch.randperm(num_blocks, generator=random)[: len(requests) * most_blocks]
+    table = shuffled.view(len(requests), most_blocks).int()
+    keys, values, queries = [], [], []
+    for r, (length, count) in enumerate(requests):
+        j = torch.arange(length)
+        slots = table[r, j // block_size].long() * block_size + j % block_size
+        keys.append(normal(length, num_kv_heads, head_size))
+        values.append(normal(length, num_kv_heads, value_size))
+        queries.append(normal(count, num_heads, head_size))
+        naive.write_kv(keys[r], values[r], key_cache, value_cache, slots)
+        table[r, -(-length // block_size) :] = -1  # never to be read
+    padding = torch.full((padding_rows, num_heads, head_size), float("nan"), dtype=dtype)
+    starts = torch.tensor([0] + [count for _, count in requests]).cumsum(0).int()
+    return Paged(
+        args=(
+            torch.cat([*queries, padding]),
+            key_cache,
+            value_cache,
+            table,
+            torch.tensor([length for length, _ in requests], dtype=torch.int32),
+            starts,
+        ),
+        keys=keys,
+        values=values,
+        queries=queries,
+    )
