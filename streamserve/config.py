@@ -62,6 +62,7 @@ class ApiConfig:
     honours_priority: bool = False  # whether the scheduler's policy looks at it
     max_body_bytes: int = 16 * 2**20
     max_header_bytes: int = 64 * 2**10
+    header_timeout_s: float = 60.0
     ping_interval_s: float = 15.0
     drain_timeout_s: float = 30.0
 
@@ -72,6 +73,8 @@ class ApiConfig:
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
         _at_least("max_body_bytes", self.max_body_bytes, 1024)
         _at_least("max_header_bytes", self.max_header_bytes, 1024)
+        if self.header_timeout_s <= 0:
+            raise ConfigError(f"header_timeout_s must be above 0, got {self.header_timeout_s}")
         if self.ping_interval_s <= 0:
             raise ConfigError(f"ping_interval_s must be above 0, got {self.ping_interval_s}")
         if self.drain_timeout_s < 0:

@@ -90,15 +90,15 @@ class GenerationEndpoint(ABC):
         context = self._context
         body = await read_json_object(scope, receive, max_bytes=context.config.max_body_bytes)
         work = await self.prepare(body)
-        streams = self._submit(work, request_id := self._new_id(), arrival_time)
-        deliveries = [Delivery(context.metrics, context.clock, arrival_time) for _ in streams]
         envelope = Envelope(
             kind=self.kind,
-            id=request_id,
+            id=self.kind.id_prefix + secrets.token_hex(16),
             created=int(context.wall_clock()),
             model=work.common.model or context.config.served_model_names[0],
         )
         headers = self._headers(work.common)
+        deliveries = [Delivery(context.metrics, context.clock, arrival_time) for _ in work.prompts]
+        streams = self._submit(work, envelope.id, arrival_time)
         try:
             if work.common.stream:
                 answer = self._answer_stream(scope, work, envelope, streams, deliveries, headers)
@@ -122,9 +122,6 @@ class GenerationEndpoint(ABC):
             for stream, delivery in zip(streams, deliveries, strict=True):
                 stream.close()
                 delivery.end(FinishReason.ABORT)  # unless it has ended already
-
-    def _new_id(self) -> str:
-        return self.kind.id_prefix + secrets.token_hex(16)
 
     def _submit(self, work: Work, request_id: str, arrival_time: float) -> list[RequestStream]:
         """Hand all prompts to the engine, or none."""

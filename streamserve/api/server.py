@@ -70,7 +70,10 @@ def _cannot_listen(config: ApiConfig, exc: OSError) -> ConfigError:
 
 
 class _UvicornServer(uvicorn.Server):
-    """uvicorn without its signal handling, telling when it listens."""
+    """uvicorn without its signal handling, telling when it listens.
+
+    Importing sse-starlette puts a handler of its own into ``uvicorn.Server``: here nobody calls it.
+    """
 
     def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -132,7 +135,7 @@ class ApiServer:
     def _uvicorn_config(self) -> uvicorn.Config:
         return uvicorn.Config(
             self._app,
-            http=protocol_class(self._config.max_header_bytes),
+            http=protocol_class(self._config.max_header_bytes, self._config.header_timeout_s),
             ws="none",
             lifespan="off",
             log_config=None,

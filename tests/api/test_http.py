@@ -239,6 +239,40 @@ async def test_an_endless_header_in_pieces_is_refused():
         assert (await client.whole())[0] == 431
 
 
+@pytest.mark.parametrize("begun", [b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
+async def test_headers_that_never_end_are_refused(begun):
+    async with Api(header_timeout_s=0.05).serving() as address, connected(address) as client:
+        client.writer.write(begun)
+        status, _, body = await client.whole()
+        assert status == 408
+        assert json.loads(body)["error"]["code"] == "header_timeout"
+        assert await client.is_closed_by_server()
+
+
+async def test_a_second_request_has_its_own_time_and_an_answer_may_take_longer():
+    api = Api(is_held=True, header_timeout_s=0.05, ping_interval_s=0.1)
+    async with api.serving() as address, connected(address) as client:
+        await client.send("POST", CHAT, chat_body(stream=True, max_tokens=1))
+        await client.head()
+        assert await client.chunk() == b": ping\n\n"
+        api.pace.let_go()
+        await client.chunks()
+        client.writer.write(b"GET /health HTTP/1.1\r\n")
+        assert (await client.whole())[0] == 408
+
+
+async def test_half_a_pipelined_request_does_not_disturb_the_answer_before_it():
+    api = Api(is_held=True, header_timeout_s=0.05, ping_interval_s=0.2)
+    async with api.serving() as address, connected(address) as client:
+        await client.send("POST", CHAT, chat_body(stream=True, max_tokens=2))
+        client.writer.write(b"GET /health HTTP/1.1\r\n")
+        await client.head()
+        assert await client.chunk() == b": ping\n\n"
+        api.pace.let_go()
+        assert text_of(events_of(b"".join(await client.chunks()))) == "ab"
+        assert (await client.whole())[0] == 408
+
+
 async def test_headers_of_many_requests_do_not_add_up():
     async with Api(max_header_bytes=4096).serving() as address, connected(address) as client:
         for _ in range(5):
