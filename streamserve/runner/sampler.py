@@ -69,7 +69,6 @@ class Sampler:
         self._vocab_size = vocab_size
         padded = -(-vocab_size // _BLOCK) * _BLOCK
         self._chunk_rows = max(1, min(max_rows, _WORK_BYTES // (4 * padded)))
-        # Columns past the vocabulary stay minus infinity: no weight, and whole blocks everywhere.
         self._work = np.full((self._chunk_rows, padded), -np.inf, dtype=np.float32)
         self._keep = np.zeros((self._chunk_rows, padded), dtype=np.bool_)
         self._row_numbers = np.arange(max_rows, dtype=np.int64)
@@ -102,8 +101,7 @@ class Sampler:
     def _sample_chunk(
         self, logits: Float32Array, batch: SamplingBatch, start: int, end: int
     ) -> Int64Array:
-        work = self._work[: end - start]
-        work[:, : self._vocab_size] = logits[start:end]
+        work = self._copy(logits[start:end])
         for row, edits in batch.edits.items():
             if start <= row < end:
                 edits.apply(work[row - start, : self._vocab_size], int(batch.output_positions[row]))
@@ -125,6 +123,13 @@ class Sampler:
         sampled = np.flatnonzero(~greedy)
         self._draw(work, batch, start, sampled, ids)
         return ids
+
+    def _copy(self, logits: Float32Array) -> Float32Array:
+        """A working copy ``[C, Vp]`` of whole blocks; past the vocabulary nothing has weight."""
+        work = self._work[: len(logits)]
+        work[:, : self._vocab_size] = logits
+        work[:, self._vocab_size :] = -np.inf
+        return work
 
     def _draw(
         self,
@@ -187,9 +192,8 @@ class Sampler:
             ]
 
     def _row_logprobs(self, logits: Float32Array, token: int, count: int) -> TokenLogprobs:
-        work = self._work[:1]
+        work = self._copy(logits[None])
         row = work[0, : self._vocab_size]
-        row[:] = logits
         best = work.max(axis=1)
         if not np.isfinite(best).all():
             self._repair(work, best, logits[None])
