@@ -1,0 +1,36 @@
+"""The command line. The only reader of argv and the environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from streamserve.cli.args import parse_args
+from streamserve.errors import StreamServeError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 refused (with a line why), 130 Ctrl-C."""
+    args = parse_args(argv)
+    try:
+        if args.command == "serve":
+            from streamserve.cli.serve import run_serve
+
+            return run_serve(args)
+        return _run_chat(args)
+    except StreamServeError as error:
+        print(f"streamserve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        # A device thread may be inside torch: an orderly exit would tear it down there and abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+
+
+def _run_chat(args: Namespace) -> int:
+    from streamserve.cli.chat import run_chat
+
+    return run_chat(args)

@@ -1,0 +1,227 @@
+"""The command line: flags named as in vLLM where the meaning is the same."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from streamserve import __version__
+from streamserve.config import POLICIES
+
+DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
+LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
+
+_EXAMPLES = """examples:
+  streamserve serve                       the model in the box, on http://127.0.0.1:8000
+  streamserve serve ./my-llama --port 9000 --max-model-len 4096
+  streamserve chat                        talk to the model in the box, no server needed
+  streamserve chat --url http://127.0.0.1:8000
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="streamserve",
+        description="A low-latency streaming chat server for open-weight language models.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"streamserve {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    serve = commands.add_parser(
+        "serve", help="serve a model over an OpenAI-compatible HTTP API", allow_abbrev=False
+    )
+    _add_model_flags(serve)
+    _add_engine_flags(serve)
+    _add_http_flags(serve)
+
+    chat = commands.add_parser("chat", help="chat in the terminal", allow_abbrev=False)
+    _add_model_flags(chat)
+    _add_engine_flags(chat)
+    _add_chat_flags(chat)
+    return parser
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a local Hugging Face directory or a hub id (default: the small model in the box)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="weights and activations; auto on a CPU: bfloat16 where it multiplies it natively, "
+        "else float32 (default: auto)",
+    )
+    group.add_argument(
+        "--max-model-len",
+        type=_positive,
+        metavar="N",
+        help="tokens of prompt and answer together (default: what the model was made for)",
+    )
+    group.add_argument(
+        "--load-format",
+        choices=LOAD_FORMATS,
+        default="auto",
+        help="dummy: random weights from the config alone (default: auto)",
+    )
+    group.add_argument("--tokenizer", metavar="PATH", help="a directory (default: the model's)")
+    group.add_argument(
+        "--chat-template", metavar="FILE", help="a Jinja file in place of the checkpoint's"
+    )
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    group.add_argument(
+        "--quantization",
+        "-q",
+        metavar="METHOD",
+        help="not built yet: any value is refused",
+    )
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--max-num-seqs",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="requests that generate at the same time (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="tokens computed in one step, prompts and answers together (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-num-waiting",
+        type=_positive,
+        default=1024,
+        metavar="N",
+        help="requests that may queue before others get a 429 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--scheduling-policy",
+        choices=POLICIES,
+        default="fcfs",
+        help="priority: the request's `priority` field first, smaller is sooner "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--block-size",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="tokens in one KV block (default: %(default)s)",
+    )
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="share the KV cache of equal prefixes (default: on)",
+    )
+    group.add_argument(
+        "--kv-cache-memory",
+        metavar="SIZE",
+        help="memory for the KV cache on a CPU, like 2GiB (default: the least of 25%% of the free "
+        "memory, 4GiB, and what max-num-seqs × max-model-len can use)",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="F",
+        help="share of a GPU's memory to use; no effect on a CPU",
+    )
+    group.add_argument(
+        "--tensor-parallel-size",
+        "-tp",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="only 1 so far",
+    )
+    group.add_argument(
+        "--pipeline-parallel-size",
+        "-pp",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="only 1 so far",
+    )
+
+
+def _add_http_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("HTTP")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 to be reachable (default: %(default)s)"
+    )
+    group.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    group.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="the model's name in the API, and further names for it (default: MODEL)",
+    )
+    group.add_argument(
+        "--api-key",
+        nargs="+",
+        metavar="KEY",
+        help="require one of these as bearer token (default: STREAMSERVE_API_KEY, else none)",
+    )
+    group.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        default=["*"],
+        metavar="ORIGIN",
+        help="CORS: origins that a browser may call from (default: *)",
+    )
+    group.add_argument(
+        "--allow-credentials", action="store_true", help="CORS: let browsers send credentials"
+    )
+    group.add_argument(
+        "--strict-fields",
+        action="store_true",
+        help="refuse request fields that nobody knows (default: name them in X-Ignored-Fields)",
+    )
+    group.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds that running answers get to finish after Ctrl-C (default: %(default)s)",
+    )
+
+
+def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("chat")
+    group.add_argument("--url", help="a running server (default: start an engine of its own)")
+    group.add_argument(
+        "--api-key", metavar="KEY", help="of the server (default: STREAMSERVE_API_KEY, else none)"
+    )
+    group.add_argument(
+        "--model-name", metavar="NAME", help="with --url: which model (default: the first listed)"
+    )
+    group.add_argument("--system", metavar="TEXT", help="a system prompt")
+    group.add_argument("--max-tokens", type=_positive, metavar="N", help="of one answer")
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="(default: what the model recommends)"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse ``argv`` (default: the process's); exits with 2 and a usage line on a wrong flag."""
+    return build_parser().parse_args(argv)

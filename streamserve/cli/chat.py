@@ -1,0 +1,225 @@
+"""``streamserve chat``: a terminal chat that streams, against a server or an engine of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Protocol
+
+import httpx
+import orjson
+
+from streamserve.errors import StreamServeError
+
+Message = dict[str, str]
+
+_HELP = """/system TEXT  set the system prompt and start anew
+/reset        forget the conversation
+/help         this list
+/exit         leave (also Ctrl-D; Ctrl-C stops an answer)"""
+
+
+class ChatBackend(Protocol):
+    """Something that answers a conversation piece by piece."""
+
+    name: str
+
+    def answer(self, messages: list[Message]) -> AsyncIterator[str]:
+        """Yield the answer's text as it comes; raises ``StreamServeError``."""
+
+    async def close(self) -> None:
+        """Free what the backend holds."""
+
+
+class HttpBackend:
+    """Talks to a running server's OpenAI API."""
+
+    def __init__(self, client: httpx.AsyncClient, name: str, options: dict[str, object]) -> None:
+        self.name = name
+        self._client = client
+        self._options = options
+
+    @classmethod
+    async def connect(
+        cls, url: str, *, api_key: str | None, model: str | None, options: dict[str, object]
+    ) -> HttpBackend:
+        """Connect to ``url`` (with or without ``/v1``) and pick the first model it lists."""
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        base = url.rstrip("/").removesuffix("/v1")
+        timeout = httpx.Timeout(10.0, read=None)
+        client = httpx.AsyncClient(base_url=base, headers=headers, timeout=timeout)
+        try:
+            response = await client.get("/v1/models")
+            await _raise_for_error(response)
+            names = [entry["id"] for entry in orjson.loads(response.content)["data"]]
+            if model is not None and model not in names:
+                raise StreamServeError(f"{base} serves {', '.join(names)}, not {model!r}")
+        except httpx.HTTPError as error:
+            await client.aclose()
+            raise StreamServeError(
+                f"cannot reach {base}: {error or type(error).__name__}"
+            ) from error
+        except StreamServeError:
+            await client.aclose()
+            raise
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            await client.aclose()
+            raise StreamServeError(f"{base} does not answer like an OpenAI API") from error
+        return cls(client, model or names[0], options)
+
+    async def answer(self, messages: list[Message]) -> AsyncIterator[str]:
+        """Yield the deltas of one streamed completion."""
+        body = {"model": self.name, "messages": messages, "stream": True, **self._options}
+        done = False
+        try:
+            async with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+                await _raise_for_error(response)
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: "):
+                        continue
+                    if line == "data: [DONE]":
+                        done = True
+                        break
+                    chunk = orjson.loads(line[6:])
+                    if "error" in chunk:
+                        raise StreamServeError(chunk["error"]["message"])
+                    for choice in chunk["choices"]:
+                        if text := choice["delta"].get("content"):
+                            yield text
+        except httpx.HTTPError as error:
+            raise StreamServeError(
+                f"the connection broke: {error or type(error).__name__}"
+            ) from error
+        if not done:
+            raise StreamServeError("the server closed the stream before it was done")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+
+async def _raise_for_error(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    body = await response.aread()
+    try:
+        message = orjson.loads(body)["error"]["message"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        message = body.decode(errors="replace")[:200]
+    raise StreamServeError(f"the server answered {response.status_code}: {message}")
+
+
+class Conversation:
+    """The messages so far and the commands that change them."""
+
+    def __init__(self, system: str | None) -> None:
+        self.messages: list[Message] = []
+        self._system = system
+        self.reset()
+
+    def reset(self, system: str | None = None) -> None:
+        """Forget everything but the system prompt (or take a new one)."""
+        self._system = system or self._system
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+
+
+def chat_loop(
+    runner: asyncio.Runner,
+    backend: ChatBackend,
+    conversation: Conversation,
+    read_line: Callable[[str], str] = input,
+) -> None:
+    """Read lines, stream answers, until end of input. Ctrl-C stops the answer that is running."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = read_line(prompt).strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not line:
+            continue
+        if line.startswith("/"):
+            if line in {"/exit", "/quit"}:
+                return
+            _command(line, conversation)
+            continue
+        conversation.messages.append({"role": "user", "content": line})
+        pieces: list[str] = []
+        try:
+            runner.run(_print_answer(backend, conversation.messages, pieces))
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        except StreamServeError as error:
+            print(f"[{error}]", file=sys.stderr)
+            conversation.messages.pop()
+            continue
+        conversation.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+async def _print_answer(backend: ChatBackend, messages: list[Message], pieces: list[str]) -> None:
+    async with aclosing(backend.answer(messages)) as answer:  # type: ignore[type-var]
+        async for piece in answer:
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    print()
+
+
+def _command(line: str, conversation: Conversation) -> None:
+    name, _, argument = line.partition(" ")
+    if name == "/reset":
+        conversation.reset()
+    elif name == "/system" and argument.strip():
+        conversation.reset(argument.strip())
+    else:
+        print(_HELP)
+
+
+def run_chat(args: Namespace) -> int:
+    """Chat until the input ends. Returns the exit code; raises ``StreamServeError``."""
+    options = request_options(args)
+    conversation = Conversation(args.system)
+    with asyncio.Runner() as runner:
+        backend = runner.run(_connect(args, options)) if args.url else _start(args, runner, options)
+        try:
+            if sys.stdin.isatty():
+                print(f"chatting with {backend.name}; /help lists the commands, Ctrl-D leaves")
+            chat_loop(runner, backend, conversation)
+        finally:
+            runner.run(backend.close())
+    return 0
+
+
+async def _connect(args: Namespace, options: dict[str, object]) -> ChatBackend:
+    api_key = args.api_key or os.environ.get("STREAMSERVE_API_KEY")
+    return await HttpBackend.connect(
+        args.url, api_key=api_key, model=args.model_name, options=options
+    )
+
+
+def _start(args: Namespace, runner: asyncio.Runner, options: dict[str, object]) -> ChatBackend:
+    # With --url none of this is needed, and torch takes a second to import.
+    from streamserve.cli.compose import build_service, check_flags
+    from streamserve.cli.local_chat import LocalBackend
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    check_flags(args, say)
+    backend = LocalBackend(build_service(args, say=say, warn=say), options)
+    runner.run(backend.start())
+    return backend
+
+
+def request_options(args: Namespace) -> dict[str, object]:
+    """Return the request fields that the flags set; what is unset stays the server's default."""
+    options: dict[str, object] = {}
+    if args.max_tokens is not None:
+        options["max_tokens"] = args.max_tokens
+    if args.temperature is not None:
+        options["temperature"] = args.temperature
+    return options

@@ -1,0 +1,183 @@
+"""From flags to frozen configs to the objects of an engine: the one place that knows every part."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+import streamserve_kernels
+from streamserve.config import CacheConfig, SchedulerConfig
+from streamserve.core.clock import monotonic
+from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.scheduler import Scheduler
+from streamserve.engine.async_engine import AsyncEngine
+from streamserve.engine.chat_template import ChatTemplate
+from streamserve.engine.tokenizer import FastTokenizer
+from streamserve.errors import ConfigError
+from streamserve.models import (
+    ModelConfig,
+    kv_bytes_per_block,
+    load_config,
+    load_model,
+    resolve_dtype,
+    resolve_model,
+)
+from streamserve.runner.available import available_cpu_memory
+from streamserve.runner.build import build_runner, step_buffer_bytes
+from streamserve.runner.memory import MemoryPlan, format_bytes, parse_bytes, plan_memory
+
+BOX_NAME = "box"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """An engine that is ready to start, and what a front needs beside it."""
+
+    engine: AsyncEngine
+    tokenizer: FastTokenizer
+    chat_template: ChatTemplate
+    model_name: str
+    sampling_defaults: Mapping[str, float]
+    max_model_len: int
+
+
+class Progress:
+    """Says how far the weights are, at most ten times, and only if it takes a while."""
+
+    def __init__(self, say: Say, interval_s: float = 1.0) -> None:
+        self._say = say
+        self._interval_s = interval_s
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes are loaded."""
+        now = time.monotonic()
+        if now - self._last >= self._interval_s and total:
+            self._last = now
+            self._say(f"loading weights: {100 * done // total}% of {format_bytes(total)}")
+
+
+def box_path() -> Path:
+    """The directory of the model in the box."""
+    return Path(str(files("streamserve") / "assets" / "box"))
+
+
+def check_flags(args: Namespace, warn: Say) -> None:
+    """Refuse by name what is not built, and say what has no effect. Raises ``ConfigError``."""
+    for flag in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if (value := getattr(args, flag)) != 1:
+            name = flag.replace("_", "-")
+            raise ConfigError(
+                f"--{name} must be 1 (several devices are not built yet), got {value}"
+            )
+    if args.quantization is not None:
+        raise ConfigError(
+            f"--quantization {args.quantization} is not built yet: leave it out to serve the "
+            "weights unquantised"
+        )
+    if args.gpu_memory_utilization is not None:
+        if not 0.0 < args.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                "--gpu-memory-utilization must be above 0 and at most 1, "
+                f"got {args.gpu_memory_utilization}"
+            )
+        warn("--gpu-memory-utilization has no effect on a CPU; --kv-cache-memory sizes the cache")
+
+
+def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
+    """Load the model and build the engine around it; minutes for a big one. Main thread.
+
+    Says what it does line by line. Raises ``StreamServeError``.
+    """
+    device = torch.device("cpu")
+    path = box_path() if args.model is None else _resolve(args, say)
+    config = load_config(path)
+    dtype = resolve_dtype(args.dtype, config, device)
+    max_model_len = config.resolve_max_model_len(args.max_model_len)
+    name = BOX_NAME if args.model is None else args.model
+    say(f"model {name}: {config.architecture}, {str(dtype).removeprefix('torch.')}, on {device}")
+
+    scheduler_config = SchedulerConfig(
+        max_model_len=max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_waiting=args.max_num_waiting,
+        policy=args.scheduling_policy,
+    )
+    memory = _plan(args, config, dtype, scheduler_config)
+    for line in memory.describe().splitlines():
+        say(f"  {line}")
+    tokenizer, template = _build_text(args, path)
+    if template.is_builtin:
+        warn(f"the checkpoint has no chat template: using the {template.source} one")
+
+    kernels = streamserve_kernels.load(device)
+    model = load_model(
+        path,
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        load_format=args.load_format,
+        max_model_len=max_model_len,
+        progress=Progress(say),
+    )
+    runner = build_runner(
+        model, memory, max_num_batched_tokens=scheduler_config.max_num_batched_tokens
+    )
+    cache = CacheConfig(
+        num_blocks=memory.num_blocks,
+        block_size=memory.block_size,
+        enable_prefix_caching=args.enable_prefix_caching,
+    )
+    engine = AsyncEngine(
+        scheduler=Scheduler(scheduler_config, KVCacheManager(cache), monotonic),
+        runner=runner,
+        tokenizer=tokenizer,
+        eos_token_ids=frozenset(config.eos_token_ids),
+        max_model_len=max_model_len,
+        vocab_size=config.vocab_size,
+    )
+    return Service(engine, tokenizer, template, name, config.sampling_defaults, max_model_len)
+
+
+def _resolve(args: Namespace, say: Say) -> Path:
+    if not Path(args.model).expanduser().is_dir():
+        say(f"looking for {args.model} on the hub")
+    return resolve_model(args.model, revision=args.revision, load_format=args.load_format)
+
+
+def _plan(
+    args: Namespace, config: ModelConfig, dtype: torch.dtype, scheduler: SchedulerConfig
+) -> MemoryPlan:
+    return plan_memory(
+        available=available_cpu_memory(),
+        weight_bytes=config.weight_bytes(dtype),
+        step_buffer_bytes=step_buffer_bytes(
+            config.spec, dtype, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+        ),
+        kv_bytes_per_block=kv_bytes_per_block(config.spec, args.block_size, dtype),
+        block_size=args.block_size,
+        max_model_len=scheduler.max_model_len,
+        max_num_seqs=scheduler.max_num_seqs,
+        kv_cache_memory=None if args.kv_cache_memory is None else parse_bytes(args.kv_cache_memory),
+    )
+
+
+def _build_text(args: Namespace, path: Path) -> tuple[FastTokenizer, ChatTemplate]:
+    tokenizer_path = path if args.tokenizer is None else Path(args.tokenizer)
+    tokenizer = FastTokenizer.from_directory(tokenizer_path)
+    template = ChatTemplate.from_directory(
+        tokenizer_path,
+        override=args.chat_template,
+        special_tokens=tokenizer.special_tokens,
+        has_token=lambda token: tokenizer.token_to_id(token) is not None,
+    )
+    return tokenizer, template

@@ -1,0 +1,91 @@
+"""``streamserve serve``: bind the port, load the model, listen, and say so."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from argparse import Namespace
+
+from streamserve import __version__
+from streamserve.config import ApiConfig
+
+
+def run_serve(args: Namespace) -> int:
+    """Serve until a signal. Returns the exit code; raises ``StreamServeError``."""
+    started = time.monotonic()
+    # Before torch is imported and a model is loaded: a port in use is known in a moment.
+    from streamserve.api.app import create_app
+    from streamserve.api.server import bind_sockets, serve
+    from streamserve.engine.garbage import freeze_gc
+    from streamserve.engine.preprocess import Preprocessor
+
+    config = api_config(args)
+    sockets = bind_sockets(config)
+    say(f"streamserve {__version__}")
+
+    from streamserve.cli.compose import build_service, check_flags
+
+    check_flags(args, warn)
+    service = build_service(args, say=say, warn=warn)
+    app = create_app(
+        engine=service.engine,
+        preprocessor=Preprocessor(service.tokenizer, service.chat_template),
+        tokenizer=service.tokenizer,
+        config=config,
+        max_model_len=service.max_model_len,
+        generation_config=service.sampling_defaults,
+    )
+    freeze_gc()
+
+    def ready(url: str) -> None:
+        name = config.served_model_names[0]
+        say(f"ready in {time.monotonic() - started:.1f} s: {url} (model {name!r}). Try:")
+        say(
+            f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'"
+            f"{_key_header(config)} \\\n    -d '"
+            f'{{"model": "{name}", "stream": true, "messages": '
+            """[{"role": "user", "content": "What is the capital of France?"}]}'"""
+        )
+
+    def draining(num_requests: int) -> None:
+        answers = "answer" if num_requests == 1 else "answers"
+        say(f"finishing {num_requests} {answers}; Ctrl-C again to stop at once")
+
+    serve(app, config, sockets=sockets, on_ready=ready, on_draining=draining)
+    say("stopped")
+    return 0
+
+
+def api_config(args: Namespace) -> ApiConfig:
+    """Return the front's config. Raises ``ConfigError``."""
+    keys = args.api_key
+    if keys is None:
+        key = os.environ.get("STREAMSERVE_API_KEY")
+        keys = [key] if key else []
+    names = args.served_model_name or [args.model or "box"]
+    return ApiConfig(
+        served_model_names=tuple(names),
+        host=args.host,
+        port=args.port,
+        api_keys=tuple(keys),
+        allowed_origins=tuple(args.allowed_origins),
+        allow_credentials=args.allow_credentials,
+        strict_fields=args.strict_fields,
+        honours_priority=args.scheduling_policy == "priority",
+        drain_timeout_s=args.drain_timeout,
+    )
+
+
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """Print a line that should not be missed."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _key_header(config: ApiConfig) -> str:
+    return " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""

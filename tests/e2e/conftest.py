@@ -1,0 +1,22 @@
+"""Servers shared by a whole test session."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.e2e.servers import Server, running_server
+
+
+@pytest.fixture(scope="session")
+def box() -> Iterator[Server]:
+    """The model in the box in float32, where equal tokens can be asked for."""
+    with running_server("--dtype", "float32") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Iterator[Callable[..., Server]]:
+    """Start further servers; each is stopped when the test session ends."""
+    with ExitStack() as stack:
+        yield lambda *args: stack.enter_context(running_server(*args))

@@ -1,0 +1,90 @@
+"""Real server processes for tests that act as a user would."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from openai import AsyncOpenAI, OpenAI
+
+ROOT = Path(__file__).parents[2]
+READY = re.compile(r"ready .*(http://\S+)")
+
+
+@dataclass
+class Server:
+    """A running `streamserve serve` and what it printed."""
+
+    process: subprocess.Popen[str]
+    url: str
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def client(self, **kwargs: object) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **kwargs)
+
+    def async_client(self, **kwargs: object) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **kwargs)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics, labels as part of the name."""
+        text = httpx.get(f"{self.url}/metrics").raise_for_status().text
+        rows = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in rows}
+
+
+def environment() -> dict[str, str]:
+    """The checkout first on the path, whatever is installed; nothing from outside."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("STREAMSERVE_")}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    env["HF_HUB_OFFLINE"] = "1"
+    env["PYTHONWARNINGS"] = "error"
+    return env
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "streamserve", *args]
+
+
+@contextmanager
+def running_server(*args: str) -> Iterator[Server]:
+    """Start `streamserve serve` on a free port, wait until it says ready, end it with SIGTERM."""
+    process = subprocess.Popen(
+        command("serve", *args, "--port", "0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdout is not None
+    server = Server(process, url="")
+    try:
+        for line in process.stdout:
+            server.lines.append(line)
+            if match := READY.search(line):
+                server.url = match[1]
+                break
+        assert server.url, f"the server ended before it was ready:\n{server.output}"
+        # Keep reading, or a full pipe would stop the server.
+        reader = threading.Thread(target=lambda: server.lines.extend(process.stdout), daemon=True)
+        reader.start()
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()

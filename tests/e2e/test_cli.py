@@ -1,0 +1,116 @@
+"""The command line as a person meets it."""
+
+import signal
+import socket
+import subprocess
+
+import pytest
+
+from streamserve import __version__
+from streamserve.cli.args import build_parser
+from tests.e2e.servers import command, environment, running_server
+
+
+def run(*args, stdin="", timeout=120):
+    return subprocess.run(
+        command(*args),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        check=False,
+    )
+
+
+def test_version():
+    result = run("--version")
+    assert (result.returncode, result.stdout.strip()) == (0, f"streamserve {__version__}")
+
+
+def test_help_names_every_flag():
+    text = run("serve", "--help").stdout
+    for flag in ("--host", "--port", "--dtype", "--max-model-len", "--gpu-memory-utilization"):
+        assert flag in text
+    assert "examples:" in run("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size must be 1"),
+        (["--pipeline-parallel-size", "4"], "--pipeline-parallel-size must be 1"),
+        (["--quantization", "awq"], "--quantization awq is not built yet"),
+        (["--gpu-memory-utilization", "1.5"], "at most 1, got 1.5"),
+        (["/nowhere/model"], "there is no such directory"),
+        (["--max-model-len", "1000000"], "1000000"),
+        (["--kv-cache-memory", "many"], "4GiB"),
+        (["--kv-cache-memory", "100TiB"], "--kv-cache-memory"),
+        (["--port", "70000"], "port must be between 0 and 65535, got 70000"),
+    ],
+)
+def test_a_wrong_flag_is_refused_in_one_line(args, message):
+    result = run("serve", "--port", "0", *args)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_in_use_is_known_before_the_model_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run("serve", "--port", str(taken.getsockname()[1]))
+    assert result.returncode == 1
+    assert "Address already in use" in result.stderr
+    assert "weights" not in result.stdout
+
+
+def test_gpu_flag_is_accepted_with_a_word_on_its_effect():
+    with running_server("--gpu-memory-utilization", "0.9", "--dtype", "float32") as server:
+        assert server.output.count("--gpu-memory-utilization has no effect on a CPU") == 1
+
+
+def test_the_memory_plan_and_a_line_to_try_are_printed(box):
+    for words in ("weights", "KV blocks", "tokens", "chats of", "curl -N"):
+        assert words in box.output
+
+
+def test_ctrl_c_ends_an_idle_server_with_success():
+    with running_server("--dtype", "float32") as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=20) == 0
+
+
+def test_chat_with_an_engine_of_its_own():
+    result = run(
+        "chat", "--dtype", "float32", "--temperature", "0", stdin="What is the capital of France?\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+
+
+def test_chat_against_a_server(box):
+    lines = "My name is Anna.\nWhat is my name?\n/reset\n/exit\n"
+    result = run("chat", "--url", box.url, "--temperature", "0", stdin=lines)
+    assert result.returncode == 0, result.stderr
+    assert "Anna" in result.stdout.splitlines()[1]
+
+
+def test_chat_says_when_there_is_no_server():
+    result = run("chat", "--url", "http://127.0.0.1:9", stdin="hi\n")
+    assert result.returncode == 1
+    assert "cannot reach http://127.0.0.1:9" in result.stderr
+
+
+def test_flags_have_help():
+    """A flag without a help text is one that a person must guess."""
+    parsers = [build_parser()]
+    while parsers:
+        parser = parsers.pop()
+        for action in parser._actions:
+            if isinstance(action.choices, dict):
+                parsers.extend(action.choices.values())
+            elif action.dest != "help":
+                assert action.help, action

@@ -1,0 +1,172 @@
+"""The openai package against a real server process with a real model."""
+
+import asyncio
+
+import openai
+import pytest
+
+CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def test_sync_answer(box):
+    with box.client() as client:
+        reply = client.chat.completions.create(model="box", messages=CAPITAL, temperature=0)
+    assert "Paris" in reply.choices[0].message.content
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.usage.completion_tokens > 0
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+
+
+def test_sync_stream_equals_the_plain_answer(box):
+    with box.client() as client:
+        plain = client.chat.completions.create(model="box", messages=CAPITAL, temperature=0)
+        chunks = list(
+            client.chat.completions.create(
+                model="box",
+                messages=CAPITAL,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == plain.choices[0].message.content
+    finish = [c.choices[0].finish_reason for c in chunks if c.choices]
+    assert finish[-1] == "stop"
+    assert set(finish[:-1]) == {None}
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
+    assert {(c.id, c.created, c.model) for c in chunks} == {
+        (chunks[0].id, chunks[0].created, chunks[0].model)
+    }
+
+
+async def test_async_stream(box):
+    async with box.async_client() as client:
+        stream = await client.chat.completions.create(
+            model="box", messages=CAPITAL, temperature=0, stream=True
+        )
+        text = "".join([c.choices[0].delta.content or "" async for c in stream])
+    assert "Paris" in text
+
+
+def test_completions_with_token_ids_and_batches(box):
+    with box.client() as client:
+        one = client.completions.create(
+            model="box",
+            prompt="Hello",
+            max_tokens=8,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        two = client.completions.create(
+            model="box",
+            prompt=["Hello", "Hello"],
+            max_tokens=8,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+    assert [c.text for c in two.choices] == [one.choices[0].text] * 2
+    assert [c.index for c in two.choices] == [0, 1]
+    assert one.usage.completion_tokens == 8
+
+
+def test_multi_byte_text_streams_whole(box):
+    """Emoji and Chinese arrive as whole characters, and equal the answer given at once."""
+    messages = [{"role": "user", "content": "你好"}]
+    with box.client() as client:
+        plain = client.chat.completions.create(model="box", messages=messages, temperature=0)
+        stream = client.chat.completions.create(
+            model="box", messages=messages, temperature=0, stream=True
+        )
+        pieces = [c.choices[0].delta.content or "" for c in stream]
+    assert "".join(pieces) == plain.choices[0].message.content
+    assert any(ord(char) > 0x2E80 for char in plain.choices[0].message.content)
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_seed_repeats_the_answer(box):
+    def ask(seed):
+        with box.client() as client:
+            reply = client.chat.completions.create(
+                model="box",
+                messages=[{"role": "user", "content": "Tell me a story"}],
+                temperature=1.0,
+                seed=seed,
+                max_tokens=40,
+            )
+        return reply.choices[0].message.content
+
+    assert ask(1) == ask(1)
+    assert len({ask(seed) for seed in range(4)}) > 1
+
+
+def test_stop_string_ends_the_answer(box):
+    with box.client() as client:
+        whole = client.chat.completions.create(model="box", messages=CAPITAL, temperature=0)
+        cut = client.chat.completions.create(
+            model="box", messages=CAPITAL, temperature=0, stop=["Par"]
+        )
+    text = whole.choices[0].message.content
+    assert cut.choices[0].message.content == text[: text.index("Par")]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_logprobs(box):
+    with box.client() as client:
+        reply = client.chat.completions.create(
+            model="box", messages=CAPITAL, temperature=0, logprobs=True, top_logprobs=3
+        )
+    entries = reply.choices[0].logprobs.content
+    assert "".join(e.token for e in entries) == reply.choices[0].message.content
+    for entry in entries:
+        assert entry.top_logprobs[0].logprob == entry.logprob
+        assert len(entry.top_logprobs) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param"),
+    [
+        ({"model": "gpt-9"}, openai.NotFoundError, "model"),
+        ({"temperature": 3}, openai.BadRequestError, "temperature"),
+        ({"n": 2}, openai.BadRequestError, "n"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        (
+            {"messages": [{"role": "user", "content": "long " * 20_000}]},
+            openai.BadRequestError,
+            "messages",
+        ),
+    ],
+)
+def test_bad_requests_name_the_field(box, fields, error, param):
+    with box.client() as client, pytest.raises(error) as caught:
+        client.chat.completions.create(**{"model": "box", "messages": CAPITAL, **fields})
+    assert caught.value.param == param
+    assert param in caught.value.message
+
+
+async def test_a_reader_who_leaves_frees_everything(box):
+    """Streams closed after a few chunks give back their seats and blocks; the server goes on."""
+    async with box.async_client() as client:
+
+        async def leave_early(index):
+            stream = await client.chat.completions.create(
+                model="box",
+                messages=[{"role": "user", "content": f"Count to fifty. Take {index}."}],
+                stream=True,
+                max_tokens=1000,
+                extra_body={"ignore_eos": True},
+            )
+            async for _ in stream:
+                break
+            await stream.close()
+
+        await asyncio.gather(*(leave_early(index) for index in range(16)))
+        reply = await client.chat.completions.create(model="box", messages=CAPITAL, temperature=0)
+        assert "Paris" in reply.choices[0].message.content
+        async with asyncio.timeout(30):
+            while box.metrics()["streamserve:num_requests_running"] != 0:
+                await client.models.list()
+    assert box.metrics()["streamserve:kv_cache_usage_perc"] == 0
