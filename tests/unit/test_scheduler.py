@@ -419,6 +419,48 @@ def test_blocks_in_flight_return_only_when_their_step_retires():
     harness.run()
 
 
+def test_who_waits_for_blocks_in_flight_is_not_preempted_for_them():
+    harness = Harness(num_blocks=3, max_steps_in_flight=2)
+    leaving = harness.add([1] * 4, max_tokens=5)
+    request = harness.add([2] * 3, max_tokens=6)
+    harness.launch()
+    harness.launch()
+    assert harness.kv.num_free_blocks == 0
+    harness.retire()
+    harness.scheduler.finish(leaving, FinishReason.ABORT)
+    assert harness.launch() is None  # two blocks return with the step in flight
+    harness.retire()
+    assert shares(harness.launch()) == {request.request_id: 1}
+    harness.run()
+    assert request.num_preemptions == 0
+
+
+def test_an_admission_leaves_a_block_for_each_that_runs():
+    harness = Harness(num_blocks=3)
+    first = harness.add([1] * 4, max_tokens=5)
+    harness.add([2] * 8, max_tokens=1)
+    plans = harness.run()
+    assert [list(shares(plan)) for plan in plans] == [["r1"]] * 5 + [["r2"]]
+    assert first.num_preemptions == 0
+
+
+def test_nobody_behind_a_request_that_waits_for_blocks_takes_one():
+    harness = Harness(max_num_batched_tokens=16, max_steps_in_flight=2)
+    leaving = harness.add([1] * 2, max_tokens=9)
+    long = harness.add([2] * 40, max_tokens=9)
+    behind = harness.request([3] * 4, max_tokens=9)
+    harness.launch()
+    harness.scheduler.finish(leaving, FinishReason.ABORT)
+    harness.scheduler.fork(long, behind)  # a seat without the look-ahead of an admission
+    pool = harness.kv._pool
+    held = [pool.allocate() for _ in range(pool.num_free_blocks - 2)]
+    assert harness.launch() is None  # the long one needs 4 blocks, the one behind it 1
+    assert pool.num_free_blocks == 2
+    for block in held:
+        pool.release(block)
+    harness.run()
+
+
 def test_one_that_must_yield_in_flight_keeps_its_seat_until_its_token_is_known():
     harness = Harness(max_num_seqs=1, policy="priority", max_steps_in_flight=2)
     low = harness.add([1, 1], max_tokens=9, priority=1)
@@ -490,6 +532,18 @@ def test_forked_children_share_and_write_their_own():
     harness.run()
     assert harness.runner.num_computed_tokens == 20 + 5 + 3 * 6
     assert all(child.output_token_ids == parent.output_token_ids for child in children)
+
+
+def test_the_turn_after_a_fork_continues_in_the_childs_tail():
+    harness = Harness(block_size=16)
+    parent = harness.add([1] * 20, max_tokens=4)
+    harness.step()
+    child = harness.request([*[1] * 19, 2], max_tokens=4)
+    harness.scheduler.fork(parent, child)
+    harness.run()
+    again = harness.add([*child.token_ids, 3], max_tokens=1)
+    harness.run()
+    assert again.num_cached_tokens == 23
 
 
 def test_a_fork_without_a_seat_waits():
