@@ -232,6 +232,17 @@ def test_an_urgent_prompt_gets_the_tokens_before_a_running_one():
     harness.run()
 
 
+def test_an_urgent_request_does_not_wait_for_what_a_lesser_one_computes():
+    harness = Harness(max_num_batched_tokens=8, policy="priority")
+    harness.add([1] * 24, max_tokens=1, priority=1)
+    harness.step()
+    harness.add([1] * 24, max_tokens=1, priority=0)
+    plan = harness.step()
+    assert shares(plan) == {"r2": 8}
+    assert plan.scheduled[0].start == 8
+    harness.run()
+
+
 def test_the_tail_yields_blocks_to_a_more_urgent_class():
     harness = Harness(num_blocks=8, policy="priority")
     low = harness.add([1] * 20, max_tokens=4, priority=5)
