@@ -54,7 +54,7 @@ class MemoryPlan:
         whole = -(-self.max_model_len // self.block_size)
         longest = (min(self.max_num_seqs, self.num_blocks // whole), self.max_model_len)
         if shared == 0:
-            seats = (self.num_blocks, self.block_size)
+            seats = (self.num_blocks, min(self.block_size, self.max_model_len))
         else:
             seats = (self.max_num_seqs, shared)
         return [longest] if seats == longest else [seats, longest]
@@ -129,8 +129,11 @@ def plan_memory(
             )
         )
     if num_blocks < blocks_per_sequence:
-        _refuse_short_cache(
-            num_blocks, blocks_per_sequence, block_size, kv_bytes_per_block, max_model_len, sizes
+        shortest = num_blocks * block_size
+        advice = _advice(shortest, blocks_per_sequence * kv_bytes_per_block, room)
+        raise KVCacheMemoryError(
+            f"the KV cache holds {shortest} tokens, fewer than one sequence of --max-model-len "
+            f"{max_model_len}: {advice}. {sizes}"
         )
     return MemoryPlan(
         available=available,
@@ -172,19 +175,14 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
-def _refuse_short_cache(
-    num_blocks: int,
-    blocks_per_sequence: int,
-    block_size: int,
-    kv_bytes_per_block: int,
-    max_model_len: int,
-    sizes: str,
-) -> None:
-    needed = _size_flag(blocks_per_sequence * kv_bytes_per_block, round_up=True)
-    lower = f"lower --max-model-len to {num_blocks * block_size} or " if num_blocks else ""
-    raise KVCacheMemoryError(
-        f"the KV cache holds {num_blocks * block_size} tokens, fewer than one sequence of "
-        f"--max-model-len {max_model_len}: {lower}raise --kv-cache-memory to {needed}. {sizes}"
+def _advice(num_tokens: int, needed: int, room: int) -> str:
+    """What to do when the cache holds ``num_tokens`` and ``needed`` bytes would be enough."""
+    lower = f"lower --max-model-len to {num_tokens} or " if num_tokens else ""
+    if needed <= room:
+        return f"{lower}raise --kv-cache-memory to {_size_flag(needed, round_up=True)}"
+    return (
+        f"{lower}free memory ({format_bytes(room)} are left for the cache, "
+        f"{format_bytes(needed)} are needed)"
     )
 
 

@@ -1,0 +1,200 @@
+"""Scheduler, cache, runner and a real (tiny) model: what happens to a request never shows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from streamserve.config import CacheConfig, SchedulerConfig
+from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.request import Request
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.scheduler import Scheduler
+from streamserve.runner.build import build_runner
+from streamserve.runner.model_runner import TorchModelRunner
+from tests.runner.tiny_llama import CPU, MAX_LEN, VOCAB, memory_for, tiny_llama
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 160
+MAX_TOKENS = 48
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+SEEDED = SamplingParams(temperature=1.2, top_p=0.95, max_tokens=24, presence_penalty=0.3)
+
+
+@pytest.fixture(scope="module", params=["naive", "cpu"])
+def model(request, tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model"), backend=request.param)
+
+
+@pytest.fixture(scope="module")
+def runner(model) -> Iterator[TorchModelRunner]:
+    memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    runner = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
+    yield runner
+    runner.close()
+
+
+class Loop:
+    """The engine's step loop, without its clock and its readers."""
+
+    next_step_id = 0
+
+    def __init__(self, runner, *, num_blocks=NUM_BLOCKS, prefix=True, **config) -> None:
+        self.runner = runner
+        cache = CacheConfig(
+            num_blocks=num_blocks, block_size=BLOCK_SIZE, enable_prefix_caching=prefix
+        )
+        options = {"max_model_len": MAX_LEN, "max_num_seqs": 8, "max_num_batched_tokens": 48}
+        self.scheduler = Scheduler(
+            SchedulerConfig(**{**options, **config}), KVCacheManager(cache), lambda: 0.0
+        )
+        self.futures = []
+        self.num_failed = 0
+
+    def run(self, requests: list[Request]) -> list[list[int]]:
+        for request in requests:
+            self.scheduler.add(request)
+        while self.scheduler.has_unfinished:
+            self.turn()
+        while self.futures:
+            self.scheduler.update(self.futures.pop(0).result(timeout=20))
+        self.scheduler.check_integrity()
+        return [request.output_token_ids for request in requests]
+
+    def turn(self) -> None:
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.runner.launch(plan)
+            self.futures.append(self.runner.sample(plan.step_id))
+        if plan is None or len(self.futures) >= self.scheduler.config.max_steps_in_flight:
+            self.scheduler.update(self.futures.pop(0).result(timeout=20))
+        self.scheduler.check_integrity()
+
+
+@pytest.fixture(autouse=True)
+def forget_requests(runner):
+    """Each test has a scheduler of its own, so the runner starts every test with no request."""
+    yield
+    batch = runner._input_batch
+    for request_id in batch.request_ids:
+        batch._remove(request_id)
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCAB) for _ in range(rng.randrange(3, 60))] for _ in range(count)]
+
+
+def requests(token_ids: list[list[int]], params=GREEDY, prefix="r") -> list[Request]:
+    return [
+        Request(f"{prefix}{i}", ids, params, arrival_time=0.0, seed=100 + i)
+        for i, ids in enumerate(token_ids)
+    ]
+
+
+def alone(runner, token_ids, params=GREEDY) -> list[list[int]]:
+    return [Loop(runner, prefix=False).run([request])[0] for request in requests(token_ids, params)]
+
+
+@pytest.fixture(scope="module")
+def expected(model, runner):
+    token_ids = prompts(6)
+    return {
+        "prompts": token_ids,
+        "greedy": alone(runner, token_ids),
+        "seeded": alone(runner, token_ids, SEEDED),
+    }
+
+
+def test_solo_is_the_model_without_a_cache(model, runner, expected):
+    """The whole sequence in one forward, again for each token."""
+    memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    plain = build_runner(model, memory, max_num_batched_tokens=MAX_LEN)
+    try:
+        for prompt, output in zip(expected["prompts"][:2], expected["greedy"], strict=False):
+            for count in range(len(output)):
+                params = SamplingParams(temperature=0.0, max_tokens=1)
+                request = Request("x", prompt + output[:count], params, arrival_time=0, seed=0)
+                loop = Loop(plain, prefix=False, max_num_batched_tokens=MAX_LEN)
+                assert loop.run([request]) == [[output[count]]]
+                plain._input_batch._remove("x")
+    finally:
+        plain.close()
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_batched_is_solo(runner, expected, kind, steps_in_flight):
+    params = GREEDY if kind == "greedy" else SEEDED
+    loop = Loop(runner, prefix=False, max_steps_in_flight=steps_in_flight)
+    assert loop.run(requests(expected["prompts"], params)) == expected[kind]
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+@pytest.mark.parametrize("max_num_batched_tokens", [8, 9, 17])
+def test_chunked_is_solo(runner, expected, kind, max_num_batched_tokens):
+    params = GREEDY if kind == "greedy" else SEEDED
+    loop = Loop(runner, prefix=False, max_num_batched_tokens=max_num_batched_tokens)
+    assert loop.run(requests(expected["prompts"], params)) == expected[kind]
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+def test_a_prefix_hit_is_solo(runner, expected, kind):
+    params = GREEDY if kind == "greedy" else SEEDED
+    loop = Loop(runner)
+    first = loop.run(requests(expected["prompts"], params))
+    again = requests(expected["prompts"], params, prefix="again")
+    assert first == expected[kind]
+    assert loop.run(again) == expected[kind]
+    assert sum(request.num_cached_tokens for request in again) > 100
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_preempted_is_solo(runner, expected, kind, steps_in_flight):
+    params = GREEDY if kind == "greedy" else SEEDED
+    loop = Loop(runner, num_blocks=34, max_steps_in_flight=steps_in_flight)
+    admitted = requests(expected["prompts"], params)
+    assert loop.run(admitted) == expected[kind]
+    assert sum(request.num_preemptions for request in admitted) > 0
+
+
+def test_parallel_choices_differ_and_each_is_its_own(runner, expected):
+    prompt = expected["prompts"][0]
+    loop = Loop(runner)
+    choices = [
+        Request(f"c{i}", prompt, SEEDED, arrival_time=0.0, seed=100, choice_index=i)
+        for i in range(4)
+    ]
+    outputs = loop.run(choices)
+    assert outputs[0] == expected["seeded"][0]
+    assert len({tuple(output) for output in outputs}) == 4
+
+
+def test_a_step_that_fails_fails_its_requests_only(runner, expected, monkeypatch):
+    loop = Loop(runner)
+    first, second = requests(expected["prompts"][:2])
+    loop.scheduler.add(first)
+    for _ in range(3):
+        loop.turn()
+    forward = runner._model.forward
+
+    def broken(batch, caches):
+        raise torch.OutOfMemoryError("no memory for this step")
+
+    monkeypatch.setattr(runner._model, "forward", broken)
+    plan = loop.scheduler.schedule()
+    runner.launch(plan)
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.sample(plan.step_id).result(timeout=20)
+    monkeypatch.setattr(runner._model, "forward", forward)
+    assert loop.scheduler.fail_step(plan.step_id) == [first]
+    assert loop.run([second]) == [expected["greedy"][1]]
+
+
+def test_nothing_on_the_device_is_a_graph(runner, expected):
+    assert not any(cache.requires_grad for pair in runner._kv_caches for cache in pair)
+    assert all(cache.device == CPU for pair in runner._kv_caches for cache in pair)

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from streamserve.core.plan import (
+    PENDING_TOKEN,
+    BlockCopy,
+    NewRequest,
+    ScheduledRequest,
+    SchedulerOutput,
+)
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.runner.model_runner import TorchModelRunner
+from tests.runner.fake_model import BLOCK_SIZE, VOCAB, FakeModel, logits_after
+
+GREEDY = SamplingParams(temperature=0.0)
+PROMPT = [3, 1, 4, 1, 5, 9]
+
+
+@pytest.fixture
+def model() -> FakeModel:
+    return FakeModel()
+
+
+@pytest.fixture
+def runner(model) -> Iterator[TorchModelRunner]:
+    runner = TorchModelRunner(
+        model,
+        model.caches(32),
+        vocab_size=VOCAB,
+        block_size=BLOCK_SIZE,
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        padded_sizes=(1, 2, 4, 8, 16, 32, 40),
+    )
+    yield runner
+    runner.close()
+
+
+def new(request_id: str, token_ids=PROMPT, params=GREEDY, seed=0) -> NewRequest:
+    return NewRequest(request_id, list(token_ids), len(token_ids), params, seed, 0)
+
+
+def prompt_plan(step_id: int, request_id: str = "a", blocks=(7, 2), params=GREEDY, **more):
+    return SchedulerOutput(
+        step_id,
+        new_requests=[new(request_id, params=params)],
+        scheduled=[ScheduledRequest(request_id, 0, PROMPT, list(blocks), True, 0)],
+        **more,
+    )
+
+
+def decode_plan(step_id: int, position: int, token: int, *, request_id: str = "a", blocks=()):
+    scheduled = ScheduledRequest(
+        request_id, position, [token], list(blocks), True, position - len(PROMPT) + 1
+    )
+    return SchedulerOutput(step_id, scheduled=[scheduled])
+
+
+def result(runner: TorchModelRunner, plan: SchedulerOutput, masks=None):
+    runner.launch(plan)
+    return runner.sample(plan.step_id, masks).result(timeout=10)
+
+
+def greedy_after(token_ids: list[int], count: int) -> list[int]:
+    tokens = list(token_ids)
+    for _ in range(count):
+        tokens.append(int(logits_after(tokens).argmax()))
+    return tokens[len(token_ids) :]
+
+
+def test_a_prompt_and_its_decodes(runner, model):
+    expected = greedy_after(PROMPT, 3)
+    output = result(runner, prompt_plan(0))
+    assert output.step_id == 0
+    assert output.sampled_token_ids == [[expected[0]]]
+    assert output.logprobs is None
+    assert result(runner, decode_plan(1, 6, expected[0])).sampled_token_ids == [[expected[1]]]
+    assert result(runner, decode_plan(2, 7, expected[1])).sampled_token_ids == [[expected[2]]]
+    assert model.grad_modes == [True] * 3
+
+
+def test_two_steps_in_flight_resolve_pending_tokens_on_the_device(runner):
+    expected = greedy_after(PROMPT, 4)
+    runner.launch(prompt_plan(0))
+    futures = [runner.sample(0)]
+    for step_id, position in ((1, 6), (2, 7), (3, 8)):
+        runner.launch(
+            decode_plan(
+                step_id, position, PENDING_TOKEN, blocks=() if position % BLOCK_SIZE else (9,)
+            )
+        )
+        futures.append(runner.sample(step_id))
+    found = [future.result(timeout=10).sampled_token_ids for future in futures]
+    assert found == [[[token]] for token in expected]
+
+
+def test_a_launch_may_come_before_the_sample_of_the_step_before(runner):
+    expected = greedy_after(PROMPT, 2)
+    runner.launch(prompt_plan(0))
+    runner.launch(decode_plan(1, 6, PENDING_TOKEN))
+    first, second = runner.sample(0), runner.sample(1)
+    assert first.result(timeout=10).sampled_token_ids == [[expected[0]]]
+    assert second.result(timeout=10).sampled_token_ids == [[expected[1]]]
+
+
+def test_an_entry_is_empty_where_no_sample_was_asked_for(runner):
+    plan = SchedulerOutput(
+        0,
+        new_requests=[new("a"), new("b")],
+        scheduled=[
+            ScheduledRequest("a", 0, PROMPT[:3], [4], False, 0),
+            ScheduledRequest("b", 0, PROMPT, [5, 6], True, 0),
+        ],
+    )
+    assert result(runner, plan).sampled_token_ids == [[], greedy_after(PROMPT, 1)]
+    rest = ScheduledRequest("a", 3, PROMPT[3:], [8], True, 0)
+    output = result(runner, SchedulerOutput(1, scheduled=[rest]))
+    assert output.sampled_token_ids == [greedy_after(PROMPT, 1)]
+
+
+def test_copies_run_before_the_writes_of_their_plan(runner):
+    result(runner, prompt_plan(0, blocks=(7, 2)))
+    # "b" shares the first block and gets a copy of the second, which it then writes into.
+    plan = SchedulerOutput(
+        1,
+        new_requests=[new("b", [*PROMPT, 30])],
+        scheduled=[ScheduledRequest("b", 6, [30], [7, 11], True, 0)],
+        block_copies=[BlockCopy(2, 11)],
+    )
+    assert result(runner, plan).sampled_token_ids == [greedy_after([*PROMPT, 30], 1)]
+    again = result(runner, decode_plan(2, 6, 41))
+    assert again.sampled_token_ids == [greedy_after([*PROMPT, 41], 1)]
+
+
+def test_a_plan_may_schedule_nothing(runner, model):
+    result(runner, prompt_plan(0))
+    output = result(runner, SchedulerOutput(1, released_ids=["a"]))
+    assert output.sampled_token_ids == []
+    assert model.num_forwards == 1
+
+
+def test_a_failed_step_fails_alone(runner, model):
+    expected = greedy_after(PROMPT, 3)
+    result(runner, prompt_plan(0))
+    model.fail_next = MemoryError("no room")
+    runner.launch(decode_plan(1, 6, expected[0]))
+    failed = runner.sample(1)
+    with pytest.raises(MemoryError, match="no room"):
+        failed.result(timeout=10)
+    # The same tokens again, then on: blocks and requests are what the plans say.
+    assert result(runner, decode_plan(2, 6, expected[0])).sampled_token_ids == [[expected[1]]]
+    assert result(runner, decode_plan(3, 7, expected[1])).sampled_token_ids == [[expected[2]]]
+
+
+def test_a_plan_is_booked_even_when_its_forward_fails(runner, model):
+    model.fail_next = RuntimeError("once")
+    runner.launch(prompt_plan(0, blocks=(7, 2)))
+    with pytest.raises(RuntimeError, match="once"):
+        runner.sample(0).result(timeout=10)
+    # "a" entered and has its blocks; it is not announced again.
+    retry = SchedulerOutput(1, scheduled=[ScheduledRequest("a", 0, PROMPT, [], True, 0)])
+    assert result(runner, retry).sampled_token_ids == [greedy_after(PROMPT, 1)]
+    result(runner, SchedulerOutput(2, released_ids=["a"]))
+    assert result(runner, prompt_plan(3)).sampled_token_ids == [greedy_after(PROMPT, 1)]
+
+
+def test_a_step_in_flight_behind_a_failed_one_serves_the_others(runner, model):
+    result(runner, prompt_plan(0, "a", (7, 2)))
+    expected = greedy_after(PROMPT, 2)
+    model.fail_next = RuntimeError("once")
+    runner.launch(prompt_plan(1, "b", (8, 3)))
+    failed = runner.sample(1)
+    both = SchedulerOutput(
+        2,
+        scheduled=[
+            ScheduledRequest("b", 6, [PENDING_TOKEN], [], True, 1),
+            ScheduledRequest("a", 6, [expected[0]], [], True, 1),
+        ],
+    )
+    runner.launch(both)
+    output = runner.sample(2).result(timeout=10)
+    assert isinstance(failed.exception(), RuntimeError)
+    assert output.sampled_token_ids[1] == [expected[1]]
+
+
+def test_a_plan_that_cannot_be_right_is_its_own_failure(runner):
+    runner.launch(SchedulerOutput(0, scheduled=[ScheduledRequest("who", 0, [1], [1], True, 0)]))
+    with pytest.raises(KeyError, match="who"):
+        runner.sample(0).result(timeout=10)
+    assert result(runner, prompt_plan(1)).sampled_token_ids == [greedy_after(PROMPT, 1)]
+
+
+def test_sampling_waits_for_its_call(runner, model):
+    runner.launch(prompt_plan(0))
+    done = threading.Event()
+    mask = bytearray(VOCAB // 8)
+    mask[2] = 0b1000  # token 19 alone
+    future = runner.sample(0, {"a": bytes(mask)})
+    future.add_done_callback(lambda _: done.set())
+    assert done.wait(10)
+    assert future.result().sampled_token_ids == [[19]]
+    # The masked choice is what a pending token stands for.
+    output = result(runner, decode_plan(1, 6, PENDING_TOKEN))
+    assert output.sampled_token_ids == [greedy_after([*PROMPT, 19], 1)]
+
+
+def test_steps_are_sampled_in_order(runner):
+    with pytest.raises(RuntimeError, match="step 0 cannot be sampled"):
+        runner.sample(0)
+    runner.launch(prompt_plan(0))
+    with pytest.raises(RuntimeError, match=r"\[0\]"):
+        runner.sample(1)
+    assert runner.sample(0).result(timeout=10).step_id == 0
+
+
+def test_a_cancelled_future_does_not_stop_the_device(runner, model):
+    gate = threading.Event()
+    forward = model.forward
+
+    def held(batch, caches):
+        gate.wait(10)
+        return forward(batch, caches)
+
+    model.forward = held
+    runner.launch(prompt_plan(0))
+    future = runner.sample(0)
+    assert future.cancel()
+    gate.set()
+    model.forward = forward
+    expected = greedy_after(PROMPT, 2)
+    output = result(runner, decode_plan(1, 6, PENDING_TOKEN))
+    assert output.sampled_token_ids == [[expected[1]]]
+
+
+def test_close_finishes_what_was_asked_for(model):
+    runner = TorchModelRunner(
+        model,
+        model.caches(8),
+        vocab_size=VOCAB,
+        block_size=BLOCK_SIZE,
+        max_model_len=16,
+        max_num_seqs=2,
+        max_num_batched_tokens=8,
+    )
+    runner.launch(prompt_plan(0, blocks=(1, 2)))
+    future = runner.sample(0)
+    runner.launch(decode_plan(1, 6, PENDING_TOKEN))
+    runner.close()
+    runner.close()
+    assert future.result(timeout=0).sampled_token_ids == [greedy_after(PROMPT, 1)]
+    assert not any(t.name == "streamserve-device" for t in threading.enumerate())
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.launch(prompt_plan(2))
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.sample(1)
+
+
+def test_logprobs_for_those_who_ask(runner):
+    asks = SamplingParams(temperature=0.0, logprobs=2)
+    plan = SchedulerOutput(
+        0,
+        new_requests=[new("a", params=asks), new("b"), new("c", params=asks)],
+        scheduled=[
+            ScheduledRequest("a", 0, PROMPT, [1, 2], True, 0),
+            ScheduledRequest("b", 0, PROMPT, [3, 4], True, 0),
+            ScheduledRequest("c", 0, PROMPT[:2], [5], False, 0),
+        ],
+    )
+    output = result(runner, plan)
+    (token,) = greedy_after(PROMPT, 1)
+    assert output.sampled_token_ids == [[token], [token], []]
+    assert [len(entry) for entry in output.logprobs] == [1, 0, 0]
+    (logprobs,) = output.logprobs[0]
+    expected = torch.log_softmax(logits_after(PROMPT), dim=0)
+    assert logprobs.token_id == token
+    assert logprobs.logprob == pytest.approx(expected[token].item(), abs=1e-5)
+    assert logprobs.top[0] == (token, logprobs.logprob)
+
+
+def run_alone(params: SamplingParams, seed: int, count: int, *, preempt_at=(), company=0):
+    """The output of one request; it loses its seat before the positions ``preempt_at``."""
+    model = FakeModel()
+    runner = TorchModelRunner(
+        model,
+        model.caches(64),
+        vocab_size=VOCAB,
+        block_size=BLOCK_SIZE,
+        max_model_len=40,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+    )
+    try:
+        tokens = list(PROMPT)
+        known_to_runner = False
+        for position in range(count):
+            plan = SchedulerOutput(position)
+            if position in preempt_at:
+                plan.released_ids.append("a")
+                known_to_runner = False
+            start, blocks = len(tokens) - 1, []
+            if not known_to_runner:
+                request = NewRequest("a", list(tokens), len(PROMPT), params, seed, 0)
+                plan.new_requests.append(request)
+                start, blocks, known_to_runner = 0, list(range(20, 30)), True
+            for i in range(company):
+                plan.released_ids.append(f"other{i}")
+                other = SamplingParams(temperature=1.0 + i / 10, top_p=0.9)
+                plan.new_requests.append(new(f"other{i}", params=other, seed=i))
+                plan.scheduled.append(
+                    ScheduledRequest(f"other{i}", 0, PROMPT, [2 * i, 2 * i + 1], True, position)
+                )
+            plan.scheduled.insert(
+                position % (company + 1),
+                ScheduledRequest("a", start, tokens[start:], blocks, True, position),
+            )
+            output = result(runner, plan)
+            tokens += output.sampled_token_ids[position % (company + 1)]
+        return tokens[len(PROMPT) :]
+    finally:
+        runner.close()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=1.5, top_p=0.8, top_k=20),
+        SamplingParams(temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.5, min_p=0.01),
+    ],
+    ids=["plain", "truncated", "penalised"],
+)
+def test_a_seeded_request_is_the_same_alone_in_company_and_after_preemption(params):
+    expected = run_alone(params, 11, 20)
+    assert len(set(expected)) > 3
+    assert run_alone(params, 11, 20, company=5) == expected
+    assert run_alone(params, 11, 20, preempt_at=(4, 5, 13)) == expected
+    assert run_alone(params, 11, 20, preempt_at=(2, 17), company=2) == expected
+    assert run_alone(params, 12, 20) != expected
