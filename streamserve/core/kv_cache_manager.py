@@ -116,6 +116,7 @@ class KVCacheManager:
             index = start // self.block_size
             table[index] = self._copy(shared)
             self._holdings[request.request_id].num_shared_blocks = index
+            request.num_written_tokens = index * self.block_size  # until the copy is done
         return self._append_blocks(table, num_new_blocks)
 
     def _admit(

@@ -501,6 +501,33 @@ def test_a_failed_step_ends_its_requests_and_caches_nothing_it_wrote():
     assert again.num_cached_tokens == 8
 
 
+def test_what_a_failed_step_copied_is_not_cached():
+    harness = Harness(block_size=16)
+    harness.add([1] * 20, max_tokens=6)
+    harness.run()
+    request = harness.add([1] * 20, max_tokens=2)
+    plan = harness.launch()
+    assert harness.fail() == [request]
+    assert harness.kv._pool.blocks[plan.block_copies[0].dst].node is None
+    harness.add([1] * 21, max_tokens=2)
+    harness.run()
+
+
+def test_what_a_failed_step_copied_for_a_fork_is_not_cached():
+    harness = Harness(block_size=16, max_steps_in_flight=2)
+    parent = harness.add([1] * 20, max_tokens=2)
+    harness.launch()
+    harness.retire()
+    harness.launch()  # the parent's last step
+    child = harness.request([1] * 20, max_tokens=2)
+    harness.scheduler.fork(parent, child)
+    plan = harness.launch()
+    assert shares(plan) == {child.request_id: 1}
+    assert harness.fail(1) == [child]
+    assert harness.kv._pool.blocks[plan.block_copies[0].dst].node is None
+    harness.run()
+
+
 def test_what_a_later_step_wrote_upon_a_failed_one_is_not_cached():
     harness = Harness(max_steps_in_flight=2, max_num_batched_tokens=8)
     request = harness.add([1] * 16, max_tokens=2)
