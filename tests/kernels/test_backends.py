@@ -14,8 +14,7 @@ import torch
 
 import streamserve_kernels
 from streamserve_kernels import Kernels, load
-
-from .conftest import paged_case
+from tests.kernels.conftest import paged_case
 
 FUNCTIONS = [name for name in vars(Kernels) if not name.startswith("_") and name != "name"]
 ROOT = Path(streamserve_kernels.__file__).parents[1]

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels import Kernels
-
-from .conftest import TOLERANCE, paged_case
+from tests.kernels.conftest import TOLERANCE, paged_case
 
 DECODES = [(1, 1), (16, 1), (17, 1), (33, 1), (200, 1), (5, 1)]
 MIXED = [(40, 1), (300, 130), (7, 7), (65, 3), (129, 1), (150, 100), (90, 0), (31, 16)]

@@ -34,7 +34,7 @@ intrinsic = cast(Callable[..., Any], extending.intrinsic)
 inline = cast(Callable[..., Any], numba.njit(inline="always"))
 literal_intrinsic = cast(Callable[..., Any], extending.intrinsic(prefer_literal=True))
 
-_pointer_to = cast(Callable[[Any], Any], types.CPointer)
+pointer_to = cast(Callable[[Any], Any], types.CPointer)
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ def compilations() -> int:
 def compile_body(body: Callable[..., None]) -> Any:
     """Compiles `body(args)` to a C function; its `.address` goes to `pool.run`."""
     _compiled.value += 1
-    signature = types.void(_pointer_to(types.int64))
+    signature = types.void(pointer_to(types.int64))
     return numba.cfunc(signature, fastmath=FASTMATH, cache=True, error_model="numpy")(body)
 
 
@@ -63,7 +63,7 @@ def pointer(_context: Any, address: Any, bits: Any) -> Any:
     kinds = {8: types.uint8, 16: types.uint16, 32: types.float32, -32: types.int32, 64: types.int64}
     if not isinstance(bits, types.IntegerLiteral):
         raise errors.RequireLiteralValue("pointer needs a literal element kind")
-    kind = _pointer_to(kinds[bits.literal_value])
+    kind = pointer_to(kinds[bits.literal_value])
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(kind))

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from streamserve_kernels.cpu.linear_few import LAYOUT, UNROLL, few_rows_body, packed_width
 from streamserve_kernels.cpu.ops import gated_activation
+from streamserve_kernels.cpu.pool import pool
 from streamserve_kernels.interface import GatedKind, PackedLinear
 from streamserve_kernels.naive import NaiveLinear
+
+# oneDNN chooses a layout for a number of rows; the one for 64 costs nothing at few rows and, unlike
+# the one for 1, is not reordered again at every call with many.
+PACKED_FOR_ROWS = 64
+# Most rows for the compiled kernel: it is bound by memory up to here, and beyond by arithmetic that
+# oneDNN does on matrix units.
+FEW_ROWS = 8
+# Weight bytes below which one thread is enough.
+PARALLEL_BYTES = 65536
+
+
+@lru_cache(maxsize=16)
+def few_rows_kernel(row_tile: int, width: int) -> Callable[..., None]:
+    return pool().kernel(few_rows_body(row_tile, width), LAYOUT)
 
 
 @dataclass(frozen=True, slots=True)
 class OneDnnLinear:
-    """A bfloat16 weight in oneDNN's blocked layout: no reorder on each call."""
+    """A bfloat16 weight in oneDNN's blocked layout: no reorder on each call.
+
+    `width` is the width of a block where the layout is the one that `linear_few` reads, else None.
+    """
 
     packed: Tensor
     bias: Tensor | None
     out_features: int
     in_features: int
+    width: int | None
+    address: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,16 +57,48 @@ class OneDnnLinear:
         return self.packed.to_dense()
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        width, rows = self.width, x.shape[0]
+        if width is None or x.dim() != 2 or not 0 < rows <= FEW_ROWS or x.stride(1) != 1:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self.packed, self.bias, "none", [], ""
+            )
+            return y
+        out_features, in_features = self.out_features, self.in_features
+        if x.shape[1] != in_features or x.dtype != torch.bfloat16:
+            raise ValueError(
+                f"expected rows of {in_features} bfloat16, got {x.shape[1]} of {x.dtype}"
+            )
+        y = torch.empty(rows, out_features, dtype=torch.bfloat16)
+        threads = 1 if out_features * in_features * 2 < PARALLEL_BYTES else pool().threads()
+        few_rows_kernel(1 if rows == 1 else 4, width)(
+            threads,
+            y.data_ptr(),
+            x.data_ptr(),
+            self.address,
+            0 if self.bias is None else self.bias.data_ptr(),
+            rows,
+            out_features,
+            in_features,
+            -(-in_features // 32) * 32,
+            x.stride(0),
+        )
         return y
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """Packs weight [N, K]; the caller may release it afterwards."""
-    if weight.dtype == torch.bfloat16 and torch._C._has_mkldnn:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
-        return OneDnnLinear(packed, bias, weight.shape[0], weight.shape[1])
-    return NaiveLinear(weight, bias)
+    if weight.dtype != torch.bfloat16 or not torch._C._has_mkldnn:
+        return NaiveLinear(weight, bias)
+    weight = weight.contiguous()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+    out_features, in_features = weight.shape
+    bias = None if bias is None else bias.to(torch.bfloat16).contiguous()
+    width = packed_width(packed, weight) if in_features % (2 * UNROLL) == 0 else None
+    address = 0 if width is None else int(torch.ops.mkldnn.data_ptr(packed))
+    if width is not None:
+        for row_tile in (1, 4):
+            few_rows_kernel(row_tile, width)
+    return OneDnnLinear(packed, bias, out_features, in_features, width, address)
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
