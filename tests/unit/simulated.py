@@ -253,13 +253,31 @@ class Harness:
         self.failed.extend(failed)
         return failed
 
+    def check_integrity(self) -> None:
+        """Every invariant there is, and that every cached block holds what it is cached as."""
+        self.scheduler.check_integrity()
+        for salt, root in self.kv._cache._roots.items():
+            stack = [(root, 0, 0)]
+            while stack:
+                node, position, context = stack.pop()
+                for offset, token in enumerate(node.token_ids):
+                    cell = (position, token, context)
+                    context = hash((context, cell))
+                    position += 1
+                    if node.block is not None:
+                        block_id = node.block.block_id
+                        assert self.runner.memory[block_id][offset] == cell, "cached, not there"
+                        assert self.runner.salt_of_block[block_id] <= {salt}, "another's salt"
+                for children in node.children.values():
+                    stack.extend((child, position, context) for child in children)
+
     def step(self) -> SchedulerOutput | None:
         """Launch what can be, then retire the oldest step if that is all one can do."""
         plan = self.launch()
         full = len(self.runner.in_flight) >= self.config.max_steps_in_flight
         if self.runner.in_flight and (full or plan is None):
             self.retire()
-        self.scheduler.check_integrity()
+        self.check_integrity()
         return plan
 
     def run(self, max_steps: int = 1000) -> list[SchedulerOutput]:

@@ -217,7 +217,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def everything_adds_up(self):
         if not hasattr(self, "harness"):
             return
-        self.harness.scheduler.check_integrity()
+        self.harness.check_integrity()
         assert 0.0 <= self.harness.kv.usage <= 1.0
         for request in self.requests:
             assert request.is_finished == (request.request_id in self.ends)
