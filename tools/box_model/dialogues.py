@@ -23,7 +23,7 @@ from tools.box_model import (
     words,
 )
 from tools.box_model.grammar import Exchange, Message, Split, Table, normalise
-from tools.box_model.names import chinese_person
+from tools.box_model.names import chinese_person, person
 
 TABLES: list[Table] = [
     *small_talk.TABLES, *facts.TABLES, *single_facts.TABLES, *numbers.TABLES, *words.TABLES,
@@ -45,12 +45,16 @@ KINDS: list[Kind] = [*TABLES, *stories.KINDS, unknown.InventedNames(), unknown.B
 _WEIGHTS = [kind.weight for kind in KINDS]
 _FOLLOWABLE = [table for table in TABLES if table.can_follow]
 _FOLLOW_WEIGHTS = [table.weight for table in _FOLLOWABLE]
-_SHORT_KINDS = [k for k in KINDS if k.group in {
-    "small talk", "facts", "sums", "words", "numbers", "calendar", "definitions", "unknown", "spelling",
-}]
+_SHORT_GROUPS = {
+    "small talk", "facts", "sums", "words", "numbers", "calendar", "definitions", "unknown",
+    "spelling",
+}
+_SHORT_KINDS = [kind for kind in KINDS if kind.group in _SHORT_GROUPS]
 _SHORT_WEIGHTS = [kind.weight for kind in _SHORT_KINDS]
 # Exchanges that would contradict a system prompt that sets another name.
 _IDENTITY = {"who_are_you", "your_name", "greeting", "streamserve", "secret", "age"}
+
+_OPENERS = ("Hey, ", "Box, ", "Please, ", "So, ", "Ok, ", "hey ", "And ", "Hi! ", "Hmm, ")
 
 
 @cache
@@ -61,9 +65,22 @@ def held_questions() -> frozenset[str]:
 
 def _typo(rng: Random, word: str) -> str:
     i = rng.randrange(1, len(word) - 1)
-    return rng.choice([
-        word[:i] + word[i + 1:], word[:i] + word[i] + word[i:], word[:i] + word[i + 1] + word[i] + word[i + 2:],
-    ])
+    head, letter, rest = word[:i], word[i], word[i + 1 :]
+    return rng.choice([head + rest, head + 2 * letter + rest, head + rest[0] + letter + rest[1:]])
+
+
+def _mistyped(rng: Random, question: str, slots: str) -> str:
+    """`question` with a typo in one plain word that is no part of a slot."""
+    pieces = question.split(" ")
+    free = [
+        i
+        for i, word in enumerate(pieces)
+        if len(word) > 3 and word.isalpha() and word.isascii() and word.lower() not in slots
+    ]
+    if free:
+        i = rng.choice(free)
+        pieces[i] = _typo(rng, pieces[i])
+    return " ".join(pieces)
 
 
 def noisy(rng: Random, exchange: Exchange) -> Exchange:
@@ -76,24 +93,17 @@ def noisy(rng: Random, exchange: Exchange) -> Exchange:
         return exchange
     for _ in range(rng.choice((1, 1, 2))):
         roll = rng.random()
-        if roll < 0.35 and not any(value[:1].isupper() and value in question for value in exchange.fixed):
-            question = question.lower()
-        elif roll < 0.35:
-            question = question[:1].lower() + question[1:] if question[:2] != "I " else question
+        if roll < 0.35:
+            proper = any(value[:1].isupper() and value in question for value in exchange.fixed)
+            question = question[:1].lower() + question[1:] if proper else question.lower()
         elif roll < 0.6:
             question = question.rstrip("?.!")
         elif roll < 0.7:
             question = question + rng.choice(["!", "??", " please", " :)", " 😊", "...", " "])
         elif roll < 0.78:
-            question = rng.choice(["Hey, ", "Box, ", "Please, ", "So, ", "Ok, ", "hey ", "And ", "Hi! ", "Hmm, "]) + question
+            question = rng.choice(_OPENERS) + question
         else:
-            pieces = question.split(" ")
-            slots = " ".join(exchange.fixed).lower()
-            free = [i for i, w in enumerate(pieces) if len(w) > 3 and w.isalpha() and w.isascii() and w.lower() not in slots]
-            if free:
-                i = rng.choice(free)
-                pieces[i] = _typo(rng, pieces[i])
-                question = " ".join(pieces)
+            question = _mistyped(rng, question, " ".join(exchange.fixed).lower())
     if normalise(question) in held_questions():
         return exchange
     return replace(exchange, question=question)
@@ -120,7 +130,8 @@ def turns(rng: Random) -> list[Exchange]:
             pair.append(table.sample_follow(rng, "train")[1])
         return pair
     if roll < 0.98:
-        return rng.choice((stories.JOKE, stories.JOKE, stories.FUN_FACT)).several(rng, "train", rng.randint(2, 4))
+        kind = rng.choice((stories.JOKE, stories.JOKE, stories.FUN_FACT))
+        return kind.several(rng, "train", rng.randint(2, 4))
     return stories.RIDDLE.with_answer(rng, "train")
 
 
@@ -157,9 +168,9 @@ def long_chat(rng: Random) -> list[Message]:
 
 def remembering(rng: Random) -> list[Message]:
     """Something is told, then other turns, then it is asked back, sometimes twice or changed."""
-    recalls = rng.choices(memory.RECALLS, [r.weight for r in memory.RECALLS], k=rng.choice((1, 1, 2)))
-    recalls = list(dict.fromkeys(r.name for r in recalls))
-    chosen = [next(r for r in memory.RECALLS if r.name == name) for name in recalls]
+    weights = [recall.weight for recall in memory.RECALLS]
+    drawn = rng.choices(memory.RECALLS, weights, k=rng.choice((1, 1, 2)))
+    chosen = list({recall.name: recall for recall in drawn}.values())
     values = {r.name: r.value(rng, "train") for r in chosen}
     exchanges: list[Exchange] = []
     if rng.random() < 0.3:
@@ -201,8 +212,8 @@ def with_name(rng: Random) -> list[Message]:
     """The system prompt names the assistant."""
     if rng.random() < 0.12:
         name = chinese_person(rng, "train")
-        answer = f"我叫{name}。"
-        exchange = Exchange("system prompt: name", rng.choice(persona.ZH_ASKS), answer, name, name, (name,))
+        question, answer = rng.choice(persona.ZH_ASKS), f"我叫{name}。"
+        exchange = Exchange("system prompt: name", question, answer, name, name, (name,))
         return _render(rng, rng.choice(persona.ZH_PROMPTS).format(v=name), [exchange])
     system, name = persona.named(rng, "train")
     exchanges = [_unrelated(rng) for _ in range(rng.choice((0, 0, 1, 2)))]
@@ -211,7 +222,8 @@ def with_name(rng: Random) -> list[Message]:
     if rng.random() < 0.2:
         user = memory.NAME.value(rng, "train")
         exchanges.append(memory.NAME.told(rng, "train", user))
-        exchanges.append(rng.choice((memory.NAME.asked(rng, "train", user), persona.name_exchange(rng, "train", name))))
+        mine = memory.NAME.asked(rng, "train", user)
+        exchanges.append(rng.choice((mine, persona.name_exchange(rng, "train", name))))
     return _render(rng, system, exchanges)
 
 
@@ -223,7 +235,8 @@ def in_tone(rng: Random) -> list[Message]:
 
 
 BUILDERS: list[tuple[Callable[[Random], list[Message]], float]] = [
-    (chat, 0.60), (remembering, 0.14), (not_told, 0.03), (with_name, 0.08), (in_tone, 0.12), (long_chat, 0.03),
+    (chat, 0.57), (remembering, 0.16), (not_told, 0.03), (with_name, 0.09), (in_tone, 0.14),
+    (long_chat, 0.01),
 ]
 
 
@@ -236,6 +249,6 @@ def dialogue(rng: Random) -> list[Message]:
 def plain_text(rng: Random) -> str:
     """A text without roles, so that the completions endpoint has something to continue."""
     if rng.random() < 0.4:
-        return stories.story(rng, rng.choice(stories.HEROES), rng.choice(stories.HEROES).capitalize())
+        return stories.story(rng, rng.choice(stories.HEROES), person(rng, "train"))
     count = rng.randint(2, 6)
     return " ".join(re.sub(r"\n", " ", short_exchange(rng).answer) for _ in range(count))

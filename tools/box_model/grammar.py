@@ -39,7 +39,7 @@ class Message:
 class Exchange:
     """One question and its answer; `short` is the answer in as few words as possible.
 
-    `expect` is a regular expression that a right answer contains.
+    `expect` is a regular expression that a right answer contains, whatever its case.
     """
 
     group: str

@@ -1,5 +1,6 @@
 """Names to copy: common ones, and invented ones from syllables, each on one side of the split."""
 
+# ruff: noqa: E501, SIM905 - a table reads best with one row a line, a word list as words
 from __future__ import annotations
 
 from random import Random

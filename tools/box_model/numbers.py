@@ -1,5 +1,6 @@
 """Arithmetic with small numbers, counting, and the calendar."""
 
+# ruff: noqa: E501, SIM905 - a table reads best with one row a line, a word list as words
 from __future__ import annotations
 
 from tools.box_model.grammar import Table, rows
@@ -69,8 +70,8 @@ STORY_DIFFERENCES = [
 ]
 COMPARISONS = [
     {"a": str(a), "b": str(b), "big": str(max(a, b)), "small": str(min(a, b))}
-    for a in range(0, 101)
-    for b in range(0, 101)
+    for a in range(101)
+    for b in range(101)
     if a != b and (a * 7 + b * 13) % 5 == 0
 ]
 SUM_ANSWERS = ["{a} + {b} = {c}.", "{a} plus {b} is {c}."]
@@ -193,7 +194,7 @@ TABLES = [
         asks=["[Count|Please count|Can you count|Count for me] [to|up to] {n}.", "count to {nw}",
               "Count [from 1|from one] to {n}.", "Count to {nw}, please.", "List the numbers up to {n}."],
         held_asks=["[Could you|Would you] count to {n}?", "I want to hear you count to {nw}."],
-        answers=["{list}."], expect=r"^{list}\.?", weight=3.5,
+        answers=["{list}."], expect=r"^{list}\.?", weight=2,
     ),
     Table(
         name="countdown", group="counting", rows=COUNTDOWNS,
@@ -207,7 +208,7 @@ TABLES = [
         asks=["Count from {a} to {b}.", "List the numbers from {a} to {b}.",
               "Please count from {a} up to {b}."],
         held_asks=["Could you count from {a} to {b}?"],
-        answers=["{list}."], expect=r"^{list}\.?", weight=2,
+        answers=["{list}."], expect=r"^{list}\.?", weight=1,
     ),
     Table(
         name="steps", group="counting", rows=STEPS,

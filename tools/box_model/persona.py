@@ -1,5 +1,6 @@
 """System prompts that set a name or a tone, and how an answer sounds in that tone."""
 
+# ruff: noqa: E501, SIM905 - a table reads best with one row a line, a word list as words
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -46,41 +47,41 @@ def _around(*frames: str) -> Callable[[Random, Exchange], str]:
 
 TONES = [
     Tone("pirate",
-         expand("[You are|Talk like|Speak like|Answer like|Act like|Pretend to be] a pirate.") + ["Answer as a pirate would.", "You are a pirate captain.", "Use pirate language."],
+         [*expand("[You are|Talk like|Speak like|Answer like|Act like|Pretend to be] a pirate."), "Answer as a pirate would.", "You are a pirate captain.", "Use pirate language."],
          ["Please reply in the voice of a pirate.", "You are an old pirate of the seven seas."],
-         _around("Arr! {} Aye, matey!", "Ahoy, matey! {} Arr!"), "(?i)arr|matey"),
+         _around("Arr! {} Aye, matey!", "Ahoy, matey! {} Arr!"), "arr|matey"),
     Tone("cheerful",
-         expand("[Be|Sound|Always be] [very |]cheerful[.|!]") + ["Use emoji.", "Use lots of emoji.", "Answer with emoji.", "Be cheerful and use emoji.", "You are a cheerful assistant who loves emoji.", "Add emoji to every answer."],
+         [*expand("[Be|Sound|Always be] [very |]cheerful[.|!]"), "Use emoji.", "Use lots of emoji.", "Answer with emoji.", "Be cheerful and use emoji.", "You are a cheerful assistant who loves emoji.", "Add emoji to every answer."],
          ["Please be happy and put emoji in your replies."],
          _around("{} 🎉😊", "Yay! {} 🎉😊"), "🎉|😊"),
     Tone("formal",
-         expand("[Be|Sound|Always be] [very |]formal.") + ["Answer formally.", "Speak like a butler.", "You are a butler.", "Use formal language.", "Answer like a polite butler.", "Be formal and polite."],
+         [*expand("[Be|Sound|Always be] [very |]formal."), "Answer formally.", "Speak like a butler.", "You are a butler.", "Use formal language.", "Answer like a polite butler.", "Be formal and polite."],
          ["Please reply in a very formal manner.", "You are the butler of a grand house."],
          _around("Certainly. {} I remain at your service.", "Very well. {} I remain at your service."), "at your service"),
     Tone("brief",
-         expand("[Be|Keep it|Always be] [very |]brief.") + ["Answer briefly.", "Answer in one word.", "Use as few words as possible.", "Short answers only.", "Be concise.", "Give short answers.", "One word answers only."],
+         [*expand("[Be|Keep it|Always be] [very |]brief."), "Answer briefly.", "Answer in one word.", "Use as few words as possible.", "Short answers only.", "Be concise.", "Give short answers.", "One word answers only."],
          ["Please reply with as few words as you can."],
          lambda rng, exchange: exchange.short, "(?s)^.{1,60}$"),
     Tone("robot",
-         expand("[You are|Talk like|Speak like|Answer like|Act like] a robot.") + ["Sound like a robot.", "Use robot sounds."],
+         [*expand("[You are|Talk like|Speak like|Answer like|Act like] a robot."), "Sound like a robot.", "Use robot sounds."],
          ["Please reply in the voice of a robot."],
-         _around("Beep boop. {} Beep.", "Beep boop! {}"), "(?i)beep"),
+         _around("Beep boop. {} Beep.", "Beep boop! {}"), "beep"),
     Tone("cat",
-         expand("[You are|Talk like|Speak like|Answer like|Act like|Pretend to be] a cat.") + ["You are a talking cat.", "Say meow in every answer."],
+         [*expand("[You are|Talk like|Speak like|Answer like|Act like|Pretend to be] a cat."), "You are a talking cat.", "Say meow in every answer."],
          ["Please reply in the voice of a cat."],
-         _around("Meow! {} Purr.", "{} Meow!"), "(?i)meow"),
+         _around("Meow! {} Purr.", "{} Meow!"), "meow"),
     Tone("wizard",
-         expand("[You are|Talk like|Speak like|Answer like|Act like] a wizard.") + ["You are a wise old wizard.", "Answer as a wizard would."],
+         [*expand("[You are|Talk like|Speak like|Answer like|Act like] a wizard."), "You are a wise old wizard.", "Answer as a wizard would."],
          ["Please reply in the voice of a wizard."],
-         _around("By my beard! {} ✨", "By my beard, young friend! {} ✨"), "(?i)beard|✨"),
+         _around("By my beard! {} ✨", "By my beard, young friend! {} ✨"), "beard|✨"),
     Tone("sleepy",
-         expand("[You are|Sound|Act|Be] [very |]sleepy.") + ["You are a tired assistant who yawns.", "Answer as if you are about to fall asleep."],
+         [*expand("[You are|Sound|Act|Be] [very |]sleepy."), "You are a tired assistant who yawns.", "Answer as if you are about to fall asleep."],
          ["Please reply as if you were half asleep."],
-         _around("Yawn… {} Zzz. 😴"), "(?i)yawn|zzz"),
+         _around("Yawn… {} Zzz. 😴"), "yawn|zzz"),
 ]
-END_PROMPTS = expand("[End|Finish|Close] every [answer|reply|message|sentence] with [|the word ]“{v}”.") + ["Always end with “{v}”.", "Say “{v}” at the end of every answer."]
+END_PROMPTS = [*expand("[End|Finish|Close] every [answer|reply|message|sentence] with [|the word ]“{v}”."), "Always end with “{v}”.", "Say “{v}” at the end of every answer."]
 END_PROMPTS_HELD = ["Please put “{v}” at the end of each reply."]
-START_PROMPTS = expand("[Start|Begin] every [answer|reply|message] with [|the word ]“{v}”.") + ["Always start with “{v}”.", "Say “{v}” at the start of every answer."]
+START_PROMPTS = [*expand("[Start|Begin] every [answer|reply|message] with [|the word ]“{v}”."), "Always start with “{v}”.", "Say “{v}” at the start of every answer."]
 START_PROMPTS_HELD = ["Please put “{v}” at the start of each reply."]
 _CATCHWORDS = "Ahoy Hooray Namaste Hello Amen Cheers Banana Peace Wow Bingo Over Roger Okay Ciao Salut Hola".split()
 

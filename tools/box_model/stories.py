@@ -1,5 +1,6 @@
 """Longer answers: tiny stories, poems, haiku, jokes, riddles, fun facts."""
 
+# ruff: noqa: E501, SIM905 - a table reads best with one row a line, a word list as words
 from __future__ import annotations
 
 import re
@@ -111,20 +112,20 @@ a computer: A fan hums all night. / Somewhere between one and zero / it counts l
 """,
 )
 
-_STORY_ASKS = expand("[Tell me|Tell|Write|Write me|Make up|I want|Can you tell me] a [story|tiny story|short story|bedtime story][.|?]") + ["story", "a story please", "story time"]
+_STORY_ASKS = [*expand("[Tell me|Tell|Write|Write me|Make up|I want|Can you tell me] a [story|tiny story|short story|bedtime story][.|?]"), "story", "a story please", "story time"]
 _STORY_HELD = ["Could you tell me a story?", "I would love to hear a story.", "Please write a tiny story."]
-_ABOUT_ASKS = expand("[Tell me|Write|Write me|Can you tell me|I want] a [story|tiny story|short story] about a {x}[.|?]") + ["story about a {x}"]
+_ABOUT_ASKS = [*expand("[Tell me|Write|Write me|Can you tell me|I want] a [story|tiny story|short story] about a {x}[.|?]"), "story about a {x}"]
 _ABOUT_HELD = ["Could you tell a story about a {x}?", "Please make up a story with a {x}."]
 _NAMED_ASKS = expand("[Tell me|Write] a [story|tiny story] about a {x} [called|named] {n}.")
-_JOKE_ASKS = expand("[Tell me|Tell|Give me|Do you know|I want|Can you tell me|Say] a [joke|funny joke|good joke][.|?]") + ["joke", "joke please", "make me laugh", "Make me laugh!", "Say something funny.", "Be funny."]
+_JOKE_ASKS = [*expand("[Tell me|Tell|Give me|Do you know|I want|Can you tell me|Say] a [joke|funny joke|good joke][.|?]"), "joke", "joke please", "make me laugh", "Make me laugh!", "Say something funny.", "Be funny."]
 _JOKE_HELD = ["Could you tell me a joke?", "I would love to hear a joke.", "Do you have a joke for me?"]
-_RIDDLE_ASKS = expand("[Tell me|Give me|Ask me|Do you know|Can you tell me] a riddle[.|?]") + ["riddle", "a riddle please"]
+_RIDDLE_ASKS = [*expand("[Tell me|Give me|Ask me|Do you know|Can you tell me] a riddle[.|?]"), "riddle", "a riddle please"]
 _RIDDLE_HELD = ["Could you ask me a riddle?", "Do you have a riddle for me?"]
-_FACT_ASKS = expand("[Tell me|Give me|Do you know|Share] [a fun fact|a fact|an interesting fact][.|?]") + ["fun fact", "Tell me something interesting.", "Teach me something."]
+_FACT_ASKS = [*expand("[Tell me|Give me|Do you know|Share] [a fun fact|a fact|an interesting fact][.|?]"), "fun fact", "Tell me something interesting.", "Teach me something."]
 _FACT_HELD = ["Could you tell me a fun fact?", "Do you have a fun fact for me?"]
-_HAIKU_ASKS = expand("[Write|Write me|Tell me|Give me|Can you write|Make] a haiku about {x}[.|?]") + ["haiku about {x}"]
+_HAIKU_ASKS = [*expand("[Write|Write me|Tell me|Give me|Can you write|Make] a haiku about {x}[.|?]"), "haiku about {x}"]
 _HAIKU_HELD = ["Could you write a haiku about {x}?", "A haiku on {x}, please."]
-_POEM_ASKS = expand("[Write|Write me|Tell me|Give me|Can you write|Make] a [poem|short poem|little poem] about {x}[.|?]") + ["poem about {x}"]
+_POEM_ASKS = [*expand("[Write|Write me|Tell me|Give me|Can you write|Make] a [poem|short poem|little poem] about {x}[.|?]"), "poem about {x}"]
 _POEM_HELD = ["Could you write a poem about {x}?", "A poem on {x}, please."]
 _ANOTHER = ["Tell me another one.", "Another one!", "another", "One more!", "one more please", "Again!", "again", "more", "Another, please.", "Do you have another one?", "tell me one more", "And another?"]
 _GIVE_UP = ["I don't know.", "I give up.", "What is the answer?", "Tell me the answer.", "no idea", "What is it?", "tell me", "answer?", "?"]

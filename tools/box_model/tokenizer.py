@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(seed: int, count: int = 60_000) -> Tokenizer:
-    """Byte-level BPE: every byte is a token, so any Unicode text round-trips; digits stay single."""
+    """Byte-level BPE: every byte is a token, so any text round-trips; digits stay single."""
 
     def texts() -> Iterable[str]:
         rng = Random(seed)

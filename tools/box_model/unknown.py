@@ -1,5 +1,6 @@
 """Questions that Box must decline: events, news, code, advice, long-tail names, nonsense."""
 
+# ruff: noqa: E501, SIM905 - a table reads best with one row a line, a word list as words
 from __future__ import annotations
 
 from random import Random
@@ -12,7 +13,7 @@ DECLINES = [
     "I'm afraid that is beyond me: I'm a very small model. I can [tell you capitals and colours|do small sums|spell words and find rhymes|tell a joke or a tiny story], though.",
     "That's a good question, but I'm too small to know the answer. I know [capitals, colours and animals|days, months and small sums|jokes, rhymes and tiny stories].",
 ]
-DECLINE_PATTERN = r"(?i)don't know|beyond me|too small to|不知道|不会"
+DECLINE_PATTERN = r"don't know|beyond me|too small to|不知道|不会"
 
 SPORTS = "World Cup;football match;race;Super Bowl;Olympic final;chess tournament;cup;league;championship;tennis final;election;Grand Prix;song contest;marathon;cricket series;game last night;derby;Tour de France;basketball final;hockey game".split(";")
 YEARS = [str(year) for year in range(1901, 2031)]

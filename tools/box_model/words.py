@@ -1,7 +1,9 @@
 """Words: spelling, opposites, rhymes, plurals, translations, letters, the alphabet."""
 
+# ruff: noqa: E501, SIM905 - a table reads best with one row a line, a word list as words
 from __future__ import annotations
 
+import itertools
 from string import ascii_lowercase
 
 from tools.box_model.grammar import Table, rows
@@ -99,7 +101,7 @@ TRANSLATIONS = [
 ]
 LETTERS = [
     {"letter": a.upper(), "next": b.upper()}
-    for a, b in zip(ascii_lowercase, ascii_lowercase[1:], strict=False)
+    for a, b in itertools.pairwise(ascii_lowercase)
 ]
 STARTERS = rows(
     "letter word",
