@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from streamserve_kernels.cpu.attention import paged_attention
 from streamserve_kernels.cpu.jit import compilations
-from streamserve_kernels.cpu.linear import linear, moe, prepare_linear
 from streamserve_kernels.cpu.ops import (
     activation,
     copy_blocks,
@@ -22,7 +21,8 @@ from streamserve_kernels.cpu.ops import (
     rotary_write_kv,
     write_kv,
 )
-from streamserve_kernels.cpu.warm_up import warm_up
+from streamserve_kernels.cpu.packed_linear import linear, moe, prepare_linear
+from streamserve_kernels.cpu.warming import warm_up
 from streamserve_kernels.naive import embedding, kv_cache_shape
 
 __all__ = [
