@@ -61,9 +61,9 @@ TABLES = [
     Table(
         name="definition", group="definitions", rows=THINGS,
         asks=["[What is|What's] {thing}?", "[Explain|Define|Describe] {thing}.", "What does “{thing}” mean?",
-              "[Tell me|Do you know] what {thing} is[.|?]", "What do you know about {thing}?"],
+              "[Tell me|Do you know] what {thing} is[.|?]", "What do you know about {thing}?", "Can you tell me what {thing} is?", "Please explain what {thing} is.", "What exactly is {thing}?"],
         held_asks=["Can you explain what {thing} is?", "How would you describe {thing}?"],
         answers=["{thing} is {meaning}."], short="{meaning}.", expect="{key}",
-        follow=["[And|What about|And what is] {thing}?"], weight=5,
+        follow=["[And|What about|And what is] {thing}?"], weight=4.5,
     ),
 ]

@@ -54,7 +54,10 @@ _SHORT_WEIGHTS = [kind.weight for kind in _SHORT_KINDS]
 # Exchanges that would contradict a system prompt that sets another name.
 _IDENTITY = {"who_are_you", "your_name", "greeting", "streamserve", "secret", "age"}
 
-_OPENERS = ("Hey, ", "Box, ", "Please, ", "So, ", "Ok, ", "hey ", "And ", "Hi! ", "Hmm, ")
+_OPENERS = (
+    "Hey, ", "Box, ", "Please, ", "So, ", "Ok, ", "hey ", "And ", "Hi! ", "Hmm, ", "Question: ",
+    "Quick question: ", "Tell me: ", "I want to know: ", "Another question: ", "Next: ",
+)
 
 
 @cache

@@ -114,9 +114,9 @@ a computer: A fan hums all night. / Somewhere between one and zero / it counts l
 
 _STORY_ASKS = [*expand("[Tell me|Tell|Write|Write me|Make up|I want|Can you tell me] a [story|tiny story|short story|bedtime story][.|?]"), "story", "a story please", "story time"]
 _STORY_HELD = ["Could you tell me a story?", "I would love to hear a story.", "Please write a tiny story."]
-_ABOUT_ASKS = [*expand("[Tell me|Write|Write me|Can you tell me|I want] a [story|tiny story|short story] about a {x}[.|?]"), "story about a {x}"]
-_ABOUT_HELD = ["Could you tell a story about a {x}?", "Please make up a story with a {x}."]
-_NAMED_ASKS = expand("[Tell me|Write] a [story|tiny story] about a {x} [called|named] {n}.")
+_ABOUT_ASKS = [*expand("[Tell me|Write|Write me|Can you tell me|I want] a [story|tiny story|short story] about {x}[.|?]"), "story about {x}"]
+_ABOUT_HELD = ["Could you tell a story about {x}?", "Please make up a story with {x}."]
+_NAMED_ASKS = expand("[Tell me|Write] a [story|tiny story] about {x} [called|named] {n}.")
 _JOKE_ASKS = [*expand("[Tell me|Tell|Give me|Do you know|I want|Can you tell me|Say] a [joke|funny joke|good joke][.|?]"), "joke", "joke please", "make me laugh", "Make me laugh!", "Say something funny.", "Be funny."]
 _JOKE_HELD = ["Could you tell me a joke?", "I would love to hear a joke.", "Do you have a joke for me?"]
 _RIDDLE_ASKS = [*expand("[Tell me|Give me|Ask me|Do you know|Can you tell me] a riddle[.|?]"), "riddle", "a riddle please"]
@@ -177,7 +177,7 @@ class Story(_Spoken):
         else:
             ask, expect = self.ask(rng, split, _NAMED_ASKS, _NAMED_ASKS), rf"\b{name}\b.{{100,}}"
         text = story(rng, hero, name)
-        return Exchange(self.group, ask.format(x=hero, n=name), text, text, "(?s)" + expect, (hero, name))
+        return Exchange(self.group, ask.format(x=article(hero), n=name), text, text, "(?s)" + expect, (hero, name))
 
 
 class OneOf(_Spoken):
@@ -238,8 +238,8 @@ RIDDLE = Riddle("riddle", 1.2)
 STORY = Story("story", 4.0)
 KINDS = [
     STORY, JOKE, FUN_FACT, RIDDLE,
-    Verse("haiku", 1.2, "haiku", _HAIKU_ASKS, _HAIKU_HELD),
-    Verse("poem", 1.2, "poem", _POEM_ASKS, _POEM_HELD),
+    Verse("haiku", 1.5, "haiku", _HAIKU_ASKS, _HAIKU_HELD),
+    Verse("poem", 1.7, "poem", _POEM_ASKS, _POEM_HELD),
 ]
 # “of a held-out phrasing” is decided by list here; the check in the tests reads these pairs.
 ASK_SPLITS = [
