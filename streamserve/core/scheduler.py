@@ -171,8 +171,10 @@ class Scheduler:
         """End a request: the one way out, taken exactly once. A second call returns ``False``.
 
         ``num_output_tokens`` discards the output tokens behind it, from the request's ids and
-        from the prefix cache: a stop string was found late. A step in flight that has the request
-        goes on; its result is ignored, and the blocks return when it retires.
+        from the prefix cache: a stop string was found late. (Blocks that others share, or that a
+        preempted request gave back before, stay cached: they hold what was really computed.)
+        A step in flight that has the request goes on; its result is ignored, and the blocks
+        return when it retires.
         """
         if request.status is RequestStatus.FINISHED:
             return False
