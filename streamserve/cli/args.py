@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 
 from streamserve import __version__
 from streamserve.config import POLICIES
+from streamserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
@@ -220,6 +222,28 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def check_flags(args: Namespace, warn: Callable[[str], None]) -> None:
+    """Refuse by name what is not built, and say what has no effect. Raises ``ConfigError``."""
+    for flag in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if (value := getattr(args, flag)) != 1:
+            name = flag.replace("_", "-")
+            raise ConfigError(
+                f"--{name} must be 1 (several devices are not built yet), got {value}"
+            )
+    if args.quantization is not None:
+        raise ConfigError(
+            f"--quantization {args.quantization} is not built yet: leave it out to serve the "
+            "weights unquantised"
+        )
+    if args.gpu_memory_utilization is not None:
+        if not 0.0 < args.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                "--gpu-memory-utilization must be above 0 and at most 1, "
+                f"got {args.gpu_memory_utilization}"
+            )
+        warn("--gpu-memory-utilization has no effect on a CPU; --kv-cache-memory sizes the cache")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -13,6 +13,7 @@ from typing import Protocol
 import httpx
 import orjson
 
+from streamserve.cli.args import check_flags
 from streamserve.errors import StreamServeError
 
 Message = dict[str, str]
@@ -203,7 +204,7 @@ async def _connect(args: Namespace, options: dict[str, object]) -> ChatBackend:
 
 def _start(args: Namespace, runner: asyncio.Runner, options: dict[str, object]) -> ChatBackend:
     # With --url none of this is needed, and torch takes a second to import.
-    from streamserve.cli.compose import build_service, check_flags
+    from streamserve.cli.compose import build_service
     from streamserve.cli.local_chat import LocalBackend
 
     def say(line: str) -> None:

@@ -19,7 +19,6 @@ from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.tokenizer import FastTokenizer
-from streamserve.errors import ConfigError
 from streamserve.models import (
     ModelConfig,
     kv_bytes_per_block,
@@ -68,28 +67,6 @@ class Progress:
 def box_path() -> Path:
     """The directory of the model in the box."""
     return Path(str(files("streamserve") / "assets" / "box"))
-
-
-def check_flags(args: Namespace, warn: Say) -> None:
-    """Refuse by name what is not built, and say what has no effect. Raises ``ConfigError``."""
-    for flag in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if (value := getattr(args, flag)) != 1:
-            name = flag.replace("_", "-")
-            raise ConfigError(
-                f"--{name} must be 1 (several devices are not built yet), got {value}"
-            )
-    if args.quantization is not None:
-        raise ConfigError(
-            f"--quantization {args.quantization} is not built yet: leave it out to serve the "
-            "weights unquantised"
-        )
-    if args.gpu_memory_utilization is not None:
-        if not 0.0 < args.gpu_memory_utilization <= 1.0:
-            raise ConfigError(
-                "--gpu-memory-utilization must be above 0 and at most 1, "
-                f"got {args.gpu_memory_utilization}"
-            )
-        warn("--gpu-memory-utilization has no effect on a CPU; --kv-cache-memory sizes the cache")
 
 
 def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:

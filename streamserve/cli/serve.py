@@ -6,27 +6,53 @@ import os
 import sys
 import time
 from argparse import Namespace
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import orjson
 
 from streamserve import __version__
+from streamserve.cli.args import check_flags
 from streamserve.config import ApiConfig
+
+if TYPE_CHECKING:
+    from streamserve.api.app import ApiApp
 
 
 def run_serve(args: Namespace) -> int:
     """Serve until a signal. Returns the exit code; raises ``StreamServeError``."""
     started = time.monotonic()
     # Before torch is imported and a model is loaded: a port in use is known in a moment.
-    from streamserve.api.app import create_app
     from streamserve.api.server import bind_sockets, serve
+
+    config = api_config(args)
+    check_flags(args, warn)
+    sockets = bind_sockets(config)
+    with ExitStack() as stack:
+        for sock in sockets:
+            stack.callback(sock.close)
+        say(f"streamserve {__version__}")
+        app = _build_app(args, config)
+
+        def ready(url: str) -> None:
+            say(f"ready in {time.monotonic() - started:.1f} s: {url}")
+            say(_curl_line(url, config))
+
+        def draining(num_requests: int) -> None:
+            answers = "answer" if num_requests == 1 else "answers"
+            say(f"finishing {num_requests} {answers}; Ctrl-C again to stop at once")
+
+        serve(app, config, sockets=sockets, on_ready=ready, on_draining=draining)
+    say("stopped")
+    return 0
+
+
+def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:
+    from streamserve.api.app import create_app
+    from streamserve.cli.compose import build_service
     from streamserve.engine.garbage import freeze_gc
     from streamserve.engine.preprocess import Preprocessor
 
-    config = api_config(args)
-    sockets = bind_sockets(config)
-    say(f"streamserve {__version__}")
-
-    from streamserve.cli.compose import build_service, check_flags
-
-    check_flags(args, warn)
     service = build_service(args, say=say, warn=warn)
     app = create_app(
         engine=service.engine,
@@ -37,24 +63,20 @@ def run_serve(args: Namespace) -> int:
         generation_config=service.sampling_defaults,
     )
     freeze_gc()
+    return app
 
-    def ready(url: str) -> None:
-        name = config.served_model_names[0]
-        say(f"ready in {time.monotonic() - started:.1f} s: {url} (model {name!r}). Try:")
-        say(
-            f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'"
-            f"{_key_header(config)} \\\n    -d '"
-            f'{{"model": "{name}", "stream": true, "messages": '
-            """[{"role": "user", "content": "What is the capital of France?"}]}'"""
-        )
 
-    def draining(num_requests: int) -> None:
-        answers = "answer" if num_requests == 1 else "answers"
-        say(f"finishing {num_requests} {answers}; Ctrl-C again to stop at once")
-
-    serve(app, config, sockets=sockets, on_ready=ready, on_draining=draining)
-    say("stopped")
-    return 0
+def _curl_line(url: str, config: ApiConfig) -> str:
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""
+    body = {
+        "model": config.served_model_names[0],
+        "stream": True,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }
+    return (
+        f"try: curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
+        f"     -d '{orjson.dumps(body).decode()}'"
+    )
 
 
 def api_config(args: Namespace) -> ApiConfig:
@@ -85,7 +107,3 @@ def say(line: str) -> None:
 def warn(line: str) -> None:
     """Print a line that should not be missed."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def _key_header(config: ApiConfig) -> str:
-    return " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""

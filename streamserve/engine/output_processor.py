@@ -16,7 +16,8 @@ class OutputProcessor:
     """Detokenises, looks for stop strings, counts. Event-loop thread only.
 
     ``num_output_tokens`` counts what the reader has been given: end-of-sequence and stop tokens
-    belong to it, tokens behind a stop string do not.
+    belong to it, tokens behind a stop string do not. Logprobs are those of the tokens whose text is
+    shown, as in OpenAI's API: joined they are the text.
     """
 
     __slots__ = (
@@ -60,7 +61,9 @@ class OutputProcessor:
         if finish_reason is None:
             text = self._add(token_ids)
         else:
-            text = self._add(self._shown_ids(token_ids, finish_reason)) + self._finish()
+            shown_ids = self._shown_ids(token_ids, finish_reason)
+            text = self._add(shown_ids) + self._finish()
+            logprobs = logprobs[: len(shown_ids)]
         return self._output(text, token_ids, logprobs, finish_reason, stop_reason)
 
     def abort(self) -> RequestOutput:
@@ -105,7 +108,9 @@ class OutputProcessor:
             text += certain + stop.flush()
             if matched is not None:
                 finish_reason, stop_reason = FinishReason.STOP, matched
-        return self._output(text, token_ids, logprobs, finish_reason, stop_reason)
+        return self._output(
+            text, token_ids, logprobs[: len(shown_ids)], finish_reason, stop_reason
+        )
 
     def _shown_ids(self, token_ids: list[int], finish_reason: FinishReason | None) -> Sequence[int]:
         """Leave out the token that ended the request: end-of-sequence or a stop id (as vLLM)."""

@@ -37,10 +37,10 @@ class Server:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **kwargs)
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics, labels as part of the name."""
+        """Every sample of /metrics by its name without labels; the last one of each name."""
         text = httpx.get(f"{self.url}/metrics").raise_for_status().text
         rows = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-        return {name: float(value) for name, value in rows}
+        return {name.split("{")[0]: float(value) for name, value in rows}
 
 
 def environment() -> dict[str, str]:
