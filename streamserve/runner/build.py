@@ -6,6 +6,7 @@ import torch
 
 from streamserve.models import Decoder, allocate_kv_cache
 from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec
+from streamserve.runner.allocator import keep_freed_memory
 from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.model_runner import TorchModelRunner
 from streamserve.runner.sampler import Sampler
@@ -18,9 +19,12 @@ def build_runner(
 ) -> TorchModelRunner:
     """Allocates and touches the KV cache and the step buffers, starts the device thread, warms up.
 
-    After it no step compiles anything or asks the system for much memory. Takes seconds to a
-    minute, by the model's size. Raises what torch raises when the memory is not there after all.
+    After it no step compiles anything or asks the system for much memory. On a CPU it changes the
+    allocator's settings for the whole process. Takes seconds to a minute, by the model's size.
+    Raises what torch raises when the memory is not there after all.
     """
+    if model.device.type == "cpu":
+        keep_freed_memory()
     kv_caches = allocate_kv_cache(
         model.spec,
         memory.num_blocks,

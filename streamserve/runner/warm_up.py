@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 
+from streamserve.core.clock import monotonic
 from streamserve.core.plan import (
     BlockCopy,
     ModelRunner,
@@ -24,6 +26,12 @@ _PARAMS = (
     SamplingParams(temperature=1.0, repetition_penalty=1.1, frequency_penalty=0.1),
     SamplingParams(temperature=0.0, logprobs=20),
 )
+_GREEDY = _PARAMS[:1]
+# The allocator settles when it has seen many orders of sizes: cheap with a small model.
+_MIN_MIXED_STEPS, _MAX_MIXED_STEPS, _MIXED_SECONDS = 8, 48, 2.0
+
+Work = tuple[int, int]
+"""Start and number of the tokens that a request computes."""
 
 
 class WarmUp:
@@ -34,66 +42,72 @@ class WarmUp:
     ) -> None:
         self._runner = runner
         self._memory = memory
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_tokens = max_num_batched_tokens
+        self._max_seqs = min(memory.max_num_seqs, max_num_batched_tokens)
         self._step_id = -1
         self._live: list[str] = []
 
     def run(self, sizes: Sequence[int]) -> None:
         """Runs prompts and decodes of all ``sizes``; raises whatever a step raises."""
-        num_seqs = min(self._memory.max_num_seqs, self._max_num_batched_tokens)
-        row_counts = [size for size in sizes if size < num_seqs]
-        for count in (*row_counts, num_seqs):
-            self._step([1] * count, _PARAMS[:1])
+        longest = self._memory.max_model_len
+        for size in (*(size for size in sizes if size < self._max_seqs), self._max_seqs):
+            self._step(self._decodes(size), _GREEDY)
         for size in sizes:
-            self._step(self._prompts(size), _PARAMS[:1])
+            self._step(self._prompts(size), _GREEDY)
         # A full step with decodes in it, whose padding leads to the top of the ladder.
-        decodes = min(num_seqs - 1, 4)
-        prompts = self._prompts(self._max_num_batched_tokens - decodes)
-        self._step([1] * decodes + prompts[: num_seqs - decodes], _PARAMS[:1])
+        num_decodes = min(self._max_seqs - 1, 4)
+        prompts = self._prompts(self._max_tokens - num_decodes)
+        decodes = self._decodes(num_decodes)
+        self._step(decodes + prompts[: self._max_seqs - num_decodes], _GREEDY)
         for params in _PARAMS:
-            self._step([1] * num_seqs, (params,))
-        self._step([1] * num_seqs, _PARAMS)
-        self._step([1], _PARAMS[:1], start=self._memory.max_model_len - 1)
+            self._step(self._decodes(self._max_seqs), (params,))
+        # The most that attention can ask for: the longest sequence's last chunk.
+        last = min(self._max_tokens, longest)
+        self._step([(longest - last, last)], _GREEDY)
+        rng = random.Random(0)
+        deadline = monotonic() + _MIXED_SECONDS
+        for count in range(_MAX_MIXED_STEPS):
+            if count >= _MIN_MIXED_STEPS and monotonic() > deadline:
+                break
+            self._step(self._mixed(rng), _PARAMS)
         self._step([], ())
 
-    def _prompts(self, size: int) -> list[int]:
-        """Lengths of as few prompts as ``size`` tokens need."""
-        size = min(size, self._max_num_batched_tokens)
-        longest = self._memory.max_model_len
-        full, rest = divmod(size, longest)
-        lengths = [longest] * full + ([rest] if rest else [])
-        return lengths[: self._memory.max_num_seqs]
+    def _decodes(self, count: int) -> list[Work]:
+        return [(min(8, self._memory.max_model_len - 1), 1)] * count
 
-    def _step(
-        self, lengths: Sequence[int], params: Iterable[SamplingParams], *, start: int | None = None
-    ) -> None:
-        """One step of fresh requests; those of one token stand behind some others."""
-        step_id, released = self._step_id, self._live
+    def _prompts(self, size: int) -> list[Work]:
+        """As few prompts as ``size`` tokens need."""
+        longest = self._memory.max_model_len
+        full, rest = divmod(min(size, self._max_tokens), longest)
+        lengths = [longest] * full + ([rest] if rest else [])
+        return [(0, length) for length in lengths[: self._max_seqs]]
+
+    def _mixed(self, rng: random.Random) -> list[Work]:
+        """Decodes at any depth, and a chunk of a prompt."""
+        longest = self._memory.max_model_len
+        num_decodes = rng.randrange(self._max_seqs)
+        work = [(rng.randrange(longest), 1) for _ in range(num_decodes)]
+        length = min(rng.randint(1, self._max_tokens - num_decodes), longest)
+        return [*work, (rng.randint(0, longest - length), length)]
+
+    def _step(self, work: Sequence[Work], params: Iterable[SamplingParams]) -> None:
+        """One step of fresh requests, which share blocks."""
+        plan = SchedulerOutput(self._step_id, released_ids=self._live)
         self._step_id -= 1
-        self._live = [f"warm-up {step_id} {i}" for i in range(len(lengths))]
-        plan = SchedulerOutput(step_id, released_ids=released)
-        if self._memory.num_blocks > 1:
+        self._live = [f"warm-up {plan.step_id} {i}" for i in range(len(work))]
+        num_blocks, block_size = self._memory.num_blocks, self._memory.block_size
+        if num_blocks > 1:
             plan.block_copies.append(BlockCopy(0, 1))
-        chosen = list(islice(cycle(params), len(lengths)))
-        for i, (request_id, length) in enumerate(zip(self._live, lengths, strict=True)):
-            start_here = start
-            if start_here is None:
-                start_here = min(8, self._memory.max_model_len - 1) if length == 1 else 0
-            token_ids = [0] * (start_here + length)
+        for i, ((start, length), chosen) in enumerate(
+            zip(work, islice(cycle(params), len(work)), strict=True)
+        ):
+            request_id, token_ids = self._live[i], [0] * (start + length)
             plan.new_requests.append(
-                NewRequest(request_id, token_ids, len(token_ids), chosen[i], seed=i, choice_index=0)
+                NewRequest(request_id, token_ids, len(token_ids), chosen, seed=i, choice_index=0)
             )
-            num_blocks = -(-len(token_ids) // self._memory.block_size)
-            first = i * num_blocks
+            blocks = [(i + j) % num_blocks for j in range(-(-len(token_ids) // block_size))]
             plan.scheduled.append(
-                ScheduledRequest(
-                    request_id,
-                    start_here,
-                    token_ids[start_here:],
-                    [(first + j) % self._memory.num_blocks for j in range(num_blocks)],
-                    True,
-                    0,
-                )
+                ScheduledRequest(request_id, start, token_ids[start:], blocks, True, 0)
             )
         self._runner.launch(plan)
-        self._runner.sample(step_id).result()
+        self._runner.sample(plan.step_id).result()
