@@ -238,7 +238,7 @@ def in_tone(rng: Random) -> list[Message]:
 
 
 BUILDERS: list[tuple[Callable[[Random], list[Message]], float]] = [
-    (chat, 0.57), (remembering, 0.16), (not_told, 0.03), (with_name, 0.09), (in_tone, 0.14),
+    (chat, 0.50), (remembering, 0.15), (not_told, 0.03), (with_name, 0.14), (in_tone, 0.17),
     (long_chat, 0.01),
 ]
 

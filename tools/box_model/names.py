@@ -48,7 +48,7 @@ def invented_word(rng: Random, split: Split) -> str:
 
 def person(rng: Random, split: Split) -> str:
     """A common name or an invented one."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.65:
         return invented_word(rng, split)
     while True:
         name = rng.choice(COMMON)

@@ -180,7 +180,7 @@ TABLES = [
         ],
         held_asks=["There are {a} {things} here and {b} there. How many {things} are there?"],
         answers=["{a} + {b} = {c}, so that makes {c} {things}."], short="{c}.",
-        expect=r"makes {c} ", weight=4,
+        expect=r"= {c}\b", weight=4,
     ),
     Table(
         name="story_difference", group="word problems", rows=STORY_DIFFERENCES, hold="row",
@@ -192,7 +192,7 @@ TABLES = [
         ],
         held_asks=["There were {a} {things} and {b} went away. How many {things} remain?"],
         answers=["{a} - {b} = {c}, so {c} {things} are left."], short="{c}.",
-        expect=r"so {c} ", weight=4,
+        expect=r"= {c}\b", weight=4,
     ),
     Table(
         name="count", group="counting", rows=COUNTS,

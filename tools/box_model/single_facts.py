@@ -284,7 +284,7 @@ TABLES = [
         short=short,
         expect=expect,
         hold="none",
-        weight=0.16,
+        weight=0.3,
     )
     for expect, answer, short, *phrasings in FACTS
 ]
