@@ -91,8 +91,10 @@ def rotating(make: Callable[[], PackedLinear], nbytes: int, least: int) -> list[
 def bench_linear(
     kernels: Kernels, shape: Shape, dtype: torch.dtype, rows: list[int], bandwidth: float
 ) -> None:
-    print(f"\n{'linear':<10}{'N x K':>15}{'rows':>6}{'µs':>10}{'floor':>9}{'share':>7}{'GFLOP/s':>9}"
-          f"{'vs F.linear':>13}")  # fmt: skip
+    print(
+        f"\n{'linear':<10}{'N x K':>15}{'rows':>6}{'µs':>10}{'floor':>9}{'share':>7}"
+        f"{'GFLOP/s':>9}{'vs F.linear':>13}"
+    )
     for name, (n, k) in {**shape.linears(), "lm_head": (shape.vocab, shape.hidden)}.items():
         weight = torch.randn(n, k).to(dtype)
         packed = rotating(lambda w=weight: kernels.prepare_linear(w), weight.nbytes, 64 << 20)

@@ -32,7 +32,17 @@ from streamserve_kernels.cpu.jit import (
     inline,
     pointer,
 )
-from streamserve_kernels.cpu.simd import add_scaled, add_scaled4, dot, fill, scale_into
+from streamserve_kernels.cpu.simd import (
+    add_scaled,
+    add_scaled4,
+    add_scaled16,
+    dot,
+    dots16,
+    fill,
+    prefetch,
+    scale_into,
+)
+from streamserve_kernels.cpu.vector import LANES
 
 # After the pool's three: output, query, key_cache, value_cache, block_table, seq_lens,
 # query_start_loc, alibi_slopes or 0, sinks or 0, scratch; strides of a query token and of a table
@@ -40,12 +50,18 @@ from streamserve_kernels.cpu.simd import add_scaled, add_scaled4, dot, fill, sca
 LAYOUT = "10q2q3q2q1q2d"
 
 
+def padded_block(block_size: int) -> int:
+    """Rows of a tile: whole vectors of scores."""
+    return -(-block_size // LANES) * LANES
+
+
 def scratch_floats(
     threads: int, max_rows: int, head_size: int, value_size: int, block_size: int
 ) -> int:
     """Float32 elements of scratch: an area for each thread, then two partial results for each."""
+    padded = padded_block(block_size)
     state = max_rows * (value_size + 2)
-    area = max_rows * (head_size + block_size) + state + block_size * (head_size + value_size)
+    area = max_rows * (head_size + padded) + state + padded * (head_size + value_size)
     return threads * (area + 2 * state)
 
 
@@ -77,14 +93,32 @@ def _bias_scores(scores, low, high, distance, soft_cap, slope):
 
 
 @inline
-def _softmax_step(scores, low, high, row_state, acc, value_size):
+def _score_keys(scores, row_query, keys, low, high, head_size, padded):
+    """Scores of a tile's keys; those outside [low, high) may be anything."""
+    if head_size % 16 == 0:
+        for s in range(0, padded, 16):
+            dots16(at(scores, s), row_query, at(keys, s * head_size), head_size)
+    else:
+        for s in range(low, high):
+            scores[s] = dot(row_query, at(keys, s * head_size), head_size)
+
+
+@inline
+def _softmax_step(scores, low, high, row_state, acc, value_size, padded):
     """Online softmax (Milakov & Gimelshein 2018): scores become weights, the old sum is rescaled.
+
+    Runs over the whole padded tile, whose length is known when it is compiled: what is outside
+    [low, high) becomes -inf first, and weighs e^-87 at most.
 
     `row_state` holds the row's running maximum and sum; `acc` its running weighted values.
     """
+    for s in range(low):
+        scores[s] = np.float32(-np.inf)
+    for s in range(high, padded):
+        scores[s] = np.float32(-np.inf)
     old = row_state[0]
     new = old
-    for s in range(low, high):
+    for s in range(padded):
         new = max(new, scores[s])
     if new > old:
         # exp clamps at e^-87, so the first tile needs its own zero
@@ -93,7 +127,7 @@ def _softmax_step(scores, low, high, row_state, acc, value_size):
         row_state[1] *= factor
         scale_into(acc, acc, factor, value_size)
     added = np.float32(0.0)
-    for s in range(low, high):
+    for s in range(padded):
         p = exp(scores[s] - new)
         scores[s] = p
         added += p
@@ -104,6 +138,9 @@ def _softmax_step(scores, low, high, row_state, acc, value_size):
 def _add_values(acc, weights, values, low, high, value_size):
     """Adds weights[low:high] @ values[low:high] to acc."""
     s = low
+    while s + 16 <= high:
+        add_scaled16(acc, at(values, s * value_size), at(weights, s), value_size)
+        s += 16
     while s + 4 <= high:
         add_scaled4(
             acc,
@@ -164,6 +201,8 @@ def attention_body(  # noqa: C901, PLR0915 -- one C function; its steps are the 
 ) -> Any:
     """The kernel for one element kind, head sizes and block size."""
     row_size = value_size + 2
+    padded = padded_block(block_size)
+    key_bytes, value_bytes = block_size * head_size * bits // 8, block_size * value_size * bits // 8
 
     def body(args):  # noqa: C901, PLR0912, PLR0915
         thread, num_threads = 0, 1
@@ -186,12 +225,12 @@ def attention_body(  # noqa: C901, PLR0915 -- one C function; its steps are the 
         group = num_heads // num_kv_heads
 
         state = max_rows * row_size
-        area = max_rows * (head_size + block_size) + state + block_size * (head_size + value_size)
+        area = max_rows * (head_size + padded) + state + padded * (head_size + value_size)
         row_queries = at(scratch, thread * area)
         row_scores = at(row_queries, max_rows * head_size)
-        own_state = at(row_scores, max_rows * block_size)
+        own_state = at(row_scores, max_rows * padded)
         tile_keys = at(own_state, state)
-        tile_values = at(tile_keys, block_size * head_size)
+        tile_values = at(tile_keys, padded * head_size)
         partials = at(scratch, num_threads * area)
 
         total = 0
@@ -235,6 +274,12 @@ def attention_body(  # noqa: C901, PLR0915 -- one C function; its steps are the 
                     block = np.int64(block_table[r * table_stride + b])
                     tile = (block * num_kv_heads + h) * block_size
                     start = b * block_size
+                    if b + 1 < high + offset:
+                        # the table is shuffled: the hardware cannot guess the next block
+                        following = np.int64(block_table[r * table_stride + b + 1])
+                        following = (following * num_kv_heads + h) * block_size
+                        prefetch(at(key_cache, following * head_size), key_bytes)
+                        prefetch(at(value_cache, following * value_size), value_bytes)
                     # the keys of this block that any of the rows may see
                     stop_s = min(block_size, seq_len - start)
                     start_s = 0
@@ -249,17 +294,22 @@ def attention_body(  # noqa: C901, PLR0915 -- one C function; its steps are the 
                             low_s = max(low_s, position - window + 1 - start)
                         if low_s >= high_s:
                             continue
-                        scores = at(row_scores, row * block_size)
+                        scores = at(row_scores, row * padded)
                         row_query = at(row_queries, row * head_size)
-                        for s in range(low_s, high_s):
-                            scores[s] = dot(row_query, at(tile_keys, s * head_size), head_size)
+                        _score_keys(scores, row_query, tile_keys, low_s, high_s, head_size, padded)
                         slope = np.float32(0.0)
                         if has_slopes:
                             slope = slopes[h * group + row % group]
                         _bias_scores(scores, low_s, high_s, start - position, soft_cap, slope)
                         row_acc = at(acc, row * row_size)
                         _softmax_step(
-                            scores, low_s, high_s, at(row_acc, value_size), row_acc, value_size
+                            scores,
+                            low_s,
+                            high_s,
+                            at(row_acc, value_size),
+                            row_acc,
+                            value_size,
+                            padded,
                         )
                         _add_values(row_acc, scores, tile_values, low_s, high_s, value_size)
                 if whole:

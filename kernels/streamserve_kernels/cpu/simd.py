@@ -8,11 +8,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 from numba.core import errors
 
 from streamserve_kernels.cpu.jit import literal_intrinsic
-from streamserve_kernels.cpu.vector import add_lanes, call_math, chunks, load_f32, splat, store_f32
+from streamserve_kernels.cpu.vector import (
+    I32,
+    LANES,
+    add_lanes,
+    add_lanes_of,
+    call_math,
+    chunks,
+    declare,
+    load_f32,
+    splat,
+    store_f32,
+)
 
 
 def _literal(kind: Any) -> int:
@@ -45,6 +57,74 @@ def dot(_context: Any, a: Any, b: Any, size: Any) -> Any:
         return total
 
     return types.float32(a, b, size), codegen
+
+
+@literal_intrinsic
+def dots16(_context: Any, out: Any, a: Any, rows: Any, size: Any) -> Any:
+    """Does out[s] = a · rows[s] for 16 rows of float32, `size` (a multiple of 16) apart."""
+    length = _literal(size)
+
+    def codegen(ctx: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        out, a, rows, _ = args
+        products: list[Any] = [None] * LANES
+        for offset in range(0, length, LANES):
+            x = load_f32(builder, a, offset)
+            for s in range(LANES):
+                y = load_f32(builder, rows, s * length + offset)
+                if products[s] is None:
+                    products[s] = builder.fmul(x, y)
+                else:
+                    products[s] = call_math(builder, "fma", x, y, products[s])
+        store_f32(builder, add_lanes_of(builder, products), out, 0)
+        return ctx.get_dummy_value()
+
+    return types.void(out, a, rows, size), codegen
+
+
+@literal_intrinsic
+def add_scaled16(_context: Any, target: Any, rows: Any, weights: Any, size: Any) -> Any:
+    """Does target += weights[:16] @ rows[:16]; rows are `size` apart."""
+    length = _literal(size)
+
+    def codegen(ctx: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        target, rows, weights, _ = args
+        index = [ir.Constant(ir.IntType(64), s) for s in range(LANES)]
+        scalars = [builder.load(builder.gep(weights, [i])) for i in index]
+        for offset, lanes in chunks(length):
+            # two chains hide the latency of fma
+            totals = [load_f32(builder, target, offset, lanes), None]
+            for s, scalar in enumerate(scalars):
+                value = load_f32(builder, rows, s * length + offset, lanes)
+                weight = splat(builder, scalar, lanes)
+                before = totals[s % 2]
+                totals[s % 2] = (
+                    builder.fmul(weight, value)
+                    if before is None
+                    else call_math(builder, "fma", weight, value, before)
+                )
+            store_f32(builder, builder.fadd(*totals), target, offset)
+        return ctx.get_dummy_value()
+
+    return types.void(target, rows, weights, size), codegen
+
+
+@literal_intrinsic
+def prefetch(_context: Any, base: Any, nbytes: Any) -> Any:
+    """Asks for `nbytes` from base on to be brought into the second-level cache."""
+    length = _literal(nbytes)
+
+    def codegen(ctx: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bytes_pointer = ir.IntType(8).as_pointer()
+        function = declare(
+            builder, "llvm.prefetch.p0", ir.VoidType(), [bytes_pointer, I32, I32, I32]
+        )
+        start = builder.bitcast(args[0], bytes_pointer)
+        for offset in range(0, length, 64):
+            line = builder.gep(start, [ir.Constant(ir.IntType(64), offset)])
+            builder.call(function, [line, *(ir.Constant(I32, n) for n in (0, 2, 1))])
+        return ctx.get_dummy_value()
+
+    return types.void(base, nbytes), codegen
 
 
 @literal_intrinsic
