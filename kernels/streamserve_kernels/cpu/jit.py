@@ -12,8 +12,11 @@ Numba knows no bfloat16: elements are read as uint16 and widened by a shift.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import numba
@@ -50,9 +53,18 @@ def compilations() -> int:
     return _compiled.value
 
 
+@lru_cache(maxsize=1)
+def _toolkit_fingerprint() -> str:
+    """Changes with the sources that bodies inline: Numba's cache follows only a body's own file."""
+    folder = Path(__file__).parent
+    sources = (folder / name for name in ("jit.py", "simd.py", "vector.py"))
+    return f"{zlib.crc32(b''.join(source.read_bytes() for source in sources)):08x}"
+
+
 def compile_body(body: Callable[..., None]) -> Any:
     """Compiles `body(args)` to a C function; its `.address` goes to `pool.run`."""
     _compiled.value += 1
+    body.__qualname__ += f"_{_toolkit_fingerprint()}"
     signature = types.void(pointer_to(types.int64))
     return numba.cfunc(signature, fastmath=FASTMATH, cache=True, error_model="numpy")(body)
 
