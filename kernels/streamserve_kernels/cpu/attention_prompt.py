@@ -7,6 +7,9 @@ not by the prompt.
 
         keys   0 ........ 4096 ........ a ..... b
         a..b  [ segment ][ segment    ][causal ]
+
+Every part is padded to whole multiples, of queries and of keys: in bfloat16 torch compiles a
+product for each shape that it meets, and keeps it.
 """
 
 from __future__ import annotations
@@ -17,33 +20,57 @@ from torch import Tensor
 # Keys gathered at a time, and query rows of a tile that needs an explicit mask.
 SEGMENT = 4096
 MASKED_TILE = 256
+QUERY_MULTIPLE = 64
+KEY_MULTIPLE = 128
 
 
-def _gather(cache: Tensor, table: Tensor, low: int, high: int) -> Tensor:
-    """Keys or values of positions [low, high) as [Hkv, 1, high - low, D]."""
-    block_size = cache.shape[2]
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _gather(cache: Tensor, table: Tensor, low: int, high: int, size: int) -> Tensor:
+    """Keys or values of positions [low, high), then zeros, as [Hkv, 1, size, D]."""
+    num_kv_heads, block_size, head_size = cache.shape[1:]
     first = low // block_size
-    blocks = table[first : -(-high // block_size)]
-    tiles = cache.transpose(0, 1).index_select(1, blocks)  # [Hkv, n, S, D]
-    rows = tiles.view(tiles.shape[0], 1, -1, tiles.shape[3])
-    return rows[:, :, low - first * block_size : high - first * block_size]
+    offset = low - first * block_size
+    # The blocks are picked out of the cache as it lies: index_select copies a whole cache that it
+    # is given transposed.
+    tiles = cache.index_select(0, table[first : -(-high // block_size)])  # [n, Hkv, S, D]
+    num_blocks = max(tiles.shape[0], -(-(offset + size) // block_size))
+    rows = cache.new_empty(num_kv_heads, num_blocks * block_size, head_size)
+    blocks = rows.view(num_kv_heads, num_blocks, block_size, head_size)
+    blocks[:, : tiles.shape[0]].copy_(tiles.transpose(0, 1))
+    rows[:, offset + high - low :] = 0.0
+    return rows[:, None, offset : offset + size]
+
+
+def _pad_queries(rows: Tensor, size: int) -> Tensor:
+    """[Hkv, G, q, D] -> [Hkv, G, size, D]; the rows added are zeros."""
+    if rows.shape[2] == size:
+        return rows
+    padded = rows.new_zeros(*rows.shape[:2], size, rows.shape[3])
+    padded[:, :, : rows.shape[2]] = rows
+    return padded
 
 
 def _bias(
     queries: tuple[int, int],
     keys: tuple[int, int],
+    num_keys: int,
     window: int | None,
     slopes: Tensor | None,
     *,
     masked: bool,
 ) -> Tensor | None:
-    """Additive bias [Hkv or 1, G or 1, queries or 1, keys] in float32; None where it is all 0.
+    """Additive bias [Hkv or 1, G or 1, queries or 1, num_keys] in float32; None where it is all 0.
+
+    Keys past ``keys[1]`` are padding and hidden.
 
     Without a mask, ALiBi's slope·(j - i) is given as slope·(j - first query), one row for all: the
     rest is constant in a row, does not change its softmax, and `_attend`'s caller adds it to the
     log-sum-exp.
     """
-    j = torch.arange(*keys)
+    j = torch.arange(keys[0], keys[0] + num_keys)
     i = torch.arange(*queries)[:, None] if masked else torch.tensor([[queries[0]]])
     bias = None
     if slopes is not None:
@@ -52,9 +79,12 @@ def _bias(
         visible = j <= i
         if window is not None:
             visible &= i - j < window
-        mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
-        bias = mask[None, None] if bias is None else bias + mask
-    return bias
+    elif num_keys > keys[1] - keys[0]:
+        visible = (j < keys[1])[None]
+    else:
+        return bias
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+    return mask[None, None] if bias is None else bias + mask
 
 
 def _attend(
@@ -115,20 +145,26 @@ def prompt_attention(
         slopes = slopes.float().view(num_kv_heads, group)
     for a in range(start, seq_len, tile):
         b = min(a + tile, seq_len)
-        rows = grouped[:, :, a - start : b - start]
+        num_rows = _round_up(b - a, QUERY_MULTIPLE)
+        rows = _pad_queries(grouped[:, :, a - start : b - start], num_rows)
         if window is not None:
             parts = [(max(0, a - window + 1), b)]
         else:
             parts = [(low, min(low + segment, a)) for low in range(0, a, segment)] + [(a, b)]
         merged: tuple[Tensor, Tensor] | None = None
         for low, high in parts:
-            key = _gather(key_cache, table, low, high)
-            value = _gather(value_cache, table, low, high)
-            bias = _bias((a, b), (low, high), window, slopes, masked=explicit and high == b)
             causal = high == b and not explicit
+            num_keys = num_rows if causal else _round_up(high - low, KEY_MULTIPLE)
+            key = _gather(key_cache, table, low, high, num_keys)
+            value = _gather(value_cache, table, low, high, num_keys)
+            bias = None
+            if not causal:
+                masked = high == b
+                queries = (a, a + num_rows)
+                bias = _bias(queries, (low, high), num_keys, window, slopes, masked=masked)
             part = _attend(rows, key, value, bias, scale, soft_cap, is_causal=causal)
             if slopes is not None and high != b:
-                part = (part[0], part[1] - slopes[..., None] * torch.arange(b - a).float())
+                part = (part[0], part[1] - slopes[..., None] * torch.arange(num_rows).float())
             merged = part if merged is None else _merge(*merged, *part)
         assert merged is not None
         result, lse = merged
@@ -136,7 +172,7 @@ def prompt_attention(
             share = torch.sigmoid(lse - sinks.float().view(num_kv_heads, group, 1))
             result = result.float() * share[..., None]
         target = output[a - start : b - start].view(b - a, num_kv_heads, group, -1)
-        target.copy_(result.permute(2, 0, 1, 3))
+        target.copy_(result[:, :, : b - a].permute(2, 0, 1, 3))
 
 
 def _merge(
