@@ -8,11 +8,15 @@ interleaved rounds: on a shared machine the median measures the neighbours.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+# What the server sets, and like it before torch loads libgomp: see "Waiting" in kernels/README.md.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +17,15 @@ TOLERANCE = {
     torch.bfloat16: {"atol": 1e-2, "rtol": 2e-2},
     torch.float16: {"atol": 2e-3, "rtol": 4e-3},
 }
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every uninitialised tensor starts as NaN, so an output that is not fully written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

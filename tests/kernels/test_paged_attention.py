@@ -263,3 +263,28 @@ def test_batching_and_chunking_hardly_change_float32(naive: Kernels, cpu: Kernel
             )
         torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=1e-5)
     assert lens[0] == 120
+
+
+def test_wrong_kinds_of_tensors_are_refused(naive: Kernels, cpu: Kernels) -> None:
+    """Compiled kernels read by address: a wrong dtype must not become a wrong answer."""
+    case = paged_case(
+        naive,
+        seed=13,
+        dtype=torch.float32,
+        heads=(2, 1),
+        head_size=64,
+        block_size=16,
+        requests=[(20, 1)],
+    )
+    for index, name in ((3, "block_table"), (4, "seq_lens"), (5, "query_start_loc")):
+        args = list(case.args)
+        args[index] = args[index].long()
+        with pytest.raises(TypeError, match=name):
+            cpu.paged_attention(*args, scale=0.1)
+    with pytest.raises(TypeError, match="caches"):
+        cpu.paged_attention(case.args[0].bfloat16(), *case.args[1:], scale=0.1)
+    key = torch.zeros(1, 1, 64)
+    with pytest.raises(TypeError, match="slot_mapping"):
+        cpu.write_kv(key, key, *case.args[1:3], torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="does not fit"):
+        cpu.write_kv(key.view(1, 2, 32), key, *case.args[1:3], torch.zeros(1, dtype=torch.int64))

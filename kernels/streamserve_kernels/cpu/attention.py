@@ -11,12 +11,12 @@ from torch import Tensor
 
 from streamserve_kernels.cpu.attention_decode import LAYOUT, attention_body, scratch_floats
 from streamserve_kernels.cpu.attention_prompt import prompt_attention
+from streamserve_kernels.cpu.ops import COMPILED, require
 from streamserve_kernels.cpu.pool import pool
 
 # Query rows (queries times the heads that share a kv head) that one pass of the compiled kernel
 # holds: beyond it the matrix units win.
 MAX_ROWS = 64
-COMPILED = (torch.bfloat16, torch.float32)
 
 
 @lru_cache(maxsize=64)
@@ -88,6 +88,13 @@ def paged_attention(
     """See `naive.paged_attention`."""
     num_tokens, num_heads, head_size = query.shape
     group = num_heads // key_cache.shape[1]
+    require("block_table", block_table, torch.int32)
+    require("seq_lens", seq_lens, torch.int32)
+    require("query_start_loc", query_start_loc, torch.int32)
+    if key_cache.dtype != query.dtype or not (
+        key_cache.is_contiguous() and value_cache.is_contiguous()
+    ):
+        raise TypeError(f"the caches must be contiguous {query.dtype}, got {key_cache.dtype}")
     output = query.new_empty(num_tokens, num_heads, value_cache.shape[3])
     if query.stride(2) != 1 or query.stride(1) != head_size:
         query = query.contiguous()

@@ -56,6 +56,20 @@ def threads_for(elements: int) -> int:
     return 1 if elements < PARALLEL_ELEMENTS else pool().threads()
 
 
+def require(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Raises TypeError unless x is what a body reads by address: this dtype, rows adjacent."""
+    if x.dtype != dtype or x.stride(-1) != 1:
+        raise TypeError(f"{name} must be contiguous {dtype}, got {x.dtype} at stride {x.stride()}")
+
+
+def _require_cache(key: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    require("slot_mapping", slots, torch.int64)
+    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        raise TypeError("the caches must be contiguous")
+    if key_cache.shape[1:] != (key.shape[1], key_cache.shape[2], key.shape[2]):
+        raise ValueError(f"key {tuple(key.shape)} does not fit a cache of {tuple(key_cache.shape)}")
+
+
 def _rows(x: Tensor) -> tuple[int, int] | None:
     """(rows, stride of a row) if x is rows at one stride with adjacent elements, else None."""
     if x.dim() == 2:
@@ -140,6 +154,8 @@ def rotary_embedding(
     """See `naive.rotary_embedding`: in place."""
     if not _packed_heads(query, key) or not cos_sin.is_contiguous():
         return naive.rotary_embedding(query, key, positions, cos_sin, interleaved=interleaved)
+    require("positions", positions, torch.int64)
+    require("cos_sin", cos_sin, torch.float32)
     tokens, num_heads, head_size = query.shape
     rotary_write_kernel(8 * query.element_size(), interleaved)(
         threads_for(query.numel()),
@@ -182,6 +198,9 @@ def rotary_write_kv(
         rotary_embedding(query, key, positions, cos_sin, interleaved=interleaved)
         write_kv(key, value, key_cache, value_cache, slot_mapping)
         return query, key
+    require("positions", positions, torch.int64)
+    require("cos_sin", cos_sin, torch.float32)
+    _require_cache(key, key_cache, value_cache, slot_mapping)
     tokens, num_heads, head_size = query.shape
     rotary_write_kernel(8 * query.element_size(), interleaved)(
         threads_for(query.numel()),
@@ -214,6 +233,7 @@ def write_kv(
     if not _packed_heads(key, value) or key_cache.dtype != key.dtype:
         naive.write_kv(key, value, key_cache, value_cache, slot_mapping)
         return
+    _require_cache(key, key_cache, value_cache, slot_mapping)
     tokens, num_kv_heads, head_size = key.shape
     rotary_write_kernel(8 * key.element_size(), False)(
         threads_for(key.numel()),
@@ -243,6 +263,8 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     if not all(cache.is_contiguous() for cache in caches):
         naive.copy_blocks(caches, src, dst)
         return
+    require("src", src, torch.int64)
+    require("dst", dst, torch.int64)
     addresses = array.array("q", [cache.data_ptr() for cache in caches])
     sizes = array.array("q", [cache[0].nbytes for cache in caches])
     copy_blocks_kernel()(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from streamserve_kernels.cpu import ops
-from streamserve_kernels.cpu.attention import COMPILED, decode_kernel
+from streamserve_kernels.cpu.attention import decode_kernel
 
 
 def warm_up(
@@ -19,7 +19,7 @@ def warm_up(
     After it no call with this dtype, these head sizes and this block size compiles anything.
     """
     ops.copy_blocks_kernel()
-    if dtype not in COMPILED:
+    if dtype not in ops.COMPILED:
         return
     bits = 8 * dtype.itemsize
     decode_kernel(bits, head_size, value_head_size or head_size, block_size)
