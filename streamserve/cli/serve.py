@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 import orjson
@@ -100,8 +100,9 @@ def api_config(args: Namespace) -> ApiConfig:
 
 
 def say(line: str) -> None:
-    """Print a line at once, also into a pipe."""
-    print(line, flush=True)
+    """Print a line at once, also into a pipe, and even if nobody reads it any more."""
+    with suppress(BrokenPipeError):
+        print(line, flush=True)
 
 
 def warn(line: str) -> None:

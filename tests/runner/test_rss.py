@@ -16,15 +16,7 @@ ROOT = Path(__file__).parents[2]
 MIB = 2**20
 
 
-KERNELS_FOR_EVERY_SHAPE = pytest.mark.xfail(
-    reason="torch's bfloat16 flash attention compiles for every length of a prompt's chunk",
-    strict=False,
-)
-
-
-@pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("bfloat16", marks=KERNELS_FOR_EVERY_SHAPE)]
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_200_mixed_steps_grow_the_process_by_at_most_16_mib(dtype):
     if dtype == "bfloat16" and not cpu_multiplies_bfloat16():
         pytest.skip("not what this CPU would serve")
