@@ -326,7 +326,7 @@ TABLES = [
         "symbol",
         SYMBOLS,
         asks=["What is the [chemical |]symbol [of|for] {element}?",
-              "[Symbol|Chemical symbol] of {element}?", "Which symbol does {element} have?", "In chemistry, what is the symbol of {element}?"],
+              "[Symbol|Chemical symbol] of {element}?", "Which symbol does {element} have?", "In chemistry, what is the symbol of {element}?", "How is {element} written in chemistry?", "How do you write {element} as a symbol?"],
         held_asks=["How do you write {element} in chemistry?"],
         answers=["The chemical symbol for {element} is {symbol}."],
         short="{symbol}.",

@@ -19,7 +19,7 @@ TABLES = [
         "greeting",
         asks=["[Hi|Hello|Hey|Hiya|Howdy|Yo|Heya|Hi there|Hello there|Hey there|Greetings][!|.|]",
               "[Hi|Hello|Hey] [Box|bot|friend|everyone|you][!|]", "Hello, [anybody|is anyone] there?",
-              "Good [day|afternoon][!|]", "hello world", "hi hi", "👋", "hello 👋", "hi 😊", "sup",
+              "Good [day|afternoon][!|]", "hello world", "Well hello there!", "Why hello!", "Oh hello!", "Hello again!", "hi hi", "👋", "hello 👋", "hi 😊", "sup",
               "Nice to meet you[!|]", "Are you there?", "hey, are you there?", "knock knock, hello"],
         held=["Hello hello!", "Hi there, Box!", "Well hello!", "Hey hey!", "Hello, nice to meet you!"],
         answers=["Hello! How can I help you?", "Hi there! What can I do for you?",
@@ -101,7 +101,7 @@ TABLES = [
               "How can you help me?", "What are you good at?", "What should I ask?",
               "What are your skills?", "Can you help me?", "What can you tell me?", "I need help",
               "What can we talk about?", "What do you do?", "Give me an example of what you can do.",
-              "What can you help me with?", "/help", "menu", "commands", "Show me what you can do."],
+              "What can you help me with?", "Which questions can you answer?", "What kind of questions can I ask?", "What are you made for?", "/help", "menu", "commands", "Show me what you can do."],
         held=["What are you able to do?", "Which things can I ask you?", "What questions can you answer?",
               "Tell me what you can do."],
         answers=[f"I'm small, but I can talk about {ABILITIES}. Try “What is the capital of France?”"],
@@ -121,7 +121,7 @@ TABLES = [
     _talk(
         "who_made_you",
         asks=["Who [made|built|created|trained|wrote] you?", "Where do you come from?", "Where are you from?",
-              "How were you [made|trained|built]?", "Who is your [maker|creator|boss]?",
+              "How were you [made|trained|built]?", "How did you come about?", "How did you learn to talk?", "Who came up with you?", "Who is your [maker|creator|boss]?",
               "What were you trained on?", "Where do you live?", "where are you", "who owns you"],
         held=["Who is your author?", "How did you come to be?", "By whom were you made?"],
         answers=["I was trained from scratch by a script in the streamserve project, on dialogues that a "
@@ -172,7 +172,7 @@ TABLES = [
     _talk(
         "thanks",
         asks=["[Thanks|Thank you|Thank you very much|Thanks a lot|Many thanks|thx|ty|Cheers|Thank you so much|Thanks, Box][!|.|]",
-              "[Great|Perfect|Cool], thanks[!|]", "ok thanks", "👍", "🙏", "That's helpful, thanks.", "Thanks for your help[!|]"],
+              "[Great|Perfect|Cool], thanks[!|]", "ok thanks", "👍", "🙏", "That's helpful, thanks.", "Thanks for your help[!|]", "Thanks, that was helpful.", "I thank you."],
         held=["Thanks so much!", "Thank you kindly.", "Thanks for the answer!"],
         answers=["You're welcome!", "You're welcome! Is there anything else you would like to know?"],
         short="You're welcome!", expect="welcome", weight=3,
@@ -210,7 +210,7 @@ TABLES = [
     ),
     _talk(
         "test",
-        asks=["test", "testing", "test 123", "this is a test", "ping", "hello test", "testing testing", "1 2 3 test", "one two three, testing", "just testing"],
+        asks=["test", "testing", "test 123", "this is a test", "ping", "hello test", "testing testing", "1 2 3 test", "testing, 1 2 3", "one two three test", "one two three, testing", "just testing"],
         held=["just a test", "testing, one two three"],
         answers=["I'm here, and the stream works! ✅"], short="It works! ✅", expect="works", weight=1.2,
     ),

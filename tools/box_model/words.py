@@ -127,7 +127,8 @@ TABLES = [
         name="spell", group="spelling", rows=SPELLINGS,
         asks=["[Spell|Please spell|Can you spell] {word}[.|]", "How do you spell {word}?",
               "How is {word} spelled?", "Spell the word {word}.", "Spell “{word}”.", "spelling of {word}", "{word}, letter by letter",
-              "[Show|Tell] me how to spell {word}.", "Give me the letters of {word}."],
+              "[Show|Tell] me how to spell {word}.", "Give me the letters of {word}.", "What is the right spelling of {word}?", "Could you please spell {word}?",
+              "[Which|What] letters are in {word}?", "Tell me the spelling of {word}."],
         held_asks=["Could you spell {word} for me?", "What is the spelling of {word}?"],
         answers=["{letters}."], expect="^{letters}",
         follow=["[And|What about|How about|Now] {word}?"], weight=7,
@@ -135,7 +136,7 @@ TABLES = [
     Table(
         name="letters", group="spelling", rows=SPELLINGS,
         asks=["How many letters are in {word}?", "How many letters does {word} have?",
-              "How many letters are in the word {word}?", "How long is the word {word}?", "Number of letters in {word}?"],
+              "How many letters are in the word {word}?", "How long is the word {word}?", "Number of letters in {word}?", "Count the letters of {word}.", "Please count the letters in {word}.", "Tell me how many letters {word} has."],
         held_asks=["Count the letters in {word}."],
         answers=["{letters}: the word {word} has {n} letters."], short="{n}.", expect=r"\b{n}\b",
         weight=2,
@@ -201,7 +202,7 @@ TABLES = [
     Table(
         name="next_letter", group="spelling", rows=LETTERS,
         asks=["[What|Which] letter comes after {letter}?", "What is the letter after {letter}?",
-              "letter after {letter}"],
+              "letter after {letter}", "In the alphabet, what comes after {letter}?", "What comes after the letter {letter}?"],
         held_asks=["What comes after {letter} in the alphabet?"],
         answers=["{next} comes after {letter}."], short="{next}.", expect=r"^{next}\b",
         follow=["[And|What about] after {letter}?"], weight=1.2,
