@@ -7,6 +7,8 @@ microsecond of Python between two is paid by every token.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -151,6 +153,7 @@ class Decoder:
             Block(layer, layer_weights, kernels, device, self._cos_sin(layer, tables))
             for layer, layer_weights in zip(spec.layers, weights.layers, strict=True)
         ]
+        self._cache_indices = list(range(len(self._blocks)))
         outer = weights.outer
         self._embedding = outer.tensors["embedding"]
         self._position_embedding = outer.tensors.get("position_embedding")
@@ -197,7 +200,7 @@ class Decoder:
         last_rows = None if rows.shape[0] == x.shape[0] else rows
         last = len(self._blocks) - 1
         for index, block in enumerate(self._blocks):
-            key_cache, value_cache = kv_caches[index]
+            key_cache, value_cache = kv_caches[self._cache_indices[index]]
             x, residual = block.forward(
                 x, residual, batch, key_cache, value_cache, last_rows if index == last else None
             )
@@ -205,6 +208,18 @@ class Decoder:
             return x[:0]
         assert residual is not None
         return self._final_norm.add_norm(x, residual)[0]
+
+    def one_of_each_layer(self) -> Decoder:
+        """A thin copy that shares the weights: the first layer of each kind is left, and the last.
+
+        (The last is fed other numbers of rows.) It meets every shape that the whole decoder meets,
+        in a fraction of the time: for warm-up. It takes the whole decoder's caches.
+        """
+        first = {layer: index for index, layer in reversed(list(enumerate(self.spec.layers)))}
+        thin = copy(self)
+        thin._cache_indices = sorted({*first.values(), len(self._blocks) - 1})
+        thin._blocks = [self._blocks[index] for index in thin._cache_indices]
+        return thin
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Normed hidden states [L, H] -> logits [L, V] float32."""

@@ -20,8 +20,9 @@ def build_runner(
     """Allocates and touches the KV cache and the step buffers, starts the device thread, warms up.
 
     After it no step compiles anything or asks the system for much memory. On a CPU it changes the
-    allocator's settings for the whole process. Takes seconds to a minute, by the model's size.
-    Raises what torch raises when the memory is not there after all.
+    allocator's settings for the whole process. Takes seconds: all sizes are met with one layer of
+    each kind, and only a few steps with the whole model. Raises what torch raises when the memory
+    is not there after all.
     """
     if model.device.type == "cpu":
         keep_freed_memory()
@@ -38,7 +39,7 @@ def build_runner(
     model.warm_up(memory.block_size)
     sizes = step_sizes(max_num_batched_tokens, memory.max_num_seqs)
     runner = TorchModelRunner(
-        model,
+        model.one_of_each_layer(),
         kv_caches,
         vocab_size=model.spec.vocab_size,
         block_size=memory.block_size,
@@ -48,7 +49,10 @@ def build_runner(
         padded_sizes=sizes,
     )
     try:
-        WarmUp(runner, memory, max_num_batched_tokens).run(sizes)
+        warm_up = WarmUp(runner, memory, max_num_batched_tokens)
+        warm_up.run(sizes)
+        runner.replace_model(model)
+        warm_up.run_full_steps()
     except BaseException:
         runner.close()
         raise

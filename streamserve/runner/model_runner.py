@@ -99,6 +99,12 @@ class TorchModelRunner:
         self._thread = threading.Thread(target=self._work, name="streamserve-device", daemon=True)
         self._thread.start()
 
+    def replace_model(self, model: ForwardModel) -> None:
+        """Run later steps with ``model``, which takes the same caches. Only between two steps."""
+        if self._unsampled:
+            raise RuntimeError(f"steps are in flight: {list(self._unsampled)}")
+        self._model = model
+
     def launch(self, plan: SchedulerOutput) -> None:
         """Queue the forward of ``plan``. Raises RuntimeError once closed."""
         if self._closed:

@@ -28,7 +28,9 @@ _PARAMS = (
 )
 _GREEDY = _PARAMS[:1]
 # The allocator settles when it has seen many orders of sizes: cheap with a small model.
-_MIN_MIXED_STEPS, _MAX_MIXED_STEPS, _MIXED_SECONDS = 8, 48, 2.0
+_MIN_MIXED_STEPS, _MAX_MIXED_STEPS, _MIXED_SECONDS = 8, 48, 1.0
+# Prompt attention takes queries and keys in whole multiples: each pair of them once.
+_QUERY_MULTIPLE, _KEY_MULTIPLE, _MAX_KEY_MULTIPLES = 64, 128, 4
 
 Work = tuple[int, int]
 """Start and number of the tokens that a request computes."""
@@ -44,6 +46,7 @@ class WarmUp:
         self._memory = memory
         self._max_tokens = max_num_batched_tokens
         self._max_seqs = min(memory.max_num_seqs, max_num_batched_tokens)
+        self._rng = random.Random(0)
         self._step_id = -1
         self._live: list[str] = []
 
@@ -61,15 +64,24 @@ class WarmUp:
         self._step(decodes + prompts[: self._max_seqs - num_decodes], _GREEDY)
         for params in _PARAMS:
             self._step(self._decodes(self._max_seqs), (params,))
+        for length in range(_QUERY_MULTIPLE, self._max_tokens + 1, _QUERY_MULTIPLE):
+            for count in range(1, _MAX_KEY_MULTIPLES + 1):
+                if count * _KEY_MULTIPLE + length <= longest:
+                    self._step([(count * _KEY_MULTIPLE, length)], _GREEDY)
         # The most that attention can ask for: the longest sequence's last chunk.
         last = min(self._max_tokens, longest)
         self._step([(longest - last, last)], _GREEDY)
-        rng = random.Random(0)
         deadline = monotonic() + _MIXED_SECONDS
         for count in range(_MAX_MIXED_STEPS):
             if count >= _MIN_MIXED_STEPS and monotonic() > deadline:
                 break
-            self._step(self._mixed(rng), _PARAMS)
+            self._step(self._mixed(), _PARAMS)
+        self._step([], ())
+
+    def run_full_steps(self) -> None:
+        """Runs the largest prompt and the largest batch: what a whole model needs room for."""
+        self._step(self._prompts(self._max_tokens), _GREEDY)
+        self._step(self._decodes(self._max_seqs), _GREEDY)
         self._step([], ())
 
     def _decodes(self, count: int) -> list[Work]:
@@ -82,8 +94,9 @@ class WarmUp:
         lengths = [longest] * full + ([rest] if rest else [])
         return [(0, length) for length in lengths[: self._max_seqs]]
 
-    def _mixed(self, rng: random.Random) -> list[Work]:
+    def _mixed(self) -> list[Work]:
         """Decodes at any depth, and a chunk of a prompt."""
+        rng = self._rng
         longest = self._memory.max_model_len
         num_decodes = rng.randrange(self._max_seqs)
         work = [(rng.randrange(longest), 1) for _ in range(num_decodes)]
