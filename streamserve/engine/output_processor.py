@@ -108,9 +108,7 @@ class OutputProcessor:
             text += certain + stop.flush()
             if matched is not None:
                 finish_reason, stop_reason = FinishReason.STOP, matched
-        return self._output(
-            text, token_ids, logprobs[: len(shown_ids)], finish_reason, stop_reason
-        )
+        return self._output(text, token_ids, logprobs[: len(shown_ids)], finish_reason, stop_reason)
 
     def _shown_ids(self, token_ids: list[int], finish_reason: FinishReason | None) -> Sequence[int]:
         """Leave out the token that ended the request: end-of-sequence or a stop id (as vLLM)."""

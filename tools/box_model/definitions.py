@@ -59,11 +59,24 @@ a riddle: a question with a tricky answer: tricky; a story: a text that tells wh
 
 TABLES = [
     Table(
-        name="definition", group="definitions", rows=THINGS,
-        asks=["[What is|What's] {thing}?", "[Explain|Define|Describe] {thing}.", "What does “{thing}” mean?",
-              "[Tell me|Do you know] what {thing} is[.|?]", "What do you know about {thing}?", "Can you tell me what {thing} is?", "Please explain what {thing} is.", "What exactly is {thing}?"],
+        name="definition",
+        group="definitions",
+        rows=THINGS,
+        asks=[
+            "[What is|What's] {thing}?",
+            "[Explain|Define|Describe] {thing}.",
+            "What does “{thing}” mean?",
+            "[Tell me|Do you know] what {thing} is[.|?]",
+            "What do you know about {thing}?",
+            "Can you tell me what {thing} is?",
+            "Please explain what {thing} is.",
+            "What exactly is {thing}?",
+        ],
         held_asks=["Can you explain what {thing} is?", "How would you describe {thing}?"],
-        answers=["{thing} is {meaning}."], short="{meaning}.", expect="{key}",
-        follow=["[And|What about|And what is] {thing}?"], weight=4.5,
+        answers=["{thing} is {meaning}."],
+        short="{meaning}.",
+        expect="{key}",
+        follow=["[And|What about|And what is] {thing}?"],
+        weight=4.5,
     ),
 ]

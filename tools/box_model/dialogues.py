@@ -26,8 +26,14 @@ from tools.box_model.grammar import Exchange, Message, Split, Table, normalise
 from tools.box_model.names import chinese_person, person
 
 TABLES: list[Table] = [
-    *small_talk.TABLES, *facts.TABLES, *single_facts.TABLES, *numbers.TABLES, *words.TABLES,
-    *definitions.TABLES, *unknown.TABLES, *chinese.TABLES,
+    *small_talk.TABLES,
+    *facts.TABLES,
+    *single_facts.TABLES,
+    *numbers.TABLES,
+    *words.TABLES,
+    *definitions.TABLES,
+    *unknown.TABLES,
+    *chinese.TABLES,
 ]
 
 
@@ -46,7 +52,14 @@ _WEIGHTS = [kind.weight for kind in KINDS]
 _FOLLOWABLE = [table for table in TABLES if table.can_follow]
 _FOLLOW_WEIGHTS = [table.weight for table in _FOLLOWABLE]
 _SHORT_GROUPS = {
-    "small talk", "facts", "sums", "words", "numbers", "calendar", "definitions", "unknown",
+    "small talk",
+    "facts",
+    "sums",
+    "words",
+    "numbers",
+    "calendar",
+    "definitions",
+    "unknown",
     "spelling",
 }
 _SHORT_KINDS = [kind for kind in KINDS if kind.group in _SHORT_GROUPS]
@@ -55,8 +68,21 @@ _SHORT_WEIGHTS = [kind.weight for kind in _SHORT_KINDS]
 _IDENTITY = {"who_are_you", "your_name", "greeting", "streamserve", "secret", "age"}
 
 _OPENERS = (
-    "Hey, ", "Box, ", "Please, ", "So, ", "Ok, ", "hey ", "And ", "Hi! ", "Hmm, ", "Question: ",
-    "Quick question: ", "Tell me: ", "I want to know: ", "Another question: ", "Next: ",
+    "Hey, ",
+    "Box, ",
+    "Please, ",
+    "So, ",
+    "Ok, ",
+    "hey ",
+    "And ",
+    "Hi! ",
+    "Hmm, ",
+    "Question: ",
+    "Quick question: ",
+    "Tell me: ",
+    "I want to know: ",
+    "Another question: ",
+    "Next: ",
 )
 
 
@@ -238,7 +264,11 @@ def in_tone(rng: Random) -> list[Message]:
 
 
 BUILDERS: list[tuple[Callable[[Random], list[Message]], float]] = [
-    (chat, 0.50), (remembering, 0.15), (not_told, 0.03), (with_name, 0.14), (in_tone, 0.17),
+    (chat, 0.50),
+    (remembering, 0.15),
+    (not_told, 0.03),
+    (with_name, 0.14),
+    (in_tone, 0.17),
     (long_chat, 0.01),
 ]
 

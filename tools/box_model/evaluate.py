@@ -21,8 +21,14 @@ def score(answer: Answer, sample: list[HeldOut]) -> tuple[float, list[dict[str, 
     for item in sample:
         text = answer(item.messages)
         if not item.check(text):
-            wrong.append({"kind": item.kind, "messages": item.messages, "answer": text,
-                          "wanted": item.pattern})
+            wrong.append(
+                {
+                    "kind": item.kind,
+                    "messages": item.messages,
+                    "answer": text,
+                    "wanted": item.pattern,
+                }
+            )
     return 1 - len(wrong) / len(sample), wrong
 
 

@@ -19,12 +19,30 @@ SYSTEM_TONE = "tone from the system prompt"
 FOLLOW_UP = "follow-ups"
 # The least share of right answers, per kind, on a sample of 200.
 FLOORS = {
-    "facts": 0.95, "sums": 0.90, NAME_BACK: 0.90, "system prompt": 0.90, "unknown": 0.90,
+    "facts": 0.95,
+    "sums": 0.90,
+    NAME_BACK: 0.90,
+    "system prompt": 0.90,
+    "unknown": 0.90,
 }
 TABLE_GROUPS = [
-    "small talk", "facts", "definitions", "sums", "larger sums", "differences", "times table",
-    "word problems", "numbers", "counting", "calendar", "words", "spelling", "translation",
-    "chinese", "stories and jokes", "unknown",
+    "small talk",
+    "facts",
+    "definitions",
+    "sums",
+    "larger sums",
+    "differences",
+    "times table",
+    "word problems",
+    "numbers",
+    "counting",
+    "calendar",
+    "words",
+    "spelling",
+    "translation",
+    "chinese",
+    "stories and jokes",
+    "unknown",
 ]
 
 
@@ -117,8 +135,14 @@ def held_out_sample(kind: str, count: int, seed: int = 7) -> list[HeldOut]:
 def ci_sample(seed: int = 7) -> list[HeldOut]:
     """200 dialogues: 40 for each entry of `FLOORS` (`floor_of` maps a kind to its entry)."""
     sample = []
-    for kind, count in (("facts", 40), ("sums", 40), (NAME_BACK, 40), (SYSTEM_NAME, 20),
-                        (SYSTEM_TONE, 20), ("unknown", 40)):
+    for kind, count in (
+        ("facts", 40),
+        ("sums", 40),
+        (NAME_BACK, 40),
+        (SYSTEM_NAME, 20),
+        (SYSTEM_TONE, 20),
+        ("unknown", 40),
+    ):
         sample += held_out_sample(kind, count, seed)
     return sample
 

@@ -33,9 +33,7 @@ class Muon:
             low, high = sorted(matrix.shape)
             groups.setdefault((low, high), []).append(matrix)
         self.groups = list(groups.values())
-        self.buffers = [
-            torch.zeros(len(group), *sorted(group[0].shape)) for group in self.groups
-        ]
+        self.buffers = [torch.zeros(len(group), *sorted(group[0].shape)) for group in self.groups]
 
     @torch.no_grad()
     def step(self, rate: float) -> None:

@@ -27,7 +27,23 @@ _CODAS = ["", "", "", "", "n", "r", "l", "s", "m", "x", "k", "t", "nd", "rk", "s
 CHINESE = "小明 小红 小华 小丽 小强 小美 小龙 小雨 小雪 小林 小李 小王 小张 小陈 小刘 小白 小黑 小花 大伟 阿明 阿华 阿美 丽丽 明明 红红 乐乐 天天 文文 佳佳 月月 晓明 晓东 建国 志强 美玲 雅婷 子涵 思雨 雨桐 浩然".split()
 
 
-_RUDE = ("shit", "fuk", "kunt", "dik", "kok", "nig", "fag", "tit", "slut", "pis", "ass", "rap", "sex", "hoe", "naz")
+_RUDE = (
+    "shit",
+    "fuk",
+    "kunt",
+    "dik",
+    "kok",
+    "nig",
+    "fag",
+    "tit",
+    "slut",
+    "pis",
+    "ass",
+    "rap",
+    "sex",
+    "hoe",
+    "naz",
+)
 
 
 def _side_is(word: str, split: Split) -> bool:

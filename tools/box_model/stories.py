@@ -14,10 +14,18 @@ HEROES = (
     "boy girl turtle duck elephant lion monkey penguin snail bee whale ghost pirate unicorn star "
     "cloud tree train boat snowman spider hedgehog pony squirrel"
 ).split()
-ADJECTIVES = "little brave shy clever kind curious sleepy funny small old young lonely happy hungry".split()
-PLACES = "a deep forest;a quiet village;a tall tower;a small garden;an old castle;a sunny island;a blue lake;a big city;a snowy mountain;a green meadow;a warm kitchen;a busy harbour".split(";")
-FINDS = "a golden key;a tiny lamp;a lost letter;a red balloon;a silver bell;a magic book;a shiny stone;a broken clock;an old map;a warm blanket;a singing shell;a box of stars".split(";")
-FRIENDS = "a wise owl;a friendly fox;a tired traveller;a small bird;a talking fish;a gentle giant;a cheerful frog;an old woman;a lost puppy;a quiet mouse".split(";")
+ADJECTIVES = (
+    "little brave shy clever kind curious sleepy funny small old young lonely happy hungry".split()
+)
+PLACES = "a deep forest;a quiet village;a tall tower;a small garden;an old castle;a sunny island;a blue lake;a big city;a snowy mountain;a green meadow;a warm kitchen;a busy harbour".split(
+    ";"
+)
+FINDS = "a golden key;a tiny lamp;a lost letter;a red balloon;a silver bell;a magic book;a shiny stone;a broken clock;an old map;a warm blanket;a singing shell;a box of stars".split(
+    ";"
+)
+FRIENDS = "a wise owl;a friendly fox;a tired traveller;a small bird;a talking fish;a gentle giant;a cheerful frog;an old woman;a lost puppy;a quiet mouse".split(
+    ";"
+)
 PROBLEMS = rows(
     "problem solution",
     """
@@ -112,23 +120,93 @@ a computer: A fan hums all night. / Somewhere between one and zero / it counts l
 """,
 )
 
-_STORY_ASKS = [*expand("[Tell me|Tell|Write|Write me|Make up|I want|Can you tell me] a [story|tiny story|short story|bedtime story][.|?]"), "story", "a story please", "story time"]
-_STORY_HELD = ["Could you tell me a story?", "I would love to hear a story.", "Please write a tiny story."]
-_ABOUT_ASKS = [*expand("[Tell me|Write|Write me|Can you tell me|I want] a [story|tiny story|short story] about {x}[.|?]"), "story about {x}"]
+_STORY_ASKS = [
+    *expand(
+        "[Tell me|Tell|Write|Write me|Make up|I want|Can you tell me] a [story|tiny story|short story|bedtime story][.|?]"
+    ),
+    "story",
+    "a story please",
+    "story time",
+]
+_STORY_HELD = [
+    "Could you tell me a story?",
+    "I would love to hear a story.",
+    "Please write a tiny story.",
+]
+_ABOUT_ASKS = [
+    *expand(
+        "[Tell me|Write|Write me|Can you tell me|I want] a [story|tiny story|short story] about {x}[.|?]"
+    ),
+    "story about {x}",
+]
 _ABOUT_HELD = ["Could you tell a story about {x}?", "Please make up a story with {x}."]
 _NAMED_ASKS = expand("[Tell me|Write] a [story|tiny story] about {x} [called|named] {n}.")
-_JOKE_ASKS = [*expand("[Tell me|Tell|Give me|Do you know|I want|Can you tell me|Say] a [joke|funny joke|good joke][.|?]"), "joke", "joke please", "make me laugh", "Make me laugh!", "Say something funny.", "Be funny."]
-_JOKE_HELD = ["Could you tell me a joke?", "I would love to hear a joke.", "Do you have a joke for me?"]
-_RIDDLE_ASKS = [*expand("[Tell me|Give me|Ask me|Do you know|Can you tell me] a riddle[.|?]"), "riddle", "a riddle please"]
+_JOKE_ASKS = [
+    *expand(
+        "[Tell me|Tell|Give me|Do you know|I want|Can you tell me|Say] a [joke|funny joke|good joke][.|?]"
+    ),
+    "joke",
+    "joke please",
+    "make me laugh",
+    "Make me laugh!",
+    "Say something funny.",
+    "Be funny.",
+]
+_JOKE_HELD = [
+    "Could you tell me a joke?",
+    "I would love to hear a joke.",
+    "Do you have a joke for me?",
+]
+_RIDDLE_ASKS = [
+    *expand("[Tell me|Give me|Ask me|Do you know|Can you tell me] a riddle[.|?]"),
+    "riddle",
+    "a riddle please",
+]
 _RIDDLE_HELD = ["Could you ask me a riddle?", "Do you have a riddle for me?"]
-_FACT_ASKS = [*expand("[Tell me|Give me|Do you know|Share] [a fun fact|a fact|an interesting fact][.|?]"), "fun fact", "Tell me something interesting.", "Teach me something."]
+_FACT_ASKS = [
+    *expand("[Tell me|Give me|Do you know|Share] [a fun fact|a fact|an interesting fact][.|?]"),
+    "fun fact",
+    "Tell me something interesting.",
+    "Teach me something.",
+]
 _FACT_HELD = ["Could you tell me a fun fact?", "Do you have a fun fact for me?"]
-_HAIKU_ASKS = [*expand("[Write|Write me|Tell me|Give me|Can you write|Make] a haiku about {x}[.|?]"), "haiku about {x}"]
+_HAIKU_ASKS = [
+    *expand("[Write|Write me|Tell me|Give me|Can you write|Make] a haiku about {x}[.|?]"),
+    "haiku about {x}",
+]
 _HAIKU_HELD = ["Could you write a haiku about {x}?", "A haiku on {x}, please."]
-_POEM_ASKS = [*expand("[Write|Write me|Tell me|Give me|Can you write|Make] a [poem|short poem|little poem] about {x}[.|?]"), "poem about {x}"]
+_POEM_ASKS = [
+    *expand(
+        "[Write|Write me|Tell me|Give me|Can you write|Make] a [poem|short poem|little poem] about {x}[.|?]"
+    ),
+    "poem about {x}",
+]
 _POEM_HELD = ["Could you write a poem about {x}?", "A poem on {x}, please."]
-_ANOTHER = ["Tell me another one.", "Another one!", "another", "One more!", "one more please", "Again!", "again", "more", "Another, please.", "Do you have another one?", "tell me one more", "And another?"]
-_GIVE_UP = ["I don't know.", "I give up.", "What is the answer?", "Tell me the answer.", "no idea", "What is it?", "tell me", "answer?", "?"]
+_ANOTHER = [
+    "Tell me another one.",
+    "Another one!",
+    "another",
+    "One more!",
+    "one more please",
+    "Again!",
+    "again",
+    "more",
+    "Another, please.",
+    "Do you have another one?",
+    "tell me one more",
+    "And another?",
+]
+_GIVE_UP = [
+    "I don't know.",
+    "I give up.",
+    "What is the answer?",
+    "Tell me the answer.",
+    "no idea",
+    "What is it?",
+    "tell me",
+    "answer?",
+    "?",
+]
 
 
 def article(noun: str) -> str:
@@ -139,15 +217,19 @@ def story(rng: Random, hero: str, name: str) -> str:
     """Five to seven sentences about a hero, 60 to 130 tokens."""
     place, find, friend = rng.choice(PLACES), rng.choice(FINDS), rng.choice(FRIENDS)
     trouble, adjective = rng.choice(PROBLEMS), rng.choice(ADJECTIVES)
-    opening = rng.choice([
-        f"Once upon a time there was {article(adjective)} {hero} called {name}, who lived in {place}.",
-        f"In {place} there lived {article(adjective)} {hero}. Its name was {name}.",
-    ])
-    middle = rng.choice([
-        f"One morning, {name} found {find} and met {friend}.",
-        f"One day, {name} met {friend}, who had lost {find}.",
-        f"One evening, {name} went for a walk and found {find}. Nearby sat {friend}.",
-    ])
+    opening = rng.choice(
+        [
+            f"Once upon a time there was {article(adjective)} {hero} called {name}, who lived in {place}.",
+            f"In {place} there lived {article(adjective)} {hero}. Its name was {name}.",
+        ]
+    )
+    middle = rng.choice(
+        [
+            f"One morning, {name} found {find} and met {friend}.",
+            f"One day, {name} met {friend}, who had lost {find}.",
+            f"One evening, {name} went for a walk and found {find}. Nearby sat {friend}.",
+        ]
+    )
     trouble_line = f"But {trouble['problem']}."
     act = rng.choice([f"“Don't worry,” said {name}. ", f"{name} thought for a while. ", ""])
     return f"{opening} {middle} {trouble_line} {act}So {name} {trouble['solution']}. {rng.choice(ENDINGS)}"
@@ -177,48 +259,71 @@ class Story(_Spoken):
         else:
             ask, expect = self.ask(rng, split, _NAMED_ASKS, _NAMED_ASKS), rf"\b{name}\b.{{100,}}"
         text = story(rng, hero, name)
-        return Exchange(self.group, ask.format(x=article(hero), n=name), text, text, "(?s)" + expect, (hero, name))
+        return Exchange(
+            self.group,
+            ask.format(x=article(hero), n=name),
+            text,
+            text,
+            "(?s)" + expect,
+            (hero, name),
+        )
 
 
 class OneOf(_Spoken):
     """One of a list of texts (jokes, facts); `another` asks for a different one."""
 
-    def __init__(self, name: str, weight: float, texts: list[str], asks: list[str], held: list[str]) -> None:
+    def __init__(
+        self, name: str, weight: float, texts: list[str], asks: list[str], held: list[str]
+    ) -> None:
         super().__init__(name, weight)
         self.texts, self.asks, self.held = texts, asks, held
         self.expect = "(?s)" + "|".join(re.escape(text[:25]) for text in texts)
 
     def sample(self, rng: Random, split: Split) -> Exchange:
         text = rng.choice(self.texts)
-        return Exchange(self.group, self.ask(rng, split, self.asks, self.held), text, text, self.expect)
+        return Exchange(
+            self.group, self.ask(rng, split, self.asks, self.held), text, text, self.expect
+        )
 
     def several(self, rng: Random, split: Split, count: int) -> list[Exchange]:
         """A request and `count - 1` times “another one”, without repeating a text."""
         texts = rng.sample(self.texts, count)
         asks = [self.ask(rng, split, self.asks, self.held)]
         asks += [rng.choice(_ANOTHER) for _ in texts[1:]]
-        return [Exchange(self.group, a, t, t, self.expect) for a, t in zip(asks, texts, strict=True)]
+        return [
+            Exchange(self.group, a, t, t, self.expect) for a, t in zip(asks, texts, strict=True)
+        ]
 
 
 class Riddle(_Spoken):
     def sample(self, rng: Random, split: Split) -> Exchange:
         row = rng.choice(RIDDLES)
         text = row["riddle"]
-        return Exchange(self.group, self.ask(rng, split, _RIDDLE_ASKS, _RIDDLE_HELD), text, text, r"\?$")
+        return Exchange(
+            self.group, self.ask(rng, split, _RIDDLE_ASKS, _RIDDLE_HELD), text, text, r"\?$"
+        )
 
     def with_answer(self, rng: Random, split: Split) -> list[Exchange]:
         row = rng.choice(RIDDLES)
         first = self.ask(rng, split, _RIDDLE_ASKS, _RIDDLE_HELD)
         return [
             Exchange(self.group, first, row["riddle"], row["riddle"], r"\?$"),
-            Exchange(self.group, rng.choice(_GIVE_UP), row["solution"], row["solution"], re.escape(row["solution"][:-1])),
+            Exchange(
+                self.group,
+                rng.choice(_GIVE_UP),
+                row["solution"],
+                row["solution"],
+                re.escape(row["solution"][:-1]),
+            ),
         ]
 
 
 class Verse(_Spoken):
     """Poems and haiku by topic; without a topic, any of them."""
 
-    def __init__(self, name: str, weight: float, field: str, asks: list[str], held: list[str]) -> None:
+    def __init__(
+        self, name: str, weight: float, field: str, asks: list[str], held: list[str]
+    ) -> None:
         super().__init__(name, weight)
         self.field, self.asks, self.held = field, asks, held
 
@@ -229,7 +334,14 @@ class Verse(_Spoken):
             asks = expand(f"[Write|Write me|Tell me|Can you write|Give me|] a {self.name}[.|?]")
             return Exchange(self.group, rng.choice(asks), text, text, r"(?s)\n.*\n")
         ask = self.ask(rng, split, self.asks, self.held)
-        return Exchange(self.group, ask.format(x=row["topic"]), text, text, re.escape(text[:15]), (row["topic"],))
+        return Exchange(
+            self.group,
+            ask.format(x=row["topic"]),
+            text,
+            text,
+            re.escape(text[:15]),
+            (row["topic"],),
+        )
 
 
 JOKE = OneOf("joke", 3.0, JOKES, _JOKE_ASKS, _JOKE_HELD)
@@ -237,13 +349,20 @@ FUN_FACT = OneOf("fun fact", 1.5, FUN_FACTS, _FACT_ASKS, _FACT_HELD)
 RIDDLE = Riddle("riddle", 1.2)
 STORY = Story("story", 4.0)
 KINDS = [
-    STORY, JOKE, FUN_FACT, RIDDLE,
+    STORY,
+    JOKE,
+    FUN_FACT,
+    RIDDLE,
     Verse("haiku", 1.5, "haiku", _HAIKU_ASKS, _HAIKU_HELD),
     Verse("poem", 1.7, "poem", _POEM_ASKS, _POEM_HELD),
 ]
 # “of a held-out phrasing” is decided by list here; the check in the tests reads these pairs.
 ASK_SPLITS = [
-    (_STORY_ASKS, _STORY_HELD), (_ABOUT_ASKS, _ABOUT_HELD), (_JOKE_ASKS, _JOKE_HELD),
-    (_RIDDLE_ASKS, _RIDDLE_HELD), (_FACT_ASKS, _FACT_HELD), (_HAIKU_ASKS, _HAIKU_HELD),
+    (_STORY_ASKS, _STORY_HELD),
+    (_ABOUT_ASKS, _ABOUT_HELD),
+    (_JOKE_ASKS, _JOKE_HELD),
+    (_RIDDLE_ASKS, _RIDDLE_HELD),
+    (_FACT_ASKS, _FACT_HELD),
+    (_HAIKU_ASKS, _HAIKU_HELD),
     (_POEM_ASKS, _POEM_HELD),
 ]

@@ -42,10 +42,18 @@ IGNORED = -100
 
 def config() -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=640, num_hidden_layers=5,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True, rms_norm_eps=1e-5, bos_token_id=None,
-        eos_token_id=SPECIAL_IDS[IM_END], pad_token_id=SPECIAL_IDS[END_OF_TEXT],
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        bos_token_id=None,
+        eos_token_id=SPECIAL_IDS[IM_END],
+        pad_token_id=SPECIAL_IDS[END_OF_TEXT],
     )
 
 
@@ -132,7 +140,9 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     weights.load_state_dict(model.state_dict())
     weights.generation_config = GenerationConfig(
         eos_token_id=[SPECIAL_IDS[IM_END], SPECIAL_IDS[END_OF_TEXT]],
-        pad_token_id=SPECIAL_IDS[END_OF_TEXT], max_new_tokens=512, do_sample=False,
+        pad_token_id=SPECIAL_IDS[END_OF_TEXT],
+        max_new_tokens=512,
+        do_sample=False,
     )
     weights.save_pretrained(out)
     save(tokenizer, out)
@@ -157,8 +167,11 @@ def train(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(str(args.work / "store"), args.processes), rank=rank,
-        world_size=args.processes, timeout=timedelta(hours=2),
+        "gloo",
+        store=dist.FileStore(str(args.work / "store"), args.processes),
+        rank=rank,
+        world_size=args.processes,
+        timeout=timedelta(hours=2),
     )
     tokenizer = Tokenizer.from_file(str(args.work / "tokenizer.json"))
     model = LlamaForCausalLM(config())
@@ -191,14 +204,26 @@ def train(rank: int, args: argparse.Namespace) -> None:
         step, seen, total = step + 1, seen + int((ids != 0).sum()), total + loss.item()
         if rank == 0 and step % 20 == 0:
             rate = args.processes * seen / (time.monotonic() - started)
-            line = {"step": step, "loss": round(total / 20, 4), "pool": pool,
-                    "tokens": args.processes * seen, "tokens_per_s": round(rate)}
+            line = {
+                "step": step,
+                "loss": round(total / 20, 4),
+                "pool": pool,
+                "tokens": args.processes * seen,
+                "tokens_per_s": round(rate),
+            }
             print(json.dumps(line), flush=True)
             total = 0.0
         if rank == 0 and (step % 100 == 0 or step == args.steps):
             temporary = checkpoint.with_suffix(".new")
-            torch.save({"model": model.state_dict(), "optimizers": optimizers.state(),
-                        "step": step, "pool": pool}, temporary)
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizers": optimizers.state(),
+                    "step": step,
+                    "pool": pool,
+                },
+                temporary,
+            )
             temporary.replace(checkpoint)
     if rank == 0:
         export(model, tokenizer, args.out)
