@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from tools.box_model import dialogues, memory, names, numbers, persona, stories
 from tools.box_model.grammar import expand, held_out, normalise
-from tools.box_model.heldout import FLOORS, ci_sample, floor_of, held_out_sample
+from tools.box_model.heldout import BUILDERS, FLOORS, ci_sample, floor_of, held_out_sample
 from tools.box_model.tokenizer import CHAT_TEMPLATE
 
 BOX = Path(__file__).parents[2] / "streamserve" / "assets" / "box"
@@ -103,6 +103,13 @@ def test_ci_sample_covers_every_floor() -> None:
     counts = Counter(floor_of(item.kind) for item in ci_sample())
     assert sum(counts.values()) == 200
     assert set(counts) == set(FLOORS)
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_every_kind_has_held_out_dialogues(kind: str) -> None:
+    items = held_out_sample(kind, 30, seed=8)
+    assert len(items) == 30
+    assert all(item.messages[-1]["role"] == "user" for item in items)
 
 
 def test_expand_lists_all_choices() -> None:

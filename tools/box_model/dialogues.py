@@ -49,7 +49,7 @@ class Kind(Protocol):
 
 KINDS: list[Kind] = [*TABLES, *stories.KINDS, unknown.InventedNames(), unknown.BigNumbers()]
 _WEIGHTS = [kind.weight for kind in KINDS]
-_FOLLOWABLE = [table for table in TABLES if table.can_follow]
+_FOLLOWABLE = [table for table in TABLES if table.can_follow("train")]
 _FOLLOW_WEIGHTS = [table.weight for table in _FOLLOWABLE]
 _SHORT_GROUPS = {
     "small talk",

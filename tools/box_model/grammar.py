@@ -168,9 +168,11 @@ class Table:
                 if first.expect != second.expect:
                     return first, second
 
-    @property
-    def can_follow(self) -> bool:
-        return bool(self._follow) and len(self.rows) > 1
+    def can_follow(self, split: Split) -> bool:
+        """Whether some short follow-up is on `split`'s side (and so `sample_follow` ends)."""
+        return len(self.rows) > 1 and any(
+            self.side(ask, row) == split for ask in self._follow for row in self.rows
+        )
 
     def questions(self, split: Split) -> Iterator[str]:
         """Every question of one side, normalised."""

@@ -110,10 +110,11 @@ def _fact_or_talk(rng: Random) -> Exchange:
     return rng.choices(kinds, [kind.weight for kind in kinds])[0].sample(rng, "held")
 
 
+_HELD_FOLLOWS = [table for table in dialogues.TABLES if table.can_follow("held")]
+
+
 def _follow_up(rng: Random) -> HeldOut:
-    tables = [t for t in dialogues.TABLES if t.can_follow and t.hold != "none"]
-    table = rng.choice(tables)
-    first, second = table.sample_follow(rng, "held")
+    first, second = rng.choice(_HELD_FOLLOWS).sample_follow(rng, "held")
     return _dialogue(FOLLOW_UP, None, [first], second, second.expect)
 
 

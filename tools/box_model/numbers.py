@@ -1,6 +1,6 @@
 """Arithmetic with small numbers, counting, and the calendar."""
 
-# ruff: noqa: E501, SIM905 - a table reads best with one row a line, a word list as words
+# ruff: noqa: SIM905 - a table reads best with one row a line, a word list as words
 from __future__ import annotations
 
 from tools.box_model.grammar import Table, rows

@@ -1,6 +1,5 @@
 """Facts that stand alone: each has its own phrasings, the last one of which is held out."""
 
-# ruff: noqa: E501 - a table reads best with one row a line, a word list as words
 from __future__ import annotations
 
 import re
