@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from typing import TypeAlias
 
 import torch
@@ -13,6 +16,8 @@ from streamserve_kernels import Kernels
 
 KVCache: TypeAlias = list[tuple[Tensor, Tensor]]
 """Per layer, the key cache and the value cache, in the shape that the kernels asked for."""
+
+_HUGE_PAGE = 2 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +47,14 @@ def allocate_kv_cache(
 ) -> KVCache:
     """Zeroed caches for ``num_blocks`` blocks of ``block_size`` tokens in every layer.
 
-    Raises whatever torch raises when the memory is not there; plan with `kv_bytes_per_block`.
+    Raises what torch or the system raises when the memory is not there; plan with
+    `kv_bytes_per_block`.
     """
     caches: KVCache = []
     for layer in spec.layers:
         heads = layer.attention.num_kv_heads
         key, value = (
-            torch.zeros(
-                kernels.kv_cache_shape(num_blocks, block_size, heads, head_size),
-                dtype=dtype,
-                device=device,
-            )
+            _zeros(kernels.kv_cache_shape(num_blocks, block_size, heads, head_size), dtype, device)
             for head_size in (
                 layer.attention.query_key_head_size,
                 layer.attention.value_head_size,
@@ -60,6 +62,22 @@ def allocate_kv_cache(
         )
         caches.append((key, value))
     return caches
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU in huge pages where the system has them.
+
+    A page is cleared when it is first written: 4 GiB in small pages are a million faults, seconds
+    before the server is ready. Attention, which reads blocks all over the cache, misses fewer
+    translations too.
+    """
+    num_bytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or num_bytes < _HUGE_PAGE:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def kv_bytes_per_block(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
