@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -32,12 +30,11 @@ from streamserve.models import (
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import build_runner, step_buffer_bytes
 from streamserve.runner.memory import MemoryPlan, format_bytes, parse_bytes, plan_memory
-from streamserve.runner.model_runner import TorchModelRunner
+from streamserve.runner.passing_thread import on_passing_thread
 
 BOX_NAME = "box"
 
 Say = Callable[[str], None]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +97,8 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
     if template.is_builtin:
         warn(f"the checkpoint has no chat template: using the {template.source} one")
 
-    def build() -> TorchModelRunner:
-        model = load_model(
+    model = on_passing_thread(
+        lambda: load_model(
             path,
             dtype=dtype,
             device=device,
@@ -110,11 +107,10 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
             max_model_len=max_model_len,
             progress=Progress(say),
         )
-        return build_runner(
-            model, memory, max_num_batched_tokens=scheduler_config.max_num_batched_tokens
-        )
-
-    runner = _on_a_passing_thread(build)
+    )
+    runner = build_runner(
+        model, memory, max_num_batched_tokens=scheduler_config.max_num_batched_tokens
+    )
     cache = CacheConfig(
         num_blocks=memory.num_blocks,
         block_size=memory.block_size,
@@ -129,21 +125,6 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
         vocab_size=config.vocab_size,
     )
     return Service(engine, tokenizer, template, name, config.sampling_defaults, max_model_len)
-
-
-def _on_a_passing_thread(build: Callable[[], _T]) -> _T:
-    """Call ``build`` on a thread that ends with it.
-
-    libgomp keeps a pool of workers for each thread that has opened a parallel region. When all
-    pools together have more threads than there are cores, every barrier sleeps instead of spinning,
-    which doubles a decode step of a small model. Only the device thread may have one from here on,
-    and a thread that ends takes its pool with it.
-    """
-    executor = ThreadPoolExecutor(1, thread_name_prefix="streamserve-build")
-    try:
-        return executor.submit(build).result()
-    finally:
-        executor.shutdown(wait=False)
 
 
 def _resolve(args: Namespace, say: Say) -> Path:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from streamserve.models import Decoder, allocate_kv_cache
+from streamserve.models import Decoder, KVCache, allocate_kv_cache
 from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec
 from streamserve.runner.allocator import keep_freed_memory
 from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.model_runner import TorchModelRunner
+from streamserve.runner.passing_thread import on_passing_thread
 from streamserve.runner.sampler import Sampler
 from streamserve.runner.step_buffers import step_sizes
 from streamserve.runner.warm_up import WarmUp
@@ -26,17 +27,7 @@ def build_runner(
     """
     if model.device.type == "cpu":
         keep_freed_memory()
-    kv_caches = allocate_kv_cache(
-        model.spec,
-        memory.num_blocks,
-        memory.block_size,
-        model.dtype,
-        model.device,
-        model.kernels,
-    )
-    for cache in (cache for pair in kv_caches for cache in pair):
-        cache.zero_()  # zeroed memory from the system is only promised until it is written
-    model.warm_up(memory.block_size)
+    kv_caches = on_passing_thread(lambda: _prepare(model, memory))
     sizes = step_sizes(max_num_batched_tokens, memory.max_num_seqs)
     runner = TorchModelRunner(
         model.one_of_each_layer(),
@@ -57,6 +48,21 @@ def build_runner(
         runner.close()
         raise
     return runner
+
+
+def _prepare(model: Decoder, memory: MemoryPlan) -> KVCache:
+    kv_caches = allocate_kv_cache(
+        model.spec,
+        memory.num_blocks,
+        memory.block_size,
+        model.dtype,
+        model.device,
+        model.kernels,
+    )
+    for cache in (cache for pair in kv_caches for cache in pair):
+        cache.zero_()  # zeroed memory from the system is only promised until it is written
+    model.warm_up(memory.block_size)
+    return kv_caches
 
 
 def step_buffer_bytes(
