@@ -32,6 +32,9 @@ _MIN_MIXED_STEPS, _MAX_MIXED_STEPS, _MIXED_SECONDS = 8, 48, 1.0
 # Prompt attention takes queries and keys in whole multiples: each pair of them once.
 _QUERY_MULTIPLE, _KEY_MULTIPLE, _MAX_KEY_MULTIPLES = 64, 128, 4
 
+# Attention takes longer sequences in segments of 4096 keys: nothing new comes behind the second.
+_LONGEST = 2 * 4096 + 512
+
 Work = tuple[int, int]
 """Start and number of the tokens that a request computes."""
 
@@ -46,13 +49,14 @@ class WarmUp:
         self._memory = memory
         self._max_tokens = max_num_batched_tokens
         self._max_seqs = min(memory.max_num_seqs, max_num_batched_tokens)
+        self._longest = min(memory.max_model_len, _LONGEST)
         self._rng = random.Random(0)
         self._step_id = -1
         self._live: list[str] = []
 
     def run(self, sizes: Sequence[int]) -> None:
         """Runs prompts and decodes of all ``sizes``; raises whatever a step raises."""
-        longest = self._memory.max_model_len
+        longest = self._longest
         for size in (*(size for size in sizes if size < self._max_seqs), self._max_seqs):
             self._step(self._decodes(size), _GREEDY)
         for size in sizes:
@@ -68,7 +72,7 @@ class WarmUp:
             for count in range(1, _MAX_KEY_MULTIPLES + 1):
                 if count * _KEY_MULTIPLE + length <= longest:
                     self._step([(count * _KEY_MULTIPLE, length)], _GREEDY)
-        # The most that attention can ask for: the longest sequence's last chunk.
+        # The most that attention can ask for: a chunk behind several segments of keys.
         last = min(self._max_tokens, longest)
         self._step([(longest - last, last)], _GREEDY)
         deadline = monotonic() + _MIXED_SECONDS
@@ -89,7 +93,7 @@ class WarmUp:
 
     def _prompts(self, size: int) -> list[Work]:
         """As few prompts as ``size`` tokens need."""
-        longest = self._memory.max_model_len
+        longest = self._longest
         full, rest = divmod(min(size, self._max_tokens), longest)
         lengths = [longest] * full + ([rest] if rest else [])
         return [(0, length) for length in lengths[: self._max_seqs]]
@@ -97,7 +101,7 @@ class WarmUp:
     def _mixed(self) -> list[Work]:
         """Decodes at any depth, and a chunk of a prompt."""
         rng = self._rng
-        longest = self._memory.max_model_len
+        longest = self._longest
         num_decodes = rng.randrange(self._max_seqs)
         work = [(rng.randrange(longest), 1) for _ in range(num_decodes)]
         length = min(rng.randint(1, self._max_tokens - num_decodes), longest)
