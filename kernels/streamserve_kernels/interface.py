@@ -20,6 +20,12 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+# Prompt attention pads its queries and keys to whole multiples and takes keys in segments. Warm-up
+# must meet the shapes that come of it.
+PROMPT_QUERY_MULTIPLE = 64
+PROMPT_KEY_MULTIPLE = 128
+PROMPT_KEY_SEGMENT = 4096
+
 GatedKind = Literal["silu", "gelu", "gelu_tanh", "relu"]
 ActivationKind = Literal[
     "silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "relu2"

@@ -7,7 +7,7 @@ raises ``InvalidParameterError`` naming the field and what was given. ``null`` a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,8 +170,3 @@ def require(values: Mapping[str, Any], name: str) -> Any:
             f"{name} is required", param=name, code="missing_required_parameter"
         )
     return values[name]
-
-
-def first_given(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of ``names`` that was given."""
-    return next((name for name in names if name in values), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 
 from streamserve.cli.args import parse_args
@@ -23,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from streamserve.cli.serve import run_serve
 
             return run_serve(args)
-        return _run_chat(args)
+        from streamserve.cli.chat import run_chat
+
+        return run_chat(args)
     except StreamServeError as error:
         print(f"streamserve: {error}", file=sys.stderr)
         return 1
@@ -32,9 +33,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)
-
-
-def _run_chat(args: Namespace) -> int:
-    from streamserve.cli.chat import run_chat
-
-    return run_chat(args)

@@ -246,6 +246,11 @@ def check_flags(args: Namespace, warn: Callable[[str], None]) -> None:
         warn("--gpu-memory-utilization has no effect on a CPU; --kv-cache-memory sizes the cache")
 
 
+def model_name(args: argparse.Namespace) -> str:
+    """What the model is called where the flags give it no other name."""
+    return args.model or "box"
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse ``argv`` (default: the process's); exits with 2 and a usage line on a wrong flag."""
     return build_parser().parse_args(argv)

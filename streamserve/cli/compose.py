@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import streamserve_kernels
+from streamserve.cli.args import model_name
 from streamserve.config import CacheConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
@@ -32,8 +33,6 @@ from streamserve.runner.build import build_runner, step_buffer_bytes
 from streamserve.runner.memory import MemoryPlan, format_bytes, parse_bytes, plan_memory
 from streamserve.runner.passing_thread import on_passing_thread
 
-BOX_NAME = "box"
-
 Say = Callable[[str], None]
 
 
@@ -50,7 +49,7 @@ class Service:
 
 
 class Progress:
-    """Says how far the weights are, at most ten times, and only if it takes a while."""
+    """Says how far the weights are, at most once a second, and only if it takes that long."""
 
     def __init__(self, say: Say, interval_s: float = 1.0) -> None:
         self._say = say
@@ -80,7 +79,7 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
     config = load_config(path)
     dtype = resolve_dtype(args.dtype, config, device)
     max_model_len = config.resolve_max_model_len(args.max_model_len)
-    name = BOX_NAME if args.model is None else args.model
+    name = model_name(args)
     say(f"model {name}: {config.architecture}, {str(dtype).removeprefix('torch.')}, on {device}")
 
     scheduler_config = SchedulerConfig(

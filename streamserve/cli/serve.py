@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from streamserve import __version__
-from streamserve.cli.args import check_flags
+from streamserve.cli.args import check_flags, model_name
 from streamserve.config import ApiConfig
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def api_config(args: Namespace) -> ApiConfig:
     if keys is None:
         key = os.environ.get("STREAMSERVE_API_KEY")
         keys = [key] if key else []
-    names = args.served_model_name or [args.model or "box"]
+    names = args.served_model_name or [model_name(args)]
     return ApiConfig(
         served_model_names=tuple(names),
         host=args.host,

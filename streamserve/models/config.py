@@ -35,7 +35,6 @@ class ModelConfig:
     max_position_embeddings: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     dtype: torch.dtype | None
     sampling_defaults: Mapping[str, float]
 
@@ -79,7 +78,6 @@ def load_config(path: Path | str) -> ModelConfig:
         max_position_embeddings=_longest_sequence(family, config, spec),
         vocab_size=spec.vocab_size,
         eos_token_ids=_token_ids(generation, "eos_token_id") or _token_ids(values, "eos_token_id"),
-        bos_token_id=next(iter(_token_ids(values, "bos_token_id")), None),
         dtype=_checkpoint_dtype(config),
         sampling_defaults={
             name: generation[name]

@@ -16,6 +16,11 @@ from streamserve.core.plan import (
 )
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.runner.memory import MemoryPlan
+from streamserve_kernels.interface import (
+    PROMPT_KEY_MULTIPLE,
+    PROMPT_KEY_SEGMENT,
+    PROMPT_QUERY_MULTIPLE,
+)
 
 # Every way through the sampler.
 _PARAMS = (
@@ -29,11 +34,10 @@ _PARAMS = (
 _GREEDY = _PARAMS[:1]
 # The allocator settles when it has seen many orders of sizes: cheap with a small model.
 _MIN_MIXED_STEPS, _MAX_MIXED_STEPS, _MIXED_SECONDS = 8, 48, 1.0
-# Prompt attention takes queries and keys in whole multiples: each pair of them once.
-_QUERY_MULTIPLE, _KEY_MULTIPLE, _MAX_KEY_MULTIPLES = 64, 128, 4
-
-# Attention takes longer sequences in segments of 4096 keys: nothing new comes behind the second.
-_LONGEST = 2 * 4096 + 512
+# torch takes keys 512 at a time: what is left over is one to four whole multiples.
+_MAX_KEY_MULTIPLES = 512 // PROMPT_KEY_MULTIPLE
+# Keys come in segments: nothing new comes behind the second.
+_LONGEST = 2 * PROMPT_KEY_SEGMENT + 512
 
 Work = tuple[int, int]
 """Start and number of the tokens that a request computes."""
@@ -68,10 +72,10 @@ class WarmUp:
         self._step(decodes + prompts[: self._max_seqs - num_decodes], _GREEDY)
         for params in _PARAMS:
             self._step(self._decodes(self._max_seqs), (params,))
-        for length in range(_QUERY_MULTIPLE, self._max_tokens + 1, _QUERY_MULTIPLE):
+        for length in range(PROMPT_QUERY_MULTIPLE, self._max_tokens + 1, PROMPT_QUERY_MULTIPLE):
             for count in range(1, _MAX_KEY_MULTIPLES + 1):
-                if count * _KEY_MULTIPLE + length <= longest:
-                    self._step([(count * _KEY_MULTIPLE, length)], _GREEDY)
+                if count * PROMPT_KEY_MULTIPLE + length <= longest:
+                    self._step([(count * PROMPT_KEY_MULTIPLE, length)], _GREEDY)
         # The most that attention can ask for: a chunk behind several segments of keys.
         last = min(self._max_tokens, longest)
         self._step([(longest - last, last)], _GREEDY)

@@ -4,7 +4,7 @@ jit, vector, simd   what kernel bodies are written in: pointers, bfloat16, vecto
 pool                runs them on torch's own threads
 attention*          paged attention: compiled for decode, torch's flash attention for prompts
 elementwise, ops    norms, rotary + cache write, gated activation, block copies
-linear              bfloat16 weights packed for oneDNN
+packed_linear       bfloat16 weights packed for oneDNN; linear_few reads them for a few rows
 """
 
 from __future__ import annotations

@@ -17,11 +17,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Keys gathered at a time, and query rows of a tile that needs an explicit mask.
-SEGMENT = 4096
+from streamserve_kernels.interface import (
+    PROMPT_KEY_MULTIPLE,
+    PROMPT_KEY_SEGMENT,
+    PROMPT_QUERY_MULTIPLE,
+)
+
+# Query rows of a tile that needs an explicit mask.
 MASKED_TILE = 256
-QUERY_MULTIPLE = 64
-KEY_MULTIPLE = 128
 
 
 def _round_up(count: int, multiple: int) -> int:
@@ -139,13 +142,13 @@ def prompt_attention(
     plain = soft_cap is None and key_cache.shape[3] == value_cache.shape[3]
     explicit = window is not None or slopes is not None or not plain
     tile = MASKED_TILE if explicit else length
-    segment = SEGMENT if plain else SEGMENT // 4
+    segment = PROMPT_KEY_SEGMENT if plain else PROMPT_KEY_SEGMENT // 4
     grouped = query.view(length, num_kv_heads, group, head_size).permute(1, 2, 0, 3)
     if slopes is not None:
         slopes = slopes.float().view(num_kv_heads, group)
     for a in range(start, seq_len, tile):
         b = min(a + tile, seq_len)
-        num_rows = _round_up(b - a, QUERY_MULTIPLE)
+        num_rows = _round_up(b - a, PROMPT_QUERY_MULTIPLE)
         rows = _pad_queries(grouped[:, :, a - start : b - start], num_rows)
         if window is not None:
             parts = [(max(0, a - window + 1), b)]
@@ -154,7 +157,7 @@ def prompt_attention(
         merged: tuple[Tensor, Tensor] | None = None
         for low, high in parts:
             causal = high == b and not explicit
-            num_keys = num_rows if causal else _round_up(high - low, KEY_MULTIPLE)
+            num_keys = num_rows if causal else _round_up(high - low, PROMPT_KEY_MULTIPLE)
             key = _gather(key_cache, table, low, high, num_keys)
             value = _gather(value_cache, table, low, high, num_keys)
             bias = None
