@@ -1,7 +1,7 @@
 """The kernels of streamserve: one contract (`Kernels`), several backends, chosen once at start-up.
 
-    kernels = load("cpu")                 # the fastest backend for the device
-    kernels = load("cpu", "naive")        # an explicit choice: "naive", "cpu" (later "triton")
+    kernels = load("cpu", dtype=torch.bfloat16)  # the fastest backend for the device and the model
+    kernels = load("cpu", "naive")               # an explicit choice: one of BACKENDS
 
 Importing this package imports torch and nothing heavier.
 """
@@ -15,36 +15,91 @@ from typing import cast
 
 import torch
 
-from streamserve_kernels.interface import ActivationKind, GatedKind, Kernels, PackedLinear
+from streamserve_kernels.interface import (
+    ActivationKind,
+    GatedKind,
+    Kernels,
+    NotRecordableError,
+    PackedLinear,
+    RecordedStep,
+)
 
-__all__ = ["BACKENDS", "ActivationKind", "GatedKind", "Kernels", "PackedLinear", "load"]
+__all__ = [
+    "BACKENDS",
+    "ActivationKind",
+    "GatedKind",
+    "Kernels",
+    "NotRecordableError",
+    "PackedLinear",
+    "RecordedStep",
+    "load",
+]
 
-BACKENDS = ("naive", "cpu", "triton")
+BACKENDS = ("naive", "cpu", "native", "triton")
 
 
-def load(device: torch.device | str, override: str | None = None) -> Kernels:
+def load(
+    device: torch.device | str,
+    override: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    head_sizes: tuple[tuple[int, int], ...] = (),
+    block_size: int = 16,
+) -> Kernels:
     """The backend for tensors on `device`: called once, the result is passed on explicitly.
 
-    Without an override: `cpu` on a CPU (or `naive` with a warning if numba is not installed),
-    `naive` elsewhere. Raises ValueError for a backend that is unknown or cannot serve the device,
-    ImportError when `cpu` was asked for and numba is missing, NotImplementedError for `triton`.
+    Without an override, on a CPU: `native` for bfloat16, where it was built and the CPU has the
+    instructions and the caches can take the sizes (`head_sizes` are pairs of a query and a value
+    head's); else `cpu`, or `naive` with a warning if numba is not installed. `naive` elsewhere.
+    Raises ValueError for a backend that is unknown or cannot serve the device, ImportError when one
+    was asked for that cannot run here, NotImplementedError for `triton`.
     """
     device_type = torch.device(device).type
-    chosen = override
-    if chosen is None:
-        chosen = "cpu" if device_type == "cpu" else "naive"
-        if chosen == "cpu" and importlib.util.find_spec("numba") is None:
-            warnings.warn(
-                "numba is not installed: falling back to the naive kernels, which are several "
-                "times slower (pip install numba)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            chosen = "naive"
+    chosen = override or _choose(device_type, dtype, head_sizes, block_size)
     if chosen not in BACKENDS:
         raise ValueError(f"kernel backend {chosen!r} is not one of {', '.join(BACKENDS)}")
     if chosen == "triton":
         raise NotImplementedError("the triton kernels are not written yet; use 'naive' or 'cpu'")
-    if chosen == "cpu" and device_type != "cpu":
-        raise ValueError(f"kernel backend 'cpu' cannot serve device {str(device)!r}")
+    if chosen in ("cpu", "native") and device_type != "cpu":
+        raise ValueError(f"kernel backend {chosen!r} cannot serve device {str(device)!r}")
+    if chosen == "native" and (reason := _why_not_native()) is not None:
+        raise ImportError(f"kernel backend 'native' cannot run here: {reason}")
     return cast(Kernels, importlib.import_module(f"{__name__}.{chosen}"))
+
+
+def _why_not_native() -> str | None:
+    from streamserve_kernels.native.library import why_not
+
+    return why_not()
+
+
+def _choose(
+    device_type: str,
+    dtype: torch.dtype | None,
+    head_sizes: tuple[tuple[int, int], ...],
+    block_size: int,
+) -> str:
+    if device_type != "cpu":
+        return "naive"
+    if dtype == torch.bfloat16:
+        reason = _why_not_native()
+        sizes_fit = block_size % 16 == 0 and all(
+            head % 2 == 0 and value % 16 == 0 for head, value in head_sizes
+        )
+        if reason is None and sizes_fit:
+            return "native"
+        if reason is not None:
+            warnings.warn(
+                f"the native kernels cannot serve bfloat16 here, slower ones do: {reason}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    if importlib.util.find_spec("numba") is None:
+        warnings.warn(
+            "numba is not installed: falling back to the naive kernels, which are several "
+            "times slower (pip install numba)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return "naive"
+    return "cpu"

@@ -15,7 +15,7 @@ stride between tokens is free.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -53,6 +53,66 @@ class PackedLinear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """`linear(x, self)`."""
+        ...
+
+
+class NotRecordableError(Exception):
+    """A forward does something that a backend's recorder has no instruction for."""
+
+
+class StepTensors(Protocol):
+    """A step's tensors: what a recorded forward reads anew at each run. See `ForwardBatch`."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def slot_mapping(self) -> Tensor: ...
+    @property
+    def query_start_loc(self) -> Tensor: ...
+    @property
+    def seq_lens(self) -> Tensor: ...
+    @property
+    def block_table(self) -> Tensor: ...
+    @property
+    def logits_indices(self) -> Tensor: ...
+
+
+class RecordedStep(Protocol):
+    """A forward that was written down: one call a step. Results are overwritten by the next."""
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest step."""
+        ...
+
+    def logits(self, batch: StepTensors) -> Tensor:
+        """Logits [L, V] float32 of `batch.logits_indices`."""
+        ...
+
+    def greedy(self, batch: StepTensors) -> Tensor:
+        """The arg-max [L] int64 of the same rows, the first of equals."""
+        ...
+
+
+class StepRecorder(Protocol):
+    """Offers a backend's functions on symbols, and writes down what they are called with.
+
+    A forward of `batch` that runs on these functions and on packed weights of the same backend ends
+    with the hidden states of the rows that need logits; `finish` makes a `RecordedStep` of it. Any
+    of it may raise NotRecordableError.
+    """
+
+    @property
+    def batch(self) -> Any:
+        """What stands for the step's tensors."""
+        ...
+
+    def finish(
+        self, x: Any, head: PackedLinear, scale: float, soft_cap: float | None
+    ) -> RecordedStep:
+        """`x` are the hidden states; logits are scaled, then capped."""
         ...
 
 
@@ -168,4 +228,8 @@ class Kernels(Protocol):
 
     def compilations(self) -> int:
         """Kernels compiled or read from the disk cache by this process so far."""
+        ...
+
+    def recorder(self, max_tokens: int, max_logits: int) -> StepRecorder | None:
+        """Writes down a forward for steps up to these sizes, or smaller; None: cannot."""
         ...

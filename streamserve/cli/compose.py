@@ -101,7 +101,12 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
             path,
             dtype=dtype,
             device=device,
-            kernels=streamserve_kernels.load(device),
+            kernels=streamserve_kernels.load(
+                device,
+                dtype=dtype,
+                head_sizes=config.spec.head_sizes(),
+                block_size=memory.block_size,
+            ),
             load_format=args.load_format,
             max_model_len=max_model_len,
             progress=Progress(say),

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
-from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from streamserve.models.spec import DecoderSpec
-from streamserve_kernels import Kernels
+from streamserve_kernels import Kernels, huge_pages
 
 KVCache: TypeAlias = list[tuple[Tensor, Tensor]]
 """Per layer, the key cache and the value cache, in the shape that the kernels asked for."""
-
-_HUGE_PAGE = 2 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +66,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     before the server is ready. Attention, which reads blocks all over the cache, misses fewer
     translations too.
     """
-    num_bytes = prod(shape) * dtype.itemsize
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or num_bytes < _HUGE_PAGE:
+    if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return huge_pages.zeros(shape, dtype)
 
 
 def kv_bytes_per_block(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:

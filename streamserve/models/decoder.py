@@ -7,7 +7,9 @@ microsecond of Python between two is paid by every token.
 
 from __future__ import annotations
 
+import logging
 from copy import copy
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +19,9 @@ from streamserve.models.layers import Attention, BoundNorm, bind_mlp, bind_norm
 from streamserve.models.rope import cos_sin_table
 from streamserve.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from streamserve.models.weights import DecoderWeights, Weights
-from streamserve_kernels import Kernels
+from streamserve_kernels import Kernels, NotRecordableError, RecordedStep
+
+logger = logging.getLogger(__name__)
 
 
 class Block:
@@ -143,18 +147,25 @@ class Decoder:
         max_model_len: int,
     ) -> None:
         self.spec = spec
-        self.kernels = kernels
         self.dtype = dtype
         self.device = device
         self.max_model_len = max_model_len
         self.nbytes = weights.nbytes()
-        tables: dict[RopeSpec, Tensor] = {}
+        self._weights = weights
+        self._cos_sin_tables: dict[RopeSpec, Tensor] = {}
+        self._cache_indices = list(range(len(spec.layers)))
+        self._recorded: RecordedStep | None = None
+        self._recorded_caches: KVCache | None = None
+        self._bind(kernels)
+
+    def _bind(self, kernels: Kernels) -> None:
+        """Makes every part of the forward call the functions of ``kernels``."""
+        spec, outer = self.spec, self._weights.outer
+        self.kernels = kernels
         self._blocks = [
-            Block(layer, layer_weights, kernels, device, self._cos_sin(layer, tables))
-            for layer, layer_weights in zip(spec.layers, weights.layers, strict=True)
+            Block(layer, layer_weights, kernels, self.device, self._cos_sin(layer))
+            for layer, layer_weights in zip(spec.layers, self._weights.layers, strict=True)
         ]
-        self._cache_indices = list(range(len(self._blocks)))
-        outer = weights.outer
         self._embedding = outer.tensors["embedding"]
         self._position_embedding = outer.tensors.get("position_embedding")
         self._embedding_norm = (
@@ -169,8 +180,8 @@ class Decoder:
         )
         self._head = outer.linears["head"]
 
-    def _cos_sin(self, layer: LayerSpec, tables: dict[RopeSpec, Tensor]) -> Tensor | None:
-        rope = layer.attention.rope
+    def _cos_sin(self, layer: LayerSpec) -> Tensor | None:
+        rope, tables = layer.attention.rope, self._cos_sin_tables
         if rope is None:
             return None
         if rope not in tables:
@@ -179,17 +190,59 @@ class Decoder:
 
     def warm_up(self, block_size: int = 16) -> None:
         """Compiles the kernels that this model calls, so that no request waits for a compiler."""
-        attentions = (layer.attention for layer in self.spec.layers)
-        sizes = {(spec.query_key_head_size, spec.value_head_size) for spec in attentions}
-        for head_size, value_head_size in sorted(sizes):
+        for head_size, value_head_size in self.spec.head_sizes():
             self.kernels.warm_up(self.dtype, head_size, value_head_size, block_size)
+
+    def record(self, kv_caches: KVCache, *, max_tokens: int, max_logits: int) -> int:
+        """Writes the forward down, where the kernels can, so that a step is one call.
+
+        Later steps on the same ``kv_caches``, of up to the number of tokens that this returns (0:
+        nothing was recorded), run what was written down; larger ones run function by function.
+        """
+        recorder = self.kernels.recorder(max_tokens, max_logits)
+        if recorder is None:
+            return 0
+        twin = copy(self)
+        twin._bind(cast(Kernels, recorder))
+        try:
+            hidden_states = twin.hidden_states(recorder.batch, kv_caches)
+            recorded = recorder.finish(
+                hidden_states,
+                self._head,
+                self.spec.logit_scale,
+                self.spec.logit_soft_cap,
+            )
+        except NotRecordableError as error:
+            logger.info("the forward runs function by function: it has %s", error)
+            return 0
+        self._recorded, self._recorded_caches = recorded, kv_caches
+        return recorded.max_tokens
+
+    def _recorded_for(self, batch: ForwardBatch, kv_caches: KVCache) -> RecordedStep | None:
+        recorded = self._recorded
+        if recorded is None or self._recorded_caches is not kv_caches:
+            return None
+        return recorded if batch.input_ids.shape[0] <= recorded.max_tokens else None
 
     def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         """Runs one step and writes its keys and values into ``kv_caches``.
 
-        Returns logits [L, V] float32 for the rows ``batch.logits_indices``; L may be 0.
+        Returns logits [L, V] float32 for the rows ``batch.logits_indices``; L may be 0. A recorded
+        step's are overwritten by the next.
         """
+        recorded = self._recorded_for(batch, kv_caches)
+        if recorded is not None:
+            return recorded.logits(batch)
         return self.compute_logits(self.hidden_states(batch, kv_caches))
+
+    def greedy(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor | None:
+        """As `forward`, but gives the likeliest token [L] int64 of each row, the first of equals.
+
+        A recorded step then does not even store the logits. None, and nothing has run, where the
+        step was not recorded: call `forward`.
+        """
+        recorded = self._recorded_for(batch, kv_caches)
+        return None if recorded is None else recorded.greedy(batch)
 
     def hidden_states(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         """As `forward`, but returns the final normed hidden states [L, H] of the same rows."""
@@ -217,6 +270,7 @@ class Decoder:
         """
         first = {layer: index for index, layer in reversed(list(enumerate(self.spec.layers)))}
         thin = copy(self)
+        thin._recorded = None
         thin._cache_indices = sorted({*first.values(), len(self._blocks) - 1})
         thin._blocks = [self._blocks[index] for index in thin._cache_indices]
         return thin

@@ -179,3 +179,8 @@ class DecoderSpec:
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
+
+    def head_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes of (query and key, value) heads that its layers have."""
+        attentions = (layer.attention for layer in self.layers)
+        return tuple(sorted({(a.query_key_head_size, a.value_head_size) for a in attentions}))

@@ -21,16 +21,19 @@ def build_runner(
     """Allocates and touches the KV cache and the step buffers, starts the device thread, warms up.
 
     After it no step compiles anything or asks the system for much memory. On a CPU it changes the
-    allocator's settings for the whole process. Takes seconds: all sizes are met with one layer of
-    each kind, and only a few steps with the whole model. Raises what torch raises when the memory
-    is not there after all.
+    allocator's settings for the whole process. The forward is recorded where the kernels can; what
+    is left is met at all sizes with one layer of each kind, and only a few steps are run with the
+    whole model. Raises what torch raises when the memory is not there after all.
     """
     if model.device.type == "cpu":
         keep_freed_memory()
     kv_caches = on_passing_thread(lambda: _prepare(model, memory))
-    sizes = step_sizes(max_num_batched_tokens, memory.max_num_seqs)
+    num_recorded = model.record(
+        kv_caches, max_tokens=max_num_batched_tokens, max_logits=memory.max_num_seqs
+    )
+    sizes = step_sizes(max_num_batched_tokens, memory.max_num_seqs, num_recorded)
     runner = TorchModelRunner(
-        model.one_of_each_layer(),
+        model.one_of_each_layer() if sizes else model,
         kv_caches,
         vocab_size=model.spec.vocab_size,
         block_size=memory.block_size,
@@ -41,9 +44,11 @@ def build_runner(
     )
     try:
         warm_up = WarmUp(runner, memory, max_num_batched_tokens)
-        warm_up.run(sizes)
-        runner.replace_model(model)
+        if sizes:
+            warm_up.run(sizes)
+            runner.replace_model(model)
         warm_up.run_full_steps()
+        warm_up.run_sampler()
     except BaseException:
         runner.close()
         raise

@@ -139,12 +139,16 @@ class InputBatch:
         )
         return forward_batch, step_rows
 
+    def is_greedy(self, step: StepRows) -> bool:
+        """Whether the arg-max of each row is all that the step's requests ask for."""
+        return bool(self._is_plain[step.rows].all())
+
     def sampling_batch(
         self, step: StepRows, masks: Mapping[str, bytes] | None
     ) -> SamplingBatch | None:
         """What the step's rows ask for; ``None`` if every one is a plain arg-max."""
         rows = step.rows
-        if not masks and self._is_plain[rows].all():
+        if not masks and self.is_greedy(step):
             return None
         temperature = self._temperature[rows]
         if temperature.any():

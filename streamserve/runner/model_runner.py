@@ -45,13 +45,20 @@ class ForwardModel(Protocol):
     def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         """Logits ``[L, V]`` float32."""
 
+    def greedy(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor | None:
+        """The likeliest token ``[L]`` int64 of each row; None, nothing having run: use forward."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A forward that has run: its logits ``[L, V]`` and whose they are."""
+    """A forward that has run, and whose rows were sampled or wait for it.
 
-    logits: Tensor | None
-    rows: StepRows | None
+    Where everybody wants the likeliest token, those are there and the logits ``[L, V]`` are not.
+    """
+
+    rows: StepRows | None = None
+    logits: Tensor | None = None
+    token_ids: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +165,13 @@ class TorchModelRunner:
         if plan.block_copies:
             self._copy_blocks(plan.block_copies)
         if not plan.scheduled:
-            return _Launched(None, None)
+            return _Launched()
         batch, rows = self._input_batch.build(plan)
-        return _Launched(self._model.forward(batch, self._kv_caches), rows)
+        if rows.places and self._input_batch.is_greedy(rows):
+            token_ids = self._model.greedy(batch, self._kv_caches)
+            if token_ids is not None:
+                return _Launched(rows, token_ids=token_ids)
+        return _Launched(rows, logits=self._model.forward(batch, self._kv_caches))
 
     def _copy_blocks(self, copies: list[BlockCopy]) -> None:
         pairs = torch.tensor(copies, dtype=torch.int64).to(self._model.device)
@@ -188,10 +199,10 @@ class TorchModelRunner:
         self, plan: SchedulerOutput, launched: _Launched, masks: Mapping[str, bytes] | None
     ) -> ModelRunnerOutput:
         sampled: list[list[int]] = [[] for _ in plan.scheduled]
-        logits, rows = launched.logits, launched.rows
-        if logits is None or rows is None or not rows.places:
+        rows = launched.rows
+        if rows is None or not rows.places:
             return ModelRunnerOutput(plan.step_id, sampled)
-        token_ids, row_logprobs = self._draw(logits, rows, masks)
+        token_ids, row_logprobs = self._draw(launched, rows, masks)
         self._input_batch.record(rows, token_ids)
         for place, token_id in zip(rows.places, token_ids.tolist(), strict=True):
             sampled[place] = [token_id]
@@ -203,11 +214,17 @@ class TorchModelRunner:
         return ModelRunnerOutput(plan.step_id, sampled, logprobs)
 
     def _draw(
-        self, logits: Tensor, rows: StepRows, masks: Mapping[str, bytes] | None
+        self, launched: _Launched, rows: StepRows, masks: Mapping[str, bytes] | None
     ) -> tuple[NDArray[np.int64], list[list[TokenLogprobs]] | None]:
-        wanted = self._input_batch.sampling_batch(rows, masks)
         # Rows past those that were asked for are padding.
-        on_host: NDArray[np.float32] = logits[: len(rows.places)].cpu().numpy()
+        num_rows = len(rows.places)
+        if launched.token_ids is not None:
+            if masks:
+                raise RuntimeError("a mask came for requests that were greedy when they started")
+            return launched.token_ids[:num_rows].cpu().numpy(), None
+        assert launched.logits is not None
+        on_host: NDArray[np.float32] = launched.logits[:num_rows].cpu().numpy()
+        wanted = self._input_batch.sampling_batch(rows, masks)
         if wanted is None:
             return self._sampler.greedy(on_host), None
         token_ids = self._sampler.sample(on_host, wanted)

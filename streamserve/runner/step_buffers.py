@@ -21,12 +21,17 @@ from streamserve.models.batch import ForwardBatch
 _SMALL_SIZES = (1, 2, 4)
 
 
-def step_sizes(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[int, ...]:
+def step_sizes(
+    max_num_batched_tokens: int, max_num_seqs: int, num_recorded: int = 0
+) -> tuple[int, ...]:
     """The ladder: 1, 2, 4, multiples of 8 up to 64, of 16 up to 256, then steps of an eighth.
 
     It reaches far enough that ``max_num_batched_tokens`` tokens and the padding of up to
-    ``max_num_seqs`` sampled rows fit below its top.
+    ``max_num_seqs`` sampled rows fit below its top. Steps of up to ``num_recorded`` tokens compile
+    nothing and are not padded; if that is all of them, there is no ladder.
     """
+    if num_recorded >= max_num_batched_tokens:
+        return ()
     sizes = [*_SMALL_SIZES]
     while sizes[-1] < max(max_num_batched_tokens, max_num_seqs):
         last = sizes[-1]
@@ -37,7 +42,7 @@ def step_sizes(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[int, ...
     ladder.append(max_num_batched_tokens)
     gaps = np.diff([0, *(size for size in sizes if size <= max_num_seqs), max_num_seqs])
     ladder.append(max_num_batched_tokens + max(8, int(gaps.max())))
-    return tuple(ladder)
+    return (*range(1, num_recorded + 1), *(size for size in ladder if size > num_recorded))
 
 
 class StepBuffers:

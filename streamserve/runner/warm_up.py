@@ -70,8 +70,6 @@ class WarmUp:
         prompts = self._prompts(self._max_tokens - num_decodes)
         decodes = self._decodes(num_decodes)
         self._step(decodes + prompts[: self._max_seqs - num_decodes], _GREEDY)
-        for params in _PARAMS:
-            self._step(self._decodes(self._max_seqs), (params,))
         for length in range(PROMPT_QUERY_MULTIPLE, self._max_tokens + 1, PROMPT_QUERY_MULTIPLE):
             for count in range(1, _MAX_KEY_MULTIPLES + 1):
                 if count * PROMPT_KEY_MULTIPLE + length <= longest:
@@ -84,6 +82,12 @@ class WarmUp:
             if count >= _MIN_MIXED_STEPS and monotonic() > deadline:
                 break
             self._step(self._mixed(), _PARAMS)
+        self._step([], ())
+
+    def run_sampler(self) -> None:
+        """Runs every way through the sampler, on all seats."""
+        for params in _PARAMS:
+            self._step(self._decodes(self._max_seqs), (params,))
         self._step([], ())
 
     def run_full_steps(self) -> None:

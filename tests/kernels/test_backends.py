@@ -26,7 +26,9 @@ def test_exported_names() -> None:
         "BACKENDS",
         "GatedKind",
         "Kernels",
+        "NotRecordableError",
         "PackedLinear",
+        "RecordedStep",
         "load",
     ]
 
@@ -38,7 +40,7 @@ def test_load_chooses_by_device() -> None:
 
 
 def test_load_refuses_what_it_cannot_serve() -> None:
-    with pytest.raises(ValueError, match="'fast' is not one of naive, cpu, triton"):
+    with pytest.raises(ValueError, match="'fast' is not one of naive, cpu, native, triton"):
         load("cpu", "fast")
     with pytest.raises(ValueError, match="'cuda'"):
         load("cuda", "cpu")
@@ -145,7 +147,7 @@ def test_kernels_run_on_another_thread(naive: Kernels, cpu: Kernels) -> None:
 
 def test_one_thread_without_libgomp(naive: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     from streamserve_kernels.cpu import attention
-    from streamserve_kernels.cpu.pool import Pool
+    from streamserve_kernels.pool import Pool
 
     lonely = Pool(None)
     assert lonely.threads() == 1

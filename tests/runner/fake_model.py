@@ -27,6 +27,9 @@ class FakeModel:
             (torch.zeros(num_blocks, 1, BLOCK_SIZE, 1), torch.zeros(num_blocks, 1, BLOCK_SIZE, 1))
         ]
 
+    def greedy(self, batch: ForwardBatch, kv_caches: KVCache) -> None:
+        """Records nothing."""
+
     def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> torch.Tensor:
         self.num_forwards += 1
         self.grad_modes.append(torch.is_inference_mode_enabled())

@@ -1,7 +1,6 @@
 """The CPU backend: the names of `naive`, each from where it is fastest.
 
 jit, vector, simd   what kernel bodies are written in: pointers, bfloat16, vector operations
-pool                runs them on torch's own threads
 attention*          paged attention: compiled for decode, torch's flash attention for prompts
 elementwise, ops    norms, rotary + cache write, gated activation, block copies
 packed_linear       bfloat16 weights packed for oneDNN; linear_few reads them for a few rows
@@ -16,14 +15,15 @@ from streamserve_kernels.cpu.ops import (
     copy_blocks,
     gated_activation,
     layer_norm,
+    moe,
     rms_norm,
     rotary_embedding,
     rotary_write_kv,
     write_kv,
 )
-from streamserve_kernels.cpu.packed_linear import linear, moe, prepare_linear
+from streamserve_kernels.cpu.packed_linear import linear, prepare_linear
 from streamserve_kernels.cpu.warming import warm_up
-from streamserve_kernels.naive import embedding, kv_cache_shape
+from streamserve_kernels.naive import embedding, kv_cache_shape, recorder
 
 __all__ = [
     "activation",
@@ -38,6 +38,7 @@ __all__ = [
     "name",
     "paged_attention",
     "prepare_linear",
+    "recorder",
     "rms_norm",
     "rotary_embedding",
     "rotary_write_kv",

@@ -12,7 +12,7 @@ from torch import Tensor
 from streamserve_kernels.cpu.attention_decode import LAYOUT, attention_body, scratch_floats
 from streamserve_kernels.cpu.attention_prompt import prompt_attention
 from streamserve_kernels.cpu.ops import COMPILED, require
-from streamserve_kernels.cpu.pool import pool
+from streamserve_kernels.pool import pool
 
 # Query rows (queries times the heads that share a kv head) that one pass of the compiled kernel
 # holds: beyond it the matrix units win.

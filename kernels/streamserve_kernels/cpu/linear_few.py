@@ -18,14 +18,11 @@ this layout; a weight that has not is left to oneDNN.
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 from typing import Any
 
-import torch
 from llvmlite import ir
 from numba import types
-from torch import Tensor
 
 from streamserve_kernels.cpu.jit import (
     at,
@@ -41,49 +38,11 @@ from streamserve_kernels.cpu.vector import F32, I32, LANES, call_math, declare, 
 
 # y, x, packed weight, bias or 0; rows, N, K, Kp, stride of a row of x
 LAYOUT = "4q5q"
-WIDTHS = (64, 32, 16)
 # Pairs of k in one turn of the inner loop: K must be a multiple of twice this.
 UNROLL = 4
 PREFETCH_BYTES = 4096
 
 _I64 = ir.IntType(64)
-
-
-def _shape(packed: Tensor, width: int, out_features: int, in_features: int) -> tuple[int, ...]:
-    padded = -(-in_features // 32) * 32
-    return (-(-out_features // width), padded // 2, width, 2)
-
-
-def packed_width(packed: Tensor, weight: Tensor) -> int | None:
-    """W if the packed form of weight [N, K] bfloat16 has the layout above, else None.
-
-    Compares the first, a middle and the last block with the weight. A weight so uniform that more
-    than one W fits tells nothing, and counts as unknown.
-    """
-    try:
-        address = int(torch.ops.mkldnn.data_ptr(packed))
-        nbytes = int(torch.ops.mkldnn._nbytes(packed))
-    except AttributeError:  # a torch without these operators
-        return None
-    out_features, in_features = weight.shape
-    fitting = []
-    for width in WIDTHS:
-        blocks, pairs, _, _ = _shape(packed, width, out_features, in_features)
-        if blocks * pairs * width * 4 != nbytes:
-            continue
-        if address % 64:
-            continue
-        block_elements = pairs * width * 2
-        for b in {0, blocks // 2, blocks - 1}:
-            raw = (ctypes.c_int16 * block_elements).from_address(address + 2 * b * block_elements)
-            block = torch.frombuffer(raw, dtype=torch.bfloat16).view(pairs, width, 2)
-            rows = block.transpose(0, 1).reshape(width, 2 * pairs)[:, :in_features]
-            expected = weight[b * width : (b + 1) * width]
-            if not torch.equal(rows[: expected.shape[0]], expected):
-                break
-        else:
-            fitting.append(width)
-    return fitting[0] if len(fitting) == 1 else None
 
 
 def _number(value: int) -> Any:

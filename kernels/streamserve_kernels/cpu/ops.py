@@ -15,8 +15,9 @@ from torch import Tensor
 
 from streamserve_kernels import naive
 from streamserve_kernels.cpu import elementwise as bodies
-from streamserve_kernels.cpu.pool import pool
-from streamserve_kernels.interface import ActivationKind, GatedKind
+from streamserve_kernels.experts import chosen_experts
+from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear
+from streamserve_kernels.pool import pool
 
 COMPILED = (torch.bfloat16, torch.float32)
 # Elements below which a second thread costs more than it saves (a region is about 3 µs).
@@ -305,3 +306,18 @@ def activation(x: Tensor, kind: ActivationKind) -> Tensor:
         case "relu":
             return F.relu(x)
     return naive.activation(x, kind)
+
+
+def moe(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[PackedLinear],
+    down: Sequence[PackedLinear],
+    top_k: int,
+    renormalise: bool,
+    kind: GatedKind,
+) -> Tensor:
+    """See `naive.moe`."""
+    return chosen_experts(
+        x, router_logits, gate_up, down, top_k, renormalise, kind, gated_activation
+    )

@@ -1,7 +1,7 @@
-"""One compute pool per process: Numba's C functions run on the threads of torch's own libgomp.
+"""One compute pool per process: our C functions run on the threads of torch's own libgomp.
 
 Torch's operators run on libgomp's threads, which spin for a while after each region. A second pool
-(Numba's `prange`) would fight them for the same cores at every layer, so kernels are plain C
+(Numba's `prange`, say) would fight them for the same cores at every layer, so kernels are plain C
 functions handed to `GOMP_parallel`, the entry point that gcc emits for `#pragma omp parallel`, of
 the very library that torch has loaded. Without a libgomp (macOS, Windows) they run on the calling
 thread alone.
@@ -59,6 +59,18 @@ class Pool:
                 library.GOMP_barrier,
             )
         )
+
+    @property
+    def parallel_address(self) -> int:
+        """The address of `GOMP_parallel`, 0 without a libgomp."""
+        if self._parallel is None:
+            return 0
+        return ctypes.cast(self._parallel, ctypes.c_void_p).value or 0
+
+    @property
+    def thread_num_address(self) -> int:
+        """The address of `omp_get_thread_num`, 0 without a libgomp."""
+        return self._addresses[0]
 
     @property
     def is_parallel(self) -> bool:

@@ -1,0 +1,41 @@
+"""Mixtures of experts on a CPU: only the experts that some token chose, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from streamserve_kernels.interface import GatedKind, PackedLinear
+
+
+def chosen_experts(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[PackedLinear],
+    down: Sequence[PackedLinear],
+    top_k: int,
+    renormalise: bool,
+    kind: GatedKind,
+    gated_activation: Callable[[Tensor, GatedKind], Tensor],
+) -> Tensor:
+    """See `naive.moe`."""
+    weights, chosen = torch.softmax(router_logits.float(), dim=-1).topk(top_k, dim=-1)
+    if renormalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    output = torch.zeros(x.shape, dtype=torch.float32)
+    # tokens sorted by expert: each expert's rows are one slice
+    order = chosen.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen.flatten(), minlength=len(gate_up)).tolist()
+    start = 0
+    for e, count in enumerate(counts):
+        if count == 0:
+            continue
+        slots = order[start : start + count]
+        start += count
+        rows = slots // top_k
+        hidden = gated_activation(gate_up[e](x[rows]), kind)
+        part = down[e](hidden).float() * weights.flatten()[slots, None]
+        output.index_add_(0, rows, part)
+    return output.to(x.dtype)

@@ -1,0 +1,71 @@
+"""The native CPU backend, bfloat16 on AVX-512: plain C, a whole step in one parallel region.
+
+src/            the C sources: operations, and the program that runs a row of them
+library         finds the compiled library and says why it cannot serve, if so
+execute         instructions in C's layout, run on torch's threads
+ops, linear     the functions of the contract on tensors, one or two instructions each
+record, symbol  a decoder's forward written down once as instructions
+
+Caches have the shape of `naive`'s, but the elements inside a block lie as the dot-product
+instructions want them: `unpack_keys` and `unpack_values` tell how.
+"""
+
+from __future__ import annotations
+
+from streamserve_kernels.naive import compilations, embedding, warm_up
+from streamserve_kernels.native.library import has_matrix_units, why_not
+from streamserve_kernels.native.linear import FEW_ROWS, linear, prepare_linear
+from streamserve_kernels.native.ops import (
+    activation,
+    check_head_sizes,
+    copy_blocks,
+    gated_activation,
+    kv_cache_shape,
+    layer_norm,
+    moe,
+    paged_attention,
+    rms_norm,
+    rotary_embedding,
+    rotary_write_kv,
+    unpack_keys,
+    unpack_values,
+    write_kv,
+)
+from streamserve_kernels.native.record import Recorder
+
+__all__ = [
+    "activation",
+    "check_head_sizes",
+    "compilations",
+    "copy_blocks",
+    "embedding",
+    "gated_activation",
+    "kv_cache_shape",
+    "layer_norm",
+    "linear",
+    "moe",
+    "name",
+    "paged_attention",
+    "prepare_linear",
+    "recorder",
+    "rms_norm",
+    "rotary_embedding",
+    "rotary_write_kv",
+    "unpack_keys",
+    "unpack_values",
+    "warm_up",
+    "why_not",
+    "write_kv",
+]
+
+name = "native"
+
+
+def recorder(max_tokens: int, max_logits: int) -> Recorder:
+    """Writes down a forward for steps of up to so many tokens and rows that need logits.
+
+    On a CPU with matrix units only for the few rows at which they do not pay.
+    """
+    if has_matrix_units():
+        max_tokens = min(max_tokens, FEW_ROWS)
+    return Recorder(max_tokens, min(max_logits, max_tokens))

@@ -1,0 +1,76 @@
+"""Instructions in the layout that C reads, and one run of them on the process's threads."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import Any, cast
+
+from streamserve_kernels.native.library import MAX_ARGS, OPERATIONS, Instruction, load_library
+from streamserve_kernels.pool import pool
+
+_CODES = {name: code for code, name in enumerate(OPERATIONS)}
+_INSTRUCTION = struct.Struct(f"={MAX_ARGS + 1}q")
+_PADDING = (0,) * MAX_ARGS
+_STEP = struct.Struct("=16q")
+_DOUBLE, _INT64 = struct.Struct("=d"), struct.Struct("=q")
+
+
+def double_bits(value: float) -> int:
+    """A float64 as the integer whose bits it has: how a scalar travels among the arguments."""
+    return int(_INT64.unpack(_DOUBLE.pack(value))[0])
+
+
+def pack_step(
+    num_tokens: int,
+    num_logits: int = 0,
+    num_requests: int = 0,
+    table_stride: int = 0,
+    *addresses_and_groups: int,
+) -> bytes:
+    """``ss_step``; what is not given is 0."""
+    rest = addresses_and_groups + (0,) * (12 - len(addresses_and_groups))
+    return _STEP.pack(num_tokens, num_logits, num_requests, table_stride, *rest)
+
+
+class Executable:
+    """A row of instructions and the handle of the program that runs them.
+
+    ``attention`` is (Hq, Hkv, Dv, S, D) of its attention instructions, zeros without any. Not for
+    two threads at a time.
+    """
+
+    def __init__(self, count: int, attention: tuple[int, int, int, int, int] = (0,) * 5) -> None:
+        library = load_library()
+        assert library is not None, "the backend was chosen without asking why_not()"
+        self._instructions = (Instruction * count)()
+        dims = (ctypes.c_int64 * 5)(*attention)
+        self._free = library.ss_program_free
+        self._run = library.ss_run
+        self._handle = library.ss_program_new(
+            ctypes.addressof(self._instructions), count, ctypes.addressof(dims)
+        )
+        if not self._handle:
+            raise MemoryError("no memory for a program of the native kernels")
+        threads = pool()
+        self._parallel = threads.parallel_address
+        self._thread_num = threads.thread_num_address
+
+    def __del__(self) -> None:
+        if handle := cast(Any, getattr(self, "_handle", None)):
+            self._free(handle)
+
+    def set(self, index: int, operation: str, *args: int) -> None:
+        """Writes one instruction; arguments that are not given are 0."""
+        _INSTRUCTION.pack_into(
+            self._instructions,
+            index * _INSTRUCTION.size,
+            _CODES[operation],
+            *args,
+            *_PADDING[len(args) :],
+        )
+
+    def run(self, step: bytes, threads: int) -> None:
+        """Runs all instructions. Lets go of the interpreter lock. Raises MemoryError."""
+        if self._run(self._handle, step, threads, self._parallel, self._thread_num):
+            raise MemoryError("no memory for the scratch of the native attention")

@@ -1,0 +1,116 @@
+"""The compiled library behind this backend: found, checked against this CPU, declared for ctypes.
+
+It is built when the project is installed (see ``setup.py``), where there is a C compiler. In a
+checkout, ``python setup.py build_ext --inplace`` builds it beside this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+import sysconfig
+from functools import lru_cache
+from pathlib import Path
+
+# Changes with every change of a structure or of an operation's arguments.
+ABI = 1
+MAX_ARGS = 24
+# In the order of program.c.
+OPERATIONS = (
+    "embedding",
+    "gather_rows",
+    "rms_norm",
+    "layer_norm",
+    "rotary_write",
+    "gated",
+    "activation",
+    "add",
+    "scale",
+    "linear",
+    "argmax",
+    "attend",
+    "attend_merge",
+    "copy_blocks",
+)
+_NEEDED_FLAGS = frozenset(
+    ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_bf16", "avx512_vnni")
+)
+
+
+class Instruction(ctypes.Structure):
+    """``ss_instruction``."""
+
+    _fields_ = (("op", ctypes.c_int64), ("args", ctypes.c_int64 * MAX_ARGS))
+
+
+class Step(ctypes.Structure):
+    """``ss_step``: sizes, then addresses."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "num_tokens",
+            "num_logits",
+            "num_requests",
+            "table_stride",
+            "input_ids",
+            "positions",
+            "slot_mapping",
+            "logits_indices",
+            "query_start_loc",
+            "seq_lens",
+            "block_table",
+            "num_groups",
+            "group_members",
+            "group_starts",
+            "group_blocks",
+            "wants_logits",
+        )
+    )
+
+
+def library_path() -> Path:
+    """Where the library lies if it was built."""
+    return Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
+@lru_cache(maxsize=1)
+def _cpu_flags() -> frozenset[str]:
+    if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
+        return frozenset()
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return frozenset(flags[1].split() if flags else ())
+
+
+def has_matrix_units() -> bool:
+    """Whether oneDNN multiplies bfloat16 on matrix units (AMX), which these kernels do not use."""
+    return "amx_bf16" in _cpu_flags()
+
+
+def why_not() -> str | None:
+    """Why this backend cannot serve here, in a few words, or None if it can."""
+    missing = _NEEDED_FLAGS - _cpu_flags()
+    if missing:
+        return f"this CPU has no {', '.join(sorted(missing))}"
+    if not library_path().exists():
+        return "it was not built (no C compiler at installation?)"
+    if load_library() is None:
+        return f"{library_path().name} was built from other sources: build it again"
+    return None
+
+
+@lru_cache(maxsize=1)
+def load_library() -> ctypes.CDLL | None:
+    """The library, its functions declared; None if it was built from other sources than these."""
+    library = ctypes.CDLL(str(library_path()))
+    if library.ss_abi() != ABI:
+        return None
+    pointer = ctypes.c_void_p
+    library.ss_program_new.argtypes = [pointer, ctypes.c_int64, pointer]
+    library.ss_program_new.restype = pointer
+    library.ss_program_free.argtypes = [pointer]
+    library.ss_program_free.restype = None
+    library.ss_run.argtypes = [pointer, pointer, ctypes.c_int, pointer, pointer]
+    library.ss_run.restype = ctypes.c_int
+    return library

@@ -1,0 +1,416 @@
+"""Records a decoder's forward once, as the instructions of every later step.
+
+What CUDA graphs are on a GPU: the forward runs with symbols in place of tensors, each kernel call
+becomes an instruction with its addresses filled in, and from then on a step is one call into C,
+without Python between two layers and without the interpreter lock. The recorder offers a backend's
+functions, so that the one decoder there is serves both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamserve_kernels import huge_pages
+from streamserve_kernels.interface import NotRecordableError, StepTensors
+from streamserve_kernels.native.execute import Executable, double_bits, pack_step
+from streamserve_kernels.native.linear import NativeLinear
+from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol
+from streamserve_kernels.pool import pool
+
+ACTIVATION_CODES = {
+    "silu": 0,
+    "gelu": 1,
+    "gelu_tanh": 2,
+    "gelu_new": 2,
+    "gelu_fast": 2,
+    "quick_gelu": 3,
+    "relu": 4,
+    "relu2": 5,
+}
+
+
+class _Memory:
+    """A buffer that goes back to the recorder when no symbol points into it any more."""
+
+    __slots__ = ("_give_back", "tensor")
+
+    def __init__(self, tensor: Tensor, give_back: Callable[[Tensor], None]) -> None:
+        self.tensor = tensor
+        self._give_back = give_back
+
+    def __del__(self) -> None:
+        self._give_back(self.tensor)
+
+
+class RecordedBatch:
+    """What stands for a ``ForwardBatch`` while a forward is recorded."""
+
+    def __init__(self) -> None:
+        self.input_ids = Index("input_ids", TOKENS)
+        self.positions = Index("positions", TOKENS)
+        self.slot_mapping = Index("slot_mapping", TOKENS)
+        self.query_start_loc = Index("query_start_loc", 0)
+        self.seq_lens = Index("seq_lens", 0)
+        self.block_table = Index("block_table", 0)
+        self.logits_indices = Index("logits_indices", LOGITS)
+        self.prefix_groups = None
+
+
+class Recorder:
+    """A backend whose functions take symbols and write down what is to be done.
+
+    Steps of up to ``max_tokens`` tokens and ``max_logits`` rows that need logits. Whatever no
+    instruction does raises ``NotRecordableError``.
+    """
+
+    name = "native recorder"
+
+    def __init__(self, max_tokens: int, max_logits: int) -> None:
+        self.batch = RecordedBatch()
+        self.max_tokens = max_tokens
+        self.max_logits = max_logits
+        self.instructions: list[tuple[str, tuple[int, ...]]] = []
+        self.keep: list[object] = []  # what the instructions' addresses point to
+        self.attention: tuple[int, int, int, int, int] | None = None
+        self._buffers: list[Tensor] = []  # free, to be used again
+
+    # Memory
+
+    def _new(self, rows: int, *tail: int) -> Symbol:
+        width = 1
+        for size in tail:
+            width *= size
+        count = (self.max_tokens if rows == TOKENS else self.max_logits) * width
+        fitting = [buffer for buffer in self._buffers if buffer.numel() >= count]
+        if fitting:
+            tensor = min(fitting, key=Tensor.numel)
+            self._buffers = [buffer for buffer in self._buffers if buffer is not tensor]
+        else:
+            tensor = torch.zeros(count, dtype=torch.bfloat16)
+            self.keep.append(tensor)
+        memory = _Memory(tensor, self._buffers.append)
+        return Symbol(self, memory, tensor.data_ptr(), rows, width, *tail)
+
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        if not tensor.is_contiguous():
+            raise NotRecordableError(f"a weight of shape {tuple(tensor.shape)} with gaps")
+        self.keep.append(tensor)
+        return tensor.data_ptr()
+
+    def _add(self, operation: str, *args: int) -> None:
+        self.instructions.append((operation, args))
+
+    # The functions of a backend
+
+    def embedding(self, ids: Index, weight: Tensor) -> Symbol:
+        _require_bfloat16(weight)
+        if ids.name not in ("input_ids", "positions"):
+            raise NotRecordableError(f"an embedding of {ids.name}")
+        out = self._new(TOKENS, weight.shape[1])
+        self._add(
+            "embedding",
+            out.address,
+            self._address(weight),
+            weight.shape[1],
+            int(ids.name == "positions"),
+            ids.offset,
+        )
+        return out
+
+    def gather(self, x: Symbol) -> Symbol:
+        """The rows of x that need logits."""
+        out = self._new(LOGITS, *x.tail)
+        self._add("gather_rows", out.address, x.address, x.width, x.stride)
+        return out
+
+    def _norm(
+        self,
+        operation: str,
+        x: Symbol,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Symbol | None,
+        offset: float,
+    ) -> Symbol | tuple[Symbol, Symbol]:
+        out = self._new(x.rows, *x.tail)
+        total = None if residual is None else self._new(x.rows, *x.tail)
+        if residual is not None and not residual.is_dense:
+            raise NotRecordableError("a residual with gaps between its rows")
+        _require_bfloat16(*(tensor for tensor in (weight, bias) if tensor is not None))
+        group = x.width // x.tail[-1]
+        self._add(
+            operation,
+            out.address,
+            0 if total is None else total.address,
+            x.address,
+            0 if residual is None else residual.address,
+            self._address(weight),
+            self._address(bias),
+            x.tail[-1],
+            double_bits(eps),
+            double_bits(offset),
+            _kind(x),
+            group,
+            x.stride,
+            out.stride,
+        )
+        return out if total is None else (out, total)
+
+    def rms_norm(
+        self,
+        x: Symbol,
+        weight: Tensor,
+        eps: float,
+        residual: Symbol | None = None,
+        weight_offset: float = 0.0,
+    ) -> Symbol | tuple[Symbol, Symbol]:
+        return self._norm("rms_norm", x, weight, None, eps, residual, weight_offset)
+
+    def layer_norm(
+        self,
+        x: Symbol,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Symbol | None = None,
+    ) -> Symbol | tuple[Symbol, Symbol]:
+        return self._norm("layer_norm", x, weight, bias, eps, residual, 0.0)
+
+    def rotary_write_kv(
+        self,
+        query: Symbol,
+        key: Symbol,
+        value: Symbol,
+        positions: Index,
+        cos_sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Index,
+        *,
+        interleaved: bool,
+    ) -> tuple[Symbol, Symbol]:
+        self._rotary_write(query, key, value, cos_sin, key_cache, value_cache, interleaved)
+        return query, key
+
+    def write_kv(
+        self,
+        key: Symbol,
+        value: Symbol,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Index,
+    ) -> None:
+        self._rotary_write(key, key, value, None, key_cache, value_cache, False)
+
+    def _rotary_write(
+        self,
+        query: Symbol,
+        key: Symbol,
+        value: Symbol,
+        cos_sin: Tensor | None,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        interleaved: bool,
+    ) -> None:
+        turns = cos_sin is not None
+        self._add(
+            "rotary_write",
+            query.address if turns else 0,
+            key.address,
+            value.address,
+            self._address(cos_sin),
+            self._address(key_cache),
+            self._address(value_cache),
+            query.stride,
+            key.stride,
+            value.stride,
+            query.tail[0] if turns else 0,
+            key.tail[0],
+            key.tail[1],
+            value.tail[1],
+            0 if cos_sin is None else cos_sin.shape[1],
+            key_cache.shape[2],
+            int(interleaved),
+        )
+
+    def paged_attention(
+        self,
+        query: Symbol,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_table: Index,
+        seq_lens: Index,
+        query_start_loc: Index,
+        *,
+        scale: float,
+        window: int | None = None,
+        alibi_slopes: Tensor | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
+        prefix_groups: None = None,
+    ) -> Symbol:
+        num_kv_heads, block_size, head_size = key_cache.shape[1:]
+        value_size = value_cache.shape[3]
+        dims = (query.tail[0], num_kv_heads, value_size, block_size, head_size)
+        if self.attention not in (None, dims):
+            raise NotRecordableError("layers whose attention has other shapes than others'")
+        self.attention = dims
+        out = self._new(TOKENS, query.tail[0], value_size)
+        args = (
+            out.address,
+            query.address,
+            query.stride,
+            self._address(key_cache),
+            self._address(value_cache),
+            query.tail[0],
+            num_kv_heads,
+            head_size,
+            value_size,
+            block_size,
+            double_bits(scale),
+            window or 0,
+            self._address(None if alibi_slopes is None else alibi_slopes.float()),
+            double_bits(soft_cap or 0.0),
+            self._address(None if sinks is None else sinks.float()),
+        )
+        self._add("attend", *args)
+        self._add("attend_merge", *args)
+        return out
+
+    def gated_activation(self, x: Symbol, kind: str) -> Symbol:
+        out = self._new(x.rows, x.width // 2)
+        code = ACTIVATION_CODES[kind]
+        self._add("gated", out.address, x.address, out.width, code, _kind(x), x.stride)
+        return out
+
+    def activation(self, x: Symbol, kind: str) -> Symbol:
+        out = self._new(x.rows, x.width)
+        code = ACTIVATION_CODES[kind]
+        self._add("activation", out.address, x.address, out.width, code, _kind(x), x.stride)
+        return out
+
+    def linear(self, x: Symbol, packed: Any) -> Symbol:
+        if not isinstance(packed, NativeLinear) or x.width % 2:
+            raise NotRecordableError(f"a product with {type(packed).__name__}")
+        out = self._new(x.rows, packed.out_features)
+        self.keep.append(packed)
+        args = packed.arguments(out.address, x.address, x.stride, rows_kind=_kind(x))
+        self._add("linear", *args)
+        return out
+
+    def add(self, a: Symbol, b: Symbol) -> Symbol:
+        if not (a.is_dense and b.is_dense):
+            raise NotRecordableError("a sum of rows with gaps")
+        out = self._new(a.rows, *a.tail)
+        self._add("add", out.address, a.address, b.address, a.width, _kind(a))
+        return out
+
+    def scale(self, x: Symbol, factor: float) -> Symbol:
+        if not x.is_dense:
+            raise NotRecordableError("a product of rows with gaps")
+        out = self._new(x.rows, *x.tail)
+        self._add("scale", out.address, x.address, 0, x.width, _kind(x), double_bits(factor))
+        return out
+
+    def moe(self, x: Symbol, *args: object, **options: object) -> Symbol:
+        raise NotRecordableError("experts")
+
+    def finish(self, x: Symbol, head: Any, scale: float, soft_cap: float | None) -> RecordedProgram:
+        """Ends with the head's product in float32, and each row's arg-max."""
+        if not isinstance(head, NativeLinear) or x.width % 2 or x.rows != LOGITS:
+            raise NotRecordableError(f"a head of kind {type(head).__name__}")
+        logits = huge_pages.zeros((self.max_logits, head.out_features), torch.float32)
+        token_ids = torch.zeros(self.max_logits, dtype=torch.int64)
+        best = torch.zeros(pool().threads() * self.max_logits, dtype=torch.int64)
+        self.keep += [head, best]
+        args = head.arguments(
+            logits.data_ptr(),
+            x.address,
+            x.stride,
+            rows_kind=1,
+            is_float32=True,
+            best=best.data_ptr(),
+            scale=scale,
+            cap=soft_cap or 0.0,
+        )
+        self._add("linear", *args)
+        self._add("argmax", token_ids.data_ptr(), best.data_ptr())
+        executable = Executable(len(self.instructions), self.attention or (0,) * 5)
+        for index, (operation, values) in enumerate(self.instructions):
+            executable.set(index, operation, *values)
+        return RecordedProgram(executable, self.max_tokens, logits, token_ids, self.keep)
+
+
+class RecordedProgram:
+    """Runs steps of up to ``max_tokens`` tokens, each in one call. One thread at a time.
+
+    What it returns is overwritten by the next step.
+    """
+
+    def __init__(
+        self,
+        executable: Executable,
+        max_tokens: int,
+        logits: Tensor,
+        token_ids: Tensor,
+        keep: list[object],
+    ) -> None:
+        self.max_tokens = max_tokens
+        self._executable = executable
+        self._logits = logits
+        self._token_ids = token_ids
+        self._keep = keep
+        self._threads = pool().threads()
+
+    def logits(self, batch: StepTensors) -> Tensor:
+        """Logits [L, V] float32 of the rows that need them; keys and values are written."""
+        return self._run(batch, self._logits, wants_logits=True)
+
+    def greedy(self, batch: StepTensors) -> Tensor:
+        """The arg-max [L] int64 of the same rows, the first of equals: no logits are stored."""
+        return self._run(batch, self._token_ids, wants_logits=False)
+
+    def _run(self, batch: StepTensors, result: Tensor, *, wants_logits: bool) -> Tensor:
+        num_tokens, num_logits = batch.input_ids.shape[0], batch.logits_indices.shape[0]
+        if num_tokens > self.max_tokens or num_logits > self._logits.shape[0]:
+            raise ValueError(
+                f"a recorded step takes at most {self.max_tokens} tokens and"
+                f" {self._logits.shape[0]} logits, got {num_tokens} and {num_logits}"
+            )
+        step = pack_step(
+            num_tokens,
+            num_logits,
+            batch.seq_lens.shape[0],
+            batch.block_table.stride(0),
+            batch.input_ids.data_ptr(),
+            batch.positions.data_ptr(),
+            batch.slot_mapping.data_ptr(),
+            batch.logits_indices.data_ptr(),
+            batch.query_start_loc.data_ptr(),
+            batch.seq_lens.data_ptr(),
+            batch.block_table.data_ptr(),
+            0,
+            0,
+            0,
+            0,
+            int(wants_logits),
+        )
+        self._executable.run(step, self._threads)
+        return result[:num_logits]
+
+
+def _kind(x: Symbol) -> int:
+    return 0 if x.rows == TOKENS else 1
+
+
+def _require_bfloat16(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.dtype != torch.bfloat16:
+            raise NotRecordableError(f"a weight of {tensor.dtype}")

@@ -1,0 +1,242 @@
+// y = x @ weightᵀ + bias for bfloat16 weights in oneDNN's blocked layout, for any number of rows.
+//
+// The layout, for N in blocks of 64 outputs and K padded to Kp:
+//
+//     [ceil(N / 64)][Kp / 2][64][2]
+//
+// so that one 64-byte load holds two neighbours in k of 16 outputs, as the dot-product instruction
+// VDPBF16PS wants. An output is the sum over k in one order whatever the number of rows: a row's
+// result does not depend on its batch.
+#include "streamserve.h"
+
+#include <math.h>
+#include <string.h>
+
+// Sums of 6 rows by 64 outputs live in registers. More rows take turns on a piece of the weight that
+// stays in the second-level cache, and meanwhile ask for the next piece: that way the loads of one
+// pass over the weight hide behind the products of all rows.
+enum { BLOCK = 64, LANES = 16, ROW_TILE = 6, GROUP_ROWS = 48, PIECE_PAIRS = 256, AHEAD = 8192 };
+
+enum {
+    Y,          // address of y [rows, N], bfloat16 or float32
+    X,          // address of x [rows, K], bfloat16
+    WEIGHT,     // address of the packed weight
+    BIAS,       // address of the bias [N], bfloat16, or 0
+    OUTPUTS,    // N
+    INPUTS,     // K, even
+    PADDED,     // Kp
+    X_STRIDE,   // elements between rows of x
+    ROWS_KIND,  // see ss_rows
+    IS_FLOAT32, // whether y is float32
+    BEST,       // address of [threads][rows] (value, index) pairs for the arg-max, or 0
+    SCALE,      // bits of a double: y is multiplied by it (float32 only)
+    CAP,        // bits of a double: y = cap·tanh(y / cap), or 0 (float32 only)
+};
+
+typedef struct {
+    float value;
+    int32_t index;
+} best_entry;
+
+// A thread's range of columns is cut at the blocks' ends: units for one thread.
+static int64_t units_per_thread(int64_t outputs, int num_threads) {
+    const int64_t vectors = ss_ceil_div(outputs, LANES);
+    return ss_ceil_div(ss_ceil_div(vectors, num_threads), BLOCK / LANES) + 1;
+}
+
+static int64_t units(const ss_context *context, const int64_t *args) {
+    if (!ss_rows(context, args[ROWS_KIND])) return 0;
+    return context->num_threads * units_per_thread(args[OUTPUTS], context->num_threads);
+}
+
+// Columns [first, end) of a unit; maybe none.
+static void unit_columns(int64_t outputs, int num_threads, int64_t unit, int64_t *first,
+                         int64_t *end) {
+    const int64_t vectors = ss_ceil_div(outputs, LANES);
+    const int64_t each = units_per_thread(outputs, num_threads);
+    const int64_t owner = unit / each;
+    const int64_t low = LANES * (vectors * owner / num_threads);
+    const int64_t high = ss_min(outputs, LANES * (vectors * (owner + 1) / num_threads));
+    const int64_t block = BLOCK * (low / BLOCK + unit % each);
+    *first = ss_max(low, block);
+    *end = ss_min(high, block + BLOCK);
+}
+
+// sums[m][v] += x[m] · weight columns. `rows`, `vectors` and `lines`, the cache lines asked for in
+// each turn, are constants where it is inlined.
+static inline __attribute__((always_inline)) void product(
+    float *tile, const bf16 *x, int64_t x_stride, const bf16 *weight, int64_t pairs,
+    const char *ahead, int rows, int vectors, int lines) {
+    __m512 sums[ROW_TILE][4];
+    for (int m = 0; m < rows; m++)
+        for (int v = 0; v < vectors; v++) sums[m][v] = _mm512_load_ps(tile + m * BLOCK + LANES * v);
+    for (int64_t k = 0; k < pairs; k++) {
+        const bf16 *line = weight + k * 2 * BLOCK;
+        __m512bh w[4];
+        for (int v = 0; v < vectors; v++) w[v] = (__m512bh)_mm512_load_si512(line + 32 * v);
+        for (int i = 0; i < lines; i++)
+            _mm_prefetch(ahead + k * 4 * BLOCK + 64 * i, _MM_HINT_T1);
+        for (int m = 0; m < rows; m++) {
+            const __m512bh factor =
+                (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + m * x_stride + 2 * k));
+            for (int v = 0; v < vectors; v++)
+                sums[m][v] = _mm512_dpbf16_ps(sums[m][v], factor, w[v]);
+        }
+    }
+    for (int m = 0; m < rows; m++)
+        for (int v = 0; v < vectors; v++) _mm512_store_ps(tile + m * BLOCK + LANES * v, sums[m][v]);
+}
+
+#define PRODUCT(R, V)                                                                             \
+    static void product_##R##_##V(float *tile, const bf16 *x, int64_t x_stride,                   \
+                                  const bf16 *weight, int64_t pairs, const char *ahead,           \
+                                  int lines) {                                                    \
+        if (lines == 0) product(tile, x, x_stride, weight, pairs, ahead, R, V, 0);                \
+        else if (lines == 1) product(tile, x, x_stride, weight, pairs, ahead, R, V, 1);           \
+        else if (lines == 2) product(tile, x, x_stride, weight, pairs, ahead, R, V, 2);           \
+        else product(tile, x, x_stride, weight, pairs, ahead, R, V, 4);                           \
+    }
+#define PRODUCTS(R) PRODUCT(R, 1) PRODUCT(R, 2) PRODUCT(R, 3) PRODUCT(R, 4)
+PRODUCTS(1)
+PRODUCTS(2)
+PRODUCTS(3)
+PRODUCTS(4)
+PRODUCTS(5)
+PRODUCTS(6)
+typedef void (*product_function)(float *, const bf16 *, int64_t, const bf16 *, int64_t,
+                                 const char *, int);
+#define ROW(R) {product_##R##_1, product_##R##_2, product_##R##_3, product_##R##_4}
+static const product_function PRODUCT_OF[ROW_TILE][4] = {ROW(1), ROW(2), ROW(3),
+                                                         ROW(4), ROW(5), ROW(6)};
+
+static void store_bf16(bf16 *y, const float *tile, const bf16 *bias, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += LANES) {
+        const __mmask16 mask = ss_mask(columns - c);
+        __m512 value = _mm512_load_ps(tile + c);
+        if (bias) value = _mm512_add_ps(value, ss_load_masked(bias + c, mask));
+        ss_store_masked(y + c, value, mask);
+    }
+}
+
+static void finish_float(float *tile, const bf16 *bias, int64_t columns, float scale, float cap) {
+    for (int64_t c = 0; c < columns; c++) {
+        float value = tile[c] + (bias ? ss_widen(bias[c]) : 0.0f);
+        value *= scale;
+        tile[c] = cap != 0.0f ? cap * tanhf(value / cap) : value;
+    }
+}
+
+// Keeps the first of the largest; a NaN is never larger.
+static void keep_best(best_entry *best, const float *tile, int64_t columns, int64_t first) {
+    __m512 most = _mm512_set1_ps(-INFINITY);
+    for (int64_t c = 0; c < columns; c += LANES)
+        most = _mm512_max_ps(_mm512_mask_loadu_ps(most, ss_mask(columns - c), tile + c), most);
+    const float largest = _mm512_reduce_max_ps(most);
+    if (!(largest >= best->value)) return;
+    for (int64_t c = 0; c < columns; c++) {
+        if (tile[c] != largest) continue;
+        if (largest > best->value || first + c < best->index)
+            *best = (best_entry){largest, (int32_t)(first + c)};
+        return;
+    }
+}
+
+static void begin(const ss_context *context, const int64_t *args) {
+    best_entry *best = (best_entry *)args[BEST];
+    if (!best) return;
+    const int64_t count = context->num_threads * ss_rows(context, args[ROWS_KIND]);
+    for (int64_t i = 0; i < count; i++) best[i] = (best_entry){-INFINITY, 0};
+}
+
+// The finished sums of one row and block go where they are wanted.
+static void put_row(const int64_t *args, best_entry *best, int stores, int64_t row, int64_t c,
+                    int64_t columns, float *sums) {
+    const bf16 *bias = args[BIAS] ? (const bf16 *)args[BIAS] + c : 0;
+    const int64_t at = row * args[OUTPUTS] + c;
+    if (!args[IS_FLOAT32]) {
+        store_bf16((bf16 *)args[Y] + at, sums, bias, columns);
+        return;
+    }
+    const float scale = (float)ss_double(args[SCALE]), cap = (float)ss_double(args[CAP]);
+    if (bias || scale != 1.0f || cap != 0.0f) finish_float(sums, bias, columns, scale, cap);
+    if (stores) memcpy((float *)args[Y] + at, sums, (size_t)columns * sizeof(float));
+    if (best) keep_best(best + row, sums, columns, c);
+}
+
+// sums [rows, BLOCK] = x [rows, K] · the weight's columns; few enough rows for their sums to stay in
+// the cache.
+static void multiply_group(float *sums, const bf16 *x, int64_t x_stride, const bf16 *weight,
+                           int64_t pairs, int64_t rows, int64_t vectors, int asks) {
+    const int64_t tiles = ss_ceil_div(rows, ROW_TILE);
+    const int64_t piece = tiles == 1 ? pairs : PIECE_PAIRS;
+    const int64_t ahead = tiles == 1 ? AHEAD : 4 * BLOCK * piece;
+    memset(sums, 0, (size_t)(rows * BLOCK) * sizeof(float));
+    for (int64_t k = 0; k < pairs; k += piece) {
+        const int64_t count = ss_min(piece, pairs - k);
+        const bf16 *from = weight + k * 2 * BLOCK;
+        int64_t line = 0;
+        for (int64_t i = 0; i < tiles; i++) {
+            const int64_t m = rows * i / tiles, tile_rows = rows * (i + 1) / tiles - m;
+            // The lines of the next piece are shared out among the tiles.
+            int lines = 0;
+            if (asks && line < vectors)
+                lines = tiles == 1 ? 4 : tiles == 2 || (tiles == 3 && i == 0) ? 2 : 1;
+            PRODUCT_OF[tile_rows - 1][vectors - 1](sums + m * BLOCK, x + m * x_stride + 2 * k,
+                                                   x_stride, from, count,
+                                                   (const char *)from + ahead + 64 * line, lines);
+            line += lines;
+        }
+    }
+}
+
+static void run(const ss_context *context, const int64_t *args, int64_t unit, int64_t num_units,
+                int thread) {
+    (void)num_units;
+    int64_t first, end;
+    unit_columns(args[OUTPUTS], context->num_threads, unit, &first, &end);
+    if (first >= end) return;
+    const int64_t rows = ss_rows(context, args[ROWS_KIND]), columns = end - first;
+    const int64_t x_stride = args[X_STRIDE], vectors = ss_ceil_div(columns, LANES);
+    const bf16 *weight = (const bf16 *)args[WEIGHT] + (first / BLOCK) * BLOCK * args[PADDED] +
+                         2 * (first % BLOCK);
+    best_entry *best = args[BEST] ? (best_entry *)args[BEST] + thread * rows : 0;
+    const int stores = !best || context->step->wants_logits;
+    const int64_t groups = ss_ceil_div(rows, GROUP_ROWS);
+    float sums[GROUP_ROWS * BLOCK] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < groups; i++) {
+        const int64_t m = rows * i / groups, count = rows * (i + 1) / groups - m;
+        multiply_group(sums, (const bf16 *)args[X] + m * x_stride, x_stride, weight,
+                       args[INPUTS] / 2, count, vectors, i == 0);
+        for (int64_t j = 0; j < count; j++)
+            put_row(args, best, stores, m + j, first, columns, sums + j * BLOCK);
+    }
+}
+
+const ss_operation ss_linear = {units, run, begin};
+
+// ids[row] = the first index of the largest of a row, from what each thread kept of the head.
+enum { ARGMAX_IDS, ARGMAX_BEST };
+
+static int64_t argmax_units(const ss_context *context, const int64_t *args) {
+    (void)args;
+    return context->step->num_logits ? 1 : 0;
+}
+
+static void argmax_run(const ss_context *context, const int64_t *args, int64_t unit,
+                       int64_t num_units, int thread) {
+    (void)unit, (void)num_units, (void)thread;
+    const int64_t rows = context->step->num_logits;
+    const best_entry *best = (const best_entry *)args[ARGMAX_BEST];
+    for (int64_t m = 0; m < rows; m++) {
+        best_entry found = best[m];
+        for (int64_t p = 1; p < context->num_threads; p++) {
+            const best_entry other = best[p * rows + m];
+            if (other.value > found.value ||
+                (other.value == found.value && other.index < found.index))
+                found = other;
+        }
+        ((int64_t *)args[ARGMAX_IDS])[m] = found.index;
+    }
+}
+
+const ss_operation ss_argmax = {argmax_units, argmax_run, 0};

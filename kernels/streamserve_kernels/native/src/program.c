@@ -1,0 +1,134 @@
+// Runs the instructions of a program in one parallel region.
+#include "streamserve.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sched.h>
+#include <string.h>
+
+// In the order of library.py's OPERATIONS.
+static const ss_operation *const OPERATIONS[] = {
+    &ss_embedding, &ss_gather_rows, &ss_rms_norm, &ss_layer_norm, &ss_rotary_write,
+    &ss_gated,     &ss_activation,  &ss_add,      &ss_scale,      &ss_linear,
+    &ss_argmax,    &ss_attend,      &ss_attend_merge, &ss_copy_blocks,
+};
+enum { NUM_OPERATIONS = sizeof(OPERATIONS) / sizeof(OPERATIONS[0]) };
+
+// Turns of waiting before the core is offered to somebody else: about 20 µs.
+enum { SPINS = 400 };
+
+typedef struct {
+    _Alignas(64) atomic_llong count;
+} counter;
+
+// What Python holds of a program. Mirrored by library.py.
+typedef struct {
+    const ss_instruction *instructions;
+    int64_t num_instructions;
+    int64_t attention[5];  // Hq, Hkv, Dv, S, D; Hq = 0: no attention
+    // For each instruction: the units finished, then for each thread those taken of its range.
+    counter *counters;
+    int64_t max_threads;
+    ss_attention_plan *plan;
+} ss_program;
+
+typedef struct {
+    ss_program *program;
+    ss_context context;
+    int (*thread_num)(void);
+} region;
+
+// Changes with every change of a structure or of an operation's arguments: library.py checks it.
+int ss_abi(void) { return 1; }
+
+ss_program *ss_program_new(const ss_instruction *instructions, int64_t count,
+                           const int64_t *attention) {
+    ss_program *program = calloc(1, sizeof(ss_program));
+    if (!program) return 0;
+    program->instructions = instructions;
+    program->num_instructions = count;
+    memcpy(program->attention, attention, sizeof(program->attention));
+    program->plan = ss_plan_new();
+    if (program->plan) return program;
+    free(program);
+    return 0;
+}
+
+void ss_program_free(ss_program *program) {
+    if (!program) return;
+    free(program->counters);
+    ss_plan_free(program->plan);
+    free(program);
+}
+
+static void wait_for(atomic_llong *done, int64_t units) {
+    for (int spins = 0; atomic_load_explicit(done, memory_order_acquire) < units; spins++) {
+        if (spins < SPINS)
+            _mm_pause();
+        else
+            sched_yield();
+    }
+}
+
+static void work(void *argument) {
+    const region *r = argument;
+    const ss_program *program = r->program;
+    const int thread = r->thread_num ? r->thread_num() : 0, threads = r->context.num_threads;
+    for (int64_t i = 0; i < program->num_instructions; i++) {
+        const ss_instruction *instruction = program->instructions + i;
+        const ss_operation *operation = OPERATIONS[instruction->op];
+        counter *done = program->counters + i * (threads + 1);
+        const int64_t units = operation->units(&r->context, instruction->args);
+        for (int other = 0; other < threads; other++) {
+            const int owner = (thread + other) % threads;
+            atomic_llong *taken = &done[1 + owner].count;
+            const int64_t first = units * owner / threads, end = units * (owner + 1) / threads;
+            int64_t unit;
+            while ((unit = first + atomic_fetch_add_explicit(taken, 1, memory_order_relaxed)) <
+                   end) {
+                operation->run(&r->context, instruction->args, unit, units, thread);
+                atomic_fetch_add_explicit(&done->count, 1, memory_order_release);
+            }
+        }
+        wait_for(&done->count, units);
+    }
+}
+
+static int reset_counters(ss_program *program, int num_threads) {
+    if (num_threads > program->max_threads) {
+        free(program->counters);
+        program->max_threads = 0;
+        program->counters = aligned_alloc(
+            64, (size_t)(program->num_instructions * (num_threads + 1)) * sizeof(counter));
+        if (!program->counters) return -1;
+        program->max_threads = num_threads;
+    }
+    for (int64_t i = 0; i < program->num_instructions * (num_threads + 1); i++)
+        atomic_init(&program->counters[i].count, 0);
+    return 0;
+}
+
+typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
+
+// Runs a step on `num_threads` threads of the pool behind `parallel` (GOMP_parallel), whose numbers
+// `thread_num` tells; without one, on the calling thread. Returns 0, or -1 when memory ran out.
+int ss_run(ss_program *program, const ss_step *step, int num_threads, parallel_function parallel,
+           int (*thread_num)(void)) {
+    if (!parallel) num_threads = 1;
+    region r = {program, {step, num_threads, program->plan}, num_threads > 1 ? thread_num : 0};
+    const int64_t *dims = program->attention;
+    if (dims[0] && ss_plan_build(program->plan, step, num_threads, dims[0], dims[1], dims[2],
+                                 dims[3], dims[4]))
+        return -1;
+    if (reset_counters(program, num_threads)) return -1;
+    for (int64_t i = 0; i < program->num_instructions; i++) {
+        const ss_instruction *instruction = program->instructions + i;
+        const ss_operation *operation = OPERATIONS[instruction->op];
+        if (operation->begin) operation->begin(&r.context, instruction->args);
+    }
+    if (num_threads > 1)
+        parallel(work, &r, (unsigned)num_threads, 0);
+    else
+        work(&r);
+    return 0;
+}
