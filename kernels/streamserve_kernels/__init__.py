@@ -21,6 +21,7 @@ from streamserve_kernels.interface import (
     Kernels,
     NotRecordableError,
     PackedLinear,
+    PrefixGroups,
     RecordedStep,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "Kernels",
     "NotRecordableError",
     "PackedLinear",
+    "PrefixGroups",
     "RecordedStep",
     "load",
 ]

@@ -6,6 +6,7 @@ protocol like any other object. Letters in shapes:
     T tokens in the step          Hq, Hkv  query and key/value heads    D, Dv  head sizes
     R requests in the step        B blocks in the cache                 S      tokens in a block
     M most blocks of one request  N, K     output and input features    E      experts
+    G groups that share a prefix  P        members of all groups
 
 Every function is called from one thread at a time (the device thread). Tensors may be views of a
 fused projection: the last dimension is contiguous, the heads of one token are adjacent, and the
@@ -15,7 +16,7 @@ stride between tokens is free.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +31,19 @@ GatedKind = Literal["silu", "gelu", "gelu_tanh", "relu"]
 ActivationKind = Literal[
     "silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "relu2"
 ]
+
+
+class PrefixGroups(NamedTuple):
+    """Requests that share leading blocks: attention over those may be computed once for all.
+
+    Members of a group have identical `block_table[m, :num_blocks[g]]`, and a request is in at most
+    one group. For every member `num_blocks[g] * S <= seq_len - queries`: the shared part was there
+    before the step, so every query of the step sees all of it.
+    """
+
+    members: Tensor  # [P] int32: requests (rows of block_table), group by group
+    starts: Tensor  # [G + 1] int32: where each group's members start in `members`
+    num_blocks: Tensor  # [G] int32: leading blocks that all members of the group share
 
 
 @runtime_checkable
@@ -151,6 +165,7 @@ class Kernels(Protocol):
         alibi_slopes: Tensor | None = None,
         soft_cap: float | None = None,
         sinks: Tensor | None = None,
+        prefix_groups: PrefixGroups | None = None,
     ) -> Tensor: ...
 
     def rms_norm(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear
+from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear, PrefixGroups
 
 name = "naive"
 
@@ -67,6 +68,7 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    prefix_groups: PrefixGroups | None = None,
 ) -> Tensor:
     """Causal attention of ragged queries [T, Hq, D] over a paged cache -> [T, Hq, Dv].
 
@@ -79,41 +81,107 @@ def paged_attention(
     visible iff j <= i and, with a window, i - j < window. `sinks` [Hq] is one extra logit per head
     that takes part in the softmax's denominator only (gpt-oss).
 
-    Paging: Kwon et al. 2023; ALiBi: Press et al. 2022; soft cap: Gemma Team 2024.
+    `prefix_groups` changes nothing but the order of sums: what a group shares is attended to once,
+    for the queries of all its members, and merged with each one's own rest by log-sum-exp. A
+    backend may ignore it. It must be `None` if the window hides any of a shared part.
+
+    Paging: Kwon et al. 2023; ALiBi: Press et al. 2022; soft cap: Gemma Team 2024; shared prefixes:
+    Juravsky et al. 2024 (Hydragen), Ye et al. 2024 (cascade inference).
     """
-    num_tokens, num_heads, _ = query.shape
-    num_kv_heads, block_size, head_size = key_cache.shape[1:]
-    value_size = value_cache.shape[3]
-    group = num_heads // num_kv_heads
-    output = query.new_zeros(num_tokens, num_heads, value_size)
-    starts = query_start_loc.tolist()
-    for r, seq_len in enumerate(seq_lens.tolist()):
-        start, end = starts[r], starts[r + 1]
-        if end == start:
+    block_size = key_cache.shape[2]
+    output = query.new_zeros(*query.shape[:2], value_cache.shape[3])
+    attention = _Attention(key_cache, value_cache, scale, window, alibi_slopes, soft_cap)
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    rows = [slice(start, end) for start, end in pairwise(starts)]
+    positions = [
+        torch.arange(length - (row.stop - row.start), length, device=query.device)
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    shared = query.new_zeros(output.shape, dtype=torch.float32)  # attention over the shared parts
+    shared_lse = shared.new_full(output.shape[:2], float("-inf"))
+    num_shared = [0] * len(lengths)  # blocks
+    for members, num_blocks in [] if prefix_groups is None else _groups(prefix_groups):
+        tokens = torch.cat([torch.arange(rows[r].start, rows[r].stop) for r in members])
+        at = torch.cat([positions[r] for r in members])
+        blocks = block_table[members[0], :num_blocks]
+        shared[tokens], shared_lse[tokens] = attention(
+            query[tokens], at, blocks, 0, num_blocks * block_size
+        )
+        for r in members:
+            num_shared[r] = num_blocks
+    for r, length in enumerate(lengths):
+        row, first = rows[r], num_shared[r]
+        if row.stop == row.start:
             continue
-        blocks = block_table[r, : -(-seq_len // block_size)].long()
-        keys = key_cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_size)
-        values = value_cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, value_size)
-        keys = keys[:, :seq_len].float().repeat_interleave(group, dim=0)  # [Hq, L, D]
-        values = values[:, :seq_len].float().repeat_interleave(group, dim=0)  # [Hq, L, Dv]
-        scores = scale * (query[start:end].float().transpose(0, 1) @ keys.transpose(1, 2))
-        if soft_cap is not None:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
-        key_positions = torch.arange(seq_len, device=query.device)
-        positions = torch.arange(seq_len - (end - start), seq_len, device=query.device)[:, None]
-        if alibi_slopes is not None:
+        blocks = block_table[r, first : -(-length // block_size)]
+        own, lse = attention(query[row], positions[r], blocks, first * block_size, length, sinks)
+        share = torch.sigmoid(shared_lse[row] - lse)  # of the weight; 0 where nothing is shared
+        output[row] = own.lerp(shared[row], share[..., None]).to(output.dtype)
+    return output
+
+
+def _groups(groups: PrefixGroups) -> list[tuple[list[int], int]]:
+    """(members, leading blocks) of each group."""
+    members, starts = groups.members.tolist(), groups.starts.tolist()
+    return [
+        (members[start:end], num_blocks)
+        for start, end, num_blocks in zip(
+            starts[:-1], starts[1:], groups.num_blocks.tolist(), strict=True
+        )
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """Attention of any queries over a run of keys: what `paged_attention` is put together from."""
+
+    key_cache: Tensor
+    value_cache: Tensor
+    scale: float
+    window: int | None
+    alibi_slopes: Tensor | None
+    soft_cap: float | None
+
+    def __call__(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        blocks: Tensor,
+        start: int,
+        end: int,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Queries [q, Hq, D] at `positions` [q] over the keys at `start` to `end`, in `blocks`.
+
+        Returns the attention [q, Hq, Dv] and the logarithm of its denominator [q, Hq], in float32.
+        """
+        num_heads = query.shape[1]
+        keys = self._gather(self.key_cache, blocks, end - start, num_heads)
+        values = self._gather(self.value_cache, blocks, end - start, num_heads)
+        scores = self.scale * (query.float().transpose(0, 1) @ keys.transpose(1, 2))  # [Hq, q, L]
+        if self.soft_cap is not None:
+            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
+        key_positions = torch.arange(start, end, device=query.device)
+        positions = positions[:, None]
+        if self.alibi_slopes is not None:
             distance = (key_positions - positions).float()
-            scores = scores + alibi_slopes.float()[:, None, None] * distance
+            scores = scores + self.alibi_slopes.float()[:, None, None] * distance
         visible = key_positions <= positions
-        if window is not None:
-            visible &= positions - key_positions < window
+        if self.window is not None:
+            visible &= positions - key_positions < self.window
         scores = scores.masked_fill(~visible, float("-inf"))
         if sinks is not None:
-            sink = sinks.float()[:, None, None].expand(-1, end - start, 1)
+            sink = sinks.float()[:, None, None].expand(-1, len(query), 1)
             scores = torch.cat([scores, sink], dim=-1)
-        weights = torch.softmax(scores, dim=-1)[..., :seq_len]
-        output[start:end] = (weights @ values).transpose(0, 1).to(output.dtype)
-    return output
+        weights = torch.softmax(scores, dim=-1)[..., : end - start]
+        return (weights @ values).transpose(0, 1), scores.logsumexp(-1).transpose(0, 1)
+
+    @staticmethod
+    def _gather(cache: Tensor, blocks: Tensor, length: int, num_heads: int) -> Tensor:
+        """The first `length` rows in `blocks` -> [Hq, length, D] float32, a copy per query head."""
+        num_kv_heads, _, size = cache.shape[1:]
+        rows = cache[blocks.long()].transpose(0, 1).reshape(num_kv_heads, -1, size)[:, :length]
+        return rows.float().repeat_interleave(num_heads // num_kv_heads, dim=0)
 
 
 def rms_norm(

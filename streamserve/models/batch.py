@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from streamserve.models.spec import DecoderSpec
-from streamserve_kernels import Kernels, huge_pages
+from streamserve_kernels import Kernels, PrefixGroups, huge_pages
 
 KVCache: TypeAlias = list[tuple[Tensor, Tensor]]
 """Per layer, the key cache and the value cache, in the shape that the kernels asked for."""
@@ -30,6 +30,7 @@ class ForwardBatch:
     seq_lens: Tensor  # [R] int32, cached tokens and this step's together
     block_table: Tensor  # [R, M] int32
     logits_indices: Tensor  # [L] int64 into T, strictly increasing: rows that need logits
+    prefix_groups: PrefixGroups | None = None  # sequences that share leading blocks
 
 
 def allocate_kv_cache(

@@ -144,7 +144,9 @@ class Attention:
         self, query: Tensor, batch: ForwardBatch, key_cache: Tensor, value_cache: Tensor
     ) -> Tensor:
         """Queries [T, Hq, D] -> [T, Hq * Dv], before the output projection."""
-        spec = self._spec
+        spec, groups = self._spec, batch.prefix_groups
+        if groups is not None and spec.window is not None and batch.seq_lens.max() > spec.window:
+            groups = None  # the window may cut the prefix, for each query at another place
         return self._attend(
             query,
             key_cache,
@@ -157,6 +159,7 @@ class Attention:
             alibi_slopes=self._alibi_slopes,
             soft_cap=spec.soft_cap,
             sinks=self._sinks,
+            prefix_groups=groups,
         ).view(query.shape[0], spec.output_size)
 
     def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,6 +28,7 @@ def test_exported_names() -> None:
         "Kernels",
         "NotRecordableError",
         "PackedLinear",
+        "PrefixGroups",
         "RecordedStep",
         "load",
     ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from streamserve_kernels.cpu.attention_decode import LAYOUT, attention_body, scratch_floats
 from streamserve_kernels.cpu.attention_prompt import prompt_attention
 from streamserve_kernels.cpu.ops import COMPILED, require
+from streamserve_kernels.interface import PrefixGroups
 from streamserve_kernels.pool import pool
 
 # Query rows (queries times the heads that share a kv head) that one pass of the compiled kernel
@@ -84,8 +85,9 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    prefix_groups: PrefixGroups | None = None,
 ) -> Tensor:
-    """See `naive.paged_attention`."""
+    """See `naive.paged_attention`. `prefix_groups` are ignored: each request reads all its own."""
     num_tokens, num_heads, head_size = query.shape
     group = num_heads // key_cache.shape[1]
     require("block_table", block_table, torch.int32)

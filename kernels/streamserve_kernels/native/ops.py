@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels.experts import chosen_experts
-from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear
+from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear, PrefixGroups
 from streamserve_kernels.native.execute import Executable, double_bits, pack_step
 from streamserve_kernels.native.record import ACTIVATION_CODES
 from streamserve_kernels.pool import pool
@@ -268,8 +268,12 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    prefix_groups: PrefixGroups | None = None,
 ) -> Tensor:
-    """See `naive.paged_attention`; the blocks of the caches are in the order of `unpack_keys`."""
+    """See `naive.paged_attention`; the blocks of the caches are in the order of `unpack_keys`.
+
+    `prefix_groups` are ignored: each request reads all its own.
+    """
     _bfloat16("query and the caches", query, key_cache, value_cache)
     _require("block_table", block_table, torch.int32)
     _require("seq_lens", seq_lens, torch.int32)
