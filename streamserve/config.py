@@ -37,6 +37,8 @@ class SchedulerConfig:
     max_num_waiting: int = 1024
     policy: str = "fcfs"
     max_steps_in_flight: int = 1
+    enable_cascade_attention: bool = True
+    cascade_overhead_tokens: int = 32  # what splitting one request costs, in tokens of KV read
 
     def __post_init__(self) -> None:
         _at_least("max_model_len", self.max_model_len, 2)
@@ -44,6 +46,7 @@ class SchedulerConfig:
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _at_least("max_num_waiting", self.max_num_waiting, 1)
         _at_least("max_steps_in_flight", self.max_steps_in_flight, 1)
+        _at_least("cascade_overhead_tokens", self.cascade_overhead_tokens, 0)
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
 

@@ -54,12 +54,24 @@ class ScheduledRequest(NamedTuple):
     output_position: int
 
 
+class PrefixGroup(NamedTuple):
+    """Requests of a step whose block tables begin with the same full blocks.
+
+    ``members`` are indices into ``SchedulerOutput.scheduled``, rising. What they share was
+    computed before the step: ``num_blocks * block_size <= start`` for each of them.
+    """
+
+    members: tuple[int, ...]
+    num_blocks: int
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
     """The plan of one step. Σ ``len(token_ids)`` ≤ ``max_num_batched_tokens``.
 
     A runner works in this order: drop ``released_ids``, add ``new_requests``, do every block copy,
     then the forward. No block is both source and destination of a copy in one plan.
+    ``prefix_groups`` only say where attention may save work; no request is in two of them.
     """
 
     step_id: int
@@ -67,6 +79,7 @@ class SchedulerOutput:
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     block_copies: list[BlockCopy] = field(default_factory=list)
     released_ids: list[str] = field(default_factory=list)
+    prefix_groups: list[PrefixGroup] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

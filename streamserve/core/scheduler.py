@@ -31,6 +31,7 @@ from streamserve.core.policy import POLICIES
 from streamserve.core.prefill import prefill_budget
 from streamserve.core.prefix_cache import PrefixMatch
 from streamserve.core.prefix_claims import PrefixClaims
+from streamserve.core.prefix_groups import PrefixGrouping, check_groups
 from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.step import Step
@@ -73,6 +74,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, kv_cache: KVCacheManager, clock: Clock) -> None:
         self.config = config
         self.kv_cache = kv_cache
+        self.prefix_grouping = PrefixGrouping(config, kv_cache.block_size)
         self._clock = clock
         self._policy = POLICIES[config.policy]
         # A seat is worth at least one token per step, so that no decode ever waits for budget.
@@ -259,6 +261,7 @@ class Scheduler:
         plan.released_ids.extend(self._released_ids)
         self._released_ids.clear()
         plan.block_copies.extend(self.kv_cache.take_copies())
+        plan.prefix_groups.extend(self.prefix_grouping.update(step))
         self._next_step_id += 1
         self._in_flight.append(step)
         return plan
@@ -501,6 +504,8 @@ class Scheduler:
         """Assert every invariant of the scheduler and its KV cache. O(blocks + requests)."""
         self.kv_cache.check_integrity()
         self._claims.check_integrity()
+        for step in self._in_flight:
+            check_groups(step, self.kv_cache.block_size)
         for requests in (self._waiting, self._running):
             keys = [request.sort_key for request in requests]
             assert keys == sorted(keys), "requests out of order"

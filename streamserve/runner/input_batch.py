@@ -128,6 +128,7 @@ class InputBatch:
         slots = token_blocks * self._block_size + offsets
         place_array = np.array(places, dtype=np.int64)
         buffers.set_block_table(self._block_table, rows, int(blocks.max()) + 1)
+        buffers.set_prefix_groups(plan.prefix_groups)
         buffers.set_tokens(token_ids, positions, slots, query_start_loc[1:][place_array] - 1)
         forward_batch = buffers.tensors(self._device)
         step_rows = StepRows(

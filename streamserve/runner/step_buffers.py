@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from streamserve.core.plan import PrefixGroup
 from streamserve.models.batch import ForwardBatch
+from streamserve_kernels import PrefixGroups
 
 _SMALL_SIZES = (1, 2, 4)
 
@@ -60,6 +62,11 @@ class StepBuffers:
         self._seq_lens = np.zeros(max_seqs, dtype=np.int32)
         self._block_table = np.zeros(max_seqs * max_blocks, dtype=np.int32)
         self._logits_indices = np.zeros(capacity, dtype=np.int64)
+        self._group_members = np.zeros(max_seqs, dtype=np.int32)
+        self._group_starts = np.zeros(max_seqs // 2 + 1, dtype=np.int32)
+        self._group_num_blocks = np.zeros(max_seqs // 2, dtype=np.int32)
+        self._prefix_groups: Sequence[PrefixGroup] = ()
+        self._num_members = 0
         self._num_seqs = 0
         self._num_blocks = 1
         self._num_rows = 0
@@ -83,6 +90,22 @@ class StepBuffers:
         out = self._block_table[: len(rows) * width].reshape(len(rows), width)
         # Rows are in range; "clip" keeps numpy from going through a temporary.
         np.take(block_table[:, :width], rows, axis=0, out=out, mode="clip")
+
+    def set_prefix_groups(self, groups: Sequence[PrefixGroup]) -> None:
+        """Sets who shares leading blocks; a request of the plan is the sequence of its index.
+
+        The steps between two comings or goings have the same groups: they are written once.
+        """
+        if groups == self._prefix_groups:
+            return
+        self._prefix_groups = groups
+        end = 0
+        for i, (members, num_blocks) in enumerate(groups):
+            start, end = end, end + len(members)
+            self._group_members[start:end] = members
+            self._group_starts[i + 1] = end
+            self._group_num_blocks[i] = num_blocks
+        self._num_members = end
 
     def set_tokens(
         self,
@@ -114,6 +137,13 @@ class StepBuffers:
             on_host = torch.from_numpy(values)
             return on_host if device.type == "cpu" else on_host.to(device)
 
+        prefix_groups = None
+        if num_groups := len(self._prefix_groups):
+            prefix_groups = PrefixGroups(
+                members=tensor(self._group_members[: self._num_members]),
+                starts=tensor(self._group_starts[: num_groups + 1]),
+                num_blocks=tensor(self._group_num_blocks[:num_groups]),
+            )
         return ForwardBatch(
             input_ids=tensor(self._input_ids[:num_rows]),
             positions=tensor(self._positions[:num_rows]),
@@ -122,6 +152,7 @@ class StepBuffers:
             seq_lens=tensor(self._seq_lens[:num_seqs]),
             block_table=tensor(table.reshape(num_seqs, self._num_blocks)),
             logits_indices=tensor(self._logits_indices[: self._num_logits]),
+            prefix_groups=prefix_groups,
         )
 
     def _padded(self, count: int) -> int:
