@@ -160,6 +160,11 @@ class MetricsCollector(Collector):
                 "Prompt tokens found in the prefix cache.",
                 stats.prefix_hit_tokens,
             ),
+            (
+                "cascade_kv_tokens_saved",
+                "KV tokens that members of a step's prefix groups share and need not read again.",
+                stats.kv_tokens_saved,
+            ),
             ("num_preemptions", "Requests that gave their seat up.", stats.num_preemptions),
             ("engine_steps", "Steps of the engine.", stats.num_steps),
         )

@@ -130,6 +130,11 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="share the KV cache of equal prefixes (default: on)",
     )
     group.add_argument(
+        "--disable-cascade-attn",
+        action="store_true",
+        help="let each request read its whole KV, also what others share with it",
+    )
+    group.add_argument(
         "--kv-cache-memory",
         metavar="SIZE",
         help="memory for the KV cache on a CPU, like 2GiB (default: the least of 25%% of the free "

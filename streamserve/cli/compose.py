@@ -88,6 +88,7 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_waiting=args.max_num_waiting,
         policy=args.scheduling_policy,
+        enable_cascade_attention=not args.disable_cascade_attn,
     )
     memory = _plan(args, config, dtype, scheduler_config)
     for line in memory.describe().splitlines():

@@ -39,7 +39,7 @@ _STOP_GRACE_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A snapshot; the last five count since the start. ``kv_usage`` is a share, 0 to 1."""
+    """A snapshot; the last six count since the start. ``kv_usage`` is a share, 0 to 1."""
 
     num_running: int
     num_waiting: int
@@ -50,6 +50,7 @@ class EngineStats:
     num_preemptions: int
     prompt_tokens: int
     generation_tokens: int
+    kv_tokens_saved: int  # not read again, as requests of a step share them
 
 
 class _Live:
@@ -242,6 +243,7 @@ class AsyncEngine:
             + sum(live.request.num_preemptions for live in self._live.values()),
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self._num_generation_tokens,
+            kv_tokens_saved=scheduler.prefix_grouping.num_saved_tokens,
         )
 
     # The step loop.

@@ -47,7 +47,12 @@ class Loop:
         cache = CacheConfig(
             num_blocks=num_blocks, block_size=BLOCK_SIZE, enable_prefix_caching=prefix
         )
-        options = {"max_model_len": MAX_LEN, "max_num_seqs": 8, "max_num_batched_tokens": 48}
+        options = {
+            "max_model_len": MAX_LEN,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 48,
+            "cascade_overhead_tokens": 0,  # whatever can be shared is
+        }
         self.scheduler = Scheduler(
             SchedulerConfig(**{**options, **config}), KVCacheManager(cache), lambda: 0.0
         )
@@ -150,6 +155,21 @@ def test_a_prefix_hit_is_solo(runner, expected, kind):
     assert first == expected[kind]
     assert loop.run(again) == expected[kind]
     assert sum(request.num_cached_tokens for request in again) > 100
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_a_shared_prefix_is_solo(runner, kind, steps_in_flight):
+    params = GREEDY if kind == "greedy" else SEEDED
+    system = prompts(1)[0] * 4
+    token_ids = [system[:50] + prompt[:30] for prompt in prompts(7)]
+    expected = alone(runner, token_ids, params)
+    loop = Loop(runner, max_num_batched_tokens=20, max_steps_in_flight=steps_in_flight)
+    assert loop.run(requests(token_ids, params)) == expected
+    assert loop.scheduler.prefix_grouping.num_saved_tokens > 1000
+    again = Loop(runner, enable_cascade_attention=False)
+    assert again.run(requests(token_ids, params, prefix="again")) == expected
+    assert again.scheduler.prefix_grouping.num_saved_tokens == 0
 
 
 @pytest.mark.parametrize("kind", ["greedy", "seeded"])

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from streamserve.core.plan import PENDING_TOKEN, NewRequest, ScheduledRequest, SchedulerOutput
+from streamserve.core.plan import (
+    PENDING_TOKEN,
+    NewRequest,
+    PrefixGroup,
+    ScheduledRequest,
+    SchedulerOutput,
+)
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.runner.input_batch import InputBatch
 from streamserve.runner.step_buffers import step_sizes
@@ -195,6 +201,32 @@ def enter(batch: InputBatch, request_id: str, token_ids: list[int], params=None)
 
 def step(*scheduled: ScheduledRequest) -> SchedulerOutput:
     return SchedulerOutput(1, scheduled=list(scheduled))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_prefix_groups_are_tensors_of_their_own(padded):
+    batch = input_batch(step_sizes(MAX_TOKENS, MAX_SEQS) if padded else ())
+    for i in range(MAX_SEQS):
+        enter(batch, f"r{i}", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+
+    def build(*groups: PrefixGroup):
+        scheduled = [
+            ScheduledRequest(f"r{i}", 8, [9], [1, 2, 10 + i], True, 0) for i in range(MAX_SEQS)
+        ]
+        plan = SchedulerOutput(1, scheduled=scheduled, prefix_groups=list(groups))
+        for row in range(MAX_SEQS):
+            batch._num_blocks[row] = 0
+        batch.apply(plan)
+        return batch.build(plan)[0].prefix_groups
+
+    assert build() is None
+    for _ in range(2):
+        groups = build(PrefixGroup((0, 2, 5), 2), PrefixGroup((1, 3), 1))
+        assert [t.tolist() for t in groups] == [[0, 2, 5, 1, 3], [0, 3, 5], [2, 1]]
+        assert all(t.dtype == torch.int32 and t.is_contiguous() for t in groups)
+    groups = build(PrefixGroup((0, 1), 1), PrefixGroup((2, 3), 2), PrefixGroup((4, 5), 1))
+    assert [t.tolist() for t in groups] == [[0, 1, 2, 3, 4, 5], [0, 2, 4, 6], [1, 2, 1]]
+    assert build() is None
 
 
 def test_tokens_without_a_block_are_refused():

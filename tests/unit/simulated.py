@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from streamserve.config import CacheConfig, SchedulerConfig
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.plan import PENDING_TOKEN, ModelRunnerOutput, SchedulerOutput
+from streamserve.core.prefix_groups import find_groups
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.scheduler import Scheduler
+from tests.unit.naive_groups import best_gain, gain_of
 
 VOCAB_SIZE = 11
 Cell = tuple[int, int, int]  # position, token, hash of the cells before
@@ -63,11 +65,13 @@ class SimulatedStep:
 class SimulatedRunner:
     """``salts`` maps request ids to cache salts: the harness knows them, a plan does not."""
 
-    def __init__(self, num_blocks: int, block_size: int, max_tokens: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, config: SchedulerConfig) -> None:
         self.memory: list[list[Cell | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.salt_of_block: list[set[str]] = [set() for _ in range(num_blocks)]
         self.block_size = block_size
-        self.max_tokens = max_tokens
+        self.max_tokens = config.max_num_batched_tokens
+        self.has_cascade = config.enable_cascade_attention
+        self.cascade_overhead_tokens = config.cascade_overhead_tokens
         self.salts: dict[str, str] = {}
         self.requests: dict[str, SimulatedRequest] = {}
         self.in_flight: deque[SimulatedStep] = deque()
@@ -88,6 +92,7 @@ class SimulatedRunner:
             assert scheduled.request_id not in seen
             seen.add(scheduled.request_id)
             self._forward(scheduled, step)
+        self._check_groups(plan)
         self._check_overlaps(step)
         self.in_flight.append(step)
         self.num_computed_tokens += plan.num_tokens
@@ -173,6 +178,30 @@ class SimulatedRunner:
             context = hash((context, cell))
         return context
 
+    def _check_groups(self, plan: SchedulerOutput) -> None:
+        """What a group shares is the same memory for all members, and was there before the step."""
+        tables = [self.requests[s.request_id].block_table for s in plan.scheduled]
+        all_members = [i for group in plan.prefix_groups for i in group.members]
+        assert len(set(all_members)) == len(all_members), "a request is in two groups"
+        for members, num_blocks in plan.prefix_groups:
+            assert len(members) > 1
+            assert num_blocks > 0
+            for i in members:
+                assert tables[i][:num_blocks] == tables[members[0]][:num_blocks]
+                assert num_blocks * self.block_size <= plan.scheduled[i].start
+        if not self.has_cascade:
+            assert not plan.prefix_groups
+            return
+        full = [
+            table[: scheduled.start // self.block_size]
+            for table, scheduled in zip(tables, plan.scheduled, strict=True)
+        ]
+        costs = (self.block_size, self.cascade_overhead_tokens)
+        if len(full) > 7:  # too many groupings to try them all
+            assert plan.prefix_groups == find_groups(full, *costs)
+        else:
+            assert gain_of(plan.prefix_groups, *costs) == best_gain(full, *costs)
+
     def _check_overlaps(self, step: SimulatedStep) -> None:
         """Nobody writes where a step in flight writes, or over what one copies.
 
@@ -198,7 +227,12 @@ class Harness:
         enable_prefix_caching: bool = True,
         **config: object,
     ) -> None:
-        defaults = {"max_model_len": 256, "max_num_seqs": 16, "max_num_batched_tokens": 64}
+        defaults = {
+            "max_model_len": 256,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 64,
+            "cascade_overhead_tokens": 4,
+        }
         self.config = SchedulerConfig(**(defaults | config))
         cache_config = CacheConfig(
             num_blocks=num_blocks,
@@ -208,7 +242,7 @@ class Harness:
         self.now = 0.0
         self.kv = KVCacheManager(cache_config, secret=b"test")
         self.scheduler = Scheduler(self.config, self.kv, lambda: self.now)
-        self.runner = SimulatedRunner(num_blocks, block_size, self.config.max_num_batched_tokens)
+        self.runner = SimulatedRunner(num_blocks, block_size, self.config)
         self.num_requests = 0
         self.updates = []
         self.failed: list[Request] = []

@@ -26,6 +26,10 @@ from streamserve.errors import ConfigError
             lambda: SchedulerConfig(max_model_len=9, policy="lottery"),
             "policy must be one of fcfs, priority, got 'lottery'",
         ),
+        (
+            lambda: SchedulerConfig(max_model_len=9, cascade_overhead_tokens=-1),
+            "cascade_overhead_tokens must be at least 0, got -1",
+        ),
         (lambda: ApiConfig(served_model_names=()), "served_model_names must hold at least one"),
         (
             lambda: ApiConfig(served_model_names=("m",), port=70000),

@@ -36,9 +36,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         caching=st.sampled_from([True, True, True, False]),
         weak_hash=st.sampled_from([False, False, True]),
+        cascade_overhead=st.integers(0, 5),
     )
     def start(
-        self, num_blocks, block_size, budget, max_num_seqs, depth, policy, caching, weak_hash
+        self,
+        num_blocks,
+        block_size,
+        budget,
+        max_num_seqs,
+        depth,
+        policy,
+        caching,
+        weak_hash,
+        cascade_overhead,
     ):
         self.harness = Harness(
             num_blocks=num_blocks,
@@ -50,6 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_waiting=12,
             max_steps_in_flight=depth,
             policy=policy,
+            cascade_overhead_tokens=cascade_overhead,
         )
         if weak_hash:  # collisions all the time: they may cost hits, never serve a wrong one
             self.harness.kv._cache._hash = lambda parent, token_ids: bytes([sum(token_ids) % 3])
