@@ -6,9 +6,13 @@ of a wrong block or a stale row shows.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 
+from streamserve.core.prefix_groups import find_groups
 from streamserve.models import Decoder, ForwardBatch, allocate_kv_cache
+from streamserve_kernels import PrefixGroups
 
 
 class Sequence:
@@ -19,8 +23,19 @@ class Sequence:
 
 
 class PagedHarness:
-    def __init__(self, decoder: Decoder, *, num_blocks: int = 128, block_size: int = 4) -> None:
+    """With ``cascade`` every batch says which of its sequences share leading blocks."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_blocks: int = 128,
+        block_size: int = 4,
+        cascade: bool = False,
+    ) -> None:
         self.decoder = decoder
+        self.cascade = cascade
+        self.num_members = 0  # of prefix groups, over all batches
         self.block_size = block_size
         generator = torch.Generator().manual_seed(3)
         self.free = torch.randperm(num_blocks, generator=generator).tolist()
@@ -78,6 +93,21 @@ class PagedHarness:
             seq_lens=torch.tensor(lengths, dtype=torch.int32),
             block_table=torch.tensor(table, dtype=torch.int32),
             logits_indices=torch.tensor(rows, dtype=torch.int64),
+            prefix_groups=self._groups([sequence for sequence, _ in work]),
+        )
+
+    def _groups(self, sequences: list[Sequence]) -> PrefixGroups | None:
+        full = [s.block_table[: s.num_computed // self.block_size] for s in sequences]
+        groups = find_groups(full, self.block_size, 0) if self.cascade else []
+        if not groups:
+            return None
+        members = [i for group in groups for i in group.members]
+        starts = [0, *accumulate(len(group.members) for group in groups)]
+        self.num_members += len(members)
+        return PrefixGroups(
+            members=torch.tensor(members, dtype=torch.int32),
+            starts=torch.tensor(starts, dtype=torch.int32),
+            num_blocks=torch.tensor([group.num_blocks for group in groups], dtype=torch.int32),
         )
 
     def step(self, work: list[tuple[Sequence, int]], **options) -> torch.Tensor:

@@ -101,10 +101,11 @@ def test_a_crowd_in_chunks_stays_within_the_bound(decoder, solo_runs, chunk):
 
 
 def test_a_shared_prefix_stays_within_the_bound(decoder, solo_runs):
-    harness = PagedHarness(decoder, block_size=16)
+    harness = PagedHarness(decoder, block_size=16, cascade=True)
     crowd = [Sequence(tokens[:-1]) for tokens, _ in solo_runs]
     first = harness.prefill(crowd[:1], None)
     for sequence in crowd[1:]:
         harness.share_prefix(sequence, crowd[0])
         assert sequence.num_computed > 0
     _check(solo_runs, _answers(first + harness.prefill(crowd[1:], None), solo_runs))
+    assert harness.num_members == len(crowd) - 1
