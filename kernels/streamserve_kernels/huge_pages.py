@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
 import threading
 from contextlib import suppress
 from math import prod
@@ -13,6 +15,7 @@ from torch import Tensor
 HUGE_PAGE = 2 * 2**20
 _CHUNK = 32 * 2**20
 _LINE = 64
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -25,6 +28,21 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if not hasattr(mmap, "MADV_HUGEPAGE") or num_bytes < HUGE_PAGE:
         return torch.zeros(shape, dtype=dtype)
     return torch.frombuffer(_mapping(num_bytes), dtype=dtype).view(shape)
+
+
+def touch(tensor: Tensor) -> None:
+    """Has the system provide the pages of a contiguous tensor, which stays as it is.
+
+    Lets go of the interpreter lock. Does nothing where the system cannot be asked: pages then come
+    when they are first written.
+    """
+    page = mmap.PAGESIZE
+    first = -(-tensor.data_ptr() // page) * page
+    last = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if sys.platform.startswith("linux") and last > first:
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        madvise(first, last - first, _MADV_POPULATE_WRITE)
 
 
 def _mapping(num_bytes: int) -> mmap.mmap:

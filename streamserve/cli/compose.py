@@ -27,11 +27,12 @@ from streamserve.models import (
     load_model,
     resolve_dtype,
     resolve_model,
+    touch_kv_cache,
 )
 from streamserve.runner.available import available_cpu_memory
-from streamserve.runner.build import build_runner, step_buffer_bytes
+from streamserve.runner.build import build_runner, new_kv_cache, step_buffer_bytes
 from streamserve.runner.memory import MemoryPlan, format_bytes, parse_bytes, plan_memory
-from streamserve.runner.passing_thread import on_passing_thread
+from streamserve.runner.passing_thread import in_background, on_passing_thread
 
 Say = Callable[[str], None]
 
@@ -93,6 +94,12 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
     memory = _plan(args, config, dtype, scheduler_config)
     for line in memory.describe().splitlines():
         say(f"  {line}")
+    kernels = streamserve_kernels.load(
+        device, dtype=dtype, head_sizes=config.spec.head_sizes(), block_size=memory.block_size
+    )
+    # A virtual machine may take seconds to get gigabytes from its host; nobody waits for that.
+    kv_caches = new_kv_cache(config.spec, memory, dtype, device, kernels)
+    in_background(lambda: touch_kv_cache(kv_caches))
     tokenizer, template = _build_text(args, path)
     if template.is_builtin:
         warn(f"the checkpoint has no chat template: using the {template.source} one")
@@ -102,19 +109,17 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
             path,
             dtype=dtype,
             device=device,
-            kernels=streamserve_kernels.load(
-                device,
-                dtype=dtype,
-                head_sizes=config.spec.head_sizes(),
-                block_size=memory.block_size,
-            ),
+            kernels=kernels,
             load_format=args.load_format,
             max_model_len=max_model_len,
             progress=Progress(say),
         )
     )
     runner = build_runner(
-        model, memory, max_num_batched_tokens=scheduler_config.max_num_batched_tokens
+        model,
+        memory,
+        max_num_batched_tokens=scheduler_config.max_num_batched_tokens,
+        kv_caches=kv_caches,
     )
     cache = CacheConfig(
         num_blocks=memory.num_blocks,

@@ -10,7 +10,13 @@ Where things are: `spec` says what a decoder is, `families` turn configs into sp
 `layers` run them, `names`, `checkpoint` and `tensor_files` find the weights, `weights` packs them.
 """
 
-from streamserve.models.batch import ForwardBatch, KVCache, allocate_kv_cache, kv_bytes_per_block
+from streamserve.models.batch import (
+    ForwardBatch,
+    KVCache,
+    allocate_kv_cache,
+    kv_bytes_per_block,
+    touch_kv_cache,
+)
 from streamserve.models.config import ModelConfig, load_config
 from streamserve.models.decoder import Decoder
 from streamserve.models.families import supported_architectures
@@ -31,4 +37,5 @@ __all__ = [
     "resolve_dtype",
     "resolve_model",
     "supported_architectures",
+    "touch_kv_cache",
 ]

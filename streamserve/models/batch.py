@@ -15,6 +15,9 @@ KVCache: TypeAlias = list[tuple[Tensor, Tensor]]
 """Per layer, the key cache and the value cache, in the shape that the kernels asked for."""
 
 
+_TOUCHED_PIECES = 16
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """The tokens of one step: T tokens of R sequences, flattened in sequence order.
@@ -43,6 +46,8 @@ def allocate_kv_cache(
 ) -> KVCache:
     """Zeroed caches for ``num_blocks`` blocks of ``block_size`` tokens in every layer.
 
+    On a CPU their memory is only promised: see `touch_kv_cache`.
+
     Raises what torch or the system raises when the memory is not there; plan with
     `kv_bytes_per_block`.
     """
@@ -70,6 +75,20 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return huge_pages.zeros(shape, dtype)
+
+
+def touch_kv_cache(caches: KVCache) -> None:
+    """Has the system provide the memory of caches on a CPU, the lowest blocks of all layers first.
+
+    What is in them stays. Safe while steps use them: one that is ahead waits for a page at most.
+    """
+    num_blocks = caches[0][0].shape[0]
+    for piece in range(_TOUCHED_PIECES):
+        low = num_blocks * piece // _TOUCHED_PIECES
+        high = num_blocks * (piece + 1) // _TOUCHED_PIECES
+        for cache in (cache for pair in caches for cache in pair):
+            if cache.device.type == "cpu" and high > low:
+                huge_pages.touch(cache[low:high])
 
 
 def kv_bytes_per_block(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:

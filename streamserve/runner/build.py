@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from streamserve.models import Decoder, KVCache, allocate_kv_cache
+from streamserve.models import Decoder, KVCache, allocate_kv_cache, touch_kv_cache
 from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec
 from streamserve.runner.allocator import keep_freed_memory
 from streamserve.runner.memory import MemoryPlan
@@ -13,12 +13,28 @@ from streamserve.runner.passing_thread import on_passing_thread
 from streamserve.runner.sampler import Sampler
 from streamserve.runner.step_buffers import step_sizes
 from streamserve.runner.warm_up import WarmUp
+from streamserve_kernels import Kernels
+
+
+def new_kv_cache(
+    spec: DecoderSpec,
+    memory: MemoryPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
+) -> KVCache:
+    """Allocates the KV cache of a plan; on a CPU its memory is only promised."""
+    return allocate_kv_cache(spec, memory.num_blocks, memory.block_size, dtype, device, kernels)
 
 
 def build_runner(
-    model: Decoder, memory: MemoryPlan, *, max_num_batched_tokens: int
+    model: Decoder,
+    memory: MemoryPlan,
+    *,
+    max_num_batched_tokens: int,
+    kv_caches: KVCache | None = None,
 ) -> TorchModelRunner:
-    """Allocates and touches the KV cache and the step buffers, starts the device thread, warms up.
+    """Makes the step buffers, and a touched KV cache if none is given; starts and warms the runner.
 
     After it no step compiles anything or asks the system for much memory. On a CPU it changes the
     allocator's settings for the whole process. The forward is recorded where the kernels can; what
@@ -27,13 +43,16 @@ def build_runner(
     """
     if model.device.type == "cpu":
         keep_freed_memory()
-    kv_caches = on_passing_thread(lambda: _prepare(model, memory))
+    if kv_caches is None:
+        kv_caches = new_kv_cache(model.spec, memory, model.dtype, model.device, model.kernels)
+        touch_kv_cache(kv_caches)
+    on_passing_thread(lambda: model.warm_up(memory.block_size))
     num_recorded = model.record(
         kv_caches, max_tokens=max_num_batched_tokens, max_logits=memory.max_num_seqs
     )
     sizes = step_sizes(max_num_batched_tokens, memory.max_num_seqs, num_recorded)
     runner = TorchModelRunner(
-        model.one_of_each_layer() if sizes else model,
+        model.one_of_each_layer(),
         kv_caches,
         vocab_size=model.spec.vocab_size,
         block_size=memory.block_size,
@@ -46,28 +65,16 @@ def build_runner(
         warm_up = WarmUp(runner, memory, max_num_batched_tokens)
         if sizes:
             warm_up.run(sizes)
-            runner.replace_model(model)
-        warm_up.run_full_steps()
         warm_up.run_sampler()
+        runner.replace_model(model)
+        if sizes:
+            warm_up.run_full_steps()
+        else:
+            warm_up.run_first_step()
     except BaseException:
         runner.close()
         raise
     return runner
-
-
-def _prepare(model: Decoder, memory: MemoryPlan) -> KVCache:
-    kv_caches = allocate_kv_cache(
-        model.spec,
-        memory.num_blocks,
-        memory.block_size,
-        model.dtype,
-        model.device,
-        model.kernels,
-    )
-    for cache in (cache for pair in kv_caches for cache in pair):
-        cache.zero_()  # zeroed memory from the system is only promised until it is written
-    model.warm_up(memory.block_size)
-    return kv_caches
 
 
 def step_buffer_bytes(

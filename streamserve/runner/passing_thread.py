@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -25,3 +26,8 @@ def on_passing_thread(work: Callable[[], _T]) -> _T:
         raise
     executor.shutdown()
     return result
+
+
+def in_background(work: Callable[[], object]) -> None:
+    """Call ``work`` on a thread that ends with it, and wait for it nowhere, not even at exit."""
+    Thread(target=work, name="streamserve-background", daemon=True).start()

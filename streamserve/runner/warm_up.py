@@ -96,6 +96,11 @@ class WarmUp:
         self._step(self._decodes(self._max_seqs), _GREEDY)
         self._step([], ())
 
+    def run_first_step(self) -> None:
+        """Runs one decode: enough for a whole model that is recorded, whose memory is there."""
+        self._step(self._decodes(1), _GREEDY)
+        self._step([], ())
+
     def _decodes(self, count: int) -> list[Work]:
         return [(min(8, self._memory.max_model_len - 1), 1)] * count
 

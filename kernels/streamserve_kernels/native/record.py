@@ -88,9 +88,11 @@ class Recorder:
         fitting = [buffer for buffer in self._buffers if buffer.numel() >= count]
         if fitting:
             tensor = min(fitting, key=Tensor.numel)
-            self._buffers = [buffer for buffer in self._buffers if buffer is not tensor]
+            place = next(i for i, buffer in enumerate(self._buffers) if buffer is tensor)
+            del self._buffers[place]
         else:
-            tensor = torch.zeros(count, dtype=torch.bfloat16)
+            tensor = huge_pages.zeros((count,), torch.bfloat16)
+            huge_pages.touch(tensor)
             self.keep.append(tensor)
         memory = _Memory(tensor, self._buffers.append)
         return Symbol(self, memory, tensor.data_ptr(), rows, width, *tail)
@@ -327,6 +329,7 @@ class Recorder:
         if not isinstance(head, NativeLinear) or x.width % 2 or x.rows != LOGITS:
             raise NotRecordableError(f"a head of kind {type(head).__name__}")
         logits = huge_pages.zeros((self.max_logits, head.out_features), torch.float32)
+        huge_pages.touch(logits)
         token_ids = torch.zeros(self.max_logits, dtype=torch.int64)
         best = torch.zeros(pool().threads() * self.max_logits, dtype=torch.int64)
         self.keep += [head, best]
