@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from streamserve.errors import ConfigError
 
-POLICIES = ("fcfs", "priority")
+POLICIES = ("sjf", "fcfs", "priority")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,8 @@ class SchedulerConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_num_waiting: int = 1024
-    policy: str = "fcfs"
+    policy: str = "sjf"
+    itl_target_ms: float | None = None  # between two tokens of a stream; None: from the decodes
     max_steps_in_flight: int = 1
     enable_cascade_attention: bool = True
     cascade_overhead_tokens: int = 32  # what splitting one request costs, in tokens of KV read
@@ -47,6 +48,8 @@ class SchedulerConfig:
         _at_least("max_num_waiting", self.max_num_waiting, 1)
         _at_least("max_steps_in_flight", self.max_steps_in_flight, 1)
         _at_least("cascade_overhead_tokens", self.cascade_overhead_tokens, 0)
+        if self.itl_target_ms is not None and not 0.0 < self.itl_target_ms < float("inf"):
+            raise ConfigError(f"itl_target_ms must be above 0, got {self.itl_target_ms}")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
 

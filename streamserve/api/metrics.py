@@ -20,6 +20,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from streamserve.core.clock import Clock
+from streamserve.core.histogram import Counts
+from streamserve.core.pacing_stats import PacingStats
 from streamserve.core.request import FinishReason
 from streamserve.engine.async_engine import AsyncEngine
 
@@ -42,43 +44,23 @@ E2E_BOUNDS = (
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 
 
-class Histogram:
-    """Counts by upper bound, without locks: the event loop is its only user."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one value; a bound belongs to its own bucket (Prometheus's ``le``)."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    @property
-    def count(self) -> int:
-        """How many values were observed."""
-        return sum(self.counts)
-
-    def family(self, name: str, documentation: str) -> HistogramMetricFamily:
-        """The histogram in Prometheus's form: cumulative counts."""
-        buckets: list[tuple[str, float]] = []
-        cumulative = 0
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            cumulative += count
-            buckets.append((bound, float(cumulative)))
-        return HistogramMetricFamily(name, documentation, buckets=buckets, sum_value=self.total)
+def histogram_family(counts: Counts, name: str, documentation: str) -> HistogramMetricFamily:
+    """The counts in Prometheus's form: cumulative."""
+    buckets: list[tuple[str, float]] = []
+    cumulative = 0
+    for bound, count in zip((*map(str, counts.bounds), "+Inf"), counts.counts, strict=True):
+        cumulative += count
+        buckets.append((bound, float(cumulative)))
+    return HistogramMetricFamily(name, documentation, buckets=buckets, sum_value=counts.total)
 
 
 class Metrics:
     """What the API observes itself; the engine's own counters join at the scrape."""
 
     def __init__(self) -> None:
-        self.time_to_first_token = Histogram(TTFT_BOUNDS)
-        self.inter_token_latency = Histogram(INTER_TOKEN_BOUNDS)
-        self.e2e_latency = Histogram(E2E_BOUNDS)
+        self.time_to_first_token = Counts(TTFT_BOUNDS)
+        self.inter_token_latency = Counts(INTER_TOKEN_BOUNDS)
+        self.e2e_latency = Counts(E2E_BOUNDS)
         self.num_finished = dict.fromkeys(FINISHED_REASONS, 0)
         self.num_refused: dict[int, int] = {}
 
@@ -110,7 +92,7 @@ class Delivery:
         last = self._last
         self._last = now
         if last is not None:
-            gap = now - last  # ``Histogram.observe``, without the call
+            gap = now - last  # ``Counts.observe``, without the call
             self._counts[bisect_left(self._bounds, gap)] += 1
             self._gaps.total += gap
         elif self._metrics is not None:
@@ -137,6 +119,28 @@ class MetricsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._engine_families()
         yield from self._api_families()
+        yield from self._pacing_families(self._engine.stats().pacing)
+
+    def _pacing_families(self, stats: PacingStats) -> Iterator[Metric]:
+        yield self._histogram(
+            "step_time_seconds", "What a step took on the device.", stats.step_time
+        )
+        yield self._histogram(
+            "step_time_ratio",
+            "What a step took, as a share of what was predicted.",
+            stats.step_time_ratio,
+        )
+        yield self._histogram(
+            "prefill_chunk_tokens", "Prompt tokens of a step that had any.", stats.chunk_tokens
+        )
+        yield self._gauge(
+            "inter_token_target_seconds",
+            "The inter-token target of the last step with prompts beside answers.",
+            stats.itl_target_s,
+        )
+        yield self._gauge(
+            "step_time_error_p95", "The share of it that is kept for errors.", stats.error
+        )
 
     def _engine_families(self) -> Iterator[Metric]:
         stats = self._engine.stats()
@@ -222,8 +226,8 @@ class MetricsCollector(Collector):
             family.add_metric(list(label_values.values()), value)
         return family
 
-    def _histogram(self, name: str, documentation: str, histogram: Histogram) -> Metric:
-        family = histogram.family(PREFIX + name, documentation)
+    def _histogram(self, name: str, documentation: str, counts: Counts) -> Metric:
+        family = histogram_family(counts, PREFIX + name, documentation)
         for i, sample in enumerate(family.samples):
             family.samples[i] = sample._replace(labels={**self._model, **sample.labels})
         return family

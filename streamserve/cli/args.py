@@ -112,9 +112,17 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scheduling-policy",
         choices=POLICIES,
-        default="fcfs",
-        help="priority: the request's `priority` field first, smaller is sooner "
-        "(default: %(default)s)",
+        default="sjf",
+        help="sjf: shortest uncached prompt first, with ageing; fcfs: first come, first served; "
+        "priority: the request's `priority` field first, smaller is sooner (default: %(default)s)",
+    )
+    group.add_argument(
+        "--itl-target-ms",
+        type=_milliseconds,
+        metavar="MS",
+        help="how long a step may take while answers stream: prompts get what is left of it "
+        "(default: twice what the step takes without prompts, and up to four times when a prompt "
+        "has waited for seconds)",
     )
     group.add_argument(
         "--block-size",
@@ -226,6 +234,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _milliseconds(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value
 
 

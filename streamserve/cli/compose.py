@@ -17,6 +17,7 @@ from streamserve.config import CacheConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.scheduler import Scheduler
+from streamserve.core.step_time import StepTimeModel
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.tokenizer import FastTokenizer
@@ -90,6 +91,7 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
         max_num_waiting=args.max_num_waiting,
         policy=args.scheduling_policy,
         enable_cascade_attention=not args.disable_cascade_attn,
+        itl_target_ms=args.itl_target_ms,
     )
     memory = _plan(args, config, dtype, scheduler_config)
     for line in memory.describe().splitlines():
@@ -115,7 +117,7 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
             progress=Progress(say),
         )
     )
-    runner = build_runner(
+    runner, profile = build_runner(
         model,
         memory,
         max_num_batched_tokens=scheduler_config.max_num_batched_tokens,
@@ -127,7 +129,9 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
         enable_prefix_caching=args.enable_prefix_caching,
     )
     engine = AsyncEngine(
-        scheduler=Scheduler(scheduler_config, KVCacheManager(cache), monotonic),
+        scheduler=Scheduler(
+            scheduler_config, KVCacheManager(cache), monotonic, StepTimeModel(profile)
+        ),
         runner=runner,
         tokenizer=tokenizer,
         eos_token_ids=frozenset(config.eos_token_ids),

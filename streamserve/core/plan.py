@@ -106,11 +106,14 @@ class ModelRunnerOutput:
 
     An entry of ``sampled_token_ids`` is empty where the plan did not ask for a sample.
     ``logprobs`` is ``None`` when nobody asked; else an entry is empty for those who did not.
+    ``duration_s`` is how long the device worked on the step, waits for the host left out; ``None``
+    from a runner that does not measure.
     """
 
     step_id: int
     sampled_token_ids: list[list[int]]
     logprobs: list[list[TokenLogprobs]] | None = None
+    duration_s: float | None = field(default=None, compare=False)
 
 
 class ModelRunner(Protocol):

@@ -1,13 +1,156 @@
-"""How many prompt tokens a step may carry besides the decodes."""
+"""How many prompt tokens a step may carry besides the decodes: the chunk is sized by the clock.
+
+While streams are decoding, a step may take as long as the inter-token target says, and a chunk is
+the largest that is predicted to fit. When nobody is decoding there is nobody to keep waiting.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 from streamserve.config import SchedulerConfig
+from streamserve.core.clock import Clock
+from streamserve.core.pacing_stats import PacingStats
+from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
+from streamserve.core.request import Request
+from streamserve.core.step_time import StepShape, StepTimeModel, shape_of
+
+MIN_CHUNK_TOKENS = 8
+"""The first prompt of a step gets as many, come what may: prompts end, however slow the decodes."""
+MIN_SHARE = 0.25
+"""Of the decodes' own time: what prompts may add where the target leaves less."""
+MIN_ALLOWANCE_S, MAX_ALLOWANCE_S = 0.005, 0.2
+"""Without a target prompts may add the decodes' own time, within these bounds: nobody sees 5 ms,
+and everybody sees 200 ms."""
+PATIENCE_S = 2.0
+MAX_STRETCH = 3.0
+"""Without a target: who has waited for a first token longer than this sees the allowance grow with
+the wait, up to threefold. On a machine that cannot hold both, neither may be lost."""
 
 
-def prefill_budget(config: SchedulerConfig, num_decodes: int) -> int:
-    """Tokens of one step for everything but ``num_decodes`` requests that need one token each.
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """A step that was measured. ``chunk_tokens`` are those of prompts."""
 
-    This is the one place that sizes chunks: today by the token budget alone.
-    """
-    return max(config.max_num_batched_tokens - num_decodes, 0)
+    step_id: int
+    num_tokens: int
+    chunk_tokens: int
+    predicted_s: float
+    actual_s: float
+
+
+class PrefillBudget:
+    """What is left for prompts in a step that is being made."""
+
+    __slots__ = ("_limit_s", "_model", "_shape", "_started", "num_tokens")
+
+    def __init__(
+        self, num_tokens: int, model: StepTimeModel | None, shape: StepShape, limit_s: float
+    ) -> None:
+        """``num_tokens`` at most; with a ``model``, as long as the step stays within ``limit_s``.
+
+        ``shape`` is what the step holds besides.
+        """
+        self.num_tokens = num_tokens
+        self._model = model
+        self._shape = shape
+        self._limit_s = limit_s
+        self._started = False  # a prompt has got its tokens
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether no prompt gets another token in this step, wherever it stands."""
+        return not self.num_tokens or (self._started and not self._fits(0, 1, samples=False))
+
+    def grant(self, start: int, num_left: int) -> int:
+        """How many of ``num_left`` tokens from position ``start`` the step has time for.
+
+        The largest number, so that a chunk fills the rows that the step is padded to.
+        """
+        wanted = min(num_left, self.num_tokens)
+        if self._model is None or self._fits(start, wanted, samples=wanted == num_left):
+            return wanted
+        fits, too_many = 0, wanted
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if self._fits(start, middle, samples=False):
+                fits = middle
+            else:
+                too_many = middle
+        return fits if self._started else max(fits, min(MIN_CHUNK_TOKENS, wanted))
+
+    def take(self, start: int, num_tokens: int, *, samples: bool) -> None:
+        """Book a chunk."""
+        self._started = True
+        self.num_tokens -= num_tokens
+        self._shape = self._shape.with_chunk(start, num_tokens, samples)
+
+    def _fits(self, start: int, num_tokens: int, *, samples: bool) -> bool:
+        if self._model is None:
+            return True
+        shape = self._shape.with_chunk(start, num_tokens, samples)
+        return self._model.predict(shape) <= self._limit_s
+
+
+class PrefillPacer:
+    """Opens each step's budget, and learns from what the steps took."""
+
+    def __init__(self, config: SchedulerConfig, model: StepTimeModel | None) -> None:
+        """Without a ``model``, a chunk is what is left of ``max_num_batched_tokens``."""
+        self._max_tokens = config.max_num_batched_tokens
+        self._target_s = None if config.itl_target_ms is None else config.itl_target_ms / 1000
+        self._model = model
+        self.stats = PacingStats()
+        self.last_report: StepReport | None = None
+
+    def open(
+        self, running: Iterable[Request], next_in: Request | None, clock: Clock
+    ) -> PrefillBudget:
+        """The budget of a step that sets a token aside for each request that needs only one.
+
+        ``next_in``: the first that waits for a seat.
+        """
+        num_decodes = decode_context = 0
+        oldest = next_in
+        for request in running:
+            num_tokens = len(request.token_ids) + request.num_pending_tokens
+            if num_tokens - request.num_computed_tokens == 1:
+                num_decodes += 1
+                decode_context += num_tokens
+            elif oldest is None or request.arrival_time < oldest.arrival_time:
+                oldest = request
+        shape = StepShape(num_decodes, num_decodes, decode_context)
+        model = self._model if num_decodes and oldest is not None else None
+        limit_s = 0.0
+        if model is not None and oldest is not None:
+            age_s = clock() - oldest.arrival_time
+            limit_s = self._limit_s(model.predict(shape), age_s, model.error)
+        return PrefillBudget(max(self._max_tokens - num_decodes, 0), model, shape, limit_s)
+
+    def _limit_s(self, decode_s: float, age_s: float, error: float) -> float:
+        """What a prediction may be: the target less the error, or the least for prompts."""
+        target_s = self._target_s
+        if target_s is None:
+            allowance_s = min(max(decode_s, MIN_ALLOWANCE_S), MAX_ALLOWANCE_S)
+            target_s = decode_s + allowance_s * min(max(age_s / PATIENCE_S, 1.0), MAX_STRETCH)
+        self.stats.itl_target_s = target_s
+        self.stats.error = error
+        return max(target_s / (1.0 + error), decode_s * (1.0 + MIN_SHARE))
+
+    def observe(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        """Learn from a step that has retired."""
+        seconds = output.duration_s
+        if self._model is None or seconds is None:
+            return
+        shape = shape_of(plan)
+        chunk_tokens = sum([len(s.token_ids) for s in plan.scheduled if len(s.token_ids) > 1])
+        predicted = self._model.predict(shape)
+        self._model.observe(shape, seconds)
+        self.last_report = StepReport(
+            plan.step_id, shape.num_tokens, chunk_tokens, predicted, seconds
+        )
+        self.stats.step_time.observe(seconds)
+        self.stats.step_time_ratio.observe(seconds / predicted)
+        if chunk_tokens:
+            self.stats.chunk_tokens.observe(chunk_tokens)

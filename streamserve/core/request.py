@@ -64,6 +64,7 @@ class Request:
         "num_preemptions",
         "num_prompt_tokens",
         "num_steps_in_flight",
+        "num_uncached_tokens",
         "num_written_tokens",
         "priority",
         "request_id",
@@ -112,6 +113,7 @@ class Request:
 
         # The rest is the scheduler's and the cache's own book-keeping.
         self.sort_key: tuple[float, ...] = ()
+        self.num_uncached_tokens = self.num_prompt_tokens  # to compute, as seen at arrival
         self.max_num_tokens = 0  # token ids at which the answer ends with LENGTH
         self.num_steps_in_flight = 0
         self.num_written_tokens = 0  # leading tokens whose KV was there when a step retired

@@ -28,13 +28,14 @@ from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.limits import ContextLimits
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.core.policy import POLICIES
-from streamserve.core.prefill import prefill_budget
+from streamserve.core.prefill import PrefillPacer
 from streamserve.core.prefix_cache import PrefixMatch
 from streamserve.core.prefix_claims import PrefixClaims
 from streamserve.core.prefix_groups import PrefixGrouping, check_groups
 from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.step import Step
+from streamserve.core.step_time import StepTimeModel
 from streamserve.core.stopping import append_tokens
 from streamserve.errors import QueueFullError
 
@@ -71,8 +72,16 @@ class Scheduler:
     ``kv_cache`` belongs to this scheduler alone from here on.
     """
 
-    def __init__(self, config: SchedulerConfig, kv_cache: KVCacheManager, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv_cache: KVCacheManager,
+        clock: Clock,
+        step_time: StepTimeModel | None = None,
+    ) -> None:
+        """Without ``step_time``, chunks are sized by the token budget alone."""
         self.config = config
+        self.pacer = PrefillPacer(config, step_time)
         self.kv_cache = kv_cache
         self.prefix_grouping = PrefixGrouping(config, kv_cache.block_size)
         self._clock = clock
@@ -203,6 +212,10 @@ class Scheduler:
         if request.request_id in self._requests or request.request_id in self._leaving:
             raise ValueError(f"request_id must be unique, got {request.request_id!r} again")
         assert request.status is RequestStatus.WAITING
+        if self._policy.looks_up_prefix:
+            # An estimate: until its turn, more may be cached, or less.
+            num_cached = self.kv_cache.find_prefix(request).num_tokens
+            request.num_uncached_tokens = request.num_tokens - num_cached
         request.sort_key = self._policy.key(request, next(self._arrivals))
         request.max_num_tokens = self._limits.num_tokens_at_end(
             request.num_prompt_tokens, request.sampling_params
@@ -231,18 +244,14 @@ class Scheduler:
         """
         if len(self._in_flight) >= self.config.max_steps_in_flight or not self._requests:
             return None
-        num_decodes = 0
-        for request in self._running:
-            num_left = len(request.token_ids) + request.num_pending_tokens
-            num_decodes += num_left - request.num_computed_tokens == 1
-        step = Step(self._next_step_id, prefill_budget(self.config, num_decodes))
-
-        running, waiting, outranks = self._running, self._waiting, self._policy.outranks
-        contested = waiting and running and outranks(waiting[0], running[-1])
+        running, waiting, overtakes = self._running, self._waiting, self._policy.overtakes
+        next_in = waiting[0] if waiting else None
+        step = Step(self._next_step_id, self.pacer.open(running, next_in, self._clock))
+        contested = waiting and running and overtakes(waiting[0], running[-1])
         index = 0
         while index < len(running):
             request = running[index]
-            if contested and waiting and outranks(waiting[0], request):
+            if contested and waiting and overtakes(waiting[0], request):
                 index += self._admit_before(request, step)
                 if index >= len(running) or running[index] is not request:
                     continue
@@ -280,7 +289,7 @@ class Scheduler:
         start = request.num_computed_tokens
         num_left = num_new = num_known + num_pending - start
         if num_left > 1:
-            num_new = min(num_left, step.num_prefill_tokens)
+            num_new = 0 if step.prefill.is_spent else step.prefill.grant(start, num_left)
             if not num_new:
                 return
         num_slots = len(request.block_table) * self.kv_cache.block_size
@@ -291,7 +300,7 @@ class Scheduler:
                 return
             new_block_ids = allocated
         if num_left > 1:
-            step.num_prefill_tokens -= num_new
+            step.prefill.take(start, num_new, samples=num_new == num_left)
         step.add(request, num_new, new_block_ids)
 
     def _allocate(self, request: Request, num_new: int, step: Step) -> list[int] | None:
@@ -323,7 +332,7 @@ class Scheduler:
             self._yielding[victim.request_id] = victim
             return False
         if victim.num_tokens - victim.num_computed_tokens == 1:
-            step.num_prefill_tokens += 1  # was set aside for it
+            step.prefill.num_tokens += 1  # was set aside for it
         self._preempt(victim)
         return True
 
@@ -349,14 +358,14 @@ class Scheduler:
                 index += 1
 
     def _admit_before(self, request: Request, step: Step) -> int:
-        """Seat the waiting requests that outrank ``request``, at the cost of the tail's seats.
+        """Seat the waiting requests that overtake ``request``; the tail yields to who outranks it.
 
         Returns by how many places ``request`` moved. It may be among those that lost their seat.
         """
         num_admitted = 0
         index = 0
-        outranks = self._policy.outranks
-        while index < len(self._waiting) and outranks(self._waiting[index], request):
+        overtakes = self._policy.overtakes
+        while index < len(self._waiting) and overtakes(self._waiting[index], request):
             candidate = self._waiting[index]
             admission = self._admit(candidate, step)
             if admission is _Admission.ADMITTED:
@@ -375,7 +384,7 @@ class Scheduler:
         if not self._policy.outranks(candidate, tail):
             return False
         has_seat = len(self._running) < self._num_seats
-        if has_seat and not step.num_prefill_tokens:
+        if has_seat and step.prefill.is_spent:
             return False  # more urgent prompts have all the tokens of this step
         num_blocks = self.kv_cache.num_free_blocks
         for request in self._running:  # what yields is gained, what stays has its reserve
@@ -391,7 +400,7 @@ class Scheduler:
         if awaited_hash is not None and self._claims.must_wait(request, awaited_hash):
             return _Admission.AWAITS_PREFIX
         request.awaited_hash = None
-        if step.is_blocked or not step.num_prefill_tokens or len(self._running) >= self._num_seats:
+        if step.is_blocked or len(self._running) >= self._num_seats or step.prefill.is_spent:
             return _Admission.NO_ROOM
         # One block for each running request, or it would soon take them by preempting this one.
         num_reserved = len(self._running)
@@ -402,25 +411,29 @@ class Scheduler:
         if match.missing_hash is not None and self._claims.must_wait(request, match.missing_hash):
             request.awaited_hash = match.missing_hash
             return _Admission.AWAITS_PREFIX
-        block_ids = self._admit_blocks(request, match, num_reserved, step)
+        num_left = request.num_tokens - match.num_tokens
+        num_new = step.prefill.grant(match.num_tokens, num_left)
+        if not num_new:
+            return _Admission.NO_ROOM  # behind what is cached, a token costs more than is left
+        block_ids = self._admit_blocks(request, num_new, match, num_reserved)
         if block_ids is None and match.partial is not None:
             # The copy needs a block more than the request alone: compute its tokens instead.
             match = match.without_partial()
-            block_ids = self._admit_blocks(request, match, num_reserved, step)
+            num_left = request.num_tokens - match.num_tokens
+            num_new = step.prefill.grant(match.num_tokens, num_left)
+            block_ids = self._admit_blocks(request, num_new, match, num_reserved)
         if block_ids is None:
             request.num_free_when_refused = num_spare
             return _Admission.NO_ROOM
         request.num_free_when_refused = -1
         self._seat(request)
-        num_new = min(request.num_tokens - match.num_tokens, step.num_prefill_tokens)
-        step.num_prefill_tokens -= num_new
+        step.prefill.take(match.num_tokens, num_new, samples=num_new == num_left)
         step.add(request, num_new, block_ids)
         return _Admission.ADMITTED
 
     def _admit_blocks(
-        self, request: Request, match: PrefixMatch, num_reserved: int, step: Step
+        self, request: Request, num_new: int, match: PrefixMatch, num_reserved: int
     ) -> list[int] | None:
-        num_new = min(request.num_tokens - match.num_tokens, step.num_prefill_tokens)
         return self.kv_cache.allocate_slots(
             request, num_new, match, num_reserved_blocks=num_reserved
         )
@@ -444,6 +457,7 @@ class Scheduler:
             raise ValueError(f"step {output.step_id} is not the oldest step in flight")
         step = self._in_flight.popleft()
         self.kv_cache.release_copies(step.plan.block_copies)
+        self.pacer.observe(step.plan, output)
         updates: list[RequestUpdate] = []
         block_size = self.kv_cache.block_size
         logprobs = output.logprobs

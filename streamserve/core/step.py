@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from streamserve.core.plan import PENDING_TOKEN, NewRequest, ScheduledRequest, SchedulerOutput
+from streamserve.core.prefill import PrefillBudget
 from streamserve.core.request import Request
 
 
 class Step:
     """A plan and the requests of its ``scheduled``, in the same order."""
 
-    __slots__ = ("is_blocked", "num_prefill_tokens", "plan", "preempted", "requests")
+    __slots__ = ("is_blocked", "plan", "preempted", "prefill", "requests")
 
-    def __init__(self, step_id: int, num_prefill_tokens: int) -> None:
+    def __init__(self, step_id: int, prefill: PrefillBudget) -> None:
         self.plan = SchedulerOutput(step_id)
         self.requests: list[Request] = []
-        self.num_prefill_tokens = num_prefill_tokens  # what is left for prompts
+        self.prefill = prefill  # what is left for prompts
         self.is_blocked = False  # somebody waits for blocks: nobody behind may take any
         self.preempted = False  # somebody lost the seat: nobody waiting takes one in this step
 

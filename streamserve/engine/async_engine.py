@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from streamserve.core.clock import Clock, monotonic
+from streamserve.core.pacing_stats import PacingStats
 from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
 from streamserve.core.request import FinishReason, Request
 from streamserve.core.sampling_params import SamplingParams
@@ -39,7 +40,7 @@ _STOP_GRACE_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A snapshot; the last six count since the start. ``kv_usage`` is a share, 0 to 1."""
+    """A snapshot; from ``prefix_query_tokens`` on since the start. ``kv_usage`` is 0 to 1."""
 
     num_running: int
     num_waiting: int
@@ -51,6 +52,7 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     kv_tokens_saved: int  # not read again, as requests of a step share them
+    pacing: PacingStats
 
 
 class _Live:
@@ -244,6 +246,7 @@ class AsyncEngine:
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self._num_generation_tokens,
             kv_tokens_saved=scheduler.prefix_grouping.num_saved_tokens,
+            pacing=scheduler.pacer.stats,
         )
 
     # The step loop.
@@ -314,6 +317,8 @@ class AsyncEngine:
             return
         self._num_consecutive_failures = 0
         self._updates = self._scheduler.update(output)
+        if output.duration_s is not None and logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s", self._scheduler.pacer.last_report)
 
     def _publish(self) -> None:
         """Do the text work of the last retired step and leave the outputs in the mailboxes."""

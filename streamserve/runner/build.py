@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from streamserve.core.step_time import StepProfile
 from streamserve.models import Decoder, KVCache, allocate_kv_cache, touch_kv_cache
 from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec
 from streamserve.runner.allocator import keep_freed_memory
@@ -33,13 +34,14 @@ def build_runner(
     *,
     max_num_batched_tokens: int,
     kv_caches: KVCache | None = None,
-) -> TorchModelRunner:
+) -> tuple[TorchModelRunner, StepProfile]:
     """Makes the step buffers, and a touched KV cache if none is given; starts and warms the runner.
 
     After it no step compiles anything or asks the system for much memory. On a CPU it changes the
     allocator's settings for the whole process. The forward is recorded where the kernels can; what
     is left is met at all sizes with one layer of each kind, and only a few steps are run with the
-    whole model. Raises what torch raises when the memory is not there after all.
+    whole model; these are measured. Raises what torch raises when the memory is not there after
+    all.
     """
     if model.device.type == "cpu":
         keep_freed_memory()
@@ -69,12 +71,11 @@ def build_runner(
         runner.replace_model(model)
         if sizes:
             warm_up.run_full_steps()
-        else:
-            warm_up.run_first_step()
+        profile = warm_up.measure(sizes)
     except BaseException:
         runner.close()
         raise
-    return runner
+    return runner, profile
 
 
 def step_buffer_bytes(

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.models.batch import ForwardBatch, KVCache
 from streamserve.runner.input_batch import InputBatch, StepRows
@@ -85,7 +86,10 @@ class TorchModelRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         padded_sizes: Sequence[int] = (),
+        clock: Clock = monotonic,
     ) -> None:
+        """``clock`` measures what a step takes on the device thread."""
+        self._clock = clock
         self._model = model
         self._kv_caches = kv_caches
         self._flat_caches = [cache for pair in kv_caches for cache in pair]
@@ -151,14 +155,16 @@ class TorchModelRunner:
         with torch.inference_mode():
             while (plan := self._plans.get()) is not None:
                 launched: _Launched | Exception
+                started = self._clock()
                 try:
                     launched = self._forward(plan)
                 except Exception as error:
                     launched = error
+                forward_s = self._clock() - started
                 call = self._sample_calls.get()
                 if call is None:
                     return
-                self._resolve(plan, launched, call)
+                self._resolve(plan, launched, call, forward_s)
 
     def _forward(self, plan: SchedulerOutput) -> _Launched:
         self._input_batch.apply(plan)
@@ -180,8 +186,13 @@ class TorchModelRunner:
         )
 
     def _resolve(
-        self, plan: SchedulerOutput, launched: _Launched | Exception, call: _SampleCall
+        self,
+        plan: SchedulerOutput,
+        launched: _Launched | Exception,
+        call: _SampleCall,
+        forward_s: float,
     ) -> None:
+        started = self._clock()
         is_awaited = call.future.set_running_or_notify_cancel()
         try:
             if isinstance(launched, Exception):
@@ -193,7 +204,8 @@ class TorchModelRunner:
                 call.future.set_exception(error)
         else:
             if is_awaited:
-                call.future.set_result(output)
+                duration_s = forward_s + self._clock() - started
+                call.future.set_result(replace(output, duration_s=duration_s))
 
     def _sample(
         self, plan: SchedulerOutput, launched: _Launched, masks: Mapping[str, bytes] | None

@@ -15,6 +15,7 @@ from streamserve.core.plan import (
     SchedulerOutput,
 )
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.step_time import StepProfile, StepShape, shape_of
 from streamserve.runner.memory import MemoryPlan
 from streamserve_kernels.interface import (
     PROMPT_KEY_MULTIPLE,
@@ -38,6 +39,9 @@ _MIN_MIXED_STEPS, _MAX_MIXED_STEPS, _MIXED_SECONDS = 8, 48, 1.0
 _MAX_KEY_MULTIPLES = 512 // PROMPT_KEY_MULTIPLE
 # Keys come in segments: nothing new comes behind the second.
 _LONGEST = 2 * PROMPT_KEY_SEGMENT + 512
+# Rows whose time with the whole model is measured, and what all of it may take.
+_MEASURED_ROWS = (1, 8, 32, 128)
+_MEASURING_SECONDS = 0.7
 
 Work = tuple[int, int]
 """Start and number of the tokens that a request computes."""
@@ -57,6 +61,7 @@ class WarmUp:
         self._rng = random.Random(0)
         self._step_id = -1
         self._live: list[str] = []
+        self._samples: list[tuple[StepShape, float]] = []
 
     def run(self, sizes: Sequence[int]) -> None:
         """Runs prompts and decodes of all ``sizes``; raises whatever a step raises."""
@@ -96,10 +101,25 @@ class WarmUp:
         self._step(self._decodes(self._max_seqs), _GREEDY)
         self._step([], ())
 
-    def run_first_step(self) -> None:
-        """Runs one decode: enough for a whole model that is recorded, whose memory is there."""
-        self._step(self._decodes(1), _GREEDY)
+    def measure(self, padded_sizes: Sequence[int] = ()) -> StepProfile:
+        """Measures steps of a few sizes, for less than a second: serving learns the rest.
+
+        ``padded_sizes`` is the ladder that the runner pads steps to.
+        """
+        self._samples.clear()
+        deadline = monotonic() + _MEASURING_SECONDS
+        longest = self._longest
+        rows = [rows for rows in _MEASURED_ROWS if rows < min(self._max_tokens, longest)]
+        few, some = min(8, self._max_seqs), min(64, self._max_tokens, longest)
+        behind = [[(longest - 1, 1)] * few, [(longest - some, some)]]
+        # The second time counts: the first may meet cold memory.
+        for work in (*([(0, n)] for n in rows), *behind, *([(0, n)] for n in rows[:-1])):
+            if monotonic() > deadline and len(self._samples) > 2:
+                break
+            self._step(work, _GREEDY)
+        samples = tuple(self._samples)
         self._step([], ())
+        return StepProfile(samples, tuple(padded_sizes))
 
     def _decodes(self, count: int) -> list[Work]:
         return [(min(8, self._memory.max_model_len - 1), 1)] * count
@@ -140,4 +160,6 @@ class WarmUp:
                 ScheduledRequest(request_id, start, token_ids[start:], blocks, True, 0)
             )
         self._runner.launch(plan)
-        self._runner.sample(plan.step_id).result()
+        output = self._runner.sample(plan.step_id).result()
+        if output.duration_s is not None and plan.scheduled:
+            self._samples.append((shape_of(plan), output.duration_s))

@@ -3,7 +3,8 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from streamserve.api.metrics import Delivery, Histogram, Metrics
+from streamserve.api.metrics import Delivery, Metrics, histogram_family
+from streamserve.core.histogram import Counts
 from streamserve.core.request import FinishReason
 from tests.api.harness import MODEL, Api, Exchange, chat_body
 
@@ -65,13 +66,14 @@ async def test_running_and_waiting_requests_are_counted():
 
 
 def test_a_bound_belongs_to_its_own_bucket():
-    histogram = Histogram((1.0, 2.0))
+    histogram = Counts((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 2.0, 3.0):
         histogram.observe(value)
     assert histogram.counts == [2, 2, 1]
     assert histogram.count == 5
     samples = {
-        s.labels.get("le", s.name): s.value for s in histogram.family("x", "about x").samples
+        s.labels.get("le", s.name): s.value
+        for s in histogram_family(histogram, "x", "about x").samples
     }
     assert samples == {"1.0": 2, "2.0": 4, "+Inf": 5, "x_count": 5, "x_sum": 8.0}
 

@@ -81,7 +81,7 @@ def main() -> None:
         max_num_seqs=MAX_SEQS,
     )
     before = resident_bytes()
-    runner = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
+    runner, _ = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
     ready = resident_bytes()
     rng = random.Random(1)
     live: list[str] = []

@@ -79,7 +79,7 @@ def test_serving_meets_no_size_that_warm_up_did_not(model, monkeypatch):
 
     monkeypatch.setattr(model, "forward", watched)
     memory = memory_for(model, num_blocks=160)
-    build_runner(model, memory, max_num_batched_tokens=48).close()
+    build_runner(model, memory, max_num_batched_tokens=48)[0].close()
     ladder = step_sizes(48, 8)
     assert sizes >= {("rows", size) for size in ladder}
     assert sizes >= {("logits", size) for size in ladder if size <= 8}
@@ -97,7 +97,7 @@ def test_a_warm_up_that_fails_leaves_no_thread(model, monkeypatch):
 
 def test_the_runner_is_empty_when_it_is_ready(model):
     memory = memory_for(model, num_blocks=32)
-    runner = build_runner(model, memory, max_num_batched_tokens=48)
+    runner, _ = build_runner(model, memory, max_num_batched_tokens=48)
     assert len(runner._input_batch) == 0
     assert len(runner._kv_caches) == len(model.spec.layers)
     num_bytes = sum(cache.nbytes for pair in runner._kv_caches for cache in pair)

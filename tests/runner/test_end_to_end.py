@@ -32,7 +32,7 @@ def model(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def runner(model) -> Iterator[TorchModelRunner]:
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
-    runner = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
+    runner, _ = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
     yield runner
     runner.close()
 
@@ -117,7 +117,7 @@ def expected(model, runner):
 def test_solo_is_the_model_without_a_cache(model, runner, expected):
     """The whole sequence in one forward, again for each token."""
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
-    plain = build_runner(model, memory, max_num_batched_tokens=MAX_LEN)
+    plain, _ = build_runner(model, memory, max_num_batched_tokens=MAX_LEN)
     try:
         for prompt, output in zip(expected["prompts"][:2], expected["greedy"], strict=False):
             for count in range(len(output)):

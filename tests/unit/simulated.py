@@ -232,6 +232,7 @@ class Harness:
             "max_num_seqs": 16,
             "max_num_batched_tokens": 64,
             "cascade_overhead_tokens": 4,
+            "policy": "fcfs",
         }
         self.config = SchedulerConfig(**(defaults | config))
         cache_config = CacheConfig(

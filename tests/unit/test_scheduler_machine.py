@@ -33,7 +33,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         max_num_seqs=st.integers(1, 6),
         depth=st.sampled_from([1, 2]),
-        policy=st.sampled_from(["fcfs", "priority"]),
+        policy=st.sampled_from(["sjf", "fcfs", "priority"]),
         caching=st.sampled_from([True, True, True, False]),
         weak_hash=st.sampled_from([False, False, True]),
         cascade_overhead=st.integers(0, 5),
