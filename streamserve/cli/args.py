@@ -121,8 +121,8 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         type=_milliseconds,
         metavar="MS",
         help="how long a step may take while answers stream: prompts get what is left of it "
-        "(default: twice what the step takes without prompts, and up to four times when a prompt "
-        "has waited for seconds)",
+        "(default: twice what the step takes without prompts; more when a prompt has waited for "
+        "over two seconds)",
     )
     group.add_argument(
         "--block-size",

@@ -20,13 +20,13 @@ MIN_CHUNK_TOKENS = 8
 """The first prompt of a step gets as many, come what may: prompts end, however slow the decodes."""
 MIN_SHARE = 0.25
 """Of the decodes' own time: what prompts may add where the target leaves less."""
-MIN_ALLOWANCE_S, MAX_ALLOWANCE_S = 0.005, 0.2
+MIN_ALLOWANCE_S, MAX_ALLOWANCE_S = 0.005, 0.25
 """Without a target prompts may add the decodes' own time, within these bounds: nobody sees 5 ms,
-and everybody sees 200 ms."""
-PATIENCE_S = 2.0
-MAX_STRETCH = 3.0
-"""Without a target: who has waited for a first token longer than this sees the allowance grow with
-the wait, up to threefold. On a machine that cannot hold both, neither may be lost."""
+and everybody sees a quarter of a second."""
+PATIENCE_S, MAX_STRETCH = 2.0, 4.0
+"""Without a target: when a prompt has waited longer than this, the allowance grows with the square
+of its wait, up to fourfold. A machine that is asked for more than it can do would otherwise let
+prompts queue without end; larger chunks get more of them done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ class PrefillPacer:
         """What a prediction may be: the target less the error, or the least for prompts."""
         target_s = self._target_s
         if target_s is None:
-            allowance_s = min(max(decode_s, MIN_ALLOWANCE_S), MAX_ALLOWANCE_S)
-            target_s = decode_s + allowance_s * min(max(age_s / PATIENCE_S, 1.0), MAX_STRETCH)
+            stretch = min(max(age_s / PATIENCE_S, 1.0) ** 2, MAX_STRETCH)
+            target_s = decode_s + min(max(decode_s * stretch, MIN_ALLOWANCE_S), MAX_ALLOWANCE_S)
         self.stats.itl_target_s = target_s
         self.stats.error = error
         return max(target_s / (1.0 + error), decode_s * (1.0 + MIN_SHARE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 
-_LEARNING_RATE = 0.1
+_LEARNING_RATE = 0.05
 
 
 class RowTimes:
@@ -20,9 +20,11 @@ class RowTimes:
         self._rows = [rows for rows, _ in measured]
         self._seconds = _isotonic([seconds for _, seconds in measured])
         self._refine()
+        # As observed. Pushing neighbours into order for good would turn noise into a slope.
+        self._raw = list(self._seconds)
 
     def _refine(self) -> None:
-        """Entries at the powers of two between what was measured, for observations to move."""
+        """Add entries at powers of two between what was measured, for observations to move."""
         rows = 1
         while rows < self._rows[-1]:
             if rows not in self._rows:
@@ -45,9 +47,11 @@ class RowTimes:
         left, share = self._place(rows)
         share = min(share, 1.0)
         step = _LEARNING_RATE * innovation / ((1.0 - share) ** 2 + share**2)
-        self._set(left, self._seconds[left] + (1.0 - share) * step)
+        raw = self._raw
+        raw[left] = max(raw[left] + (1.0 - share) * step, 1e-9)
         if share:
-            self._set(left + 1, self._seconds[left + 1] + share * step)
+            raw[left + 1] = max(raw[left + 1] + share * step, 1e-9)
+        self._seconds = _isotonic(raw)
 
     def _place(self, rows: int) -> tuple[int, float]:
         table = self._rows
@@ -55,18 +59,6 @@ class RowTimes:
             return 0, 0.0
         left = min(bisect_right(table, rows), len(table) - 1) - 1
         return left, (rows - table[left]) / (table[left + 1] - table[left])
-
-    def _set(self, index: int, seconds: float) -> None:
-        table = self._seconds
-        table[index] = seconds = max(seconds, 1e-9)
-        for before in range(index - 1, -1, -1):
-            if table[before] <= seconds:
-                break
-            table[before] = seconds
-        for behind in range(index + 1, len(table)):
-            if table[behind] >= seconds:
-                break
-            table[behind] = seconds
 
 
 def _isotonic(values: list[float]) -> list[float]:

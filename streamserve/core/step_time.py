@@ -1,9 +1,11 @@
 """How long a step will take: a table for its rows, least squares for the rest, learnt online.
 
-    seconds ≈ speed × (rows(T) + c·Σ decode context + e·Σ chunk × (start + chunk / 2) + d·sampled)
+    seconds ≈ speed × (rows(T) + c·Σ decode context + e·Σ chunk × (start + chunk / 2)
+                       + k·Σ (start + chunk) + d·sampled)
 
-``rows`` is measured at warm-up and refined by every step; ``c``, ``e`` and ``d`` are recursive
-least squares; ``speed`` follows a machine that becomes slower or faster as a whole.
+``rows`` is measured at warm-up and refined by every step; the coefficients are recursive least
+squares; ``speed`` follows a machine that becomes slower or faster as a whole. ``k`` is what a chunk
+pays for reading its keys once, however few queries it has: without it small chunks look cheap.
 """
 
 from __future__ import annotations
@@ -17,18 +19,21 @@ from streamserve.core.least_squares import RobustLeastSquares
 from streamserve.core.plan import SchedulerOutput
 from streamserve.core.row_times import RowTimes
 
-_MEMORY = 500.0  # steps after which the least squares have forgotten most of one
-# What a thousand tokens of context, a thousand pairs of a chunk's query and key, and a sampled row
-# may plausibly cost, in steps of one row.
-_DEVIATIONS = (0.2 / 1000, 0.05 / 1000, 0.02)
-_SPEED_RATE = 0.03
+# Steps in which the least squares' certainty would fade away; what they follow is slow (contexts
+# that share more or less), a machine that slows down is the speed's matter.
+_MEMORY = 10_000.0
+# What a thousand tokens of context, a thousand pairs of a chunk's query and key, a thousand of its
+# keys, and a sampled row may plausibly cost, in steps of one row.
+_DEVIATIONS = (0.2 / 1000, 0.05 / 1000, 0.5 / 1000, 0.02)
+_NUM_PASSES = 8  # over the profile: its samples say little, but that is all there is at first
+_SPEED_RATE = 0.02
 _NUM_OUTLIERS = 4  # so many in a row, all to one side, are no disturbance but another machine
 _OUTLIER = 3.0
 _NOISE_RATE = 0.05
 _MIN_NOISE = 0.01  # of a step's time; what any machine has
-_NUM_ERRORS = 128
+_NUM_ERRORS = 64
 _MIN_ERRORS = 20  # before the recent errors say anything
-_FIRST_ERROR, _MAX_ERROR = 0.1, 0.5
+_FIRST_ERROR, _MAX_ERROR = 0.1, 0.25
 
 
 class StepShape(NamedTuple):
@@ -38,6 +43,7 @@ class StepShape(NamedTuple):
     num_sampled: int = 0
     decode_context: int = 0  # Σ positions that requests with one token attend to
     prefill_pairs: float = 0.0  # Σ chunk × (start + chunk / 2) of the others
+    prefill_keys: int = 0  # Σ (start + chunk) of the others
 
     def with_chunk(self, start: int, num_tokens: int, samples: int) -> StepShape:
         """The shape with ``num_tokens`` of one more request in it."""
@@ -46,12 +52,13 @@ class StepShape(NamedTuple):
             self.num_sampled + samples,
             self.decode_context,
             self.prefill_pairs + num_tokens * (start + 0.5 * num_tokens),
+            self.prefill_keys + start + num_tokens,
         )
 
 
 def shape_of(plan: SchedulerOutput) -> StepShape:
     """The shape of a whole plan."""
-    num_tokens = num_sampled = decode_context = 0
+    num_tokens = num_sampled = decode_context = keys = 0
     pairs = 0.0
     for _, start, token_ids, _, sample, _ in plan.scheduled:
         count = len(token_ids)
@@ -61,7 +68,8 @@ def shape_of(plan: SchedulerOutput) -> StepShape:
             decode_context += start + 1
         else:
             pairs += count * (start + 0.5 * count)
-    return StepShape(num_tokens, num_sampled, decode_context, pairs)
+            keys += start + count
+    return StepShape(num_tokens, num_sampled, decode_context, pairs, keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,7 @@ class StepTimeModel:
         self._noise = _MIN_NOISE  # mean deviation, as a share of a step's time
         self._outlier_ratios: list[float] = []
         self._errors = _RecentErrors()
-        for shape, seconds in samples:
+        for shape, seconds in samples * _NUM_PASSES:
             self.observe(shape, seconds)
 
     @property
@@ -121,20 +129,24 @@ class StepTimeModel:
         ratio = seconds / predicted
         if shape.prefill_pairs and shape.decode_context:
             self._errors.add(ratio - 1.0)
-        noise = max(self._noise, _MIN_NOISE)
         plain = predicted / self._speed
+        features = _features(shape)
+        before = self._rest.value(features)
         innovation = (seconds - predicted) / self._speed
-        deviations = self._rest.observe(_features(shape), innovation, (1.5 * noise * plain) ** 2)
-        if abs(deviations) > _OUTLIER:
-            innovation *= _OUTLIER / abs(deviations)
+        noise = 1.5 * self._noise * plain
+        deviations = abs(self._rest.observe(features, innovation, noise * noise))
+        if deviations > _OUTLIER:
+            innovation *= _OUTLIER / deviations
             if self._is_another_machine(ratio):
                 return
         else:
             self._outlier_ratios.clear()
-        self._row_times.observe(self.num_rows(shape), innovation)
-        share = innovation / plain
-        self._speed *= 1.0 + _SPEED_RATE * max(min(share, 1.0), -0.5)
-        self._noise += _NOISE_RATE * (min(abs(share), _OUTLIER * noise) - self._noise)
+        # What the least squares leave is the table's, and then the speed's.
+        rest = innovation - (self._rest.value(features) - before)
+        self._row_times.observe(self.num_rows(shape), rest)
+        self._speed *= 1.0 + _SPEED_RATE * max(min(rest / plain, 1.0), -0.5)
+        share = min(abs(innovation) / plain, _OUTLIER * self._noise)
+        self._noise = max(self._noise + _NOISE_RATE * (share - self._noise), _MIN_NOISE)
 
     def _is_another_machine(self, ratio: float) -> bool:
         """Whether outliers to one side have become the rule; the speed then follows at once."""
@@ -175,8 +187,8 @@ class _RecentErrors:
         return min(max(self._sorted[int(0.95 * len(self._sorted))], 0.0), _MAX_ERROR)
 
 
-def _features(shape: StepShape) -> tuple[float, float, float]:
-    return shape.decode_context, shape.prefill_pairs, shape.num_sampled
+def _features(shape: StepShape) -> tuple[float, float, float, float]:
+    return shape.decode_context, shape.prefill_pairs, shape.prefill_keys, shape.num_sampled
 
 
 def _has_context(shape: StepShape) -> bool:

@@ -40,7 +40,7 @@ _MAX_KEY_MULTIPLES = 512 // PROMPT_KEY_MULTIPLE
 # Keys come in segments: nothing new comes behind the second.
 _LONGEST = 2 * PROMPT_KEY_SEGMENT + 512
 # Rows whose time with the whole model is measured, and what all of it may take.
-_MEASURED_ROWS = (1, 8, 32, 128)
+_MEASURED_ROWS = (1, 8, 32, 64, 128)
 _MEASURING_SECONDS = 0.7
 
 Work = tuple[int, int]

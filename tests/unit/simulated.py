@@ -18,6 +18,7 @@ from streamserve.core.prefix_groups import find_groups
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.scheduler import Scheduler
+from streamserve.core.step_time import StepTimeModel
 from tests.unit.naive_groups import best_gain, gain_of
 
 VOCAB_SIZE = 11
@@ -225,6 +226,7 @@ class Harness:
         num_blocks: int = 64,
         block_size: int = 4,
         enable_prefix_caching: bool = True,
+        step_time: StepTimeModel | None = None,
         **config: object,
     ) -> None:
         defaults = {
@@ -242,7 +244,7 @@ class Harness:
         )
         self.now = 0.0
         self.kv = KVCacheManager(cache_config, secret=b"test")
-        self.scheduler = Scheduler(self.config, self.kv, lambda: self.now)
+        self.scheduler = Scheduler(self.config, self.kv, lambda: self.now, step_time)
         self.runner = SimulatedRunner(num_blocks, block_size, self.config)
         self.num_requests = 0
         self.updates = []
