@@ -24,9 +24,9 @@ MIN_ALLOWANCE_S, MAX_ALLOWANCE_S = 0.005, 0.25
 """Without a target prompts may add the decodes' own time, within these bounds: nobody sees 5 ms,
 and everybody sees a quarter of a second."""
 PATIENCE_S, MAX_STRETCH = 2.0, 4.0
-"""Without a target: when a prompt has waited longer than this, the allowance grows with the square
-of its wait, up to fourfold. A machine that is asked for more than it can do would otherwise let
-prompts queue without end; larger chunks get more of them done."""
+"""Without a target: when a prompt has waited longer than this, the allowance grows with its wait,
+up to fourfold. A machine that is asked for more than fits beside the decodes would otherwise let
+prompts queue without end; it settles where they are served as fast as they come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class PrefillPacer:
         """What a prediction may be: the target less the error, or the least for prompts."""
         target_s = self._target_s
         if target_s is None:
-            stretch = min(max(age_s / PATIENCE_S, 1.0) ** 2, MAX_STRETCH)
+            stretch = min(max(age_s / PATIENCE_S, 1.0), MAX_STRETCH)
             target_s = decode_s + min(max(decode_s * stretch, MIN_ALLOWANCE_S), MAX_ALLOWANCE_S)
         self.stats.itl_target_s = target_s
         self.stats.error = error

@@ -40,6 +40,8 @@ async def test_a_scrape_before_and_after():
     assert after["kv_cache_usage_perc", None] == 0
     assert after["request_success_total", None] == 2
     assert after["request_refused_total", None] == 1
+    assert after["step_time_seconds_count", None] == 0  # this runner does not measure
+    assert after["prefill_chunk_tokens_bucket", "+Inf"] == 0
     assert after["time_to_first_token_seconds_count", None] == 1
     assert after["time_to_first_token_seconds_bucket", "+Inf"] == 1
     assert after["e2e_request_latency_seconds_count", None] == 2

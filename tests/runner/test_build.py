@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
+from streamserve.core.step_time import StepShape
 from streamserve.models import kv_bytes_per_block
 from streamserve.runner.build import build_runner, step_buffer_bytes
 from streamserve.runner.step_buffers import step_sizes
@@ -103,6 +104,17 @@ def test_the_runner_is_empty_when_it_is_ready(model):
     num_bytes = sum(cache.nbytes for pair in runner._kv_caches for cache in pair)
     assert num_bytes == memory.kv_bytes == 32 * kv_bytes_per_block(model.spec, 4, torch.float32)
     runner.close()
+
+
+def test_the_profile_holds_what_the_whole_model_took(model):
+    memory = memory_for(model, num_blocks=160)
+    runner, profile = build_runner(model, memory, max_num_batched_tokens=48)
+    runner.close()
+    shapes = [shape for shape, _ in profile.samples]
+    assert {1, 8, 32, 48} <= {shape.num_tokens for shape in shapes if shape.num_sampled == 1}
+    assert StepShape(8, 8, 8 * 128) in shapes  # decodes, and a chunk, behind a long context
+    assert any(shape.prefill_keys == 128 for shape in shapes)
+    assert all(seconds > 0 for _, seconds in profile.samples)
 
 
 def test_step_buffers_grow_with_what_a_step_may_hold(model):

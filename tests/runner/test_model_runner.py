@@ -196,6 +196,24 @@ def test_a_plan_that_cannot_be_right_is_its_own_failure(runner):
     assert result(runner, prompt_plan(1)).sampled_token_ids == [greedy_after(PROMPT, 1)]
 
 
+def test_a_step_is_timed_without_its_waits_for_the_host(model):
+    ticks = iter(range(100))
+    runner = TorchModelRunner(
+        model,
+        model.caches(32),
+        vocab_size=VOCAB,
+        block_size=BLOCK_SIZE,
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        clock=lambda: float(next(ticks)),  # a second between two looks at it
+    )
+    runner.launch(prompt_plan(0))
+    output = runner.sample(0).result()
+    runner.close()
+    assert output.duration_s == 2.0  # a forward and a sampling
+
+
 def test_sampling_waits_for_its_call(runner, model):
     runner.launch(prompt_plan(0))
     done = threading.Event()

@@ -23,6 +23,10 @@ from streamserve.errors import ConfigError
             "max_num_batched_tokens must be at least 1, got -1",
         ),
         (
+            lambda: SchedulerConfig(max_model_len=9, itl_target_ms=0.0),
+            "itl_target_ms must be above 0, got 0.0",
+        ),
+        (
             lambda: SchedulerConfig(max_model_len=9, policy="lottery"),
             "policy must be one of sjf, fcfs, priority, got 'lottery'",
         ),

@@ -198,12 +198,12 @@ def test_long_waits_are_answered_with_larger_chunks():
     steady_streams(harness, 8)
     harness.steps.clear()
     calm = []
-    first = harness.add_now(3500, max_tokens=1)
+    first = harness.add_now(4000, max_tokens=1)
     while harness.now - first.arrival_time < 1.9:
         calm.append(max(harness.timed_step().chunks.values()))
     late = []
     while not first.num_output_tokens:
         late.append(max(harness.timed_step().chunks.values()))
-    assert max(late) > 2 * max(calm)
+    assert max(late) > 1.5 * max(calm)
     decode_s = harness.machine.undisturbed(harness.steps[-1].decode_shape)
     assert max(s.seconds for s in harness.steps) < 5.2 * decode_s
