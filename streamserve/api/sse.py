@@ -1,7 +1,7 @@
 """The streamed answer: an sse-starlette response with a token path of its own.
 
-Per token there is one wait for the mailbox, one string dump and one ASGI ``send`` that goes
-straight to the server, past the middlewares (they act on headers only).
+Per token there is one string dump and one write, past the middlewares (they act on headers only):
+made by the step loop itself while the socket has room, else by the task that waits for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streamserve.api.writer import AsgiWriter, FrameWriter, writer_of
 from streamserve.core.plan import TokenLogprobs
 from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage
-from streamserve.engine.stream import RequestStream
+from streamserve.engine.stream import RequestStream, TextSink
 from streamserve.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ class AnswerStream(EventSourceResponse):
         opening = frames.role(choice.usage)  # travels with the first text
         if choice.echo:
             await self._send(frames.text(choice.echo, (), choice.usage))
+        sink = self._sink_of(frames, delivery)
         held: list[TokenLogprobs] = []  # logprobs wait for the text they belong to
         while True:
             output = await get()
@@ -172,6 +173,8 @@ class AnswerStream(EventSourceResponse):
                 await writing
             self._num_sent += 1
             delivery.text_sent()
+            if is_plain:  # and the opening is out: while this task waits, the step loop writes
+                choice.stream.sink = sink
         check_success(output)
         choice.usage = output.usage
         held += output.logprobs
@@ -183,6 +186,20 @@ class AnswerStream(EventSourceResponse):
         if output.text:
             delivery.text_sent()
         delivery.end(output.finish_reason)
+
+    def _sink_of(self, frames: ChoiceFrames, delivery: Delivery) -> TextSink:
+        """What the step loop calls with a token's text while the socket has room."""
+        head, tail = frames.head, frames.tail
+        write_now, text_sent = self._writer.write_now, delivery.text_sent
+
+        def sink(text: str) -> bool:
+            if not write_now(head + dumps(text) + tail):
+                return False
+            self._num_sent += 1
+            text_sent()
+            return True
+
+        return sink
 
     def _ending(self) -> bytes:
         """What follows the last choice's last chunk."""

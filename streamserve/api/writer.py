@@ -15,6 +15,9 @@ class FrameWriter(Protocol):
     def write(self, body: bytes) -> Awaitable[None] | None:
         """Send ``body``; what is returned, if anything, must be awaited before the next call."""
 
+    def write_now(self, body: bytes) -> bool:
+        """Send ``body`` if nothing would have to be awaited; otherwise ``False``, and not sent."""
+
     def close_connection(self) -> None:
         """End the connection once what was sent has left, if the server lets us."""
 
@@ -27,6 +30,9 @@ class AsgiWriter:
 
     def write(self, body: bytes) -> Awaitable[None]:
         return self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    def write_now(self, body: bytes) -> bool:
+        return False
 
     def close_connection(self) -> None:
         """ASGI has no word for it."""
@@ -51,6 +57,13 @@ class UvicornWriter:
             return None
         self._write(b"%x\r\n%b\r\n" % (len(body), body))
         return self._flow.drain() if self._flow.write_paused else None
+
+    def write_now(self, body: bytes) -> bool:
+        if self._flow.write_paused:
+            return False
+        if not self._cycle.disconnected:
+            self._write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
 
     def close_connection(self) -> None:
         self._cycle.transport.close()

@@ -330,18 +330,26 @@ class AsyncEngine:
         for update in updates:
             request = update.request
             live = self._live[request.request_id]
+            stream, processor = live.stream, live.processor
+            token_ids = update.new_token_ids
+            sink = stream.ready_sink
             try:
-                output = live.processor.process(
-                    update.new_token_ids,
-                    update.logprobs,
-                    update.finish_reason,
-                    request.stop_reason,
-                )
+                if sink is not None and update.finish_reason is None and processor.is_plain:
+                    text = processor.text_of(token_ids)
+                    if not text or sink(text):
+                        stream.timings.last_token = now
+                        self._num_generation_tokens += len(token_ids)
+                        continue
+                    output = processor.output(text, token_ids)
+                else:
+                    output = processor.process(
+                        token_ids, update.logprobs, update.finish_reason, request.stop_reason
+                    )
             except Exception as error:
                 if not self._fail_request(live, error):
                     return
                 continue
-            timings = live.stream.timings
+            timings = stream.timings
             if timings.first_token is None:
                 timings.first_token = now
                 self._num_prompt_tokens += request.num_prompt_tokens
@@ -352,12 +360,12 @@ class AsyncEngine:
                 if update.finish_reason is None and not self._finish(
                     live,
                     FinishReason.STOP,
-                    num_output_tokens=live.processor.num_output_tokens,
+                    num_output_tokens=processor.num_output_tokens,
                     stop_reason=output.stop_reason,
                 ):
                     return
                 self._end(live)
-            live.stream.put(output)
+            stream.put(output)
 
     async def _wait_for_work(self) -> None:
         """Sleep until a request arrives or leaves; put the house in order if that takes long."""

@@ -17,7 +17,7 @@ class OutputProcessor:
 
     ``num_output_tokens`` counts what the reader has been given: end-of-sequence and stop tokens
     belong to it, tokens behind a stop string do not. Logprobs are those of the tokens whose text is
-    shown, as in OpenAI's API: joined they are the text.
+    shown, as in OpenAI's API: joined they are the text. ``is_plain``: there are no stop strings.
     """
 
     __slots__ = (
@@ -27,6 +27,7 @@ class OutputProcessor:
         "_min_tokens",
         "_request",
         "_stop",
+        "is_plain",
         "num_output_tokens",
     )
 
@@ -42,6 +43,16 @@ class OutputProcessor:
         self._min_tokens = params.min_tokens
         self._request = request
         self.num_output_tokens = 0
+        self.is_plain = self._stop is None
+
+    def text_of(self, token_ids: list[int]) -> str:
+        """The text alone of a step that does not end the request; only if ``is_plain``."""
+        self.num_output_tokens += len(token_ids)
+        return self._add(token_ids)
+
+    def output(self, text: str, token_ids: list[int]) -> RequestOutput:
+        """The news of a step whose ``text_of`` was taken before."""
+        return self._output(text, token_ids, [], None, None)
 
     def process(
         self,

@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
+from typing import Protocol
 
 from streamserve.engine.outputs import RequestOutput, merge_outputs
 from streamserve.errors import EngineError
 
 _COMPACT_AFTER = 64
 """Unread outputs are folded into one when this many lie in the slot: memory stays that of text."""
+
+
+class TextSink(Protocol):
+    """A reader's way to have its text written by the step loop itself, without being woken."""
+
+    def __call__(self, text: str) -> bool:
+        """Write ``text`` (not empty) now. ``False``: no room, nothing was written. Never waits."""
 
 
 class RequestTimings:
@@ -37,6 +45,9 @@ class RequestStream:
     ``finish_reason``; if the request fails, what it had produced is delivered first and then
     ``EngineError`` is raised. Leaving early must close the stream (``close``, ``aclose`` or
     ``async with``): that aborts the request, and its blocks are free by the next step.
+
+    A reader that wants nothing but the text may set ``sink``. While it waits in ``get`` the text
+    then goes straight there; it is woken for what the sink has no room for, and for the end.
     """
 
     __slots__ = (
@@ -49,7 +60,9 @@ class RequestStream:
         "_unread",
         "_waiter",
         "num_prompt_tokens",
+        "ready_sink",
         "request_id",
+        "sink",
         "timings",
     )
 
@@ -68,6 +81,8 @@ class RequestStream:
         self._loop = asyncio.get_running_loop()
         self._unread: list[RequestOutput] = []
         self._waiter: asyncio.Future[None] | None = None
+        self.sink: TextSink | None = None
+        self.ready_sink: TextSink | None = None  # ``sink`` while the reader has all and waits
         self._error: EngineError | None = None
         self._ended = False  # the engine has said its last word
         self._exhausted = False  # and the reader has heard it
@@ -134,10 +149,11 @@ class RequestStream:
         while (output := self.get_nowait()) is None:
             assert self._waiter is None, f"{self.request_id}: a stream has one reader"
             self._waiter = self._loop.create_future()
+            self.ready_sink = self.sink
             try:
                 await self._waiter
             finally:
-                self._waiter = None
+                self._waiter = self.ready_sink = None
         return output
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
@@ -174,6 +190,7 @@ class RequestStream:
         self.close()
 
     def _wake(self) -> None:
+        self.ready_sink = None  # what comes next comes behind what the reader is woken for
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

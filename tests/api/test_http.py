@@ -9,6 +9,7 @@ import pytest
 
 from streamserve.api.server import bind_sockets
 from streamserve.config import ApiConfig
+from streamserve.engine.stream import RequestStream
 from streamserve.errors import ConfigError
 from tests.api.harness import Api, BrokenRunner, chat_body, events_of, text_of, until
 
@@ -71,6 +72,28 @@ async def connected(address):
 
 
 CHAT = "/v1/chat/completions"
+
+
+async def test_the_reader_sleeps_between_the_first_token_and_the_end(monkeypatch):
+    """The step loop writes what comes between, each token in a chunk of its own."""
+    get, gets = RequestStream.get, []
+
+    async def counted(stream):
+        gets.append(stream)
+        return await get(stream)
+
+    monkeypatch.setattr(RequestStream, "get", counted)
+    api = Api(is_held=True)
+    async with api.serving() as address, connected(address) as client:
+        await client.send("POST", CHAT, chat_body(stream=True, max_tokens=8))
+        await client.head()
+        chunks = []
+        for _ in range(8):
+            await api.pace.step()
+            chunks.append(await client.chunk())
+        assert await client.chunk() == b""
+    assert [text_of(events_of(chunk)) for chunk in chunks] == list("abcdefgh")
+    assert len(gets) == 2
 
 
 async def test_a_stream_byte_for_byte():

@@ -1,0 +1,65 @@
+"""uvicorn's way without its message: chunks, and when they must wait."""
+
+import asyncio
+
+from uvicorn.protocols.http.flow_control import FlowControl
+
+from streamserve.api.writer import UvicornWriter
+
+
+class Transport(asyncio.Transport):
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+
+    def write(self, data) -> None:
+        self.written += data
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+class Cycle:
+    """What the writer needs of uvicorn's ``RequestResponseCycle``."""
+
+    def __init__(self) -> None:
+        self.transport = Transport()
+        self.flow = FlowControl(self.transport)
+        self.disconnected = False
+
+
+async def test_a_part_is_one_chunk_whoever_writes_it():
+    cycle = Cycle()
+    writer = UvicornWriter(cycle)
+    assert writer.write(b"0123456789") is None
+    assert writer.write_now(b"ab")
+    assert cycle.transport.written == b"a\r\n0123456789\r\n2\r\nab\r\n"
+
+
+async def test_nothing_is_written_now_while_the_buffer_is_full():
+    cycle = Cycle()
+    writer = UvicornWriter(cycle)
+    cycle.flow.pause_writing()
+    assert not writer.write_now(b"ab")
+    assert cycle.transport.written == b""
+    waiting = asyncio.ensure_future(writer.write(b"cd"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    cycle.flow.resume_writing()
+    await waiting
+    assert writer.write_now(b"ef")
+    assert cycle.transport.written == b"2\r\ncd\r\n2\r\nef\r\n"
+
+
+async def test_nothing_is_written_to_a_client_that_has_left():
+    cycle = Cycle()
+    writer = UvicornWriter(cycle)
+    cycle.disconnected = True
+    assert writer.write_now(b"ab")
+    assert writer.write(b"ab") is None
+    assert cycle.transport.written == b""
