@@ -139,6 +139,16 @@ class _Messages:
     unknown: tuple[str, ...]
 
 
+def _plain_message(raw: Any) -> dict[str, Any] | None:
+    """What nearly all messages are, without the names of fields: a chat may have thousands."""
+    if not isinstance(raw, dict) or len(raw) != 2:
+        return None
+    role, content = raw.get("role"), raw.get("content")
+    if not isinstance(role, str) or not isinstance(content, str) or role not in _ROLES:
+        return None
+    return {"role": _ROLES[role], "content": content}
+
+
 def _read_messages(name: str, value: Any) -> _Messages:
     if not isinstance(value, list):
         raise wrong_type(name, "an array of messages", value)
@@ -147,6 +157,10 @@ def _read_messages(name: str, value: Any) -> _Messages:
     items: list[dict[str, Any]] = []
     unknown: list[str] = []
     for i, raw in enumerate(value):
+        plain = _plain_message(raw)
+        if plain is not None:
+            items.append(plain)
+            continue
         where = f"{name}[{i}]"
         message, unknown_here = read_fields(
             read_object(where, raw),

@@ -78,10 +78,15 @@ class KVCacheManager:
         self._stats.num_evictions = self._pool.num_evictions
         return self._stats
 
-    def find_prefix(self, request: Request) -> PrefixMatch:
-        """The longest cached prefix of a request without blocks; takes nothing."""
+    def find_prefix(
+        self, request: Request, max_num_hashed: int | None = None
+    ) -> PrefixMatch | None:
+        """The longest cached prefix of a request without blocks; takes nothing.
+
+        ``None``: not found yet with ``max_num_hashed`` more block hashes; ask again.
+        """
         assert not request.block_table
-        return self._cache.match(request) if self._caching else NO_MATCH
+        return self._cache.match(request, max_num_hashed) if self._caching else NO_MATCH
 
     def allocate_slots(
         self,
@@ -184,7 +189,7 @@ class KVCacheManager:
         num_full = min(request.num_written_tokens, request.num_tokens) // size
         if len(nodes) > num_full:
             return
-        self._cache.hash_blocks(request)
+        self._cache.hash_blocks(request, num_full + 1)  # the next one is what it claims
         deepest = nodes[-1]
         for i in range(len(nodes) - 1, num_full):
             token_ids = request.token_ids[i * size : (i + 1) * size]

@@ -21,6 +21,7 @@ from streamserve.core.block_pool import KVCacheBlock, PrefixNode
 from streamserve.core.request import Request
 
 MAX_PARTIAL_CANDIDATES = 16  # children with the right first token that a look-up compares
+_NUM_HASHED_AHEAD = 32  # blocks: one at a time costs a third more
 
 
 class PrefixMatch(NamedTuple):
@@ -66,29 +67,40 @@ class PrefixCache:
             self._salts[node] = salt
         return node
 
-    def hash_blocks(self, request: Request) -> None:
-        """Extend ``request.block_hashes`` to every full block of its token ids."""
+    def hash_blocks(self, request: Request, num_blocks: int) -> None:
+        """Extend ``request.block_hashes`` to its first ``num_blocks``, as far as they are full."""
         hashes, token_ids, size = request.block_hashes, request.token_ids, self._block_size
-        num_full = len(token_ids) // size
-        if len(hashes) == num_full:
+        num_blocks = min(num_blocks, len(token_ids) // size)
+        if len(hashes) >= num_blocks:
             return
         block_hash = hashes[-1] if hashes else self._root_hash(request.cache_salt)
-        for start in range(len(hashes) * size, num_full * size, size):
-            block_hash = self._hash(block_hash, token_ids[start : start + size])
+        data = array("q", token_ids[len(hashes) * size : num_blocks * size])
+        block_bytes = size * data.itemsize
+        raw = data.tobytes()
+        for start in range(0, len(raw), block_bytes):
+            block_hash = self._hash(block_hash, raw[start : start + block_bytes])
             hashes.append(block_hash)
 
-    def match(self, request: Request) -> PrefixMatch:
+    def match(self, request: Request, max_num_hashed: int | None = None) -> PrefixMatch | None:
         """The longest cached prefix that leaves at least one token to compute.
 
-        Mutates nothing but ``request.block_hashes``. Raises nothing.
+        Hashes no further than the first block that is not cached. ``None`` if that takes more than
+        ``max_num_hashed`` new hashes: the next call goes on where this one stopped. Mutates
+        nothing but ``request.block_hashes``. Raises nothing.
         """
-        self.hash_blocks(request)
         hashes, token_ids, size = request.block_hashes, request.token_ids, self._block_size
         limit = len(token_ids) - 1
+        num_full = len(token_ids) // size
+        max_num_hashes = num_full if max_num_hashed is None else len(hashes) + max_num_hashed
         node = self._roots.get(request.cache_salt)
         nodes: list[PrefixNode] = []
         missing_hash = None
-        for i, block_hash in enumerate(hashes):
+        for i in range(num_full):
+            if i >= len(hashes):
+                if i >= max_num_hashes:
+                    return None
+                self.hash_blocks(request, min(i + _NUM_HASHED_AHEAD, max_num_hashes))
+            block_hash = hashes[i]
             child = None if node is None else self._index.get(block_hash)
             if (
                 child is None
@@ -104,11 +116,11 @@ class PrefixCache:
             node = child
         if node is None:
             return NO_MATCH._replace(missing_hash=missing_hash)
-        num_full = len(nodes) * size
+        num_matched = len(nodes) * size
         partial, num_partial = self._best_child(
-            node, token_ids[num_full : min(num_full + size, limit)]
+            node, token_ids[num_matched : min(num_matched + size, limit)]
         )
-        return PrefixMatch(nodes, partial, num_partial, num_full + num_partial, missing_hash)
+        return PrefixMatch(nodes, partial, num_partial, num_matched + num_partial, missing_hash)
 
     def insert(
         self, parent: PrefixNode, token_ids: list[int], block_hash: bytes, block: KVCacheBlock
@@ -188,9 +200,9 @@ class PrefixCache:
         hasher.update(salt.encode("utf-8", "surrogatepass"))
         return hasher.digest()
 
-    def _hash(self, parent_hash: bytes, token_ids: list[int]) -> bytes:
+    def _hash(self, parent_hash: bytes, block: bytes) -> bytes:
         hasher = self._block_hasher.copy()
-        hasher.update(parent_hash + array("q", token_ids).tobytes())
+        hasher.update(parent_hash + block)
         return hasher.digest()
 
     def check_integrity(self, num_pins: Mapping[PrefixNode, int]) -> None:

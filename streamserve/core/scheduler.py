@@ -40,6 +40,7 @@ from streamserve.core.stopping import append_tokens
 from streamserve.errors import QueueFullError
 
 _by_key = attrgetter("sort_key")
+_MAX_NUM_HASHED = 512  # blocks of one waiting prompt in one step, well under a millisecond
 
 
 @dataclass(slots=True)
@@ -58,7 +59,7 @@ class RequestUpdate:
 
 class _Admission(Enum):
     ADMITTED = auto()
-    AWAITS_PREFIX = auto()  # another request is computing what this one needs
+    AWAITS_PREFIX = auto()  # another computes what this one needs, or the look-up goes on
     NO_ROOM = auto()
 
 
@@ -407,7 +408,10 @@ class Scheduler:
         num_spare = self.kv_cache.num_free_blocks - num_reserved
         if num_spare <= request.num_free_when_refused:
             return _Admission.NO_ROOM  # nothing came back: a long prompt is not looked up again
-        match = self.kv_cache.find_prefix(request)
+        is_alone = not step.requests and not self._in_flight
+        match = self.kv_cache.find_prefix(request, None if is_alone else _MAX_NUM_HASHED)
+        if match is None:
+            return _Admission.AWAITS_PREFIX
         if match.missing_hash is not None and self._claims.must_wait(request, match.missing_hash):
             request.awaited_hash = match.missing_hash
             return _Admission.AWAITS_PREFIX

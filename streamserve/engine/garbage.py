@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 
-_THRESHOLDS = (10_000, 10, 1_000)
-"""Young objects are looked at about half a millisecond at a time. What has survived twice, the
-prefix cache most of all, takes a tenth of a second: that is left to idle moments, and to one in
-100 million allocations where there are none."""
+_THRESHOLDS = (2_000, 2, 12_000)
+"""Nothing is looked at for longer than a millisecond: 2,000 young objects, and 6,000 that have
+survived once. What has survived twice, the prefix cache most of all, takes a tenth of a second:
+that is left to idle moments, and to one in 70 million allocations where there are none."""
 
 
 def freeze_gc() -> None:

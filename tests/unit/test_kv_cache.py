@@ -185,7 +185,7 @@ def test_salts_never_share():
 def test_the_hash_is_keyed_chained_and_salted():
     def hashes(token_ids, salt="", secret=b"one"):
         request = make_request(token_ids, salt=salt)
-        PrefixCache(BLOCK, secret).hash_blocks(request)
+        PrefixCache(BLOCK, secret).hash_blocks(request, 99)
         return request.block_hashes
 
     base = hashes(list(range(9)))
@@ -194,13 +194,34 @@ def test_the_hash_is_keyed_chained_and_salted():
     assert not set(hashes(list(range(8)), salt="a")) & set(base)
     assert not set(hashes(list(range(8)), secret=b"two")) & set(base)
     assert hashes([9, 1, 2, 3, 4, 5, 6, 7])[1] != base[1]  # same tokens, another parent
-    assert KVCacheManager(CacheConfig(num_blocks=1))._cache._hash(b"", [1]) != KVCacheManager(
-        CacheConfig(num_blocks=1)
-    )._cache._hash(b"", [1])
+    assert hashes(list(range(8)), secret=None) != hashes(list(range(8)), secret=None)
+
+
+def test_a_look_up_hashes_no_further_than_the_first_miss():
+    kv = KVCacheManager(CacheConfig(num_blocks=400, block_size=BLOCK))
+    compute(kv, list(range(400)))
+    long = list(range(1000, 2000))
+    cold = make_request(long)
+    assert kv.find_prefix(cold).num_tokens == 0
+    assert len(cold.block_hashes) < 100
+
+
+@pytest.mark.parametrize("max_num_hashed", [1, 7, 33, 99, 100])
+def test_a_look_up_in_parts_finds_the_same(max_num_hashed):
+    kv = KVCacheManager(CacheConfig(num_blocks=400, block_size=BLOCK))
+    compute(kv, list(range(400)))
+    for token_ids in (list(range(400)), list(range(402)), [*range(200), *range(500)], [7, 8]):
+        whole = kv.find_prefix(make_request(token_ids))
+        request = make_request(token_ids)
+        num_calls = 1
+        while (match := kv.find_prefix(request, max_num_hashed)) is None:
+            assert len(request.block_hashes) == num_calls * max_num_hashed
+            num_calls += 1
+        assert match == whole
 
 
 def test_a_collision_serves_nobody_elses_tokens(monkeypatch):
-    monkeypatch.setattr(PrefixCache, "_hash", lambda self, parent, token_ids: b"same")
+    monkeypatch.setattr(PrefixCache, "_hash", lambda self, parent, block: b"same")
     kv = make()
     assert compute(kv, [0, 1, 2, 3, 4, 5, 6, 7, 8]) == 0
     assert compute(kv, [9, 1, 2, 3, 4, 5, 6, 7, 8]) == 0
@@ -211,7 +232,7 @@ def test_a_collision_serves_nobody_elses_tokens(monkeypatch):
 
 
 def test_what_is_cached_after_a_collision_is_below_its_own_tokens(monkeypatch):
-    monkeypatch.setattr(PrefixCache, "_hash", lambda self, parent, token_ids: b"same")
+    monkeypatch.setattr(PrefixCache, "_hash", lambda self, parent, block: b"same")
     kv = make()
     compute(kv, [0, 0, 0, 0, 1])
     compute(kv, [9, 9, 9, 9, 7, 7])
