@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from streamserve.engine.pieces import PieceTable, byte_decoder_of
+from streamserve.engine.token_memo import MIN_CHARACTERS, TokenMemo, safe_cut_tokens
 from streamserve.errors import ModelLoadError
 
 _NAMED_SPECIAL_TOKENS = (
@@ -84,6 +85,8 @@ class FastTokenizer:
             backend.add_special_tokens(known)
         added = backend.get_added_tokens_decoder()
         self._all_special_ids = frozenset(i for i, token in added.items() if token.special)
+        cut_tokens = safe_cut_tokens(added.values())
+        self._memo = TokenMemo(self._encode_plain, cut_tokens) if cut_tokens else None
         self._vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self._byte_decoder = byte_decoder_of(json.loads(backend.to_str()).get("decoder"))
         self._pieces = {skip: self._piece_table(skip) for skip in (False, True)}
@@ -113,9 +116,11 @@ class FastTokenizer:
         return self._all_special_ids
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # ``encode`` holds the interpreter lock, this does not: a long text must not stop the loop.
-        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return encoding.ids
+        if add_special_tokens:
+            return self._encode(text, add_special_tokens=True)
+        if self._memo is None or len(text) < MIN_CHARACTERS:
+            return self._encode_plain(text)
+        return self._memo.encode(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -140,6 +145,14 @@ class FastTokenizer:
 
     def pieces(self, *, skip_special_tokens: bool) -> PieceTable | None:
         return self._pieces[skip_special_tokens]
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # ``encode`` holds the interpreter lock, this does not: a long text must not stop the loop.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def _piece_table(self, skip_special_tokens: bool) -> PieceTable | None:
         decoder = self._byte_decoder

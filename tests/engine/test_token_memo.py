@@ -1,0 +1,141 @@
+"""Remembered ids are those of the whole text, wherever it is cut."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
+
+from streamserve.engine.token_memo import MIN_CHARACTERS, TokenMemo, safe_cut_tokens
+from streamserve.engine.tokenizer import FastTokenizer
+from tests.engine.tokenizers_for_tests import ADDED, KINDS, SPECIAL, TEXTS
+
+# Overlapping, nested, with spaces at their ends, parts of words.
+CONTENTS = ["<a>", "<a", "a>", "<a><b>", "<b>", "aa", "a", " x", "x ", "\n", "<b>y", "é", "▁h"]
+flags = st.fixed_dictionaries(
+    dict.fromkeys(("lstrip", "rstrip", "normalized", "special"), st.booleans())
+    | {"single_word": st.sampled_from([False, False, False, True])}
+)
+added_tokens = st.dictionaries(st.sampled_from(CONTENTS), flags, min_size=1, max_size=5).map(
+    lambda tokens: [AddedToken(content, **given) for content, given in tokens.items()]
+)
+
+
+def texts_of(pieces):
+    """Texts that often begin alike: each is a part of one sequence, and something else."""
+    piece = st.sampled_from(pieces) | st.text(max_size=3)
+    sequence = st.lists(piece, max_size=14)
+    cuts = st.lists(st.tuples(st.integers(0, 14), st.lists(piece, max_size=3)), max_size=6)
+    return st.tuples(sequence, cuts).map(
+        lambda drawn: ["".join([*drawn[0][:n], *rest]) for n, rest in drawn[1]]
+    )
+
+
+def check(backend, tokens, texts, max_bytes):
+    def encode(text):
+        return backend.encode(text, add_special_tokens=False).ids
+
+    memo = TokenMemo(encode, tokens, max_bytes=max_bytes)
+    for text in texts * 2:
+        assert memo.encode(text) == encode(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    texts=texts_of([*SPECIAL, *(t.content for t in ADDED), *TEXTS, " ", "hello", "<|im_"]),
+    max_bytes=st.sampled_from([200, 10_000]),
+)
+def test_ids_are_those_of_the_whole_text(kind, texts, max_bytes):
+    backend = KINDS[kind]()._backend
+    tokens = safe_cut_tokens(backend.get_added_tokens_decoder().values())
+    assert set(SPECIAL) <= set(tokens)
+    check(backend, tokens, texts, max_bytes)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama", "word_piece"])
+@settings(max_examples=300)
+@given(
+    added=added_tokens,
+    texts=texts_of([*CONTENTS, " ", "  ", "hello", "y", "b"]),
+)
+def test_whatever_tokens_were_added(kind, added, texts):
+    backend = Tokenizer.from_str(KINDS[kind]()._backend.to_str())
+    backend.add_tokens(added)
+    tokens = safe_cut_tokens(backend.get_added_tokens_decoder().values())
+    if tokens:
+        check(backend, tokens, texts, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("added", "safe"),
+    [
+        ([AddedToken("<a>", normalized=False)], ["<a>"]),
+        ([AddedToken("<a>", normalized=False, rstrip=True)], ["<a>"]),
+        ([AddedToken("<a>", normalized=True)], []),
+        ([AddedToken("<a>", normalized=False, lstrip=True)], []),
+        ([AddedToken("<a>", normalized=False, single_word=True)], []),
+        ([AddedToken(" a", normalized=False)], []),
+        ([AddedToken("aba", normalized=False)], []),  # ababa
+        ([AddedToken(t, normalized=False) for t in ("<a>", "<a>b")], ["<a>b"]),
+        ([AddedToken(t, normalized=False) for t in ("<a>", "x<a")], ["x<a"]),
+        ([AddedToken(t, normalized=False) for t in ("<a>", "x<a>y")], ["x<a>y"]),
+        (
+            [
+                AddedToken("<a>", normalized=False),
+                AddedToken("b", normalized=False, single_word=True),
+            ],
+            [],
+        ),
+    ],
+)
+def test_where_a_text_may_be_cut(added, safe):
+    assert safe_cut_tokens(added) == safe
+
+
+class Counting:
+    """Counts the characters that are tokenised."""
+
+    def __init__(self):
+        self.num_characters = 0
+
+    def __call__(self, text):
+        self.num_characters += len(text)
+        return list(text.encode())
+
+
+def test_the_next_turn_tokenises_what_is_new():
+    encode = Counting()
+    memo = TokenMemo(encode, ["<s>"])
+    history = "<s>system<s>" + "user " * 1000
+    memo.encode(history + "<s>assistant")
+    encode.num_characters = 0
+    second = history + "<s>assistant: yes<s>user: no<s>assistant"
+    assert memo.encode(second) == list(second.encode())
+    assert encode.num_characters == len(second) - len(history)
+    encode.num_characters = 0
+    memo.encode(second)
+    assert encode.num_characters == len("<s>assistant")
+
+
+def test_what_was_used_longest_ago_is_forgotten():
+    encode = Counting()
+    memo = TokenMemo(encode, ["<s>"], max_bytes=15_000)  # two of them
+    first, second, third = (letter * 1000 + "<s>" for letter in "abc")
+    for text in (first, second, first, third):
+        memo.encode(text)
+    encode.num_characters = 0
+    memo.encode(first)
+    memo.encode(third)
+    assert encode.num_characters == 2 * len("<s>")
+    memo.encode(second)
+    assert encode.num_characters == 2 * len("<s>") + len(second)
+
+
+def test_a_tokenizer_remembers_long_texts():
+    tokenizer = KINDS["byte_level"]()
+    assert isinstance(tokenizer, FastTokenizer)
+    text = "<|im_start|>" + TEXTS[0] * (MIN_CHARACTERS // 10) + "<|im_end|>"
+    for more in ("", "x", "<|im_start|>", "<|im_start|>yes"):
+        for add_special_tokens in (False, True):
+            expected = tokenizer._backend.encode(text + more, add_special_tokens=add_special_tokens)
+            got = tokenizer.encode(text + more, add_special_tokens=add_special_tokens)
+            assert got == expected.ids
