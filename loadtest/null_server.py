@@ -45,10 +45,14 @@ class StreamList:
 
     def are_drained(self) -> bool:
         """Whether every mailbox is empty. Forgets what has ended."""
+        has_ended = False
         for stream in self._streams:
-            if not stream.is_drained and not stream.has_ended:
+            if stream.has_ended:
+                has_ended = True
+            elif not stream.is_drained:
                 return False
-        self._streams = [s for s in self._streams if not s.has_ended and not s.is_closed]
+        if has_ended:
+            self._streams = [stream for stream in self._streams if not stream.has_ended]
         return True
 
 
