@@ -50,6 +50,7 @@ class Request:
         "cache_salt",
         "choice_index",
         "computing_hash",
+        "ending_ids",
         "eos_token_ids",
         "finish_reason",
         "has_failed_step",
@@ -112,6 +113,8 @@ class Request:
         self.last_step_id = -1  # the newest step launched with this request in it
 
         # The rest is the scheduler's and the cache's own book-keeping.
+        eos = frozenset() if sampling_params.ignore_eos else eos_token_ids
+        self.ending_ids = eos.union(sampling_params.stop_token_ids)
         self.sort_key: tuple[float, ...] = ()
         self.num_uncached_tokens = self.num_prompt_tokens  # to compute, as seen at arrival
         self.max_num_tokens = 0  # token ids at which the answer ends with LENGTH

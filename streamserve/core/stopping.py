@@ -13,16 +13,15 @@ def append_tokens(
     Returns the ids that were appended, why it ended, and the stop id that ended it. EOS and stop
     ids count only behind ``min_tokens`` output tokens, which is where the sampler allows them.
     """
-    params = request.sampling_params
-    known = request.token_ids
-    num_before_stop = request.num_prompt_tokens + params.min_tokens
+    known, ending_ids = request.token_ids, request.ending_ids
     for i, token_id in enumerate(token_ids):
         known.append(token_id)
-        if len(known) > num_before_stop:
-            if token_id in request.eos_token_ids and not params.ignore_eos:
-                return token_ids[: i + 1], FinishReason.STOP, None
-            if token_id in params.stop_token_ids:
-                return token_ids[: i + 1], FinishReason.STOP, token_id
+        if (
+            token_id in ending_ids
+            and request.num_output_tokens > request.sampling_params.min_tokens
+        ):
+            is_eos = token_id in request.eos_token_ids and not request.sampling_params.ignore_eos
+            return token_ids[: i + 1], FinishReason.STOP, None if is_eos else token_id
         if len(known) >= request.max_num_tokens:
             return token_ids[: i + 1], FinishReason.LENGTH, None
     return token_ids, None, None
