@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 
+from streamserve.core import scheduler
 from streamserve.core.plan import PENDING_TOKEN, ModelRunnerOutput
 from streamserve.core.request import FinishReason, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
@@ -640,6 +641,23 @@ def test_a_long_prompt_that_finds_no_room_is_looked_up_once(monkeypatch):
         harness.step()
     assert look_ups == ["r2"]
     harness.run()
+
+
+def test_a_long_look_up_takes_several_steps_while_others_decode(monkeypatch):
+    monkeypatch.setattr(scheduler, "_MAX_NUM_HASHED", 3)
+    harness = Harness()
+    harness.add(list(range(33)), max_tokens=1)
+    harness.run()
+    harness.add([99], max_tokens=8)
+    harness.step()
+    late = harness.add(list(range(33)), max_tokens=1)
+    plans = [shares(harness.step()) for _ in range(4)]
+    assert plans == [{"r2": 1}, {"r2": 1}, {"r2": 1, "r3": 1}, {"r2": 1}]  # 8 blocks
+    assert late.num_cached_tokens == 32
+    harness.run()
+    alone = harness.add(list(range(33)), max_tokens=1)
+    assert shares(harness.step()) == {"r4": 1}
+    assert alone.num_cached_tokens == 32
 
 
 def _updates_of(harness):
