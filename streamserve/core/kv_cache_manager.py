@@ -88,6 +88,16 @@ class KVCacheManager:
         assert not request.block_table
         return self._cache.match(request, max_num_hashed) if self._caching else NO_MATCH
 
+    def estimate_cached(self, request: Request, max_num_hashed: int) -> int:
+        """Tokens of a request without blocks that are cached now: by its turn, it may be others.
+
+        Of a prompt with more cached blocks than may be hashed, only those hashed count.
+        """
+        match = self.find_prefix(request, max_num_hashed)
+        if match is None:
+            return len(request.block_hashes) * self.block_size
+        return match.num_tokens
+
     def allocate_slots(
         self,
         request: Request,

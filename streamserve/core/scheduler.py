@@ -214,8 +214,7 @@ class Scheduler:
             raise ValueError(f"request_id must be unique, got {request.request_id!r} again")
         assert request.status is RequestStatus.WAITING
         if self._policy.looks_up_prefix:
-            # An estimate: until its turn, more may be cached, or less.
-            num_cached = self.kv_cache.find_prefix(request).num_tokens
+            num_cached = self.kv_cache.estimate_cached(request, _MAX_NUM_HASHED)
             request.num_uncached_tokens = request.num_tokens - num_cached
         request.sort_key = self._policy.key(request, next(self._arrivals))
         request.max_num_tokens = self._limits.num_tokens_at_end(
