@@ -3,6 +3,7 @@
 src/            the C sources: operations, and the program that runs a row of them
 library         finds the compiled library and says why it cannot serve, if so
 execute         instructions in C's layout, run on torch's threads
+layout          the order of the elements in a cache block
 ops, linear     the functions of the contract on tensors, one or two instructions each
 record, symbol  a decoder's forward written down once as instructions
 
@@ -13,22 +14,24 @@ instructions want them: `unpack_keys` and `unpack_values` tell how.
 from __future__ import annotations
 
 from streamserve_kernels.naive import compilations, embedding, warm_up
+from streamserve_kernels.native.layout import (
+    check_head_sizes,
+    kv_cache_shape,
+    unpack_keys,
+    unpack_values,
+)
 from streamserve_kernels.native.library import has_matrix_units, why_not
 from streamserve_kernels.native.linear import FEW_ROWS, linear, prepare_linear
 from streamserve_kernels.native.ops import (
     activation,
-    check_head_sizes,
     copy_blocks,
     gated_activation,
-    kv_cache_shape,
     layer_norm,
     moe,
     paged_attention,
     rms_norm,
     rotary_embedding,
     rotary_write_kv,
-    unpack_keys,
-    unpack_values,
     write_kv,
 )
 from streamserve_kernels.native.record import Recorder

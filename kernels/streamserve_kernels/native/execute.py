@@ -13,6 +13,7 @@ _CODES = {name: code for code, name in enumerate(OPERATIONS)}
 _INSTRUCTION = struct.Struct(f"={MAX_ARGS + 1}q")
 _PADDING = (0,) * MAX_ARGS
 _STEP = struct.Struct("=16q")
+_OUT_OF_RANGE = -2  # SS_OUT_OF_RANGE
 _DOUBLE, _INT64 = struct.Struct("=d"), struct.Struct("=q")
 
 
@@ -36,8 +37,8 @@ def pack_step(
 class Executable:
     """A row of instructions and the handle of the program that runs them.
 
-    ``attention`` is (Hq, Hkv, Dv, S, D) of its attention instructions, zeros without any. Not for
-    two threads at a time.
+    ``attention`` is (Hq, Hkv, Dv, S, whether one has a window) of its attention instructions, zeros
+    without any. Not for two threads at a time.
     """
 
     def __init__(self, count: int, attention: tuple[int, int, int, int, int] = (0,) * 5) -> None:
@@ -71,6 +72,13 @@ class Executable:
         )
 
     def run(self, step: bytes, threads: int) -> None:
-        """Runs all instructions. Lets go of the interpreter lock. Raises MemoryError."""
-        if self._run(self._handle, step, threads, self._parallel, self._thread_num):
-            raise MemoryError("no memory for the scratch of the native attention")
+        """Runs all instructions. Lets go of the interpreter lock.
+
+        Raises MemoryError, or IndexError for a token id or position outside its table: then nothing
+        has run.
+        """
+        result = self._run(self._handle, step, threads, self._parallel, self._thread_num)
+        if result == _OUT_OF_RANGE:
+            raise IndexError("a token id or a position lies outside its embedding")
+        if result:
+            raise MemoryError("no memory for the scratch of the native kernels")

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 1
+ABI = 2
 MAX_ARGS = 24
 # In the order of program.c.
 OPERATIONS = (
@@ -103,8 +103,11 @@ def why_not() -> str | None:
 @lru_cache(maxsize=1)
 def load_library() -> ctypes.CDLL | None:
     """The library, its functions declared; None if it was built from other sources than these."""
-    library = ctypes.CDLL(str(library_path()))
-    if library.ss_abi() != ABI:
+    try:
+        library = ctypes.CDLL(str(library_path()))
+        if library.ss_abi() != ABI:
+            return None
+    except (OSError, AttributeError):  # half a file, or one that is not ours at all
         return None
     pointer = ctypes.c_void_p
     library.ss_program_new.argtypes = [pointer, ctypes.c_int64, pointer]

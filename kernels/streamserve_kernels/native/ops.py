@@ -12,6 +12,7 @@ from torch import Tensor
 from streamserve_kernels.experts import chosen_experts
 from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear, PrefixGroups
 from streamserve_kernels.native.execute import Executable, double_bits, pack_step
+from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.record import ACTIVATION_CODES
 from streamserve_kernels.pool import pool
 
@@ -40,38 +41,6 @@ def _require(name: str, x: Tensor, dtype: torch.dtype) -> None:
         raise TypeError(f"{name} must be contiguous {dtype}, got {x.dtype} at stride {x.stride()}")
 
 
-def check_head_sizes(head_size: int, value_head_size: int, block_size: int) -> None:
-    """Raises ValueError unless the caches can take these sizes."""
-    if head_size % 2 or value_head_size % 16 or block_size % 16:
-        raise ValueError(
-            "the native cache takes blocks of a multiple of 16 tokens, heads of an even size and "
-            f"value heads of a multiple of 16: got {block_size}, {head_size}, {value_head_size}"
-        )
-
-
-def kv_cache_shape(
-    num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
-) -> tuple[int, ...]:
-    """As `naive`, but the elements of a block lie in another order: see `unpack_keys`."""
-    if block_size % 16 or head_size % 2:
-        check_head_sizes(head_size, 16, block_size)
-    return (num_blocks, num_kv_heads, block_size, head_size)
-
-
-def unpack_keys(blocks: Tensor) -> Tensor:
-    """Key blocks [n, Hkv, S, D], inside [S / 16][D / 2][16][2] -> [n, Hkv, S, D] by token."""
-    n, heads, size, head_size = blocks.shape
-    lanes = blocks.reshape(n, heads, size // 16, head_size // 2, 16, 2)
-    return lanes.transpose(3, 4).reshape(blocks.shape)
-
-
-def unpack_values(blocks: Tensor) -> Tensor:
-    """Value blocks [n, Hkv, S, Dv], inside [S / 2][Dv][2] -> [n, Hkv, S, Dv] by token."""
-    n, heads, size, value_size = blocks.shape
-    lanes = blocks.reshape(n, heads, size // 2, value_size, 2)
-    return lanes.transpose(3, 4).reshape(blocks.shape)
-
-
 def _norm(
     operation: str,
     x: Tensor,
@@ -83,6 +52,11 @@ def _norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     _bfloat16("x, residual, weight and bias", x, residual, weight, bias)
     width = x.shape[-1]
+    for tensor in (weight, bias):
+        if tensor is not None and (tensor.shape != (width,) or not tensor.is_contiguous()):
+            raise ValueError(f"weight and bias must be {width} adjacent numbers")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual {tuple(residual.shape)} is not of the shape {tuple(x.shape)}")
     if x.dim() != 2 or x.stride(1) != 1:
         x = x.contiguous()
     stride = x.stride(0) if x.dim() == 2 else width
@@ -157,15 +131,23 @@ def _rotary(
         _require("slot_mapping", slot_mapping, torch.int64)
         if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
             raise TypeError("the caches must be contiguous")
-        expected = (key.shape[1], key_cache.shape[2], key.shape[2])
-        if key_cache.shape[1:] != expected:
-            raise ValueError(
-                f"key {tuple(key.shape)} does not fit a cache of {tuple(key_cache.shape)}"
-            )
+        check_head_sizes(key.shape[2], 16, key_cache.shape[2])
+        for tensor, cache in ((key, key_cache), (value, value_cache)):
+            if tensor is None or cache.shape[1:] != (
+                key.shape[1],
+                key_cache.shape[2],
+                tensor.shape[2],
+            ):
+                raise ValueError(
+                    "keys and values do not fit the caches of shapes "
+                    f"{tuple(key_cache.shape)} and {tuple(value_cache.shape)}"
+                )
         slots = slot_mapping.data_ptr()
     if cos_sin is not None and positions is not None:
         _require("positions", positions, torch.int64)
         _require("cos_sin", cos_sin, torch.float32)
+        if cos_sin.shape[1] > key.shape[2]:
+            raise ValueError(f"{cos_sin.shape[1]} elements do not turn in {key.shape[2]}")
     executable = _one()
     executable.set(
         0,
@@ -232,6 +214,8 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
         raise TypeError("the caches must be contiguous")
     _require("src", src, torch.int64)
     _require("dst", dst, torch.int64)
+    if src.shape != dst.shape:
+        raise ValueError(f"{src.shape[0]} blocks cannot be copied to {dst.shape[0]}")
     addresses = array.array("q", [cache.data_ptr() for cache in caches])
     sizes = array.array("q", [cache[0].nbytes for cache in caches])
     executable = _one()
@@ -250,9 +234,9 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
 
 @lru_cache(maxsize=64)
 def _attention(
-    num_heads: int, num_kv_heads: int, value_size: int, size: int, head: int
+    num_heads: int, num_kv_heads: int, value_size: int, block_size: int, has_window: bool
 ) -> Executable:
-    return Executable(2, (num_heads, num_kv_heads, value_size, size, head))
+    return Executable(2, (num_heads, num_kv_heads, value_size, block_size, int(has_window)))
 
 
 def paged_attention(
@@ -308,7 +292,7 @@ def paged_attention(
         double_bits(soft_cap or 0.0),
         0 if sinks is None else sinks.data_ptr(),
     )
-    executable = _attention(num_heads, num_kv_heads, value_size, block_size, head_size)
+    executable = _attention(num_heads, num_kv_heads, value_size, block_size, bool(window))
     executable.set(0, "attend", *args)
     executable.set(1, "attend_merge", *args)
     step = pack_step(
@@ -330,17 +314,19 @@ def paged_attention(
 
 def gated_activation(x: Tensor, kind: GatedKind) -> Tensor:
     """See `naive.gated_activation`."""
-    return _activate("gated", x, ACTIVATION_CODES[kind], x.shape[-1] // 2)
+    if x.shape[-1] % 2:
+        raise ValueError(f"a gate and its values cannot share {x.shape[-1]} elements")
+    return _activate("gated", x, kind, x.shape[-1] // 2)
 
 
 def activation(x: Tensor, kind: ActivationKind) -> Tensor:
     """See `naive.activation`."""
-    if kind not in ACTIVATION_CODES:
+    return _activate("activation", x, kind, x.shape[-1])
+
+
+def _activate(operation: str, x: Tensor, kind: str, width: int) -> Tensor:
+    if (code := ACTIVATION_CODES.get(kind)) is None:
         raise ValueError(f"activation kind {kind!r} is not known")
-    return _activate("activation", x, ACTIVATION_CODES[kind], x.shape[-1])
-
-
-def _activate(operation: str, x: Tensor, code: int, width: int) -> Tensor:
     _bfloat16("x", x)
     if x.dim() != 2 or x.stride(1) != 1:
         x = x.contiguous()

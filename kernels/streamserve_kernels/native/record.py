@@ -17,6 +17,7 @@ from torch import Tensor
 from streamserve_kernels import huge_pages
 from streamserve_kernels.interface import NotRecordableError, StepTensors
 from streamserve_kernels.native.execute import Executable, double_bits, pack_step
+from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.linear import NativeLinear
 from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol
 from streamserve_kernels.pool import pool
@@ -122,6 +123,7 @@ class Recorder:
             weight.shape[1],
             int(ids.name == "positions"),
             ids.offset,
+            weight.shape[0],
         )
         return out
 
@@ -260,10 +262,12 @@ class Recorder:
     ) -> Symbol:
         num_kv_heads, block_size, head_size = key_cache.shape[1:]
         value_size = value_cache.shape[3]
-        dims = (query.tail[0], num_kv_heads, value_size, block_size, head_size)
-        if self.attention not in (None, dims):
+        check_head_sizes(head_size, value_size, block_size)
+        sizes = (query.tail[0], num_kv_heads, value_size, block_size)
+        if self.attention is not None and self.attention[:4] != sizes:
             raise NotRecordableError("layers whose attention has other shapes than others'")
-        self.attention = dims
+        has_window = window is not None or (self.attention is not None and self.attention[4] > 0)
+        self.attention = (*sizes, int(has_window))
         out = self._new(TOKENS, query.tail[0], value_size)
         args = (
             out.address,

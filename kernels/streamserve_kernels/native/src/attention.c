@@ -173,20 +173,31 @@ static int link_parts(ss_attention_plan *plan) {
     return 0;
 }
 
-static double total_cost(const ss_step *step, int64_t group_size) {
+// What the queries of a step are to the units' balance, all kv heads together.
+static double total_cost(const builder *b, const ss_step *step, int64_t block_size) {
     double cost = 0;
     for (int64_t r = 0; r < step->num_requests; r++) {
         const int64_t queries = step->query_start_loc[r + 1] - step->query_start_loc[r];
-        cost += item_cost(step->seq_lens[r], queries * group_size);
+        const int64_t g = b->plan->group_of[r];
+        const int64_t shared = g < 0 ? 0 : step->group_blocks[g] * block_size;
+        if (queries) cost += item_cost(step->seq_lens[r] - shared, queries * b->group_size);
     }
-    return cost;
+    for (int64_t g = 0; g < step->num_groups; g++) {
+        int64_t queries = 0;
+        for (int32_t m = step->group_starts[g]; m < step->group_starts[g + 1]; m++) {
+            const int32_t r = step->group_members[m];
+            queries += step->query_start_loc[r + 1] - step->query_start_loc[r];
+        }
+        cost += item_cost(step->group_blocks[g] * block_size, queries * b->group_size);
+    }
+    return cost * (double)b->kv_heads;
 }
 
-int ss_plan_build(ss_attention_plan *plan, const ss_step *step, int num_threads, int64_t num_heads,
-                  int64_t num_kv_heads, int64_t value_size, int64_t block_size,
-                  int64_t max_head_size) {
+int ss_plan_build(ss_attention_plan *plan, const ss_step *step, int num_threads,
+                  const int64_t *sizes) {
     const int64_t tokens = step->num_tokens, requests = step->num_requests;
-    builder b = {plan, num_heads / num_kv_heads, num_kv_heads, value_size + 2, 0, 0};
+    const int64_t num_kv_heads = sizes[1], value_size = sizes[2], block_size = sizes[3];
+    builder b = {plan, sizes[0] / num_kv_heads, num_kv_heads, value_size + 2, INFINITY, 0};
     int64_t capacity = plan->max_tokens;  // of both of these
     if (GROW(plan->positions, capacity, tokens + 1)) return -1;
     if (GROW(plan->part_start, plan->max_tokens, tokens + 1)) return -1;
@@ -202,14 +213,13 @@ int ss_plan_build(ss_attention_plan *plan, const ss_step *step, int num_threads,
     for (int64_t g = 0; g < step->num_groups; g++)
         for (int32_t m = step->group_starts[g]; m < step->group_starts[g + 1]; m++)
             plan->group_of[step->group_members[m]] = (int32_t)g;
-    b.unit_cost = num_threads == 1 ? INFINITY
-                                   : total_cost(step, b.group_size) * (double)num_kv_heads /
-                                         (UNITS_PER_THREAD * num_threads);
+    const double cost = num_threads == 1 ? 0 : total_cost(&b, step, block_size);
+    if (cost > 0) b.unit_cost = cost / (UNITS_PER_THREAD * num_threads);
     for (int64_t g = 0; g < step->num_groups; g++) add_group(&b, step, g, block_size);
     for (int64_t r = 0; r < requests; r++) add_request(&b, step, r, block_size);
     if (b.failed || link_parts(plan)) return -1;
     const int64_t rows = ss_max(MAX_ITEM_ROWS, b.group_size);
-    plan->thread_floats = ss_ceil_div(rows * (value_size + 2) + 2 * ROWS * TILE + max_head_size, 16) * 16;
+    plan->thread_floats = ss_ceil_div(rows * (value_size + 2) + 2 * ROWS * TILE, 16) * 16;
     plan->partial_floats = ss_ceil_div(plan->partial_floats, 16) * 16;
     const int64_t floats = plan->partial_floats + num_threads * plan->thread_floats;
     if (floats > plan->max_floats) {
@@ -240,8 +250,15 @@ enum {
     ATTEND_SINKS,     // [Hq] float32, or 0
 };
 
+// A window may cut a shared prefix, for each query at another place: then nothing is shared.
+static const ss_attention_plan *plan_of(const ss_context *context, const int64_t *args) {
+    return args[ATTEND_WINDOW] && context->longest > args[ATTEND_WINDOW]
+               ? context->plan_without_groups
+               : context->plan;
+}
+
 static int64_t attend_units(const ss_context *context, const int64_t *args) {
-    return context->plan->num_items * args[ATTEND_KV_HEADS];
+    return plan_of(context, args)->num_items * args[ATTEND_KV_HEADS];
 }
 
 // One tile: where its keys and values lie, 16 tokens to a piece. Blocks lie anywhere, so the
@@ -286,7 +303,7 @@ static inline __attribute__((always_inline)) void score_rows(float *scores, cons
         for (int v = 0; v < pieces; v++)
             keys[v] = (__m512bh)_mm512_loadu_si512(t->keys[v] + 32 * d);
         for (int m = 0; m < num_rows; m++) {
-            const __m512bh q = (__m512bh)_mm512_set1_epi32(((const int32_t *)rows[m])[d]);
+            const __m512bh q = (__m512bh)_mm512_set1_epi32(((const ss_pair *)rows[m])[d]);
             for (int v = 0; v < pieces; v++) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], q, keys[v]);
         }
     }
@@ -318,7 +335,7 @@ static inline __attribute__((always_inline)) void weigh_rows(float *acc, int64_t
         for (int v = 0; v < vectors; v++) values[v] = (__m512bh)_mm512_loadu_si512(line + 32 * v);
         for (int m = 0; m < num_rows; m++) {
             const __m512bh p =
-                (__m512bh)_mm512_set1_epi32(((const int32_t *)(weights + m * TILE))[s]);
+                (__m512bh)_mm512_set1_epi32(((const ss_pair *)(weights + m * TILE))[s]);
             for (int v = 0; v < vectors; v++)
                 sums[m][v] = _mm512_dpbf16_ps(sums[m][v], p, values[v]);
         }
@@ -332,7 +349,7 @@ static inline __attribute__((always_inline)) void weigh_rows(float *acc, int64_t
                 (__m512bh)_mm512_and_si512(_mm512_loadu_si512(line + 32 * v), low);
             for (int m = 0; m < num_rows; m++) {
                 const __m512bh p =
-                    (__m512bh)_mm512_set1_epi32(((const int32_t *)(weights + m * TILE))[pairs]);
+                    (__m512bh)_mm512_set1_epi32(((const ss_pair *)(weights + m * TILE))[pairs]);
                 sums[m][v] = _mm512_dpbf16_ps(sums[m][v], p, value);
             }
         }
@@ -405,7 +422,7 @@ static float soften(float *scores, bf16 *weights, const tile *t, const row_view 
     }
     __m512 total = _mm512_setzero_ps();
     for (int64_t v = 0; v < num_pieces; v++) {
-        // A score of -inf gives exactly 0, since scalef does.
+        // What is not seen weighs exactly 0.
         const __m512 p = ss_exp(_mm512_sub_ps(pieces[v], _mm512_set1_ps(new)));
         const __mmask16 seen = _mm512_cmp_ps_mask(pieces[v], lowest, _CMP_NEQ_UQ);
         const __m512 kept = _mm512_maskz_mov_ps(seen, p);
@@ -420,7 +437,7 @@ static float soften(float *scores, bf16 *weights, const tile *t, const row_view 
 
 static void attend_run(const ss_context *context, const int64_t *args, int64_t unit,
                        int64_t num_units, int thread) {
-    const ss_attention_plan *plan = context->plan;
+    const ss_attention_plan *plan = plan_of(context, args);
     const ss_step *step = context->step;
     const int64_t kv_heads = args[ATTEND_KV_HEADS], h = unit % kv_heads;
     const item *work = plan->items + unit / kv_heads;
@@ -510,8 +527,7 @@ const ss_operation ss_attend = {attend_units, attend_run, 0};
 static int64_t merge_units(const ss_context *context, const int64_t *args) {
     const ss_step *step = context->step;
     const int64_t padding = step->num_tokens - step->query_start_loc[step->num_requests];
-    (void)args;
-    if (!context->plan->num_parts && !padding) return 0;
+    if (!plan_of(context, args)->num_parts && !padding) return 0;
     return ss_min(step->num_tokens, 4 * (int64_t)context->num_threads);
 }
 
@@ -550,7 +566,7 @@ static void merge_head(const ss_attention_plan *plan, const int64_t *args, int64
 
 static void merge_run(const ss_context *context, const int64_t *args, int64_t unit,
                       int64_t num_units, int thread) {
-    const ss_attention_plan *plan = context->plan;
+    const ss_attention_plan *plan = plan_of(context, args);
     const ss_step *step = context->step;
     const int64_t heads = args[ATTEND_HEADS], used = step->query_start_loc[step->num_requests];
     (void)thread;

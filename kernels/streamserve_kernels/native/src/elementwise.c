@@ -15,18 +15,36 @@ static int64_t row_units(int64_t rows, int64_t width, int num_threads) {
 
 // --- embedding, gather -------------------------------------------------------------------------
 
-enum { EMBED_OUT, EMBED_TABLE, EMBED_WIDTH, EMBED_BY_POSITION, EMBED_OFFSET, EMBED_ROWS_KIND };
+enum {
+    EMBED_OUT,
+    EMBED_TABLE,        // [EMBED_TABLE_ROWS, EMBED_WIDTH]
+    EMBED_WIDTH,
+    EMBED_BY_POSITION,  // whether rows are chosen by position, not by id
+    EMBED_OFFSET,       // added to it
+    EMBED_TABLE_ROWS,
+};
+
+static const int64_t *embedding_ids(const ss_context *context, const int64_t *args) {
+    return args[EMBED_BY_POSITION] ? context->step->positions : context->step->input_ids;
+}
+
+static int embedding_begin(const ss_context *context, const int64_t *args) {
+    const int64_t *ids = embedding_ids(context, args);
+    for (int64_t row = 0; row < context->step->num_tokens; row++) {
+        const int64_t id = ids[row] + args[EMBED_OFFSET];
+        if (id < 0 || id >= args[EMBED_TABLE_ROWS]) return SS_OUT_OF_RANGE;
+    }
+    return SS_OK;
+}
 
 static int64_t embedding_units(const ss_context *context, const int64_t *args) {
-    return row_units(ss_rows(context, args[EMBED_ROWS_KIND]), args[EMBED_WIDTH],
-                     context->num_threads);
+    return row_units(context->step->num_tokens, args[EMBED_WIDTH], context->num_threads);
 }
 
 static void embedding_run(const ss_context *context, const int64_t *args, int64_t unit,
                           int64_t num_units, int thread) {
     (void)thread;
-    const int64_t *ids =
-        args[EMBED_BY_POSITION] ? context->step->positions : context->step->input_ids;
+    const int64_t *ids = embedding_ids(context, args);
     const int64_t width = args[EMBED_WIDTH];
     FOR_ROWS(row, context->step->num_tokens)
     __builtin_memcpy((bf16 *)args[EMBED_OUT] + row * width,
@@ -34,7 +52,7 @@ static void embedding_run(const ss_context *context, const int64_t *args, int64_
                      2 * (size_t)width);
 }
 
-const ss_operation ss_embedding = {embedding_units, embedding_run, 0};
+const ss_operation ss_embedding = {embedding_units, embedding_run, embedding_begin};
 
 enum { GATHER_OUT, GATHER_IN, GATHER_WIDTH, GATHER_STRIDE };
 
@@ -250,8 +268,8 @@ static void rotate(bf16 *x, const float *cos_sin, int64_t half, int interleaved)
 }
 
 static void write_key(bf16 *block, const bf16 *key, int64_t head_size, int64_t offset) {
-    int32_t *to = (int32_t *)(block + (offset / 16) * 16 * head_size) + offset % 16;
-    for (int64_t d = 0; d < head_size / 2; d++) to[16 * d] = ((const int32_t *)key)[d];
+    ss_pair *to = (ss_pair *)(block + (offset / 16) * 16 * head_size) + offset % 16;
+    for (int64_t d = 0; d < head_size / 2; d++) to[16 * d] = ((const ss_pair *)key)[d];
 }
 
 static void write_value(bf16 *block, const bf16 *value, int64_t value_size, int64_t offset) {
@@ -329,9 +347,9 @@ static inline __m512 activate(__m512 x, int64_t kind) {
         case KIND_QUICK_GELU:
             return sigmoid_form(x, _mm512_mul_ps(_mm512_set1_ps(1.702f), x));
         case KIND_RELU:
-            return _mm512_max_ps(x, zero);
+            return _mm512_max_ps(zero, x);  // a NaN is what comes second, and stays
         default: {
-            const __m512 positive = _mm512_max_ps(x, zero);
+            const __m512 positive = _mm512_max_ps(zero, x);
             return _mm512_mul_ps(positive, positive);
         }
     }

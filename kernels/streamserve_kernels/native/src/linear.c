@@ -78,7 +78,7 @@ static inline __attribute__((always_inline)) void product(
             _mm_prefetch(ahead + k * 4 * BLOCK + 64 * i, _MM_HINT_T1);
         for (int m = 0; m < rows; m++) {
             const __m512bh factor =
-                (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + m * x_stride + 2 * k));
+                (__m512bh)_mm512_set1_epi32(*(const ss_pair *)(x + m * x_stride + 2 * k));
             for (int v = 0; v < vectors; v++)
                 sums[m][v] = _mm512_dpbf16_ps(sums[m][v], factor, w[v]);
         }
@@ -141,11 +141,12 @@ static void keep_best(best_entry *best, const float *tile, int64_t columns, int6
     }
 }
 
-static void begin(const ss_context *context, const int64_t *args) {
+static int begin(const ss_context *context, const int64_t *args) {
     best_entry *best = (best_entry *)args[BEST];
-    if (!best) return;
+    if (!best) return SS_OK;
     const int64_t count = context->num_threads * ss_rows(context, args[ROWS_KIND]);
     for (int64_t i = 0; i < count; i++) best[i] = (best_entry){-INFINITY, 0};
+    return SS_OK;
 }
 
 // The finished sums of one row and block go where they are wanted.

@@ -25,11 +25,11 @@ typedef struct {
 typedef struct {
     const ss_instruction *instructions;
     int64_t num_instructions;
-    int64_t attention[5];  // Hq, Hkv, Dv, S, D; Hq = 0: no attention
+    int64_t attention[5];  // Hq, Hkv, Dv, S, whether any has a window; Hq = 0: no attention
     // For each instruction: the units finished, then for each thread those taken of its range.
     counter *counters;
     int64_t max_threads;
-    ss_attention_plan *plan;
+    ss_attention_plan *plan, *plan_without_groups;
 } ss_program;
 
 typedef struct {
@@ -39,7 +39,15 @@ typedef struct {
 } region;
 
 // Changes with every change of a structure or of an operation's arguments: library.py checks it.
-int ss_abi(void) { return 1; }
+int ss_abi(void) { return 2; }
+
+void ss_program_free(ss_program *program) {
+    if (!program) return;
+    free(program->counters);
+    ss_plan_free(program->plan);
+    ss_plan_free(program->plan_without_groups);
+    free(program);
+}
 
 ss_program *ss_program_new(const ss_instruction *instructions, int64_t count,
                            const int64_t *attention) {
@@ -49,16 +57,10 @@ ss_program *ss_program_new(const ss_instruction *instructions, int64_t count,
     program->num_instructions = count;
     memcpy(program->attention, attention, sizeof(program->attention));
     program->plan = ss_plan_new();
-    if (program->plan) return program;
-    free(program);
+    program->plan_without_groups = ss_plan_new();
+    if (program->plan && program->plan_without_groups) return program;
+    ss_program_free(program);
     return 0;
-}
-
-void ss_program_free(ss_program *program) {
-    if (!program) return;
-    free(program->counters);
-    ss_plan_free(program->plan);
-    free(program);
 }
 
 static void wait_for(atomic_llong *done, int64_t units) {
@@ -108,27 +110,43 @@ static int reset_counters(ss_program *program, int num_threads) {
     return 0;
 }
 
+static int lay_out_attention(ss_program *program, ss_context *context) {
+    const int64_t *dims = program->attention;
+    const ss_step *step = context->step;
+    if (!dims[0]) return SS_OK;
+    for (int64_t r = 0; r < step->num_requests; r++)
+        context->longest = ss_max(context->longest, step->seq_lens[r]);
+    if (ss_plan_build(program->plan, step, context->num_threads, dims)) return SS_NO_MEMORY;
+    if (!step->num_groups || !dims[4]) return SS_OK;
+    ss_step ungrouped = *step;
+    ungrouped.num_groups = 0;
+    context->plan_without_groups = program->plan_without_groups;
+    return ss_plan_build(program->plan_without_groups, &ungrouped, context->num_threads, dims)
+               ? SS_NO_MEMORY
+               : SS_OK;
+}
+
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 
 // Runs a step on `num_threads` threads of the pool behind `parallel` (GOMP_parallel), whose numbers
-// `thread_num` tells; without one, on the calling thread. Returns 0, or -1 when memory ran out.
+// `thread_num` tells; without one, on the calling thread. Returns SS_OK, or why it did not run.
 int ss_run(ss_program *program, const ss_step *step, int num_threads, parallel_function parallel,
            int (*thread_num)(void)) {
     if (!parallel) num_threads = 1;
-    region r = {program, {step, num_threads, program->plan}, num_threads > 1 ? thread_num : 0};
-    const int64_t *dims = program->attention;
-    if (dims[0] && ss_plan_build(program->plan, step, num_threads, dims[0], dims[1], dims[2],
-                                 dims[3], dims[4]))
-        return -1;
-    if (reset_counters(program, num_threads)) return -1;
+    region r = {program,
+                {step, num_threads, program->plan, program->plan, 0},
+                num_threads > 1 ? thread_num : 0};
+    if (lay_out_attention(program, &r.context)) return SS_NO_MEMORY;
+    if (reset_counters(program, num_threads)) return SS_NO_MEMORY;
     for (int64_t i = 0; i < program->num_instructions; i++) {
         const ss_instruction *instruction = program->instructions + i;
         const ss_operation *operation = OPERATIONS[instruction->op];
-        if (operation->begin) operation->begin(&r.context, instruction->args);
+        const int failure = operation->begin ? operation->begin(&r.context, instruction->args) : 0;
+        if (failure) return failure;
     }
     if (num_threads > 1)
         parallel(work, &r, (unsigned)num_threads, 0);
     else
         work(&r);
-    return 0;
+    return SS_OK;
 }

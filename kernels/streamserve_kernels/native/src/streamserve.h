@@ -14,6 +14,8 @@
 #include <stdint.h>
 
 typedef uint16_t bf16;
+// Two neighbours, wherever a row of them starts.
+typedef int32_t ss_pair __attribute__((may_alias, aligned(2)));
 
 enum { SS_MAX_ARGS = 24, SS_MAX_THREADS = 256 };
 
@@ -42,14 +44,18 @@ typedef struct {
     int64_t args[SS_MAX_ARGS];  // addresses, sizes, bits of doubles: see each operation
 } ss_instruction;
 
+// What `ss_run` returns. Mirrored by execute.py.
+enum { SS_OK = 0, SS_NO_MEMORY = -1, SS_OUT_OF_RANGE = -2 };
+
 // One operation. `units` says into how many pieces a step's work falls, `run` does one of them;
-// `begin`, where there is one, runs once before the step, on the calling thread.
+// `begin`, where there is one, runs once before the step, on the calling thread. Unless it returns
+// SS_OK, nothing is run.
 typedef struct ss_context ss_context;
 typedef struct {
     int64_t (*units)(const ss_context *context, const int64_t *args);
     void (*run)(const ss_context *context, const int64_t *args, int64_t unit, int64_t num_units,
                 int thread);
-    void (*begin)(const ss_context *context, const int64_t *args);
+    int (*begin)(const ss_context *context, const int64_t *args);
 } ss_operation;
 
 // Attention's work for one step: the same for every layer. See attention.c.
@@ -59,7 +65,8 @@ struct ss_context {
     const ss_step *step;
     int num_threads;
     ss_attention_plan *plan;
-
+    ss_attention_plan *plan_without_groups;  // the same one if there are no groups
+    int64_t longest;                         // of the step's seq_lens
 };
 
 extern const ss_operation ss_embedding, ss_gather_rows, ss_rms_norm, ss_layer_norm, ss_rotary_write,
@@ -122,6 +129,9 @@ static inline __m512 ss_rounded(__m512 value) {
 
 // e**x within 2 ulp; 0 far below, infinity far above.
 static inline __m512 ss_exp(__m512 x) {
+    // Further out the remainder f is no longer small. (A NaN is what comes second, and stays.)
+    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
+    x = _mm512_min_ps(_mm512_set1_ps(150.0f), x);
     const __m512 log2e = _mm512_set1_ps(1.44269504088896341f);
     const __m512 high = _mm512_set1_ps(0.693145751953125f);
     const __m512 low = _mm512_set1_ps(1.42860682030941723212e-6f);
@@ -141,8 +151,8 @@ static inline __m512 ss_exp(__m512 x) {
 // attention.c
 ss_attention_plan *ss_plan_new(void);
 void ss_plan_free(ss_attention_plan *plan);
-// Lays out a step's attention; returns 0, or -1 when memory ran out.
-int ss_plan_build(ss_attention_plan *plan, const ss_step *step, int num_threads, int64_t num_heads,
-                  int64_t num_kv_heads, int64_t value_size, int64_t block_size, int64_t max_head_size);
+// Lays out a step's attention, of sizes Hq, Hkv, Dv, S; returns 0, or -1 when memory ran out.
+int ss_plan_build(ss_attention_plan *plan, const ss_step *step, int num_threads,
+                  const int64_t *sizes);
 
 #endif
