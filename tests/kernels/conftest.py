@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels import Kernels, load
+from streamserve_kernels.native.library import why_not
 
 TOLERANCE = {
     torch.float32: {"atol": 2e-6, "rtol": 1e-5},
@@ -36,6 +38,23 @@ def naive() -> Kernels:
 @pytest.fixture(scope="session")
 def cpu() -> Kernels:
     return load("cpu", "cpu")
+
+
+@pytest.fixture(scope="session")
+def native() -> Kernels:
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    return load("cpu", "native")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
@@ -99,3 +118,14 @@ def paged_case(
         values=values,
         queries=queries,
     )
+
+
+def native_args(native: Kernels, case: Paged) -> tuple[Tensor, ...]:
+    """The arguments of a case with its caches in the native order; unused slots hold NaN."""
+    query, key_cache, value_cache, table, lens, starts = case.args
+    key, value = (torch.full_like(cache, float("nan")) for cache in (key_cache, value_cache))
+    size = key_cache.shape[2]
+    for r, (keys, values) in enumerate(zip(case.keys, case.values, strict=True)):
+        j = torch.arange(keys.shape[0])
+        native.write_kv(keys, values, key, value, table[r, j // size].long() * size + j % size)
+    return query, key, value, table, lens, starts

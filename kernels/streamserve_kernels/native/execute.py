@@ -6,6 +6,9 @@ import ctypes
 import struct
 from typing import Any, cast
 
+import torch
+
+from streamserve_kernels.interface import PrefixGroups
 from streamserve_kernels.native.library import MAX_ARGS, OPERATIONS, Instruction, load_library
 from streamserve_kernels.pool import pool
 
@@ -13,6 +16,7 @@ _CODES = {name: code for code, name in enumerate(OPERATIONS)}
 _INSTRUCTION = struct.Struct(f"={MAX_ARGS + 1}q")
 _PADDING = (0,) * MAX_ARGS
 _STEP = struct.Struct("=16q")
+_NO_GROUPS = (0, 0, 0, 0)
 _OUT_OF_RANGE = -2  # SS_OUT_OF_RANGE
 _DOUBLE, _INT64 = struct.Struct("=d"), struct.Struct("=q")
 
@@ -32,6 +36,17 @@ def pack_step(
     """``ss_step``; what is not given is 0."""
     rest = addresses_and_groups + (0,) * (12 - len(addresses_and_groups))
     return _STEP.pack(num_tokens, num_logits, num_requests, table_stride, *rest)
+
+
+def group_fields(groups: PrefixGroups | None) -> tuple[int, int, int, int]:
+    """What ``ss_step`` holds of them. Raises TypeError for numbers other than adjacent int32."""
+    if groups is None:
+        return _NO_GROUPS
+    for tensor in groups:
+        if tensor.dtype != torch.int32 or not tensor.is_contiguous():
+            raise TypeError(f"prefix groups must be contiguous int32, got {tensor.dtype}")
+    members, starts, num_blocks = groups
+    return num_blocks.shape[0], members.data_ptr(), starts.data_ptr(), num_blocks.data_ptr()
 
 
 class Executable:

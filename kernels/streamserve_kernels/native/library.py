@@ -107,7 +107,7 @@ def load_library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(library_path()))
         if library.ss_abi() != ABI:
             return None
-    except (OSError, AttributeError):  # half a file, or one that is not ours at all
+    except (OSError, AttributeError):  # a file that is not ours, or none at all
         return None
     pointer = ctypes.c_void_p
     library.ss_program_new.argtypes = [pointer, ctypes.c_int64, pointer]

@@ -121,6 +121,8 @@ def prepare_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """Packs weight [N, K] bfloat16; the caller may release it afterwards."""
     if weight.dtype != torch.bfloat16:
         raise TypeError(f"the native kernels take bfloat16 weights, got {weight.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"a bias of {tuple(bias.shape)} for {weight.shape[0]} outputs")
     if bias is not None:
         bias = bias.to(torch.bfloat16).contiguous()
     if has_matrix_units():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamserve_kernels.experts import chosen_experts
 from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear, PrefixGroups
-from streamserve_kernels.native.execute import Executable, double_bits, pack_step
+from streamserve_kernels.native.execute import Executable, double_bits, group_fields, pack_step
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.record import ACTIVATION_CODES
 from streamserve_kernels.pool import pool
@@ -254,10 +254,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     prefix_groups: PrefixGroups | None = None,
 ) -> Tensor:
-    """See `naive.paged_attention`; the blocks of the caches are in the order of `unpack_keys`.
-
-    `prefix_groups` are ignored: each request reads all its own.
-    """
+    """See `naive.paged_attention`; the blocks of the caches are in the order of `unpack_keys`."""
     _bfloat16("query and the caches", query, key_cache, value_cache)
     _require("block_table", block_table, torch.int32)
     _require("seq_lens", seq_lens, torch.int32)
@@ -307,6 +304,7 @@ def paged_attention(
         query_start_loc.data_ptr(),
         seq_lens.data_ptr(),
         block_table.data_ptr(),
+        *group_fields(prefix_groups),
     )
     executable.run(step, pool().threads())
     return output

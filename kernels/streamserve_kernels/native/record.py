@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streamserve_kernels import huge_pages
 from streamserve_kernels.interface import NotRecordableError, StepTensors
-from streamserve_kernels.native.execute import Executable, double_bits, pack_step
+from streamserve_kernels.native.execute import Executable, double_bits, group_fields, pack_step
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.linear import NativeLinear
 from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol
@@ -58,6 +58,7 @@ class RecordedBatch:
         self.seq_lens = Index("seq_lens", 0)
         self.block_table = Index("block_table", 0)
         self.logits_indices = Index("logits_indices", LOGITS)
+        # A step's own are read when it runs; a layer's window is heeded there as well.
         self.prefix_groups = None
 
 
@@ -403,10 +404,7 @@ class RecordedProgram:
             batch.query_start_loc.data_ptr(),
             batch.seq_lens.data_ptr(),
             batch.block_table.data_ptr(),
-            0,
-            0,
-            0,
-            0,
+            *group_fields(batch.prefix_groups),
             int(wants_logits),
         )
         self._executable.run(step, self._threads)

@@ -1,0 +1,127 @@
+"""When the native backend is chosen, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamserve_kernels import Kernels, load
+from streamserve_kernels.native import library
+from streamserve_kernels.native.execute import Executable, pack_step
+from streamserve_kernels.pool import pool
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Lets the library be looked for at another path; it is forgotten again."""
+
+    def look(path: Path) -> None:
+        monkeypatch.setattr(library, "library_path", lambda: path)
+        library.load_library.cache_clear()
+
+    yield look
+    library.load_library.cache_clear()
+
+
+def test_it_serves_bfloat16_of_sizes_that_its_cache_takes(native: Kernels) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load("cpu", dtype=BF16) is native
+        assert load("cpu", dtype=BF16, head_sizes=((64, 64), (192, 128)), block_size=48) is native
+        assert load("cpu", dtype=torch.float32).name == "cpu"
+        assert load("cpu", dtype=torch.float16).name == "cpu"
+        assert load("cpu").name == "cpu"
+        assert load("cuda", dtype=BF16).name == "naive"
+        for head_sizes, block_size in (
+            (((63, 64),), 16),
+            (((64, 64), (64, 24)), 16),
+            (((64, 64),), 8),
+        ):
+            chosen = load("cpu", dtype=BF16, head_sizes=head_sizes, block_size=block_size)
+            assert chosen.name == "cpu"
+
+
+def test_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="'cuda'"):
+        load("cuda", "native")
+
+
+def test_a_cpu_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
+    assert not library.has_matrix_units()
+    with pytest.warns(RuntimeWarning, match="slower ones do: this CPU has no avx512_bf16, "):
+        assert load("cpu", dtype=BF16).name == "cpu"
+    with pytest.raises(ImportError, match="cannot run here: this CPU has no avx512_bf16"):
+        load("cpu", "native")
+
+
+def test_a_library_that_was_not_built(
+    native: Kernels, elsewhere: Callable[[Path], None], tmp_path: Path
+) -> None:
+    elsewhere(tmp_path / "_native.so")
+    with pytest.warns(RuntimeWarning, match="slower ones do: it was not built"):
+        assert load("cpu", dtype=BF16).name == "cpu"
+    with pytest.raises(ImportError, match="it was not built"):
+        load("cpu", "native")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load("cpu", dtype=torch.float32).name == "cpu"
+
+
+def test_a_library_of_other_sources(
+    native: Kernels,
+    elsewhere: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    empty = tmp_path / "_native.so"
+    empty.touch()
+    elsewhere(empty)
+    with pytest.raises(ImportError, match=r"_native\.so was built from other sources"):
+        load("cpu", "native")
+    monkeypatch.undo()
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    library.load_library.cache_clear()
+    with pytest.warns(RuntimeWarning, match="was built from other sources: build it again"):
+        assert load("cpu", dtype=BF16).name == "cpu"
+
+
+def test_operations_are_those_of_the_c_sources() -> None:
+    source = (Path(library.__file__).parent / "src" / "program.c").read_text()
+    table = source.split("OPERATIONS[] = {")[1].split("}")[0]
+    names = [name.strip().removeprefix("&ss_") for name in table.split(",") if name.strip()]
+    assert tuple(names) == library.OPERATIONS
+    assert f"int ss_abi(void) {{ return {library.ABI}; }}" in source
+
+
+def test_a_step_that_points_nowhere_does_not_run(native: Kernels) -> None:
+    table, out = torch.arange(12, dtype=BF16).view(4, 3), torch.zeros(2, 3, dtype=BF16)
+    executable = Executable(1)
+    executable.set(0, "embedding", out.data_ptr(), table.data_ptr(), 3, 0, 1, 4)
+    for ids, fits in (([2, -1], True), ([0, 3], False), ([-2, 0], False), ([2**40, 0], False)):
+        step = torch.tensor(ids)
+        if fits:
+            executable.run(pack_step(2, 0, 0, 0, step.data_ptr()), pool().threads())
+            assert torch.equal(out, table[step + 1])
+        else:
+            with pytest.raises(IndexError, match="outside its embedding"):
+                executable.run(pack_step(2, 0, 0, 0, step.data_ptr()), pool().threads())
+    assert torch.equal(out, table[[3, 0]])
+
+
+def test_arguments_and_threads_without_a_pool(
+    native: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for many threads, it runs on the calling one where there are no others."""
+    a, out = torch.ones(1000, 64, dtype=BF16), torch.zeros(1000, 64, dtype=BF16)
+    executable = Executable(1)
+    executable.set(0, "add", out.data_ptr(), a.data_ptr(), a.data_ptr(), 64)
+    monkeypatch.setattr(executable, "_parallel", 0)
+    executable.run(pack_step(1000), 7)
+    assert torch.equal(out, a + a)
