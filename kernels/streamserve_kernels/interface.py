@@ -103,6 +103,11 @@ class RecordedStep(Protocol):
         """The largest step."""
         ...
 
+    @property
+    def max_logits(self) -> int:
+        """The most rows of a step that need logits."""
+        ...
+
     def logits(self, batch: StepTensors) -> Tensor:
         """Logits [L, V] float32 of `batch.logits_indices`."""
         ...

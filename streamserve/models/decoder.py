@@ -197,7 +197,8 @@ class Decoder:
         """Writes the forward down, where the kernels can, so that a step is one call.
 
         Later steps on the same ``kv_caches``, of up to the number of tokens that this returns (0:
-        nothing was recorded), run what was written down; larger ones run function by function.
+        nothing was recorded), run what was written down. Larger ones, and those that need more
+        logits, run function by function.
         """
         recorder = self.kernels.recorder(max_tokens, max_logits)
         if recorder is None:
@@ -222,7 +223,11 @@ class Decoder:
         recorded = self._recorded
         if recorded is None or self._recorded_caches is not kv_caches:
             return None
-        return recorded if batch.input_ids.shape[0] <= recorded.max_tokens else None
+        fits = (
+            batch.input_ids.shape[0] <= recorded.max_tokens
+            and batch.logits_indices.shape[0] <= recorded.max_logits
+        )
+        return recorded if fits else None
 
     def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         """Runs one step and writes its keys and values into ``kv_caches``.

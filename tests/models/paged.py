@@ -113,7 +113,8 @@ class PagedHarness:
     def step(self, work: list[tuple[Sequence, int]], **options) -> torch.Tensor:
         batch = self.batch(work, **options)
         with torch.inference_mode():
-            logits = self.decoder.forward(batch, self.caches)
+            # A recorded step's are overwritten by the next.
+            logits = self.decoder.forward(batch, self.caches).clone()
         for sequence, count in work:
             sequence.num_computed += count
         return logits

@@ -371,6 +371,7 @@ class RecordedProgram:
         keep: list[object],
     ) -> None:
         self.max_tokens = max_tokens
+        self.max_logits = logits.shape[0]
         self._executable = executable
         self._logits = logits
         self._token_ids = token_ids
@@ -387,10 +388,10 @@ class RecordedProgram:
 
     def _run(self, batch: StepTensors, result: Tensor, *, wants_logits: bool) -> Tensor:
         num_tokens, num_logits = batch.input_ids.shape[0], batch.logits_indices.shape[0]
-        if num_tokens > self.max_tokens or num_logits > self._logits.shape[0]:
+        if num_tokens > self.max_tokens or num_logits > self.max_logits:
             raise ValueError(
                 f"a recorded step takes at most {self.max_tokens} tokens and"
-                f" {self._logits.shape[0]} logits, got {num_tokens} and {num_logits}"
+                f" {self.max_logits} logits, got {num_tokens} and {num_logits}"
             )
         step = pack_step(
             num_tokens,
