@@ -42,10 +42,12 @@ class Loop:
 
     next_step_id = 0
 
-    def __init__(self, runner, *, num_blocks=NUM_BLOCKS, prefix=True, **config) -> None:
+    def __init__(
+        self, runner, *, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, prefix=True, **config
+    ) -> None:
         self.runner = runner
         cache = CacheConfig(
-            num_blocks=num_blocks, block_size=BLOCK_SIZE, enable_prefix_caching=prefix
+            num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=prefix
         )
         options = {
             "max_model_len": MAX_LEN,

@@ -237,6 +237,19 @@ def test_steps_are_sampled_in_order(runner):
     assert runner.sample(0).result(timeout=10).step_id == 0
 
 
+def test_the_model_is_replaced_only_between_steps(runner, model):
+    other = FakeModel()
+    runner.launch(prompt_plan(0))
+    with pytest.raises(RuntimeError, match=r"steps are in flight: \[0\]"):
+        runner.replace_model(other)
+    runner.sample(0).result(timeout=10)
+    runner.replace_model(other)
+    assert result(runner, decode_plan(1, 6, 1)).sampled_token_ids == [
+        [greedy_after([*PROMPT, 1], 1)[0]]
+    ]
+    assert (model.num_forwards, other.num_forwards) == (1, 1)
+
+
 def test_a_cancelled_future_does_not_stop_the_device(runner, model):
     gate = threading.Event()
     forward = model.forward
