@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamserve_kernels import Kernels, load
+from streamserve_kernels import Kernels, NotRecordableError, load
 from streamserve_kernels.native import library
 from streamserve_kernels.native.execute import Executable, pack_step
 from streamserve_kernels.pool import pool
@@ -125,3 +125,43 @@ def test_arguments_and_threads_without_a_pool(
     monkeypatch.setattr(executable, "_parallel", 0)
     executable.run(pack_step(1000), 7)
     assert torch.equal(out, a + a)
+
+
+def test_a_recorded_forward_uses_its_memory_again(native: Kernels) -> None:
+    recorder = native.recorder(4, 2)
+    assert recorder is not None
+    weight = torch.ones(9, 32, dtype=BF16)
+    x = recorder.embedding(recorder.batch.input_ids, weight)
+    for _ in range(20):
+        x = recorder.activation(x, "relu")
+    split = x.view(-1, 4, 8).split_with_sizes((1, 3), 1)
+    del x
+    y = recorder.activation(split[1], "relu")  # the row that it came from is in use
+    assert y.address != split[0].address
+    assert len(recorder.keep) == 1 + 2  # the weight, and what is read and written in turn
+
+
+def test_what_has_no_instruction_is_not_recorded(native: Kernels) -> None:
+    recorder = native.recorder(4, 2)
+    assert recorder is not None
+    with pytest.raises(NotRecordableError, match=r"a weight of torch\.float32"):
+        recorder.embedding(recorder.batch.input_ids, torch.ones(9, 32))
+    with pytest.raises(NotRecordableError, match="an embedding of slot_mapping"):
+        recorder.embedding(recorder.batch.slot_mapping, torch.ones(9, 32, dtype=BF16))
+    with pytest.raises(NotRecordableError, match="with gaps"):
+        recorder.embedding(recorder.batch.input_ids, torch.ones(32, 9, dtype=BF16).T)
+    x = recorder.embedding(recorder.batch.input_ids, torch.ones(9, 32, dtype=BF16))
+    with pytest.raises(NotRecordableError, match="a view of"):
+        x.view(-1, 5)
+    part = x.split_with_sizes((16, 16), 1)[0]
+    for call in (lambda: part + part, lambda: part * 2.0):
+        with pytest.raises(NotRecordableError, match="gaps"):
+            call()
+    with pytest.raises(NotRecordableError, match="a head of kind NaiveLinear"):
+        recorder.finish(x, load("cpu", "naive").prepare_linear(torch.ones(4, 32)), 1.0, None)
+    cache = torch.zeros(2, 1, 16, 32, dtype=BF16)
+    query = x.view(-1, 1, 32)
+    batch = recorder.batch
+    where = batch.block_table, batch.seq_lens, batch.query_start_loc
+    with pytest.raises(ValueError, match="got 16, 32, 24"):
+        recorder.paged_attention(query, cache, cache[..., :24].contiguous(), *where, scale=1.0)
