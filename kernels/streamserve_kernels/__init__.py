@@ -22,17 +22,22 @@ from streamserve_kernels.interface import (
     NotRecordableError,
     PackedLinear,
     PrefixGroups,
+    QuantLinear,
     RecordedStep,
 )
+from streamserve_kernels.quantised import QUANTIZATIONS, Quantization
 
 __all__ = [
     "BACKENDS",
+    "QUANTIZATIONS",
     "ActivationKind",
     "GatedKind",
     "Kernels",
     "NotRecordableError",
     "PackedLinear",
     "PrefixGroups",
+    "QuantLinear",
+    "Quantization",
     "RecordedStep",
     "load",
 ]

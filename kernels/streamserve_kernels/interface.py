@@ -21,6 +21,8 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from streamserve_kernels.quantised import Quantization
+
 # Prompt attention pads its queries and keys to whole multiples and takes keys in segments. Warm-up
 # must meet the shapes that come of it.
 PROMPT_QUERY_MULTIPLE = 64
@@ -67,6 +69,22 @@ class PackedLinear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """`linear(x, self)`."""
+        ...
+
+
+@runtime_checkable
+class QuantLinear(PackedLinear, Protocol):
+    """A quantised weight: see `streamserve_kernels.quantised` for what it is.
+
+    `dtype` is that of the weight it was made from. `unpack` gives float32, the very weight that the
+    codes stand for.
+    """
+
+    @property
+    def quantization(self) -> Quantization: ...
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` [T] int64 of the weight -> [T, K] in `dtype`: a tied embedding."""
         ...
 
 
@@ -223,9 +241,17 @@ class Kernels(Protocol):
 
     def prepare_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear: ...
 
+    def prepare_quantised(
+        self, weight: Tensor, bias: Tensor | None, quantization: Quantization
+    ) -> QuantLinear: ...
+
+    def slow_quantisation(self) -> str | None:
+        """Why products with quantised weights are slow here, or None where they are fast."""
+        ...
+
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor: ...
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor: ...
+    def embedding(self, ids: Tensor, weight: Tensor | QuantLinear) -> Tensor: ...
 
     def moe(
         self,

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear, PrefixGroups
+from streamserve_kernels.interface import (
+    ActivationKind,
+    GatedKind,
+    PackedLinear,
+    PrefixGroups,
+    QuantLinear,
+)
+from streamserve_kernels.quantised import NaiveQuantLinear, Quantization
 
 name = "naive"
 
@@ -340,14 +347,30 @@ def prepare_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     return NaiveLinear(weight, bias)
 
 
+def prepare_quantised(
+    weight: Tensor, bias: Tensor | None, quantization: Quantization
+) -> QuantLinear:
+    """As `prepare_linear`, but of a weight that is quantised here: see `quantised`.
+
+    A backend may quantise the activations too (see the bound in its own docstring); what the
+    quantised weight is does not differ between backends.
+    """
+    return NaiveQuantLinear(weight, bias, quantization)
+
+
+def slow_quantisation() -> str | None:
+    """Every product dequantises its whole weight."""
+    return "the naive kernels dequantise the whole weight at every product"
+
+
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """Computes x [..., K] @ weightᵀ + bias -> [..., N] in the dtype of x, summed in float32."""
     return packed(x)
 
 
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows `ids` [T] of weight [V, H] -> [T, H]."""
-    return F.embedding(ids, weight)
+def embedding(ids: Tensor, weight: Tensor | QuantLinear) -> Tensor:
+    """Rows `ids` [T] of weight [V, H] -> [T, H]. A quantised weight is a tied head."""
+    return F.embedding(ids, weight) if isinstance(weight, Tensor) else weight.rows(ids)
 
 
 def moe(

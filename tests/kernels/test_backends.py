@@ -30,6 +30,9 @@ def test_exported_names() -> None:
         "NotRecordableError",
         "PackedLinear",
         "PrefixGroups",
+        "QUANTIZATIONS",
+        "QuantLinear",
+        "Quantization",
         "RecordedStep",
         "load",
     ]

@@ -24,6 +24,7 @@ from streamserve_kernels.cpu.ops import (
 from streamserve_kernels.cpu.packed_linear import linear, prepare_linear
 from streamserve_kernels.cpu.warming import warm_up
 from streamserve_kernels.naive import embedding, kv_cache_shape, recorder
+from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 
 __all__ = [
     "activation",
@@ -38,10 +39,12 @@ __all__ = [
     "name",
     "paged_attention",
     "prepare_linear",
+    "prepare_quantised",
     "recorder",
     "rms_norm",
     "rotary_embedding",
     "rotary_write_kv",
+    "slow_quantisation",
     "warm_up",
     "write_kv",
 ]

@@ -4,7 +4,8 @@ src/            the C sources: operations, and the program that runs a row of th
 library         finds the compiled library and says why it cannot serve, if so
 execute         instructions in C's layout, run on torch's threads
 layout          the order of the elements in a cache block
-ops, linear     the functions of the contract on tensors, one or two instructions each
+ops, linear, quant_linear
+                the functions of the contract on tensors, one or two instructions each
 record, symbol  a decoder's forward written down once as instructions
 
 Caches have the shape of `naive`'s, but the elements inside a block lie as the dot-product
@@ -34,6 +35,7 @@ from streamserve_kernels.native.ops import (
     rotary_write_kv,
     write_kv,
 )
+from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 from streamserve_kernels.native.record import Recorder
 
 __all__ = [
@@ -50,10 +52,12 @@ __all__ = [
     "name",
     "paged_attention",
     "prepare_linear",
+    "prepare_quantised",
     "recorder",
     "rms_norm",
     "rotary_embedding",
     "rotary_write_kv",
+    "slow_quantisation",
     "unpack_keys",
     "unpack_values",
     "warm_up",

@@ -32,6 +32,10 @@ OPERATIONS = (
     "attend",
     "attend_merge",
     "copy_blocks",
+    "quantise",
+    "linear_quant",
+    "embedding_quant",
+    "pack_quant",
 )
 _NEEDED_FLAGS = frozenset(
     ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_bf16", "avx512_vnni")

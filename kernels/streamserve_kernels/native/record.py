@@ -19,6 +19,7 @@ from streamserve_kernels.interface import NotRecordableError, StepTensors
 from streamserve_kernels.native.execute import Executable, double_bits, group_fields, pack_step
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.linear import NativeLinear
+from streamserve_kernels.native.quant_linear import NativeQuantLinear, Scratch, done_flags
 from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol
 from streamserve_kernels.pool import pool
 
@@ -79,6 +80,7 @@ class Recorder:
         self.keep: list[object] = []  # what the instructions' addresses point to
         self.attention: tuple[int, int, int, int, int] | None = None
         self._buffers: list[Tensor] = []  # free, to be used again
+        self._scratches: dict[int, Scratch] = {}  # by the width of what is quantised there
 
     # Memory
 
@@ -112,10 +114,12 @@ class Recorder:
 
     # The functions of a backend
 
-    def embedding(self, ids: Index, weight: Tensor) -> Symbol:
-        _require_bfloat16(weight)
+    def embedding(self, ids: Index, weight: Tensor | NativeQuantLinear) -> Symbol:
         if ids.name not in ("input_ids", "positions"):
             raise NotRecordableError(f"an embedding of {ids.name}")
+        if isinstance(weight, NativeQuantLinear):
+            return self._quantised_embedding(ids, weight)
+        _require_bfloat16(weight)
         out = self._new(TOKENS, weight.shape[1])
         self._add(
             "embedding",
@@ -126,6 +130,14 @@ class Recorder:
             ids.offset,
             weight.shape[0],
         )
+        return out
+
+    def _quantised_embedding(self, ids: Index, head: NativeQuantLinear) -> Symbol:
+        if ids.name != "input_ids" or ids.offset or head.quantization != "int8":
+            raise NotRecordableError(f"an embedding of {ids.name} by {head.quantization}")
+        out = self._new(TOKENS, head.in_features)
+        self.keep.append(head)
+        self._add("embedding_quant", *head.embedding_arguments(out.address))
         return out
 
     def gather(self, x: Symbol) -> Symbol:
@@ -304,13 +316,25 @@ class Recorder:
         return out
 
     def linear(self, x: Symbol, packed: Any) -> Symbol:
+        out = self._new(x.rows, packed.out_features)
+        self._product(x, packed, out.address, rows_kind=_kind(x))
+        return out
+
+    def _product(self, x: Symbol, packed: Any, y: int, **options: Any) -> None:
+        """X times a weight of either kind; `options` are those of `NativeLinear.arguments`."""
+        self.keep.append(packed)
+        if isinstance(packed, NativeQuantLinear):
+            done = done_flags()
+            scratch = self._scratches.get(packed.groups) or Scratch(self.max_tokens, packed.groups)
+            self._scratches[packed.groups] = scratch
+            self.keep += [done, scratch]
+            args = packed.arguments(y, x.address, x.stride, scratch, done, **options)
+            self._add("quantise", *args)
+            self._add("linear_quant", *args)
+            return
         if not isinstance(packed, NativeLinear) or x.width % 2:
             raise NotRecordableError(f"a product with {type(packed).__name__}")
-        out = self._new(x.rows, packed.out_features)
-        self.keep.append(packed)
-        args = packed.arguments(out.address, x.address, x.stride, rows_kind=_kind(x))
-        self._add("linear", *args)
-        return out
+        self._add("linear", *packed.arguments(y, x.address, x.stride, **options))
 
     def add(self, a: Symbol, b: Symbol) -> Symbol:
         if not (a.is_dense and b.is_dense):
@@ -331,24 +355,23 @@ class Recorder:
 
     def finish(self, x: Symbol, head: Any, scale: float, soft_cap: float | None) -> RecordedProgram:
         """Ends with the head's product in float32, and each row's arg-max."""
-        if not isinstance(head, NativeLinear) or x.width % 2 or x.rows != LOGITS:
-            raise NotRecordableError(f"a head of kind {type(head).__name__}")
+        if x.rows != LOGITS:
+            raise NotRecordableError("hidden states of other rows than those that need logits")
         logits = huge_pages.zeros((self.max_logits, head.out_features), torch.float32)
         huge_pages.touch(logits)
         token_ids = torch.zeros(self.max_logits, dtype=torch.int64)
         best = torch.zeros(pool().threads() * self.max_logits, dtype=torch.int64)
-        self.keep += [head, best]
-        args = head.arguments(
+        self.keep.append(best)
+        self._product(
+            x,
+            head,
             logits.data_ptr(),
-            x.address,
-            x.stride,
             rows_kind=1,
             is_float32=True,
             best=best.data_ptr(),
             scale=scale,
             cap=soft_cap or 0.0,
         )
-        self._add("linear", *args)
         self._add("argmax", token_ids.data_ptr(), best.data_ptr())
         executable = Executable(len(self.instructions), self.attention or (0,) * 5)
         for index, (operation, values) in enumerate(self.instructions):
