@@ -12,6 +12,7 @@ from streamserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
+QUANTIZATIONS = ("int8", "int4")
 
 _EXAMPLES = """examples:
   streamserve serve                       the model in the box, on http://127.0.0.1:8000
@@ -82,7 +83,8 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--quantization",
         "-q",
         metavar="METHOD",
-        help="not built yet: any value is refused",
+        help=f"quantise the weights while they are loaded: {' or '.join(QUANTIZATIONS)} "
+        "(default: leave them as they are)",
     )
 
 
@@ -252,10 +254,9 @@ def check_flags(args: Namespace, warn: Callable[[str], None]) -> None:
             raise ConfigError(
                 f"--{name} must be 1 (several devices are not built yet), got {value}"
             )
-    if args.quantization is not None:
+    if args.quantization not in (None, *QUANTIZATIONS):
         raise ConfigError(
-            f"--quantization {args.quantization} is not built yet: leave it out to serve the "
-            "weights unquantised"
+            f"--quantization must be one of {', '.join(QUANTIZATIONS)}, got {args.quantization!r}"
         )
     if args.gpu_memory_utilization is not None:
         if not 0.0 < args.gpu_memory_utilization <= 1.0:

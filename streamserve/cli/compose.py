@@ -82,7 +82,9 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
     dtype = resolve_dtype(args.dtype, config, device)
     max_model_len = config.resolve_max_model_len(args.max_model_len)
     name = model_name(args)
-    say(f"model {name}: {config.architecture}, {str(dtype).removeprefix('torch.')}, on {device}")
+    quantised = f" with {args.quantization} weights" if args.quantization else ""
+    dtype_name = str(dtype).removeprefix("torch.")
+    say(f"model {name}: {config.architecture}, {dtype_name}{quantised}, on {device}")
 
     scheduler_config = SchedulerConfig(
         max_model_len=max_model_len,
@@ -106,6 +108,14 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
     if template.is_builtin:
         warn(f"the checkpoint has no chat template: using the {template.source} one")
 
+    kernels = streamserve_kernels.load(
+        device,
+        dtype=dtype,
+        head_sizes=config.spec.head_sizes(),
+        block_size=memory.block_size,
+    )
+    if args.quantization is not None and (reason := kernels.slow_quantisation()) is not None:
+        warn(f"--quantization {args.quantization} will be slow: {reason}")
     model = on_passing_thread(
         lambda: load_model(
             path,
@@ -115,6 +125,7 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
             load_format=args.load_format,
             max_model_len=max_model_len,
             progress=Progress(say),
+            quantization=args.quantization,
         )
     )
     runner, profile = build_runner(
@@ -152,7 +163,7 @@ def _plan(
 ) -> MemoryPlan:
     return plan_memory(
         available=available_cpu_memory(),
-        weight_bytes=config.weight_bytes(dtype),
+        weight_bytes=config.weight_bytes(dtype, args.quantization),
         step_buffer_bytes=step_buffer_bytes(
             config.spec, dtype, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         ),

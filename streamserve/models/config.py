@@ -15,6 +15,7 @@ from streamserve.models import parameters
 from streamserve.models.families import Family, find_family
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.spec import DecoderSpec
+from streamserve_kernels import Quantization
 
 # transformers' names for the sampling settings that a model recommends.
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -38,9 +39,9 @@ class ModelConfig:
     dtype: torch.dtype | None
     sampling_defaults: Mapping[str, float]
 
-    def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes that the weights take at most in ``dtype``."""
-        return parameters.weight_bytes(self.spec, dtype)
+    def weight_bytes(self, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
+        """Bytes that the weights take at most in ``dtype``, or quantised."""
+        return parameters.weight_bytes(self.spec, dtype, quantization)
 
     def resolve_max_model_len(self, requested: int | None) -> int:
         """The longest sequence to serve: the model's own, or ``requested`` if that is shorter.
@@ -107,7 +108,7 @@ def _refuse_quantised(config: HfConfig) -> None:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
         raise UnsupportedModelError(
             f"{config.source}: quantization_config (quant_method {method!r}) is not supported; "
-            "only unquantised weights are"
+            "only unquantised weights are (--quantization quantises them on the fly)"
         )
 
 

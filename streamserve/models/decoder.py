@@ -19,7 +19,7 @@ from streamserve.models.layers import Attention, BoundNorm, bind_mlp, bind_norm
 from streamserve.models.rope import cos_sin_table
 from streamserve.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from streamserve.models.weights import DecoderWeights, Weights
-from streamserve_kernels import Kernels, NotRecordableError, RecordedStep
+from streamserve_kernels import Kernels, NotRecordableError, QuantLinear, RecordedStep
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,13 @@ class Decoder:
             Block(layer, layer_weights, kernels, self.device, self._cos_sin(layer))
             for layer, layer_weights in zip(spec.layers, self._weights.layers, strict=True)
         ]
-        self._embedding = outer.tensors["embedding"]
+        self._head = outer.linears["head"]
+        self._embedding: Tensor | QuantLinear
+        if "embedding" in outer.tensors:
+            self._embedding = outer.tensors["embedding"]
+        else:
+            assert isinstance(self._head, QuantLinear), "a quantised tied head is the embedding too"
+            self._embedding = self._head
         self._position_embedding = outer.tensors.get("position_embedding")
         self._embedding_norm = (
             None
@@ -178,7 +184,6 @@ class Decoder:
             if spec.final_norm is None
             else bind_norm(spec.final_norm, outer.norms["final_norm"], kernels)
         )
-        self._head = outer.linears["head"]
 
     def _cos_sin(self, layer: LayerSpec) -> Tensor | None:
         rope, tables = layer.attention.rope, self._cos_sin_tables

@@ -14,7 +14,7 @@ from streamserve.models.config import ModelConfig, load_config
 from streamserve.models.decoder import Decoder
 from streamserve.models.tensor_files import open_tensor_files
 from streamserve.models.weights import Progress, build_weights
-from streamserve_kernels import Kernels
+from streamserve_kernels import Kernels, Quantization
 
 LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
 DTYPES = {
@@ -119,9 +119,11 @@ def load_model(
     max_model_len: int | None = None,
     progress: Progress | None = None,
     seed: int = 0,
+    quantization: Quantization | None = None,
 ) -> Decoder:
     """Loads a checkpoint's directory; ``dummy`` draws the weights from ``seed`` instead.
 
+    ``quantization`` quantises the linear layers as they come: see `parameters.module_quantization`.
     Holds the resident weights and, at any time, one more matrix. ``max_model_len`` is the longest
     sequence to serve, the model's own by default. Raises ModelLoadError or UnsupportedModelError.
     """
@@ -137,7 +139,7 @@ def load_model(
     else:
         files = open_tensor_files(Path(path), load_format)
         source = CheckpointSource(files, config.family.names, config.spec)
-    weights = build_weights(config.spec, source, kernels, dtype, device, progress)
+    weights = build_weights(config.spec, source, kernels, dtype, device, progress, quantization)
     return Decoder(
         config.spec, weights, kernels, dtype=dtype, device=device, max_model_len=max_model_len
     )

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec, NormSpec
+from streamserve_kernels.quantised import Quantization, packed_bytes
 
 Role = Literal["linear", "norm", "table", "vector"]
 
@@ -91,16 +92,41 @@ def layer_modules(spec: DecoderSpec, index: int) -> Iterator[Module]:
         yield _norm("layers.mlp_post_norm", layer.mlp_post_norm, hidden_size, index)
 
 
-def weight_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
+def module_quantization(
+    module: Module, spec: DecoderSpec, quantization: Quantization | None
+) -> Quantization | None:
+    """How a module's weight is held when the model is served with ``quantization``.
+
+    Linear layers and experts are quantised, norms, tables and the router (tiny, and it decides) are
+    not. The head takes int8 in either case: with int4 there too, the model in the box changes its
+    best token at twice as many positions. A tied embedding is the head's rows.
+    """
+    if quantization is None or module.name == "layers.router":
+        return None
+    if module.name == "head" or (module.name == "embedding" and spec.tied_head):
+        return "int8"
+    return quantization if module.role == "linear" else None
+
+
+def weight_bytes(
+    spec: DecoderSpec, dtype: torch.dtype, quantization: Quantization | None = None
+) -> int:
     """Bytes of all weights in ``dtype``, an upper bound to plan memory with before loading.
 
-    A tied head counts twice: kernels that pack linear weights keep the rows for the embedding and
-    a packed copy for the head.
+    An unquantised tied head counts twice: kernels that pack linear weights keep the rows for the
+    embedding and a packed copy for the head.
     """
-    elements = sum(module.numel for module in decoder_modules(spec))
-    if spec.tied_head:
-        elements += spec.vocab_size * spec.hidden_size
-    return elements * dtype.itemsize
+    total = 0
+    for module in decoder_modules(spec):
+        held = module_quantization(module, spec, quantization)
+        if held is None or module.columns is None:
+            total += module.numel * dtype.itemsize
+        else:
+            bias_bytes = module.num_rows * torch.float32.itemsize if module.bias else 0
+            total += packed_bytes(held, module.num_rows, module.columns) + bias_bytes
+    if spec.tied_head and quantization is None:
+        total += spec.vocab_size * spec.hidden_size * dtype.itemsize
+    return total
 
 
 def _norm(name: str, norm: NormSpec, size: int, layer: int | None = None) -> Module:

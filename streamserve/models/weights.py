@@ -14,11 +14,12 @@ from streamserve.models.parameters import (
     embedding_module,
     final_modules,
     layer_modules,
+    module_quantization,
     position_modules,
     weight_bytes,
 )
 from streamserve.models.spec import DecoderSpec
-from streamserve_kernels import Kernels, PackedLinear
+from streamserve_kernels import Kernels, PackedLinear, Quantization
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while weights load."""
@@ -57,8 +58,9 @@ class DecoderWeights:
     def nbytes(self) -> int:
         """Bytes resident. A tied head counts if the kernels made a packed copy of it."""
         head = self.outer.linears["head"]
-        embedding = self.outer.tensors["embedding"]
-        shared = head.nbytes if getattr(head, "weight", None) is embedding else 0
+        embedding = self.outer.tensors.get("embedding")
+        is_shared = embedding is not None and getattr(head, "weight", None) is embedding
+        shared = head.nbytes if is_shared else 0
         return self.outer.nbytes() + sum(layer.nbytes() for layer in self.layers) - shared
 
 
@@ -69,9 +71,13 @@ def build_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    quantization: Quantization | None = None,
 ) -> DecoderWeights:
-    """Fetches every module and packs it at once, so that only one is ever held twice."""
-    builder = _Builder(source, kernels, dtype, device, weight_bytes(spec, dtype), progress)
+    """Fetches every module and packs it at once, so that only one is ever held twice.
+
+    A quantised tied head has no embedding beside it: its own rows are the embedding.
+    """
+    builder = _Builder(spec, source, kernels, dtype, device, progress, quantization)
     outer = Weights()
     builder.add(outer, (embedding_module(spec), *position_modules(spec)))
     layers = []
@@ -80,7 +86,7 @@ def build_weights(
         builder.add(layer, layer_modules(spec, index))
         layers.append(layer)
     builder.add(outer, final_modules(spec))
-    if spec.tied_head:
+    if spec.tied_head and "head" not in outer.linears:
         outer.linears["head"] = kernels.prepare_linear(outer.tensors["embedding"], None)
     if progress is not None:
         progress(builder.total, builder.total)
@@ -90,15 +96,19 @@ def build_weights(
 class _Builder:
     def __init__(
         self,
+        spec: DecoderSpec,
         source: WeightSource,
         kernels: Kernels,
         dtype: torch.dtype,
         device: torch.device,
-        total: int,
         progress: Progress | None,
+        quantization: Quantization | None,
     ) -> None:
-        self.total = total
+        # Of what is read, not of what is kept.
+        self.total = weight_bytes(spec, dtype)
         self._done = 0
+        self._spec = spec
+        self._quantization = quantization
         self._source = source
         self._kernels = kernels
         self._dtype = dtype
@@ -115,18 +125,27 @@ class _Builder:
     def _add(self, weights: Weights, module: Module) -> None:
         weight = self._fetch(module, "weight")
         bias = self._fetch(module, "bias") if module.bias else None
+        quantization = module_quantization(module, self._spec, self._quantization)
         if module.role == "norm":
             weights.norms[module.name] = NormWeights(weight, bias)
-        elif module.role != "linear":
+        elif module.role != "linear" and quantization is None:
             weights.tensors[module.name] = weight
         else:
-            packed = self._kernels.prepare_linear(weight, bias)
+            packed = self._pack(weight, bias, quantization)
             if module.name == "layers.experts.gate_up":
                 weights.expert_gate_up.append(packed)
             elif module.name == "layers.experts.down":
                 weights.expert_down.append(packed)
             else:
-                weights.linears[module.name] = packed
+                name = "head" if module.name == "embedding" else module.name
+                weights.linears[name] = packed
+
+    def _pack(
+        self, weight: Tensor, bias: Tensor | None, quantization: Quantization | None
+    ) -> PackedLinear:
+        if quantization is None:
+            return self._kernels.prepare_linear(weight, bias)
+        return self._kernels.prepare_quantised(weight, bias, quantization)
 
     def _fetch(self, module: Module, leaf: Leaf) -> Tensor:
         return self._source.fetch(module, leaf, self._dtype).to(self._device)

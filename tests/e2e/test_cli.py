@@ -40,7 +40,7 @@ def test_help_names_every_flag():
     [
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size must be 1"),
         (["--pipeline-parallel-size", "4"], "--pipeline-parallel-size must be 1"),
-        (["--quantization", "awq"], "--quantization awq is not built yet"),
+        (["--quantization", "awq"], "must be one of int8, int4, got 'awq'"),
         (["--gpu-memory-utilization", "1.5"], "at most 1, got 1.5"),
         (["/nowhere/model"], "there is no such directory"),
         (["--max-model-len", "1000000"], "1000000"),
