@@ -22,6 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from quantised import bench_quantised
+
 from streamserve_kernels import Kernels, PackedLinear, load
 
 
@@ -253,7 +255,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
-    parser.add_argument("--only", choices=["linear", "attention", "step"])
+    parser.add_argument("--only", choices=["linear", "attention", "step", "quantised"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -269,6 +271,10 @@ def main() -> None:
         bench_step(kernels, naive, shape, dtype, bandwidth)
     if options.only in (None, "attention"):
         bench_attention(kernels, naive, shape, dtype, bandwidth)
+    if options.only in (None, "quantised"):
+        linears = {**shape.linears(), "lm_head": (shape.vocab, shape.hidden)}
+        served = load("cpu", dtype=dtype)
+        bench_quantised(served, linears, options.rows, bandwidth, timed)
     if options.only in (None, "linear"):
         bench_linear(kernels, shape, dtype, options.rows, bandwidth)
 
