@@ -48,11 +48,15 @@ TABLE_GROUPS = [
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """A dialogue that ends with a question; `kind` names what it tests."""
+    """A dialogue that ends with a question; `kind` names what it tests.
+
+    `answer` is one right answer, in no particular tone.
+    """
 
     kind: str
     messages: list[dict[str, str]]
     pattern: str
+    answer: str
 
     def check(self, answer: str) -> bool:
         return re.search(self.pattern, answer.strip(), re.IGNORECASE) is not None
@@ -65,7 +69,8 @@ def _dialogue(
     for exchange in before:
         messages += exchange.messages()
     messages.append(Message("user", last.question))
-    return HeldOut(kind, [{"role": m.role, "content": m.content} for m in messages], pattern)
+    asked = [{"role": m.role, "content": m.content} for m in messages]
+    return HeldOut(kind, asked, pattern, last.answer)
 
 
 def _question(group: str) -> Callable[[Random], HeldOut]:
