@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60, help="dialogues per kind")
     options = parser.parse_args()
     device = torch.device("cpu")
-    kernels = streamserve_kernels.load(device)
+    kernels = streamserve_kernels.load(device, dtype=torch.bfloat16)
     dialogues = answered_dialogues(options.model, options.count)
     tokens = sum(dialogue.num_answer for dialogue in dialogues)
     print(f"{len(dialogues)} dialogues, {tokens} tokens of answers")

@@ -1,7 +1,7 @@
 """Quantised linear layers on the CPU: tiles of int8 or int4 weights for AVX512-VNNI.
 
-The C side is `linear_quant.c`, which describes the tiles. Beyond what `quantised` says a
-weight is, activations are quantised to int8 with one scale per row and 64 inputs: an output differs
+The C side is `linear_quant.c`, which describes the tiles. Beyond what `quantised` says a weight
+is, activations are quantised to int8 with one scale per row and 64 inputs: an output differs
 from the naive twin's by at most
 
     sum over groups of 64 inputs of (largest |x| of the group / 254) * (sum of |w| of the group)

@@ -1,4 +1,4 @@
-// Products with int8 and int4 weights on AVX512-VNNI: y = x @ weightᵀ + bias, for any number of rows.
+// y = x @ weightᵀ + bias for int8 and int4 weights on AVX512-VNNI, for any number of rows.
 //
 // Activations are quantised to int8 with one scale per row and 64 inputs; VPDPBUSD multiplies
 // unsigned by signed bytes, so weights are stored with their zero at 128 (int8) or 8 (int4), and
@@ -155,8 +155,8 @@ typedef struct {
     const output *out;
 } job;
 
-// At few rows every line asks for the one `ahead` bytes further on; at more, where a block is read
-// again by every tile of rows, each pass asks for the lines [first, last) of the next block's tiles.
+// At few rows every line asks for the one `ahead` bytes on; at more, where every tile of rows reads
+// a block again, each pass asks for the lines [first, last) of the next block's tiles.
 typedef struct {
     int64_t ahead;
     int first, last;
@@ -168,8 +168,9 @@ INLINE void finish(const job *job, int64_t first_row, int64_t first_tile, const 
 #pragma GCC unroll 8
     for (int c = 0; c < C; c++) {
         const int64_t column = (first_tile + c) * LANES;
-        const __m512 bias = w->bias ? _mm512_maskz_loadu_ps(ss_mask(w->outputs - column), w->bias + column)
-                                    : _mm512_setzero_ps();
+        const __mmask16 mask = ss_mask(w->outputs - column);
+        const __m512 bias =
+            w->bias ? _mm512_maskz_loadu_ps(mask, w->bias + column) : _mm512_setzero_ps();
         const __m512 scale = w->scales ? _mm512_loadu_ps(w->scales + column) : _mm512_set1_ps(1.0f);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
@@ -179,7 +180,7 @@ INLINE void finish(const job *job, int64_t first_row, int64_t first_tile, const 
     }
 }
 
-// --- R rows x C tiles of columns: constants wherever these are inlined ----------------------------
+// --- R rows x C tiles of columns: constants wherever these are inlined --------------------------
 
 INLINE __m512i broadcast(const int8_t *x) {
     int32_t four;
@@ -333,7 +334,7 @@ INLINE void int4_block(const job *job, int64_t first_row, int64_t first_tile,
     finish(job, first_row, first_tile, total, R, C);
 }
 
-// --- all rows x a range of columns ----------------------------------------------------------------
+// --- all rows x a range of columns --------------------------------------------------------------
 
 typedef void block_function(const job *, int64_t first_row, int64_t first_tile,
                             prefetch_lines);
@@ -518,8 +519,8 @@ static void embedding_run(const ss_context *context, const int64_t *args, int64_
     const uint8_t *lane =
         (const uint8_t *)args[EMBED_TILES] + id / LANES * groups * INT8_TILE + id % LANES * 4;
     const __m512 scale = _mm512_set1_ps(((const float *)args[EMBED_SCALES])[id]);
-    const __m512i lines = _mm512_mullo_epi32(
-        _mm512_set1_epi32(64), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512i lines = _mm512_slli_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 6);
     for (int64_t k = 0; k < width; k += GROUP) {
         uint8_t codes[GROUP];
         const uint8_t *tile = lane + k / GROUP * INT8_TILE;
