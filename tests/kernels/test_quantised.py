@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamserve_kernels import QUANTIZATIONS, QuantLinear
+from streamserve_kernels import QUANTIZATIONS, QuantLinear, load
+from streamserve_kernels.native.library import why_not
 from streamserve_kernels.quantised import INT4_GROUP, packed_bytes, quantise
 
 GROUP = 64  # of inputs that share the scale of a quantised activation
@@ -173,3 +174,13 @@ def test_experts_may_be_quantised(naive, cpu, quantization):
         for kernels in (naive, cpu)
     ]
     torch.testing.assert_close(*outputs, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("bad_id", [-1, 40])
+def test_an_id_outside_a_quantised_table_is_refused(bad_id: int) -> None:
+    """It would be read from somebody else's memory."""
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    packed = load("cpu", "native").prepare_quantised(torch.randn(40, 64).bfloat16(), None, "int8")
+    with pytest.raises(IndexError, match="outside its embedding"):
+        packed.rows(torch.tensor([3, bad_id]))

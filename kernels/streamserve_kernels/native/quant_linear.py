@@ -141,6 +141,7 @@ class NativeQuantLinear:
             self._scales.data_ptr(),
             self.in_features,
             is_float32,
+            self.out_features,
         )
 
     def arguments(

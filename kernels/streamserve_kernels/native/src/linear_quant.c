@@ -448,12 +448,13 @@ static int64_t linear_units(const ss_context *context, const int64_t *args) {
     return rows ? context->num_threads * units_per_thread(args, context->num_threads, rows) : 0;
 }
 
-static void linear_begin(const ss_context *context, const int64_t *args) {
+static int linear_begin(const ss_context *context, const int64_t *args) {
     for (int i = 0; i < context->num_threads; i++) ((int64_t *)args[DONE])[DONE_STRIDE * i] = 0;
     best_entry *best = (best_entry *)args[BEST];
-    if (!best) return;
+    if (!best) return SS_OK;
     const int64_t count = context->num_threads * ss_rows(context, args[ROWS_KIND]);
     for (int64_t i = 0; i < count; i++) best[i] = (best_entry){-INFINITY, 0};
+    return SS_OK;
 }
 
 static quant_rows quantised(const ss_context *context, const int64_t *args, int thread) {
@@ -504,7 +505,15 @@ static void linear_run(const ss_context *context, const int64_t *args, int64_t u
 const ss_operation ss_linear_quant = {linear_units, linear_run, linear_begin};
 
 // Rows of an int8 weight: a tied embedding.
-enum { EMBED_OUT, EMBED_TILES, EMBED_SCALES, EMBED_WIDTH, EMBED_FLOAT32 };
+enum { EMBED_OUT, EMBED_TILES, EMBED_SCALES, EMBED_WIDTH, EMBED_FLOAT32, EMBED_TABLE_ROWS };
+
+static int embedding_begin(const ss_context *context, const int64_t *args) {
+    for (int64_t row = 0; row < context->step->num_tokens; row++) {
+        const int64_t id = context->step->input_ids[row];
+        if (id < 0 || id >= args[EMBED_TABLE_ROWS]) return SS_OUT_OF_RANGE;
+    }
+    return SS_OK;
+}
 
 static int64_t embedding_units(const ss_context *context, const int64_t *args) {
     (void)args;
@@ -539,4 +548,4 @@ static void embedding_run(const ss_context *context, const int64_t *args, int64_
     }
 }
 
-const ss_operation ss_embedding_quant = {embedding_units, embedding_run, 0};
+const ss_operation ss_embedding_quant = {embedding_units, embedding_run, embedding_begin};
