@@ -157,8 +157,11 @@ def test_what_has_no_instruction_is_not_recorded(native: Kernels) -> None:
     for call in (lambda: part + part, lambda: part * 2.0):
         with pytest.raises(NotRecordableError, match="gaps"):
             call()
-    with pytest.raises(NotRecordableError, match="a head of kind NaiveLinear"):
-        recorder.finish(x, load("cpu", "naive").prepare_linear(torch.ones(4, 32)), 1.0, None)
+    head = load("cpu", "naive").prepare_linear(torch.ones(4, 32))
+    with pytest.raises(NotRecordableError, match="hidden states of other rows"):
+        recorder.finish(x, head, 1.0, None)
+    with pytest.raises(NotRecordableError, match="NaiveLinear"):
+        recorder.finish(recorder.gather(x), head, 1.0, None)
     cache = torch.zeros(2, 1, 16, 32, dtype=BF16)
     query = x.view(-1, 1, 32)
     batch = recorder.batch
