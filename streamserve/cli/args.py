@@ -43,6 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_flags(chat)
     _add_engine_flags(chat)
     _add_chat_flags(chat)
+
+    bench = commands.add_parser(
+        "bench", help="load-test a server, or compare servers; `bench serve --help` says how"
+    )
+    bench.add_argument("tool", choices=("serve", "compare"))
+    bench.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="of the tool")
     return parser
 
 
