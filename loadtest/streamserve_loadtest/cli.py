@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,9 +53,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m loadtest")
     target = Target(args.url, model, args.api_key)
     runs: list[Run] = []
     for workload in workloads:
-        error = run_async(lambda w=workload: warm_up(target, w, prompts)).error
-        if error:
-            print(f"{args.url} cannot be tested: {error}", file=sys.stderr)
+        first = run_async(partial(warm_up, target, workload, prompts))
+        if first.error:
+            print(f"{args.url} cannot be tested: {first.error}", file=sys.stderr)
             return 1
         for round_number in range(args.rounds):
             for step, rate in steps_of(workload):
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m loadtest")
                     timeout_s=args.timeout,
                     on_progress=progress_line(label_of(workload, round_number, rate)),
                 )
-                runs.append(run_async(lambda d=driver, r=rate: d.run(args.url, r)))
+                runs.append(run_async(partial(driver.run, args.url, rate)))
         clear_line()
         limits = workload.limits
         summaries = [summarize(run, limits) for run in runs if run.workload == workload.name]

@@ -20,7 +20,10 @@ from streamserve_loadtest.sse import ResponseParser
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server: where it is, what it calls its model, and what it wants beside the usual fields."""
+    """A server: where it is, what it calls its model, and what it wants beside the usual fields.
+
+    A field of ``extra_body`` that is None is left out of the request.
+    """
 
     url: str
     model: str
@@ -30,18 +33,17 @@ class Target:
     def request_bytes(self, messages: list[Message], max_tokens: int) -> bytes:
         """A whole HTTP/1.1 request."""
         address = urlsplit(self.url)
-        body = orjson.dumps(
-            {
-                "model": self.model,
-                "messages": messages,
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-                **self.extra_body,
-            }
-        )
+        fields = {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.extra_body,
+        }
+        body = orjson.dumps({name: v for name, v in fields.items() if v is not None})
         head = (
             f"POST {address.path.rstrip('/')}/v1/chat/completions HTTP/1.1\r\n"
             f"Host: {address.netloc}\r\nContent-Type: application/json\r\n"
@@ -164,7 +166,7 @@ async def exchange(
     try:
         _, protocol = await loop.create_connection(
             lambda: Exchange(request, record, epoch, cancel_after),
-            address.hostname,
+            address.hostname or "",
             address.port or 80,
         )
     except OSError as error:
