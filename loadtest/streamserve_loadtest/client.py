@@ -72,7 +72,7 @@ class Exchange(asyncio.Protocol):
         self._now = 0.0
         self._has_done_mark = False
         self.texts: list[str] = []
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.done = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is not a subclass
@@ -88,17 +88,18 @@ class Exchange(asyncio.Protocol):
             self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self.done.done() and exc is not None:
+        if not self.done.is_set() and exc is not None:
             self._fail(f"connection lost: {exc}")
         self._end()
 
     def cancel(self) -> None:
-        """The reader leaves."""
-        self._record.is_cancelled = True
-        self._end()
+        """The reader leaves, if the answer has not ended."""
+        if not self.done.is_set():
+            self._record.is_cancelled = self._record.error is None
+            self._end()
 
     def _on_event(self, data: bytes) -> None:
-        if self.done.done():  # cancelled in the middle of what the socket gave
+        if self.done.is_set():  # cancelled in the middle of what the socket gave
             return
         if data == b"[DONE]":
             self._has_done_mark = True
@@ -134,16 +135,16 @@ class Exchange(asyncio.Protocol):
         self._record.error = self._record.error or message
 
     def _end(self) -> None:
-        if self.done.done():
+        if self.done.is_set():
             return
         record = self._record
         record.ended_at = time.perf_counter() - self._epoch
         if self._parser.status not in {0, 200}:
             body = self._parser.body.decode("utf-8", "replace")
             self._fail(f"HTTP {self._parser.status}: {body}")
-        elif not record.is_cancelled and not self._has_done_mark:
-            self._fail("the stream ended without [DONE]")
-        self.done.set_result(None)
+        elif not record.is_cancelled and not (self._has_done_mark or record.finish_reason):
+            self._fail("the stream ended without finish_reason and [DONE]")
+        self.done.set()
         if self._transport is not None:
             self._transport.abort()
 
@@ -163,21 +164,18 @@ async def exchange(
     """
     address = urlsplit(target.url)
     loop = asyncio.get_running_loop()
-    try:
-        _, protocol = await loop.create_connection(
-            lambda: Exchange(request, record, epoch, cancel_after),
-            address.hostname or "",
-            address.port or 80,
-        )
-    except OSError as error:
-        record.error = f"no connection: {error}"
-        record.ended_at = time.perf_counter() - epoch
-        return ""
+    protocol = Exchange(request, record, epoch, cancel_after)
     try:
         async with asyncio.timeout(timeout_s):
-            await protocol.done
+            await loop.create_connection(
+                lambda: protocol, address.hostname or "", address.port or 80
+            )
+            await protocol.done.wait()
     except TimeoutError:
         record.error = f"no end within {timeout_s:g} s"
+        protocol.cancel()
+    except OSError as error:
+        record.error = f"no connection: {error}"
         protocol.cancel()
     except asyncio.CancelledError:
         protocol.cancel()

@@ -46,7 +46,7 @@ class Axis:
         if self.is_log:
             first = math.floor(math.log10(self.low))
             last = math.ceil(math.log10(self.high))
-            steps = (1, 2, 5) if last - first <= 3 else (1,)
+            steps = (1, 2, 5) if self.high / self.low < 2e3 else (1,)
             values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
         else:
             step = _round_step((self.high - self.low) / 6)
