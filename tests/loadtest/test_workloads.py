@@ -1,5 +1,6 @@
 """The same seed gives the same load, whatever is measured with it."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -94,7 +95,7 @@ def test_the_longest_context_of_a_workload():
 
 def test_poisson_arrivals_have_their_rate_and_spread():
     times = arrival_times(OpenLoop("poisson", 5.0, 2000.0), random.Random(0))
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     mean = sum(gaps) / len(gaps)
     variance = sum((gap - mean) ** 2 for gap in gaps) / len(gaps)
     assert times == sorted(times)

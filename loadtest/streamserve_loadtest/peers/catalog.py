@@ -16,6 +16,8 @@ MODEL_NAME = "bench"
 MAX_MODEL_LEN = 4096
 _OPEN_LOOP_SLOTS = 32
 _SLOT_MARGIN = 64
+_LEAST_CACHE = 4096
+_CB_BLOCK = 32
 _LLAMA_FILES = {"bf16": "bf16", "int8": "Q8_0", "int4": "Q4_0"}
 _ADAPTER = Path(__file__).with_name("openvino_server.py")
 
@@ -175,9 +177,12 @@ def _find_transformers(places: Places, peers: list[Peer], missing: dict[str, str
         missing["transformers serve"] = "no transformers on PATH, and no --transformers-python"
         return
 
-    def command(port: int, _workload: Workload) -> list[str]:
+    def command(port: int, workload: Workload) -> list[str]:
+        # A step's cost grows with the size of the cache, used or not: as much as is needed.
+        tokens = max(num_slots(workload) * (workload.max_tokens + _SLOT_MARGIN), _LEAST_CACHE)
         return [
             *(str(program), "serve", str(places.checkpoint), "--continuous-batching"),
+            *("--cb-block-size", str(_CB_BLOCK), "--cb-num-blocks", str(-(-tokens // _CB_BLOCK))),
             *("--host", "127.0.0.1", "--port", str(port)),
             *("--dtype", "bfloat16", "--device", "cpu"),
         ]
