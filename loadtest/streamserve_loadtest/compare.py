@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -62,7 +63,7 @@ class Comparison:
         self._args = args
         self._prompts = prompts
         self._peers = {peer.name: peer for peer in catalog.peers}
-        self._running: dict[str, ServerProcess] = {}
+        self.running: dict[str, ServerProcess] = {}
         self._logs = Path(tempfile.mkdtemp(prefix="compare-"))
         self._weights = num_weights(args.checkpoint)
         self.failures: dict[str, str] = {}
@@ -75,12 +76,13 @@ class Comparison:
         """Play a workload against every server in turns, and print its table."""
         for peer in self._peers.values():
             self._start(peer, workload)
-        with self._machine():
-            for peer in self._able():
-                self._warm_up(peer, workload)
+        is_warm = False
         for round_number in range(self._args.rounds):
             for step, rate in steps_of(workload):
                 with self._machine():
+                    if not is_warm:
+                        self._warm_up_all(workload)
+                        is_warm = True
                     if rate is None:
                         self._measure_floor()
                     for peer in self._able():
@@ -89,9 +91,9 @@ class Comparison:
 
     def stop(self) -> None:
         """End every server."""
-        for process in self._running.values():
+        for process in self.running.values():
             process.stop()
-        self._running.clear()
+        self.running.clear()
 
     def notes(self) -> dict[str, Any]:
         """What the reports say beside the figures."""
@@ -113,17 +115,17 @@ class Comparison:
         }
 
     def _able(self) -> list[Peer]:
-        return [peer for name, peer in self._peers.items() if name in self._running]
+        return [peer for name, peer in self._peers.items() if name in self.running]
 
     def _start(self, peer: Peer, workload: Workload) -> None:
         """Start it, or start it anew if this workload wants other flags."""
         if peer.name in self.failures:
             return
-        process = self._running.get(peer.name)
+        process = self.running.get(peer.name)
         if process is not None:
             if peer.command(process.port, workload) == list(process.command):
                 return
-            self._running.pop(peer.name).stop()
+            self.running.pop(peer.name).stop()
         port = free_port()
         command = peer.command(port, workload)
         log = self._logs / f"{peer.name.replace(' ', '-')}.log"
@@ -133,7 +135,7 @@ class Comparison:
         except OSError as error:
             self._fail(peer, f"cannot be started: {error}")
             return
-        self._running[peer.name] = process
+        self.running[peer.name] = process
         try:
             ready = process.wait_until_ready(
                 peer.ready_path, self._args.start_timeout, show and (lambda _elapsed: show(0, 0))
@@ -148,14 +150,15 @@ class Comparison:
         self.commands[f"{peer.name} {workload.name}"] = command
         process.freeze()
 
-    def _warm_up(self, peer: Peer, workload: Workload) -> None:
-        with self._thawed(peer) as process:
-            target = self._target(peer, process)
-            record = run_async(
-                lambda: warm_up(target, workload, self._prompts, timeout_s=_WARM_UP_S)
-            )
-            if record.error:
-                self._fail(peer, f"{record.error}\n{process.log_tail}")
+    def _warm_up_all(self, workload: Workload) -> None:
+        for peer in self._able():
+            with self._thawed(peer) as process:
+                target = self._target(peer, process)
+                record = run_async(
+                    partial(warm_up, target, workload, self._prompts, timeout_s=_WARM_UP_S)
+                )
+                if record.error:
+                    self._fail(peer, f"{record.error}\n{process.log_tail}")
 
     def _measure(self, peer: Peer, step: Workload, round_number: int, rate: float | None) -> None:
         args = self._args
@@ -179,6 +182,8 @@ class Comparison:
                 return
             finally:
                 clear_line()
+            if not sys.stderr.isatty():
+                print(f"{label}: {self.runs[-1].seconds:.0f} s", file=sys.stderr, flush=True)
             if not process.is_alive:
                 self._fail(peer, f"died in {label}:\n{process.log_tail}")
 
@@ -189,7 +194,7 @@ class Comparison:
 
     @contextlib.contextmanager
     def _thawed(self, peer: Peer) -> Iterator[ServerProcess]:
-        process = self._running[peer.name]
+        process = self.running[peer.name]
         process.resume()
         try:
             yield process
@@ -213,7 +218,7 @@ class Comparison:
         clear_line()
         print(f"{peer.name} is left out: {reason}", file=sys.stderr, flush=True)
         self.failures[peer.name] = reason
-        if (process := self._running.pop(peer.name, None)) is not None:
+        if (process := self.running.pop(peer.name, None)) is not None:
             process.stop()
 
     def _print(self, workload: Workload) -> None:

@@ -1,6 +1,10 @@
 """A tiny load against the real front and engine over a ``NullRunner``."""
 
 import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +125,30 @@ def test_the_command_line_writes_its_reports(tmp_path, capsys):
 def test_an_unknown_workload_is_refused_by_name():
     with pytest.raises(SystemExit, match="no workload 'W9'"):
         main(["W9"])
+
+
+@pytest.mark.parametrize(
+    ("tool", "module"), [("serve", "loadtest"), ("compare", "loadtest.compare")]
+)
+def test_a_checkout_and_an_installation_have_the_same_program(tool, module):
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(str(root / folder) for folder in (".", "kernels", "loadtest"))
+
+    def usage(*command: str, pythonpath: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": pythonpath, "COLUMNS": "200"}
+        result = subprocess.run(
+            [sys.executable, "-m", *command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=root,
+            env=environment,
+        )
+        return result.stdout
+
+    installed = usage("streamserve", "bench", tool, pythonpath=path)
+    assert installed.startswith(f"usage: streamserve bench {tool}")
+    here = usage(module, pythonpath=str(root / "kernels"))
+    prefix = f"usage: python -m {module}"
+    assert here.startswith(prefix)
+    assert here.split("options:")[1] == installed.split("options:")[1]

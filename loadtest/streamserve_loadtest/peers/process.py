@@ -41,6 +41,11 @@ class ServerProcess:
             )
 
     @property
+    def pid(self) -> int:
+        """Of the process that was started, which leads its group."""
+        return self._process.pid
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
