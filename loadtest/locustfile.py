@@ -28,8 +28,7 @@ class ChatUser(HttpUser):
 
     def on_start(self) -> None:
         """Ask the server what its model is called."""
-        with self.client.get("/v1/models", name="models") as response:
-            self.model = response.json()["data"][0]["id"]
+        self.model = self.client.get("/v1/models", name="models").json()["data"][0]["id"]
 
     @task
     def chat(self) -> None:
