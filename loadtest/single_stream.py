@@ -21,13 +21,14 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import numpy as np
+
+from streamserve_loadtest.floor import num_weights, read_bandwidth
 
 PROMPT_TOKENS = 64
 FIRST_BYTE_PROMPT_TOKENS = 50
@@ -41,35 +42,6 @@ class Round:
     read_gb_s: float
     tokens_per_s: float
     first_byte_ms: float
-
-
-def read_bandwidth(buffer: np.ndarray, num_threads: int = 2) -> float:
-    """GB/s that ``num_threads`` threads together read, the better of three passes."""
-    parts = np.array_split(buffer, num_threads)
-    best = 0.0
-    for _ in range(3):
-        # max is vectorised and lets go of the interpreter lock; its one result per part is free.
-        threads = [threading.Thread(target=np.max, args=(part,)) for part in parts]
-        start = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        best = max(best, buffer.nbytes / (time.perf_counter() - start) / 1e9)
-    return best
-
-
-def weight_bytes(checkpoint: Path, bytes_per_element: int) -> int:
-    """Bytes of every matrix that a step reads: all tensors, an untied embedding's rows left out."""
-    total = 0
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        tied = "lm_head.weight" not in header
-        for name, entry in header.items():
-            if name != "__metadata__" and (tied or "embed_tokens" not in name):
-                total += int(np.prod(entry["shape"])) * bytes_per_element
-    return total
 
 
 def stream_once(
@@ -145,7 +117,7 @@ def main() -> None:
             figures = measure(url, config["vocab_size"], args.rounds)
         finally:
             server.terminate()
-    size = weight_bytes(args.checkpoint, 4 if args.dtype == "float32" else 2)
+    size = num_weights(args.checkpoint) * (4 if args.dtype == "float32" else 2)
     shares = [f.tokens_per_s * size / (f.read_gb_s * 1e9) for f in figures]
     for figure, share in zip(figures, shares, strict=True):
         print(

@@ -9,7 +9,8 @@ plain ASCII, so that each generated id is text at once and no chunk waits for th
 character. Needs torch and tokenizers, nothing of streamserve.
 
 llama.cpp's converter knows a tokenizer by the hash of one encoded text, which no new vocabulary can
-match; its ``get_vocab_base_pre`` must be told that the pre-tokenizer is ``gpt-2``.
+match; its ``get_vocab_base_pre`` must be told that the pre-tokenizer is ``gpt-2``, as
+``loadtest/streamserve_loadtest/peers/gguf.py`` does.
 """
 
 from __future__ import annotations

@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from streamserve.cli.serve import run_serve
 
             return run_serve(args)
+        if args.command == "bench":
+            from streamserve.cli.bench import run_bench
+
+            return run_bench(args)
         from streamserve.cli.chat import run_chat
 
         return run_chat(args)

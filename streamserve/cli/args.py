@@ -44,6 +44,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_flags(chat)
     _add_engine_flags(chat)
     _add_chat_flags(chat)
+
+    bench = commands.add_parser(
+        "bench", help="load-test a server, or compare servers; `bench serve --help` says how"
+    )
+    bench.add_argument(
+        "tool",
+        choices=("serve", "compare"),
+        help="serve: play workloads against one server; compare: start several and take turns",
+    )
+    bench.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="of the tool")
     return parser
 
 

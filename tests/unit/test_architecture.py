@@ -1,7 +1,8 @@
 """The floors of the house: imports go down only, and the light floors stay light.
 
-cli > api > engine > runner > models > kernels > core > (errors, config). `api`, `engine` and
-`core` never import torch, so that the whole server can be tested without a model.
+cli > loadtest > api > engine > runner > models > kernels > core > (errors, config). `api`,
+`engine` and `core` never import torch, so that the whole server can be tested without a model. The
+load test is a client: of the server it has the tokenizer and the chat template, nothing else.
 """
 
 import ast
@@ -12,17 +13,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLOORS = ["base", "core", "kernels", "models", "runner", "engine", "api", "cli"]
+FLOORS = ["base", "core", "kernels", "models", "runner", "engine", "api", "loadtest", "cli"]
 BASE = {"streamserve", "streamserve.errors", "streamserve.config"}
 TORCH_FREE = {"base", "core", "engine", "api"}
 HEAVY = {"torch", "transformers", "numba", "triton", "numpy"}
 # What a floor may import although it is not below: `engine` meets `runner` in `core`'s protocol.
-FORBIDDEN = {"engine": {"runner", "models", "kernels"}, "api": {"runner", "models", "kernels"}}
+FORBIDDEN = {
+    "engine": {"runner", "models", "kernels"},
+    "api": {"runner", "models", "kernels"},
+    "loadtest": {"api", "runner", "models", "kernels", "core"},
+}
 
 
 def _modules() -> dict[str, Path]:
     files = {}
-    for root, top in ((ROOT, "streamserve"), (ROOT / "kernels", "streamserve_kernels")):
+    for root, top in (
+        (ROOT, "streamserve"),
+        (ROOT / "kernels", "streamserve_kernels"),
+        (ROOT / "loadtest", "streamserve_loadtest"),
+    ):
         for path in (root / top).rglob("*.py"):
             parts = path.relative_to(root).with_suffix("").parts
             files[".".join(parts).removesuffix(".__init__")] = path
@@ -38,7 +47,9 @@ def _floor(module: str) -> str:
     if module == "streamserve.__main__":
         return "cli"
     top, _, rest = module.partition(".")
-    return "kernels" if top == "streamserve_kernels" else rest.split(".")[0]
+    if top in {"streamserve_kernels", "streamserve_loadtest"}:
+        return top.removeprefix("streamserve_")
+    return rest.split(".")[0]
 
 
 def _imports(module: str, path: Path) -> set[str]:
@@ -102,7 +113,7 @@ def test_no_import_cycles():
 
 def test_only_the_cli_reads_argv_and_the_environment():
     for module, path in MODULES.items():
-        if _floor(module) in {"cli", "kernels"}:
+        if _floor(module) in {"cli", "kernels", "loadtest"}:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

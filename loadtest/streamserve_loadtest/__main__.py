@@ -1,0 +1,7 @@
+"""``python -m streamserve_loadtest``."""
+
+import sys
+
+from streamserve_loadtest.cli import main
+
+sys.exit(main())
