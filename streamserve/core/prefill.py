@@ -6,7 +6,7 @@ the largest that is predicted to fit. When nobody is decoding there is nobody to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from streamserve.config import SchedulerConfig
@@ -24,9 +24,11 @@ MIN_ALLOWANCE_S, MAX_ALLOWANCE_S = 0.005, 0.25
 """Without a target prompts may add the decodes' own time, within these bounds: nobody sees 5 ms,
 and everybody sees a quarter of a second."""
 PATIENCE_S, MAX_STRETCH = 2.0, 4.0
-"""Without a target: when a prompt has waited longer than this, the allowance grows with its wait,
-up to fourfold. A machine that is asked for more than fits beside the decodes would otherwise let
-prompts queue without end; it settles where they are served as fast as they come."""
+"""Without a target the allowance grows, up to fourfold, with the number of prompts for each stream
+that decodes: whoever waits for a first token counts as much as whoever waits for the next. It grows
+too when a prompt has waited longer than ``PATIENCE_S``. A machine that is asked for more than fits
+beside the decodes would otherwise let prompts queue without end; it settles where they are served
+as fast as they come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,34 +107,38 @@ class PrefillPacer:
         self.last_report: StepReport | None = None
 
     def open(
-        self, running: Iterable[Request], next_in: Request | None, clock: Clock
+        self,
+        running: Iterable[Request],
+        waiting: Sequence[Request],
+        num_free_seats: int,
+        clock: Clock,
     ) -> PrefillBudget:
-        """The budget of a step that sets a token aside for each request that needs only one.
-
-        ``next_in``: the first that waits for a seat.
-        """
+        """The budget of a step that sets a token aside for each request that needs only one."""
         num_decodes = decode_context = 0
-        oldest = next_in
+        num_prompts = min(len(waiting), num_free_seats)
+        oldest = waiting[0] if waiting else None
         for request in running:
             num_tokens = len(request.token_ids) + request.num_pending_tokens
             if num_tokens - request.num_computed_tokens == 1:
                 num_decodes += 1
                 decode_context += num_tokens
-            elif oldest is None or request.arrival_time < oldest.arrival_time:
+                continue
+            num_prompts += 1
+            if oldest is None or request.arrival_time < oldest.arrival_time:
                 oldest = request
         shape = StepShape(num_decodes, num_decodes, decode_context)
         model = self._model if num_decodes and oldest is not None else None
         limit_s = 0.0
         if model is not None and oldest is not None:
-            age_s = clock() - oldest.arrival_time
-            limit_s = self._limit_s(model.predict(shape), age_s, model.error)
+            age = (clock() - oldest.arrival_time) / PATIENCE_S
+            stretch = min(max(age, num_prompts / num_decodes, 1.0), MAX_STRETCH)
+            limit_s = self._limit_s(model.predict(shape), stretch, model.error)
         return PrefillBudget(max(self._max_tokens - num_decodes, 0), model, shape, limit_s)
 
-    def _limit_s(self, decode_s: float, age_s: float, error: float) -> float:
+    def _limit_s(self, decode_s: float, stretch: float, error: float) -> float:
         """What a prediction may be: the target less the error, or the least for prompts."""
         target_s = self._target_s
         if target_s is None:
-            stretch = min(max(age_s / PATIENCE_S, 1.0), MAX_STRETCH)
             target_s = decode_s + min(max(decode_s * stretch, MIN_ALLOWANCE_S), MAX_ALLOWANCE_S)
         self.stats.itl_target_s = target_s
         self.stats.error = error

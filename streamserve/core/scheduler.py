@@ -245,8 +245,8 @@ class Scheduler:
         if len(self._in_flight) >= self.config.max_steps_in_flight or not self._requests:
             return None
         running, waiting, overtakes = self._running, self._waiting, self._policy.overtakes
-        next_in = waiting[0] if waiting else None
-        step = Step(self._next_step_id, self.pacer.open(running, next_in, self._clock))
+        num_free = self._num_seats - len(running)
+        step = Step(self._next_step_id, self.pacer.open(running, waiting, num_free, self._clock))
         contested = waiting and running and overtakes(waiting[0], running[-1])
         index = 0
         while index < len(running):
