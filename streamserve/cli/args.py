@@ -150,6 +150,13 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="share the KV cache of equal prefixes (default: on)",
     )
     group.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="queue the next step before the last one's tokens are known: no wait between steps,"
+        " and a new prompt waits for one step more (default: on)",
+    )
+    group.add_argument(
         "--disable-cascade-attn",
         action="store_true",
         help="let each request read its whole KV, also what others share with it",

@@ -92,6 +92,7 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_waiting=args.max_num_waiting,
         policy=args.scheduling_policy,
+        max_steps_in_flight=2 if args.async_scheduling else 1,
         enable_cascade_attention=not args.disable_cascade_attn,
         itl_target_ms=args.itl_target_ms,
     )
