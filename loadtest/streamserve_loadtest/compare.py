@@ -56,6 +56,9 @@ from streamserve_loadtest.workloads import Workload
 _WARM_UP_S = 120.0
 
 
+_LAST_BREATH_S = 1.0
+
+
 class Comparison:
     """The servers that run, and what was measured so far."""
 
@@ -184,7 +187,9 @@ class Comparison:
                 clear_line()
             if not sys.stderr.isatty():
                 print(f"{label}: {self.runs[-1].seconds:.0f} s", file=sys.stderr, flush=True)
-            if not process.is_alive:
+            # Its readers may notice the end before the system does.
+            failed = any(record.error for record in self.runs[-1].records)
+            if process.ends_within(_LAST_BREATH_S if failed else 0.0):
                 self._fail(peer, f"died in {label}:\n{process.log_tail}")
 
     def _measure_floor(self) -> None:

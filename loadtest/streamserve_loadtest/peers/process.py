@@ -54,6 +54,14 @@ class ServerProcess:
         """Whether the process that was started still runs."""
         return self._process.poll() is None
 
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it has ended, or does before so many seconds have passed."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     @property
     def log_tail(self) -> str:
         """The end of what it printed."""
