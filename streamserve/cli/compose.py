@@ -102,6 +102,7 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
     kernels = streamserve_kernels.load(
         device, dtype=dtype, head_sizes=config.spec.head_sizes(), block_size=memory.block_size
     )
+    say(f"  kernels       {kernels.name}")
     # A virtual machine may take seconds to get gigabytes from its host; nobody waits for that.
     kv_caches = new_kv_cache(config.spec, memory, dtype, device, kernels)
     in_background(lambda: touch_kv_cache(kv_caches))
@@ -109,12 +110,6 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
     if template.is_builtin:
         warn(f"the checkpoint has no chat template: using the {template.source} one")
 
-    kernels = streamserve_kernels.load(
-        device,
-        dtype=dtype,
-        head_sizes=config.spec.head_sizes(),
-        block_size=memory.block_size,
-    )
     if args.quantization is not None and (reason := kernels.slow_quantisation()) is not None:
         warn(f"--quantization {args.quantization} will be slow: {reason}")
     model = on_passing_thread(
