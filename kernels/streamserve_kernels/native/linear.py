@@ -22,7 +22,6 @@ BLOCK = 64
 FEW_ROWS = 8
 # Weight bytes below which one thread is enough.
 _PARALLEL_BYTES = 65536
-_ONE = double_bits(1.0)
 
 _arena = Arena()
 

@@ -9,6 +9,7 @@ functions, so that the one decoder there is serves both ways.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -85,15 +86,11 @@ class Recorder:
     # Memory
 
     def _new(self, rows: int, *tail: int) -> Symbol:
-        width = 1
-        for size in tail:
-            width *= size
+        width = prod(tail)
         count = (self.max_tokens if rows == TOKENS else self.max_logits) * width
-        fitting = [buffer for buffer in self._buffers if buffer.numel() >= count]
+        fitting = [i for i, buffer in enumerate(self._buffers) if buffer.numel() >= count]
         if fitting:
-            tensor = min(fitting, key=Tensor.numel)
-            place = next(i for i, buffer in enumerate(self._buffers) if buffer is tensor)
-            del self._buffers[place]
+            tensor = self._buffers.pop(min(fitting, key=lambda i: self._buffers[i].numel()))
         else:
             tensor = huge_pages.zeros((count,), torch.bfloat16)
             huge_pages.touch(tensor)

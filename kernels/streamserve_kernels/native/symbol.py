@@ -52,20 +52,12 @@ class Symbol:
         if -1 in tail:
             known = -prod(tail)
             tail[tail.index(-1)] = self.width // known
-        if prod(tail) == self.width:
-            return Symbol(self.recorder, self.memory, self.address, self.rows, self.stride, *tail)
-        if len(tail) == 1 and self.width % tail[0] == 0:
+        if prod(tail) != self.width:
+            if len(tail) != 1 or self.width % tail[0]:
+                raise NotRecordableError(f"a view of {self.shape} as {tuple(dims)}")
             # [T, heads, D] as [T * heads, D]: what an operation on each head sees
-            return Symbol(
-                self.recorder,
-                self.memory,
-                self.address,
-                self.rows,
-                self.stride,
-                self.width // tail[0],
-                tail[0],
-            )
-        raise NotRecordableError(f"a view of {self.shape} as {tuple(dims)}")
+            tail = [self.width // tail[0], tail[0]]
+        return Symbol(self.recorder, self.memory, self.address, self.rows, self.stride, *tail)
 
     reshape = view
 
