@@ -10,6 +10,23 @@ from pathlib import Path
 # milliseconds at every barrier: the suite takes six times as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The tests ask for deterministic algorithms; cuBLAS has them with this work space only.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Triton decides when a kernel is defined: without a GPU its interpreter runs them.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the GPU need one."""
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 def pytest_configure() -> None:

@@ -191,6 +191,7 @@ class Kernels(Protocol):
         soft_cap: float | None = None,
         sinks: Tensor | None = None,
         prefix_groups: PrefixGroups | None = None,
+        max_query_len: int | None = None,
     ) -> Tensor: ...
 
     def rms_norm(

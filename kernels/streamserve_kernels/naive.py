@@ -76,6 +76,7 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     prefix_groups: PrefixGroups | None = None,
+    max_query_len: int | None = None,
 ) -> Tensor:
     """Causal attention of ragged queries [T, Hq, D] over a paged cache -> [T, Hq, Dv].
 
@@ -91,6 +92,9 @@ def paged_attention(
     `prefix_groups` changes nothing but the order of sums: what a group shares is attended to once,
     for the queries of all its members, and merged with each one's own rest by log-sum-exp. A
     backend may ignore it. It must be `None` if the window hides any of a shared part.
+
+    `max_query_len` is no less than the queries of any request, where the host knows a bound: a
+    device that must not be asked chooses its kernel by it. It changes no result.
 
     Paging: Kwon et al. 2023; ALiBi: Press et al. 2022; soft cap: Gemma Team 2024; shared prefixes:
     Juravsky et al. 2024 (Hydragen), Ye et al. 2024 (cascade inference).

@@ -34,6 +34,10 @@ class ForwardBatch:
     block_table: Tensor  # [R, M] int32
     logits_indices: Tensor  # [L] int64 into T, strictly increasing: rows that need logits
     prefix_groups: PrefixGroups | None = None  # sequences that share leading blocks
+    # What the host knows, so that no device is asked: bounds of a sequence's tokens in this step,
+    # and of seq_lens.
+    max_query_len: int | None = None
+    max_seq_len: int | None = None
 
 
 def allocate_kv_cache(

@@ -145,8 +145,10 @@ class Attention:
     ) -> Tensor:
         """Queries [T, Hq, D] -> [T, Hq * Dv], before the output projection."""
         spec, groups = self._spec, batch.prefix_groups
-        if groups is not None and spec.window is not None and batch.seq_lens.max() > spec.window:
-            groups = None  # the window may cut the prefix, for each query at another place
+        if groups is not None and spec.window is not None:
+            longest = batch.max_seq_len
+            if longest is None or longest > spec.window:
+                groups = None  # the window may cut the prefix, for each query at another place
         return self._attend(
             query,
             key_cache,
@@ -160,6 +162,7 @@ class Attention:
             soft_cap=spec.soft_cap,
             sinks=self._sinks,
             prefix_groups=groups,
+            max_query_len=batch.max_query_len,
         ).view(query.shape[0], spec.output_size)
 
     def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

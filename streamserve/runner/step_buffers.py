@@ -68,6 +68,7 @@ class StepBuffers:
         self._prefix_groups: Sequence[PrefixGroup] = ()
         self._num_members = 0
         self._num_seqs = 0
+        self._max_query_len = self._max_seq_len = 0
         self._num_blocks = 1
         self._num_rows = 0
         self._num_logits = 0
@@ -78,6 +79,7 @@ class StepBuffers:
         """Sets sequence lengths and returns ``query_start_loc`` ``[R + 1]``."""
         self._num_seqs = len(lengths)
         self._seq_lens[: len(ends)] = ends
+        self._max_query_len, self._max_seq_len = int(lengths.max()), int(ends.max())
         starts = self._query_start_loc[: len(lengths) + 1]
         np.cumsum(lengths, out=starts[1:], dtype=np.int32)
         return starts
@@ -153,6 +155,8 @@ class StepBuffers:
             block_table=tensor(table.reshape(num_seqs, self._num_blocks)),
             logits_indices=tensor(self._logits_indices[: self._num_logits]),
             prefix_groups=prefix_groups,
+            max_query_len=self._max_query_len,
+            max_seq_len=self._max_seq_len,
         )
 
     def _padded(self, count: int) -> int:

@@ -30,6 +30,15 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a Triton kernel is tried: under the interpreter, or on a GPU where there is one."""
+    pytest.importorskip("triton")
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter is not used beside a GPU")
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def naive() -> Kernels:
     return load("cpu", "naive")

@@ -86,6 +86,7 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     prefix_groups: PrefixGroups | None = None,
+    max_query_len: int | None = None,
 ) -> Tensor:
     """See `naive.paged_attention`. `prefix_groups` are ignored: each request reads all its own."""
     num_tokens, num_heads, head_size = query.shape

@@ -253,6 +253,7 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     prefix_groups: PrefixGroups | None = None,
+    max_query_len: int | None = None,
 ) -> Tensor:
     """See `naive.paged_attention`; the blocks of the caches are in the order of `unpack_keys`."""
     _bfloat16("query and the caches", query, key_cache, value_cache)

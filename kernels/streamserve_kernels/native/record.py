@@ -62,6 +62,7 @@ class RecordedBatch:
         self.logits_indices = Index("logits_indices", LOGITS)
         # A step's own are read when it runs; a layer's window is heeded there as well.
         self.prefix_groups = None
+        self.max_query_len = self.max_seq_len = None
 
 
 class Recorder:
@@ -269,6 +270,7 @@ class Recorder:
         soft_cap: float | None = None,
         sinks: Tensor | None = None,
         prefix_groups: None = None,
+        max_query_len: int | None = None,
     ) -> Symbol:
         num_kv_heads, block_size, head_size = key_cache.shape[1:]
         value_size = value_cache.shape[3]

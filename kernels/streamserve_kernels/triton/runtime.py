@@ -1,0 +1,36 @@
+"""What all Triton kernels share: how they are compiled, counted and given their sizes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+# Triton's interpreter runs kernels as numpy on a CPU (TRITON_INTERPRET=1). Kernels take it as a
+# constexpr where they must differ: its tl.dot is wrong for bfloat16, so operands become float32.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+_kernels: list[Any] = []
+
+
+def jit(function: Any) -> Any:
+    """`triton.jit`, and its compilations are counted."""
+    kernel = triton.jit(function)
+    _kernels.append(kernel)
+    return kernel
+
+
+def compilations() -> int:
+    """Kernels that were compiled, or read from Triton's disk cache, by this process so far."""
+    caches = (getattr(kernel, "device_caches", {}) for kernel in _kernels)
+    return sum(len(of_device[0]) for devices in caches for of_device in devices.values())
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors, which a grid has to fill; a few for the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
