@@ -27,7 +27,8 @@ from torch import Tensor
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.models.batch import ForwardBatch, KVCache
-from streamserve.runner.input_batch import InputBatch, StepRows
+from streamserve.runner.input_batch import InputBatch
+from streamserve.runner.plan_arrays import StepRows
 from streamserve.runner.sampler import Sampler
 from streamserve_kernels import Kernels
 

@@ -74,15 +74,16 @@ class StepBuffers:
         self._num_logits = 0
 
     def set_sequences(
-        self, lengths: NDArray[np.int64], ends: NDArray[np.int64]
-    ) -> NDArray[np.int32]:
-        """Sets sequence lengths and returns ``query_start_loc`` ``[R + 1]``."""
+        self,
+        query_start_loc: NDArray[np.int32],
+        lengths: NDArray[np.int64],
+        ends: NDArray[np.int64],
+    ) -> None:
+        """Sets where sequences' tokens start ``[R + 1]``, how many they are, and where they end."""
         self._num_seqs = len(lengths)
         self._seq_lens[: len(ends)] = ends
         self._max_query_len, self._max_seq_len = int(lengths.max()), int(ends.max())
-        starts = self._query_start_loc[: len(lengths) + 1]
-        np.cumsum(lengths, out=starts[1:], dtype=np.int32)
-        return starts
+        self._query_start_loc[: len(query_start_loc)] = query_start_loc
 
     def set_block_table(
         self, block_table: NDArray[np.int32], rows: NDArray[np.int64], width: int

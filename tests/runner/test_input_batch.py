@@ -215,7 +215,7 @@ def test_prefix_groups_are_tensors_of_their_own(padded):
         ]
         plan = SchedulerOutput(1, scheduled=scheduled, prefix_groups=list(groups))
         for row in range(MAX_SEQS):
-            batch._num_blocks[row] = 0
+            batch._rows.num_blocks[row] = 0
         batch.apply(plan)
         return batch.build(plan)[0].prefix_groups
 
