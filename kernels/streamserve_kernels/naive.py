@@ -132,13 +132,14 @@ def paged_attention(
 
 
 def _groups(groups: PrefixGroups) -> list[tuple[list[int], int]]:
-    """(members, leading blocks) of each group."""
+    """(members, leading blocks) of each group that has members."""
     members, starts = groups.members.tolist(), groups.starts.tolist()
     return [
         (members[start:end], num_blocks)
         for start, end, num_blocks in zip(
             starts[:-1], starts[1:], groups.num_blocks.tolist(), strict=True
         )
+        if end > start
     ]
 
 

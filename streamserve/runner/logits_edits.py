@@ -7,7 +7,7 @@ The state is the request's own history, kept incrementally, so an edit costs wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,14 @@ class TokenCounts:
             self._counts[slot] += 1.0
 
 
+class Penalties(NamedTuple):
+    """Neutral: 1, 0, 0."""
+
+    repetition: float
+    presence: float
+    frequency: float
+
+
 class LogitsEdits:
     """The edits of one request. ``history`` is kept only when a penalty reads it."""
 
@@ -97,6 +105,25 @@ class LogitsEdits:
             [token for token in ends if 0 <= token < vocab_size], dtype=np.int64
         )
         self._min_tokens = params.min_tokens
+
+    @property
+    def penalties(self) -> Penalties:
+        """What `apply` does with the history, for a device that does it by itself."""
+        return Penalties(
+            float(self._repetition_penalty),
+            float(self._presence_penalty),
+            float(self._frequency_penalty),
+        )
+
+    def added(self, output_position: int) -> tuple[Int64Array, Float32Array]:
+        """Ids, and what is added to their logits at a position: the bias, then bans as -inf."""
+        if output_position >= self._min_tokens:
+            return self._bias_ids, self._bias_values
+        bans = np.full(len(self._banned_ids), -np.inf, dtype=np.float32)
+        return (
+            np.concatenate((self._bias_ids, self._banned_ids)),
+            np.concatenate((self._bias_values, bans)),
+        )
 
     @staticmethod
     def are_needed(request: NewRequest) -> bool:

@@ -10,11 +10,13 @@ import torch
 
 from streamserve.config import CacheConfig, SchedulerConfig
 from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.plan import ModelRunner
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.scheduler import Scheduler
-from streamserve.runner.build import build_runner
-from streamserve.runner.model_runner import TorchModelRunner
+from streamserve.runner.build import build_runner, new_kv_cache
+from streamserve.runner.cuda.build import build_cuda_runner
+from streamserve.runner.cuda.model_runner import CudaModelRunner
 from tests.runner.tiny_llama import CPU, MAX_LEN, VOCAB, memory_for, tiny_llama
 
 BLOCK_SIZE = 4
@@ -24,17 +26,43 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 SEEDED = SamplingParams(temperature=1.2, top_p=0.95, max_tokens=24, presence_penalty=0.3)
 
 
-@pytest.fixture(scope="module", params=["naive", "cpu"])
-def model(request, tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("model"), backend=request.param)
+@pytest.fixture(scope="module", params=["naive", "cpu", "naive on a device"])
+def build(request, tmp_path_factory):
+    """Makes runners of one model: on the host, or as for a device (here the CPU too)."""
+    backend, _, on_device = request.param.partition(" ")
+    model = tiny_llama(tmp_path_factory.mktemp("model"), backend=backend)
+    memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+
+    def build(max_num_batched_tokens: int = MAX_TOKENS) -> ModelRunner:
+        if not on_device:
+            return build_runner(model, memory, max_num_batched_tokens=max_num_batched_tokens)[0]
+        caches = new_kv_cache(model.spec, memory, model.dtype, model.device, model.kernels)
+        return build_cuda_runner(
+            model, memory, max_num_batched_tokens=max_num_batched_tokens, kv_caches=caches
+        )[0]
+
+    return build
 
 
 @pytest.fixture(scope="module")
-def runner(model) -> Iterator[TorchModelRunner]:
-    memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
-    runner, _ = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
+def runner(build) -> Iterator[ModelRunner]:
+    runner = build()
     yield runner
     runner.close()
+
+
+def forget(runner: ModelRunner, request_ids: list[str] | None = None) -> None:
+    """Makes a runner forget these requests, or all of them."""
+    if isinstance(runner, CudaModelRunner):
+        batch, live = runner._batch, runner._batch.rows.request_ids
+    else:
+        batch, live = runner._input_batch, runner._input_batch.request_ids
+    for request_id in live if request_ids is None else request_ids:
+        batch._remove(request_id)
+
+
+def model_of(runner: ModelRunner):
+    return runner._executor.model if isinstance(runner, CudaModelRunner) else runner._model
 
 
 class Loop:
@@ -85,9 +113,7 @@ class Loop:
 def forget_requests(runner):
     """Each test has a scheduler of its own, so the runner starts every test with no request."""
     yield
-    batch = runner._input_batch
-    for request_id in batch.request_ids:
-        batch._remove(request_id)
+    forget(runner)
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -107,7 +133,7 @@ def alone(runner, token_ids, params=GREEDY) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(model, runner):
+def expected(runner):
     token_ids = prompts(6)
     return {
         "prompts": token_ids,
@@ -116,10 +142,9 @@ def expected(model, runner):
     }
 
 
-def test_solo_is_the_model_without_a_cache(model, runner, expected):
+def test_solo_is_the_model_without_a_cache(build, expected):
     """The whole sequence in one forward, again for each token."""
-    memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
-    plain, _ = build_runner(model, memory, max_num_batched_tokens=MAX_LEN)
+    plain = build(MAX_LEN)
     try:
         for prompt, output in zip(expected["prompts"][:2], expected["greedy"], strict=False):
             for count in range(len(output)):
@@ -127,7 +152,7 @@ def test_solo_is_the_model_without_a_cache(model, runner, expected):
                 request = Request("x", prompt + output[:count], params, arrival_time=0, seed=0)
                 loop = Loop(plain, prefix=False, max_num_batched_tokens=MAX_LEN)
                 assert loop.run([request]) == [[output[count]]]
-                plain._input_batch._remove("x")
+                forget(plain, ["x"])
     finally:
         plain.close()
 
@@ -202,21 +227,22 @@ def test_a_step_that_fails_fails_its_requests_only(runner, expected, monkeypatch
     loop.scheduler.add(first)
     for _ in range(3):
         loop.turn()
-    forward = runner._model.forward
+    model = model_of(runner)
+    forward = model.forward
 
     def broken(batch, caches):
         raise torch.OutOfMemoryError("no memory for this step")
 
-    monkeypatch.setattr(runner._model, "forward", broken)
+    monkeypatch.setattr(model, "forward", broken)
     plan = loop.scheduler.schedule()
     runner.launch(plan)
     with pytest.raises(torch.OutOfMemoryError):
         runner.sample(plan.step_id).result(timeout=20)
-    monkeypatch.setattr(runner._model, "forward", forward)
+    monkeypatch.setattr(model, "forward", forward)
     assert loop.scheduler.fail_step(plan.step_id) == [first]
     assert loop.run([second]) == [expected["greedy"][1]]
 
 
 def test_nothing_on_the_device_is_a_graph(runner, expected):
-    assert not any(cache.requires_grad for pair in runner._kv_caches for cache in pair)
-    assert all(cache.device == CPU for pair in runner._kv_caches for cache in pair)
+    assert not any(cache.requires_grad for cache in runner._flat_caches)
+    assert all(cache.device == CPU for cache in runner._flat_caches)

@@ -9,16 +9,28 @@ import torch
 from streamserve.core.plan import (
     PENDING_TOKEN,
     BlockCopy,
+    ModelRunner,
     NewRequest,
     ScheduledRequest,
     SchedulerOutput,
 )
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.runner.cuda.build import assemble
+from streamserve.runner.cuda.model_runner import CudaModelRunner
+from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.model_runner import TorchModelRunner
 from tests.runner.fake_model import BLOCK_SIZE, VOCAB, FakeModel, logits_after
 
 GREEDY = SamplingParams(temperature=0.0)
 PROMPT = [3, 1, 4, 1, 5, 9]
+OPTIONS = {
+    "vocab_size": VOCAB,
+    "block_size": BLOCK_SIZE,
+    "max_model_len": 64,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "padded_sizes": (1, 2, 4, 8, 16, 32, 40),
+}
 
 
 @pytest.fixture
@@ -26,18 +38,25 @@ def model() -> FakeModel:
     return FakeModel()
 
 
+@pytest.fixture(params=["host", "device"])
+def new_runner(request, model):
+    """Makes runners for a host that computes, and for a device that is told (here the CPU too)."""
+
+    def new_host_runner(num_blocks=32, model=model, **options) -> TorchModelRunner:
+        return TorchModelRunner(model, model.caches(num_blocks), **{**OPTIONS, **options})
+
+    def new_device_runner(num_blocks=32, model=model, **options) -> CudaModelRunner:
+        given = {**OPTIONS, **options}
+        del given["padded_sizes"]
+        ladder = StepLadder(given.pop("max_num_batched_tokens"), given["max_num_seqs"])
+        return assemble(model, model.caches(num_blocks), ladder, **given)[0]
+
+    return new_host_runner if request.param == "host" else new_device_runner
+
+
 @pytest.fixture
-def runner(model) -> Iterator[TorchModelRunner]:
-    runner = TorchModelRunner(
-        model,
-        model.caches(32),
-        vocab_size=VOCAB,
-        block_size=BLOCK_SIZE,
-        max_model_len=64,
-        max_num_seqs=4,
-        max_num_batched_tokens=32,
-        padded_sizes=(1, 2, 4, 8, 16, 32, 40),
-    )
+def runner(new_runner) -> Iterator[ModelRunner]:
+    runner = new_runner()
     yield runner
     runner.close()
 
@@ -62,7 +81,7 @@ def decode_plan(step_id: int, position: int, token: int, *, request_id: str = "a
     return SchedulerOutput(step_id, scheduled=[scheduled])
 
 
-def result(runner: TorchModelRunner, plan: SchedulerOutput, masks=None):
+def result(runner: ModelRunner, plan: SchedulerOutput, masks=None):
     runner.launch(plan)
     return runner.sample(plan.step_id, masks).result(timeout=10)
 
@@ -237,8 +256,9 @@ def test_steps_are_sampled_in_order(runner):
     assert runner.sample(0).result(timeout=10).step_id == 0
 
 
-def test_the_model_is_replaced_only_between_steps(runner, model):
+def test_the_model_is_replaced_only_between_steps(model):
     other = FakeModel()
+    runner = TorchModelRunner(model, model.caches(32), **OPTIONS)
     runner.launch(prompt_plan(0))
     with pytest.raises(RuntimeError, match=r"steps are in flight: \[0\]"):
         runner.replace_model(other)
@@ -248,6 +268,7 @@ def test_the_model_is_replaced_only_between_steps(runner, model):
         [greedy_after([*PROMPT, 1], 1)[0]]
     ]
     assert (model.num_forwards, other.num_forwards) == (1, 1)
+    runner.close()
 
 
 def test_a_cancelled_future_does_not_stop_the_device(runner, model):
@@ -269,23 +290,15 @@ def test_a_cancelled_future_does_not_stop_the_device(runner, model):
     assert output.sampled_token_ids == [[expected[1]]]
 
 
-def test_close_finishes_what_was_asked_for(model):
-    runner = TorchModelRunner(
-        model,
-        model.caches(8),
-        vocab_size=VOCAB,
-        block_size=BLOCK_SIZE,
-        max_model_len=16,
-        max_num_seqs=2,
-        max_num_batched_tokens=8,
-    )
+def test_close_finishes_what_was_asked_for(new_runner):
+    runner = new_runner(8, max_model_len=16, max_num_seqs=2, max_num_batched_tokens=8)
     runner.launch(prompt_plan(0, blocks=(1, 2)))
     future = runner.sample(0)
     runner.launch(decode_plan(1, 6, PENDING_TOKEN))
     runner.close()
     runner.close()
     assert future.result(timeout=0).sampled_token_ids == [greedy_after(PROMPT, 1)]
-    assert not any(t.name == "streamserve-device" for t in threading.enumerate())
+    assert not any(t.name.startswith("streamserve-") for t in threading.enumerate())
     with pytest.raises(RuntimeError, match="closed"):
         runner.launch(prompt_plan(2))
     with pytest.raises(RuntimeError, match="closed"):
@@ -314,17 +327,10 @@ def test_logprobs_for_those_who_ask(runner):
     assert logprobs.top[0] == (token, logprobs.logprob)
 
 
-def run_alone(params: SamplingParams, seed: int, count: int, *, preempt_at=(), company=0):
+def run_alone(new_runner, params, seed: int, count: int, *, preempt_at=(), company=0):
     """The output of one request; it loses its seat before the positions ``preempt_at``."""
-    model = FakeModel()
-    runner = TorchModelRunner(
-        model,
-        model.caches(64),
-        vocab_size=VOCAB,
-        block_size=BLOCK_SIZE,
-        max_model_len=40,
-        max_num_seqs=8,
-        max_num_batched_tokens=64,
+    runner = new_runner(
+        64, FakeModel(), max_model_len=40, max_num_seqs=8, max_num_batched_tokens=64
     )
     try:
         tokens = list(PROMPT)
@@ -366,10 +372,10 @@ def run_alone(params: SamplingParams, seed: int, count: int, *, preempt_at=(), c
     ],
     ids=["plain", "truncated", "penalised"],
 )
-def test_a_seeded_request_is_the_same_alone_in_company_and_after_preemption(params):
-    expected = run_alone(params, 11, 20)
+def test_a_seeded_request_is_the_same_alone_in_company_and_after_preemption(new_runner, params):
+    expected = run_alone(new_runner, params, 11, 20)
     assert len(set(expected)) > 3
-    assert run_alone(params, 11, 20, company=5) == expected
-    assert run_alone(params, 11, 20, preempt_at=(4, 5, 13)) == expected
-    assert run_alone(params, 11, 20, preempt_at=(2, 17), company=2) == expected
-    assert run_alone(params, 12, 20) != expected
+    assert run_alone(new_runner, params, 11, 20, company=5) == expected
+    assert run_alone(new_runner, params, 11, 20, preempt_at=(4, 5, 13)) == expected
+    assert run_alone(new_runner, params, 11, 20, preempt_at=(2, 17), company=2) == expected
+    assert run_alone(new_runner, params, 12, 20) != expected

@@ -1,0 +1,136 @@
+"""From a loaded model and a memory plan to a runner on a device that is warm."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from streamserve.core.clock import monotonic
+from streamserve.core.step_time import StepProfile
+from streamserve.models import Decoder, KVCache
+from streamserve.runner.cuda.graphs import DeviceModel, StepExecutor
+from streamserve.runner.cuda.input_batch import DeviceInputBatch
+from streamserve.runner.cuda.model_runner import CudaModelRunner
+from streamserve.runner.cuda.sampling import DeviceSampler
+from streamserve.runner.cuda.step_key import StepKey, StepLadder
+from streamserve.runner.cuda.timeline import timeline_of
+from streamserve.runner.memory import MemoryPlan
+from streamserve.runner.warm_up import WarmUp
+from streamserve_kernels import load_sampling
+
+logger = logging.getLogger(__name__)
+
+_FIRST_DECODES = 8  # batches up to this size have graphs when the server is ready
+_SWITCH_INTERVAL_S = 0.0005
+
+
+def build_cuda_runner(
+    model: Decoder,
+    memory: MemoryPlan,
+    *,
+    max_num_batched_tokens: int,
+    kv_caches: KVCache,
+    enforce_eager: bool = False,
+    graph_sizes: Sequence[int] | None = None,
+    with_groups: bool = True,
+) -> tuple[CudaModelRunner, StepProfile]:
+    """Makes the arena, meets every shape of the ladder once, captures the first graphs, measures.
+
+    After it nothing compiles; the remaining graphs are captured while nobody asks for anything.
+    ``graph_sizes`` are the decodes that get graphs; ``enforce_eager`` means none at all. Raises
+    what torch raises when the memory is not there after all.
+    """
+    # The device thread holds the interpreter while it launches a large step: the event loop should
+    # not have to wait 5 ms for its turn.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    ladder = StepLadder(
+        max_num_batched_tokens,
+        memory.max_num_seqs,
+        decode_sizes=graph_sizes,
+        with_groups=with_groups,
+    )
+    runner, executor = assemble(
+        model.one_of_each_layer(),
+        kv_caches,
+        ladder,
+        vocab_size=model.spec.vocab_size,
+        block_size=memory.block_size,
+        max_model_len=memory.max_model_len,
+        max_num_seqs=memory.max_num_seqs,
+    )
+    try:
+        profile = _warm_up(
+            runner, executor, model, memory, ladder, max_num_batched_tokens, enforce_eager
+        )
+    except BaseException:
+        runner.close()
+        raise
+    return runner, profile
+
+
+def assemble(
+    model: DeviceModel,
+    kv_caches: KVCache,
+    ladder: StepLadder,
+    *,
+    vocab_size: int,
+    block_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+) -> tuple[CudaModelRunner, StepExecutor]:
+    """A runner that has met nothing yet, and what runs its steps."""
+    device, kernels = model.device, model.kernels
+    timeline = timeline_of(device)
+    batch = DeviceInputBatch(
+        ladder,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        vocab_size=vocab_size,
+        device=device,
+        timeline=timeline,
+    )
+    sampling = load_sampling(kernels)
+    last_tokens = torch.zeros(batch.unused_row + 1, dtype=torch.int64, device=device)
+    executor = StepExecutor(model, kv_caches, batch.arena, sampling, last_tokens)
+    sampler = DeviceSampler(sampling, vocab_size, max_num_seqs, device)
+    runner = CudaModelRunner(kernels, kv_caches, batch, executor, sampler, timeline)
+    return runner, executor
+
+
+def _warm_up(
+    runner: CudaModelRunner,
+    executor: StepExecutor,
+    model: Decoder,
+    memory: MemoryPlan,
+    ladder: StepLadder,
+    max_num_batched_tokens: int,
+    enforce_eager: bool,
+) -> StepProfile:
+    started = monotonic()
+
+    def meet(keys: Sequence[StepKey]) -> None:
+        # Steps of nothing but padding: every launch of a shape, whatever is in it.
+        for key in keys:
+            executor.run_eagerly(key)
+
+    keys = [*ladder.decodes(), *ladder.mixed()]
+    runner.on_device_thread(lambda: meet(keys))
+    warm_up = WarmUp(runner, memory, max_num_batched_tokens)
+    warm_up.run_sampler()
+    executor.model = model
+    warm_up.run_full_steps()
+    logger.info("%d shapes met in %.1f s", len(keys), monotonic() - started)
+    if not enforce_eager and model.device.type == "cuda":
+        executor.want_graphs(ladder.graphs())
+        runner.on_device_thread(lambda: _capture_first(executor, ladder))
+    return warm_up.measure()
+
+
+def _capture_first(executor: StepExecutor, ladder: StepLadder) -> None:
+    first = [key for key in ladder.decodes() if key.num_seqs <= _FIRST_DECODES]
+    while executor.num_graphs < len(first) and executor.capture_next():
+        pass

@@ -1,0 +1,133 @@
+"""Runs a padded step: launch by launch, or as a CUDA graph that was captured once.
+
+What belongs to a step of one shape, and is the same for all of them::
+
+    resolve pending ids -> forward -> logits -> arg-max -> what each row drew last
+
+It reads the arena's inputs and leaves logits and arg-max where the graph's memory has them; the
+next step overwrites them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from streamserve.models.batch import ForwardBatch, KVCache
+from streamserve.runner.cuda.arena import StepArena
+from streamserve.runner.cuda.step_key import StepKey
+from streamserve_kernels import Kernels
+from streamserve_kernels.sampling import SamplingKernels
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceModel(Protocol):
+    """What is run: a ``streamserve.models.Decoder``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches and caches live."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """The backend."""
+
+    def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
+        """Logits ``[L, V]`` float32."""
+
+
+class StepResult(NamedTuple):
+    """Of the rows that get logits."""
+
+    logits: Tensor  # [L, V] float32
+    token_ids: Tensor  # [L] int64, the arg-max
+
+
+class StepExecutor:
+    """Steps of a model on one arena. ``last_tokens`` ``[rows + 1]`` is what each row drew last."""
+
+    def __init__(
+        self,
+        model: DeviceModel,
+        kv_caches: KVCache,
+        arena: StepArena,
+        sampling: SamplingKernels,
+        last_tokens: Tensor,
+    ) -> None:
+        self.model = model
+        self._kv_caches = kv_caches
+        self._arena = arena
+        self._sampling = sampling
+        self._last_tokens = last_tokens
+        self._graphs: dict[StepKey, tuple[Any, StepResult]] = {}
+        self._wanted: deque[StepKey] = deque()
+        self._pool: Any = None
+        self.num_replays = 0
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that were captured."""
+        return len(self._graphs)
+
+    @property
+    def num_wanted(self) -> int:
+        """Graphs that `capture_next` has still to capture."""
+        return len(self._wanted)
+
+    def want_graphs(self, keys: Iterable[StepKey]) -> None:
+        """Has `capture_next` capture these, in this order."""
+        self._wanted.extend(key for key in keys if key not in self._graphs)
+
+    def capture_next(self) -> bool:
+        """Captures the next graph; False if there is none left. Nothing may be in flight.
+
+        A shape that cannot be captured runs launch by launch, and says so.
+        """
+        if not self._wanted:
+            return False
+        key = self._wanted.popleft()
+        try:
+            self._capture(key)
+        except RuntimeError as error:
+            logger.warning("%s runs without a CUDA graph: %s", key, error)
+        return bool(self._wanted)
+
+    def run(self, key: StepKey) -> StepResult:
+        """Queues a step whose inputs are in the arena."""
+        found = self._graphs.get(key)
+        if found is None:
+            return self.run_eagerly(key)
+        graph, result = found
+        graph.replay()
+        self.num_replays += 1
+        return result
+
+    def run_eagerly(self, key: StepKey) -> StepResult:
+        """As `run`, launch by launch."""
+        inputs = self._arena.inputs(key)
+        self._sampling.resolve_tokens(inputs.batch.input_ids, self._last_tokens)
+        logits = self.model.forward(inputs.batch, self._kv_caches)
+        token_ids = self._sampling.greedy(logits)
+        self._last_tokens.index_copy_(0, inputs.sampled_rows, token_ids)
+        return StepResult(logits, token_ids)
+
+    def remember(self, key: StepKey, token_ids: Tensor) -> None:
+        """Replaces what a step's rows drew: ``[L]`` int64."""
+        self._last_tokens.index_copy_(0, self._arena.inputs(key).sampled_rows, token_ids)
+
+    def _capture(self, key: StepKey) -> None:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self.model.device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads wait for events meanwhile: that must not spoil the capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = self.run_eagerly(key)
+        torch.cuda.synchronize(self.model.device)
+        self._graphs[key] = graph, result

@@ -1,0 +1,200 @@
+"""What is remembered of live requests beside a device, and one step's inputs made from it.
+
+As `streamserve.runner.input_batch`, with two differences. The ids that a step samples stay on the
+device: where the next step computes such a token, its id is written as ``-1 - row``, and the device
+puts in what ``row`` drew last. And everything that sampling needs travels with the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from streamserve.core.plan import PENDING_TOKEN, PrefixGroup, SchedulerOutput
+from streamserve.runner.cuda.arena import HostViews, StepArena, StepInputs
+from streamserve.runner.cuda.step_key import StepKey, StepLadder
+from streamserve.runner.cuda.timeline import Timeline
+from streamserve.runner.logits_edits import LogitsEdits
+from streamserve.runner.plan_arrays import PlanArrays, StepRows, draws_for
+from streamserve.runner.request_rows import RequestRows
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """A step whose inputs are on their way to the device."""
+
+    key: StepKey
+    inputs: StepInputs
+    rows: StepRows
+    logits_rows: NDArray[np.int64]  # [L] which of the rows with logits belongs to each of `rows`
+    is_greedy: bool  # the arg-max is all that anybody asks for
+
+
+class DeviceInputBatch:
+    """Live requests and the arena of their steps. One device thread."""
+
+    def __init__(
+        self,
+        ladder: StepLadder,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        vocab_size: int,
+        device: torch.device,
+        timeline: Timeline,
+    ) -> None:
+        self._ladder = ladder
+        self._vocab_size = vocab_size
+        # Two steps in flight: a leaving request may overlap with the one that takes its seat.
+        self.rows = RequestRows(
+            num_rows=2 * max_num_seqs,
+            max_rows=2 * max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            vocab_size=vocab_size,
+        )
+        self.edits: dict[int, LogitsEdits] = {}  # by row, where a request edits its logits
+        self.arena = StepArena(ladder.largest, self.rows.max_blocks, device, timeline)
+        self._has_drawn = np.zeros(self.rows.num_rows, dtype=np.bool_)
+
+    @property
+    def unused_row(self) -> int:
+        """The row that draws of nobody go to, behind those of the live."""
+        return self.rows.num_rows
+
+    def apply(self, plan: SchedulerOutput) -> list[int]:
+        """Takes over what the plan says about requests; raises ValueError if it cannot be so.
+
+        Returns the rows of new requests whose penalties read their history.
+        """
+        for request_id in plan.released_ids:
+            self._remove(request_id)
+        with_history = []
+        for request in plan.new_requests:
+            self._remove(request.request_id)
+            row = self.rows.add(request)
+            self._has_drawn[row] = False
+            if LogitsEdits.are_needed(request):
+                edits = self.edits[row] = LogitsEdits(request, self._vocab_size)
+                if edits.history is not None:
+                    with_history.append(row)
+        for scheduled in plan.scheduled:
+            if scheduled.new_block_ids:
+                self.rows.append_blocks(scheduled.request_id, scheduled.new_block_ids)
+        return with_history
+
+    def build(self, plan: SchedulerOutput, count_rows: dict[int, int]) -> DeviceStep:
+        """Writes the inputs of a plan that was applied and schedules something; queues their copy.
+
+        ``count_rows``: rows of the penalties' table by rows of requests. Raises ValueError if the
+        plan cannot be right.
+        """
+        step = PlanArrays(plan, self.rows)
+        pending = step.token_ids == PENDING_TOKEN
+        if pending.any():
+            self._resolve_pending(step, pending)
+        rows = step.sampled(plan.scheduled)
+        num_tokens, num_seqs = len(step.token_ids), len(step.rows)
+        key = self._ladder.key(num_tokens, num_seqs, has_groups=bool(plan.prefix_groups))
+        views = self.arena.open(key)
+        self._write_tokens(views, step, key)
+        logits_rows = self._write_sampled(views, step, rows, key, count_rows)
+        if key.has_groups:
+            _write_groups(views, plan.prefix_groups)
+        self._has_drawn[rows.rows] = True
+        return DeviceStep(
+            key=key,
+            inputs=self.arena.upload(key, num_seqs),
+            rows=rows,
+            logits_rows=logits_rows,
+            is_greedy=bool(self.rows.is_plain[rows.rows].all()),
+        )
+
+    def _remove(self, request_id: str) -> None:
+        row = self.rows.remove(request_id)
+        if row is not None:
+            self.edits.pop(row, None)
+
+    def _resolve_pending(self, step: PlanArrays, pending: NDArray[np.bool_]) -> None:
+        rows = step.token_rows[pending]
+        if not self._has_drawn[rows].all():
+            raise ValueError("a plan refers to a sampled token, but its request sampled none")
+        step.token_ids[pending] = -1 - rows
+
+    def _write_tokens(self, views: HostViews, step: PlanArrays, key: StepKey) -> None:
+        num_tokens, num_seqs = len(step.token_ids), len(step.rows)
+        for name, values, filler in (
+            ("input_ids", step.token_ids, 0),
+            ("positions", step.positions, 0),
+            ("slot_mapping", step.slots, -1),
+        ):
+            views[name][:num_tokens] = values
+            views[name][num_tokens:] = filler
+        views["seq_lens"][:num_seqs] = step.ends
+        views["seq_lens"][num_seqs:] = 0
+        views["query_start_loc"][: num_seqs + 1] = step.query_start_loc
+        views["query_start_loc"][num_seqs + 1 :] = num_tokens
+        # Rows are in range; "clip" keeps numpy from going through a temporary.
+        np.take(
+            self.rows.block_table,
+            step.rows,
+            axis=0,
+            out=views["block_table"][:num_seqs],
+            mode="clip",
+        )
+
+    def _write_sampled(
+        self,
+        views: HostViews,
+        step: PlanArrays,
+        rows: StepRows,
+        key: StepKey,
+        count_rows: dict[int, int],
+    ) -> NDArray[np.int64]:
+        """Which rows get logits, and what each of them asks for; those of nobody are greedy."""
+        if key.is_decode:
+            logits_rows = np.array(rows.places, dtype=np.int64)
+            views["logits_indices"][:] = np.arange(key.num_seqs)
+        else:
+            logits_rows = np.arange(len(rows.places))
+            views["logits_indices"][: len(logits_rows)] = step.logits_indices
+            views["logits_indices"][len(logits_rows) :] = 0
+        live = self.rows
+        for name, values, filler in (
+            ("sampled_rows", rows.rows, self.unused_row),
+            ("temperature", live.temperature[rows.rows], 0.0),
+            ("top_k", live.top_k[rows.rows], 0),
+            ("top_p", live.top_p[rows.rows], 1.0),
+            ("min_p", live.min_p[rows.rows], 0.0),
+            ("uniforms", draws_for(live, rows), 0.0),
+        ):
+            views[name].fill(filler)
+            views[name][logits_rows] = values
+        views["count_rows"].fill(-1)
+        if self.edits:
+            for at, row in zip(logits_rows.tolist(), rows.rows.tolist(), strict=True):
+                if row in self.edits:
+                    views["count_rows"][at] = count_rows.get(row, -1)
+                    penalties = self.edits[row].penalties
+                    views["repetition_penalty"][at] = penalties.repetition
+                    views["presence_penalty"][at] = penalties.presence
+                    views["frequency_penalty"][at] = penalties.frequency
+        return logits_rows
+
+
+def _write_groups(views: HostViews, groups: Sequence[PrefixGroup]) -> None:
+    end = 0
+    views["group_starts"][0] = 0
+    for i, (members, num_blocks) in enumerate(groups):
+        start, end = end, end + len(members)
+        views["group_members"][start:end] = members
+        views["group_starts"][i + 1] = end
+        views["group_num_blocks"][i] = num_blocks
+    views["group_members"][end:] = 0
+    views["group_starts"][len(groups) + 1 :] = end
+    views["group_num_blocks"][len(groups) :] = 0

@@ -1,0 +1,257 @@
+"""Runs plans on a device that works by itself: steps are queued, nobody waits but for results.
+
+    event loop         launch(1) sample(1)   launch(2) sample(2)         launch(3) …
+    device thread         [q 1]                 [q 2]                       [q 3]
+    device                  [ step 1          ]->[ step 2            ]->[ step 3 …
+    result thread            waits ........... 1  waits ............ 2
+                                               └─ future 1 resolves
+
+The device thread turns a plan into a few launches and never waits for the device. What a step draws
+stays there and feeds the next one; the host learns it one step later, from the result thread, which
+waits for the one event behind the copy of the ids. (It spins in the driver while it waits.)
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from streamserve.models.batch import KVCache
+from streamserve.runner.cuda.graphs import StepExecutor
+from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
+from streamserve.runner.cuda.sampling import DeviceSampler, Drawn
+from streamserve.runner.cuda.timeline import Mark, Timeline
+from streamserve_kernels import Kernels
+
+_IDLE_S = 0.05  # without a plan for so long, the next graph is captured
+
+
+@dataclass(frozen=True, slots=True)
+class _SampleCall:
+    masks: Mapping[str, bytes] | None
+    future: Future[ModelRunnerOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """A step that the device was told of; ``drawn`` is None if nobody is sampled."""
+
+    plan: SchedulerOutput
+    step: DeviceStep | None
+    drawn: Drawn | None
+    started: Mark
+    ended: Mark
+    future: Future[ModelRunnerOutput]
+
+
+class CudaModelRunner:
+    """``core.plan.ModelRunner`` on a device. Its methods are for the event loop's thread.
+
+    (Whatever the device, the code is the same: tests run it on a CPU, without graphs.)
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        kv_caches: KVCache,
+        batch: DeviceInputBatch,
+        executor: StepExecutor,
+        sampler: DeviceSampler,
+        timeline: Timeline,
+    ) -> None:
+        self._kernels = kernels
+        self._flat_caches = [cache for pair in kv_caches for cache in pair]
+        self._batch = batch
+        self._executor = executor
+        self._sampler = sampler
+        self._timeline = timeline
+        self._device = executor.model.device
+        self._plans: SimpleQueue[SchedulerOutput | Callable[[], None] | None] = SimpleQueue()
+        self._sample_calls: SimpleQueue[_SampleCall | None] = SimpleQueue()
+        self._queued: SimpleQueue[_Queued | None] = SimpleQueue()
+        self._unsampled: deque[int] = deque()
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._threads = [
+            threading.Thread(target=work, name=f"streamserve-{name}", daemon=True)
+            for name, work in (("device", self._launch_steps), ("results", self._resolve_steps))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def launch(self, plan: SchedulerOutput) -> None:
+        """Queue the forward of ``plan``. Raises RuntimeError once closed."""
+        self._check_open()
+        self._unsampled.append(plan.step_id)
+        self._plans.put(plan)
+
+    def sample(
+        self, step_id: int, masks: Mapping[str, bytes] | None = None
+    ) -> Future[ModelRunnerOutput]:
+        """Sample the oldest launched step, which must be ``step_id``.
+
+        ``masks``: request id → packed bits, lowest first, 1 for a token that may come; requests
+        without one are free. Raises RuntimeError when steps are sampled out of order.
+        """
+        self._check_open()
+        if not self._unsampled or self._unsampled[0] != step_id:
+            raise RuntimeError(
+                f"step {step_id} cannot be sampled: launched and unsampled are "
+                f"{list(self._unsampled)}, oldest first"
+            )
+        self._unsampled.popleft()
+        future: Future[ModelRunnerOutput] = Future()
+        self._sample_calls.put(_SampleCall(masks, future))
+        return future
+
+    def on_device_thread(self, work: Callable[[], None]) -> None:
+        """Runs ``work`` between two steps, and returns when it is done; raises what it raises."""
+        self._check_open()
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._plans.put(run)
+        done.result()
+
+    def close(self) -> None:
+        """Finish every step whose sample was asked for, then stop. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._plans.put(None)
+            self._sample_calls.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the model runner is closed")
+        if self._failure is not None:
+            raise RuntimeError("the device thread has died") from self._failure
+
+    def _launch_steps(self) -> None:
+        try:
+            with torch.inference_mode():
+                while (plan := self._next_plan()) is not None:
+                    if callable(plan):
+                        plan()
+                    elif not self._launch_step(plan):
+                        break
+        except BaseException as error:
+            self._failure = error
+            self._fail_calls(error)
+            raise
+        finally:
+            self._queued.put(None)
+
+    def _next_plan(self) -> SchedulerOutput | Callable[[], None] | None:
+        """The next plan; until it comes, graphs are captured one after the other."""
+        while self._executor.num_wanted:
+            try:
+                return self._plans.get(timeout=_IDLE_S)
+            except queue.Empty:
+                self._executor.capture_next()
+        return self._plans.get()
+
+    def _fail_calls(self, error: BaseException) -> None:
+        """No call may wait for ever for a thread that has died."""
+        while True:
+            try:
+                call = self._sample_calls.get_nowait()
+            except queue.Empty:
+                return
+            if call is not None and call.future.set_running_or_notify_cancel():
+                call.future.set_exception(RuntimeError(f"the device thread has died: {error!r}"))
+
+    def _launch_step(self, plan: SchedulerOutput) -> bool:
+        """Queues a step's forward, then, when it was asked for, its sampling. False: closed."""
+        failed: Exception | None = None
+        step: DeviceStep | None = None
+        started = self._timeline.mark()
+        try:
+            step = self._forward(plan)
+        except Exception as error:
+            failed = error
+        call = self._sample_calls.get()
+        if call is None:
+            return False
+        if not call.future.set_running_or_notify_cancel():
+            call = _SampleCall(call.masks, Future())
+        try:
+            if failed is not None:
+                raise failed
+            drawn = self._draw(step, call.masks)
+        except Exception as error:
+            call.future.set_exception(error)
+            return True
+        ended = self._timeline.mark()
+        self._queued.put(_Queued(plan, step, drawn, started, ended, call.future))
+        return True
+
+    def _forward(self, plan: SchedulerOutput) -> DeviceStep | None:
+        for row in self._batch.apply(plan):
+            self._sampler.count_history(row, self._batch.edits[row])
+        if plan.block_copies:
+            self._copy_blocks(plan.block_copies)
+        if not plan.scheduled:
+            return None
+        step = self._batch.build(plan, self._sampler.count_rows)
+        self._result = self._executor.run(step.key)
+        return step
+
+    def _copy_blocks(self, copies: list[BlockCopy]) -> None:
+        pairs = torch.tensor(copies, dtype=torch.int64).t().contiguous().to(self._device)
+        self._kernels.copy_blocks(self._flat_caches, pairs[0], pairs[1])
+
+    def _draw(self, step: DeviceStep | None, masks: Mapping[str, bytes] | None) -> Drawn | None:
+        if step is None or not step.rows.places:
+            return None
+        token_ids: Tensor = self._result.token_ids
+        if masks or not step.is_greedy:
+            token_ids = self._sampler.sample(self._result.logits, step, self._batch, masks)
+            self._executor.remember(step.key, token_ids)
+        return self._sampler.fetch(self._result.logits, token_ids, step, self._batch)
+
+    def _resolve_steps(self) -> None:
+        while (queued := self._queued.get()) is not None:
+            try:
+                queued.ended.wait()
+                output = _output(queued)
+            except Exception as error:
+                queued.future.set_exception(error)
+            else:
+                queued.future.set_result(output)
+
+
+def _output(queued: _Queued) -> ModelRunnerOutput:
+    """What a step drew, once the device has come past it."""
+    plan, step, drawn = queued.plan, queued.step, queued.drawn
+    duration_s = queued.ended.seconds_since(queued.started)
+    sampled: list[list[int]] = [[] for _ in plan.scheduled]
+    if step is None or drawn is None:
+        return ModelRunnerOutput(plan.step_id, sampled, duration_s=duration_s)
+    places = step.rows.places
+    for place, token_id in zip(places, drawn.token_ids(step.logits_rows), strict=True):
+        sampled[place] = [token_id]
+    row_logprobs = drawn.logprobs(step.logits_rows)
+    if row_logprobs is None:
+        return ModelRunnerOutput(plan.step_id, sampled, duration_s=duration_s)
+    logprobs: list[list[TokenLogprobs]] = [[] for _ in plan.scheduled]
+    for place, found in zip(places, row_logprobs, strict=True):
+        logprobs[place] = found
+    return ModelRunnerOutput(plan.step_id, sampled, logprobs, duration_s)

@@ -1,0 +1,205 @@
+"""What a step's requests ask of their logits, on the device: edits, draws, logprobs, copies back.
+
+The rules are those of `streamserve.runner.sampler`; `streamserve_kernels.sampling` has the contract
+of the kernels. A penalty's history is a row of a table on the device, since the host does not know
+the last token when the next is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamserve.core.plan import TokenLogprobs
+from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
+from streamserve.runner.logits_edits import LogitsEdits
+from streamserve.runner.sampler import MIN_LOGPROB
+from streamserve_kernels.sampling import LogitsEditTensors, SamplingKernels, SamplingTensors
+
+__all__ = ["DeviceSampler", "Drawn", "SamplingKernels"]
+
+_NUM_RESULTS = 4  # buffers: more than steps in flight
+_FIRST_COUNT_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Results on their way to the host; to be read once the device has come past their copy."""
+
+    _token_ids: Tensor  # [L] int64
+    _logprobs: tuple[Tensor, Tensor, Tensor] | None  # chosen [L], top ids [L, k], top [L, k]
+    _num_logprobs: NDArray[np.int64]  # [sampled]; -1: none wanted
+
+    def token_ids(self, logits_rows: NDArray[np.int64]) -> list[int]:
+        """The ids of the sampled rows, in the plan's order."""
+        ids: list[int] = self._token_ids.numpy()[logits_rows].tolist()
+        return ids
+
+    def logprobs(self, logits_rows: NDArray[np.int64]) -> list[list[TokenLogprobs]] | None:
+        """As many entries as ids, empty where not asked for; None if nobody asked."""
+        if self._logprobs is None:
+            return None
+        chosen, top_ids, top = (part.numpy() for part in self._logprobs)
+        found: list[list[TokenLogprobs]] = []
+        ids = self.token_ids(logits_rows)
+        for row, token_id, count in zip(
+            logits_rows.tolist(), ids, self._num_logprobs.tolist(), strict=True
+        ):
+            if count < 0:
+                found.append([])
+                continue
+            values = np.maximum(top[row, :count], MIN_LOGPROB).tolist()
+            pairs = tuple(zip(top_ids[row, :count].tolist(), values, strict=True))
+            found.append([TokenLogprobs(token_id, max(float(chosen[row]), MIN_LOGPROB), pairs)])
+        return found
+
+
+class DeviceSampler:
+    """Samples on the device. One thread, the device thread."""
+
+    def __init__(
+        self, kernels: SamplingKernels, vocab_size: int, max_rows: int, device: torch.device
+    ) -> None:
+        self._kernels = kernels
+        self._vocab_size = vocab_size
+        self._device = device
+        self._pins = device.type == "cuda"
+        self._results = [self._pinned((max_rows,), torch.int64) for _ in range(_NUM_RESULTS)]
+        self._turn = 0
+        self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        self.count_rows: dict[int, int] = {}
+        """Rows of the penalties' table, by the row of a request that has one."""
+
+    def count_history(self, row: int, edits: LogitsEdits) -> None:
+        """Begins the history of a new request in ``row``: its prompt, and what it had generated."""
+        history = edits.history
+        assert history is not None
+        if row not in self.count_rows:
+            self.count_rows[row] = len(self.count_rows)
+            self._reserve(len(self.count_rows))
+        ids, counts = torch.from_numpy(history.ids), torch.from_numpy(history.counts)
+        self._kernels.set_counts(
+            self._counts,
+            self.count_rows[row],
+            ids.to(self._device),
+            counts.to(self._device, torch.int32),
+        )
+
+    def sample(
+        self,
+        logits: Tensor,
+        step: DeviceStep,
+        batch: DeviceInputBatch,
+        masks: Mapping[str, bytes] | None,
+    ) -> Tensor:
+        """Ids ``[L]`` int64 of all rows with logits; those of nobody are the arg-max."""
+        inputs = step.inputs
+        edits = self._edits(step, batch, masks)
+        ids = self._kernels.sample(
+            logits,
+            SamplingTensors(
+                temperature=inputs.temperature,
+                top_k=inputs.top_k,
+                top_p=inputs.top_p,
+                min_p=inputs.min_p,
+                uniforms=inputs.uniforms,
+            ),
+            edits,
+        )
+        if edits is not None and edits.rows is not None:
+            self._kernels.add_tokens(self._counts, edits.rows, ids)
+        return ids
+
+    def fetch(
+        self, logits: Tensor, token_ids: Tensor, step: DeviceStep, batch: DeviceInputBatch
+    ) -> Drawn:
+        """Queues the copies of a step's ids, and of the logprobs that somebody asked for."""
+        self._turn = (self._turn + 1) % _NUM_RESULTS
+        on_host = self._results[self._turn][: len(token_ids)]
+        on_host.copy_(token_ids, non_blocking=True)
+        wanted = batch.rows.num_logprobs[step.rows.rows]
+        if (wanted < 0).all():
+            return Drawn(on_host, None, wanted)
+        parts = self._kernels.logprobs(logits, token_ids, int(wanted.max()))
+        chosen, top_ids, top = (self._to_host(part) for part in parts)
+        return Drawn(on_host, (chosen, top_ids, top), wanted)
+
+    def _edits(
+        self, step: DeviceStep, batch: DeviceInputBatch, masks: Mapping[str, bytes] | None
+    ) -> LogitsEditTensors | None:
+        rows = step.rows
+        by_place = {
+            int(at): batch.edits[row]
+            for at, row in zip(step.logits_rows, rows.rows.tolist(), strict=True)
+            if row in batch.edits
+        }
+        if not by_place and not masks:
+            return None
+        inputs = step.inputs
+        count = len(inputs.temperature)
+        positions = dict(
+            zip(step.logits_rows.tolist(), rows.output_positions.tolist(), strict=True)
+        )
+        added = {at: edits.added(positions[at]) for at, edits in by_place.items()}
+        lengths = np.zeros(count + 1, dtype=np.int32)
+        for at, (ids, _) in added.items():
+            lengths[at + 1] = len(ids)
+        in_order = [added[at] for at in sorted(added)]
+        has_history = any(edits.history is not None for edits in by_place.values())
+        mask_words, mask_rows = self._masks(step, masks, count)
+        return LogitsEditTensors(
+            rows=inputs.count_rows if has_history else None,
+            counts=self._counts,
+            repetition=inputs.repetition_penalty,
+            presence=inputs.presence_penalty,
+            frequency=inputs.frequency_penalty,
+            bias_start=self._to_device(lengths.cumsum(dtype=np.int32)),
+            bias_ids=self._to_device(_joined([ids for ids, _ in in_order], np.int64)),
+            bias_values=self._to_device(_joined([values for _, values in in_order], np.float32)),
+            masks=mask_words,
+            mask_rows=mask_rows,
+        )
+
+    def _masks(
+        self, step: DeviceStep, masks: Mapping[str, bytes] | None, count: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not masks:
+            return None, None
+        num_bytes = -(-self._vocab_size // 32) * 4
+        rows = np.full(count, -1, dtype=np.int32)
+        packed = []
+        for at, request_id in zip(step.logits_rows.tolist(), step.rows.request_ids, strict=True):
+            mask = masks.get(request_id)
+            if mask is not None:
+                rows[at] = len(packed)
+                packed.append(mask[:num_bytes].ljust(num_bytes, b"\0"))
+        words = np.frombuffer(b"".join(packed), dtype=np.int32).reshape(len(packed), -1)
+        return self._to_device(words.copy()), self._to_device(rows)
+
+    def _reserve(self, num_rows: int) -> None:
+        old = self._counts
+        if num_rows > len(old):
+            size = max(_FIRST_COUNT_ROWS, 2 * len(old))
+            self._counts = old.new_zeros((size, self._vocab_size))
+            self._counts[: len(old)] = old
+
+    def _pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self._pins)
+
+    def _to_host(self, values: Tensor) -> Tensor:
+        return self._pinned(tuple(values.shape), values.dtype).copy_(values, non_blocking=True)
+
+    def _to_device(self, values: NDArray[np.generic]) -> Tensor:
+        on_host = torch.from_numpy(values)
+        if self._pins:
+            on_host = on_host.pin_memory()
+        return on_host.to(self._device, non_blocking=True)
+
+
+def _joined(parts: list[NDArray[np.generic]], dtype: type[np.generic]) -> NDArray[np.generic]:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype=dtype)

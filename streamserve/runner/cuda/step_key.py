@@ -1,0 +1,103 @@
+"""The few shapes that a step may have on a device: what graphs are captured for.
+
+A step is padded to the next shape of a ladder, so that every launch of it was met at warm-up and
+nothing compiles later. Padding rows have id 0, slot -1 and belong to no sequence; padding sequences
+have no tokens. Both cost little: a step of a few rows waits for the weights.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+_SMALL_DECODES = (1, 2, 4)
+_MIXED_TOKENS = (64, 128, 192, 256, 384, 512)
+_MIXED_SEQS = (16, 64)
+LARGEST_MIXED_GRAPH = _MIXED_TOKENS[-1]
+"""Above it the device works longer on a step than the host needs to launch it."""
+
+
+class StepKey(NamedTuple):
+    """A padded shape: T tokens of R sequences, of which R rows get logits."""
+
+    num_tokens: int
+    num_seqs: int
+    is_decode: bool  # one token per sequence, T = R, every row gets logits
+    has_groups: bool  # sequences that share leading blocks are attended to together
+
+
+class StepLadder:
+    """All shapes for steps of up to ``max_num_batched_tokens`` of ``max_num_seqs`` sequences.
+
+    ``decode_sizes`` replaces the sizes of decodes; the largest batch is always among them.
+    """
+
+    def __init__(
+        self,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        *,
+        decode_sizes: Sequence[int] | None = None,
+        with_groups: bool = True,
+    ) -> None:
+        chosen = _decode_sizes(max_num_seqs) if decode_sizes is None else decode_sizes
+        self.decode_sizes = tuple(sorted({n for n in chosen if n < max_num_seqs} | {max_num_seqs}))
+        self.mixed_seqs = (*(n for n in _MIXED_SEQS if n < max_num_seqs), max_num_seqs)
+        self.mixed_tokens = tuple(_mixed_tokens(max(max_num_batched_tokens, max_num_seqs + 1)))
+        self._has_groups = (False, True) if with_groups and max_num_seqs > 1 else (False,)
+
+    @property
+    def largest(self) -> StepKey:
+        """The shape that needs the most memory."""
+        return StepKey(self.mixed_tokens[-1], self.mixed_seqs[-1], False, self._has_groups[-1])
+
+    def key(self, num_tokens: int, num_seqs: int, *, has_groups: bool = False) -> StepKey:
+        """The least shape that a step of ``num_seqs`` sequences, one token or more each, fits."""
+        if num_tokens == num_seqs:
+            size = self.decode_sizes[bisect_left(self.decode_sizes, num_seqs)]
+            return StepKey(size, size, True, has_groups)
+        seqs = self.mixed_seqs[bisect_left(self.mixed_seqs, num_seqs)]
+        # As many rows of logits as tokens would mean that all tokens get them, in their order.
+        tokens = self.mixed_tokens[bisect_left(self.mixed_tokens, max(num_tokens, seqs + 1))]
+        return StepKey(tokens, seqs, False, has_groups)
+
+    def decodes(self) -> Iterator[StepKey]:
+        """Decodes, the smallest first."""
+        for size in self.decode_sizes:
+            for has_groups in self._has_groups[: 1 if size == 1 else 2]:
+                yield StepKey(size, size, True, has_groups)
+
+    def mixed(self) -> Iterator[StepKey]:
+        """Steps with parts of prompts in them, the smallest first."""
+        for tokens in self.mixed_tokens:
+            for seqs in self.mixed_seqs:
+                if seqs < tokens:
+                    for has_groups in self._has_groups:
+                        yield StepKey(tokens, seqs, False, has_groups)
+
+    def graphs(self) -> Iterator[StepKey]:
+        """What is worth a graph, the most urgent first."""
+        yield from self.decodes()
+        yield from (key for key in self.mixed() if key.num_tokens <= LARGEST_MIXED_GRAPH)
+
+
+def _decode_sizes(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, multiples of 8 up to 64, then steps of a quarter of the last power of two."""
+    sizes = [*_SMALL_DECODES, 8]
+    while sizes[-1] < max_num_seqs:
+        last = sizes[-1]
+        sizes.append(last + (8 if last < 64 else 1 << (last.bit_length() - 3)))
+    return sizes
+
+
+def _mixed_tokens(max_tokens: int) -> Iterator[int]:
+    """Rungs an eighth to a third apart, multiples of 64; the top reaches ``max_tokens``."""
+    for size in _MIXED_TOKENS:
+        yield size
+        if size >= max_tokens:
+            return
+    size = _MIXED_TOKENS[-1]
+    while size < max_tokens:
+        size += 128 if size < 1024 else 256 if size < 2048 else 512
+        yield size

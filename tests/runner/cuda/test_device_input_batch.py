@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from streamserve.core.plan import PENDING_TOKEN, NewRequest, PrefixGroup, SchedulerOutput
+from streamserve.core.plan import ScheduledRequest as Scheduled
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.runner.cuda.input_batch import DeviceInputBatch
+from streamserve.runner.cuda.step_key import StepLadder
+from streamserve.runner.cuda.timeline import HostTimeline
+from streamserve.runner.philox import uniforms
+from tests.runner.test_input_batch import BLOCK_SIZE, MAX_LEN, MAX_SEQS, MAX_TOKENS, Script
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def device_batch() -> DeviceInputBatch:
+    return DeviceInputBatch(
+        StepLadder(MAX_TOKENS, MAX_SEQS),
+        max_num_seqs=MAX_SEQS,
+        max_model_len=MAX_LEN,
+        block_size=BLOCK_SIZE,
+        vocab_size=100,
+        device=torch.device("cpu"),
+        timeline=HostTimeline(),
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_plans_against_a_naive_builder(seed):
+    """The device's side: `last` plays the tensor of ids that rows drew last."""
+    script, batch = Script(seed), device_batch()
+    last = torch.full((batch.unused_row + 1,), -1)
+    for _ in range(60):
+        plan, expected_ids = script.plan()
+        batch.apply(plan)
+        assert sorted(batch.rows.request_ids) == sorted(script.live)
+        if not plan.scheduled:
+            continue
+        step = batch.build(plan, {})
+        inputs = step.inputs
+        ids = inputs.batch.input_ids
+        resolved = torch.where(ids < 0, last[(-1 - ids).clamp(min=0)], ids)
+        check(inputs.batch, resolved, plan, expected_ids, script)
+        drawn = script.sampled(plan)
+        assert inputs.sampled_rows[step.logits_rows].tolist() == step.rows.rows.tolist()
+        others = torch.ones(step.key.num_seqs, dtype=torch.bool)
+        others[step.logits_rows] = False
+        assert (inputs.sampled_rows[others] == batch.unused_row).all()
+        last[step.rows.rows] = torch.tensor(drawn, dtype=torch.int64)
+        ends = inputs.batch.query_start_loc[1:] - 1
+        indices = inputs.batch.logits_indices[step.logits_rows].tolist()
+        assert indices == [int(ends[place]) for place in step.rows.places]
+
+
+def check(batch, resolved, plan, expected_ids, script) -> None:
+    count, num_seqs = plan.num_tokens, len(plan.scheduled)
+    positions = [s.start + i for s in plan.scheduled for i in range(len(s.token_ids))]
+    assert resolved[:count].tolist() == [token for ids in expected_ids for token in ids]
+    assert batch.positions[:count].tolist() == positions
+    tables = [script.live[s.request_id].blocks for s in plan.scheduled for _ in s.token_ids]
+    slots = [
+        table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+        for table, at in zip(tables, positions, strict=True)
+    ]
+    assert batch.slot_mapping[:count].tolist() == slots
+    assert (batch.slot_mapping[count:] == -1).all()
+    assert (resolved[count:] == 0).all()
+    lengths = [len(s.token_ids) for s in plan.scheduled]
+    assert batch.query_start_loc[: num_seqs + 1].diff().tolist() == lengths
+    assert (batch.query_start_loc[num_seqs:] == count).all()
+    ends = [s.start + len(s.token_ids) for s in plan.scheduled]
+    assert batch.seq_lens.tolist() == ends + [0] * (len(batch.seq_lens) - num_seqs)
+    assert batch.max_query_len >= max(lengths)
+    for row, scheduled, end in zip(batch.block_table, plan.scheduled, ends, strict=False):
+        used = -(-end // BLOCK_SIZE)
+        assert row[:used].tolist() == script.live[scheduled.request_id].blocks[:used]
+
+
+def enter(batch: DeviceInputBatch, params=GREEDY, *request_ids: str) -> None:
+    new = [NewRequest(name, [1, 2], 2, params, 7 + i, i) for i, name in enumerate(request_ids)]
+    batch.apply(SchedulerOutput(0, new_requests=new))
+
+
+def decode(request_id: str, token: int = 5, output_position: int = 3, sample: bool = True):
+    return Scheduled(request_id, 0, [token], [], sample, output_position)
+
+
+def build(batch: DeviceInputBatch, *scheduled, groups=()):
+    for s in scheduled:
+        if not batch.rows.blocks(s.request_id):
+            batch.rows.append_blocks(s.request_id, [3, 4])
+    plan = SchedulerOutput(1, scheduled=list(scheduled), prefix_groups=list(groups))
+    return batch.build(plan, {})
+
+
+def test_a_decode_gives_every_row_logits_and_samples_some():
+    batch = device_batch()
+    enter(batch, GREEDY, "a", "b", "c")
+    step = build(batch, decode("a"), decode("b", sample=False), decode("c"))
+    assert (step.key.is_decode, step.key.num_seqs) == (True, 4)
+    assert step.inputs.batch.logits_indices.tolist() == [0, 1, 2, 3]
+    assert step.logits_rows.tolist() == [0, 2]
+    assert step.is_greedy
+
+
+def test_what_rows_ask_for_travels_with_the_step():
+    batch = device_batch()
+    warm = SamplingParams(temperature=0.5, top_k=7, top_p=0.8, min_p=0.1)
+    enter(batch, warm, "a", "b")
+    enter(batch, GREEDY, "c")
+    step = build(batch, decode("c"), decode("b"), decode("a"))
+    inputs = step.inputs
+    assert not step.is_greedy
+    assert inputs.temperature.tolist() == [0.0, 0.5, 0.5, 0.0]
+    assert inputs.top_k.tolist() == [0, 7, 7, 0]
+    assert inputs.top_p.tolist() == pytest.approx([1.0, 0.8, 0.8, 1.0])
+    assert inputs.min_p.tolist() == pytest.approx([0.0, 0.1, 0.1, 0.0])
+    seeds, choices, positions = (torch.tensor(x).numpy() for x in ([8, 7], [1, 0], [3, 3]))
+    assert inputs.uniforms[1:3].tolist() == uniforms(seeds, choices, positions).tolist()
+
+
+def test_a_pending_token_must_have_been_drawn():
+    batch = device_batch()
+    enter(batch, GREEDY, "a")
+    with pytest.raises(ValueError, match="sampled none"):
+        build(batch, decode("a", PENDING_TOKEN))
+    build(batch, decode("a"))
+    step = build(batch, decode("a", PENDING_TOKEN))
+    assert step.inputs.batch.input_ids[0] == -1 - step.rows.rows[0]
+    # A row that is given to somebody else has drawn nothing yet.
+    batch.apply(SchedulerOutput(0, released_ids=["a"]))
+    enter(batch, GREEDY, "b")
+    with pytest.raises(ValueError, match="sampled none"):
+        build(batch, decode("b", PENDING_TOKEN))
+
+
+def test_groups_are_padded_with_empty_ones():
+    batch = device_batch()
+    names = [f"r{i}" for i in range(5)]
+    enter(batch, GREEDY, *names)
+    groups = [PrefixGroup((0, 2), 1), PrefixGroup((1, 3), 1)]
+    step = build(batch, *map(decode, names), groups=groups)
+    found = step.inputs.batch.prefix_groups
+    assert step.key.has_groups
+    assert found.members[:4].tolist() == [0, 2, 1, 3]
+    assert found.starts.tolist() == [0, 2, 4, *[4] * (len(found.starts) - 3)]
+    assert found.num_blocks.tolist() == [1, 1, *[0] * (len(found.num_blocks) - 2)]
+    again = build(batch, *map(decode, names[:2]))
+    assert again.inputs.batch.prefix_groups is None
+
+
+def test_more_requests_than_two_steps_can_have_are_refused():
+    batch = device_batch()
+    enter(batch, GREEDY, *(f"r{i}" for i in range(2 * MAX_SEQS)))
+    with pytest.raises(RuntimeError, match="more than 12 requests are live"):
+        enter(batch, GREEDY, "one more")
+
+
+def test_views_of_a_shape_stay_and_one_copy_brings_them():
+    batch = device_batch()
+    enter(batch, GREEDY, "a", "b")
+    first = build(batch, decode("a"), decode("b")).inputs
+    second = build(batch, decode("a", 9), decode("b", 8)).inputs
+    assert first is second
+    assert second.batch.input_ids.tolist() == [9, 8]
+    memory = first.batch.input_ids.untyped_storage().data_ptr()
+    assert first.batch.block_table.untyped_storage().data_ptr() == memory
+    assert all(t.data_ptr() % 16 == 0 for t in (first.uniforms, first.top_k, first.batch.seq_lens))
