@@ -1,0 +1,127 @@
+"""The whole runner on the Triton kernels: what happens to a request never shows.
+
+On a CPU under the interpreter, launch by launch; on a GPU with CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.runner.build import build_runner, new_kv_cache
+from streamserve.runner.cuda.build import build_cuda_runner
+from streamserve.runner.cuda.model_runner import CudaModelRunner
+from tests.runner.test_end_to_end import Loop, forget, prompts, requests
+from tests.runner.tiny_llama import memory_for, tiny_llama
+
+BLOCK_SIZE = 16
+NUM_BLOCKS = 40
+MAX_TOKENS = 48
+SEATS = 4
+GREEDY = SamplingParams(temperature=0.0, max_tokens=10)
+SEEDED = SamplingParams(temperature=1.2, top_p=0.95, max_tokens=10, presence_penalty=0.3)
+MIXED = SamplingParams(temperature=0.8, top_k=20, min_p=0.02, max_tokens=10, logprobs=2)
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    pytest.importorskip("triton")
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter is not used beside a GPU")
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def runner(device, directory) -> Iterator[CudaModelRunner]:
+    model = tiny_llama(directory, backend="triton", device=device)
+    memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=SEATS)
+    caches = new_kv_cache(model.spec, memory, model.dtype, device, model.kernels)
+    runner, _ = build_cuda_runner(
+        model, memory, max_num_batched_tokens=MAX_TOKENS, kv_caches=caches
+    )
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(autouse=True)
+def forget_requests(runner):
+    yield
+    forget(runner)
+
+
+@pytest.fixture(scope="module")
+def expected(directory) -> dict[SamplingParams, list[list[int]]]:
+    """Every request alone, by the naive kernels on a CPU."""
+    model = tiny_llama(directory, backend="naive")
+    memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    plain, _ = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
+    found = {}
+    for params in (GREEDY, SEEDED, MIXED):
+        found[params] = []
+        for request in requests(prompts(5), params):
+            found[params] += loop(plain, prefix=False).run([request])
+            forget(plain)
+    plain.close()
+    return found
+
+
+def loop(runner, **config) -> Loop:
+    return Loop(
+        runner, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, **{"max_num_seqs": SEATS, **config}
+    )
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED, MIXED], ids=["greedy", "seeded", "mixed"])
+def test_batched_and_overlapped_is_solo(runner, expected, params):
+    found = loop(runner, max_steps_in_flight=2).run(requests(prompts(5), params))
+    assert found == expected[params]
+
+
+def test_chunked_is_solo(runner, expected):
+    chunks = loop(runner, max_num_batched_tokens=17, max_steps_in_flight=2, prefix=False)
+    assert chunks.run(requests(prompts(5), GREEDY)) == expected[GREEDY]
+
+
+def test_a_prefix_hit_and_groups_are_solo(runner, expected):
+    again = loop(runner, max_steps_in_flight=2)
+    again.run(requests(prompts(5), GREEDY))
+    twice = requests(prompts(5), GREEDY, prefix="again")
+    assert again.run(twice) == expected[GREEDY]
+    assert sum(request.num_cached_tokens for request in twice) > 50
+
+
+def test_nothing_compiles_after_warm_up(runner, expected):
+    kernels = runner._kernels
+    before = kernels.compilations()
+    for params in (GREEDY, SEEDED, MIXED):
+        for in_flight in (1, 2):
+            some = loop(runner, max_steps_in_flight=in_flight)
+            some.run(requests(prompts(5, seed=in_flight), params))
+            forget(runner)
+    assert kernels.compilations() == before
+
+
+@pytest.mark.gpu
+def test_steps_are_replayed_from_graphs(runner, device):
+    if device.type != "cuda":
+        pytest.skip("graphs are CUDA's")
+    executor = runner._executor
+
+    def capture_all() -> None:
+        while executor.capture_next():
+            pass
+
+    runner.on_device_thread(capture_all)
+    assert executor.num_graphs == len(list(runner._batch._ladder.graphs()))
+    before = executor.num_replays
+    some = loop(runner, max_steps_in_flight=2)
+    some.run(requests(prompts(5), GREEDY))
+    assert executor.num_replays - before == some.scheduler._next_step_id
