@@ -378,6 +378,16 @@ def embedding(ids: Tensor, weight: Tensor | QuantLinear) -> Tensor:
     return F.embedding(ids, weight) if isinstance(weight, Tensor) else weight.rows(ids)
 
 
+def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> None:
+    """Replaces, in place, every id of `input_ids` [T] int64 below 0 by `last_tokens[-1 - id]`.
+
+    So a step computes ids that only the device knows: those that the last step drew.
+    """
+    input_ids.copy_(
+        torch.where(input_ids < 0, last_tokens[(-1 - input_ids).clamp(min=0)], input_ids)
+    )
+
+
 def moe(
     x: Tensor,
     router_logits: Tensor,

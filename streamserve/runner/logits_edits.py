@@ -87,11 +87,12 @@ class LogitsEdits:
         "history",
     )
 
-    def __init__(self, request: NewRequest, vocab_size: int) -> None:
+    def __init__(self, request: NewRequest, vocab_size: int, *, keeps_history: bool = True) -> None:
+        """Without ``keeps_history`` somebody else applies the penalties."""
         params = request.sampling_params
         self.history = (
             TokenCounts(request.token_ids, request.num_prompt_tokens, vocab_size)
-            if params.has_penalties
+            if keeps_history and params.has_penalties
             else None
         )
         self._repetition_penalty = np.float32(params.repetition_penalty)

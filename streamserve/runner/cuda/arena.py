@@ -40,7 +40,7 @@ class StepInputs:
     count_rows: Tensor  # [L] int32 rows of the penalties' table, -1: none
     temperature: Tensor  # [L] float32
     top_k: Tensor  # [L] int32
-    top_p: Tensor  # [L] float32
+    top_p: Tensor  # [L] float64
     min_p: Tensor  # [L] float32
     uniforms: Tensor  # [L] float64
     repetition_penalty: Tensor  # [L] float32
@@ -59,12 +59,12 @@ def _fields(key: StepKey) -> list[tuple[str, type[np.generic], int]]:
         ("logits_indices", np.int64, seqs),
         ("sampled_rows", np.int64, seqs),
         ("uniforms", np.float64, seqs),
+        ("top_p", np.float64, seqs),
         ("query_start_loc", np.int32, seqs + 1),
         ("seq_lens", np.int32, seqs),
         ("count_rows", np.int32, seqs),
         ("top_k", np.int32, seqs),
         ("temperature", np.float32, seqs),
-        ("top_p", np.float32, seqs),
         ("min_p", np.float32, seqs),
         ("repetition_penalty", np.float32, seqs),
         ("presence_penalty", np.float32, seqs),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ from streamserve_kernels import Kernels
 from streamserve_kernels.sampling import SamplingKernels
 
 logger = logging.getLogger(__name__)
+
+
+class DeviceKernels(Kernels, Protocol):
+    """What a backend for devices offers beyond the contract."""
+
+    def resolve_tokens(self, input_ids: Tensor, last_tokens: Tensor) -> None:
+        """See `streamserve_kernels.naive`."""
 
 
 class DeviceModel(Protocol):
@@ -64,6 +71,7 @@ class StepExecutor:
         self._kv_caches = kv_caches
         self._arena = arena
         self._sampling = sampling
+        self._resolve_tokens = cast(DeviceKernels, model.kernels).resolve_tokens
         self._last_tokens = last_tokens
         self._graphs: dict[StepKey, tuple[Any, StepResult]] = {}
         self._wanted: deque[StepKey] = deque()
@@ -111,7 +119,7 @@ class StepExecutor:
     def run_eagerly(self, key: StepKey) -> StepResult:
         """As `run`, launch by launch."""
         inputs = self._arena.inputs(key)
-        self._sampling.resolve_tokens(inputs.batch.input_ids, self._last_tokens)
+        self._resolve_tokens(inputs.batch.input_ids, self._last_tokens)
         logits = self.model.forward(inputs.batch, self._kv_caches)
         token_ids = self._sampling.greedy(logits)
         self._last_tokens.index_copy_(0, inputs.sampled_rows, token_ids)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from streamserve.core.plan import PENDING_TOKEN, PrefixGroup, SchedulerOutput
+from streamserve.core.plan import PENDING_TOKEN, NewRequest, PrefixGroup, SchedulerOutput
 from streamserve.runner.cuda.arena import HostViews, StepArena, StepInputs
 from streamserve.runner.cuda.step_key import StepKey, StepLadder
 from streamserve.runner.cuda.timeline import Timeline
@@ -67,10 +67,10 @@ class DeviceInputBatch:
         """The row that draws of nobody go to, behind those of the live."""
         return self.rows.num_rows
 
-    def apply(self, plan: SchedulerOutput) -> list[int]:
+    def apply(self, plan: SchedulerOutput) -> list[tuple[int, NewRequest]]:
         """Takes over what the plan says about requests; raises ValueError if it cannot be so.
 
-        Returns the rows of new requests whose penalties read their history.
+        Returns the new requests whose penalties read their history, with their rows.
         """
         for request_id in plan.released_ids:
             self._remove(request_id)
@@ -80,9 +80,9 @@ class DeviceInputBatch:
             row = self.rows.add(request)
             self._has_drawn[row] = False
             if LogitsEdits.are_needed(request):
-                edits = self.edits[row] = LogitsEdits(request, self._vocab_size)
-                if edits.history is not None:
-                    with_history.append(row)
+                self.edits[row] = LogitsEdits(request, self._vocab_size, keeps_history=False)
+                if request.sampling_params.has_penalties:
+                    with_history.append((row, request))
         for scheduled in plan.scheduled:
             if scheduled.new_block_ids:
                 self.rows.append_blocks(scheduled.request_id, scheduled.new_block_ids)

@@ -204,8 +204,8 @@ class CudaModelRunner:
         return True
 
     def _forward(self, plan: SchedulerOutput) -> DeviceStep | None:
-        for row in self._batch.apply(plan):
-            self._sampler.count_history(row, self._batch.edits[row])
+        for row, request in self._batch.apply(plan):
+            self._sampler.count_history(row, request)
         if plan.block_copies:
             self._copy_blocks(plan.block_copies)
         if not plan.scheduled:

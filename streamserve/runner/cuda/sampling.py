@@ -15,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streamserve.core.plan import TokenLogprobs
+from streamserve.core.plan import NewRequest, TokenLogprobs
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
-from streamserve.runner.logits_edits import LogitsEdits
-from streamserve.runner.sampler import MIN_LOGPROB
-from streamserve_kernels.sampling import LogitsEditTensors, SamplingKernels, SamplingTensors
-
-__all__ = ["DeviceSampler", "Drawn", "SamplingKernels"]
+from streamserve_kernels.sampling import (
+    LogitsEditTensors,
+    SamplingKernels,
+    SamplingTensors,
+    pack_mask,
+    set_tokens,
+)
 
 _NUM_RESULTS = 4  # buffers: more than steps in flight
 _FIRST_COUNT_ROWS = 16
@@ -53,9 +55,8 @@ class Drawn:
             if count < 0:
                 found.append([])
                 continue
-            values = np.maximum(top[row, :count], MIN_LOGPROB).tolist()
-            pairs = tuple(zip(top_ids[row, :count].tolist(), values, strict=True))
-            found.append([TokenLogprobs(token_id, max(float(chosen[row]), MIN_LOGPROB), pairs)])
+            best = zip(top_ids[row, :count].tolist(), top[row, :count].tolist(), strict=True)
+            found.append([TokenLogprobs(token_id, float(chosen[row]), tuple(best))])
         return found
 
 
@@ -72,23 +73,18 @@ class DeviceSampler:
         self._results = [self._pinned((max_rows,), torch.int64) for _ in range(_NUM_RESULTS)]
         self._turn = 0
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        self._nothing = torch.zeros((1, 1), dtype=torch.int32, device=device)
         self.count_rows: dict[int, int] = {}
         """Rows of the penalties' table, by the row of a request that has one."""
 
-    def count_history(self, row: int, edits: LogitsEdits) -> None:
+    def count_history(self, row: int, request: NewRequest) -> None:
         """Begins the history of a new request in ``row``: its prompt, and what it had generated."""
-        history = edits.history
-        assert history is not None
         if row not in self.count_rows:
             self.count_rows[row] = len(self.count_rows)
             self._reserve(len(self.count_rows))
-        ids, counts = torch.from_numpy(history.ids), torch.from_numpy(history.counts)
-        self._kernels.set_counts(
-            self._counts,
-            self.count_rows[row],
-            ids.to(self._device),
-            counts.to(self._device, torch.int32),
-        )
+        ids = torch.tensor(request.token_ids, dtype=torch.int64)
+        num_prompt = request.num_prompt_tokens
+        set_tokens(self._counts, self.count_rows[row], ids[:num_prompt], ids[num_prompt:])
 
     def sample(
         self,
@@ -111,7 +107,7 @@ class DeviceSampler:
             ),
             edits,
         )
-        if edits is not None and edits.rows is not None:
+        if edits is not None and len(self._counts):
             self._kernels.add_tokens(self._counts, edits.rows, ids)
         return ids
 
@@ -150,36 +146,32 @@ class DeviceSampler:
         for at, (ids, _) in added.items():
             lengths[at + 1] = len(ids)
         in_order = [added[at] for at in sorted(added)]
-        has_history = any(edits.history is not None for edits in by_place.values())
-        mask_words, mask_rows = self._masks(step, masks, count)
+        masks_of_rows, words = self._masks(step, masks, count)
         return LogitsEditTensors(
-            rows=inputs.count_rows if has_history else None,
-            counts=self._counts,
+            rows=inputs.count_rows,
+            counts=self._counts if len(self._counts) else self._nothing,
             repetition=inputs.repetition_penalty,
             presence=inputs.presence_penalty,
             frequency=inputs.frequency_penalty,
             bias_start=self._to_device(lengths.cumsum(dtype=np.int32)),
-            bias_ids=self._to_device(_joined([ids for ids, _ in in_order], np.int64)),
+            bias_ids=self._to_device(_joined([ids for ids, _ in in_order], np.int32)),
             bias_values=self._to_device(_joined([values for _, values in in_order], np.float32)),
-            masks=mask_words,
-            mask_rows=mask_rows,
+            mask_rows=masks_of_rows,
+            masks=words,
         )
 
     def _masks(
         self, step: DeviceStep, masks: Mapping[str, bytes] | None, count: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if not masks:
-            return None, None
-        num_bytes = -(-self._vocab_size // 32) * 4
+    ) -> tuple[Tensor, Tensor]:
+        """Each row's row of masks, and the masks."""
         rows = np.full(count, -1, dtype=np.int32)
-        packed = []
+        packed: list[Tensor] = []
         for at, request_id in zip(step.logits_rows.tolist(), step.rows.request_ids, strict=True):
-            mask = masks.get(request_id)
-            if mask is not None:
+            if masks and (mask := masks.get(request_id)) is not None:
                 rows[at] = len(packed)
-                packed.append(mask[:num_bytes].ljust(num_bytes, b"\0"))
-        words = np.frombuffer(b"".join(packed), dtype=np.int32).reshape(len(packed), -1)
-        return self._to_device(words.copy()), self._to_device(rows)
+                packed.append(pack_mask(mask, self._vocab_size))
+        words = self._to_device(torch.stack(packed).numpy()) if packed else self._nothing
+        return self._to_device(rows), words
 
     def _reserve(self, num_rows: int) -> None:
         old = self._counts
@@ -192,7 +184,9 @@ class DeviceSampler:
         return torch.empty(shape, dtype=dtype, pin_memory=self._pins)
 
     def _to_host(self, values: Tensor) -> Tensor:
-        return self._pinned(tuple(values.shape), values.dtype).copy_(values, non_blocking=True)
+        on_host = self._pinned(tuple(values.shape), values.dtype)
+        on_host.copy_(values, non_blocking=True)
+        return on_host
 
     def _to_device(self, values: NDArray[np.generic]) -> Tensor:
         on_host = torch.from_numpy(values)

@@ -30,7 +30,7 @@ class _CudaMark:
     __slots__ = ("_event",)
 
     def __init__(self) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._event.record()
 
     def wait(self) -> None:
