@@ -27,6 +27,7 @@ from torch import Tensor
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.models.batch import ForwardBatch, KVCache
+from streamserve.runner.compilations import num_compilations
 from streamserve.runner.input_batch import InputBatch, StepRows
 from streamserve.runner.sampler import Sampler
 from streamserve_kernels import Kernels
@@ -142,6 +143,11 @@ class TorchModelRunner:
         future: Future[ModelRunnerOutput] = Future()
         self._sample_calls.put(_SampleCall(masks, future))
         return future
+
+    @property
+    def num_compilations(self) -> int:
+        """Kernels compiled so far, ours and those of ``torch.compile``."""
+        return num_compilations(self._model.kernels)
 
     def close(self) -> None:
         """Finish every step whose sample was asked for, then stop. Idempotent."""

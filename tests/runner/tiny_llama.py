@@ -33,20 +33,25 @@ SHAPE = {
 
 
 def tiny_llama(
-    directory: Path, *, backend: str | None = None, dtype: torch.dtype = torch.float32, **changes
+    directory: Path,
+    *,
+    backend: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    **changes,
 ) -> Decoder:
     """Weights wide enough that two float32 orders of summation agree on the arg-max."""
     (directory / "config.json").write_text(json.dumps({**SHAPE, **changes}))
     config = load_config(directory)
-    kernels = streamserve_kernels.load(CPU, backend)
+    kernels = streamserve_kernels.load(device, backend)
     source = RandomSource(seed=5, std=0.2)
-    weights = build_weights(config.spec, source, kernels, dtype, CPU, None)
+    weights = build_weights(config.spec, source, kernels, dtype, device, None)
     return Decoder(
         config.spec,
         weights,
         kernels,
         dtype=dtype,
-        device=CPU,
+        device=device,
         max_model_len=config.max_position_embeddings,
     )
 
