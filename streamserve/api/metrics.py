@@ -171,6 +171,11 @@ class MetricsCollector(Collector):
             ),
             ("num_preemptions", "Requests that gave their seat up.", stats.num_preemptions),
             ("engine_steps", "Steps of the engine.", stats.num_steps),
+            (
+                "kernel_compilations",
+                "Kernels compiled by this process; none once the server is ready.",
+                stats.num_compilations,
+            ),
         )
         for name, documentation, value in counters:
             yield self._counter(name, documentation, [(self._model, value)])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from streamserve import __version__
+from streamserve.cli.device_flags import GPU_DEFAULTS, default_text
 from streamserve.config import POLICIES
 from streamserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
 QUANTIZATIONS = ("int8", "int4")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 _EXAMPLES = """examples:
   streamserve serve                       the model in the box, on http://127.0.0.1:8000
@@ -66,11 +68,18 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="a local Hugging Face directory or a hub id (default: the small model in the box)",
     )
     group.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu, cuda or cuda:N; auto: a GPU if torch has one, else the CPU "
+        "(default: auto)",
+    )
+    group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="weights and activations; auto on a CPU: bfloat16 where it multiplies it natively, "
-        "else float32 (default: auto)",
+        help="weights and activations; auto on a GPU: float16 or bfloat16, as the checkpoint; on a "
+        "CPU: bfloat16 where it multiplies it natively, else float32 (default: auto)",
     )
     group.add_argument(
         "--max-model-len",
@@ -103,16 +112,15 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-num-seqs",
         type=_positive,
-        default=64,
         metavar="N",
-        help="requests that generate at the same time (default: %(default)s)",
+        help=f"requests that generate at the same time {default_text('max_num_seqs')}",
     )
     group.add_argument(
         "--max-num-batched-tokens",
         type=_positive,
-        default=512,
         metavar="N",
-        help="tokens computed in one step, prompts and answers together (default: %(default)s)",
+        help="tokens computed in one step, prompts and answers together "
+        f"{default_text('max_num_batched_tokens')}",
     )
     group.add_argument(
         "--max-num-waiting",
@@ -139,9 +147,8 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--block-size",
         type=_positive,
-        default=16,
         metavar="N",
-        help="tokens in one KV block (default: %(default)s)",
+        help=f"tokens in one KV block {default_text('block_size')}",
     )
     group.add_argument(
         "--enable-prefix-caching",
@@ -164,14 +171,35 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-cache-memory",
         metavar="SIZE",
-        help="memory for the KV cache on a CPU, like 2GiB (default: the least of 25%% of the free "
-        "memory, 4GiB, and what max-num-seqs × max-model-len can use)",
+        help="memory for the KV cache, like 2GiB (default: on a GPU what "
+        "--gpu-memory-utilization leaves; on a CPU the least of 25%% of the free memory, 4GiB, and "
+        "what max-num-seqs × max-model-len can use)",
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="auto: as --dtype; fp8 holds twice as many tokens, on a GPU only (default: auto)",
     )
     group.add_argument(
         "--gpu-memory-utilization",
         type=float,
         metavar="F",
-        help="share of a GPU's memory to use; no effect on a CPU",
+        help="share of a GPU's memory that may be in use, by others too (default: "
+        f"{GPU_DEFAULTS.gpu_memory_utilization}); no effect on a CPU",
+    )
+    group.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="record no CUDA graphs: ready sooner, every step slower; no effect on a CPU",
+    )
+    group.add_argument(
+        "--cuda-graph-sizes",
+        nargs="+",
+        type=_positive,
+        metavar="N",
+        help="numbers of decoding requests to record a CUDA graph for; others are padded to the "
+        "next (default: a ladder up to max-num-seqs); no effect on a CPU",
     )
     group.add_argument(
         "--tensor-parallel-size",
@@ -263,8 +291,11 @@ def _milliseconds(text: str) -> float:
     return value
 
 
-def check_flags(args: Namespace, warn: Callable[[str], None]) -> None:
-    """Refuse by name what is not built, and say what has no effect. Raises ``ConfigError``."""
+def check_flags(args: Namespace) -> None:
+    """Refuse by name what is not built, before anything is loaded. Raises ``ConfigError``.
+
+    What depends on the device is for `device_flags`.
+    """
     for flag in ("tensor_parallel_size", "pipeline_parallel_size"):
         if (value := getattr(args, flag)) != 1:
             name = flag.replace("_", "-")
@@ -275,13 +306,11 @@ def check_flags(args: Namespace, warn: Callable[[str], None]) -> None:
         raise ConfigError(
             f"--quantization must be one of {', '.join(QUANTIZATIONS)}, got {args.quantization!r}"
         )
-    if args.gpu_memory_utilization is not None:
-        if not 0.0 < args.gpu_memory_utilization <= 1.0:
-            raise ConfigError(
-                "--gpu-memory-utilization must be above 0 and at most 1, "
-                f"got {args.gpu_memory_utilization}"
-            )
-        warn("--gpu-memory-utilization has no effect on a CPU; --kv-cache-memory sizes the cache")
+    utilization = args.gpu_memory_utilization
+    if utilization is not None and not 0.0 < utilization <= 1.0:
+        raise ConfigError(
+            f"--gpu-memory-utilization must be above 0 and at most 1, got {utilization}"
+        )
 
 
 def model_name(args: argparse.Namespace) -> str:

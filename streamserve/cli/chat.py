@@ -210,7 +210,7 @@ def _start(args: Namespace, runner: asyncio.Runner, options: dict[str, object]) 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    check_flags(args, say)
+    check_flags(args)
     backend = LocalBackend(build_service(args, say=say, warn=say), options)
     runner.run(backend.start())
     return backend

@@ -26,7 +26,7 @@ def run_serve(args: Namespace) -> int:
     from streamserve.api.server import bind_sockets, serve
 
     config = api_config(args)
-    check_flags(args, warn)
+    check_flags(args)
     sockets = bind_sockets(config)
     with ExitStack() as stack:
         for sock in sockets:

@@ -125,6 +125,10 @@ class ModelRunner(Protocol):
     future's; the runner then still accepts further plans.
     """
 
+    @property
+    def num_compilations(self) -> int:
+        """Kernels that this process compiled so far; the same for ever once the runner is warm."""
+
     def launch(self, plan: SchedulerOutput) -> None:
         """Start the forward of ``plan``."""
 

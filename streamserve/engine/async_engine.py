@@ -52,6 +52,7 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     kv_tokens_saved: int  # not read again, as requests of a step share them
+    num_compilations: int  # of kernels, by this process
     pacing: PacingStats
 
 
@@ -246,6 +247,7 @@ class AsyncEngine:
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self._num_generation_tokens,
             kv_tokens_saved=scheduler.prefix_grouping.num_saved_tokens,
+            num_compilations=self._runner.num_compilations,
             pacing=scheduler.pacer.stats,
         )
 

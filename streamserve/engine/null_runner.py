@@ -21,6 +21,8 @@ class NullRunner:
     Keeps no tensors but counts as a runner would: ``num_computed_tokens`` by request id.
     """
 
+    num_compilations = 0
+
     def __init__(
         self,
         token_ids: Sequence[int] = (0,),

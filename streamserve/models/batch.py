@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import TypeAlias
 
 import torch
@@ -16,6 +19,7 @@ KVCache: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 _TOUCHED_PIECES = 16
+_ALIGNMENT = 512  # bytes, as torch's own allocator for GPUs has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,35 +54,38 @@ def allocate_kv_cache(
 ) -> KVCache:
     """Zeroed caches for ``num_blocks`` blocks of ``block_size`` tokens in every layer.
 
-    On a CPU their memory is only promised: see `touch_kv_cache`.
+    ``dtype`` is the cache's own: that of the activations, or a narrower one that the kernels
+    convert from and to. On a CPU their memory is only promised: see `touch_kv_cache`.
 
     Raises what torch or the system raises when the memory is not there; plan with
     `kv_bytes_per_block`.
     """
-    caches: KVCache = []
-    for layer in spec.layers:
-        heads = layer.attention.num_kv_heads
-        key, value = (
-            _zeros(kernels.kv_cache_shape(num_blocks, block_size, heads, head_size), dtype, device)
-            for head_size in (
-                layer.attention.query_key_head_size,
-                layer.attention.value_head_size,
-            )
-        )
-        caches.append((key, value))
-    return caches
+    shapes = [
+        kernels.kv_cache_shape(num_blocks, block_size, layer.attention.num_kv_heads, head_size)
+        for layer in spec.layers
+        for head_size in (layer.attention.query_key_head_size, layer.attention.value_head_size)
+    ]
+    # On a CPU in huge pages where the system has them. A page is cleared when it is first written:
+    # 4 GiB in small pages are a million faults, seconds before the server is ready. Attention,
+    # which reads blocks all over the cache, misses fewer translations too.
+    if device.type == "cpu":
+        caches = [huge_pages.zeros(shape, dtype) for shape in shapes]
+    else:
+        caches = zeros_in_one_piece(shapes, dtype, device)
+    return list(zip(caches[::2], caches[1::2], strict=True))
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU in huge pages where the system has them.
-
-    A page is cleared when it is first written: 4 GiB in small pages are a million faults, seconds
-    before the server is ready. Attention, which reads blocks all over the cache, misses fewer
-    translations too.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return huge_pages.zeros(shape, dtype)
+def zeros_in_one_piece(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Zeroed tensors in one allocation: it takes what it needs, not what an allocator rounds to."""
+    sizes = [prod(shape) * dtype.itemsize for shape in shapes]
+    starts = [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+    piece = torch.zeros(starts[-1], dtype=torch.uint8, device=device)
+    return [
+        piece[start : start + size].view(dtype).view(shape)
+        for start, size, shape in zip(starts, sizes, shapes, strict=False)
+    ]
 
 
 def touch_kv_cache(caches: KVCache) -> None:
@@ -96,6 +103,6 @@ def touch_kv_cache(caches: KVCache) -> None:
 
 
 def kv_bytes_per_block(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes that one block takes in all layers together."""
+    """Bytes that one block takes in all layers together, in a cache of ``dtype``."""
     elements = sum(layer.attention.key_size + layer.attention.value_size for layer in spec.layers)
     return elements * block_size * dtype.itemsize

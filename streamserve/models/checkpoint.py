@@ -1,8 +1,8 @@
 """From a checkpoint's tensors to the weights that a spec calls for, or random ones in their place.
 
-A `WeightSource` answers one question, "the weight (or bias) of this module", with a fresh tensor in
-the asked dtype: the parts that a checkpoint keeps apart are copied straight into their place in it,
-so that memory never holds more than the one being built.
+A `WeightSource` does one thing: it fills a tensor, on whatever device, with the weight (or bias) of
+a module. The parts that a checkpoint keeps apart go straight into their place in it, so that the
+host never holds more than a part of one matrix, and the device no more than the one being built.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from streamserve.errors import ModelLoadError
 from streamserve.models.names import WeightNames
 from streamserve.models.parameters import Module, decoder_modules
 from streamserve.models.spec import DecoderSpec
+from streamserve.models.staging import Uploader
 from streamserve.models.tensor_files import TensorFiles
 
 Leaf = Literal["weight", "bias"]
@@ -26,8 +27,8 @@ _NAMED_IN_AN_ERROR = 8
 
 
 class WeightSource(Protocol):
-    def fetch(self, module: Module, leaf: Leaf, dtype: torch.dtype) -> Tensor:
-        """The module's weight (`Module.shape`) or bias (``[num_rows]``), owned by the caller."""
+    def fill(self, module: Module, leaf: Leaf, target: Tensor) -> None:
+        """Writes the module's weight (`Module.shape`) or bias (``[num_rows]``) into ``target``."""
         ...
 
 
@@ -67,6 +68,7 @@ class CheckpointSource:
         self._files = files
         self._names = names
         self._spec = spec
+        self._uploader = Uploader()
         self._stored = self._index(files, names)
         self._check()
 
@@ -131,27 +133,28 @@ class CheckpointSource:
         self._files.release(embedding)
         return True
 
-    def fetch(self, module: Module, leaf: Leaf, dtype: torch.dtype) -> Tensor:
-        pieces = module_pieces(self._names, module, leaf)
-        built = torch.empty(module.shape if leaf == "weight" else (module.num_rows,), dtype=dtype)
+    def fill(self, module: Module, leaf: Leaf, target: Tensor) -> None:
         transposed = leaf == "weight" and module.name in self._names.transposed
         start = 0
-        for piece in pieces:
+        for piece in module_pieces(self._names, module, leaf):
             name = self._stored[piece.name]
             tensor = self._files.read(name)
             if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
                 raise ModelLoadError(f"tensor {name} has dtype {tensor.dtype}: quantised weights")
-            if transposed:
-                tensor = tensor.t()
-            target = built[start : start + piece.rows]
-            if module.name == "layers.qkv" and self._names.qkv_layout == "grouped":
-                assert module.layer is not None
-                self._copy_grouped(target, tensor, module.layer)
+            part = target[start : start + piece.rows]
+            is_grouped = module.name == "layers.qkv" and self._names.qkv_layout == "grouped"
+            if not transposed and not is_grouped:
+                self._uploader.copy(part, tensor)
             else:
-                target.copy_(tensor)
+                landed = self._uploader.on_device(tensor, target.device)
+                landed = landed.t() if transposed else landed
+                if is_grouped:
+                    assert module.layer is not None
+                    self._copy_grouped(part, landed, module.layer)
+                else:
+                    part.copy_(landed)
             self._files.release(name)
             start += piece.rows
-        return built
 
     def _copy_grouped(self, target: Tensor, tensor: Tensor, layer: int) -> None:
         """``[kv heads, (queries of the group, key, value), head size]`` to all q, all k, all v."""
@@ -169,20 +172,28 @@ class CheckpointSource:
 
 
 class RandomSource:
-    """Weights drawn at random, the same for the same seed: for load tests without a checkpoint."""
+    """Weights drawn at random, the same for the same seed: for load tests without a checkpoint.
+
+    They are drawn on the device that they are for, which has numbers of its own.
+    """
 
     def __init__(self, seed: int = 0, std: float = 0.02) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
         self._std = std
+        self._generators: dict[torch.device, torch.Generator] = {}
 
-    def fetch(self, module: Module, leaf: Leaf, dtype: torch.dtype) -> Tensor:
+    def fill(self, module: Module, leaf: Leaf, target: Tensor) -> None:
         if leaf == "bias":
-            return torch.zeros(module.num_rows, dtype=dtype)
-        if module.role == "norm":
-            return torch.ones(module.shape, dtype=dtype)
-        return torch.empty(module.shape, dtype=dtype).normal_(
-            0.0, self._std, generator=self._generator
-        )
+            target.zero_()
+        elif module.role == "norm":
+            target.fill_(1.0)
+        else:
+            target.normal_(0.0, self._std, generator=self._generator(target.device))
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
 
 
 def _listing(names: list[str]) -> str:

@@ -124,7 +124,8 @@ def load_model(
     """Loads a checkpoint's directory; ``dummy`` draws the weights from ``seed`` instead.
 
     ``quantization`` quantises the linear layers as they come: see `parameters.module_quantization`.
-    Holds the resident weights and, at any time, one more matrix. ``max_model_len`` is the longest
+    Holds the resident weights and, at any time, one more matrix on ``device``; a host that is not
+    the device holds a few dozen megabytes of the files at a time. ``max_model_len`` is the longest
     sequence to serve, the model's own by default. Raises ModelLoadError or UnsupportedModelError.
     """
     if load_format not in get_args(LoadFormat):

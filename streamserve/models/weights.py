@@ -73,7 +73,7 @@ def build_weights(
     progress: Progress | None = None,
     quantization: Quantization | None = None,
 ) -> DecoderWeights:
-    """Fetches every module and packs it at once, so that only one is ever held twice.
+    """Reads every module into place on ``device`` and packs it: only one is ever held twice.
 
     A quantised tied head has no embedding beside it: its own rows are the embedding.
     """
@@ -148,4 +148,7 @@ class _Builder:
         return self._kernels.prepare_quantised(weight, bias, quantization)
 
     def _fetch(self, module: Module, leaf: Leaf) -> Tensor:
-        return self._source.fetch(module, leaf, self._dtype).to(self._device)
+        shape = module.shape if leaf == "weight" else (module.num_rows,)
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self._source.fill(module, leaf, tensor)
+        return tensor

@@ -1,11 +1,9 @@
-"""How much memory there is: the host's, the control group's, a GPU's."""
+"""How much memory there is: the host's, and what its control groups leave of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-
-import torch
 
 from streamserve.errors import KVCacheMemoryError
 from streamserve.runner.memory import AvailableMemory
@@ -34,13 +32,6 @@ def available_cpu_memory(read: ReadText = read_text) -> AvailableMemory:
         if group.num_bytes < found.num_bytes:
             found = group
     return found
-
-
-def available_gpu_memory(device: torch.device, utilization: float) -> AvailableMemory:
-    """``utilization`` of the GPU's memory, less what is in use by others already."""
-    free, total = torch.cuda.mem_get_info(device)
-    usable = int(total * utilization) - (total - free)
-    return AvailableMemory(max(usable, 0), f"{utilization:.0%} of {device} less what is in use")
 
 
 def _mem_available(read: ReadText) -> int:

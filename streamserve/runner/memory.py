@@ -16,6 +16,8 @@ MIB = 2**20
 
 DEFAULT_CPU_SHARE = 0.25
 DEFAULT_CPU_LIMIT = 4 * GIB
+# Of what all seats can use. Past it are prefixes that nobody comes back to, and blocks to count.
+MAX_GPU_SHARE = 8
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -93,24 +95,25 @@ def plan_memory(
     """Sizes the KV cache.
 
     ``kv_cache_memory`` is what was asked for in bytes. Without it, ``use_all`` (a GPU, whose
-    ``available`` is already a share) takes whatever the weights and buffers leave; otherwise it is
-    the least of a quarter of ``available``, 4 GiB, what ``max_num_seqs`` sequences of
-    ``max_model_len`` can use, and what is left.
+    ``available`` is already a share) takes whatever the weights and buffers leave, up to eight
+    times what ``max_num_seqs`` sequences of ``max_model_len`` can use; otherwise it is the least of
+    a quarter of ``available``, 4 GiB, what those sequences can use, and what is left.
 
     Raises KVCacheMemoryError when weights, buffers and cache do not fit together, or when the
     cache cannot hold one sequence of ``max_model_len`` tokens.
     """
     room = available.num_bytes - weight_bytes - step_buffer_bytes
     blocks_per_sequence = -(-max_model_len // block_size)
+    all_seats = max_num_seqs * blocks_per_sequence * kv_bytes_per_block
     if kv_cache_memory is not None:
         budget = kv_cache_memory
     elif use_all:
-        budget = room
+        budget = min(room, MAX_GPU_SHARE * all_seats)
     else:
         budget = min(
             int(DEFAULT_CPU_SHARE * available.num_bytes),
             DEFAULT_CPU_LIMIT,
-            max_num_seqs * blocks_per_sequence * kv_bytes_per_block,
+            all_seats,
             room,
         )
     num_blocks = max(budget, 0) // kv_bytes_per_block
@@ -126,11 +129,12 @@ def plan_memory(
                 f"Lower --kv-cache-memory to {_size_flag(room)} or less"
                 if room >= blocks_per_sequence * kv_bytes_per_block
                 else "A smaller model or dtype, or more memory, is needed"
+                + ("; --gpu-memory-utilization says how much may be used" if use_all else "")
             )
         )
     if num_blocks < blocks_per_sequence:
         shortest = num_blocks * block_size
-        advice = _advice(shortest, blocks_per_sequence * kv_bytes_per_block, room)
+        advice = _advice(shortest, blocks_per_sequence * kv_bytes_per_block, room, on_gpu=use_all)
         raise KVCacheMemoryError(
             f"the KV cache holds {shortest} tokens, fewer than one sequence of --max-model-len "
             f"{max_model_len}: {advice}. {sizes}"
@@ -175,13 +179,14 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
-def _advice(num_tokens: int, needed: int, room: int) -> str:
+def _advice(num_tokens: int, needed: int, room: int, *, on_gpu: bool) -> str:
     """What to do when the cache holds ``num_tokens`` and ``needed`` bytes would be enough."""
     lower = f"lower --max-model-len to {num_tokens} or " if num_tokens else ""
     if needed <= room:
         return f"{lower}raise --kv-cache-memory to {_size_flag(needed, round_up=True)}"
+    more = "raise --gpu-memory-utilization or " if on_gpu else ""
     return (
-        f"{lower}free memory ({format_bytes(room)} are left for the cache, "
+        f"{lower}{more}free memory ({format_bytes(room)} are left for the cache, "
         f"{format_bytes(needed)} are needed)"
     )
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.models.batch import ForwardBatch, KVCache
+from streamserve.runner.compilations import num_compilations
 from streamserve.runner.input_batch import InputBatch
 from streamserve.runner.plan_arrays import StepRows
 from streamserve.runner.sampler import Sampler
@@ -143,6 +144,11 @@ class TorchModelRunner:
         future: Future[ModelRunnerOutput] = Future()
         self._sample_calls.put(_SampleCall(masks, future))
         return future
+
+    @property
+    def num_compilations(self) -> int:
+        """Kernels compiled so far, ours and those of ``torch.compile``."""
+        return num_compilations(self._model.kernels)
 
     def close(self) -> None:
         """Finish every step whose sample was asked for, then stop. Idempotent."""

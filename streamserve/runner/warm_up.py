@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 
 from streamserve.core.clock import monotonic
@@ -11,6 +12,7 @@ from streamserve.core.plan import (
     BlockCopy,
     ModelRunner,
     NewRequest,
+    PrefixGroup,
     ScheduledRequest,
     SchedulerOutput,
 )
@@ -39,22 +41,44 @@ _MIN_MIXED_STEPS, _MAX_MIXED_STEPS, _MIXED_SECONDS = 8, 48, 1.0
 _MAX_KEY_MULTIPLES = 512 // PROMPT_KEY_MULTIPLE
 # Keys come in segments: nothing new comes behind the second.
 _LONGEST = 2 * PROMPT_KEY_SEGMENT + 512
-# Rows whose time with the whole model is measured, and what all of it may take.
-_MEASURED_ROWS = (1, 8, 32, 64, 128)
-_MEASURING_SECONDS = 0.7
+_MAX_PREFIX_BLOCKS = 4  # that the requests of a warm-up step share
 
 Work = tuple[int, int]
 """Start and number of the tokens that a request computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """What `WarmUp.measure` runs with the whole model, and how long all of it may take.
+
+    ``rows`` are prompts of so many tokens; ``whole_step`` adds the largest.
+    """
+
+    rows: tuple[int, ...]
+    seconds: float
+    whole_step: bool
+
+
+CPU_MEASURING = Measuring((1, 8, 32, 64, 128), seconds=0.7, whole_step=False)
+# Rows cost next to nothing until they are hundreds: where the slope begins is what matters.
+GPU_MEASURING = Measuring(
+    (1, 8, 32, 64, 128, 256, 384, 512, 1024, 2048, 4096), seconds=2.0, whole_step=True
+)
 
 
 class WarmUp:
     """Made-up plans for a runner nobody uses yet. They write rubbish into blocks nobody reads."""
 
     def __init__(
-        self, runner: ModelRunner, memory: MemoryPlan, max_num_batched_tokens: int
+        self,
+        runner: ModelRunner,
+        memory: MemoryPlan,
+        max_num_batched_tokens: int,
+        measuring: Measuring = CPU_MEASURING,
     ) -> None:
         self._runner = runner
         self._memory = memory
+        self._measuring = measuring
         self._max_tokens = max_num_batched_tokens
         self._max_seqs = min(memory.max_num_seqs, max_num_batched_tokens)
         self._longest = min(memory.max_model_len, _LONGEST)
@@ -64,7 +88,10 @@ class WarmUp:
         self._samples: list[tuple[StepShape, float]] = []
 
     def run(self, sizes: Sequence[int]) -> None:
-        """Runs prompts and decodes of all ``sizes``; raises whatever a step raises."""
+        """Runs prompts and decodes of all ``sizes``, and what a CPU's attention tells apart.
+
+        Raises whatever a step raises.
+        """
         longest = self._longest
         for size in (*(size for size in sizes if size < self._max_seqs), self._max_seqs):
             self._step(self._decodes(size), _GREEDY)
@@ -82,12 +109,36 @@ class WarmUp:
         # The most that attention can ask for: a chunk behind several segments of keys.
         last = min(self._max_tokens, longest)
         self._step([(longest - last, last)], _GREEDY)
+        self._run_mixed()
+        self._step([], ())
+
+    def run_ragged(self) -> None:
+        """Runs steps of every make-up rather than of every size, for a device that pads.
+
+        Few and many decodes, at the start and behind a long context; prompts alone, behind a
+        context, and beside decodes; requests that share leading blocks.
+        """
+        longest, seats = self._longest, self._max_seqs
+        for count in sorted({1, min(2, seats), seats}):
+            self._step(self._decodes(count), _GREEDY)
+            self._step([(longest - 1, 1)] * count, _GREEDY)
+            self._step([(longest - 1, 1)] * count, _GREEDY, share_prefix=True)
+        for size in sorted({min(size, self._max_tokens) for size in (2, 16, 17, 64, 512)}):
+            chunk = min(size, longest)
+            for work in ([(0, chunk)], [(longest - chunk, chunk)]):
+                decodes = [(longest - 1, 1)] * min(seats - 1, 7, self._max_tokens - chunk)
+                self._step(work, _GREEDY)
+                self._step(decodes + work, _GREEDY)
+                self._step(decodes + work, _GREEDY, share_prefix=True)
+        self._run_mixed()
+        self._step([], ())
+
+    def _run_mixed(self) -> None:
         deadline = monotonic() + _MIXED_SECONDS
         for count in range(_MAX_MIXED_STEPS):
             if count >= _MIN_MIXED_STEPS and monotonic() > deadline:
                 break
             self._step(self._mixed(), _PARAMS)
-        self._step([], ())
 
     def run_sampler(self) -> None:
         """Runs every way through the sampler, on all seats."""
@@ -102,14 +153,17 @@ class WarmUp:
         self._step([], ())
 
     def measure(self, padded_sizes: Sequence[int] = ()) -> StepProfile:
-        """Measures steps of a few sizes, for less than a second: serving learns the rest.
+        """Measures steps of a few sizes, for a second or two: serving learns the rest.
 
         ``padded_sizes`` is the ladder that the runner pads steps to.
         """
         self._samples.clear()
-        deadline = monotonic() + _MEASURING_SECONDS
+        deadline = monotonic() + self._measuring.seconds
         longest = self._longest
-        rows = [rows for rows in _MEASURED_ROWS if rows < min(self._max_tokens, longest)]
+        largest = min(self._max_tokens, longest)
+        rows = [rows for rows in self._measuring.rows if rows < largest]
+        if self._measuring.whole_step:
+            rows.append(largest)
         few, some = min(8, self._max_seqs), min(64, self._max_tokens, longest)
         behind = [[(longest - 1, 1)] * few, [(longest - some, some)]]
         # The second time counts: the first may meet cold memory.
@@ -140,12 +194,21 @@ class WarmUp:
         length = min(rng.randint(1, self._max_tokens - num_decodes), longest)
         return [*work, (rng.randint(0, longest - length), length)]
 
-    def _step(self, work: Sequence[Work], params: Iterable[SamplingParams]) -> None:
-        """One step of fresh requests, which share blocks."""
+    def _step(
+        self,
+        work: Sequence[Work],
+        params: Iterable[SamplingParams],
+        *,
+        share_prefix: bool = False,
+    ) -> None:
+        """One step of fresh requests, which share blocks; ``share_prefix``: the plan says so."""
         plan = SchedulerOutput(self._step_id, released_ids=self._live)
         self._step_id -= 1
         self._live = [f"warm-up {plan.step_id} {i}" for i in range(len(work))]
         num_blocks, block_size = self._memory.num_blocks, self._memory.block_size
+        shared = min([_MAX_PREFIX_BLOCKS, *(start // block_size for start, _ in work)])
+        if share_prefix and shared and len(work) > 1:
+            plan.prefix_groups.append(PrefixGroup(tuple(range(len(work))), shared))
         if num_blocks > 1:
             plan.block_copies.append(BlockCopy(0, 1))
         for i, ((start, length), chosen) in enumerate(
@@ -155,7 +218,8 @@ class WarmUp:
             plan.new_requests.append(
                 NewRequest(request_id, token_ids, len(token_ids), chosen, seed=i, choice_index=0)
             )
-            blocks = [(i + j) % num_blocks for j in range(-(-len(token_ids) // block_size))]
+            first = 0 if plan.prefix_groups else i
+            blocks = [(first + j) % num_blocks for j in range(-(-len(token_ids) // block_size))]
             plan.scheduled.append(
                 ScheduledRequest(request_id, start, token_ids[start:], blocks, True, 0)
             )

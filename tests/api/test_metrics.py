@@ -6,6 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from streamserve.api.metrics import Delivery, Metrics, histogram_family
 from streamserve.core.histogram import Counts
 from streamserve.core.request import FinishReason
+from streamserve.engine.null_runner import NullRunner
 from tests.api.harness import MODEL, Api, Exchange, chat_body
 
 
@@ -22,8 +23,12 @@ async def scrape(api):
     }
 
 
+class Compiled(NullRunner):
+    num_compilations = 7
+
+
 async def test_a_scrape_before_and_after():
-    async with Api().running() as api:
+    async with Api(runner=Compiled()).running() as api:
         before = await scrape(api)
         await api.complete(prompt="x" * 40, max_tokens=5, stream=True)
         await api.complete(prompt="x" * 40, max_tokens=5)
@@ -40,6 +45,7 @@ async def test_a_scrape_before_and_after():
     assert after["kv_cache_usage_perc", None] == 0
     assert after["request_success_total", None] == 2
     assert after["request_refused_total", None] == 1
+    assert after["kernel_compilations_total", None] == 7
     assert after["step_time_seconds_count", None] == 0  # this runner does not measure
     assert after["prefill_chunk_tokens_bucket", "+Inf"] == 0
     assert after["time_to_first_token_seconds_count", None] == 1

@@ -32,6 +32,7 @@ def test_help_names_every_flag():
     text = run("serve", "--help").stdout
     for flag in ("--host", "--port", "--dtype", "--max-model-len", "--gpu-memory-utilization"):
         assert flag in text
+    assert "(default: 256 on a GPU, 64 on a CPU)" in " ".join(text.split())
     assert "examples:" in run("--help").stdout
 
 
@@ -42,6 +43,9 @@ def test_help_names_every_flag():
         (["--pipeline-parallel-size", "4"], "--pipeline-parallel-size must be 1"),
         (["--quantization", "awq"], "must be one of int8, int4, got 'awq'"),
         (["--gpu-memory-utilization", "1.5"], "at most 1, got 1.5"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--device", "cuda:99"], "--device cuda:99 is not there: torch "),
+        (["--device", "cpu", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype must be auto on a CPU"),
         (["/nowhere/model"], "there is no such directory"),
         (["--max-model-len", "1000000"], "1000000"),
         (["--kv-cache-memory", "many"], "4GiB"),
@@ -68,8 +72,10 @@ def test_a_port_in_use_is_known_before_the_model_is_loaded():
 
 
 def test_gpu_flag_is_accepted_with_a_word_on_its_effect():
-    with running_server("--gpu-memory-utilization", "0.9", "--dtype", "float32") as server:
+    flags = ("--gpu-memory-utilization", "0.9", "--enforce-eager", "--dtype", "float32")
+    with running_server("--device", "cpu", *flags) as server:
         assert server.output.count("--gpu-memory-utilization has no effect on a CPU") == 1
+        assert server.output.count("--enforce-eager has no effect on a CPU") == 1
 
 
 def test_the_memory_plan_and_a_line_to_try_are_printed(box):

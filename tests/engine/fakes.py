@@ -31,6 +31,8 @@ class FakeRunner:
     or ``sample`` result raises. ``threaded``: futures resolve on another thread.
     """
 
+    num_compilations = 0
+
     def __init__(
         self,
         answers: dict[str, str | bytes | list[int]] | None = None,

@@ -43,7 +43,8 @@ class PagedHarness:
             decoder.spec, num_blocks, block_size, decoder.dtype, decoder.device, decoder.kernels
         )
         for cache in (cache for pair in self.caches for cache in pair):
-            cache.normal_(0.0, 10.0, generator=generator)
+            rubbish = torch.empty(cache.shape, dtype=cache.dtype)
+            cache.copy_(rubbish.normal_(0.0, 10.0, generator=generator))
 
     def share_prefix(self, sequence: Sequence, other: Sequence) -> None:
         """Lets ``sequence`` start on the full blocks whose tokens it has in common."""
@@ -85,14 +86,15 @@ class PagedHarness:
             lengths.append(end)
         widest = max(len(sequence.block_table) for sequence, _ in work)
         table = [s.block_table + [0] * (widest - len(s.block_table)) for s, _ in work]
+        device = self.decoder.device
         return ForwardBatch(
-            input_ids=torch.tensor(ids + [0] * padding),
-            positions=torch.tensor(positions + [0] * padding),
-            slot_mapping=torch.tensor(slots + [-1] * padding),
-            query_start_loc=torch.tensor(starts, dtype=torch.int32),
-            seq_lens=torch.tensor(lengths, dtype=torch.int32),
-            block_table=torch.tensor(table, dtype=torch.int32),
-            logits_indices=torch.tensor(rows, dtype=torch.int64),
+            input_ids=torch.tensor(ids + [0] * padding, device=device),
+            positions=torch.tensor(positions + [0] * padding, device=device),
+            slot_mapping=torch.tensor(slots + [-1] * padding, device=device),
+            query_start_loc=torch.tensor(starts, dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+            block_table=torch.tensor(table, dtype=torch.int32, device=device),
+            logits_indices=torch.tensor(rows, dtype=torch.int64, device=device),
             prefix_groups=self._groups([sequence for sequence, _ in work]),
         )
 
@@ -104,17 +106,19 @@ class PagedHarness:
         members = [i for group in groups for i in group.members]
         starts = [0, *accumulate(len(group.members) for group in groups)]
         self.num_members += len(members)
+        num_blocks = [group.num_blocks for group in groups]
         return PrefixGroups(
-            members=torch.tensor(members, dtype=torch.int32),
-            starts=torch.tensor(starts, dtype=torch.int32),
-            num_blocks=torch.tensor([group.num_blocks for group in groups], dtype=torch.int32),
+            *(
+                torch.tensor(values, dtype=torch.int32, device=self.decoder.device)
+                for values in (members, starts, num_blocks)
+            )
         )
 
     def step(self, work: list[tuple[Sequence, int]], **options) -> torch.Tensor:
         batch = self.batch(work, **options)
         with torch.inference_mode():
             # A recorded step's are overwritten by the next.
-            logits = self.decoder.forward(batch, self.caches).clone()
+            logits = self.decoder.forward(batch, self.caches).clone().cpu()
         for sequence, count in work:
             sequence.num_computed += count
         return logits

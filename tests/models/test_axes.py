@@ -304,9 +304,10 @@ def test_values_may_have_a_head_size_of_their_own_and_sinks_take_their_share(ker
     class Source(RandomSource):
         sink = 0.0
 
-        def fetch(self, module, leaf, dtype):
-            weight = super().fetch(module, leaf, dtype)
-            return weight.fill_(self.sink) if module.name == "layers.sinks" else weight
+        def fill(self, module, leaf, target):
+            super().fill(module, leaf, target)
+            if module.name == "layers.sinks":
+                target.fill_(self.sink)
 
     class Loud(Source):
         sink = 1e4
@@ -320,9 +321,10 @@ def test_values_may_have_a_head_size_of_their_own_and_sinks_take_their_share(ker
     )
 
     class Mute(Source):
-        def fetch(self, module, leaf, dtype):
-            weight = super().fetch(module, leaf, dtype)
-            return weight.zero_() if module.name == "layers.output" else weight
+        def fill(self, module, leaf, target):
+            super().fill(module, leaf, target)
+            if module.name == "layers.output":
+                target.zero_()
 
     silent = PagedHarness(decoder_of(spec, Mute(1, std=0.3), kernels)).prefill(
         [Sequence(tokens)], None

@@ -41,12 +41,11 @@ STEPS = [
 class Source(RandomSource):
     """Norms and biases matter too."""
 
-    def fetch(self, module, leaf, dtype):
-        weight = super().fetch(module, leaf, dtype)
+    def fill(self, module, leaf, target):
+        super().fill(module, leaf, target)
         if leaf == "bias" or module.role != "linear":
             mean = 1.0 if module.role == "norm" and leaf == "weight" else 0.0
-            weight.normal_(mean, 0.3, generator=self._generator)
-        return weight
+            target.normal_(mean, 0.3, generator=self._generator(target.device))
 
 
 def widened(spec: DecoderSpec) -> DecoderSpec:

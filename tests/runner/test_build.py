@@ -9,8 +9,9 @@ from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
 from streamserve.core.step_time import StepShape
 from streamserve.models import kv_bytes_per_block
 from streamserve.runner.build import build_runner, step_buffer_bytes
+from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.step_buffers import step_sizes
-from streamserve.runner.warm_up import WarmUp
+from streamserve.runner.warm_up import CPU_MEASURING, GPU_MEASURING, WarmUp
 from tests.runner.tiny_llama import memory_for, tiny_llama
 
 
@@ -22,8 +23,11 @@ def model(tmp_path_factory):
 class Recorder:
     """A runner that only writes down what it is given."""
 
-    def __init__(self) -> None:
+    num_compilations = 0
+
+    def __init__(self, duration_s: float | None = None) -> None:
         self.plans: list[SchedulerOutput] = []
+        self.duration_s = duration_s
 
     def launch(self, plan: SchedulerOutput) -> None:
         self.plans.append(plan)
@@ -33,16 +37,40 @@ class Recorder:
         return self
 
     def result(self) -> ModelRunnerOutput:
-        return ModelRunnerOutput(0, [])
+        return ModelRunnerOutput(0, [], duration_s=self.duration_s)
 
     def close(self) -> None:
         pass
 
 
-@pytest.mark.parametrize(
+def check_plans(plans: list[SchedulerOutput], memory: MemoryPlan, max_tokens: int) -> None:
+    """Plans as a scheduler makes them, and nobody left at the end."""
+    live: set[str] = set()
+    for plan in plans:
+        assert plan.num_tokens <= max_tokens
+        assert len(plan.scheduled) <= memory.max_num_seqs
+        live -= set(plan.released_ids)
+        live |= {request.request_id for request in plan.new_requests}
+        assert live == {scheduled.request_id for scheduled in plan.scheduled}
+        for scheduled in plan.scheduled:
+            end = scheduled.start + len(scheduled.token_ids)
+            assert end <= memory.max_model_len
+            assert end <= len(scheduled.new_block_ids) * memory.block_size
+            assert max(scheduled.new_block_ids) < memory.num_blocks
+        for members, num_blocks in plan.prefix_groups:
+            shared = [plan.scheduled[i] for i in members]
+            assert num_blocks * memory.block_size <= min(s.start for s in shared)
+            assert len({tuple(s.new_block_ids[:num_blocks]) for s in shared}) == 1
+    assert not live
+
+
+LIMITS = pytest.mark.parametrize(
     ("max_num_seqs", "max_tokens", "max_model_len", "num_blocks"),
     [(8, 48, 128, 160), (1, 1, 2, 1), (64, 8, 32, 8), (3, 100, 16, 4), (16, 512, 100, 30)],
 )
+
+
+@LIMITS
 def test_warm_up_meets_every_size_and_no_more_than_the_limits(
     model, max_num_seqs, max_tokens, max_model_len, num_blocks
 ):
@@ -51,22 +79,55 @@ def test_warm_up_meets_every_size_and_no_more_than_the_limits(
     )
     recorder = Recorder()
     WarmUp(recorder, memory, max_tokens).run(step_sizes(max_tokens, max_num_seqs))
-    live: set[str] = set()
-    for plan in recorder.plans:
-        assert plan.num_tokens <= max_tokens
-        assert len(plan.scheduled) <= max_num_seqs
-        live -= set(plan.released_ids)
-        live |= {request.request_id for request in plan.new_requests}
-        assert live == {scheduled.request_id for scheduled in plan.scheduled}
-        for scheduled in plan.scheduled:
-            end = scheduled.start + len(scheduled.token_ids)
-            assert end <= max_model_len
-            assert end <= len(scheduled.new_block_ids) * memory.block_size
-            assert max(scheduled.new_block_ids) < num_blocks
-    assert not live
+    check_plans(recorder.plans, memory, max_tokens)
     most_tokens = min(max_tokens, max_num_seqs * max_model_len)
     assert max(plan.num_tokens for plan in recorder.plans) == most_tokens
     assert max(len(plan.scheduled) for plan in recorder.plans) == min(max_num_seqs, max_tokens)
+
+
+@LIMITS
+def test_ragged_warm_up_meets_every_make_up(
+    model, max_num_seqs, max_tokens, max_model_len, num_blocks
+):
+    memory = memory_for(
+        model, num_blocks=num_blocks, max_model_len=max_model_len, max_num_seqs=max_num_seqs
+    )
+    recorder = Recorder()
+    WarmUp(recorder, memory, max_tokens, GPU_MEASURING).run_ragged()
+    check_plans(recorder.plans, memory, max_tokens)
+    assert max(len(plan.scheduled) for plan in recorder.plans) == min(max_num_seqs, max_tokens)
+    lengths = [[len(s.token_ids) for s in plan.scheduled] for plan in recorder.plans]
+    can_mix = min(max_num_seqs, max_tokens) > 1
+    for shared in (False, True) if can_mix else (False,):
+        kinds = {
+            (min(of_plan) == 1, max(of_plan) > 1)
+            for of_plan, plan in zip(lengths, recorder.plans, strict=True)
+            if of_plan and bool(plan.prefix_groups) == shared
+        }
+        assert (True, False) in kinds  # decodes
+        assert (True, True) in kinds or not can_mix  # beside a chunk
+
+
+@pytest.mark.parametrize(
+    ("measuring", "max_tokens", "max_model_len", "rows"),
+    [
+        (CPU_MEASURING, 512, 4096, [1, 8, 32, 64, 128]),
+        (CPU_MEASURING, 48, 128, [1, 8, 32]),
+        (GPU_MEASURING, 8192, 9000, [1, 8, 32, 64, 128, 256, 384, 512, 1024, 2048, 4096, 8192]),
+        (GPU_MEASURING, 8192, 1000, [1, 8, 32, 64, 128, 256, 384, 512, 1000]),
+        (GPU_MEASURING, 1, 64, [1]),
+    ],
+)
+def test_measured_steps_reach_to_the_largest(model, measuring, max_tokens, max_model_len, rows):
+    memory = memory_for(model, num_blocks=4000, max_model_len=max_model_len)
+    recorder = Recorder(duration_s=0.25)
+    profile = WarmUp(recorder, memory, max_tokens, measuring).measure((1, 2, 4))
+    plain = [s.num_tokens for s, _ in profile.samples if s.prefill_pairs == s.num_tokens**2 / 2]
+    prompts = [shape.num_tokens for shape, _ in profile.samples if shape.num_sampled == 1]
+    assert sorted({1, *plain}) == rows
+    assert set(rows) <= set(prompts)
+    assert profile.padded_sizes == (1, 2, 4)
+    assert all(seconds == 0.25 for _, seconds in profile.samples)
 
 
 def test_serving_meets_no_size_that_warm_up_did_not(model, monkeypatch):

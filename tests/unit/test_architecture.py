@@ -6,6 +6,7 @@ load test is a client: of the server it has the tokenizer and the chat template,
 """
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,5 +139,25 @@ def test_serving_without_a_model_leaves_torch_alone():
     code = f"import sys, {', '.join(light)}; print(*sorted({HEAVY} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert result.stdout.split() == []
+
+
+def test_serving_on_a_cpu_leaves_triton_alone():
+    """What a server on a CPU imports, kernels and all; a CPU-only installation has no triton."""
+    code = (
+        "import sys, streamserve.cli.compose, streamserve.cli.compose_cpu, streamserve_kernels; "
+        "streamserve_kernels.load('cpu'); "
+        "print(*(m for m in sys.modules if m.split('.')[0] == 'triton' or '.cuda.' in m "
+        "and m.startswith('streamserve')))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=environment,
     )
     assert result.stdout.split() == []

@@ -18,7 +18,7 @@ from streamserve.runner.cuda.sampling import DeviceSampler
 from streamserve.runner.cuda.step_key import StepKey, StepLadder
 from streamserve.runner.cuda.timeline import timeline_of
 from streamserve.runner.memory import MemoryPlan
-from streamserve.runner.warm_up import WarmUp
+from streamserve.runner.warm_up import GPU_MEASURING, WarmUp
 from streamserve_kernels import load_sampling
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,8 @@ def _warm_up(
 
     keys = [*ladder.decodes(), *ladder.mixed()]
     runner.on_device_thread(lambda: meet(keys))
-    warm_up = WarmUp(runner, memory, max_num_batched_tokens)
+    warm_up = WarmUp(runner, memory, max_num_batched_tokens, GPU_MEASURING)
+    warm_up.run_ragged()
     warm_up.run_sampler()
     executor.model = model
     warm_up.run_full_steps()

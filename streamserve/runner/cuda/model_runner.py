@@ -26,6 +26,7 @@ from torch import Tensor
 
 from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.models.batch import KVCache
+from streamserve.runner.compilations import num_compilations
 from streamserve.runner.cuda.graphs import StepExecutor
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
 from streamserve.runner.cuda.sampling import DeviceSampler, Drawn
@@ -87,6 +88,11 @@ class CudaModelRunner:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def num_compilations(self) -> int:
+        """See ``core.plan.ModelRunner``."""
+        return num_compilations(self._kernels)
 
     def launch(self, plan: SchedulerOutput) -> None:
         """Queue the forward of ``plan``. Raises RuntimeError once closed."""

@@ -1,0 +1,52 @@
+"""On a CPU the memory is planned first: a model that does not fit is refused before it is read."""
+
+from __future__ import annotations
+
+from streamserve.cli.model_setup import BuiltModel, ModelSetup
+from streamserve.models import kv_bytes_per_block, touch_kv_cache
+from streamserve.runner.available import available_cpu_memory
+from streamserve.runner.build import build_runner, new_kv_cache, step_buffer_bytes
+from streamserve.runner.memory import MemoryPlan, parse_bytes, plan_memory
+from streamserve.runner.passing_thread import in_background, on_passing_thread
+
+
+class CpuBuilder:
+    """Plans and allocates at once; the system provides the cache's pages in the background."""
+
+    def __init__(self, setup: ModelSetup) -> None:
+        self._setup = setup
+        self._memory = _plan(setup)
+        setup.say_plan(self._memory)
+        self._kernels = setup.choose_kernels()
+        # A virtual machine may take seconds to get gigabytes from its host; nobody waits for that.
+        self._kv_caches = new_kv_cache(
+            setup.config.spec, self._memory, setup.dtype, setup.device, self._kernels
+        )
+        in_background(lambda: touch_kv_cache(self._kv_caches))
+
+    def build(self) -> BuiltModel:
+        """As in `ModelBuilder`."""
+        model = on_passing_thread(lambda: self._setup.load(self._kernels))
+        runner, profile = build_runner(
+            model,
+            self._memory,
+            max_num_batched_tokens=self._setup.scheduler.max_num_batched_tokens,
+            kv_caches=self._kv_caches,
+        )
+        return BuiltModel(runner, profile, self._memory)
+
+
+def _plan(setup: ModelSetup) -> MemoryPlan:
+    args, config, scheduler = setup.args, setup.config, setup.scheduler
+    return plan_memory(
+        available=available_cpu_memory(),
+        weight_bytes=config.weight_bytes(setup.dtype, args.quantization),
+        step_buffer_bytes=step_buffer_bytes(
+            config.spec, setup.dtype, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+        ),
+        kv_bytes_per_block=kv_bytes_per_block(config.spec, args.block_size, setup.dtype),
+        block_size=args.block_size,
+        max_model_len=scheduler.max_model_len,
+        max_num_seqs=scheduler.max_num_seqs,
+        kv_cache_memory=None if args.kv_cache_memory is None else parse_bytes(args.kv_cache_memory),
+    )

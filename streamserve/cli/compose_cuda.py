@@ -1,0 +1,108 @@
+"""On a GPU the memory is measured: weights, one largest step, and the rest is the KV cache's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from streamserve.cli.model_setup import BuiltModel, ModelSetup
+from streamserve.errors import ConfigError, KVCacheMemoryError
+from streamserve.models import Decoder, kv_bytes_per_block
+from streamserve.runner.build import new_kv_cache
+from streamserve.runner.cuda.build import build_cuda_runner
+from streamserve.runner.cuda.memory import (
+    num_graphs,
+    plan_gpu_memory,
+    profile_step_bytes,
+    read_gpu,
+)
+from streamserve.runner.memory import MemoryPlan, format_bytes, parse_bytes
+
+# The first with conversions from and to 8-bit floats: Ada.
+_FP8_CAPABILITY = (8, 9)
+
+
+class CudaBuilder:
+    """Everything happens in `build`; making one refuses what cannot be."""
+
+    def __init__(self, setup: ModelSetup) -> None:
+        torch.cuda.set_device(setup.device)
+        self._setup = setup
+        self._kv_cache_memory = (
+            None if setup.args.kv_cache_memory is None else parse_bytes(setup.args.kv_cache_memory)
+        )
+        self._kv_dtype = _kv_dtype(setup)
+        self._kernels = setup.choose_kernels()
+
+    def build(self) -> BuiltModel:
+        """As in `ModelBuilder`."""
+        setup, args = self._setup, self._setup.args
+        with _room_for("the weights", setup, "a smaller model or dtype is needed"):
+            model = setup.load(self._kernels)
+        with _room_for("the largest step", setup, "lower --max-num-batched-tokens"):
+            memory = self._plan(model)
+        setup.say_plan(memory)
+        with _room_for("the KV cache", setup, "lower --gpu-memory-utilization"):
+            kv_caches = new_kv_cache(
+                model.spec, memory, self._kv_dtype, setup.device, self._kernels
+            )
+            runner, profile = build_cuda_runner(
+                model,
+                memory,
+                max_num_batched_tokens=setup.scheduler.max_num_batched_tokens,
+                kv_caches=kv_caches,
+                enforce_eager=args.enforce_eager,
+                graph_sizes=args.cuda_graph_sizes,
+            )
+        return BuiltModel(runner, profile, memory)
+
+    def _plan(self, model: Decoder) -> MemoryPlan:
+        setup, args, scheduler = self._setup, self._setup.args, self._setup.scheduler
+        step = profile_step_bytes(
+            model,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=scheduler.max_model_len,
+            block_size=args.block_size,
+            kv_dtype=self._kv_dtype,
+        )
+        logits_bytes = scheduler.max_num_seqs * model.spec.vocab_size * torch.float32.itemsize
+        graphs = num_graphs(args.cuda_graph_sizes, enforce_eager=args.enforce_eager)
+        return plan_gpu_memory(
+            read_gpu(setup.device),
+            name=str(setup.device),
+            utilization=args.gpu_memory_utilization,
+            step_bytes=step.with_sampling(logits_bytes, graphs),
+            kv_bytes_per_block=kv_bytes_per_block(model.spec, args.block_size, self._kv_dtype),
+            block_size=args.block_size,
+            max_model_len=scheduler.max_model_len,
+            max_num_seqs=scheduler.max_num_seqs,
+            kv_cache_memory=self._kv_cache_memory,
+        )
+
+
+def _kv_dtype(setup: ModelSetup) -> torch.dtype:
+    if setup.args.kv_cache_dtype == "auto":
+        return setup.dtype
+    capability = torch.cuda.get_device_capability(setup.device)
+    if capability < _FP8_CAPABILITY:
+        raise ConfigError(
+            "--kv-cache-dtype fp8 must have a GPU of compute capability 8.9 or more, "
+            f"{setup.device} has {capability[0]}.{capability[1]}"
+        )
+    return torch.float8_e4m3fn
+
+
+@contextmanager
+def _room_for(what: str, setup: ModelSetup, advice: str) -> Iterator[None]:
+    """Makes a refusal of torch's own error when there is no memory for ``what``."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(setup.device)
+        raise KVCacheMemoryError(
+            f"{what} did not fit into {setup.device}: {format_bytes(free)} of "
+            f"{format_bytes(total)} were left; {advice}, or free memory"
+        ) from error
