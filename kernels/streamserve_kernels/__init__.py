@@ -26,6 +26,7 @@ from streamserve_kernels.interface import (
     RecordedStep,
 )
 from streamserve_kernels.quantised import QUANTIZATIONS, Quantization
+from streamserve_kernels.sampling import SamplingKernels
 
 __all__ = [
     "BACKENDS",
@@ -39,7 +40,9 @@ __all__ = [
     "QuantLinear",
     "Quantization",
     "RecordedStep",
+    "SamplingKernels",
     "load",
+    "load_sampling",
 ]
 
 BACKENDS = ("naive", "cpu", "native", "triton")
@@ -57,21 +60,28 @@ def load(
 
     Without an override, on a CPU: `native` for bfloat16, where it was built and the CPU has the
     instructions and the caches can take the sizes (`head_sizes` are pairs of a query and a value
-    head's); else `cpu`, or `naive` with a warning if numba is not installed. `naive` elsewhere.
+    head's); else `cpu`, or `naive` with a warning if numba is not installed. On an NVIDIA GPU:
+    `triton`, or `naive` with a warning if it is not installed. `naive` elsewhere.
     Raises ValueError for a backend that is unknown or cannot serve the device, ImportError when one
-    was asked for that cannot run here, NotImplementedError for `triton`.
+    was asked for that cannot run here.
     """
     device_type = torch.device(device).type
     chosen = override or _choose(device_type, dtype, head_sizes, block_size)
     if chosen not in BACKENDS:
         raise ValueError(f"kernel backend {chosen!r} is not one of {', '.join(BACKENDS)}")
-    if chosen == "triton":
-        raise NotImplementedError("the triton kernels are not written yet; use 'naive' or 'cpu'")
+    if chosen == "triton" and (reason := _why_not_triton(device_type)) is not None:
+        raise ValueError(f"kernel backend 'triton' cannot serve device {str(device)!r}: {reason}")
     if chosen in ("cpu", "native") and device_type != "cpu":
         raise ValueError(f"kernel backend {chosen!r} cannot serve device {str(device)!r}")
     if chosen == "native" and (reason := _why_not_native()) is not None:
         raise ImportError(f"kernel backend 'native' cannot run here: {reason}")
     return cast(Kernels, importlib.import_module(f"{__name__}.{chosen}"))
+
+
+def load_sampling(kernels: Kernels) -> SamplingKernels:
+    """What samples on the device that a backend serves."""
+    module = "triton.sampling" if kernels.name == "triton" else "naive_sampling"
+    return cast(SamplingKernels, importlib.import_module(f"{__name__}.{module}"))
 
 
 def _why_not_native() -> str | None:
@@ -80,12 +90,33 @@ def _why_not_native() -> str | None:
     return why_not()
 
 
+def _why_not_triton(device_type: str) -> str | None:
+    if device_type == "cuda":
+        return None
+    if device_type != "cpu":
+        return "it runs on NVIDIA GPUs"
+    from streamserve_kernels.triton.runtime import INTERPRETED
+
+    return (
+        None if INTERPRETED else "on a CPU only Triton's interpreter runs it (TRITON_INTERPRET=1)"
+    )
+
+
 def _choose(
     device_type: str,
     dtype: torch.dtype | None,
     head_sizes: tuple[tuple[int, int], ...],
     block_size: int,
 ) -> str:
+    if device_type == "cuda" and torch.version.hip is None:
+        if importlib.util.find_spec("triton") is not None:
+            return "triton"
+        warnings.warn(
+            "triton is not installed: falling back to the naive kernels, which are many times "
+            "slower (pip install triton)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     if device_type != "cpu":
         return "naive"
     if dtype == torch.bfloat16:

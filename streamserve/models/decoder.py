@@ -8,6 +8,7 @@ microsecond of Python between two is paid by every token.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from copy import copy
 from typing import cast
 
@@ -19,7 +20,7 @@ from streamserve.models.layers import Attention, BoundNorm, bind_mlp, bind_norm
 from streamserve.models.rope import cos_sin_table
 from streamserve.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from streamserve.models.weights import DecoderWeights, Weights
-from streamserve_kernels import Kernels, NotRecordableError, QuantLinear, RecordedStep
+from streamserve_kernels import Kernels, NotRecordableError, PackedLinear, QuantLinear, RecordedStep
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,14 @@ class Decoder:
             else bind_norm(spec.final_norm, outer.norms["final_norm"], kernels)
         )
 
+    def linears(self) -> Iterator[PackedLinear]:
+        """Every product of the forward, layer by layer, experts one by one; the head last."""
+        for weights in self._weights.layers:
+            yield from weights.linears.values()
+            yield from weights.expert_gate_up
+            yield from weights.expert_down
+        yield self._head
+
     def _cos_sin(self, layer: LayerSpec) -> Tensor | None:
         rope, tables = layer.attention.rope, self._cos_sin_tables
         if rope is None:
@@ -234,16 +243,19 @@ class Decoder:
         )
         return recorded if fits else None
 
-    def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
+    def forward(
+        self, batch: ForwardBatch, kv_caches: KVCache, logits: Tensor | None = None
+    ) -> Tensor:
         """Runs one step and writes its keys and values into ``kv_caches``.
 
-        Returns logits [L, V] float32 for the rows ``batch.logits_indices``; L may be 0. A recorded
-        step's are overwritten by the next.
+        Returns logits [L, V] float32 for the rows ``batch.logits_indices``; L may be 0. They are
+        written into ``logits`` if that is given. A recorded step's are overwritten by the next.
         """
         recorded = self._recorded_for(batch, kv_caches)
         if recorded is not None:
-            return recorded.logits(batch)
-        return self.compute_logits(self.hidden_states(batch, kv_caches))
+            found = recorded.logits(batch)
+            return found if logits is None else logits.copy_(found)
+        return self.compute_logits(self.hidden_states(batch, kv_caches), logits)
 
     def greedy(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor | None:
         """As `forward`, but gives the likeliest token [L] int64 of each row, the first of equals.
@@ -285,17 +297,20 @@ class Decoder:
         thin._blocks = [self._blocks[index] for index in thin._cache_indices]
         return thin
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """Normed hidden states [L, H] -> logits [L, V] float32."""
+    def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
+        """Normed hidden states [L, H] -> logits [L, V] float32, in ``out`` if that is given."""
+        if out is None:
+            shape = (hidden_states.shape[0], self.spec.vocab_size)
+            out = hidden_states.new_empty(shape, dtype=torch.float32)
         if hidden_states.shape[0] == 0:
-            return hidden_states.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
-        logits = self._head(hidden_states).float()
+            return out
+        out.copy_(self._head(hidden_states))
         if self.spec.logit_scale != 1.0:
-            logits = logits * self.spec.logit_scale
+            out *= self.spec.logit_scale
         cap = self.spec.logit_soft_cap
         if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+            out.div_(cap).tanh_().mul_(cap)
+        return out
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
         x = self.kernels.embedding(batch.input_ids, self._embedding)

@@ -30,7 +30,7 @@ class FakeModel:
     def greedy(self, batch: ForwardBatch, kv_caches: KVCache) -> None:
         """Records nothing."""
 
-    def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, kv_caches: KVCache, out=None) -> torch.Tensor:
         self.num_forwards += 1
         self.grad_modes.append(torch.is_inference_mode_enabled())
         keys, values = (cache.view(-1) for cache in kv_caches[0])
@@ -41,7 +41,8 @@ class FakeModel:
             error, self.fail_next = self.fail_next, None
             raise error
         starts = batch.query_start_loc.tolist()
-        logits = torch.zeros(len(batch.logits_indices), VOCAB)
+        logits = torch.empty(len(batch.logits_indices), VOCAB) if out is None else out
+        logits.zero_()
         for i, row in enumerate(batch.logits_indices.tolist()):
             r = next((r for r in range(len(starts) - 1) if starts[r] <= row < starts[r + 1]), None)
             if r is None:

@@ -275,9 +275,9 @@ def test_a_cancelled_future_does_not_stop_the_device(runner, model):
     gate = threading.Event()
     forward = model.forward
 
-    def held(batch, caches):
+    def held(batch, caches, *logits):
         gate.wait(10)
-        return forward(batch, caches)
+        return forward(batch, caches, *logits)
 
     model.forward = held
     runner.launch(prompt_plan(0))

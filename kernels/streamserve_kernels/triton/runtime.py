@@ -25,7 +25,8 @@ def jit(function: Any) -> Any:
 def compilations() -> int:
     """Kernels that were compiled, or read from Triton's disk cache, by this process so far."""
     caches = (getattr(kernel, "device_caches", {}) for kernel in _kernels)
-    return sum(len(of_device[0]) for devices in caches for of_device in devices.values())
+    # A tuple at once: another thread may be compiling.
+    return sum(len(of_device[0]) for devices in caches for of_device in tuple(devices.values()))
 
 
 @cache

@@ -52,6 +52,7 @@ def build_cuda_runner(
         decode_sizes=graph_sizes,
         with_groups=with_groups,
     )
+    tune_linears(model, ladder)
     runner, executor = assemble(
         model.one_of_each_layer(),
         kv_caches,
@@ -69,6 +70,22 @@ def build_cuda_runner(
         runner.close()
         raise
     return runner, profile
+
+
+def tune_linears(model: Decoder, ladder: StepLadder) -> None:
+    """Chooses the kernels of the linear layers, where the backend has a choice; once per device.
+
+    What was measured is kept on disk. Decodes of every size matter, and steps of a few hundred rows.
+    """
+    if model.kernels.name == "triton":
+        from streamserve_kernels.triton.tuning import tune
+
+        started = monotonic()
+        rows = {key.num_tokens for key in ladder.graphs()}
+        chosen = tune(model.linears(), sorted(rows))
+        logger.info(
+            "%d products have their kernels after %.1f s", len(chosen), monotonic() - started
+        )
 
 
 def assemble(
@@ -95,7 +112,8 @@ def assemble(
     )
     sampling = load_sampling(kernels)
     last_tokens = torch.zeros(batch.unused_row + 1, dtype=torch.int64, device=device)
-    executor = StepExecutor(model, kv_caches, batch.arena, sampling, last_tokens)
+    logits = torch.empty((max_num_seqs, vocab_size), dtype=torch.float32, device=device)
+    executor = StepExecutor(model, kv_caches, batch.arena, sampling, last_tokens, logits)
     sampler = DeviceSampler(sampling, vocab_size, max_num_seqs, device)
     runner = CudaModelRunner(kernels, kv_caches, batch, executor, sampler, timeline)
     return runner, executor

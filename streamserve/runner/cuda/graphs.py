@@ -4,8 +4,8 @@ What belongs to a step of one shape, and is the same for all of them::
 
     resolve pending ids -> forward -> logits -> arg-max -> what each row drew last
 
-It reads the arena's inputs and leaves logits and arg-max where the graph's memory has them; the
-next step overwrites them.
+It reads the arena's inputs and leaves the logits in a place of their own; the next step overwrites
+them.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class DeviceModel(Protocol):
     def kernels(self) -> Kernels:
         """The backend."""
 
-    def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
-        """Logits ``[L, V]`` float32."""
+    def forward(self, batch: ForwardBatch, kv_caches: KVCache, logits: Tensor) -> Tensor:
+        """Writes and returns logits ``[L, V]`` float32."""
 
 
 class StepResult(NamedTuple):
@@ -66,8 +66,11 @@ class StepExecutor:
         arena: StepArena,
         sampling: SamplingKernels,
         last_tokens: Tensor,
+        logits: Tensor,
     ) -> None:
+        """``logits`` ``[seats, V]`` float32: one place for all steps, and for all graphs."""
         self.model = model
+        self._logits = logits
         self._kv_caches = kv_caches
         self._arena = arena
         self._sampling = sampling
@@ -120,7 +123,8 @@ class StepExecutor:
         """As `run`, launch by launch."""
         inputs = self._arena.inputs(key)
         self._resolve_tokens(inputs.batch.input_ids, self._last_tokens)
-        logits = self.model.forward(inputs.batch, self._kv_caches)
+        logits = self._logits[: key.num_seqs]
+        self.model.forward(inputs.batch, self._kv_caches, logits)
         token_ids = self._sampling.greedy(logits)
         self._last_tokens.index_copy_(0, inputs.sampled_rows, token_ids)
         return StepResult(logits, token_ids)

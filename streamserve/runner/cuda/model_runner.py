@@ -152,6 +152,7 @@ class CudaModelRunner:
 
     def _launch_steps(self) -> None:
         try:
+            self._enter_thread()
             with torch.inference_mode():
                 while (plan := self._next_plan()) is not None:
                     if callable(plan):
@@ -233,7 +234,13 @@ class CudaModelRunner:
             self._executor.remember(step.key, token_ids)
         return self._sampler.fetch(self._result.logits, token_ids, step, self._batch)
 
+    def _enter_thread(self) -> None:
+        """CUDA's current device is each thread's own."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def _resolve_steps(self) -> None:
+        self._enter_thread()
         while (queued := self._queued.get()) is not None:
             try:
                 queued.ended.wait()

@@ -1,0 +1,80 @@
+"""The Triton backend, for NVIDIA GPUs: the functions of `interface.Kernels`.
+
+Every launch follows from shapes, dtypes and numbers that the host knows, and none reads the device:
+a step can be captured into a CUDA graph. Under Triton's interpreter the same kernels run on a CPU,
+for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from streamserve_kernels.interface import QuantLinear
+from streamserve_kernels.naive import kv_cache_shape, moe
+from streamserve_kernels.triton.attention import paged_attention
+from streamserve_kernels.triton.cache import (
+    copy_blocks,
+    rotary_embedding,
+    rotary_write_kv,
+    write_kv,
+)
+from streamserve_kernels.triton.elementwise import (
+    activation,
+    gated_activation,
+    gather,
+    layer_norm,
+    resolve_tokens,
+    rms_norm,
+)
+from streamserve_kernels.triton.linear import (
+    linear,
+    prepare_linear,
+    prepare_quantised,
+    slow_quantisation,
+)
+from streamserve_kernels.triton.runtime import compilations
+
+__all__ = [
+    "activation",
+    "compilations",
+    "copy_blocks",
+    "embedding",
+    "gated_activation",
+    "kv_cache_shape",
+    "layer_norm",
+    "linear",
+    "moe",
+    "name",
+    "paged_attention",
+    "prepare_linear",
+    "prepare_quantised",
+    "recorder",
+    "resolve_tokens",
+    "rms_norm",
+    "rotary_embedding",
+    "rotary_write_kv",
+    "slow_quantisation",
+    "warm_up",
+    "write_kv",
+]
+
+name = "triton"
+
+
+def embedding(ids: Tensor, weight: Tensor | QuantLinear) -> Tensor:
+    """See `naive.embedding`."""
+    return gather(ids, weight) if isinstance(weight, Tensor) else weight.rows(ids)
+
+
+def warm_up(
+    dtype: torch.dtype,
+    head_size: int,
+    value_head_size: int | None = None,
+    block_size: int = 16,
+) -> None:
+    """Nothing: a kernel compiles for the shapes of a model, which the runner's first steps meet."""
+
+
+def recorder(max_tokens: int, max_logits: int) -> None:
+    """Steps are captured as CUDA graphs, by the runner."""

@@ -1,0 +1,222 @@
+"""Norms, activations and the embedding: one pass over memory each."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from streamserve_kernels.interface import ActivationKind, GatedKind
+from streamserve_kernels.triton.runtime import jit
+
+_ELEMENTS = 1024  # of a program of the activations
+
+_KINDS: dict[str, int] = {
+    "silu": 0,
+    "gelu": 1,
+    "gelu_tanh": 2,
+    "gelu_new": 2,
+    "gelu_fast": 2,
+    "quick_gelu": 3,
+    "relu": 4,
+    "relu2": 5,
+}
+
+
+def _warps(elements: int) -> int:
+    """Eight elements, 16 bytes, or a few times as many for each thread."""
+    return min(max(elements // 512, 1), 16)
+
+
+@jit
+def _rms_norm_kernel(
+    x, residual, weight, normed, total, row_stride, residual_stride, H, eps, weight_offset,
+    HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < H
+    h = tl.load(x + row * row_stride + at, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        r = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
+        h = (h.to(tl.float32) + r.to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(total + row * H + at, h, mask=inside)
+    h32 = h.to(tl.float32)
+    scaled = h32 * tl.rsqrt(tl.sum(h32 * h32, axis=0) / H + eps)
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    if HAS_OFFSET:
+        out = scaled * (weight_offset + w.to(tl.float32))
+    else:
+        out = scaled.to(x.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
+    tl.store(normed + row * H + at, out.to(normed.dtype.element_ty), mask=inside)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `naive.rms_norm`."""
+    size = x.shape[-1]
+    rows = x.reshape(-1, size)
+    added = rows if residual is None else residual.reshape(-1, size)
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = normed if residual is None else torch.empty_like(normed)
+    block = triton.next_power_of_2(size)
+    if rows.shape[0]:
+        _rms_norm_kernel[(rows.shape[0],)](
+            rows, added, weight, normed, total, rows.stride(0), added.stride(0), size, eps,
+            weight_offset, HAS_RESIDUAL=residual is not None, HAS_OFFSET=weight_offset != 0.0,
+            BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+    return normed if residual is None else (normed, total)
+
+
+@jit
+def _layer_norm_kernel(
+    x, residual, weight, bias, normed, total, row_stride, residual_stride, H, eps,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < H
+    h = tl.load(x + row * row_stride + at, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        r = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
+        h = (h.to(tl.float32) + r.to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(total + row * H + at, h, mask=inside)
+    h32 = h.to(tl.float32)
+    centred = tl.where(inside, h32 - tl.sum(h32, axis=0) / H, 0.0)
+    out = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / H + eps)
+    if HAS_WEIGHT:
+        out *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        out += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * H + at, out.to(normed.dtype.element_ty), mask=inside)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `naive.layer_norm`."""
+    size = x.shape[-1]
+    rows = x.reshape(-1, size)
+    added = rows if residual is None else residual.reshape(-1, size)
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = normed if residual is None else torch.empty_like(normed)
+    block = triton.next_power_of_2(size)
+    if rows.shape[0]:
+        _layer_norm_kernel[(rows.shape[0],)](
+            rows, added, rows if weight is None else weight, rows if bias is None else bias,
+            normed, total, rows.stride(0), added.stride(0), size, eps,
+            HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+    return normed if residual is None else (normed, total)
+
+
+@jit
+def _tanh(x):
+    # 1 - 2 / (1 + e^2x) is exact at both ends
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+@jit
+def _act(x, KIND: tl.constexpr):
+    if KIND == 0:
+        y = x / (1.0 + tl.exp(-x))
+    elif KIND == 1:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == 2:
+        y = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif KIND == 3:
+        y = x / (1.0 + tl.exp(-1.702 * x))
+    elif KIND == 4:
+        y = tl.maximum(x, 0.0)
+    else:
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    return y
+
+
+@jit
+def _activation_kernel(
+    x, y, row_stride, size, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    values = x + row * row_stride + at
+    out = _act(tl.load(values, mask=inside, other=0.0).to(tl.float32), KIND)
+    if GATED:
+        out *= tl.load(values + size, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * size + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+def _activate(x: Tensor, kind: str, gated: bool) -> Tensor:
+    if kind not in _KINDS:
+        raise ValueError(f"activation kind {kind!r} is not known")
+    rows = x.reshape(-1, x.shape[-1])
+    size = x.shape[-1] // 2 if gated else x.shape[-1]
+    y = torch.empty(*x.shape[:-1], size, dtype=x.dtype, device=x.device)
+    if y.numel():
+        grid = (triton.cdiv(size, _ELEMENTS), rows.shape[0])
+        _activation_kernel[grid](
+            rows, y, rows.stride(0), size, KIND=_KINDS[kind], GATED=gated, BLOCK=_ELEMENTS,
+            num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def gated_activation(x: Tensor, kind: GatedKind) -> Tensor:
+    """See `naive.gated_activation`."""
+    return _activate(x, kind, True)
+
+
+def activation(x: Tensor, kind: ActivationKind) -> Tensor:
+    """See `naive.activation`."""
+    return _activate(x, kind, False)
+
+
+@jit
+def _gather_kernel(ids, weight, out, row_stride, H, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < H
+    source = tl.load(ids + row) * row_stride
+    tl.store(out + row * H + at, tl.load(weight + source + at, mask=inside), mask=inside)
+
+
+def gather(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows `ids` [T] of weight [V, H] -> [T, H]."""
+    size = weight.shape[1]
+    out = torch.empty(ids.shape[0], size, dtype=weight.dtype, device=weight.device)
+    if out.numel():
+        grid = (triton.cdiv(size, _ELEMENTS), ids.shape[0])
+        _gather_kernel[grid](ids, weight, out, weight.stride(0), size, BLOCK=_ELEMENTS, num_warps=4)
+    return out
+
+
+@jit
+def _resolve_kernel(ids, last, T, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    found = tl.load(ids + at, mask=at < T, other=0)
+    pending = (found < 0) & (at < T)
+    drawn = tl.load(last - 1 - found, mask=pending, other=0)
+    tl.store(ids + at, drawn, mask=pending)
+
+
+def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> None:
+    """See `naive.resolve_tokens`."""
+    count = input_ids.shape[0]
+    if count:
+        _resolve_kernel[(triton.cdiv(count, _ELEMENTS),)](
+            input_ids, last_tokens, count, BLOCK=_ELEMENTS, num_warps=4
+        )
