@@ -12,12 +12,7 @@ from streamserve.errors import ConfigError, KVCacheMemoryError
 from streamserve.models import Decoder, kv_bytes_per_block
 from streamserve.runner.build import new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
-from streamserve.runner.cuda.memory import (
-    num_graphs,
-    plan_gpu_memory,
-    profile_step_bytes,
-    read_gpu,
-)
+from streamserve.runner.cuda.memory import plan_gpu_memory, profile_step_bytes, read_gpu
 from streamserve.runner.memory import MemoryPlan, format_bytes, parse_bytes
 
 # The first with conversions from and to 8-bit floats: Ada.
@@ -63,18 +58,19 @@ class CudaBuilder:
         step = profile_step_bytes(
             model,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_num_graph_tokens=scheduler.max_num_seqs,
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=scheduler.max_model_len,
             block_size=args.block_size,
             kv_dtype=self._kv_dtype,
         )
         logits_bytes = scheduler.max_num_seqs * model.spec.vocab_size * torch.float32.itemsize
-        graphs = num_graphs(args.cuda_graph_sizes, enforce_eager=args.enforce_eager)
+        num_graphs = 0  # the runner records none yet
         return plan_gpu_memory(
             read_gpu(setup.device),
             name=str(setup.device),
             utilization=args.gpu_memory_utilization,
-            step_bytes=step.with_sampling(logits_bytes, graphs),
+            step_bytes=step.reserve(logits_bytes=logits_bytes, num_graphs=num_graphs),
             kv_bytes_per_block=kv_bytes_per_block(model.spec, args.block_size, self._kv_dtype),
             block_size=args.block_size,
             max_model_len=scheduler.max_model_len,

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from streamserve.models import Decoder, ForwardBatch, KVCache, allocate_kv_cache
 from streamserve.runner.memory import MIB, AvailableMemory, MemoryPlan, plan_memory
@@ -27,7 +29,6 @@ _LONGEST_CONTEXT = 8192
 _LOGITS_COPIES = 3
 # What a recorded graph of some hundred kernels takes beside the tensors that it works on.
 _GRAPH_BYTES = 8 * MIB
-_DEFAULT_NUM_GRAPHS = 48
 # Work spaces of cuBLAS on further streams, kernels that are loaded at their first call.
 _SLACK_BYTES = 192 * MIB
 
@@ -51,11 +52,11 @@ class StepBytes:
     """What steps took at their largest, beside weights and KV."""
 
     largest: int
-    decodes: int  # a step of nothing but decodes, on all seats
+    graphed: int  # the largest that is recorded: graphs have memory of their own, and share it
 
-    def with_sampling(self, logits_bytes: int, num_graphs: int) -> int:
-        """All that steps may hold: the largest one, sampling, graphs and their own memory."""
-        graphs = num_graphs * _GRAPH_BYTES + (self.decodes if num_graphs else 0)
+    def reserve(self, *, logits_bytes: int, num_graphs: int) -> int:
+        """All that steps may hold, with sampling from ``logits_bytes`` of logits on all seats."""
+        graphs = self.graphed + num_graphs * _GRAPH_BYTES if num_graphs else 0
         return self.largest + _LOGITS_COPIES * logits_bytes + graphs + _SLACK_BYTES
 
 
@@ -67,25 +68,20 @@ def read_gpu(device: torch.device) -> GpuReading:
     return GpuReading(total, free, torch.cuda.memory_reserved(device))
 
 
-def num_graphs(graph_sizes: list[int] | None, *, enforce_eager: bool) -> int:
-    """CUDA graphs to keep room for."""
-    if enforce_eager:
-        return 0
-    return _DEFAULT_NUM_GRAPHS if graph_sizes is None else len(graph_sizes)
-
-
 def profile_step_bytes(
     model: Decoder,
     *,
     max_num_batched_tokens: int,
+    max_num_graph_tokens: int,
     max_num_seqs: int,
     max_model_len: int,
     block_size: int,
     kv_dtype: torch.dtype,
 ) -> StepBytes:
-    """Runs the largest steps once, on the calling thread, and says what they took.
+    """Runs the largest steps, on the calling thread, and says what they took.
 
-    Compiles what they need. Raises what torch raises when a step does not fit.
+    ``max_num_graph_tokens`` are the tokens of the largest that is recorded. Compiles what the steps
+    need. Raises what torch raises when one does not fit.
     """
     device = model.device
     caches = allocate_kv_cache(model.spec, _NUM_BLOCKS, block_size, kv_dtype, device, model.kernels)
@@ -95,9 +91,8 @@ def profile_step_bytes(
         batches = profile_batches(shape, num_tokens, device)
         return max(_peak_bytes(model, batch, caches) for batch in batches)
 
-    decodes = peak(min(max_num_seqs, max_num_batched_tokens))
-    largest = peak(max_num_batched_tokens)
-    return StepBytes(max(largest, decodes), decodes)
+    graphed = peak(min(max_num_graph_tokens, max_num_batched_tokens))
+    return StepBytes(max(peak(max_num_batched_tokens), graphed), graphed)
 
 
 def _peak_bytes(model: Decoder, batch: ForwardBatch, caches: KVCache) -> int:
@@ -134,36 +129,42 @@ def profile_batches(
 ) -> Iterator[ForwardBatch]:
     """Steps of ``num_tokens`` on as many seats as they fill, for a cache of `_NUM_BLOCKS` blocks.
 
-    One in which nothing is shared, and one in which all that decode share what they can.
+    One in which nothing is shared, and one in which all that decode share what they can. They are
+    as wide as a runner makes them: rows of padding behind the tokens, a block table for the longest
+    sequence, room for as many groups as there can be.
     """
     lengths = _lengths(shape, num_tokens)
     context = min(shape.max_model_len, _LONGEST_CONTEXT)
     ends = [max(context, length) for length in lengths]
-    starts = [end - length for end, length in zip(ends, lengths, strict=True)]
-    positions = [p for start, end in zip(starts, ends, strict=True) for p in range(start, end)]
-    num_slots = _NUM_BLOCKS * shape.block_size
-    width = -(-max(ends) // shape.block_size)
-    table = torch.arange(width, dtype=torch.int32) % _NUM_BLOCKS
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    positions = [p for end, n in zip(ends, lengths, strict=True) for p in range(end - n, end)]
+    slots = [i % (_NUM_BLOCKS * shape.block_size) for i in range(len(positions))]
+    padding = num_tokens - len(positions)
+    width = -(-shape.max_model_len // shape.block_size) + 1
+    table = torch.arange(width, dtype=torch.int32, device=device) % _NUM_BLOCKS
+    bounds = [0, *accumulate(lengths)]
+
+    def tensor(values: list[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
     batch = ForwardBatch(
-        input_ids=torch.zeros(len(positions), dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        slot_mapping=(torch.arange(len(positions)) % num_slots).to(device),
-        query_start_loc=bounds.to(device, torch.int32),
-        seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
-        block_table=table.expand(len(lengths), -1).contiguous().to(device),
-        logits_indices=(bounds[1:] - 1).to(device),
-        max_query_len=max(lengths),
-        max_seq_len=max(ends),
+        input_ids=tensor([0] * num_tokens, torch.int64),
+        positions=tensor(positions + [0] * padding, torch.int64),
+        slot_mapping=tensor(slots + [-1] * padding, torch.int64),
+        query_start_loc=tensor(bounds, torch.int32),
+        seq_lens=tensor(ends, torch.int32),
+        block_table=table.expand(len(lengths), -1).contiguous(),
+        logits_indices=tensor([end - 1 for end in bounds[1:]], torch.int64),
+        max_query_len=1 if max(lengths) == 1 else num_tokens,
     )
     yield batch
     members = [i for i, length in enumerate(lengths) if length == 1]
     num_shared = (context - 1) // shape.block_size
     if len(members) > 1 and num_shared:
+        num_groups = len(lengths) // 2
         groups = PrefixGroups(
-            members=torch.tensor(members, dtype=torch.int32, device=device),
-            starts=torch.tensor([0, len(members)], dtype=torch.int32, device=device),
-            num_blocks=torch.tensor([num_shared], dtype=torch.int32, device=device),
+            members=tensor(members, torch.int32),
+            starts=tensor([0] + [len(members)] * num_groups, torch.int32),
+            num_blocks=tensor([num_shared] + [0] * (num_groups - 1), torch.int32),
         )
         yield replace(batch, prefix_groups=groups)
 
