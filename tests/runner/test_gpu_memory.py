@@ -19,6 +19,7 @@ from streamserve.runner.cuda.memory import (
     profile_step_bytes,
     read_gpu,
 )
+from streamserve.runner.cuda.step_key import StepKey, StepLadder
 from streamserve.runner.memory import GIB, MIB
 from tests.runner.tiny_llama import CPU, tiny_llama
 
@@ -106,12 +107,14 @@ def test_what_is_planned_is_there(total, others, weights, step, utilization, req
 
 def test_graphs_keep_what_they_work_on():
     step = StepBytes(largest=GIB, graphed=64 * MIB)
-    eager, few, many = (
-        step.reserve(logits_bytes=100 * MIB, num_graphs=count) for count in (0, 1, 40)
+    graphs = [StepKey(n, n, True, False) for n in (1, 8, 64)]
+    none, few, many = (
+        step.reserve(max_num_seqs=64, logits_row_bytes=MIB, graphs=graphs[:count])
+        for count in (0, 1, 3)
     )
-    assert eager > GIB + 300 * MIB
-    assert few > eager + 64 * MIB
-    assert many > few
+    assert none >= GIB + 64 * 3 * MIB
+    assert few > none + MIB
+    assert many > few + 72 * MIB
 
 
 @pytest.mark.parametrize(
@@ -180,12 +183,12 @@ def test_a_cache_of_eight_bits_takes_half(tmp_path):
 def test_a_profile_of_the_gpu(tmp_path):
     device = torch.device("cuda", torch.cuda.current_device())
     model = tiny_llama(tmp_path, backend="naive", device=device)
+    ladder = StepLadder(256, 8)
     before = read_gpu(device)
     step = profile_step_bytes(
         model,
-        max_num_batched_tokens=256,
-        max_num_graph_tokens=8,
-        max_num_seqs=8,
+        ladder=ladder,
+        graphs=list(ladder.decodes()),
         max_model_len=64,
         block_size=4,
         kv_dtype=torch.float32,

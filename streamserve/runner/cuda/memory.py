@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from streamserve.models import Decoder, ForwardBatch, KVCache, allocate_kv_cache
+from streamserve.runner.cuda.step_key import StepKey, StepLadder
 from streamserve.runner.memory import MIB, AvailableMemory, MemoryPlan, plan_memory
 from streamserve_kernels import PrefixGroups
 
@@ -27,7 +28,7 @@ _NUM_BLOCKS = 4
 _LONGEST_CONTEXT = 8192
 # Penalties, probabilities and a copy, each as large as the logits in float32.
 _LOGITS_COPIES = 3
-# What a recorded graph of some hundred kernels takes beside the tensors that it works on.
+# What a captured graph of some hundred kernels takes beside the tensors that it works on.
 _GRAPH_BYTES = 8 * MIB
 # Work spaces of cuBLAS on further streams, kernels that are loaded at their first call.
 _SLACK_BYTES = 192 * MIB
@@ -52,12 +53,17 @@ class StepBytes:
     """What steps took at their largest, beside weights and KV."""
 
     largest: int
-    graphed: int  # the largest that is recorded: graphs have memory of their own, and share it
+    graphed: int  # the largest that is captured: graphs have memory of their own, and share it
 
-    def reserve(self, *, logits_bytes: int, num_graphs: int) -> int:
-        """All that steps may hold, with sampling from ``logits_bytes`` of logits on all seats."""
-        graphs = self.graphed + num_graphs * _GRAPH_BYTES if num_graphs else 0
-        return self.largest + _LOGITS_COPIES * logits_bytes + graphs + _SLACK_BYTES
+    def reserve(self, *, max_num_seqs: int, logits_row_bytes: int, graphs: list[StepKey]) -> int:
+        """All that steps may hold: the largest, sampling on all seats, and ``graphs``.
+
+        A row of logits has ``logits_row_bytes`` in float32.
+        """
+        sampling = _LOGITS_COPIES * max_num_seqs * logits_row_bytes
+        # Each graph keeps its logits; whatever else it works on is the next one's too.
+        captured = sum(_GRAPH_BYTES + key.num_seqs * logits_row_bytes for key in graphs)
+        return self.largest + sampling + captured + self.graphed + _SLACK_BYTES
 
 
 def read_gpu(device: torch.device) -> GpuReading:
@@ -71,28 +77,27 @@ def read_gpu(device: torch.device) -> GpuReading:
 def profile_step_bytes(
     model: Decoder,
     *,
-    max_num_batched_tokens: int,
-    max_num_graph_tokens: int,
-    max_num_seqs: int,
+    ladder: StepLadder,
+    graphs: list[StepKey],
     max_model_len: int,
     block_size: int,
     kv_dtype: torch.dtype,
 ) -> StepBytes:
-    """Runs the largest steps, on the calling thread, and says what they took.
+    """Runs the largest steps of a ladder, on the calling thread, and says what they took.
 
-    ``max_num_graph_tokens`` are the tokens of the largest that is recorded. Compiles what the steps
-    need. Raises what torch raises when one does not fit.
+    ``graphs`` are the shapes that will be captured. Compiles what the steps need. Raises what torch
+    raises when one does not fit.
     """
     device = model.device
     caches = allocate_kv_cache(model.spec, _NUM_BLOCKS, block_size, kv_dtype, device, model.kernels)
-    shape = ProfileShape(max_num_seqs, max_model_len, block_size)
+    shape = ProfileShape(ladder.largest.num_seqs, max_model_len, block_size)
 
     def peak(num_tokens: int) -> int:
         batches = profile_batches(shape, num_tokens, device)
         return max(_peak_bytes(model, batch, caches) for batch in batches)
 
-    graphed = peak(min(max_num_graph_tokens, max_num_batched_tokens))
-    return StepBytes(max(peak(max_num_batched_tokens), graphed), graphed)
+    graphed = max((key.num_tokens for key in graphs), default=0)
+    return StepBytes(peak(ladder.largest.num_tokens), peak(graphed) if graphed else 0)
 
 
 def _peak_bytes(model: Decoder, batch: ForwardBatch, caches: KVCache) -> int:
