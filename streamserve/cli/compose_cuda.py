@@ -12,12 +12,8 @@ from streamserve.errors import ConfigError, KVCacheMemoryError
 from streamserve.models import Decoder, kv_bytes_per_block
 from streamserve.runner.build import new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
-from streamserve.runner.cuda.memory import (
-    num_graphs,
-    plan_gpu_memory,
-    profile_step_bytes,
-    read_gpu,
-)
+from streamserve.runner.cuda.memory import plan_gpu_memory, profile_step_bytes, read_gpu
+from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.memory import MemoryPlan, format_bytes, parse_bytes
 
 # The first with conversions from and to 8-bit floats: Ada.
@@ -55,26 +51,37 @@ class CudaBuilder:
                 kv_caches=kv_caches,
                 enforce_eager=args.enforce_eager,
                 graph_sizes=args.cuda_graph_sizes,
+                with_groups=setup.scheduler.enable_cascade_attention,
             )
         return BuiltModel(runner, profile, memory)
 
     def _plan(self, model: Decoder) -> MemoryPlan:
         setup, args, scheduler = self._setup, self._setup.args, self._setup.scheduler
+        ladder = StepLadder(
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+            decode_sizes=args.cuda_graph_sizes,
+            with_groups=scheduler.enable_cascade_attention,
+        )
+        graphs = [] if args.enforce_eager else list(ladder.graphs())
         step = profile_step_bytes(
             model,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
-            max_num_seqs=scheduler.max_num_seqs,
+            ladder=ladder,
+            graphs=graphs,
             max_model_len=scheduler.max_model_len,
             block_size=args.block_size,
             kv_dtype=self._kv_dtype,
         )
-        logits_bytes = scheduler.max_num_seqs * model.spec.vocab_size * torch.float32.itemsize
-        graphs = num_graphs(args.cuda_graph_sizes, enforce_eager=args.enforce_eager)
+        step_bytes = step.reserve(
+            max_num_seqs=scheduler.max_num_seqs,
+            logits_row_bytes=model.spec.vocab_size * torch.float32.itemsize,
+            graphs=graphs,
+        )
         return plan_gpu_memory(
             read_gpu(setup.device),
             name=str(setup.device),
             utilization=args.gpu_memory_utilization,
-            step_bytes=step.with_sampling(logits_bytes, graphs),
+            step_bytes=step_bytes,
             kv_bytes_per_block=kv_bytes_per_block(model.spec, args.block_size, self._kv_dtype),
             block_size=args.block_size,
             max_model_len=scheduler.max_model_len,

@@ -14,12 +14,12 @@ from streamserve.runner.cuda.memory import (
     GpuReading,
     ProfileShape,
     StepBytes,
-    num_graphs,
     plan_gpu_memory,
     profile_batches,
     profile_step_bytes,
     read_gpu,
 )
+from streamserve.runner.cuda.step_key import StepKey, StepLadder
 from streamserve.runner.memory import GIB, MIB
 from tests.runner.tiny_llama import CPU, tiny_llama
 
@@ -106,14 +106,15 @@ def test_what_is_planned_is_there(total, others, weights, step, utilization, req
 
 
 def test_graphs_keep_what_they_work_on():
-    step = StepBytes(largest=GIB, decodes=64 * MIB)
-    eager, few, many = (step.with_sampling(100 * MIB, count) for count in (0, 1, 40))
-    assert eager > GIB + 300 * MIB
-    assert few > eager + 64 * MIB
-    assert many > few
-    assert num_graphs(None, enforce_eager=True) == num_graphs([1, 2], enforce_eager=True) == 0
-    assert num_graphs([1, 2, 4], enforce_eager=False) == 3
-    assert num_graphs(None, enforce_eager=False) > 3
+    step = StepBytes(largest=GIB, graphed=64 * MIB)
+    graphs = [StepKey(n, n, True, False) for n in (1, 8, 64)]
+    none, few, many = (
+        step.reserve(max_num_seqs=64, logits_row_bytes=MIB, graphs=graphs[:count])
+        for count in (0, 1, 3)
+    )
+    assert none >= GIB + 64 * 3 * MIB
+    assert few > none + MIB
+    assert many > few + 72 * MIB
 
 
 @pytest.mark.parametrize(
@@ -133,11 +134,13 @@ def test_the_largest_step(seats, max_model_len, num_tokens, lengths):
     for batch in batches:
         assert batch.query_start_loc.diff().tolist() == lengths
         assert batch.logits_indices.tolist() == (batch.query_start_loc[1:] - 1).tolist()
-        assert batch.max_query_len == max(lengths)
-        assert batch.max_seq_len == batch.seq_lens.max() <= max_model_len
+        assert max(lengths) <= batch.max_query_len <= max(*lengths, num_tokens)
+        assert batch.max_seq_len is None
+        assert batch.seq_lens.max() <= max_model_len
         assert batch.positions[batch.logits_indices].tolist() == (batch.seq_lens - 1).tolist()
-        assert len(batch.input_ids) == len(batch.slot_mapping) == sum(lengths)
-        assert batch.block_table.shape == (len(lengths), -(-batch.max_seq_len // 4))
+        assert len(batch.input_ids) == len(batch.positions) == num_tokens
+        assert (batch.slot_mapping >= 0).tolist() == [i < sum(lengths) for i in range(num_tokens)]
+        assert batch.block_table.shape == (len(lengths), max_model_len // 4 + 1)
     if len(batches) > 1:
         assert batches[0].prefix_groups is None
         shared = batches[1].prefix_groups
@@ -180,17 +183,18 @@ def test_a_cache_of_eight_bits_takes_half(tmp_path):
 def test_a_profile_of_the_gpu(tmp_path):
     device = torch.device("cuda", torch.cuda.current_device())
     model = tiny_llama(tmp_path, backend="naive", device=device)
+    ladder = StepLadder(256, 8)
     before = read_gpu(device)
     step = profile_step_bytes(
         model,
-        max_num_batched_tokens=256,
-        max_num_seqs=8,
+        ladder=ladder,
+        graphs=list(ladder.decodes()),
         max_model_len=64,
         block_size=4,
         kv_dtype=torch.float32,
     )
     after = read_gpu(device)
-    assert step.largest >= step.decodes > 0
+    assert step.largest >= step.graphed > 0
     assert step.largest >= 256 * 2 * 96 * 4  # the gate and the up projection, at least
     assert after.reserved <= before.reserved + 64 * MIB  # nothing is kept but work spaces
     assert 0 < before.free + before.reserved <= before.total

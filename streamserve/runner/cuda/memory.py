@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from streamserve.models import Decoder, ForwardBatch, KVCache, allocate_kv_cache
+from streamserve.runner.cuda.step_key import StepKey, StepLadder
 from streamserve.runner.memory import MIB, AvailableMemory, MemoryPlan, plan_memory
 from streamserve_kernels import PrefixGroups
 
@@ -25,9 +28,8 @@ _NUM_BLOCKS = 4
 _LONGEST_CONTEXT = 8192
 # Penalties, probabilities and a copy, each as large as the logits in float32.
 _LOGITS_COPIES = 3
-# What a recorded graph of some hundred kernels takes beside the tensors that it works on.
+# What a captured graph of some hundred kernels takes beside the tensors that it works on.
 _GRAPH_BYTES = 8 * MIB
-_DEFAULT_NUM_GRAPHS = 48
 # Work spaces of cuBLAS on further streams, kernels that are loaded at their first call.
 _SLACK_BYTES = 192 * MIB
 
@@ -51,12 +53,17 @@ class StepBytes:
     """What steps took at their largest, beside weights and KV."""
 
     largest: int
-    decodes: int  # a step of nothing but decodes, on all seats
+    graphed: int  # the largest that is captured: graphs have memory of their own, and share it
 
-    def with_sampling(self, logits_bytes: int, num_graphs: int) -> int:
-        """All that steps may hold: the largest one, sampling, graphs and their own memory."""
-        graphs = num_graphs * _GRAPH_BYTES + (self.decodes if num_graphs else 0)
-        return self.largest + _LOGITS_COPIES * logits_bytes + graphs + _SLACK_BYTES
+    def reserve(self, *, max_num_seqs: int, logits_row_bytes: int, graphs: list[StepKey]) -> int:
+        """All that steps may hold: the largest, sampling on all seats, and ``graphs``.
+
+        A row of logits has ``logits_row_bytes`` in float32.
+        """
+        sampling = _LOGITS_COPIES * max_num_seqs * logits_row_bytes
+        # Each graph keeps its logits; whatever else it works on is the next one's too.
+        captured = sum(_GRAPH_BYTES + key.num_seqs * logits_row_bytes for key in graphs)
+        return self.largest + sampling + captured + self.graphed + _SLACK_BYTES
 
 
 def read_gpu(device: torch.device) -> GpuReading:
@@ -67,37 +74,30 @@ def read_gpu(device: torch.device) -> GpuReading:
     return GpuReading(total, free, torch.cuda.memory_reserved(device))
 
 
-def num_graphs(graph_sizes: list[int] | None, *, enforce_eager: bool) -> int:
-    """CUDA graphs to keep room for."""
-    if enforce_eager:
-        return 0
-    return _DEFAULT_NUM_GRAPHS if graph_sizes is None else len(graph_sizes)
-
-
 def profile_step_bytes(
     model: Decoder,
     *,
-    max_num_batched_tokens: int,
-    max_num_seqs: int,
+    ladder: StepLadder,
+    graphs: list[StepKey],
     max_model_len: int,
     block_size: int,
     kv_dtype: torch.dtype,
 ) -> StepBytes:
-    """Runs the largest steps once, on the calling thread, and says what they took.
+    """Runs the largest steps of a ladder, on the calling thread, and says what they took.
 
-    Compiles what they need. Raises what torch raises when a step does not fit.
+    ``graphs`` are the shapes that will be captured. Compiles what the steps need. Raises what torch
+    raises when one does not fit.
     """
     device = model.device
     caches = allocate_kv_cache(model.spec, _NUM_BLOCKS, block_size, kv_dtype, device, model.kernels)
-    shape = ProfileShape(max_num_seqs, max_model_len, block_size)
+    shape = ProfileShape(ladder.largest.num_seqs, max_model_len, block_size)
 
     def peak(num_tokens: int) -> int:
         batches = profile_batches(shape, num_tokens, device)
         return max(_peak_bytes(model, batch, caches) for batch in batches)
 
-    decodes = peak(min(max_num_seqs, max_num_batched_tokens))
-    largest = peak(max_num_batched_tokens)
-    return StepBytes(max(largest, decodes), decodes)
+    graphed = max((key.num_tokens for key in graphs), default=0)
+    return StepBytes(peak(ladder.largest.num_tokens), peak(graphed) if graphed else 0)
 
 
 def _peak_bytes(model: Decoder, batch: ForwardBatch, caches: KVCache) -> int:
@@ -134,36 +134,42 @@ def profile_batches(
 ) -> Iterator[ForwardBatch]:
     """Steps of ``num_tokens`` on as many seats as they fill, for a cache of `_NUM_BLOCKS` blocks.
 
-    One in which nothing is shared, and one in which all that decode share what they can.
+    One in which nothing is shared, and one in which all that decode share what they can. They are
+    as wide as a runner makes them: rows of padding behind the tokens, a block table for the longest
+    sequence, room for as many groups as there can be.
     """
     lengths = _lengths(shape, num_tokens)
     context = min(shape.max_model_len, _LONGEST_CONTEXT)
     ends = [max(context, length) for length in lengths]
-    starts = [end - length for end, length in zip(ends, lengths, strict=True)]
-    positions = [p for start, end in zip(starts, ends, strict=True) for p in range(start, end)]
-    num_slots = _NUM_BLOCKS * shape.block_size
-    width = -(-max(ends) // shape.block_size)
-    table = torch.arange(width, dtype=torch.int32) % _NUM_BLOCKS
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    positions = [p for end, n in zip(ends, lengths, strict=True) for p in range(end - n, end)]
+    slots = [i % (_NUM_BLOCKS * shape.block_size) for i in range(len(positions))]
+    padding = num_tokens - len(positions)
+    width = -(-shape.max_model_len // shape.block_size) + 1
+    table = torch.arange(width, dtype=torch.int32, device=device) % _NUM_BLOCKS
+    bounds = [0, *accumulate(lengths)]
+
+    def tensor(values: list[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
     batch = ForwardBatch(
-        input_ids=torch.zeros(len(positions), dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        slot_mapping=(torch.arange(len(positions)) % num_slots).to(device),
-        query_start_loc=bounds.to(device, torch.int32),
-        seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
-        block_table=table.expand(len(lengths), -1).contiguous().to(device),
-        logits_indices=(bounds[1:] - 1).to(device),
-        max_query_len=max(lengths),
-        max_seq_len=max(ends),
+        input_ids=tensor([0] * num_tokens, torch.int64),
+        positions=tensor(positions + [0] * padding, torch.int64),
+        slot_mapping=tensor(slots + [-1] * padding, torch.int64),
+        query_start_loc=tensor(bounds, torch.int32),
+        seq_lens=tensor(ends, torch.int32),
+        block_table=table.expand(len(lengths), -1).contiguous(),
+        logits_indices=tensor([end - 1 for end in bounds[1:]], torch.int64),
+        max_query_len=1 if max(lengths) == 1 else num_tokens,
     )
     yield batch
     members = [i for i, length in enumerate(lengths) if length == 1]
     num_shared = (context - 1) // shape.block_size
     if len(members) > 1 and num_shared:
+        num_groups = len(lengths) // 2
         groups = PrefixGroups(
-            members=torch.tensor(members, dtype=torch.int32, device=device),
-            starts=torch.tensor([0, len(members)], dtype=torch.int32, device=device),
-            num_blocks=torch.tensor([num_shared], dtype=torch.int32, device=device),
+            members=tensor(members, torch.int32),
+            starts=tensor([0] + [len(members)] * num_groups, torch.int32),
+            num_blocks=tensor([num_shared] + [0] * (num_groups - 1), torch.int32),
         )
         yield replace(batch, prefix_groups=groups)
 
