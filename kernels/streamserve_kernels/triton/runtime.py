@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 _kernels: list[Any] = []
 
 
-def jit(function: Any) -> Any:
-    """`triton.jit`, and its compilations are counted."""
-    kernel = triton.jit(function)
+def jit(function: Any = None, **options: Any) -> Any:
+    """`triton.jit`, with or without its options, and the kernel's compilations are counted."""
+    if function is None:
+        return partial(jit, **options)
+    kernel = triton.jit(function, **options)
     _kernels.append(kernel)
     return kernel
 

@@ -1,0 +1,92 @@
+"""Products of a few rows with a row-major weight: the weight is read once, at memory speed.
+
+`gemv_kernel` takes one row, on the ordinary units: a thread owns `VEC` adjacent inputs (one 16-byte
+load) of every output of its program, so threads exchange nothing before the end. `skinny_kernel`
+takes up to sixteen, the least that a tile of the matrix units has.
+
+A program sums its outputs over all inputs, in float32 and in a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from streamserve_kernels.triton.runtime import jit
+
+
+@jit
+def gemv_kernel(
+    x,  # [K]
+    weight,  # [N, K]
+    bias,  # [N], or anything without HAS_BIAS
+    y,  # [N]
+    N,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # VEC inputs a thread
+    VEC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inputs = tl.arange(0, BLOCK_K)
+    rows = weight + n.to(tl.int64)[:, None] * K
+    acc = tl.zeros((BLOCK_N, BLOCK_K // VEC), dtype=tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + inputs
+        values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        w = tl.load(
+            rows + k[None, :],
+            mask=(n < N)[:, None] & (k < K)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        products = w.to(tl.float32) * values[None, :]
+        acc += tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_K // VEC, VEC)), axis=2)
+    out = tl.sum(acc, axis=1)
+    if HAS_BIAS:
+        out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
+
+
+@jit(do_not_specialize=["M"])
+def skinny_kernel(
+    x,  # [M, K]
+    weight,  # [N, K]
+    bias,  # [N], or anything without HAS_BIAS
+    y,  # [M, N]
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offsets = tl.arange(0, BLOCK_K)
+    weight_rows = weight + n.to(tl.int64)[None, :] * K
+    x_rows = x + m.to(tl.int64)[:, None] * K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + offsets
+        w = tl.load(
+            weight_rows + k[:, None],
+            mask=(n < N)[None, :] & (k < K)[:, None],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        values = tl.load(x_rows + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        if INTERPRETED:
+            w, values = w.to(tl.float32), values.to(tl.float32)
+        acc = tl.dot(values, w, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y + m.to(tl.int64)[:, None] * N + n[None, :],
+        acc.to(y.dtype.element_ty),
+        mask=(m < M)[:, None] & (n < N)[None, :],
+    )

@@ -1,0 +1,409 @@
+"""Linear layers on the GPU: which kernel multiplies how many rows, and what the weights look like.
+
+Unquantised weights stay row-major, as they were given. Few rows are a matter of reading the weight
+once (`gemv`), many are cuBLAS's. Integer weights are held as `packed` describes and dequantised in
+registers up to a few hundred rows, past that piece by piece into a scratch for cuBLAS.
+
+Every launch is fit for CUDA graphs: its shape depends on shapes alone. Which of the candidates is
+best for a shape, `tuning.tune` measures before any graph is captured; without it the first is used.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from streamserve_kernels.grouped import GroupedWeight, unpack_awq, unpack_gptq
+from streamserve_kernels.interface import PackedLinear, QuantLinear
+from streamserve_kernels.quantised import Quantization, quantise
+from streamserve_kernels.triton.gemv import gemv_kernel, skinny_kernel
+from streamserve_kernels.triton.packed import WHOLE_ROW, PackedWeight, pack
+from streamserve_kernels.triton.packed_gemm import packed_gemm_kernel
+from streamserve_kernels.triton.packed_gemv import packed_gemv_kernel
+from streamserve_kernels.triton.runtime import INTERPRETED
+from streamserve_kernels.triton.tuning import Config, bucket
+
+LIBRARY = Config("library")  # cuBLAS, of a dequantised copy where the weight is quantised
+# Most rows that a kernel of ours takes.
+FEW_ROWS = 16
+PACKED_ROWS = 256
+# Elements of a dequantised piece: 64 MiB of bfloat16.
+_SCRATCH_ELEMENTS = 2**25
+_ALIGNMENT = 16  # bytes that a thread loads at once
+
+_GEMV = (
+    Config("gemv", 1, 4, 0, 4, 1),
+    Config("gemv", 1, 8, 0, 4, 1),
+    Config("gemv", 1, 4, 0, 4, 3),
+    Config("gemv", 1, 2, 0, 4, 1),
+    Config("gemv", 1, 8, 0, 8, 1),
+    LIBRARY,
+)
+_SKINNY = (
+    LIBRARY,
+    Config("skinny", 16, 32, 256, 4, 4),
+    Config("skinny", 16, 16, 256, 4, 4),
+    Config("skinny", 16, 32, 128, 4, 5),
+    Config("skinny", 16, 64, 128, 4, 4),
+)
+_PACKED_GEMV = (
+    Config("gemv", 1, 4, 0, 4, 1),
+    Config("gemv", 1, 8, 0, 4, 1),
+    Config("gemv", 1, 4, 0, 2, 1),
+    Config("gemv", 1, 2, 0, 4, 1),
+    Config("gemv", 1, 4, 0, 4, 2),
+)
+_PACKED_FEW = (
+    Config("gemm", 16, 32, 64, 4, 4),
+    Config("gemm", 16, 16, 128, 4, 3),
+    Config("gemm", 16, 32, 128, 4, 3),
+    Config("gemm", 16, 64, 64, 4, 3),
+)
+_PACKED_32 = (
+    Config("gemm", 32, 64, 32, 4, 3),
+    Config("gemm", 32, 32, 64, 4, 3),
+    Config("gemm", 32, 128, 32, 4, 3),
+    LIBRARY,
+)
+_PACKED_MANY = (
+    Config("gemm", 64, 64, 32, 4, 3),
+    Config("gemm", 64, 128, 32, 8, 3),
+    Config("gemm", 128, 64, 32, 8, 2),
+    LIBRARY,
+)
+# Float32 is not what these kernels are for: one that is right, and fits.
+_PACKED_FLOAT32 = (Config("gemm", 16, 32, 32, 4, 2),)
+
+
+def _rows_of(x: Tensor, in_features: int) -> Tensor:
+    """Takes x [..., K] as rows that start where a thread may load, copied if need be."""
+    if x.shape[-1] != in_features:
+        raise ValueError(f"expected rows of {in_features}, got {x.shape[-1]}")
+    x = x.reshape(-1, in_features).contiguous()
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
+
+
+def _alignment(*tensors: Tensor | None) -> str:
+    """Kernels are compiled anew for addresses of another alignment: part of a tuning key."""
+    aligned = all(t is None or t.data_ptr() % _ALIGNMENT == 0 for t in tensors)
+    return "" if aligned else ",unaligned"
+
+
+class DenseLinear:
+    """A row-major weight [N, K], never copied if it was one; x in the weight's dtype."""
+
+    __slots__ = ("bias", "choices", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight.contiguous()
+        self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        self.choices: dict[int, Config] = {}  # by bucket of rows
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def unpack(self) -> Tensor:
+        return self.weight
+
+    def tuning_key(self, rows: int) -> str:
+        bias = "" if self.bias is None else ",bias"
+        shape = f"{self.out_features}x{self.in_features}"
+        return f"dense,{shape},{self.dtype}{bias},{rows}{_alignment(self.weight, self.bias)}"
+
+    def candidates(self, rows: int) -> tuple[Config, ...]:
+        if rows == 1:
+            return _GEMV
+        few = rows <= FEW_ROWS and self.dtype != torch.float32
+        return _SKINNY if few else (LIBRARY,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        count = x.numel() // self.in_features
+        if count > FEW_ROWS or count == 0 or x.dtype != self.dtype:
+            return F.linear(x, self.weight, self.bias)
+        rows = bucket(count)
+        return self.run(x, self.choices.get(rows) or self.candidates(rows)[0])
+
+    def run(self, x: Tensor, config: Config) -> Tensor:
+        """The product by one of the candidates for as many rows."""
+        if config == LIBRARY:
+            return F.linear(x, self.weight, self.bias)
+        rows = _rows_of(x, self.in_features)
+        count, out_features = rows.shape[0], self.out_features
+        y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
+        tensors = rows, self.weight, self.weight if self.bias is None else self.bias, y
+        if config.kernel == "gemv":
+            vector = _ALIGNMENT // self.weight.itemsize
+            gemv_kernel[(-(-out_features // config.block_n),)](
+                *tensors,
+                out_features,
+                self.in_features,
+                BLOCK_N=config.block_n,
+                BLOCK_K=32 * config.num_warps * vector,
+                VEC=vector,
+                HAS_BIAS=self.bias is not None,
+                STAGES=config.stages,
+                num_warps=config.num_warps,
+            )
+            return y
+        grid = -(-out_features // config.block_n), -(-count // config.block_m)
+        skinny_kernel[grid](
+            *tensors,
+            count,
+            out_features,
+            self.in_features,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            HAS_BIAS=self.bias is not None,
+            STAGES=config.stages,
+            INTERPRETED=INTERPRETED,
+            num_warps=config.num_warps,
+        )
+        return y
+
+
+class PackedQuantLinear:
+    """Integer weights; x in any float dtype. `columns` is the order of inputs they are held in."""
+
+    __slots__ = ("bias", "choices", "columns", "dtype", "packed", "quantization")
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        columns: Tensor | None = None,
+    ) -> None:
+        self.packed = packed
+        self.bias = None if bias is None else bias.contiguous()
+        self.dtype = dtype
+        self.columns = columns
+        self.quantization: Quantization = "int4" if packed.bits == 4 else "int8"
+        self.choices: dict[int, Config] = {}  # by bucket of rows
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.packed.in_features
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.words.device
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.bias, self.columns)
+        return self.packed.nbytes + sum(part.nbytes for part in parts if part is not None)
+
+    def unpack(self) -> Tensor:
+        """The weight [N, K] float32 that the codes stand for."""
+        return self._in_order(self.packed.unpack(torch.float32))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self._in_order(self.packed.unpack(self.dtype, ids))
+
+    def _in_order(self, weight: Tensor) -> Tensor:
+        if self.columns is None:
+            return weight
+        ordered = torch.empty_like(weight)
+        ordered[:, self.columns] = weight
+        return ordered
+
+    def tuning_key(self, rows: int) -> str:
+        packed = self.packed
+        extras = "" if packed.zeros is None else ",zeros"
+        extras += "" if self.bias is None else f",{self.bias.dtype} bias"
+        shape = f"{self.out_features}x{self.in_features}"
+        kind = f"{self.quantization},{packed.scales.dtype} per {packed.group_shift}"
+        return f"{kind},{shape},{self.dtype}{extras},{rows}{_alignment(self.bias)}"
+
+    def candidates(self, rows: int) -> tuple[Config, ...]:
+        if rows == 1:
+            return _PACKED_GEMV
+        if rows > PACKED_ROWS:
+            return (LIBRARY,)
+        if self.dtype == torch.float32:
+            return _PACKED_FLOAT32
+        if rows <= FEW_ROWS:
+            return _PACKED_FEW
+        return _PACKED_32 if rows == 32 else _PACKED_MANY
+
+    def __call__(self, x: Tensor) -> Tensor:
+        count = x.numel() // self.in_features
+        if count == 0:
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        if x.dtype != self.dtype:
+            return self._another_dtype(x)
+        rows = bucket(count)
+        return self.run(x, self.choices.get(rows) or self.candidates(rows)[0])
+
+    def _another_dtype(self, x: Tensor) -> Tensor:
+        """No choice was measured for it, and no kernel may have been compiled: the plain way."""
+        return self.run(x, LIBRARY)
+
+    def run(self, x: Tensor, config: Config) -> Tensor:
+        """The product by one of the candidates for as many rows."""
+        rows = _rows_of(x, self.in_features)
+        if self.columns is not None:
+            rows = rows.index_select(1, self.columns)
+        shape = *x.shape[:-1], self.out_features
+        if config == LIBRARY:
+            return self._through_scratch(rows).view(shape)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device)
+        packed, count = self.packed, rows.shape[0]
+        zeros = packed.scales if packed.zeros is None else packed.zeros
+        bias = packed.scales if self.bias is None else self.bias
+        tensors = rows, packed.words, packed.scales, zeros, bias, y
+        sizes = (
+            self.out_features,
+            self.in_features,
+            packed.words.shape[1],
+            packed.scales.shape[1],
+            packed.group_shift,
+        )
+        if config.kernel == "gemv":
+            packed_gemv_kernel[(-(-self.out_features // config.block_n),)](
+                *tensors,
+                *sizes,
+                BITS=packed.bits,
+                BLOCK_N=config.block_n,
+                BLOCK_W=128 * config.num_warps,
+                HAS_ZEROS=packed.zeros is not None,
+                HAS_BIAS=self.bias is not None,
+                STAGES=config.stages,
+                num_warps=config.num_warps,
+            )
+            return y
+        grid = -(-self.out_features // config.block_n), -(-count // config.block_m)
+        packed_gemm_kernel[grid](
+            *tensors,
+            count,
+            *sizes,
+            BITS=packed.bits,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_W=config.block_k,
+            ROW_SCALES=packed.group_shift == WHOLE_ROW,
+            HAS_ZEROS=packed.zeros is not None,
+            HAS_BIAS=self.bias is not None,
+            STAGES=config.stages,
+            INTERPRETED=INTERPRETED,
+            num_warps=config.num_warps,
+        )
+        return y
+
+    def _through_scratch(self, rows: Tensor) -> Tensor:
+        """Dequantised in x's dtype, a piece at a time: a copy of a head would not fit beside it."""
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        piece = max(1, _SCRATCH_ELEMENTS // self.in_features)
+        if self.out_features <= piece:
+            return F.linear(rows, self.packed.unpack(rows.dtype), bias)
+        y = rows.new_empty(rows.shape[0], self.out_features)
+        for start in range(0, self.out_features, piece):
+            here = slice(start, min(start + piece, self.out_features))
+            weight = self.packed.unpack(rows.dtype, here).t()
+            if bias is None:
+                torch.mm(rows, weight, out=y[:, here])
+            else:
+                torch.addmm(bias[here], rows, weight, out=y[:, here])
+        return y
+
+
+def prepare_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """Keeps the weight as it is; see `naive.prepare_linear`."""
+    return DenseLinear(weight, bias)
+
+
+def prepare_quantised(
+    weight: Tensor, bias: Tensor | None, quantization: Quantization
+) -> QuantLinear:
+    """See `naive.prepare_quantised`: the very same weight, and activations are not quantised."""
+    quantised = quantise(weight, quantization)
+    if quantization == "int8":
+        codes, scales, group = quantised.codes.view(torch.uint8) ^ 128, quantised.scales, None
+    else:
+        codes, scales = quantised.codes + 8, quantised.scales.half()
+        group = codes.shape[1] // scales.shape[1]
+    packed = pack(
+        codes,
+        scales,
+        None,
+        bits=8 if quantization == "int8" else 4,
+        group_size=group,
+        in_features=quantised.in_features,
+    )
+    return PackedQuantLinear(packed, bias, weight.dtype)
+
+
+def prepare_awq(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype = torch.float16,
+) -> QuantLinear:
+    """A checkpoint's AWQ layer, for activations of `dtype`; see `grouped.unpack_awq`."""
+    return _prepare_grouped(unpack_awq(qweight, qzeros, scales, group_size), bias, dtype)
+
+
+def prepare_gptq(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bias: Tensor | None,
+    *,
+    bits: int = 4,
+    zero_offset: int = 1,
+    dtype: torch.dtype = torch.float16,
+) -> QuantLinear:
+    """A checkpoint's GPTQ layer, for activations of `dtype`; see `grouped.unpack_gptq`."""
+    grouped = unpack_gptq(qweight, qzeros, scales, g_idx, bits=bits, zero_offset=zero_offset)
+    return _prepare_grouped(grouped, bias, dtype)
+
+
+def _prepare_grouped(
+    grouped: GroupedWeight, bias: Tensor | None, dtype: torch.dtype
+) -> PackedQuantLinear:
+    whole_row = grouped.scales.shape[1] == 1
+    packed = pack(
+        grouped.codes,
+        grouped.scales,
+        grouped.zeros,
+        bits=grouped.bits,
+        group_size=None if whole_row else grouped.group_size,
+        in_features=grouped.codes.shape[1],
+    )
+    return PackedQuantLinear(packed, bias, dtype, grouped.columns)
+
+
+def slow_quantisation() -> str | None:
+    """Products with quantised weights read less and are faster for it."""
+    return None
+
+
+def linear(x: Tensor, packed: PackedLinear) -> Tensor:
+    """Computes x [..., K] @ weightᵀ + bias -> [..., N]."""
+    return packed(x)

@@ -1,0 +1,196 @@
+"""Which of a few kernels is best for a shape: measured once per device, bounded, kept on disk.
+
+Nothing is measured while serving. `tune` is called before CUDA graphs are captured, with all linear
+layers of a model and the numbers of rows that matter; it also compiles what was chosen. What it
+finds is kept in a file per device and versions, so that the next start measures nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import triton
+from torch import Tensor
+
+DEFAULT_SECONDS = 20.0
+# Between them the calls of a measurement should touch more than a last-level cache holds.
+_MEASURED_BYTES = 256 * 2**20
+_MOST_CALLS = 64
+_REPLAYS = 3
+
+
+class Config(NamedTuple):
+    """A kernel and its sizes; what a size means is the kernel's business."""
+
+    kernel: str
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    num_warps: int = 4
+    stages: int = 1
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A linear layer with a choice of kernels. The first candidate is the one without tuning."""
+
+    @property
+    def choices(self) -> dict[int, Config]: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def nbytes(self) -> int: ...
+    def tuning_key(self, rows: int) -> str:
+        """Equal for layers that the same measurement holds for. `rows` is a bucket."""
+        ...
+
+    def candidates(self, rows: int) -> tuple[Config, ...]: ...
+    def run(self, x: Tensor, config: Config) -> Tensor: ...
+
+
+Measure = Callable[[Sequence[Tunable], Tensor, Config], float]
+
+
+def bucket(rows: int) -> int:
+    """The power of two that stands for this number of rows."""
+    return 1 << (rows - 1).bit_length()
+
+
+def default_directory() -> Path:
+    return Path.home() / ".cache" / "streamserve"
+
+
+def tune(
+    linears: Iterable[Any],
+    rows: Iterable[int],
+    *,
+    directory: Path | None = None,
+    seconds: float = DEFAULT_SECONDS,
+    measure: Measure | None = None,
+) -> dict[str, Config]:
+    """Chooses a kernel for each layer that has a choice and each number of rows, by key.
+
+    Takes up to `seconds` of measuring and the compilation of one candidate more; keys that are not
+    reached take their first candidate, and are measured at the next start. Where no `measure` (the
+    time of running a config on these layers in turn) is given and there is no GPU, nothing is
+    measured. All that was chosen has run when this returns.
+    """
+    tunable = [linear for linear in linears if isinstance(linear, Tunable)]
+    layers: dict[str, tuple[int, list[Tunable]]] = {}
+    for count in sorted({bucket(count) for count in rows}):
+        for linear in tunable:
+            layers.setdefault(linear.tuning_key(count), (count, []))[1].append(linear)
+    if not layers:
+        return {}
+    device = next(iter(layers.values()))[1][0].device
+    if measure is None and device.type == "cuda":
+        measure = measure_on_gpu
+    path = _path(directory or default_directory(), device)
+    known = _read(path)
+    deadline = time.monotonic() + seconds
+    chosen: dict[str, Config] = {}
+    found: dict[str, Config] = {}
+    for key, (count, same) in layers.items():
+        candidates = same[0].candidates(count)
+        x = torch.zeros(count, same[0].in_features, dtype=same[0].dtype, device=device)
+        config = known.get(key)
+        if config not in candidates:
+            config = candidates[0]
+            if len(candidates) > 1 and measure is not None and time.monotonic() < deadline:
+                best = _best(measure, same, x, candidates, deadline)
+                if best is not None:
+                    config = found[key] = best
+        for linear in same:
+            linear.choices[count] = config
+        same[0].run(x, config)
+        chosen[key] = config
+    if found:
+        _write(path, known | found)
+    return chosen
+
+
+def _best(
+    measure: Measure,
+    layers: Sequence[Tunable],
+    x: Tensor,
+    candidates: tuple[Config, ...],
+    deadline: float,
+) -> Config | None:
+    """The fastest, or None if time was up before all were measured."""
+    times = {}
+    for config in candidates:
+        if time.monotonic() >= deadline:
+            return None
+        times[config] = measure(layers, x, config)
+    return min(times, key=lambda config: times[config])
+
+
+def measure_on_gpu(layers: Sequence[Tunable], x: Tensor, config: Config) -> float:
+    """Milliseconds of a call, in a CUDA graph of calls on the layers in turn; inf: cannot run.
+
+    A graph, because that is how the calls will run: launched from Python one by one they would
+    mostly wait for the launches.
+    """
+    calls = max(8, min(_MOST_CALLS, _MEASURED_BYTES // max(1, layers[0].nbytes)))
+    try:
+        layers[0].run(x, config)
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+    torch.cuda.synchronize(x.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in range(calls):
+            layers[call % len(layers)].run(x, config)
+    graph.replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    best = float("inf")
+    for _ in range(_REPLAYS):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end))
+    return best / calls
+
+
+def _path(directory: Path, device: torch.device) -> Path:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    about = f"{name}-triton-{triton.__version__}-torch-{torch.__version__}"
+    return directory / f"tuning-{re.sub(r'[^A-Za-z0-9.+]+', '-', about)}.json"
+
+
+def _read(path: Path) -> dict[str, Config]:
+    """What was found before; a file that is not what we write is ignored with a warning."""
+    try:
+        stored = json.loads(path.read_text())
+        return {str(key): Config(*values) for key, values in stored.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(f"{path} is ignored: {error}", RuntimeWarning, stacklevel=3)
+        return {}
+
+
+def _write(path: Path, configs: dict[str, Config]) -> None:
+    """Whole or not at all: another server may start at the same moment."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w") as file:
+            json.dump(configs, file, indent=0, sort_keys=True)
+        Path(name).replace(path)
+    except OSError as error:
+        warnings.warn(f"{path} was not written: {error}", RuntimeWarning, stacklevel=3)

@@ -1,0 +1,211 @@
+"""Unquantised products on the GPU: every candidate kernel against float64, and the tuning."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from streamserve_kernels.interface import PackedLinear
+from streamserve_kernels.triton import tuning
+from streamserve_kernels.triton.linear import FEW_ROWS, LIBRARY, linear, prepare_linear
+from streamserve_kernels.triton.runtime import INTERPRETED, compilations
+from streamserve_kernels.triton.tuning import Config, bucket, tune
+
+# Odd sizes, less than a tile, several steps of the loop.
+SMALL = [(5, 24), (37, 100), (130, 1160), (64, 2048)]
+LLAMA = [(6144, 4096), (4096, 4096), (4096, 14336)]
+# Relative to |x|·|w|: the sum, and the rounding of the result.
+SUM = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def dtype_for(device: torch.device) -> torch.dtype:
+    """What shows every index right under the interpreter, and what a GPU is for."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def check(y, x, weight, bias):
+    """Within the error of float32 sums in any order, and one rounding of the result."""
+    x, weight = x.double(), weight.double()
+    expected = x @ weight.T + (0.0 if bias is None else bias.double())
+    magnitude = x.abs() @ weight.abs().T + (0.0 if bias is None else bias.double().abs())
+    rounding = torch.finfo(y.dtype).eps * expected.abs() if y.dtype != torch.float32 else 0.0
+    error = (y.double() - expected).abs()
+    assert not error.isnan().any()
+    assert (error <= SUM * magnitude + rounding + 1e-6).all(), error.max()
+
+
+def test_every_candidate_is_the_product(device):
+    dtype = dtype_for(device)
+    for shape in SMALL if device.type == "cpu" else LLAMA:
+        weight = torch.randn(shape, device=device).to(dtype)
+        packed = prepare_linear(weight)
+        for rows in (1, 2, 5, FEW_ROWS):
+            x = torch.randn(rows, shape[1], device=device).to(dtype)
+            for config in packed.candidates(bucket(rows)):
+                check(packed.run(x, config), x, weight, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_row_of_odd_sizes_with_a_bias(device, dtype):
+    for shape in SMALL:
+        weight = torch.randn(shape, device=device).to(dtype)
+        bias = torch.randn(shape[0], device=device).to(dtype)
+        x = torch.randn(1, shape[1], device=device).to(dtype)
+        check(prepare_linear(weight, bias)(x), x, weight, bias)
+
+
+@pytest.mark.parametrize("rows", [2, 7, 16])
+@pytest.mark.parametrize("shape", SMALL)
+def test_matrix_units_take_few_rows(device, rows, shape):
+    """Float32 is not a candidate there, but under the interpreter it shows every index right."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    weight, bias = (torch.randn(*size, device=device).to(dtype) for size in (shape, shape[:1]))
+    x = torch.randn(rows, shape[1], device=device).to(dtype)
+    check(prepare_linear(weight, bias).run(x, Config("skinny", 16, 16, 64, 4, 2)), x, weight, bias)
+
+
+def test_bfloat16_under_the_interpreter():
+    if not INTERPRETED:
+        pytest.skip("a kernel on a device is tried with it anyway")
+    weight, x = torch.randn(40, 300).bfloat16(), torch.randn(3, 300).bfloat16()
+    packed = prepare_linear(weight)
+    check(packed.run(x[:1], packed.candidates(1)[0]), x[:1], weight, None)
+    check(packed.run(x, Config("skinny", 16, 32, 128, 4, 2)), x, weight, None)
+
+
+def test_the_contract(device):
+    weight = torch.randn(40, 64, device=device)
+    bias = torch.randn(40, device=device)
+    packed = prepare_linear(weight, bias)
+    assert isinstance(packed, PackedLinear)
+    assert (packed.out_features, packed.in_features, packed.dtype) == (40, 64, torch.float32)
+    assert packed.nbytes == 4 * (40 * 64 + 40)
+    assert packed.unpack().data_ptr() == weight.data_ptr()
+    fused = torch.randn(24, 200, device=device)
+    view = fused[:, 3:67]  # at odd addresses
+    check(linear(view, packed), view, weight, bias)
+    check(linear(view[:1], packed), view[:1], weight, bias)
+    assert linear(view.reshape(2, 3, 4, 64), packed).shape == (2, 3, 4, 40)
+    assert linear(view[:0], packed).shape == (0, 40)
+    with pytest.raises(ValueError, match="expected rows of 64, got 65"):
+        packed.run(fused[:1, :65], packed.candidates(1)[0])
+
+
+def test_a_row_that_is_no_number_stays_alone(device):
+    packed = prepare_linear(torch.randn(40, 128, device=device).to(dtype_for(device)))
+    x = torch.randn(5, 128, device=device).to(packed.dtype)
+    expected = packed(x)
+    x[2, 100] = torch.nan
+    result = packed(x)
+    assert result[2].isnan().all()
+    assert result[[0, 1, 3, 4]].equal(expected[[0, 1, 3, 4]])
+
+
+def favour(best):
+    """A measurement that finds one config the fastest, and remembers what it was asked."""
+    asked = []
+
+    def measure(layers, x, config):
+        asked.append((len(layers), tuple(x.shape), config))
+        return 1.0 if config == best else 2.0
+
+    return measure, asked
+
+
+def test_what_is_measured_is_chosen_and_kept(device, tmp_path):
+    dtype = dtype_for(device)
+    layers = [prepare_linear(torch.randn(40, 64, device=device).to(dtype)) for _ in range(3)]
+    layers.append(prepare_linear(torch.randn(48, 64, device=device).to(dtype)))
+    best = layers[0].candidates(1)[1]
+    measure, asked = favour(best)
+    chosen = tune(layers, [1], directory=tmp_path, measure=measure)
+    assert list(chosen.values()) == [best, best]
+    assert all(layer.choices == {1: best} for layer in layers)
+    assert {(count, shape) for count, shape, _ in asked} == {(3, (1, 64)), (1, (1, 64))}
+    assert len(asked) == 2 * len(layers[0].candidates(1))
+    # The next start reads it.
+    again = prepare_linear(layers[0].unpack())
+    measure, asked = favour(LIBRARY)
+    assert list(tune([again], [1], directory=tmp_path, measure=measure).values()) == [best]
+    assert again.choices == {1: best}
+    assert asked == []
+    # Nothing compiles afterwards.
+    before = compilations()
+    again(torch.ones(1, 64, device=device, dtype=dtype))
+    assert compilations() == before
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 3}', '{"a": [1, 2, 3, 4, 5, 6, 7, 8]}'])
+def test_a_broken_file_is_ignored(device, tmp_path, content):
+    packed = prepare_linear(torch.randn(8, 32, device=device))
+    measure, asked = favour(packed.candidates(1)[1])
+    tune([packed], [1], directory=tmp_path, measure=measure)
+    (path,) = tmp_path.iterdir()
+    path.write_text(content)
+    asked.clear()
+    with pytest.warns(RuntimeWarning, match="is ignored"):
+        tune([packed], [1], directory=tmp_path, measure=measure)
+    assert asked
+    assert json.loads(path.read_text()).keys() == {packed.tuning_key(1)}
+
+
+def test_a_stored_config_that_is_no_candidate_is_measured_anew(device, tmp_path):
+    packed = prepare_linear(torch.randn(8, 32, device=device))
+    measure, _ = favour(packed.candidates(1)[1])
+    tune([packed], [1], directory=tmp_path, measure=measure)
+    (path,) = tmp_path.iterdir()
+    path.write_text(json.dumps({packed.tuning_key(1): Config("gemv", 1, 3)}))
+    tune([packed], [1], directory=tmp_path, measure=measure)
+    assert packed.choices == {1: packed.candidates(1)[1]}
+
+
+def test_time_is_bounded(device, tmp_path):
+    packed = prepare_linear(torch.randn(8, 32, device=device))
+    measure, asked = favour(packed.candidates(1)[1])
+    tune([packed], [1, 3], directory=tmp_path, seconds=0.0, measure=measure)
+    assert packed.choices == {1: packed.candidates(1)[0], 4: packed.candidates(4)[0]}
+    assert asked == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_gpu_nothing_is_measured(tmp_path):
+    packed = prepare_linear(torch.randn(8, 32))
+    if not INTERPRETED:
+        pytest.skip("a CPU tensor runs under the interpreter only")
+    tune([packed, object()], [1], directory=tmp_path)
+    assert packed.choices == {1: packed.candidates(1)[0]}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_the_gpu_measures(tmp_path):
+    layers = [
+        prepare_linear(torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16))
+        for _ in range(2)
+    ]
+    chosen = tune(layers, [1, 4], directory=tmp_path)
+    assert len(chosen) == 2
+    stored = json.loads(next(tmp_path.iterdir()).read_text())
+    assert {key: tuning.Config(*value) for key, value in stored.items()} == chosen
+
+
+@pytest.mark.gpu
+def test_products_are_captured_into_a_graph():
+    packed = prepare_linear(torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16))
+    x = torch.zeros(1, 1024, device="cuda", dtype=torch.bfloat16)
+    packed(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = packed(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    check(y, x, packed.unpack(), None)
