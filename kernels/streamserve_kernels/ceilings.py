@@ -86,7 +86,8 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
         started = time.perf_counter()
         function()
         return time.perf_counter() - started
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    new_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
+    begin, end = (new_event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     begin.record()
     for _ in range(_QUEUED):  # or the launch of the only one would count

@@ -16,6 +16,7 @@ from streamserve.cli.args import model_name
 from streamserve.config import CacheConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.plan import ModelRunner
 from streamserve.core.scheduler import Scheduler
 from streamserve.core.step_time import StepTimeModel
 from streamserve.engine.async_engine import AsyncEngine
@@ -48,6 +49,10 @@ class Service:
     model_name: str
     sampling_defaults: Mapping[str, float]
     max_model_len: int
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    memory: MemoryPlan
 
 
 class Progress:
@@ -71,10 +76,17 @@ def box_path() -> Path:
     return Path(str(files("streamserve") / "assets" / "box"))
 
 
-def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
+def build_service(
+    args: Namespace,
+    *,
+    say: Say,
+    warn: Say,
+    observed: Callable[[ModelRunner], ModelRunner] = lambda runner: runner,
+) -> Service:
     """Load the model and build the engine around it; minutes for a big one. Main thread.
 
-    Says what it does line by line. Raises ``StreamServeError``.
+    The engine runs its steps on ``observed(runner)``: a bench looks on. Says what it does line by
+    line. Raises ``StreamServeError``.
     """
     device = torch.device("cpu")
     path = box_path() if args.model is None else _resolve(args, say)
@@ -139,13 +151,24 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
         scheduler=Scheduler(
             scheduler_config, KVCacheManager(cache), monotonic, StepTimeModel(profile)
         ),
-        runner=runner,
+        runner=observed(runner),
         tokenizer=tokenizer,
         eos_token_ids=frozenset(config.eos_token_ids),
         max_model_len=max_model_len,
         vocab_size=config.vocab_size,
     )
-    return Service(engine, tokenizer, template, name, config.sampling_defaults, max_model_len)
+    return Service(
+        engine,
+        tokenizer,
+        template,
+        name,
+        config.sampling_defaults,
+        max_model_len,
+        config,
+        dtype,
+        device,
+        memory,
+    )
 
 
 def _resolve(args: Namespace, say: Say) -> Path:

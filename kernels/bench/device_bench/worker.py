@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from device_bench.machine import describe
 from device_bench.measure import Result, Seconds, all_rows, is_device_lost, measure
 from device_bench.row import LLAMA_8B, TINY, Bench, Row
 from device_bench.timing import ROTATED_BYTES
 from streamserve_kernels import load
 from streamserve_kernels.ceilings import Ceilings, measure_ceilings
+from streamserve_kernels.machine import describe
 
 _STDERR_TAIL = 300
 _LOST = 3  # exit status: the device is broken for this process

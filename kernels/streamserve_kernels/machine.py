@@ -1,4 +1,4 @@
-"""What the numbers of a table were measured on."""
+"""What numbers were measured on, in words."""
 
 from __future__ import annotations
 
