@@ -2,11 +2,13 @@
 
     python tools/make_checkpoint.py smollm-135m /tmp/checkpoints/smollm-135m
     python tools/make_checkpoint.py llama-1b /tmp/checkpoints/llama-1b --shard-mb 1000
+    python tools/make_checkpoint.py llama-8b /tmp/checkpoints/llama-8b --config-only
 
 For load tests and benchmarks where nothing can be downloaded: the arithmetic is that of the real
-model, only the answers are nonsense. The same seed writes the same bytes. Every vocabulary piece is
-plain ASCII, so that each generated id is text at once and no chunk waits for the rest of a
-character. Needs torch and tokenizers, nothing of streamserve.
+model, only the answers are nonsense. The same seed writes the same bytes. With ``--config-only`` no
+weights are written: a server that draws its own (``--load-format dummy``) needs none. Every
+vocabulary piece is plain ASCII, so that each generated id is text at once and no chunk waits for
+the rest of a character. Needs torch and tokenizers, nothing of streamserve.
 
 llama.cpp's converter knows a tokenizer by the hash of one encoded text, which no new vocabulary can
 match; its ``get_vocab_base_pre`` must be told that the pre-tokenizer is ``gpt-2``, as
@@ -108,6 +110,19 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
         },
     },
+    # meta-llama/Meta-Llama-3-8B
+    "llama-8b": {
+        **_LLAMA,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500_000.0,
+        "tie_word_embeddings": False,
+    },
 }
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -127,8 +142,13 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-mb", type=int, default=None, help="split into files of this size")
+    parser.add_argument("--config-only", action="store_true", help="config and tokenizer alone")
     options = parser.parse_args()
     started = time.monotonic()
+    if options.config_only:
+        write_config(options.shape, options.directory)
+        print(f"{options.directory}: a config and a tokenizer")
+        return
     written = write_checkpoint(options.shape, options.directory, options.seed, options.shard_mb)
     seconds = time.monotonic() - started
     print(f"{options.directory}: {written / 2**20:.0f} MiB of weights in {seconds:.1f} s")
@@ -138,6 +158,12 @@ def write_checkpoint(
     shape: str, directory: Path, seed: int = 0, shard_mb: int | None = None
 ) -> int:
     """Writes weights, configs and tokenizer; returns the bytes of weights written."""
+    config = write_config(shape, directory)
+    return _write_weights(directory, list(_tensors(config)), seed, shard_mb)
+
+
+def write_config(shape: str, directory: Path) -> dict[str, Any]:
+    """Writes configs and tokenizer; returns the model's config."""
     directory.mkdir(parents=True, exist_ok=True)
     config = dict(SHAPES[shape])
     vocab_size = config["vocab_size"]
@@ -162,7 +188,7 @@ def write_checkpoint(
             "chat_template": CHAT_TEMPLATE,
         },
     )
-    return _write_weights(directory, list(_tensors(config)), seed, shard_mb)
+    return config
 
 
 def make_tokenizer(vocab_size: int) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""``streamserve bench``: the load test, and the comparison with other servers."""
+"""``streamserve bench``: load tests, comparisons of servers, and an engine timed without HTTP."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def run_bench(args: Namespace) -> int:
         from streamserve_loadtest.cli import main
 
         return main(args.flags, prog=prog)
-    from streamserve_loadtest.compare import main as compare
+    if args.tool == "compare":
+        from streamserve_loadtest.compare import main as compare
 
-    return compare(args.flags, prog=prog)
+        return compare(args.flags, prog=prog)
+    from streamserve.cli.bench_engine import run_latency, run_throughput
+
+    run = run_latency if args.tool == "latency" else run_throughput
+    return run(args.flags, prog=prog)

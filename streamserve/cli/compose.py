@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,13 +16,15 @@ from streamserve.cli.model_setup import ModelBuilder, ModelSetup, Say
 from streamserve.config import CacheConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.plan import ModelRunner
 from streamserve.core.scheduler import Scheduler
 from streamserve.core.step_time import StepTimeModel
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.tokenizer import FastTokenizer
-from streamserve.models import load_config, resolve_dtype, resolve_model
+from streamserve.models import ModelConfig, load_config, resolve_dtype, resolve_model
 from streamserve.runner.devices import choose_device, visible_gpus
+from streamserve.runner.memory import MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,10 @@ class Service:
     model_name: str
     sampling_defaults: Mapping[str, float]
     max_model_len: int
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    memory: MemoryPlan
 
 
 def box_path() -> Path:
@@ -42,10 +48,17 @@ def box_path() -> Path:
     return Path(str(files("streamserve") / "assets" / "box"))
 
 
-def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
+def build_service(
+    args: Namespace,
+    *,
+    say: Say,
+    warn: Say,
+    observed: Callable[[ModelRunner], ModelRunner] = lambda runner: runner,
+) -> Service:
     """Load the model and build the engine around it; minutes for a big one. Main thread.
 
-    Says what it does line by line. Raises ``StreamServeError``.
+    The engine runs its steps on ``observed(runner)``: a bench looks on. Says what it does line by
+    line. Raises ``StreamServeError``.
     """
     setup = _set_up(args, say, warn)
     builder = _builder(setup)
@@ -63,7 +76,7 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
         scheduler=Scheduler(
             scheduler, KVCacheManager(cache), monotonic, StepTimeModel(built.profile)
         ),
-        runner=built.runner,
+        runner=observed(built.runner),
         tokenizer=tokenizer,
         eos_token_ids=frozenset(config.eos_token_ids),
         max_model_len=scheduler.max_model_len,
@@ -76,6 +89,10 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
         model_name(args),
         config.sampling_defaults,
         scheduler.max_model_len,
+        config,
+        setup.dtype,
+        setup.device,
+        built.memory,
     )
 
 

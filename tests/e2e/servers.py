@@ -46,7 +46,7 @@ class Server:
 def environment() -> dict[str, str]:
     """The checkout first on the path, whatever is installed; nothing from outside."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("STREAMSERVE_")}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / part) for part in (".", "kernels", "loadtest")])
     env["HF_HUB_OFFLINE"] = "1"
     env["PYTHONWARNINGS"] = "error"
     return env

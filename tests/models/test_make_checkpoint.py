@@ -14,10 +14,21 @@ from tokenizers import Tokenizer
 
 from streamserve.models import load_config, load_model
 from tests.models.paged import PagedHarness, Sequence
-from tools.make_checkpoint import SHAPES, SPECIAL_TOKENS, make_tokenizer, write_checkpoint
+from tools.make_checkpoint import (
+    SHAPES,
+    SPECIAL_TOKENS,
+    make_tokenizer,
+    write_checkpoint,
+    write_config,
+)
 
 CPU = torch.device("cpu")
-PARAMETERS = {"smollm-135m": 134_515_008, "qwen-0.5b": 494_032_768, "llama-1b": 1_235_814_400}
+PARAMETERS = {
+    "smollm-135m": 134_515_008,
+    "qwen-0.5b": 494_032_768,
+    "llama-1b": 1_235_814_400,
+    "llama-8b": 8_030_261_248,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +52,18 @@ def test_the_script_writes_the_same_bytes_for_the_same_seed(tiny, tmp_path):
     assert (tiny / weights).read_bytes() != (other / weights).read_bytes()
 
 
+def test_a_config_alone_is_enough_for_random_weights(tiny, kernels, tmp_path):
+    script = Path(__file__).parents[2] / "tools" / "make_checkpoint.py"
+    command = [sys.executable, str(script), "tiny", str(tmp_path), "--config-only"]
+    subprocess.run(command, capture_output=True, check=True)
+    written = {file.name for file in tmp_path.iterdir()}
+    assert written == {file.name for file in tiny.iterdir()} - {"model.safetensors"}
+    decoder = load_model(
+        tmp_path, dtype=torch.float32, device=CPU, kernels=kernels, load_format="dummy"
+    )
+    assert PagedHarness(decoder).prefill([Sequence([3, 1, 4])], None)[0].shape[-1] == 1024
+
+
 def test_it_loads_here_as_in_transformers(tiny, kernels, tmp_path):
     write_checkpoint("tiny", tmp_path, shard_mb=0)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -55,12 +78,12 @@ def test_it_loads_here_as_in_transformers(tiny, kernels, tmp_path):
 
 
 @pytest.mark.parametrize("shape", PARAMETERS)
-def test_the_shapes_are_those_of_the_real_models(shape, tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.make_checkpoint._write_weights", lambda *_: 0)
-    write_checkpoint(shape, tmp_path)
+def test_the_shapes_are_those_of_the_real_models(shape, tmp_path):
+    write_config(shape, tmp_path)
     config = load_config(tmp_path)
-    embedding = config.vocab_size * SHAPES[shape]["hidden_size"]
-    assert config.weight_bytes(torch.bfloat16) // 2 - embedding == PARAMETERS[shape]
+    # A tied head counts twice.
+    tied = config.vocab_size * SHAPES[shape]["hidden_size"] if config.spec.tied_head else 0
+    assert config.weight_bytes(torch.bfloat16) // 2 - tied == PARAMETERS[shape]
     assert config.eos_token_ids == (config.vocab_size - 1, config.vocab_size - 3)
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == (
         config.vocab_size

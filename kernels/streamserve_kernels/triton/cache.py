@@ -11,13 +11,12 @@ from torch import Tensor
 
 from streamserve_kernels.triton.runtime import jit
 
-_FLOAT8_MAX = 448.0  # of e4m3
 _COPIED = 2048  # words of a program of `copy_blocks`
 
 
 @jit
 def _store_cached(pointers, values, mask, FLOAT8: tl.constexpr):
-    if FLOAT8:
+    if FLOAT8:  # e4m3 reaches from -448 to 448; past that its conversion may give NaN
         values = tl.minimum(tl.maximum(values.to(tl.float32), -448.0), 448.0)
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
@@ -131,7 +130,8 @@ def _run(
         BLOCK_D=triton.next_power_of_2(size), BLOCK_DV=triton.next_power_of_2(value_size),
         ROT=rotated, BLOCK_ROT=max(triton.next_power_of_2(rotated // 2), 1),
         INTERLEAVED=interleaved, WRITES=caches is not None,
-        FLOAT8=key_cache.dtype == torch.float8_e4m3fn, HEADS=heads, num_warps=1 if heads == 1 else 4,
+        FLOAT8=key_cache.dtype == torch.float8_e4m3fn, HEADS=heads,
+        num_warps=1 if heads == 1 else 4,
     )  # fmt: skip
 
 

@@ -75,7 +75,8 @@ def build_cuda_runner(
 def tune_linears(model: Decoder, ladder: StepLadder) -> None:
     """Chooses the kernels of the linear layers, where the backend has a choice; once per device.
 
-    What was measured is kept on disk. Decodes of every size matter, and steps of a few hundred rows.
+    What was measured is kept on disk. Decodes of every size matter, and so do steps of a few
+    hundred rows.
     """
     if model.kernels.name == "triton":
         from streamserve_kernels.triton.tuning import tune

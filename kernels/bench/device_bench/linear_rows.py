@@ -1,0 +1,80 @@
+"""Rows of products with weights, plain and quantised, at few rows and at many."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache, partial
+from typing import cast
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from device_bench.row import Bench, Case, CheckError, Row, check_close
+from device_bench.timing import Call, num_copies
+from streamserve_kernels import PackedLinear, Quantization
+
+KINDS = ("bf16", "int8", "int4", "fp8")
+_ROWS = (1, 4, 16, 64, 256)
+# Of a row's norm. The weight that is compared with is the very one that the codes stand for; what
+# is left are the activations, which a kernel may quantise too.
+_TOLERANCE = {"bf16": 1e-2, "int8": 2e-2, "int4": 2e-2, "fp8": 6e-2}
+_NAMES = ("qkv", "out", "gate_up", "down", "head")
+
+
+def rows(quick: bool) -> list[Row]:
+    """Ordered so that a weight is prepared once for all numbers of rows."""
+    counts = (1, 64) if quick else _ROWS
+    names = ("gate_up", "down") if quick else _NAMES
+    return [
+        Row("linear", f"{name} {kind}, {count} rows", partial(_build, name, kind, count))
+        for name in names
+        for kind in KINDS
+        for count in counts
+    ]
+
+
+@lru_cache(maxsize=1)
+def _packed(bench: Bench, name: str, kind: str) -> list[PackedLinear]:
+    """Equal weights at different addresses, together more than the caches hold."""
+    n, k = bench.sizes.linears()[name]
+    weight = bench.randn(n, k) / k**0.5
+
+    def make() -> PackedLinear:
+        if kind == "bf16":
+            return bench.kernels.prepare_linear(weight)
+        return bench.kernels.prepare_quantised(weight, None, cast(Quantization, kind))
+
+    first = make()
+    copies = num_copies(first.nbytes, bench.rotated_bytes)
+    return [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+
+
+def _build(name: str, kind: str, count: int, bench: Bench) -> Case:
+    n, k = bench.sizes.linears()[name]
+    packed = _packed(bench, name, kind)
+    x = bench.randn(count, k)
+
+    def check() -> None:
+        if packed[0].in_features != k or packed[0].out_features != n:
+            raise CheckError("the packed weight has another shape")
+        expected = F.linear(x.float(), packed[0].unpack().float())
+        check_close(bench.kernels.linear(x, packed[0]), expected, _TOLERANCE[kind])
+
+    def call(one: PackedLinear) -> Call:
+        return lambda: bench.kernels.linear(x, one)
+
+    return Case(
+        calls=[call(one) for one in packed],
+        check=check,
+        num_bytes=packed[0].nbytes + (x.numel() + count * n) * x.dtype.itemsize,
+        flops=2 * count * n * k,
+        rate="float8" if kind == "fp8" else "bfloat16",
+        peers={"F.linear": partial(_plain, bench, name, x)},
+    )
+
+
+def _plain(bench: Bench, name: str, x: Tensor) -> list[Call]:
+    """The product of torch itself, unquantised."""
+    n, k = bench.sizes.linears()[name]
+    copies = num_copies(n * k * x.dtype.itemsize, bench.rotated_bytes)
+    return [partial(F.linear, x, bench.randn(n, k)) for _ in range(copies)]

@@ -1,0 +1,86 @@
+"""What a model's steps must read and multiply at least, and how long that takes here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from streamserve.cli.compose import Service
+from streamserve.models import ModelConfig
+from streamserve.models.spec import ExpertsSpec
+from streamserve.runner.passing_thread import on_passing_thread
+from streamserve_kernels import Quantization
+from streamserve_kernels.ceilings import Ceilings, measure_ceilings
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCosts:
+    """Per step: bytes of weights. Per token: bytes of KV, FLOPs of products. Per pair of a query
+    and a key that it sees: FLOPs of attention.
+    """
+
+    weight_bytes: int
+    kv_bytes_per_token: float
+    flops_per_token: float
+    flops_per_pair: float
+
+    def decode_s(self, num_keys: float, ceilings: Ceilings) -> float:
+        """Seconds of reading the weights once, and so many tokens of KV."""
+        num_bytes = self.weight_bytes + num_keys * self.kv_bytes_per_token
+        return num_bytes / ceilings.bandwidth
+
+    def prompt_s(self, num_tokens: int, ceilings: Ceilings) -> float:
+        """Seconds of a prompt's products and attention, all of it at the rate of a large product.
+
+        No less than reading the weights once.
+        """
+        pairs = num_tokens * (num_tokens + 1) / 2
+        flops = num_tokens * self.flops_per_token + pairs * self.flops_per_pair
+        return max(flops / ceilings.product, self.weight_bytes / ceilings.bandwidth)
+
+
+def model_costs(service: Service, quantization: Quantization | None) -> ModelCosts:
+    """Of the model that a service runs. A mixture's experts count as read and used as if all were
+    for the bytes, and as many as a token takes for the FLOPs.
+    """
+    config, memory = service.config, service.memory
+    spec = config.spec
+    attention = [layer.attention for layer in spec.layers]
+    return ModelCosts(
+        weight_bytes=step_weight_bytes(config, service.dtype, quantization),
+        kv_bytes_per_token=memory.kv_bytes_per_block / memory.block_size,
+        flops_per_token=2.0 * _weights_per_token(config),
+        flops_per_pair=float(
+            sum(2 * a.num_heads * (a.query_key_head_size + a.value_head_size) for a in attention)
+        ),
+    )
+
+
+def step_weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None
+) -> int:
+    """Bytes of weights that a decode step reads: all but the embedding's table."""
+    total = config.weight_bytes(dtype, quantization)
+    if config.spec.tied_head and quantization is not None:
+        return total  # counted once, and the head reads it
+    return total - config.spec.vocab_size * config.spec.hidden_size * dtype.itemsize
+
+
+def _weights_per_token(config: ModelConfig) -> int:
+    """Weights that multiply each token of a prompt; the head's only meet the last one."""
+    spec = config.spec
+    table = spec.vocab_size * spec.hidden_size
+    # In one byte a weight; tied or not, table and head are both counted.
+    total = config.weight_bytes(torch.int8) - 2 * table
+    for layer in spec.layers:
+        if isinstance(layer.mlp, ExpertsSpec):
+            unused = layer.mlp.num_experts - layer.mlp.top_k
+            total -= unused * 3 * layer.mlp.intermediate_size * spec.hidden_size
+    return total
+
+
+def measured_ceilings(service: Service) -> Ceilings:
+    """Of the service's device, which must have nothing else to do."""
+    # On a CPU the pool of the calling thread would stay beside the device thread's.
+    return on_passing_thread(lambda: measure_ceilings(service.device))

@@ -1,0 +1,85 @@
+"""``streamserve bench latency`` and ``throughput`` as a person calls them: what they count."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.servers import command, environment
+from tools.make_checkpoint import write_config
+
+
+@pytest.fixture(scope="module")
+def dummy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that serve random weights of a tiny shape."""
+    directory = tmp_path_factory.mktemp("dummy")
+    write_config("tiny", directory)
+    flags = ["--load-format", "dummy", "--dtype", "float32", "--kv-cache-memory", "16MiB"]
+    return [str(directory), *flags]
+
+
+def bench(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command("bench", *args), capture_output=True, text=True, env=environment(), check=False
+    )
+
+
+def test_latency_of_several_batches(dummy: list[str], tmp_path: Path):
+    file = tmp_path / "latency.json"
+    load = ["--batch-size", "1", "3", "--input-len", "33", "--output-len", "9", "--rounds", "2"]
+    result = bench("latency", *dummy, *load, "--json", str(file))
+    assert result.returncode == 0, result.stderr
+    assert "3 x 33 + 9" in result.stdout
+    content = json.loads(file.read_text())
+    assert content["machine"]["torch"]
+    assert content["ceilings"]["read"] > 0
+    for found, batch_size in zip(content["results"], (1, 3), strict=True):
+        assert (found["batch_size"], found["input_len"], found["output_len"]) == (batch_size, 33, 9)
+        # Nine tokens, the first of a prompt's last token from the cache: eight pairs of neighbours
+        # at most, fewer where the batch took more than one step to get going.
+        assert 1 <= found["steps"]["num_steps"] <= 16
+        assert 34 * batch_size <= found["steps"]["mean_keys"] <= 41 * batch_size
+        assert found["decode_floor_s"] > 0
+        assert found["share_of_floor"] > 0
+        assert found["first_token"]["median"] > 0
+
+
+def test_the_floor_is_made_of_the_models_own_sizes(dummy: list[str], tmp_path: Path):
+    file = tmp_path / "latency.json"
+    assert bench("latency", *dummy, "--output-len", "2", "--json", str(file)).returncode == 0
+    costs = json.loads(file.read_text())["costs"]
+    per_layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128 + 2 * 64
+    weights = 2 * per_layer + 64
+    assert costs == {
+        "weight_bytes": 4 * (weights + 1024 * 64),
+        "kv_bytes_per_token": 2 * 2 * 2 * 16 * 4,
+        "flops_per_token": 2 * weights,
+        "flops_per_pair": 2 * 4 * 4 * 16,
+    }
+
+
+def test_throughput_counts_every_token(dummy: list[str], tmp_path: Path):
+    file = tmp_path / "throughput.json"
+    load = ["--num-requests", "12", "--input-len", "40", "--output-len", "10", "--concurrency", "5"]
+    result = bench("throughput", *dummy, *load, "--json", str(file))
+    assert result.returncode == 0, result.stderr
+    assert "12 requests in" in result.stdout
+    [found] = json.loads(file.read_text())["results"]
+    assert (found["prompt_tokens"], found["output_tokens"]) == (480, 120)
+    assert found["num_steps"] >= 3 * 10
+    assert 0 < found["busy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "9", "--max-num-seqs", "8"], "--batch-size must be at most"),
+        (["--input-len", "2000", "--output-len", "100"], "must be at most 2048 together"),
+        (["--batch-size", "32", "--input-len", "1900"], "raise --kv-cache-memory"),
+    ],
+)
+def test_what_the_engine_could_not_run_at_once_is_refused(dummy, flags, message):
+    result = bench("latency", *dummy, *flags)
+    assert result.returncode == 1
+    assert message in result.stderr
