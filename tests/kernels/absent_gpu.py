@@ -1,0 +1,220 @@
+"""Compiles the Triton kernels for a GPU that is not there: every launch becomes a compilation.
+
+A program of its own (`python -m tests.kernels.absent_gpu`), since the interpreter, once asked for,
+is the process's. Prints a JSON line for each compiled kernel; exits with 1 if something did not
+compile. ptxas, which the triton package brings along, does the last step: what it says of registers
+and spills is what the device will get.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+CAPABILITY = 90  # Hopper
+HEADS, KV_HEADS, SIZE, HIDDEN, INTERMEDIATE, VOCAB = 32, 8, 128, 4096, 14336, 128256
+BLOCK_SIZE = 32
+
+
+class AbsentGpu:
+    """What Triton asks of a driver before it launches."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def install() -> None:
+    assert not triton.knobs.runtime.interpret
+    triton.runtime.driver.set_active(AbsentGpu())
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        before = num_compiled(self)
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if num_compiled(self) > before:
+            print(json.dumps({"kernel": self._fn_name, **resources(kernel)}), flush=True)
+        return kernel
+
+    JITFunction.run = compile_only
+
+
+def num_compiled(kernel: Any) -> int:
+    return sum(len(of_device[0]) for of_device in kernel.device_caches.values())
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers of a thread, bytes of its stack (spills), shared bytes of a program."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        told = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = dict(re.findall(r"(REG|STACK):(\d+)", told))
+    return {
+        "registers": int(used["REG"]),
+        "stack": int(used["STACK"]),
+        "shared": kernel.metadata.shared,
+        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+    }
+
+
+def bf16(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def elementwise_calls() -> Iterator[Callable[[], object]]:
+    from streamserve_kernels import triton as ours
+
+    for rows in (1, 64):
+        x, weight = bf16(rows, HIDDEN), bf16(HIDDEN)
+        yield lambda x=x, weight=weight: ours.rms_norm(x, weight, 1e-5)
+        yield lambda x=x, weight=weight: ours.rms_norm(x, weight, 1e-5, x, 1.0)
+        yield lambda x=x, weight=weight: ours.layer_norm(x, weight, weight, 1e-5, x)
+        yield lambda x=x: ours.gated_activation(x, "silu")
+        yield lambda x=x: ours.activation(x, "gelu")
+        ids = ints(rows, dtype=torch.int64)
+        yield lambda x=x, ids=ids: ours.embedding(ids, x)
+        yield lambda ids=ids: ours.resolve_tokens(ids, ids)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        caches = [bf16(4, KV_HEADS, BLOCK_SIZE, SIZE).to(dtype) for _ in range(2)]
+        for tokens in (1, 128):
+            qkv = bf16(tokens, (HEADS + 2 * KV_HEADS) * SIZE).view(tokens, -1, SIZE)
+            q, k, v = qkv.split((HEADS, KV_HEADS, KV_HEADS), 1)
+            at, angles = ints(tokens, dtype=torch.int64), torch.zeros(16, SIZE)
+            yield lambda q=q, k=k, v=v, at=at, angles=angles, caches=caches: ours.rotary_write_kv(
+                q, k, v, at, angles, *caches, at, interleaved=False
+            )
+        one = ints(1, dtype=torch.int64)
+        yield lambda caches=caches, one=one: ours.copy_blocks(caches, one, one)
+
+
+def linear_calls() -> Iterator[Callable[[], object]]:
+    from streamserve_kernels.triton import linear
+
+    weight = bf16(512, HIDDEN)
+    layers: list[Any] = [linear.prepare_linear(weight, None)]
+    layers += [linear.prepare_quantised(weight, None, kind) for kind in ("int8", "int4")]
+    for layer in layers:
+        for rows in (1, 8, 32, 64):
+            for config in layer.candidates(rows):
+                yield lambda layer=layer, rows=rows, config=config: layer.run(
+                    bf16(rows, HIDDEN), config
+                )
+
+
+def sampling_calls() -> Iterator[Callable[[], object]]:
+    from streamserve_kernels.sampling import LogitsEditTensors, SamplingTensors
+    from streamserve_kernels.triton import sampling
+
+    rows = 64
+    logits, floats, doubles = torch.zeros(rows, VOCAB), torch.zeros(rows), torch.zeros(rows).double()
+    edits = LogitsEditTensors(
+        rows=ints(rows),
+        counts=ints(rows, VOCAB),
+        repetition=floats,
+        presence=floats,
+        frequency=floats,
+        bias_start=ints(rows + 1),
+        bias_ids=ints(4),
+        bias_values=torch.zeros(4),
+        mask_rows=ints(rows),
+        masks=ints(1, -(-VOCAB // 32)),
+    )
+    asked = SamplingTensors(floats, ints(rows), doubles, floats, doubles)
+    ids = ints(rows, dtype=torch.int64)
+    yield lambda: sampling.greedy(logits)
+    yield lambda: sampling.sample(logits, asked)
+    yield lambda: sampling.sample(logits, asked, edits)
+    yield lambda: sampling.logprobs(logits, ids, 20)
+    yield lambda: sampling.add_tokens(edits.counts, edits.rows, ids)
+
+
+def attention_calls() -> Iterator[Callable[[], object]]:
+    from streamserve_kernels import PrefixGroups
+    from streamserve_kernels.triton.attention import paged_attention
+
+    width = 64
+    for kv_heads, size, block_size, dtype, more in (
+        (KV_HEADS, SIZE, BLOCK_SIZE, torch.bfloat16, {}),
+        (KV_HEADS, SIZE, 64, torch.bfloat16, {}),
+        (KV_HEADS, SIZE, 16, torch.float8_e4m3fn, {}),
+        (HEADS, 80, 16, torch.bfloat16, {"window": 100}),
+        (1, 256, 32, torch.bfloat16, {"soft_cap": 30.0}),
+        (KV_HEADS, 64, 32, torch.bfloat16, {"alibi_slopes": torch.zeros(HEADS)}),
+    ):
+        caches = [bf16(4, kv_heads, block_size, size).to(dtype) for _ in range(2)]
+        for tokens, requests, longest, groups in (
+            (1, 1, 1, False),
+            (64, 64, 1, False),
+            (64, 64, 1, True),
+            (512, 16, 512, False),
+            (512, 16, 512, True),
+        ):
+            if groups and "window" in more:
+                continue
+            members = requests, requests // 2 + 1, requests // 2
+            shared = PrefixGroups(*(ints(n) for n in members)) if groups else None
+            args = bf16(tokens, HEADS, size), *caches, ints(requests, width), ints(requests)
+            yield lambda args=args, requests=requests, longest=longest, shared=shared, more=more: (
+                paged_attention(
+                    *args,
+                    ints(requests + 1),
+                    scale=0.1,
+                    prefix_groups=shared,
+                    max_query_len=longest,
+                    **more,
+                )
+            )
+
+
+PARTS = {
+    "elementwise": elementwise_calls,
+    "linear": linear_calls,
+    "sampling": sampling_calls,
+    "attention": attention_calls,
+}
+
+
+def main(parts: list[str]) -> int:
+    install()
+    failures = 0
+    for part in parts or PARTS:
+        for call in PARTS[part]():
+            try:
+                call()
+            except Exception:
+                failures += 1
+                traceback.print_exc(limit=-4)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,38 @@
+"""The Triton kernels compile for a GPU, and fit it, where there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from streamserve_kernels.triton.runtime import INTERPRETED
+
+ROOT = Path(__file__).parents[2]
+_SHARED_BYTES = 227 * 1024  # of a program on Hopper
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="beside a GPU the kernels are compiled anyway")
+@pytest.mark.parametrize("part", ["elementwise", "linear", "sampling", "attention"])
+def test_every_kernel_compiles_for_hopper_and_spills_little(part):
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels"))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    del environment["TRITON_INTERPRET"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.absent_gpu", part],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert kernels
+    for kernel in kernels:
+        assert kernel["shared"] <= _SHARED_BYTES, kernel
+        assert kernel["stack"] <= 256, kernel
