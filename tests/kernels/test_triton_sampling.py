@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamserve.core.sampling_params import SamplingParams
+from streamserve_kernels import naive_sampling
+from streamserve_kernels.sampling import SamplingTensors
+from tests.kernels.sampling_cases import (
+    Case,
+    bad_case,
+    check,
+    edited_case,
+    plain_case,
+    random_rows,
+    tied_case,
+    uniforms,
+)
+
+pytest.importorskip("triton")
+
+from streamserve_kernels.triton import sampling
+
+
+@pytest.fixture
+def vocab_size(device: torch.device) -> int:
+    return 1003 if device.type == "cpu" else 128256
+
+
+@pytest.mark.parametrize("scale", [8.0, 1.0, 0.05])
+def test_draws_are_those_of_the_runners_sampler(device, vocab_size, scale):
+    check(sampling, plain_case(vocab_size, 1, scale=scale), device, edits=False)
+
+
+def test_rows_too_flat_for_their_lists(device):
+    params = [SamplingParams(top_p=0.9), SamplingParams(top_k=3000, top_p=0.7)]
+    vocab_size = 5003 if device.type == "cpu" else 128256
+    logits = random_rows(2, vocab_size, seed=3, scale=0.02)
+    check(sampling, Case(logits, params, uniforms(2, seed=3)), device, edits=False)
+
+
+def test_equals_at_a_threshold(device, vocab_size):
+    check(sampling, tied_case(vocab_size, 2), device, edits=False)
+
+
+def test_every_token_equal(device, vocab_size):
+    params = [SamplingParams(), SamplingParams(top_p=0.25), SamplingParams(top_k=3)]
+    logits = torch.full((3, vocab_size), -2.0)
+    check(sampling, Case(logits, params, [0.999, 0.999, 0.5]), device, edits=False)
+
+
+def test_edits(device, vocab_size):
+    check(sampling, edited_case(vocab_size, 4), device, edits=True)
+
+
+def test_bad_rows(device, vocab_size):
+    check(sampling, bad_case(vocab_size, 5), device, edits=True)
+
+
+def test_bad_rows_without_edits(device, vocab_size):
+    case = bad_case(vocab_size, 6)
+    case.masks = {}
+    check(sampling, case, device, edits=False)
+
+
+def test_the_ends_of_the_uniform(device, vocab_size):
+    params = [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=5)] * 2
+    draws = [0.0] * 3 + [1.0 - 2.0**-53] * 3
+    logits = random_rows(6, vocab_size, seed=7)
+    check(sampling, Case(logits, params, draws), device, edits=False)
+
+
+def test_a_row_alone_draws_the_same(device, vocab_size):
+    case = plain_case(vocab_size, 8)
+    tensors = case.tensors(device)
+    logits = case.logits.to(device)
+    together = sampling.sample(logits, tensors)
+    for row in (1, 6, 9):
+        alone = SamplingTensors(*(t[row : row + 1].clone() for t in tensors))
+        assert sampling.sample(logits[row : row + 1], alone) == together[row]
+
+
+def test_rows_of_another_type_at_a_stride(device, vocab_size):
+    params = [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=5, min_p=0.01)]
+    wide = torch.full((3, vocab_size + 45), float("nan"), dtype=torch.bfloat16, device=device)
+    logits = wide[:, :vocab_size]
+    case = Case(random_rows(3, vocab_size, seed=9), params, uniforms(3, seed=9))
+    logits.copy_(case.logits)
+    ids = sampling.sample(logits, case.tensors(device))
+    assert ids.tolist() == naive_sampling.sample(case.logits, case.tensors()).tolist()
+    assert sampling.greedy(logits).tolist() == naive_sampling.greedy(case.logits).tolist()
+
+
+def awkward_rows(vocab_size: int) -> Tensor:
+    logits = random_rows(5, vocab_size, seed=10).round()
+    logits[1, ::2] = float("nan")
+    logits[2] = float("-inf")
+    logits[3, [5, 800]] = float("inf")
+    logits[4] = float("nan")
+    return logits
+
+
+def test_greedy_takes_the_lowest_of_equals(device, vocab_size):
+    logits = awkward_rows(vocab_size)
+    ids = sampling.greedy(logits.to(device))
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == naive_sampling.greedy(logits).tolist()
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_logprobs(device, vocab_size, count):
+    logits = awkward_rows(vocab_size)
+    ids = torch.tensor([vocab_size - 1, 1, 0, 800, 3])
+    found = sampling.logprobs(logits.to(device), ids.to(device), count)
+    expected = naive_sampling.logprobs(logits, ids, count)
+    for ours, theirs in ((found.chosen, expected.chosen), (found.top, expected.top)):
+        torch.testing.assert_close(ours.cpu(), theirs, atol=5e-6, rtol=1e-6)
+    is_likely = expected.top > -9999.0
+    assert found.top_ids.shape == (5, count)
+    assert torch.equal(found.top_ids.cpu()[is_likely], expected.top_ids[is_likely])
+
+
+def test_counts(device, vocab_size):
+    counts = torch.zeros(3, vocab_size, dtype=torch.int32)
+    rows = torch.tensor([2, -1, 0, 2, 1], dtype=torch.int32)
+    ids = torch.tensor([5, 6, vocab_size - 1, 5, vocab_size])
+    on_device = counts.to(device, copy=True)
+    sampling.add_tokens(on_device, rows.to(device), ids.to(device))
+    naive_sampling.add_tokens(counts, rows, ids)
+    assert counts.sum() == 3
+    assert torch.equal(on_device.cpu(), counts)
+
+
+def test_the_work_space_is_told(device, vocab_size):
+    assert 0 < sampling.work_bytes(1, vocab_size, edits=False) < 2**20
+    with_edits = sampling.work_bytes(2, vocab_size, edits=True)
+    assert with_edits == 2 * (sampling.work_bytes(1, vocab_size, edits=False) + 4 * vocab_size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_many_rows_of_a_models_size(rows, dtype):
+    vocab_size = 128256
+    one = plain_case(vocab_size, 11)
+    params = (list(one.params) * 5)[-rows:]
+    logits = random_rows(rows, vocab_size, seed=12).to(dtype)
+    check(sampling, Case(logits, params, uniforms(rows, seed=12)), "cuda", edits=False)
+    assert torch.equal(sampling.greedy(logits.cuda()).cpu(), naive_sampling.greedy(logits))
+
+
+@pytest.mark.gpu
+def test_a_graph_draws_by_what_its_tensors_hold():
+    """Nothing that is launched depends on what rows ask for."""
+    case = edited_case(128256, 13)
+    logits = case.logits.cuda()
+    tensors, edits = case.tensors("cuda"), case.edits("cuda")
+    fixed_logits = torch.zeros_like(logits)
+    fixed = SamplingTensors(*(torch.zeros_like(t) for t in tensors))
+    fixed_edits = type(edits)(*(t.clone() for t in edits))
+    sampling.sample(fixed_logits, fixed, fixed_edits)
+    sampling.greedy(fixed_logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids = sampling.sample(fixed_logits, fixed, fixed_edits)
+        likeliest = sampling.greedy(fixed_logits)
+    fixed_logits.copy_(logits)
+    for mine, theirs in zip(fixed, tensors, strict=True):
+        mine.copy_(theirs)
+    graph.replay()
+    assert torch.equal(ids, sampling.sample(logits, tensors, edits))
+    assert torch.equal(likeliest, sampling.greedy(logits))
