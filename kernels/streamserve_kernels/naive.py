@@ -44,13 +44,19 @@ def write_kv(
     """Writes this step's keys [T, Hkv, D] and values [T, Hkv, Dv] into the caches, in place.
 
     `slot_mapping` [T] int64: `block_id * S + offset`, or -1 for a padding row, which is skipped.
+    A float8_e4m3fn cache takes its largest value for what is larger.
     """
     block_size = key_cache.shape[2]
     rows = (slot_mapping >= 0).nonzero(as_tuple=True)[0]
     slots = slot_mapping[rows]
     blocks, offsets = slots // block_size, slots % block_size
-    key_cache[blocks, :, offsets] = key[rows].to(key_cache.dtype)
-    value_cache[blocks, :, offsets] = value[rows].to(value_cache.dtype)
+    for cache, new in ((key_cache, key), (value_cache, value)):
+        if cache.dtype == torch.float8_e4m3fn:
+            limit = torch.finfo(cache.dtype).max
+            held = new[rows].float().clamp(-limit, limit).to(cache.dtype).view(torch.uint8)
+            cache.view(torch.uint8)[blocks, :, offsets] = held
+        else:
+            cache[blocks, :, offsets] = new[rows].to(cache.dtype)
 
 
 def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
@@ -59,7 +65,8 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     No block is both a source and a destination, so the order of the copies does not matter.
     """
     for cache in caches:
-        cache[dst] = cache[src]
+        held = cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+        held[dst] = held[src]
 
 
 def paged_attention(
@@ -131,6 +138,13 @@ def paged_attention(
     return output
 
 
+def _blocks(cache: Tensor, blocks: Tensor) -> Tensor:
+    """Blocks of a cache; torch indexes no float8 on a CPU."""
+    if cache.dtype == torch.float8_e4m3fn:
+        return cache.view(torch.uint8)[blocks].view(cache.dtype).float()
+    return cache[blocks]
+
+
 def _groups(groups: PrefixGroups) -> list[tuple[list[int], int]]:
     """(members, leading blocks) of each group that has members."""
     members, starts = groups.members.tolist(), groups.starts.tolist()
@@ -192,7 +206,7 @@ class _Attention:
     def _gather(cache: Tensor, blocks: Tensor, length: int, num_heads: int) -> Tensor:
         """The first `length` rows in `blocks` -> [Hq, length, D] float32, a copy per query head."""
         num_kv_heads, _, size = cache.shape[1:]
-        rows = cache[blocks.long()].transpose(0, 1).reshape(num_kv_heads, -1, size)[:, :length]
+        rows = _blocks(cache, blocks.long()).transpose(0, 1).reshape(num_kv_heads, -1, size)[:, :length]
         return rows.float().repeat_interleave(num_heads // num_kv_heads, dim=0)
 
 

@@ -124,21 +124,23 @@ def layer_norm(
 
 
 @jit
-def _tanh(x):
-    # 1 - 2 / (1 + e^2x) is exact at both ends
-    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+def _sigmoid(x):
+    # of powers that do not overflow
+    power = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, power) / (1.0 + power)
 
 
 @jit
 def _act(x, KIND: tl.constexpr):
     if KIND == 0:
-        y = x / (1.0 + tl.exp(-x))
+        y = x * _sigmoid(x)
     elif KIND == 1:
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif KIND == 2:
-        y = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        # (1 + tanh(y)) / 2 is sigmoid(2y)
+        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif KIND == 3:
-        y = x / (1.0 + tl.exp(-1.702 * x))
+        y = x * _sigmoid(1.702 * x)
     elif KIND == 4:
         y = tl.maximum(x, 0.0)
     else:

@@ -1,0 +1,126 @@
+"""Puts together what several programs, or a group and its member, know of a row of attention."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from streamserve_kernels.triton.attention_work import (
+    REQUESTS,
+    group_work,
+    membership,
+    own_work,
+    share_of,
+    survey,
+)
+
+PARTS = tl.constexpr(16)  # read at a time
+
+
+@triton.jit
+def request_of_token(token, batch):
+    """The request of a row, or `num_requests` if it belongs to none."""
+    request = tl.full([], 0, tl.int32)
+    for base in range(0, batch.num_requests, REQUESTS):
+        index = base + tl.arange(0, REQUESTS)
+        valid = index < batch.num_requests
+        after = tl.load(batch.query_start_loc + index + 1, mask=valid, other=2147483647)
+        request += tl.sum((after <= token).to(tl.int32), 0)
+    return request
+
+
+@triton.jit
+def parts_of(sequence, item, key_tiles, programs, batch, rule, shared: tl.constexpr, c: tl.constexpr):
+    """(first program of an item, how many worked on it)."""
+    total, before = survey(sequence, batch, rule, shared, c)
+    share = share_of(total, programs)
+    begin = before + item * key_tiles
+    first = begin // share
+    return first, (begin + key_tiles - 1) // share - first + 1
+
+
+@triton.jit
+def merge_row(
+    output, parts, logs, batch, rule, slot, head, by_request: tl.constexpr,
+    programs, shared_programs, part_base, whole_base, shared_whole_base, c: tl.constexpr,
+):  # fmt: skip
+    """The output of one query and head, unless one program has written it alone.
+
+    `slot` is a token, or `by_request` a place for each of the most queries of a split request.
+    """
+    kv_head = head // c.group
+    if by_request:
+        request = slot // batch.split_queries
+    else:
+        request = request_of_token(slot, batch)
+    real = request < batch.num_requests
+    prefix = tl.full([], 0, tl.int32)
+    if c.has_groups:
+        place, group, blocks = membership(request, batch)
+        prefix = blocks * c.block_size
+    first, count, _, _, key_tiles, row_tiles = own_work(request, real, prefix, batch, rule, c)
+    if by_request:
+        number = slot % batch.split_queries
+        token = first + number
+        mine = (number < count) & (count <= batch.split_queries)
+    else:
+        token = slot
+        number = token - first
+        mine = slot >= 0  # padding rows too: they come out as zeros
+    row = number * c.group + head % c.group
+
+    own = tl.full([], 0, tl.int32)  # parts
+    own_first = own  # program
+    if key_tiles > 0:
+        item = kv_head * row_tiles + row // c.split_rows
+        own_first, own = parts_of(request, item, key_tiles, programs, batch, rule, False, c)
+    own_row = row % c.split_rows
+    whole = whole_base + (request * batch.shared_queries + number) * (c.num_kv_heads * c.group) + head
+    common = tl.full([], 0, tl.int32)
+    common_first = common
+    common_row = common
+    if c.has_groups:
+        if (place >= 0) & (count <= batch.shared_queries) & (key_tiles > 0):
+            group_first, _, _, group_keys, group_rows = group_work(group, True, batch, c)
+            shared_row = ((place - group_first) * batch.shared_queries + number) * c.group
+            shared_row += head % c.group
+            common_row = shared_row % c.shared_rows
+            shared_item = kv_head * group_rows + shared_row // c.shared_rows
+            common_first, common = parts_of(
+                group, shared_item, group_keys, shared_programs, batch, rule, True, c
+            )
+
+    if mine & (own + common != 1):
+        DV: tl.constexpr = c.block_dv
+        columns = tl.arange(0, DV)
+        peak = tl.full([], -1.0e30, tl.float32)
+        weight = tl.full([], 0.0, tl.float32)
+        acc = tl.zeros([DV], tl.float32)
+        for base in range(0, own + common, PARTS):
+            part = base + tl.arange(0, PARTS)
+            # slot 1 of a program holds an item that it began, slot 0 one that it went on with
+            index = ((own_first + part) * 2 + (part == 0).to(tl.int32)) * c.split_rows + own_row
+            if c.has_groups:
+                index = tl.where(own == 1, whole, index)
+                other = part - own
+                there = (common_first + other) * 2 + (other == 0).to(tl.int32)
+                there = part_base + there * c.shared_rows + common_row
+                there = tl.where(common == 1, shared_whole_base + whole - whole_base, there)
+                index = tl.where(part < own, index, there)
+            valid = part < own + common
+            log = tl.load(logs + index, mask=valid, other=-1.0e30)
+            pointers = parts + index.to(tl.int64)[:, None] * c.block_dv + columns[None, :]
+            values = tl.load(pointers, mask=valid[:, None] & (columns[None, :] > -1), other=0.0)
+            higher = tl.maximum(peak, tl.max(log, 0))
+            share = tl.where(valid, tl.exp2(log - higher), 0.0)
+            decay = tl.exp2(peak - higher)
+            weight = weight * decay + tl.sum(share, 0)
+            acc = acc * decay + tl.sum(values * share[:, None], 0)
+            peak = higher
+        out = acc / tl.where(weight > 0.0, weight, 1.0)
+        start = (token.to(tl.int64) * (c.num_kv_heads * c.group) + head) * c.value_size
+        tl.store(
+            output + start + columns,
+            out.to(output.dtype.element_ty),
+            mask=columns < c.value_size,
+        )
