@@ -48,7 +48,8 @@ class GroupedWeight:
 def _fields(words: Tensor, bits: int) -> Tensor:
     """Words [A, B] int32 -> their fields [A, B, 32 / bits] uint8, lowest first."""
     shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
-    return ((words[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8)
+    fields: Tensor = (words[..., None] >> shifts) & (2**bits - 1)
+    return fields.to(torch.uint8)
 
 
 def unpack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> GroupedWeight:

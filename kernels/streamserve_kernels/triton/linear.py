@@ -56,13 +56,13 @@ _PACKED_GEMV = (
 )
 _PACKED_FEW = (
     Config("gemm", 16, 32, 64, 4, 4),
-    Config("gemm", 16, 16, 128, 4, 3),
+    Config("gemm", 16, 16, 64, 4, 5),
     Config("gemm", 16, 32, 128, 4, 3),
     Config("gemm", 16, 64, 64, 4, 3),
 )
 _PACKED_32 = (
     Config("gemm", 32, 64, 32, 4, 3),
-    Config("gemm", 32, 32, 64, 4, 3),
+    Config("gemm", 32, 32, 32, 4, 4),
     Config("gemm", 32, 128, 32, 4, 3),
     LIBRARY,
 )
@@ -289,6 +289,7 @@ class PackedQuantLinear:
                 BITS=packed.bits,
                 BLOCK_N=config.block_n,
                 BLOCK_W=128 * config.num_warps,
+                ROW_SCALES=packed.group_shift == WHOLE_ROW,
                 HAS_ZEROS=packed.zeros is not None,
                 HAS_BIAS=self.bias is not None,
                 STAGES=config.stages,
