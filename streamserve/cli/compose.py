@@ -21,6 +21,7 @@ from streamserve.core.step_time import StepTimeModel
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.tokenizer import FastTokenizer
+from streamserve.errors import ConfigError
 from streamserve.models import (
     ModelConfig,
     kv_bytes_per_block,
@@ -77,6 +78,8 @@ def build_service(args: Namespace, *, say: Say, warn: Say) -> Service:
     Says what it does line by line. Raises ``StreamServeError``.
     """
     device = torch.device("cpu")
+    if args.quantization == "fp8" and device.type == "cpu":
+        raise ConfigError("--quantization fp8 needs a GPU; a CPU has int8 and int4")
     path = box_path() if args.model is None else _resolve(args, say)
     config = load_config(path)
     dtype = resolve_dtype(args.dtype, config, device)

@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 
 from streamserve_kernels.interface import PackedLinear
 from streamserve_kernels.triton import tuning
-from streamserve_kernels.triton.linear import FEW_ROWS, LIBRARY, linear, prepare_linear
+from streamserve_kernels.triton.linear import FEW_ROWS, linear, prepare_linear
 from streamserve_kernels.triton.runtime import INTERPRETED, compilations
-from streamserve_kernels.triton.tuning import Config, bucket, tune
+from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket, tune
 
 # Odd sizes, less than a tile, several steps of the loop.
 SMALL = [(5, 24), (37, 100), (130, 1160), (64, 2048)]

@@ -39,6 +39,9 @@ class Config(NamedTuple):
     stages: int = 1
 
 
+LIBRARY = Config("library")  # cuBLAS
+
+
 @runtime_checkable
 class Tunable(Protocol):
     """A linear layer with a choice of kernels. The first candidate is the one without tuning."""
