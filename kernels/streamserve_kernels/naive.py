@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from streamserve_kernels.fp8 import NaiveFp8Linear
 from streamserve_kernels.interface import (
     ActivationKind,
     GatedKind,
@@ -374,6 +375,8 @@ def prepare_quantised(
     A backend may quantise the activations too (see the bound in its own docstring); what the
     quantised weight is does not differ between backends.
     """
+    if quantization == "fp8":
+        return NaiveFp8Linear(weight, bias)
     return NaiveQuantLinear(weight, bias, quantization)
 
 

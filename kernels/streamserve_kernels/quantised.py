@@ -9,6 +9,8 @@ from then on:
 The scale is the smallest with which every weight of its row or group lies within half a step of a
 code. The code furthest from zero is a negative one, so a scale takes the sign that gives this code
 to the larger extreme.
+
+The third kind, `fp8`, is for GPUs and has a module of its own.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-Quantization = Literal["int8", "int4"]
-QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
-BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
+IntegerQuantization = Literal["int8", "int4"]
+Quantization = Literal["int8", "int4", "fp8"]
+# What every backend offers; those for GPUs, and the naive one, have fp8 too.
+QUANTIZATIONS: tuple[IntegerQuantization, ...] = get_args(IntegerQuantization)
+BITS: dict[IntegerQuantization, int] = {"int8": 8, "int4": 4}
 INT4_GROUP = 32
 # Inputs are padded to whole tiles of the compiled kernels; int4's groups divide them.
 TILE_INPUTS = 64
 TILE_OUTPUTS = 16
+# Outputs and inputs of an fp8 weight are padded to whole multiples, which matrix units ask for.
+FP8_TILE = 16
 # Elements that are quantised at a time: float32 copies of a large weight would not fit beside it.
 _SLICE_ELEMENTS = 2**22
 
@@ -49,7 +55,7 @@ class QuantisedWeight:
         return weight[:, : self.in_features]
 
 
-def quantise(weight: Tensor, quantization: Quantization) -> QuantisedWeight:
+def quantise(weight: Tensor, quantization: IntegerQuantization) -> QuantisedWeight:
     """Weight [N, K], any float dtype -> its codes and scales. Weights must be finite."""
     out_features, in_features = weight.shape
     padded = -(-in_features // TILE_INPUTS) * TILE_INPUTS
@@ -68,7 +74,7 @@ def quantise(weight: Tensor, quantization: Quantization) -> QuantisedWeight:
     return QuantisedWeight(codes, scales, in_features)
 
 
-def _smallest_scale(groups: Tensor, quantization: Quantization) -> Tensor:
+def _smallest_scale(groups: Tensor, quantization: IntegerQuantization) -> Tensor:
     """Groups [n, G, group] -> scales [n, G]: no weight is further than half a step from a code.
 
     Codes reach from -h to h - 1, so with half a step on either side they cover 2·h steps: h + 0.5
@@ -89,6 +95,9 @@ def _smallest_scale(groups: Tensor, quantization: Quantization) -> Tensor:
 
 def packed_bytes(quantization: Quantization, out_features: int, in_features: int) -> int:
     """Bytes that a quantised weight takes, padding included."""
+    if quantization == "fp8":
+        outputs, inputs = (-(-n // FP8_TILE) * FP8_TILE for n in (out_features, in_features))
+        return outputs * (inputs + torch.float32.itemsize)
     outputs = -(-out_features // TILE_OUTPUTS) * TILE_OUTPUTS
     inputs = -(-in_features // TILE_INPUTS) * TILE_INPUTS
     if quantization == "int8":
@@ -112,11 +121,13 @@ class NaiveQuantLinear:
         "quantization",
     )
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, quantization: Quantization) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, quantization: IntegerQuantization
+    ) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self.bias = bias
-        self.quantization = quantization
+        self.quantization: Quantization = quantization
         quantised = quantise(weight, quantization)
         if quantization == "int8":
             self._codes, self._scales = quantised.codes, quantised.scales

@@ -13,7 +13,7 @@ from streamserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
-QUANTIZATIONS = ("int8", "int4")
+QUANTIZATIONS = ("int8", "int4", "fp8")
 KV_CACHE_DTYPES = ("auto", "fp8")
 
 _EXAMPLES = """examples:
@@ -105,8 +105,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--quantization",
         "-q",
         metavar="METHOD",
-        help=f"quantise the weights while they are loaded: {' or '.join(QUANTIZATIONS)} "
-        "(default: leave them as they are)",
+        help=f"quantise the weights while they are loaded: {', '.join(QUANTIZATIONS)} "
+        "(fp8: on a GPU; default: leave them as they are)",
     )
 
 

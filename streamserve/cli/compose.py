@@ -22,6 +22,7 @@ from streamserve.core.step_time import StepTimeModel
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.tokenizer import FastTokenizer
+from streamserve.errors import ConfigError
 from streamserve.models import ModelConfig, load_config, resolve_dtype, resolve_model
 from streamserve.runner.devices import choose_device, visible_gpus
 from streamserve.runner.memory import MemoryPlan
@@ -101,6 +102,8 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
     cpu = torch.device("cpu")
     device = cpu if args.device == "cpu" else choose_device(args.device, visible_gpus())
     args = resolve_device_flags(args, on_gpu=device != cpu, warn=warn)
+    if args.quantization == "fp8" and device == cpu:
+        raise ConfigError("--quantization fp8 needs a GPU; a CPU has int8 and int4")
     path = box_path() if args.model is None else _resolve(args, say)
     config = load_config(path)
     dtype = resolve_dtype(args.dtype, config, device)

@@ -12,14 +12,13 @@ from streamserve_kernels.grouped import AWQ_ORDER, NaiveGroupedLinear, unpack_aw
 from streamserve_kernels.quantised import NaiveQuantLinear, packed_bytes
 from streamserve_kernels.triton import linear as triton_linear
 from streamserve_kernels.triton.linear import (
-    LIBRARY,
     PACKED_ROWS,
     prepare_awq,
     prepare_gptq,
     prepare_quantised,
 )
 from streamserve_kernels.triton.runtime import INTERPRETED
-from streamserve_kernels.triton.tuning import Config, bucket
+from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket
 
 SMALL = [(1, 1), (5, 129), (37, 100), (16, 64), (48, 896)]
 LLAMA = [(6144, 4096), (4096, 14336)]

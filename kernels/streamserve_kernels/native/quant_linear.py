@@ -25,8 +25,10 @@ from streamserve_kernels.native.symbol import as_symbol
 from streamserve_kernels.pool import pool
 from streamserve_kernels.quantised import (
     BITS,
+    QUANTIZATIONS,
     TILE_INPUTS,
     TILE_OUTPUTS,
+    IntegerQuantization,
     NaiveQuantLinear,
     QuantisedWeight,
     Quantization,
@@ -39,7 +41,7 @@ _OWN_ROWS = 4
 # Bytes of a quantised group of activations: values, scale, two sums.
 _GROUP_BYTES = TILE_INPUTS + 12
 _LINE = 64
-_TILE_BYTES: dict[Quantization, int] = {"int8": 1024, "int4": 576}
+_TILE_BYTES: dict[IntegerQuantization, int] = {"int8": 1024, "int4": 576}
 _DTYPES = (torch.bfloat16, torch.float32)
 
 _arena = Arena()
@@ -74,6 +76,7 @@ class NativeQuantLinear:
         "_scales",
         "_tiles",
         "bias",
+        "bits",
         "dtype",
         "groups",
         "in_features",
@@ -81,10 +84,13 @@ class NativeQuantLinear:
         "quantization",
     )
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, quantization: Quantization) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, quantization: IntegerQuantization
+    ) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self.quantization: Quantization = quantization
+        self.bits = BITS[quantization]
         self.bias = None if bias is None else bias.float().contiguous()
         self.groups = -(-self.in_features // TILE_INPUTS)
         tiles = -(-self.out_features // TILE_OUTPUTS)
@@ -107,7 +113,7 @@ class NativeQuantLinear:
             int(weight.dtype == torch.float32),
             self.out_features,
             self.in_features,
-            BITS[self.quantization],
+            self.bits,
             self._tiles.data_ptr(),
             0 if self._scales is None else self._scales.data_ptr(),
         )
@@ -178,7 +184,7 @@ class NativeQuantLinear:
             0 if self._scales is None else self._scales.data_ptr(),
             0 if self.bias is None else self.bias.data_ptr(),
             self.out_features,
-            BITS[self.quantization],
+            self.bits,
             int(is_float32),
             best,
             double_bits(scale),
@@ -235,7 +241,12 @@ def _untile(tiled: Tensor, scales: Tensor | None, in_features: int) -> Tensor:
 def prepare_quantised(
     weight: Tensor, bias: Tensor | None, quantization: Quantization
 ) -> QuantLinear:
-    """See `naive.prepare_quantised`; the naive twin itself where the C kernels cannot run."""
+    """See `naive.prepare_quantised`; the naive twin itself where the C kernels cannot run.
+
+    Raises ValueError for fp8.
+    """
+    if quantization == "fp8":
+        raise ValueError(f"fp8 products need a GPU; a CPU has {' and '.join(QUANTIZATIONS)}")
     if why_not() is not None:
         return NaiveQuantLinear(weight, bias, quantization)
     return NativeQuantLinear(weight, bias, quantization)

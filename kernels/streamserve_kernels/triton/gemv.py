@@ -19,6 +19,8 @@ def gemv_kernel(
     x,  # [K]
     weight,  # [N, K]
     bias,  # [N], or anything without HAS_BIAS
+    x_scale,  # [1] float32, or anything without HAS_SCALES
+    weight_scales,  # [N] float32, or anything without HAS_SCALES
     y,  # [N]
     N,
     K,
@@ -26,6 +28,7 @@ def gemv_kernel(
     BLOCK_K: tl.constexpr,  # VEC inputs a thread
     VEC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -44,6 +47,8 @@ def gemv_kernel(
         products = w.to(tl.float32) * values[None, :]
         acc += tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_K // VEC, VEC)), axis=2)
     out = tl.sum(acc, axis=1)
+    if HAS_SCALES:
+        out *= tl.load(x_scale) * tl.load(weight_scales + n, mask=n < N, other=0.0)
     if HAS_BIAS:
         out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)

@@ -17,14 +17,14 @@ from torch import Tensor
 from streamserve_kernels.grouped import GroupedWeight, unpack_awq, unpack_gptq
 from streamserve_kernels.interface import PackedLinear, QuantLinear
 from streamserve_kernels.quantised import Quantization, quantise
+from streamserve_kernels.triton.fp8 import Fp8Linear
 from streamserve_kernels.triton.gemv import gemv_kernel, skinny_kernel
 from streamserve_kernels.triton.packed import WHOLE_ROW, PackedWeight, pack
 from streamserve_kernels.triton.packed_gemm import packed_gemm_kernel
 from streamserve_kernels.triton.packed_gemv import packed_gemv_kernel
 from streamserve_kernels.triton.runtime import INTERPRETED
-from streamserve_kernels.triton.tuning import Config, bucket
+from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket
 
-LIBRARY = Config("library")  # cuBLAS, of a dequantised copy where the weight is quantised
 # Most rows that a kernel of ours takes.
 FEW_ROWS = 16
 PACKED_ROWS = 256
@@ -56,13 +56,13 @@ _PACKED_GEMV = (
 )
 _PACKED_FEW = (
     Config("gemm", 16, 32, 64, 4, 4),
-    Config("gemm", 16, 16, 128, 4, 3),
+    Config("gemm", 16, 16, 64, 4, 5),
     Config("gemm", 16, 32, 128, 4, 3),
     Config("gemm", 16, 64, 64, 4, 3),
 )
 _PACKED_32 = (
     Config("gemm", 32, 64, 32, 4, 3),
-    Config("gemm", 32, 32, 64, 4, 3),
+    Config("gemm", 32, 32, 32, 4, 4),
     Config("gemm", 32, 128, 32, 4, 3),
     LIBRARY,
 )
@@ -148,24 +148,33 @@ class DenseLinear:
         rows = _rows_of(x, self.in_features)
         count, out_features = rows.shape[0], self.out_features
         y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
-        tensors = rows, self.weight, self.weight if self.bias is None else self.bias, y
+        weight, bias = self.weight, self.weight if self.bias is None else self.bias
         if config.kernel == "gemv":
             vector = _ALIGNMENT // self.weight.itemsize
             gemv_kernel[(-(-out_features // config.block_n),)](
-                *tensors,
+                rows,
+                weight,
+                bias,
+                weight,
+                weight,
+                y,
                 out_features,
                 self.in_features,
                 BLOCK_N=config.block_n,
                 BLOCK_K=32 * config.num_warps * vector,
                 VEC=vector,
                 HAS_BIAS=self.bias is not None,
+                HAS_SCALES=False,
                 STAGES=config.stages,
                 num_warps=config.num_warps,
             )
             return y
         grid = -(-out_features // config.block_n), -(-count // config.block_m)
         skinny_kernel[grid](
-            *tensors,
+            rows,
+            weight,
+            bias,
+            y,
             count,
             out_features,
             self.in_features,
@@ -289,6 +298,7 @@ class PackedQuantLinear:
                 BITS=packed.bits,
                 BLOCK_N=config.block_n,
                 BLOCK_W=128 * config.num_warps,
+                ROW_SCALES=packed.group_shift == WHOLE_ROW,
                 HAS_ZEROS=packed.zeros is not None,
                 HAS_BIAS=self.bias is not None,
                 STAGES=config.stages,
@@ -338,7 +348,13 @@ def prepare_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
 def prepare_quantised(
     weight: Tensor, bias: Tensor | None, quantization: Quantization
 ) -> QuantLinear:
-    """See `naive.prepare_quantised`: the very same weight, and activations are not quantised."""
+    """See `naive.prepare_quantised`: the very same weight.
+
+    Activations are quantised for fp8 only, as the twin does it. Raises ValueError for fp8 on a card
+    without it.
+    """
+    if quantization == "fp8":
+        return Fp8Linear(weight, bias)
     quantised = quantise(weight, quantization)
     if quantization == "int8":
         codes, scales, group = quantised.codes.view(torch.uint8) ^ 128, quantised.scales, None

@@ -30,6 +30,7 @@ def packed_gemv_kernel(
     BITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,  # four words, a chunk, a thread
+    ROW_SCALES: tl.constexpr,  # G is 1
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -40,6 +41,8 @@ def packed_gemv_kernel(
     rows = n.to(tl.int64)[None, :]
     offsets = tl.arange(0, BLOCK_W)
     first = offsets // 4 * (4 * PER) + offsets % 4
+    if ROW_SCALES and HAS_ZEROS:
+        row_zero = tl.load(zeros + n, mask=n < N, other=0).to(tl.float32)[None, None, :]
     acc = tl.zeros((CHUNKS, BLOCK_N), dtype=tl.float32)
     for start in tl.range(0, W, BLOCK_W, num_stages=STAGES):
         word = start + offsets
@@ -49,14 +52,17 @@ def packed_gemv_kernel(
             other=0,
             eviction_policy="evict_first",
         )
-        chunk = start // 4 + tl.arange(0, CHUNKS)
-        group = rows * G + (chunk >> group_shift)[:, None]
-        mask = (n < N)[None, :] & (chunk < W // 4)[:, None]
-        scale = tl.load(scales + group, mask=mask, other=0.0).to(tl.float32)
-        if HAS_ZEROS:
-            zero = tl.load(zeros + group, mask=mask, other=0).to(tl.float32)[:, None, :]
+        zero = 2.0 ** (BITS - 1)
+        if ROW_SCALES:
+            if HAS_ZEROS:
+                zero = row_zero
         else:
-            zero = 2.0 ** (BITS - 1)
+            chunk = start // 4 + tl.arange(0, CHUNKS)
+            group = rows * G + (chunk >> group_shift)[:, None]
+            mask = (n < N)[None, :] & (chunk < W // 4)[:, None]
+            scale = tl.load(scales + group, mask=mask, other=0.0).to(tl.float32)
+            if HAS_ZEROS:
+                zero = tl.load(zeros + group, mask=mask, other=0).to(tl.float32)[:, None, :]
         part = tl.zeros((CHUNKS, 4, BLOCK_N), dtype=tl.float32)
         for j in tl.static_range(PER):
             unit = 2 ** (j * BITS % 16)
@@ -66,8 +72,13 @@ def packed_gemv_kernel(
             k = start * PER + first + j * 4
             values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32) * (1.0 / unit)
             part += (code - (zero * unit + 8388608.0)) * tl.reshape(values, (CHUNKS, 4, 1))
-        acc += tl.sum(part, axis=1) * scale
+        if ROW_SCALES:
+            acc += tl.sum(part, axis=1)
+        else:
+            acc += tl.sum(part, axis=1) * scale
     out = tl.sum(acc, axis=0)
+    if ROW_SCALES:
+        out *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)
     if HAS_BIAS:
         out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)

@@ -39,6 +39,9 @@ class Config(NamedTuple):
     stages: int = 1
 
 
+LIBRARY = Config("library")  # cuBLAS
+
+
 @runtime_checkable
 class Tunable(Protocol):
     """A linear layer with a choice of kernels. The first candidate is the one without tuning."""
@@ -149,11 +152,15 @@ def measure_on_gpu(layers: Sequence[Tunable], x: Tensor, config: Config) -> floa
         layers[0].run(x, config)
     except triton.runtime.errors.OutOfResources:
         return float("inf")
-    torch.cuda.synchronize(x.device)
+    # Not `torch.cuda.graph`, which collects garbage and empties the allocator's cache every time.
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    stream = torch.cuda.Stream(x.device)
+    torch.cuda.synchronize(x.device)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
         for call in range(calls):
             layers[call % len(layers)].run(x, config)
+        graph.capture_end()
     graph.replay()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     best = float("inf")
