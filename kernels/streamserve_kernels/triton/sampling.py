@@ -88,14 +88,14 @@ def sample(
         num_warps=num_warps,
     )  # fmt: skip
     lists = (
-        empty(2, dtype=torch.int32),
+        empty(4, dtype=torch.int32),
         empty(list_size, dtype=torch.int32),
         empty(list_size),
     )
     sampling_kernels.collect_kernel[grid](
         source, stride, maxima, *wishes, masses, *levels, *lists,
         vocab_size, chunk, num_chunks, padded_chunks, list_size,
-        num_warps=num_warps,
+        num_warps=num_warps, maxnreg=80,  # three programs to a processor
     )  # fmt: skip
     tokens = empty(dtype=torch.int64)
     sampling_kernels.draw_kernel[(num_rows,)](

@@ -90,6 +90,7 @@ def edit_kernel(
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     start = chunk * CHUNK
+    heat = tl.load(temperature + row)
     offsets = start + tl.arange(0, CHUNK)
     inside = offsets < V
     real_ids = tl.where(inside, offsets, _NO_ID)
@@ -147,7 +148,6 @@ def edit_kernel(
     best, token_id = first_maximum(values, real_ids)
     tl.store(maxima + at * 4, best)
     tl.store(ids + at * 2, token_id)
-    heat = tl.load(temperature + row)
     if heat >= _MIN_TEMPERATURE:
         mass = 0.0
         if best > float("-inf"):
@@ -209,9 +209,10 @@ def collect_kernel(
     V: tl.constexpr, CHUNK: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr,
     LIST: tl.constexpr,
 ):  # fmt: skip
-    """Fills found [L, 2]: how many tokens lie above the level, and its bits; the lists [L, LIST].
+    """Fills found [L, 4] (how many tokens lie above the level, the level's bits, and those of the
+    lowest level above which there are too few) and the lists [L, LIST].
 
-    A list is filled where they fit.
+    A list is filled where the tokens fit.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -229,16 +230,22 @@ def collect_kernel(
         count = tl.sum(counts, 0)
         # The masses of levels are float32 sums: their errors must not leave a token out.
         goal = p * tl.sum(tl.load(masses + row * S + chunks, mask=chunks < S, other=0.0), 0)
-        enough = tl.where(k > 0, count >= k, tl.sum(of_levels, 0) >= goal * 1.00001)
+        mass = tl.sum(of_levels, 0)
+        enough = tl.where(k > 0, count >= k, mass >= goal * 1.00001)
+        too_few = tl.where(k > 0, count < k, mass <= goal * 0.99999)
         chosen = tl.min(tl.where(enough, columns, _LEVELS - 1), 0)
+        ceiling = tl.max(tl.where(too_few, columns, -1), 0)
         candidates = tl.sum(tl.where(columns == chosen, count, 0), 0)
         level = tl.load(levels + row * _LEVELS + chosen)
         if chunk == 0:
-            tl.store(found + row * 2, candidates)
-            tl.store(found + row * 2 + 1, level.to(tl.int32, bitcast=True))
-        if candidates <= LIST:
-            earlier = (chunks < chunk)[:, None] & (columns == chosen)[None, :]
-            before = tl.sum(tl.sum(tl.where(earlier, counts, 0), 1), 0)
+            above = tl.load(levels + row * _LEVELS + ceiling, mask=ceiling >= 0, other=2.0)
+            tl.store(found + row * 4, candidates)
+            tl.store(found + row * 4 + 1, level.to(tl.int32, bitcast=True))
+            tl.store(found + row * 4 + 2, above.to(tl.int32, bitcast=True))
+        of_chunks = tl.sum(tl.where((columns == chosen)[None, :], counts, 0), 1)
+        own = tl.sum(tl.where(chunks == chunk, of_chunks, 0), 0)
+        if (candidates <= LIST) & (own > 0):
+            before = tl.sum(tl.where(chunks < chunk, of_chunks, 0), 0)
             offsets = chunk * CHUNK + tl.arange(0, CHUNK)
             values = load_logits(source + row * stride, offsets, offsets < V)
             scale = tl.div_rn(_LOG2_E, heat)
@@ -266,24 +273,25 @@ def load_candidates(
 
 @jit
 def threshold(
-    low, goal, BY_MASS: tl.constexpr,
+    low, high, goal, BY_MASS: tl.constexpr,
     listed, listed_weights, source, end, best, scale, min_p, TILE: tl.constexpr,
 ):  # fmt: skip
     """Bits of the largest weight such that it and all above it count, or weigh, `goal` (float64).
 
-    Those from `low` (bits) on must do so.
+    Those from `low` (bits) on must do so, those from `high` on must not. Every weight beside them
+    that occurs narrows the search, so it takes as many steps as there are distinct weights to tell
+    apart, to the base of 4.
     """
-    # Invariant: weights from `low` on reach the goal, those from `high` on do not.
-    high = low * 0 + (_ONE_BITS + 1)
     while high - low > 1:
         half = (high - low) // 2
         quarter = half // 2
         a = low + quarter
         b = low + half
         c = b + quarter
-        of_a = tl.zeros([TILE], tl.float64)
-        of_b = tl.zeros([TILE], tl.float64)
-        of_c = tl.zeros([TILE], tl.float64)
+        # A lane adds few numbers: float32 will do there.
+        of_a = tl.zeros([TILE], tl.float32)
+        of_b = tl.zeros([TILE], tl.float32)
+        of_c = tl.zeros([TILE], tl.float32)
         least = tl.full([TILE], _NO_ID, tl.int32)
         most = tl.zeros([TILE], tl.int32)
         start = 0
@@ -293,9 +301,9 @@ def threshold(
             )
             bits = weights.to(tl.int32, bitcast=True)
             if BY_MASS:
-                amount = weights.to(tl.float64)
+                amount = weights
             else:
-                amount = tl.full([TILE], 1.0, tl.float64)
+                amount = tl.full([TILE], 1.0, tl.float32)
             of_a += tl.where(bits >= a, amount, 0.0)
             of_b += tl.where(bits >= b, amount, 0.0)
             of_c += tl.where(bits >= c, amount, 0.0)
@@ -303,9 +311,9 @@ def threshold(
             least = tl.minimum(least, tl.where(between, bits, _NO_ID))
             most = tl.maximum(most, tl.where(between, bits, 0))
             start += TILE
-        reaches_a = tl.sum(of_a, 0) >= goal
-        reaches_b = tl.sum(of_b, 0) >= goal
-        reaches_c = tl.sum(of_c, 0) >= goal
+        reaches_a = tl.sum(of_a.to(tl.float64), 0) >= goal
+        reaches_b = tl.sum(of_b.to(tl.float64), 0) >= goal
+        reaches_c = tl.sum(of_c.to(tl.float64), 0) >= goal
         lowest = tl.min(least, 0)
         highest = tl.max(most, 0)
         high = tl.where(
@@ -343,15 +351,16 @@ def draw_restricted(
 ):  # fmt: skip
     k = tl.load(top_k + row)
     p = tl.load(top_p + row).to(tl.float64)
-    candidates = tl.load(found + row * 2)
+    candidates = tl.load(found + row * 4)
     listed = candidates <= LIST
     end = tl.where(listed, candidates, V)
     ids = listed_ids + row * LIST
     weighed = listed_weights + row * LIST
-    low = tl.maximum(tl.load(found + row * 2 + 1), 1)  # 0 is no weight
+    low = tl.maximum(tl.load(found + row * 4 + 1), 1)  # 0 is no weight
+    high = tl.minimum(tl.load(found + row * 4 + 2), _ONE_BITS + 1)
     if (k > 0) & (k < candidates):
         low = threshold(
-            low, k.to(tl.float64), False,
+            low, high, k.to(tl.float64), False,
             listed, weighed, source, end, best, scale, min_p, TILE,
         )  # fmt: skip
     above, equal = mass_above(low, listed, weighed, source, end, best, scale, min_p, TILE)
@@ -361,9 +370,10 @@ def draw_restricted(
         whole = tl.sum(tl.load(masses + row * S + chunks, mask=chunks < S, other=0.0), 0)
         if k > 0:
             whole = above + equal * low.to(tl.float32, bitcast=True).to(tl.float64)
+            high = tl.full([], _ONE_BITS + 1, tl.int32)
         goal = p * whole
         low = threshold(
-            low, goal, True, listed, weighed, source, end, best, scale, min_p, TILE
+            low, high, goal, True, listed, weighed, source, end, best, scale, min_p, TILE
         )  # fmt: skip
         above, equal = mass_above(low, listed, weighed, source, end, best, scale, min_p, TILE)
         weight = low.to(tl.float32, bitcast=True).to(tl.float64)
