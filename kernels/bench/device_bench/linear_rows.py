@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 from functools import lru_cache, partial
 from typing import cast
 
@@ -11,13 +13,15 @@ from torch import Tensor
 
 from device_bench.row import Bench, Case, CheckError, Row, check_close
 from device_bench.timing import Call, num_copies
-from streamserve_kernels import PackedLinear, Quantization
+from streamserve_kernels import QUANTIZATIONS, PackedLinear, Quantization
 
-KINDS = ("bf16", "int8", "int4", "fp8")
+KINDS = ("bf16", *QUANTIZATIONS)
 _ROWS = (1, 4, 16, 64, 256)
 # Of a row's norm. The weight that is compared with is the very one that the codes stand for; what
 # is left are the activations, which a kernel may quantise too.
 _TOLERANCE = {"bf16": 1e-2, "int8": 2e-2, "int4": 2e-2, "fp8": 6e-2}
+_TUNING = "streamserve_kernels.triton.tuning"
+_TUNING_S = 8.0
 _NAMES = ("qkv", "out", "gate_up", "down", "head")
 
 
@@ -49,9 +53,17 @@ def _packed(bench: Bench, name: str, kind: str) -> list[PackedLinear]:
     return [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
 
 
+def _tune(bench: Bench, packed: list[PackedLinear], count: int) -> None:
+    """Has the backend choose its kernel for so many rows, as a server does before it is ready."""
+    is_triton = bench.kernels.name.startswith("triton")
+    if is_triton and importlib.util.find_spec(_TUNING) is not None:
+        importlib.import_module(_TUNING).tune(packed, [count], seconds=_TUNING_S)
+
+
 def _build(name: str, kind: str, count: int, bench: Bench) -> Case:
     n, k = bench.sizes.linears()[name]
     packed = _packed(bench, name, kind)
+    _tune(bench, packed, count)
     x = bench.randn(count, k)
 
     def check() -> None:

@@ -127,3 +127,22 @@ def _vllm_flash(bench: Bench, count: int, length: int, queries: int) -> Call:
 def naive_peer(bench: Bench, call: Callable[[], Call], num_bytes: float) -> Peers:
     """The naive twin itself: what plain torch takes."""
     return {"plain torch": lambda: bench.rotated(call, num_bytes)}
+
+
+def sampling_peers(
+    bench: Bench,
+    rotated: Callable[[Bench, Callable[[Tensor], object]], Sequence[Call]],
+    top_k: int,
+    top_p: float,
+) -> Peers:
+    """FlashInfer's, where it is installed: the temperature has been applied."""
+    if bench.device.type != "cuda" or importlib.util.find_spec("flashinfer") is None:
+        return {}
+
+    def make() -> Sequence[Call]:
+        from flashinfer.sampling import top_k_top_p_sampling_from_logits as sample
+
+        k = top_k or bench.sizes.vocab
+        return rotated(bench, lambda logits: sample(logits, k, top_p))
+
+    return {"FlashInfer": make}

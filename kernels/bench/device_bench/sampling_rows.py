@@ -9,23 +9,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from device_bench.row import Bench, Case, Row, check_equal
+from device_bench.peers import Peers, sampling_peers
+from device_bench.row import Bench, Case, CheckError, Row, check_equal
 from device_bench.timing import Call
 
 _COUNT = 64
+_CONTRACT = "streamserve_kernels.sampling"
+_NAIVE = "streamserve_kernels.naive_sampling"
+_TRITON = "streamserve_kernels.triton.sampling"
+# Two correct sums in another order may fall on either side of a draw.
+_MOST_OTHER_DRAWS = 1 / 32
 
 
 def rows(quick: bool) -> list[Row]:
-    return [Row("sampling", f"greedy, {_COUNT} x vocabulary", _greedy)]
+    made = {
+        "greedy": _greedy,
+        "temperature": lambda bench: _sampled(bench, top_k=0, top_p=1.0, min_p=0.0),
+        "top-k, top-p, min-p": lambda bench: _sampled(bench, top_k=50, top_p=0.9, min_p=0.05),
+        "top-p alone": lambda bench: _sampled(bench, top_k=0, top_p=0.95, min_p=0.0),
+        "all, with penalties": lambda bench: _sampled(
+            bench, top_k=50, top_p=0.9, min_p=0.05, penalties=True
+        ),
+        "logprobs, best 5": _logprobs,
+    }
+    names = ("greedy", "top-k, top-p, min-p") if quick else tuple(made)
+    return [Row("sampling", f"{name}, {_COUNT} x vocabulary", made[name]) for name in names]
 
 
-def _module() -> Any:
-    """Sampling is no part of the contract: its backend is Triton's alone."""
-    return importlib.import_module("streamserve_kernels.triton.sampling")
+def _module(bench: Bench) -> Any:
+    """Sampling is no part of the contract of all backends: only Triton's has it so far."""
+    is_naive = bench.kernels.name == "naive"
+    return importlib.import_module(_NAIVE if is_naive else _TRITON)
 
 
 def _logits(bench: Bench) -> Tensor:
-    return 4 * torch.randn(bench.sizes.requests(_COUNT), bench.sizes.vocab, device=bench.device)
+    """As flat as a model's: a few likely tokens, and a long tail."""
+    shape = bench.sizes.requests(_COUNT), bench.sizes.vocab
+    return 3 * torch.randn(shape, device=bench.device)
+
+
+def _case(
+    bench: Bench,
+    function: Callable[[Tensor], object],
+    check: Callable[[], None],
+    num_bytes: float = 0.0,
+    peers: Peers | None = None,
+) -> Case:
+    """`num_bytes` is what is read beside the logits."""
+    nbytes = _logits(bench).nbytes
+    return Case(_rotated(bench, function), check, nbytes + num_bytes, peers=peers or {})
 
 
 def _rotated(bench: Bench, function: Callable[[Tensor], object]) -> Sequence[Call]:
@@ -37,15 +69,88 @@ def _rotated(bench: Bench, function: Callable[[Tensor], object]) -> Sequence[Cal
 
 
 def _greedy(bench: Bench) -> Case:
-    greedy = _module().greedy
+    greedy = _module(bench).greedy
 
     def check() -> None:
         logits = _logits(bench)
         check_equal(greedy(logits), logits.argmax(dim=-1))
 
-    return Case(
-        calls=_rotated(bench, greedy),
-        check=check,
-        num_bytes=_logits(bench).nbytes,
-        peers={"argmax": lambda: _rotated(bench, lambda logits: logits.argmax(dim=-1))},
+    peers: Peers = {"argmax": lambda: _rotated(bench, lambda logits: logits.argmax(dim=-1))}
+    return _case(bench, greedy, check, peers=peers)
+
+
+def _sampled(
+    bench: Bench, *, top_k: int, top_p: float, min_p: float, penalties: bool = False
+) -> Case:
+    module, naive = _module(bench), importlib.import_module(_NAIVE)
+    count, device = bench.sizes.requests(_COUNT), bench.device
+    tensors = importlib.import_module(_CONTRACT).SamplingTensors(
+        torch.full((count,), 0.8, device=device),
+        torch.full((count,), top_k, dtype=torch.int32, device=device),
+        torch.full((count,), top_p, dtype=torch.float64, device=device),
+        torch.full((count,), min_p, device=device),
+        torch.rand(count, dtype=torch.float64, device=device),
     )
+    edits = _penalties(bench, count) if penalties else None
+
+    def check() -> None:
+        logits = _logits(bench)
+        ours, theirs = (m.sample(logits, tensors, edits) for m in (module, naive))
+        others = int((ours != theirs).sum())
+        if others > max(1, count * _MOST_OTHER_DRAWS):
+            raise CheckError(f"{others} of {count} draws are others than the naive twin's")
+
+    def draw(logits: Tensor) -> Tensor:
+        return module.sample(logits, tensors, edits)
+
+    def plain(logits: Tensor) -> Tensor:
+        return naive.sample(logits, tensors, edits)
+
+    peers: Peers = {"plain torch": lambda: _rotated(bench, plain)}
+    if not penalties and not min_p:
+        peers |= sampling_peers(bench, _rotated, top_k, top_p)
+    counts_bytes = 0 if edits is None else edits.counts.nbytes
+    return _case(bench, draw, check, counts_bytes, peers)
+
+
+def _penalties(bench: Bench, count: int) -> Any:
+    """Every row has each penalty, and a thousand tokens behind it."""
+    device = bench.device
+    counts = torch.zeros(count, bench.sizes.vocab, dtype=torch.int32, device=device)
+    seen = torch.randint(bench.sizes.vocab, (count, 1000), device=device)
+    counts.scatter_add_(1, seen, torch.ones_like(seen, dtype=torch.int32))
+    return importlib.import_module(_CONTRACT).LogitsEditTensors(
+        rows=torch.arange(count, dtype=torch.int32, device=device),
+        counts=counts,
+        repetition=torch.full((count,), 1.1, device=device),
+        presence=torch.full((count,), 0.2, device=device),
+        frequency=torch.full((count,), 0.3, device=device),
+        bias_start=torch.zeros(count + 1, dtype=torch.int32, device=device),
+        bias_ids=torch.zeros(1, dtype=torch.int32, device=device),
+        bias_values=torch.zeros(1, device=device),
+        mask_rows=torch.full((count,), -1, dtype=torch.int32, device=device),
+        masks=torch.zeros(1, 1, dtype=torch.int32, device=device),
+    )
+
+
+def _logprobs(bench: Bench) -> Case:
+    module, naive = _module(bench), importlib.import_module(_NAIVE)
+    ids = torch.randint(bench.sizes.vocab, (bench.sizes.requests(_COUNT),), device=bench.device)
+
+    def check() -> None:
+        logits = _logits(bench)
+        ours, theirs = (m.logprobs(logits, ids, 5) for m in (module, naive))
+        check_equal(ours.top_ids, theirs.top_ids, "ids")
+        for what in ("chosen", "top"):
+            off = (getattr(ours, what) - getattr(theirs, what)).abs().max()
+            if not float(off) < 1e-3:
+                raise CheckError(f"{what}: off by {float(off):.2g}")
+
+    def find(logits: Tensor) -> object:
+        return module.logprobs(logits, ids, 5)
+
+    def plain(logits: Tensor) -> object:
+        return logits.log_softmax(-1).topk(5)
+
+    peers: Peers = {"log_softmax, topk": lambda: _rotated(bench, plain)}
+    return _case(bench, find, check, peers=peers)

@@ -116,14 +116,19 @@ def supervise(
         before = len(report.results)
         current = Options(**{**asdict(options), "first": before, "ceilings": report.ceilings})
         why = _one_worker(current, report, row_timeout_s, end, on_change, script)
-        if time.monotonic() >= end:
-            skipped = Result("", "", "SKIPPED", error=f"the limit of {limit_s:g} s was reached")
-            _append(report, [_like(row, skipped) for row in rows[len(report.results) :]], on_change)
         num_barren = num_barren + 1 if len(report.results) == before else 0
-        if num_barren == 2:
+        left = rows[len(report.results) :]
+        if left and time.monotonic() >= end:
+            _append(report, _unrun(left, f"the limit of {limit_s:g} s was reached"), on_change)
+        elif num_barren == 2:
             failed = Result("", "", "ERROR", error=why or "the worker did not start")
-            _append(report, [_like(row, failed) for row in rows[before:]], on_change)
+            _append(report, [_like(left[0], failed)], on_change)
+            _append(report, _unrun(left[1:], "no worker starts"), on_change)
     return report
+
+
+def _unrun(rows: Sequence[Row], why: str) -> list[Result]:
+    return [Result(row.group, row.name, "SKIPPED", error=why) for row in rows]
 
 
 def _like(row: Row, result: Result) -> Result:

@@ -1,0 +1,94 @@
+"""The one command that measures a GPU: a step that fails, hangs or leaves something behind."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+import gpu
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> gpu.Plan:
+    return gpu.Plan(
+        output=tmp_path,
+        shape="tiny",
+        device=None,
+        engine_flags=(),
+        kernel_flags=(),
+        test_flags=(),
+        streams=(2,),
+        input_len=16,
+        output_len=4,
+        batch_sizes=(1,),
+    )
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_failing_step_does_not_keep_the_next_from_running(plan, monkeypatch, capsys):
+    steps = {
+        "tests": lambda step: step.run(python("print('two failed'); raise SystemExit(3)")),
+        "kernels": lambda step: step.run(python("print('all rows')")),
+    }
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    assert gpu.run_all(plan, ["kernels", "tests"]) == 1
+    summary = (plan.output / "summary.txt").read_text()
+    assert "tests: FAILED: ended with 3" in summary
+    assert "    two failed" in summary
+    assert summary.index("kernels: done") > summary.index("two failed")
+    assert "all rows" in (plan.output / "kernels.log").read_text()
+    assert summary in capsys.readouterr().out
+
+
+def test_a_step_that_hangs_is_ended_with_all_that_it_started(plan, tmp_path):
+    limits = plan.limits | {"tests": 3.0}
+    step = gpu.Step(replace(plan, limits=limits, grace_s=0.2), "tests")
+    pids = tmp_path / "pids"
+    code = f"""
+import os, signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+signal.pause()
+"""
+    with pytest.raises(gpu.StepError, match="did not end in time"):
+        step.run(python(code))
+    for pid in map(int, pids.read_text().split()):
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+
+
+def test_a_server_that_dies_while_starting_is_not_waited_for(plan):
+    step = gpu.Step(plan, "serve")
+    with step.started(python("raise SystemExit(7)")) as server:
+        server.wait()
+        with pytest.raises(gpu.StepError, match="ended with 7 before it was ready"):
+            gpu.wait_until_ready(server, "http://127.0.0.1:9/health", 60.0)
+
+
+def test_the_whole_command_on_a_cpu(tmp_path):
+    """Every step but the tests themselves, on a model small enough."""
+    engine = "--kv-cache-memory 8MiB --dtype float32 --max-num-seqs 4"
+    kernels = "--device cpu --tiny --backend naive --only rms_norm"
+    command = [sys.executable, str(ROOT / "kernels" / "bench" / "gpu.py"), str(tmp_path)]
+    command += ["--steps", "serve", "kernels", "latency", "throughput", "--shape", "tiny"]
+    command += ["--engine-flags", engine, "--kernel-flags", kernels, "--batch-size", "2"]
+    command += ["--streams", "3", "--input-len", "40", "--output-len", "8"]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("kernels", "latency", "throughput", "serve"):
+        assert f"{name}: done" in result.stdout
+    assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == 2
+    assert len(json.loads((tmp_path / "latency.json").read_text())["results"]) == 1
+    [load] = json.loads((tmp_path / "serve-3.json").read_text())["summaries"]
+    assert (load["requests"], load["errors"]) == (6, 0)
