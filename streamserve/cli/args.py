@@ -168,6 +168,12 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "memory, 4GiB, and what max-num-seqs × max-model-len can use)",
     )
     group.add_argument(
+        "--swap-space",
+        metavar="SIZE",
+        help="host memory for KV blocks that leave a GPU, like 16GiB: they come back by a copy "
+        "instead of being computed again (default: none; not on a CPU)",
+    )
+    group.add_argument(
         "--gpu-memory-utilization",
         type=float,
         metavar="F",
@@ -274,6 +280,11 @@ def check_flags(args: Namespace, warn: Callable[[str], None]) -> None:
     if args.quantization not in (None, *QUANTIZATIONS):
         raise ConfigError(
             f"--quantization must be one of {', '.join(QUANTIZATIONS)}, got {args.quantization!r}"
+        )
+    if args.swap_space is not None:
+        raise ConfigError(
+            "--swap-space is for GPUs: on a CPU the KV cache is in host memory already; "
+            f"--kv-cache-memory makes it larger, got {args.swap_space!r}"
         )
     if args.gpu_memory_utilization is not None:
         if not 0.0 < args.gpu_memory_utilization <= 1.0:

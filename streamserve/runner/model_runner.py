@@ -28,6 +28,7 @@ from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.models.batch import ForwardBatch, KVCache
 from streamserve.runner.input_batch import InputBatch, StepRows
+from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.sampler import Sampler
 from streamserve_kernels import Kernels
 
@@ -86,12 +87,17 @@ class TorchModelRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         padded_sizes: Sequence[int] = (),
+        transfer: KVTransfer | None = None,
         clock: Clock = monotonic,
     ) -> None:
-        """``clock`` measures what a step takes on the device thread."""
+        """``clock`` measures what a step takes on the device thread.
+
+        Plans with stores or loads need a ``transfer``; it is closed with the runner.
+        """
         self._clock = clock
         self._model = model
         self._kv_caches = kv_caches
+        self._transfer = transfer
         self._flat_caches = [cache for pair in kv_caches for cache in pair]
         self._input_batch = InputBatch(
             max_num_seqs=max_num_seqs,
@@ -150,6 +156,8 @@ class TorchModelRunner:
             self._plans.put(None)
             self._sample_calls.put(None)
         self._thread.join()
+        if self._transfer is not None:
+            self._transfer.close()
 
     def _work(self) -> None:
         with torch.inference_mode():
@@ -168,6 +176,12 @@ class TorchModelRunner:
 
     def _forward(self, plan: SchedulerOutput) -> _Launched:
         self._input_batch.apply(plan)
+        if self._transfer is None:
+            return self._compute(plan)
+        with self._transfer.beside(plan):
+            return self._compute(plan)
+
+    def _compute(self, plan: SchedulerOutput) -> _Launched:
         if plan.block_copies:
             self._copy_blocks(plan.block_copies)
         if not plan.scheduled:

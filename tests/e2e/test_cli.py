@@ -42,6 +42,7 @@ def test_help_names_every_flag():
         (["--pipeline-parallel-size", "4"], "--pipeline-parallel-size must be 1"),
         (["--quantization", "awq"], "must be one of int8, int4, got 'awq'"),
         (["--gpu-memory-utilization", "1.5"], "at most 1, got 1.5"),
+        (["--swap-space", "4GiB"], "in host memory already"),
         (["/nowhere/model"], "there is no such directory"),
         (["--max-model-len", "1000000"], "1000000"),
         (["--kv-cache-memory", "many"], "4GiB"),

@@ -13,12 +13,14 @@ from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.scheduler import Scheduler
-from streamserve.runner.build import build_runner
+from streamserve.runner.build import build_runner, new_kv_cache
+from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.model_runner import TorchModelRunner
 from tests.runner.tiny_llama import CPU, MAX_LEN, VOCAB, memory_for, tiny_llama
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 160
+NUM_HOST_BLOCKS = 300
 MAX_TOKENS = 48
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 SEEDED = SamplingParams(temperature=1.2, top_p=0.95, max_tokens=24, presence_penalty=0.3)
@@ -32,7 +34,16 @@ def model(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def runner(model) -> Iterator[TorchModelRunner]:
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
-    runner, _ = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
+    kv_caches = new_kv_cache(model.spec, memory, model.dtype, CPU, model.kernels)
+    row_bytes = sum(cache[0].nbytes for pair in kv_caches for cache in pair)
+    transfer = KVTransfer(kv_caches, NUM_HOST_BLOCKS, staging_bytes=4 * row_bytes)
+    runner, _ = build_runner(
+        model,
+        memory,
+        max_num_batched_tokens=MAX_TOKENS,
+        kv_caches=kv_caches,
+        transfer=transfer,
+    )
     yield runner
     runner.close()
 
@@ -43,11 +54,22 @@ class Loop:
     next_step_id = 0
 
     def __init__(
-        self, runner, *, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, prefix=True, **config
+        self,
+        runner,
+        *,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        prefix=True,
+        num_host_blocks=0,
+        **config,
     ) -> None:
         self.runner = runner
         cache = CacheConfig(
-            num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=prefix
+            num_blocks=num_blocks,
+            block_size=block_size,
+            enable_prefix_caching=prefix,
+            num_host_blocks=num_host_blocks,
+            max_transfers_per_step=6,
         )
         options = {
             "max_model_len": MAX_LEN,
@@ -182,6 +204,28 @@ def test_preempted_is_solo(runner, expected, kind, steps_in_flight):
     admitted = requests(expected["prompts"], params)
     assert loop.run(admitted) == expected[kind]
     assert sum(request.num_preemptions for request in admitted) > 0
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize("num_host_blocks", [20, NUM_HOST_BLOCKS])
+def test_offloaded_is_solo(runner, expected, kind, steps_in_flight, num_host_blocks):
+    """A device that holds one or two of the six: they preempt and evict each other all the time."""
+    params = GREEDY if kind == "greedy" else SEEDED
+    loop = Loop(
+        runner,
+        num_blocks=34,
+        num_host_blocks=num_host_blocks,
+        max_steps_in_flight=steps_in_flight,
+    )
+    for turn in range(3):
+        admitted = requests(expected["prompts"], params, prefix=f"{turn}-")
+        assert loop.run(admitted) == expected[kind]
+        assert sum(request.num_preemptions for request in admitted) > 0
+    stats = loop.scheduler.kv_cache.stats
+    assert stats.num_stored_tokens > 100
+    if num_host_blocks == NUM_HOST_BLOCKS:
+        assert stats.num_host_hit_tokens > 300
 
 
 def test_parallel_choices_differ_and_each_is_its_own(runner, expected):
