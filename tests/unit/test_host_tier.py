@@ -27,6 +27,14 @@ def offloading(num_blocks=5, num_host_blocks=40, max_transfers_per_step=8, **con
     )
 
 
+def places(harness, prompt):
+    """How many leading blocks of a prompt are on the device, and how many on the host."""
+    nodes = harness.kv._cache.match(harness.request([*prompt, 9])).nodes
+    on_device = [node.block is not None for node in nodes]
+    on_host = [node.host_block_id is not None for node in nodes]
+    return [[*flags, False].index(False) for flags in (on_device, on_host)]
+
+
 def run(harness, prompt, *, max_tokens=3, **kwargs):
     """One request from its arrival to its end; returns it and its plans."""
     request = harness.add(prompt, max_tokens=max_tokens, **kwargs)
@@ -140,7 +148,7 @@ def test_who_arrives_behind_does_not_take_the_room_of_who_loads():
     loading = harness.add([1] * 25, max_tokens=2)
     harness.step()
     assert harness.runner.num_loads == 6
-    late = harness.add([4] * 10, max_tokens=2)
+    late = harness.add([4] * 8, max_tokens=2)  # there would be room, and none for both
     harness.step()
     assert not late.block_table
     harness.step()
@@ -148,6 +156,53 @@ def test_who_arrives_behind_does_not_take_the_room_of_who_loads():
     assert loading.num_cached_tokens == 24
     harness.run()
     assert late.is_finished
+
+
+def test_two_who_do_not_fit_together_do_not_both_load():
+    harness = offloading(10, max_steps_in_flight=2)
+    run(harness, [1] * 25)
+    run(harness, [4] * 9)
+    run(harness, [2] * 37)
+    harness.add([3], max_tokens=9)
+    harness.step()
+    requests = [harness.add([1] * 25, max_tokens=2), harness.add([4] * 9, max_tokens=2)]
+    harness.run()
+    assert [request.num_cached_tokens for request in requests] == [24, 8]
+    assert harness.runner.num_loads == 6 + 2
+
+
+def test_each_running_request_keeps_a_block_in_reserve():
+    harness = offloading(6)
+    run(harness, A)
+    run(harness, [2] * 21)
+    harness.add([3], max_tokens=4)
+    harness.step()
+    waiting = harness.add(A, max_tokens=2)
+    assert not harness.step().loads
+    harness.run()
+    assert waiting.num_cached_tokens == 16
+
+
+def test_blocks_that_are_there_already_are_no_room():
+    harness = offloading(6)
+    run(harness, A)
+    harness.add([3] * 10, max_tokens=2)  # takes the free block, A's tail and its deepest
+    harness.step()
+    assert places(harness, A[:16]) == [3, 4]
+    waiting = harness.add([*A, 7], max_tokens=2)
+    assert not harness.step().loads
+    harness.run()
+    assert waiting.num_cached_tokens == 16
+
+
+def test_nobody_is_preempted_for_blocks_that_a_store_gives_back():
+    harness = offloading(6, max_steps_in_flight=2)
+    first = harness.add([3] * 2, max_tokens=6)
+    harness.add([1] * 16, max_tokens=1)
+    last = harness.add([5] * 3, max_tokens=6)
+    plans = harness.run()
+    assert [len(plan.stores) for plan in plans[:3]] == [0, 0, 4]
+    assert (first.num_preemptions, last.num_preemptions) == (0, 0)
 
 
 def test_without_room_nothing_is_loaded():
@@ -228,6 +283,49 @@ def test_tokens_behind_a_late_stop_leave_the_host_too():
     harness.scheduler.finish(request, FinishReason.STOP, num_output_tokens=5)
     harness.check_integrity()
     assert harness.kv.host_usage == 2 / 40
+
+
+def test_what_was_loaded_leaves_the_device_deepest_first():
+    harness = offloading()
+    run(harness, A)
+    run(harness, B)
+    gone = harness.add(A, max_tokens=2)
+    harness.launch()
+    harness.scheduler.finish(gone, FinishReason.ABORT)
+    harness.retire()
+    run(harness, [3] * 5, max_tokens=2)  # takes the free block and one of A
+    assert places(harness, A[:16]) == [3, 4]
+
+
+def test_what_is_being_loaded_is_not_forgotten_before_its_turn():
+    harness = offloading(9, num_host_blocks=10, max_transfers_per_step=1)
+    run(harness, A, max_tokens=6)
+    run(harness, B, max_tokens=6)
+    run(harness, [4] * 33, max_tokens=1)
+    assert places(harness, A[:16]) == [0, 4]
+    harness.add([3] * 3, max_tokens=9)  # in each of its steps one block of the last is stored
+    harness.step()
+    waiting = harness.add(A, max_tokens=2)
+    harness.run()
+    assert waiting.num_cached_tokens == 16
+
+
+def test_what_is_used_on_the_device_is_not_forgotten_by_the_host():
+    harness = offloading(20, num_host_blocks=8)
+    run(harness, A)
+    run(harness, B)
+    run(harness, A)
+    run(harness, C[:9])
+    assert [places(harness, prompt[:16]) for prompt in (A, B)] == [[4, 4], [4, 2]]
+
+
+@pytest.mark.parametrize(("max_transfers", "max_tokens"), [(2, 4), (4, 1)])
+def test_the_host_forgets_children_before_their_parents(max_transfers, max_tokens):
+    """Stored a part at a time while it runs, or all at once when it has ended."""
+    harness = offloading(20, num_host_blocks=4, max_transfers_per_step=max_transfers)
+    run(harness, A[:16], max_tokens=max_tokens)
+    run(harness, [3] * 5, max_tokens=2)
+    assert places(harness, A[:16]) == [4, 3]
 
 
 def test_the_host_forgets_what_was_used_least_recently_deepest_first():
