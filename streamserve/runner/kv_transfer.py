@@ -28,11 +28,11 @@ from streamserve_kernels import huge_pages
 from streamserve_kernels.block_rows import BlockRows, block_rows
 
 STAGING_BYTES = 64 * MIB
-"""Of device memory for each direction; at least one block."""
+"""Of device memory for each direction; at least two blocks."""
 COPY_S_PER_STEP = 0.004
 """What a step may copy in each direction: a part of most steps on a GPU, and no more than the
 pause that prompts may add to any."""
-_NUM_INDEX_ROWS = 4  # steps whose indices are on their way: two in flight, one that is launched
+_NUM_INDEX_ROWS = 4  # steps whose indices may be on their way before the host waits for one
 _NUM_MEASUREMENTS = 3
 
 
@@ -55,14 +55,16 @@ class KVTransfer:
         self.num_host_blocks = num_host_blocks
         self._blocks = block_rows([cache for pair in kv_caches for cache in pair])
         self._host = _host_rows(num_host_blocks, self._blocks)
-        num_rows = max(staging_bytes // self._host[0].nbytes, 1)
+        self._is_pinned = self._blocks.device.type == "cuda"
+        # Even: a piece's indices then begin at 16 bytes, and the kernel is compiled only once.
+        num_rows = max(staging_bytes // self._host[0].nbytes // 2, 1) * 2
         self._stores = _Lane(self._blocks, num_rows)
         self._loads = _Lane(self._blocks, num_rows)
 
     @staticmethod
     def device_bytes(kv_bytes_per_block: int, staging_bytes: int = STAGING_BYTES) -> int:
         """What it takes of the device's memory, about."""
-        return 2 * max(staging_bytes, kv_bytes_per_block)
+        return 2 * max(staging_bytes, 2 * kv_bytes_per_block)
 
     @contextmanager
     def beside(self, plan: SchedulerOutput) -> Iterator[None]:
@@ -90,16 +92,18 @@ class KVTransfer:
 
         Overwrites blocks: to be called before the first step, on the thread that runs the steps.
         """
-        count = min(self.num_host_blocks, self._blocks.num_blocks, self._loads.num_rows)
-        pairs = [BlockTransfer(i, i) for i in range(count)]
-        plan = SchedulerOutput(-1, stores=pairs, loads=pairs)
+        num_blocks = min(self.num_host_blocks, self._blocks.num_blocks)
+        count = min(max(num_blocks // 2, 1), self._loads.num_rows)
+        pairs = [BlockTransfer(i % num_blocks, i % num_blocks) for i in range(2 * count)]
+        plan = SchedulerOutput(-1, stores=pairs[:count], loads=pairs[count:])
         seconds = min(self._seconds(plan, clock) for _ in range(_NUM_MEASUREMENTS))
         return max(int(COPY_S_PER_STEP * count / seconds), 1)
 
     def close(self) -> None:
         """Wait for what is being copied, and unpin the host's memory. Idempotent."""
         self._synchronize()
-        if self._host.is_pinned():
+        if self._is_pinned:
+            self._is_pinned = False
             _cudart().cudaHostUnregister(self._host.data_ptr())
 
     def _seconds(self, plan: SchedulerOutput, clock: Clock) -> float:
@@ -130,8 +134,8 @@ class KVTransfer:
 class _Lane:
     """One direction: its stream, its staging rows, and the indices on their way to the device.
 
-    A step's indices lie in a pinned row that is written again some steps later, when the step that
-    read it has long retired.
+    A step's indices lie in a pinned row that is written again some steps later, when it has been
+    read.
     """
 
     def __init__(self, blocks: BlockRows, num_rows: int) -> None:
@@ -148,6 +152,7 @@ class _Lane:
             pin_memory=self._stream is not None,
         )
         self._next_index_row = 0
+        self._read: list[torch.cuda.Event | None] = [None] * _NUM_INDEX_ROWS
         self._is_open = False
 
     @contextmanager
@@ -172,14 +177,23 @@ class _Lane:
     ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
         """Staging rows ``[n, W]``, block ids ``[n]`` and host ids, in the order of the latter."""
         ordered = sorted(transfers, key=lambda transfer: transfer.host_block_id)
-        on_host = self._indices[self._next_index_row, : len(ordered)]
-        self._next_index_row = (self._next_index_row + 1) % _NUM_INDEX_ROWS
-        on_host.copy_(torch.tensor([transfer.block_id for transfer in ordered]))
-        block_ids = on_host.to(self._device, non_blocking=True)
+        block_ids = self._upload([transfer.block_id for transfer in ordered])
         for low in range(0, len(ordered), self.num_rows):
             piece = ordered[low : low + self.num_rows]
             host_ids = [transfer.host_block_id for transfer in piece]
             yield self._staging[: len(piece)], block_ids[low : low + len(piece)], host_ids
+
+    def _upload(self, block_ids: list[int]) -> Tensor:
+        row = self._next_index_row
+        self._next_index_row = (row + 1) % _NUM_INDEX_ROWS
+        if (read := self._read[row]) is not None:
+            read.synchronize()
+        on_host = self._indices[row, : len(block_ids)]
+        on_host.copy_(torch.tensor(block_ids))
+        on_device = on_host.to(self._device, non_blocking=True)
+        if self._stream is not None:
+            self._read[row] = self._stream.record_event()
+        return on_device
 
 
 def _runs(host_ids: list[int]) -> Iterator[tuple[int, int, int]]:
