@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,7 +41,6 @@ class BlockRows:
 def block_rows(caches: Sequence[Tensor]) -> BlockRows:
     """The fastest one for the caches' device."""
     if caches[0].device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from streamserve_kernels.triton.block_rows import TritonBlockRows
-
-        return TritonBlockRows(caches)
+        module = importlib.import_module("streamserve_kernels.triton.block_rows")
+        return cast(BlockRows, module.TritonBlockRows(caches))
     return BlockRows(caches)
