@@ -11,15 +11,28 @@ POLICIES = ("sjf", "fcfs", "priority")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """The KV cache: ``num_blocks`` blocks of ``block_size`` tokens, in every layer."""
+    """The KV cache: ``num_blocks`` blocks of ``block_size`` tokens, in every layer.
+
+    With ``num_host_blocks``, what leaves the device is kept in host memory. A step carries at most
+    ``max_transfers_per_step`` blocks there, and as many back.
+    """
 
     num_blocks: int
     block_size: int = 16
     enable_prefix_caching: bool = True
+    num_host_blocks: int = 0
+    max_transfers_per_step: int = 32
 
     def __post_init__(self) -> None:
         _at_least("num_blocks", self.num_blocks, 1)
         _at_least("block_size", self.block_size, 1)
+        _at_least("num_host_blocks", self.num_host_blocks, 0)
+        _at_least("max_transfers_per_step", self.max_transfers_per_step, 1)
+        if self.num_host_blocks and not self.enable_prefix_caching:
+            raise ConfigError(
+                "num_host_blocks must be 0 without prefix caching (blocks are found there by their"
+                f" prefix), got {self.num_host_blocks}"
+            )
 
     @property
     def num_tokens(self) -> int:

@@ -207,7 +207,11 @@ class _Attention:
     def _gather(cache: Tensor, blocks: Tensor, length: int, num_heads: int) -> Tensor:
         """The first `length` rows in `blocks` -> [Hq, length, D] float32, a copy per query head."""
         num_kv_heads, _, size = cache.shape[1:]
-        rows = _blocks(cache, blocks.long()).transpose(0, 1).reshape(num_kv_heads, -1, size)[:, :length]
+        rows = (
+            _blocks(cache, blocks.long())
+            .transpose(0, 1)
+            .reshape(num_kv_heads, -1, size)[:, :length]
+        )
         return rows.float().repeat_interleave(num_heads // num_kv_heads, dim=0)
 
 

@@ -148,6 +148,11 @@ class MetricsCollector(Collector):
             ("num_requests_running", "Requests in the running batch.", stats.num_running),
             ("num_requests_waiting", "Requests that wait to be scheduled.", stats.num_waiting),
             ("kv_cache_usage_perc", "Share of KV blocks in use; 1 is all.", stats.kv_usage),
+            (
+                "kv_host_usage_perc",
+                "Share of the host's KV blocks that hold something; 1 is all.",
+                stats.kv_host_usage,
+            ),
         )
         for name, documentation, value in gauges:
             yield self._gauge(name, documentation, value)
@@ -163,6 +168,16 @@ class MetricsCollector(Collector):
                 "prefix_cache_hits",
                 "Prompt tokens found in the prefix cache.",
                 stats.prefix_hit_tokens,
+            ),
+            (
+                "prefix_cache_host_hits",
+                "Tokens whose KV was copied back from host memory to be found in the prefix cache.",
+                stats.prefix_host_hit_tokens,
+            ),
+            (
+                "kv_stored_tokens",
+                "Tokens whose KV was copied to host memory.",
+                stats.kv_stored_tokens,
             ),
             (
                 "cascade_kv_tokens_saved",

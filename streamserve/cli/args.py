@@ -185,6 +185,12 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="auto: as --dtype; fp8 holds twice as many tokens, on a GPU only (default: auto)",
     )
     group.add_argument(
+        "--swap-space",
+        metavar="SIZE",
+        help="host memory for KV blocks that leave a GPU, like 16GiB: they come back by a copy "
+        "instead of being computed again (default: none; not on a CPU)",
+    )
+    group.add_argument(
         "--gpu-memory-utilization",
         type=float,
         metavar="F",

@@ -71,6 +71,8 @@ def build_service(
         num_blocks=built.memory.num_blocks,
         block_size=built.memory.block_size,
         enable_prefix_caching=args.enable_prefix_caching,
+        num_host_blocks=built.num_host_blocks,
+        max_transfers_per_step=built.max_transfers_per_step,
     )
     config, scheduler = setup.config, setup.scheduler
     engine = AsyncEngine(

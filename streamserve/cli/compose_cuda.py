@@ -9,12 +9,14 @@ import torch
 
 from streamserve.cli.model_setup import BuiltModel, ModelSetup
 from streamserve.errors import ConfigError, KVCacheMemoryError
-from streamserve.models import Decoder, kv_bytes_per_block
+from streamserve.models import Decoder, KVCache, kv_bytes_per_block
+from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
 from streamserve.runner.cuda.memory import plan_gpu_memory, profile_step_bytes, read_gpu
 from streamserve.runner.cuda.step_key import StepLadder
-from streamserve.runner.memory import MemoryPlan, format_bytes, parse_bytes
+from streamserve.runner.kv_transfer import KVTransfer
+from streamserve.runner.memory import MemoryPlan, format_bytes, parse_bytes, plan_host_blocks
 
 # The first with conversions from and to 8-bit floats: Ada.
 _FP8_CAPABILITY = (8, 9)
@@ -44,6 +46,7 @@ class CudaBuilder:
             kv_caches = new_kv_cache(
                 model.spec, memory, self._kv_dtype, setup.device, self._kernels
             )
+            transfer = self._transfer(memory, kv_caches)
             runner, profile = build_cuda_runner(
                 model,
                 memory,
@@ -51,9 +54,25 @@ class CudaBuilder:
                 kv_caches=kv_caches,
                 enforce_eager=args.enforce_eager,
                 graph_sizes=args.cuda_graph_sizes,
+                transfer=transfer,
                 with_groups=setup.scheduler.enable_cascade_attention,
             )
-        return BuiltModel(runner, profile, memory)
+            if transfer is None:
+                return BuiltModel(runner, profile, memory)
+            per_step = runner.on_device_thread(transfer.blocks_per_step)
+            return BuiltModel(runner, profile, memory, transfer.num_host_blocks, per_step)
+
+    def _transfer(self, memory: MemoryPlan, kv_caches: KVCache) -> KVTransfer | None:
+        args = self._setup.args
+        if args.swap_space is None:
+            return None
+        if not args.enable_prefix_caching:
+            raise ConfigError("--swap-space needs prefix caching: blocks are found by their prefix")
+        num_blocks = plan_host_blocks(
+            parse_bytes(args.swap_space), memory.kv_bytes_per_block, available_cpu_memory()
+        )
+        self._setup.say(f"  host blocks   {num_blocks:,} of {args.swap_space}")
+        return KVTransfer(kv_caches, num_blocks)
 
     def _plan(self, model: Decoder) -> MemoryPlan:
         setup, args, scheduler = self._setup, self._setup.args, self._setup.scheduler
@@ -77,12 +96,15 @@ class CudaBuilder:
             logits_row_bytes=model.spec.vocab_size * torch.float32.itemsize,
             graphs=graphs,
         )
+        block_bytes = kv_bytes_per_block(model.spec, args.block_size, self._kv_dtype)
+        if args.swap_space is not None:
+            step_bytes += KVTransfer.device_bytes(block_bytes)
         return plan_gpu_memory(
             read_gpu(setup.device),
             name=str(setup.device),
             utilization=args.gpu_memory_utilization,
             step_bytes=step_bytes,
-            kv_bytes_per_block=kv_bytes_per_block(model.spec, args.block_size, self._kv_dtype),
+            kv_bytes_per_block=block_bytes,
             block_size=args.block_size,
             max_model_len=scheduler.max_model_len,
             max_num_seqs=scheduler.max_num_seqs,

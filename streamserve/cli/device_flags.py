@@ -57,6 +57,11 @@ def resolve_device_flags(
                 f"--kv-cache-dtype must be auto on a CPU (only a GPU's kernels read fp8), "
                 f"got {args.kv_cache_dtype!r}"
             )
+        if args.swap_space is not None:
+            raise ConfigError(
+                "--swap-space is for GPUs: on a CPU the KV cache is in host memory already; "
+                f"--kv-cache-memory makes it larger, got {args.swap_space!r}"
+            )
     filled = Namespace(**vars(args))
     for name, default in asdict(GPU_DEFAULTS if on_gpu else CPU_DEFAULTS).items():
         if getattr(args, name) is None:

@@ -75,6 +75,8 @@ class BuiltModel:
     runner: ModelRunner
     profile: StepProfile
     memory: MemoryPlan
+    num_host_blocks: int = 0
+    max_transfers_per_step: int = 1
 
 
 class ModelBuilder(Protocol):

@@ -11,11 +11,20 @@ class PrefixNode:
 
     A node is named by its content (the path of tokens from its root), a block by its place in
     memory. ``block`` is where the content lies, ``None`` for a root and for a node whose block was
-    evicted while something below it lives on. ``block_hash`` chains the whole path; it is ``None``
-    for a tail, a node with fewer tokens than a block holds.
+    evicted while something below it lives on, or while ``host_block_id`` says where in host memory
+    the content is. ``block_hash`` chains the whole path; it is ``None`` for a tail, a node with
+    fewer tokens than a block holds.
     """
 
-    __slots__ = ("block", "block_hash", "children", "num_pins", "parent", "token_ids")
+    __slots__ = (
+        "block",
+        "block_hash",
+        "children",
+        "host_block_id",
+        "num_pins",
+        "parent",
+        "token_ids",
+    )
 
     def __init__(
         self, parent: PrefixNode | None, token_ids: list[int], block_hash: bytes | None
@@ -24,6 +33,7 @@ class PrefixNode:
         self.token_ids = token_ids
         self.block_hash = block_hash
         self.block: KVCacheBlock | None = None
+        self.host_block_id: int | None = None  # the host tier's, of full nodes only
         # first token -> children in the order they were cached (a dict: removal in O(1))
         self.children: dict[int, dict[PrefixNode, None]] = {}
         self.num_pins = 0  # requests whose deepest node this is
@@ -56,12 +66,15 @@ class BlockPool:
     The free list is least recently used first. A block that is freed uncached goes to its front:
     nothing is lost when it is taken. ``evict(node)`` is called before a cached block is taken for
     new content and must detach the node from the block.
+
+    Some references are *lent* to a step: a copy's or a transfer's, until the step has retired.
     """
 
     def __init__(self, num_blocks: int, evict: Callable[[PrefixNode], None]) -> None:
         self.blocks = [KVCacheBlock(block_id) for block_id in range(num_blocks)]
         self.num_evictions = 0
         self._evict = evict
+        self.num_lent: dict[int, int] = {}  # by block id, where there are any
         self._free: OrderedDict[int, KVCacheBlock] = OrderedDict(
             (block.block_id, block) for block in self.blocks
         )
@@ -97,9 +110,30 @@ class BlockPool:
             if block.node is None:
                 self._free.move_to_end(block.block_id, last=False)
 
-    def check_integrity(self, expected_ref_cnts: list[int]) -> None:
-        """Assert that references are what ``expected_ref_cnts`` (by block id) says."""
-        for block, expected in zip(self.blocks, expected_ref_cnts, strict=True):
+    def lend(self, block: KVCacheBlock) -> None:
+        """Let one of the references there are belong to a step, until ``take_back``."""
+        num_lent = self.num_lent.get(block.block_id, 0) + 1
+        assert num_lent <= block.ref_cnt, f"{block}: {num_lent} references are lent"
+        self.num_lent[block.block_id] = num_lent
+
+    def take_back(self, block: KVCacheBlock) -> None:
+        """The step is done with a reference that it was lent: release it."""
+        num_lent = self.num_lent[block.block_id] - 1
+        if num_lent:
+            self.num_lent[block.block_id] = num_lent
+        else:
+            del self.num_lent[block.block_id]
+        self.release(block)
+
+    @property
+    def has_returning(self) -> bool:
+        """Whether a block becomes free when the steps that use it retire. O(blocks lent)."""
+        return any(self.blocks[i].ref_cnt == num for i, num in self.num_lent.items())
+
+    def check_integrity(self, num_held: list[int]) -> None:
+        """Assert that references are those lent and what ``num_held`` (by block id) says."""
+        for block, held in zip(self.blocks, num_held, strict=True):
+            expected = held + self.num_lent.get(block.block_id, 0)
             assert block.ref_cnt == expected, f"{block}: {expected} references are held"
             assert (block.block_id in self._free) == (block.ref_cnt == 0), f"{block}: free list"
             if block.node is not None:

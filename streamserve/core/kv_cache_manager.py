@@ -7,17 +7,23 @@ from dataclasses import dataclass
 
 from streamserve.config import CacheConfig
 from streamserve.core.block_pool import BlockPool, KVCacheBlock, PrefixNode
-from streamserve.core.plan import BlockCopy
+from streamserve.core.host_tier import HostTier
+from streamserve.core.plan import BlockCopy, SchedulerOutput
 from streamserve.core.prefix_cache import NO_MATCH, PrefixCache, PrefixMatch, num_common_tokens
 from streamserve.core.request import Request
 
 
 @dataclass(slots=True)
 class KVCacheStats:
-    """Counters since the start; tokens are those of requests when they were admitted."""
+    """Counters since the start; tokens are those of requests when they were admitted.
+
+    ``num_host_hit_tokens`` were copied back from host memory for a request that waited.
+    """
 
     num_queried_tokens: int = 0
     num_hit_tokens: int = 0
+    num_host_hit_tokens: int = 0
+    num_stored_tokens: int = 0
     num_evictions: int = 0
     num_block_copies: int = 0
 
@@ -55,11 +61,11 @@ class KVCacheManager:
         self.block_size = config.block_size
         self.num_blocks = config.num_blocks
         self._cache = PrefixCache(config.block_size, secret)
-        self._pool = BlockPool(config.num_blocks, self._cache.detach)
+        self._pool = BlockPool(config.num_blocks, self._evict)
+        self._host = HostTier(config, self._cache, self._pool) if config.num_host_blocks else None
         self._caching = config.enable_prefix_caching
         self._holdings: dict[str, _Holding] = {}
         self._copies: list[BlockCopy] = []  # for the plan that is being made
-        self._num_copy_refs: dict[int, int] = {}  # block id -> references held by copies
         self._stats = KVCacheStats()
 
     @property
@@ -76,24 +82,54 @@ class KVCacheManager:
     def stats(self) -> KVCacheStats:
         """The counters now. Not a copy."""
         self._stats.num_evictions = self._pool.num_evictions
+        if self._host is not None:
+            self._stats.num_host_hit_tokens = self._host.num_loaded_tokens
+            self._stats.num_stored_tokens = self._host.num_stored_tokens
         return self._stats
 
-    def find_prefix(
-        self, request: Request, max_num_hashed: int | None = None
-    ) -> PrefixMatch | None:
-        """The longest cached prefix of a request without blocks; takes nothing.
+    @property
+    def host_usage(self) -> float:
+        """Share of the host blocks that hold something, 0 to 1; 0 when there are none."""
+        return 0.0 if self._host is None else self._host.usage
 
-        ``None``: not found yet with ``max_num_hashed`` more block hashes; ask again.
+    @property
+    def has_returning_blocks(self) -> bool:
+        """Whether blocks become free when the steps that copy them retire."""
+        return self._pool.has_returning
+
+    @property
+    def has_loads(self) -> bool:
+        """Whether the plan being made must be launched for the sake of what it loads."""
+        return self._host is not None and self._host.has_loads
+
+    def find_prefix(
+        self,
+        request: Request,
+        max_num_hashed: int | None = None,
+        num_reserved_blocks: int = 0,
+    ) -> PrefixMatch | None:
+        """The longest cached prefix of a request without blocks; takes nothing for it.
+
+        ``None``: ask again. It was not found yet with ``max_num_hashed`` more block hashes, or the
+        plan being made, or one in flight, brings a part of it back from host memory. That happens
+        where the request has room to be admitted, ``num_reserved_blocks`` left over, and in one
+        step without ``max_num_hashed``.
         """
         assert not request.block_table
-        return self._cache.match(request, max_num_hashed) if self._caching else NO_MATCH
+        match = self._cache.match(request, max_num_hashed) if self._caching else NO_MATCH
+        if match is None or self._host is None:
+            return match
+        return self._host.bring_back(
+            request, match, num_reserved_blocks, is_alone=max_num_hashed is None
+        )
 
     def estimate_cached(self, request: Request, max_num_hashed: int) -> int:
-        """Tokens of a request without blocks that are cached now: by its turn, it may be others.
+        """Tokens of a request without blocks that are cached now, on the device or the host.
 
-        Of a prompt with more cached blocks than may be hashed, only those hashed count.
+        By its turn, it may be others. Of a prompt with more cached blocks than may be hashed, only
+        those hashed count.
         """
-        match = self.find_prefix(request, max_num_hashed)
+        match = self._cache.match(request, max_num_hashed) if self._caching else NO_MATCH
         if match is None:
             return len(request.block_hashes) * self.block_size
         return match.num_tokens
@@ -145,6 +181,8 @@ class KVCacheManager:
         num_free = self._pool.num_free_blocks - sum(block.ref_cnt == 0 for block in matched)
         if source is not None and source.ref_cnt == 0:
             num_free -= 1
+        if self._host is not None:
+            num_free -= self._host.num_promised(request)
         if num_all + num_reserved_blocks > num_free:
             return None
 
@@ -163,6 +201,8 @@ class KVCacheManager:
         request.num_written_tokens = len(matched) * self.block_size
         self._stats.num_queried_tokens += request.num_tokens
         self._stats.num_hit_tokens += match.num_tokens
+        if self._host is not None:
+            self._host.use(match.nodes)
         end = match.num_tokens + num_new_tokens
         self._append_blocks(table, -(-end // self.block_size) - len(table))
         return list(table)
@@ -201,12 +241,15 @@ class KVCacheManager:
             return
         self._cache.hash_blocks(request, num_full + 1)  # the next one is what it claims
         deepest = nodes[-1]
-        for i in range(len(nodes) - 1, num_full):
+        first = len(nodes)
+        for i in range(first - 1, num_full):
             token_ids = request.token_ids[i * size : (i + 1) * size]
             block = self._pool.blocks[request.block_table[i]]
             nodes.append(self._cache.insert(nodes[-1], token_ids, request.block_hashes[i], block))
         self._cache.pin(nodes[-1])
         self._cache.unpin(deepest)
+        if self._host is not None:
+            self._host.use(nodes[first:])
 
     def free(self, request: Request) -> None:
         """Give all blocks back, deepest first; what was written and is known stays cached.
@@ -235,12 +278,40 @@ class KVCacheManager:
             self._cache.adopt(node, block)  # the block that had this content may be gone
         for node, block in zip(nodes[num_full + 1 :], blocks[num_full:], strict=False):
             if block.node is node and block.ref_cnt == 1:
-                self._cache.detach(node)
+                self._discard(node)
         if num_tail and num_full >= holding.num_shared_blocks and blocks[num_full].node is None:
             token_ids = request.token_ids[num_full * size : num_known]
             self._cache.insert_tail(nodes[num_full], token_ids, blocks[num_full])
+        if self._host is not None:
+            self._host.use(nodes[1 : num_full + 1])
         self._cache.unpin(nodes[num_full])
         self._cache.unpin(deepest)
+
+    def _discard(self, node: PrefixNode) -> None:
+        """Let nobody find the node's content, which is in a block of one holder."""
+        if self._host is None:
+            self._cache.detach(node)
+        else:
+            self._host.discard(node)
+
+    def _evict(self, node: PrefixNode) -> None:
+        """The node's block is taken for something else."""
+        if self._host is None:
+            self._cache.detach(node)
+        else:
+            self._host.evict(node)
+
+    def complete(self, plan: SchedulerOutput) -> None:
+        """Write the copies and transfers that were planned into a plan that will be launched."""
+        plan.block_copies.extend(self.take_copies())
+        if self._host is not None:
+            self._host.fill(plan)
+
+    def retire(self, plan: SchedulerOutput, *, failed: bool = False) -> None:
+        """The plan's step is done, or has failed: nothing reads or writes its blocks any more."""
+        self.release_copies(plan.block_copies)
+        if self._host is not None:
+            self._host.retire(plan.step_id, failed=failed)
 
     def take_copies(self) -> list[BlockCopy]:
         """The copies that the plan being made must do; their sources stay referenced."""
@@ -250,25 +321,22 @@ class KVCacheManager:
     def release_copies(self, copies: Iterable[BlockCopy]) -> None:
         """The step that did ``copies`` has retired: nothing reads their sources any more."""
         for copy in copies:
-            self._num_copy_refs[copy.src] -= 1
-            if not self._num_copy_refs[copy.src]:
-                del self._num_copy_refs[copy.src]
-            self._pool.release(self._pool.blocks[copy.src])
+            self._pool.take_back(self._pool.blocks[copy.src])
 
     def check_integrity(self) -> None:
         """Assert every invariant of blocks, references and the prefix tree. O(blocks)."""
-        expected = [0] * self.num_blocks
-        for block_id, num_refs in self._num_copy_refs.items():
-            expected[block_id] += num_refs
+        num_held = [0] * self.num_blocks
         pins: dict[PrefixNode, int] = {}
         for holding in self._holdings.values():
             self._check_holding(holding)
             for block_id in holding.request.block_table:
-                expected[block_id] += 1
+                num_held[block_id] += 1
             if holding.nodes:
                 pins[holding.nodes[-1]] = pins.get(holding.nodes[-1], 0) + 1
-        self._pool.check_integrity(expected)
+        self._pool.check_integrity(num_held)
         self._cache.check_integrity(pins)
+        if self._host is not None:
+            self._host.check_integrity(self._cache.nodes())
 
     def _check_holding(self, holding: _Holding) -> None:
         request, size = holding.request, self.block_size
@@ -307,6 +375,6 @@ class KVCacheManager:
         """Plan a copy into a new block. One reference to ``source`` becomes the copy's."""
         block_id = self._pool.allocate().block_id
         self._copies.append(BlockCopy(source.block_id, block_id))
-        self._num_copy_refs[source.block_id] = self._num_copy_refs.get(source.block_id, 0) + 1
+        self._pool.lend(source)
         self._stats.num_block_copies += 1
         return block_id

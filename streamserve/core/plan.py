@@ -20,6 +20,13 @@ class BlockCopy(NamedTuple):
     dst: int
 
 
+class BlockTransfer(NamedTuple):
+    """A block of the device and one of host memory: which of them is copied, the list says."""
+
+    block_id: int
+    host_block_id: int
+
+
 @dataclass(frozen=True, slots=True)
 class NewRequest:
     """What a runner must know about a request that enters, or after preemption re-enters, a plan.
@@ -72,6 +79,10 @@ class SchedulerOutput:
     A runner works in this order: drop ``released_ids``, add ``new_requests``, do every block copy,
     then the forward. No block is both source and destination of a copy in one plan.
     ``prefix_groups`` only say where attention may save work; no request is in two of them.
+
+    ``stores`` copy blocks to host memory and ``loads`` copy them back, in every layer, at any time
+    between the launch and the step's result: nothing that is in flight meanwhile writes what they
+    read, or touches what they write. ``scheduled`` may be empty when there are loads.
     """
 
     step_id: int
@@ -80,6 +91,8 @@ class SchedulerOutput:
     block_copies: list[BlockCopy] = field(default_factory=list)
     released_ids: list[str] = field(default_factory=list)
     prefix_groups: list[PrefixGroup] = field(default_factory=list)
+    stores: list[BlockTransfer] = field(default_factory=list)
+    loads: list[BlockTransfer] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -147,7 +147,7 @@ class PrefillPacer:
     def observe(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> None:
         """Learn from a step that has retired."""
         seconds = output.duration_s
-        if self._model is None or seconds is None:
+        if self._model is None or seconds is None or not plan.scheduled:
             return
         shape = shape_of(plan)
         chunk_tokens = sum([len(s.token_ids) for s in plan.scheduled if len(s.token_ids) > 1])

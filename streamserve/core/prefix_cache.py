@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import secrets
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ _NUM_HASHED_AHEAD = 32  # blocks: one at a time costs a third more
 class PrefixMatch(NamedTuple):
     """What is cached of a request: full nodes below its root, then a part of one more.
 
+    A node may be in host memory only, where there is such a tier.
     The first ``num_partial_tokens`` of ``partial`` match; it is ``None`` when they are 0.
     ``missing_hash`` is the first full block of the request that is not cached, if there is one.
     """
@@ -41,6 +42,11 @@ class PrefixMatch(NamedTuple):
         """The full blocks only: what to fall back on when there is no room for a copy."""
         num_tokens = self.num_tokens - self.num_partial_tokens
         return PrefixMatch(self.nodes, None, 0, num_tokens, self.missing_hash)
+
+    def cut(self, num_nodes: int, block_size: int) -> PrefixMatch:
+        """The first ``num_nodes`` full blocks only, fewer than there are."""
+        missing_hash = self.nodes[num_nodes].block_hash
+        return PrefixMatch(self.nodes[:num_nodes], None, 0, num_nodes * block_size, missing_hash)
 
 
 NO_MATCH = PrefixMatch([], None, 0, 0, None)
@@ -104,7 +110,7 @@ class PrefixCache:
             child = None if node is None else self._index.get(block_hash)
             if (
                 child is None
-                or child.block is None
+                or (child.block is None and child.host_block_id is None)
                 or child.parent is not node
                 or child.token_ids != token_ids[i * size : (i + 1) * size]
             ):
@@ -153,7 +159,7 @@ class PrefixCache:
         assert node.block is not None
         node.block.node = None
         node.block = None
-        self._prune(node)
+        self.prune(node)
 
     def pin(self, node: PrefixNode) -> None:
         """Keep the path to ``node`` in the tree: a request will cache blocks below it."""
@@ -163,11 +169,11 @@ class PrefixCache:
         """Undo one ``pin``."""
         assert node.num_pins > 0
         node.num_pins -= 1
-        self._prune(node)
+        self.prune(node)
 
-    def _prune(self, node: PrefixNode) -> None:
+    def prune(self, node: PrefixNode) -> None:
         """Remove a node that leads nowhere, and its ancestors for as long as the same is true."""
-        while node.block is None and not node.children and not node.num_pins:
+        while _is_nowhere(node) and not node.children and not node.num_pins:
             parent = node.parent
             if parent is None:
                 del self._roots[self._salts.pop(node)]
@@ -205,14 +211,21 @@ class PrefixCache:
         hasher.update(parent_hash + block)
         return hasher.digest()
 
-    def check_integrity(self, num_pins: Mapping[PrefixNode, int]) -> None:
-        """Assert that every node is where it belongs, leads somewhere and has these pins."""
-        indexed = 0
+    def nodes(self) -> Iterator[PrefixNode]:
+        """Every node there is, parents before their children."""
         stack = list(self._roots.values())
         while stack:
             node = stack.pop()
+            yield node
+            for children in node.children.values():
+                stack.extend(children)
+
+    def check_integrity(self, num_pins: Mapping[PrefixNode, int]) -> None:
+        """Assert that every node is where it belongs, leads somewhere and has these pins."""
+        indexed = 0
+        for node in self.nodes():
             assert node.num_pins == num_pins.get(node, 0), "pins and requests disagree"
-            alive = node.block is not None or node.children or node.num_pins
+            alive = not _is_nowhere(node) or node.children or node.num_pins
             assert alive, "a node that leads nowhere was kept"
             if node.block is not None:
                 assert node.block.node is node, f"{node.block}: cached twice"
@@ -221,14 +234,18 @@ class PrefixCache:
             if node.parent is not None and node.block_hash is None:
                 assert not node.children, "a tail cannot have children"
                 assert node.block is not None, "a tail without a block was kept"
+                assert node.host_block_id is None, "a tail in host memory"
                 assert len(node.token_ids) < self._block_size, "a full block cached as a tail"
             for first, children in node.children.items():
                 assert children, "an empty list of children was kept"
                 for child in children:
                     assert child.parent is node, "a node under a parent that is not its own"
                     assert child.token_ids[0] == first, "a node under another's first token"
-                stack.extend(children)
         assert indexed == len(self._index), "the index holds a node that is not in the tree"
+
+
+def _is_nowhere(node: PrefixNode) -> bool:
+    return node.block is None and node.host_block_id is None
 
 
 def _add_child(parent: PrefixNode, node: PrefixNode) -> None:

@@ -264,12 +264,12 @@ class Scheduler:
 
     def _launch(self, step: Step) -> SchedulerOutput | None:
         plan = step.plan
-        if not step.requests:
+        if not step.requests and not self.kv_cache.has_loads:
             assert self._in_flight, "live requests, none of which can run"
             return None
         plan.released_ids.extend(self._released_ids)
         self._released_ids.clear()
-        plan.block_copies.extend(self.kv_cache.take_copies())
+        self.kv_cache.complete(plan)
         plan.prefix_groups.extend(self.prefix_grouping.update(step))
         self._next_step_id += 1
         self._in_flight.append(step)
@@ -321,9 +321,7 @@ class Scheduler:
 
     def _blocks_return(self) -> bool:
         """Whether blocks come back when a step in flight retires: then waiting beats preempting."""
-        return bool(
-            self._leaving or self._yielding or any(s.plan.block_copies for s in self._in_flight)
-        )
+        return bool(self._leaving or self._yielding or self.kv_cache.has_returning_blocks)
 
     def _yield(self, victim: Request, step: Step) -> bool:
         """Take a running request's seat: now, or (``False``) when the step that has it retires."""
@@ -407,8 +405,8 @@ class Scheduler:
         num_spare = self.kv_cache.num_free_blocks - num_reserved
         if num_spare <= request.num_free_when_refused:
             return _Admission.NO_ROOM  # nothing came back: a long prompt is not looked up again
-        is_alone = not step.requests and not self._in_flight
-        match = self.kv_cache.find_prefix(request, None if is_alone else _MAX_NUM_HASHED)
+        max_num_hashed = _MAX_NUM_HASHED if step.requests or self._in_flight else None
+        match = self.kv_cache.find_prefix(request, max_num_hashed, num_reserved)
         if match is None:
             return _Admission.AWAITS_PREFIX
         if match.missing_hash is not None and self._claims.must_wait(request, match.missing_hash):
@@ -459,7 +457,7 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0].plan.step_id != output.step_id:
             raise ValueError(f"step {output.step_id} is not the oldest step in flight")
         step = self._in_flight.popleft()
-        self.kv_cache.release_copies(step.plan.block_copies)
+        self.kv_cache.retire(step.plan)
         self.pacer.observe(step.plan, output)
         updates: list[RequestUpdate] = []
         block_size = self.kv_cache.block_size
@@ -500,7 +498,7 @@ class Scheduler:
         if step is None:
             raise ValueError(f"step {step_id} is not in flight")
         self._in_flight.remove(step)
-        self.kv_cache.release_copies(step.plan.block_copies)
+        self.kv_cache.retire(step.plan, failed=True)
         failed: list[Request] = []
         for request in step.requests:
             request.num_steps_in_flight -= 1

@@ -40,13 +40,16 @@ _STOP_GRACE_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A snapshot; from ``prefix_query_tokens`` on since the start. ``kv_usage`` is 0 to 1."""
+    """A snapshot; from ``prefix_query_tokens`` on since the start. The usages are 0 to 1."""
 
     num_running: int
     num_waiting: int
     kv_usage: float
+    kv_host_usage: float
     prefix_query_tokens: int
     prefix_hit_tokens: int
+    prefix_host_hit_tokens: int  # copied back from host memory to be hits
+    kv_stored_tokens: int  # copied to host memory
     num_steps: int
     num_preemptions: int
     prompt_tokens: int
@@ -239,8 +242,11 @@ class AsyncEngine:
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             kv_usage=cache.usage,
+            kv_host_usage=cache.host_usage,
             prefix_query_tokens=cache.stats.num_queried_tokens,
             prefix_hit_tokens=cache.stats.num_hit_tokens,
+            prefix_host_hit_tokens=cache.stats.num_host_hit_tokens,
+            kv_stored_tokens=cache.stats.num_stored_tokens,
             num_steps=self._num_steps,
             num_preemptions=self._num_preemptions
             + sum(live.request.num_preemptions for live in self._live.values()),

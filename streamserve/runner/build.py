@@ -8,6 +8,7 @@ from streamserve.core.step_time import StepProfile
 from streamserve.models import Decoder, KVCache, allocate_kv_cache, touch_kv_cache
 from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec
 from streamserve.runner.allocator import keep_freed_memory
+from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.model_runner import TorchModelRunner
 from streamserve.runner.passing_thread import on_passing_thread
@@ -34,9 +35,11 @@ def build_runner(
     *,
     max_num_batched_tokens: int,
     kv_caches: KVCache | None = None,
+    transfer: KVTransfer | None = None,
 ) -> tuple[TorchModelRunner, StepProfile]:
     """Makes the step buffers, and a touched KV cache if none is given; starts and warms the runner.
 
+    A ``transfer`` is one between these ``kv_caches`` and host memory.
     After it no step compiles anything or asks the system for much memory. On a CPU it changes the
     allocator's settings for the whole process. The forward is recorded where the kernels can; what
     is left is met at all sizes with one layer of each kind, and only a few steps are run with the
@@ -62,6 +65,7 @@ def build_runner(
         max_num_seqs=memory.max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         padded_sizes=sizes,
+        transfer=transfer,
     )
     try:
         warm_up = WarmUp(runner, memory, max_num_batched_tokens)

@@ -152,6 +152,24 @@ def plan_memory(
     )
 
 
+def plan_host_blocks(swap_space: int, kv_bytes_per_block: int, available: AvailableMemory) -> int:
+    """Blocks that ``swap_space`` bytes of host memory hold, each as large as one of the device.
+
+    Raises KVCacheMemoryError when ``available``, of the host, is less, or not one block fits.
+    """
+    if swap_space > available.num_bytes:
+        raise KVCacheMemoryError(
+            f"--swap-space {format_bytes(swap_space)} is more than the host has: "
+            f"{format_bytes(available.num_bytes)} ({available.source})"
+        )
+    if swap_space < kv_bytes_per_block:
+        raise KVCacheMemoryError(
+            f"--swap-space must hold at least one KV block, {format_bytes(kv_bytes_per_block)}, "
+            f"got {format_bytes(swap_space)}"
+        )
+    return swap_space // kv_bytes_per_block
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of a size like ``4GiB``, ``512MiB``, ``2G``, ``1.5g`` or ``1073741824``.
 

@@ -29,6 +29,7 @@ from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput,
 from streamserve.models.batch import ForwardBatch, KVCache
 from streamserve.runner.compilations import num_compilations
 from streamserve.runner.input_batch import InputBatch
+from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.plan_arrays import StepRows
 from streamserve.runner.sampler import Sampler
 from streamserve_kernels import Kernels
@@ -88,12 +89,17 @@ class TorchModelRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         padded_sizes: Sequence[int] = (),
+        transfer: KVTransfer | None = None,
         clock: Clock = monotonic,
     ) -> None:
-        """``clock`` measures what a step takes on the device thread."""
+        """``clock`` measures what a step takes on the device thread.
+
+        Plans with stores or loads need a ``transfer``; it is closed with the runner.
+        """
         self._clock = clock
         self._model = model
         self._kv_caches = kv_caches
+        self._transfer = transfer
         self._flat_caches = [cache for pair in kv_caches for cache in pair]
         self._input_batch = InputBatch(
             max_num_seqs=max_num_seqs,
@@ -157,6 +163,8 @@ class TorchModelRunner:
             self._plans.put(None)
             self._sample_calls.put(None)
         self._thread.join()
+        if self._transfer is not None:
+            self._transfer.close()
 
     def _work(self) -> None:
         with torch.inference_mode():
@@ -175,6 +183,12 @@ class TorchModelRunner:
 
     def _forward(self, plan: SchedulerOutput) -> _Launched:
         self._input_batch.apply(plan)
+        if self._transfer is None:
+            return self._compute(plan)
+        with self._transfer.beside(plan):
+            return self._compute(plan)
+
+    def _compute(self, plan: SchedulerOutput) -> _Launched:
         if plan.block_copies:
             self._copy_blocks(plan.block_copies)
         if not plan.scheduled:

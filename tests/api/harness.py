@@ -75,6 +75,7 @@ class Api:
         token_ids: bytes = TEXT,
         is_held: bool = False,
         num_blocks: int = 256,
+        num_host_blocks: int = 0,
         max_num_waiting: int = 64,
         generation_config: dict[str, Any] | None = None,
         template: str = "plain",
@@ -85,7 +86,9 @@ class Api:
         scheduler_config = SchedulerConfig(
             max_model_len=MAX_MODEL_LEN, max_num_seqs=8, max_num_waiting=max_num_waiting
         )
-        self.kv_cache = KVCacheManager(CacheConfig(num_blocks=num_blocks, block_size=16))
+        self.kv_cache = KVCacheManager(
+            CacheConfig(num_blocks=num_blocks, num_host_blocks=num_host_blocks, block_size=16)
+        )
         self.runner = runner or NullRunner(tuple(token_ids), pace=self.pace)
         self.engine = AsyncEngine(
             scheduler=Scheduler(scheduler_config, self.kv_cache, clock=monotonic),

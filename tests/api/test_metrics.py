@@ -55,6 +55,17 @@ async def test_a_scrape_before_and_after():
     assert 0 <= after["inter_token_latency_seconds_count", None] <= 4
 
 
+async def test_what_comes_back_from_host_memory_is_counted():
+    async with Api(num_blocks=8, num_host_blocks=32).running() as api:
+        for letter in "aba":
+            await api.complete(prompt=letter * 100, max_tokens=20)
+        now = await scrape(api)
+    assert now["prefix_cache_hits_total", None] == 1 + 96
+    assert now["prefix_cache_host_hits_total", None] == 96
+    assert now["kv_stored_tokens_total", None] == 2 * 112
+    assert now["kv_host_usage_perc", None] == 14 / 32
+
+
 async def test_running_and_waiting_requests_are_counted():
     async with Api(is_held=True).running() as api:
         exchanges = [

@@ -47,6 +47,7 @@ def test_help_names_every_flag():
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["--device", "cuda:99"], "--device cuda:99 is not there: torch "),
         (["--device", "cpu", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype must be auto on a CPU"),
+        (["--swap-space", "4GiB"], "in host memory already"),
         (["/nowhere/model"], "there is no such directory"),
         (["--max-model-len", "1000000"], "1000000"),
         (["--kv-cache-memory", "many"], "4GiB"),

@@ -135,7 +135,11 @@ def sampling_calls() -> Iterator[Callable[[], object]]:
     from streamserve_kernels.triton import sampling
 
     rows = 64
-    logits, floats, doubles = torch.zeros(rows, VOCAB), torch.zeros(rows), torch.zeros(rows).double()
+    logits, floats, doubles = (
+        torch.zeros(rows, VOCAB),
+        torch.zeros(rows),
+        torch.zeros(rows).double(),
+    )
     edits = LogitsEditTensors(
         rows=ints(rows),
         counts=ints(rows, VOCAB),
@@ -183,14 +187,16 @@ def attention_calls() -> Iterator[Callable[[], object]]:
             members = requests, requests // 2 + 1, requests // 2
             shared = PrefixGroups(*(ints(n) for n in members)) if groups else None
             args = bf16(tokens, HEADS, size), *caches, ints(requests, width), ints(requests)
-            yield lambda args=args, requests=requests, longest=longest, shared=shared, more=more: (
-                paged_attention(
-                    *args,
-                    ints(requests + 1),
-                    scale=0.1,
-                    prefix_groups=shared,
-                    max_query_len=longest,
-                    **more,
+            yield (
+                lambda args=args, requests=requests, longest=longest, shared=shared, more=more: (
+                    paged_attention(
+                        *args,
+                        ints(requests + 1),
+                        scale=0.1,
+                        prefix_groups=shared,
+                        max_query_len=longest,
+                        **more,
+                    )
                 )
             )
 

@@ -17,10 +17,12 @@ from streamserve.core.scheduler import Scheduler
 from streamserve.runner.build import build_runner, new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
 from streamserve.runner.cuda.model_runner import CudaModelRunner
+from streamserve.runner.kv_transfer import KVTransfer
 from tests.runner.tiny_llama import CPU, MAX_LEN, VOCAB, memory_for, tiny_llama
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 160
+NUM_HOST_BLOCKS = 300
 MAX_TOKENS = 48
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 SEEDED = SamplingParams(temperature=1.2, top_p=0.95, max_tokens=24, presence_penalty=0.3)
@@ -34,11 +36,15 @@ def build(request, tmp_path_factory):
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
 
     def build(max_num_batched_tokens: int = MAX_TOKENS) -> ModelRunner:
-        if not on_device:
-            return build_runner(model, memory, max_num_batched_tokens=max_num_batched_tokens)[0]
         caches = new_kv_cache(model.spec, memory, model.dtype, model.device, model.kernels)
-        return build_cuda_runner(
-            model, memory, max_num_batched_tokens=max_num_batched_tokens, kv_caches=caches
+        row_bytes = sum(cache[0].nbytes for pair in caches for cache in pair)
+        builder = build_cuda_runner if on_device else build_runner
+        return builder(
+            model,
+            memory,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_caches=caches,
+            transfer=KVTransfer(caches, NUM_HOST_BLOCKS, staging_bytes=4 * row_bytes),
         )[0]
 
     return build
@@ -71,11 +77,22 @@ class Loop:
     next_step_id = 0
 
     def __init__(
-        self, runner, *, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, prefix=True, **config
+        self,
+        runner,
+        *,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        prefix=True,
+        num_host_blocks=0,
+        **config,
     ) -> None:
         self.runner = runner
         cache = CacheConfig(
-            num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=prefix
+            num_blocks=num_blocks,
+            block_size=block_size,
+            enable_prefix_caching=prefix,
+            num_host_blocks=num_host_blocks,
+            max_transfers_per_step=6,
         )
         options = {
             "max_model_len": MAX_LEN,
@@ -207,6 +224,28 @@ def test_preempted_is_solo(runner, expected, kind, steps_in_flight):
     admitted = requests(expected["prompts"], params)
     assert loop.run(admitted) == expected[kind]
     assert sum(request.num_preemptions for request in admitted) > 0
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize("num_host_blocks", [20, NUM_HOST_BLOCKS])
+def test_offloaded_is_solo(runner, expected, kind, steps_in_flight, num_host_blocks):
+    """A device that holds one or two of the six: they preempt and evict each other all the time."""
+    params = GREEDY if kind == "greedy" else SEEDED
+    loop = Loop(
+        runner,
+        num_blocks=34,
+        num_host_blocks=num_host_blocks,
+        max_steps_in_flight=steps_in_flight,
+    )
+    for turn in range(3):
+        admitted = requests(expected["prompts"], params, prefix=f"{turn}-")
+        assert loop.run(admitted) == expected[kind]
+        assert sum(request.num_preemptions for request in admitted) > 0
+    stats = loop.scheduler.kv_cache.stats
+    assert stats.num_stored_tokens > 100
+    if num_host_blocks == NUM_HOST_BLOCKS:
+        assert stats.num_host_hit_tokens > 300
 
 
 def test_parallel_choices_differ_and_each_is_its_own(runner, expected):

@@ -5,13 +5,15 @@ it), as real KV depends on everything before it. A sampled token is a hash of th
 through the block table*, so that a wrong block gives a wrong token, here and ever after.
 
 A step in flight may touch memory at any time between launch and retirement, so its writes happen
-at both ends; one that fails leaves rubbish where it wrote.
+at both ends; one that fails leaves rubbish where it wrote. A transfer reads and writes as late as
+it may: until then what it writes is rubbish, and what it reads must stay what it was.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 
 from streamserve.config import CacheConfig, SchedulerConfig
+from streamserve.core.block_pool import PrefixNode
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.plan import PENDING_TOKEN, ModelRunnerOutput, SchedulerOutput
 from streamserve.core.prefix_groups import find_groups
@@ -23,6 +25,7 @@ from tests.unit.naive_groups import best_gain, gain_of
 
 VOCAB_SIZE = 11
 Cell = tuple[int, int, int]  # position, token, hash of the cells before
+Place = tuple[bool, int]  # on the device or in host memory; block id
 
 
 def naive_next_token(token_ids: list[int]) -> int:
@@ -61,14 +64,20 @@ class SimulatedStep:
     writes: list[tuple[int, int, Cell]]  # block, offset, cell
     writers: dict[int, str]  # block -> the request that writes into it
     copied: dict[int, int] = field(default_factory=dict)  # source -> leading tokens that count
+    touched: set[Place] = field(default_factory=set)  # what transfers write
+    moved: dict[Place, list[Cell | None]] = field(default_factory=dict)  # what transfers read
 
 
 class SimulatedRunner:
     """``salts`` maps request ids to cache salts: the harness knows them, a plan does not."""
 
-    def __init__(self, num_blocks: int, block_size: int, config: SchedulerConfig) -> None:
+    def __init__(self, cache: CacheConfig, config: SchedulerConfig) -> None:
+        num_blocks, block_size = cache.num_blocks, cache.block_size
         self.memory: list[list[Cell | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.host_memory: list[list[Cell | None]] = [[] for _ in range(cache.num_host_blocks)]
+        self.max_transfers = cache.max_transfers_per_step
         self.salt_of_block: list[set[str]] = [set() for _ in range(num_blocks)]
+        self.salt_of_host_block: list[set[str]] = [set() for _ in self.host_memory]
         self.block_size = block_size
         self.max_tokens = config.max_num_batched_tokens
         self.has_cascade = config.enable_cascade_attention
@@ -78,15 +87,21 @@ class SimulatedRunner:
         self.in_flight: deque[SimulatedStep] = deque()
         self.num_computed_tokens = 0
         self.num_copies = 0
+        self.num_stores = 0
+        self.num_loads = 0
 
     def launch(self, plan: SchedulerOutput) -> None:
-        assert 0 < plan.num_tokens <= self.max_tokens
+        assert plan.num_tokens <= self.max_tokens
+        assert plan.scheduled or plan.loads, "a step for nothing"
+        assert len(plan.stores) <= self.max_transfers
+        assert len(plan.loads) <= self.max_transfers or not self.in_flight
         for request_id in plan.released_ids:
             del self.requests[request_id]
         for new in plan.new_requests:
             assert new.request_id not in self.requests
             self.requests[new.request_id] = SimulatedRequest(self.salts[new.request_id])
         step = SimulatedStep(plan, [], [], {})
+        self._start_transfers(step)
         self._copy(step)
         seen = set()
         for scheduled in plan.scheduled:
@@ -98,12 +113,18 @@ class SimulatedRunner:
         self.in_flight.append(step)
         self.num_computed_tokens += plan.num_tokens
         self.num_copies += len(plan.block_copies)
+        self.num_stores += len(plan.stores)
+        self.num_loads += len(plan.loads)
 
     def retire(self) -> ModelRunnerOutput:
         """The oldest step's result; its writes land once more, as late as they may."""
         step = self.in_flight.popleft()
         for block_id, offset, cell in step.writes:
             self.memory[block_id][offset] = cell
+        for block_id, host_block_id in step.plan.stores:
+            self.host_memory[host_block_id] = self._read(step, (True, block_id))
+        for block_id, host_block_id in step.plan.loads:
+            self.memory[block_id] = self._read(step, (False, host_block_id))
         return ModelRunnerOutput(step.plan.step_id, step.sampled)
 
     def fail(self, index: int) -> int:
@@ -115,6 +136,30 @@ class SimulatedRunner:
         for _, dst in step.plan.block_copies:
             self.memory[dst] = [None] * self.block_size
         return step.plan.step_id
+
+    def _start_transfers(self, step: SimulatedStep) -> None:
+        plan = step.plan
+        for block_id, _ in plan.stores:
+            step.moved[True, block_id] = list(self.memory[block_id])
+        for _, host_block_id in plan.loads:
+            step.moved[False, host_block_id] = list(self.host_memory[host_block_id])
+        assert len(step.moved) == len(plan.stores) + len(plan.loads), "read twice"
+        assert all(None not in cells for cells in step.moved.values()), "stored before it was full"
+        for block_id, host_block_id in plan.stores:
+            self.host_memory[host_block_id] = []
+            self.salt_of_host_block[host_block_id] = self.salt_of_block[block_id]
+            step.touched.add((False, host_block_id))
+        for block_id, host_block_id in plan.loads:
+            self.memory[block_id] = [None] * self.block_size
+            self.salt_of_block[block_id] = self.salt_of_host_block[host_block_id]
+            step.touched.add((True, block_id))
+        assert len(step.touched) == len(step.moved), "written twice"
+
+    def _read(self, step: SimulatedStep, place: Place) -> list[Cell | None]:
+        on_device, block_id = place
+        cells = (self.memory if on_device else self.host_memory)[block_id]
+        assert cells == step.moved[place], "it changed while it was copied"
+        return list(cells)
 
     def _copy(self, step: SimulatedStep) -> None:
         copies = step.plan.block_copies
@@ -160,7 +205,7 @@ class SimulatedRunner:
         offset = position % self.block_size
         if offset == 0:
             self.salt_of_block[block_id] = set()
-        self.salt_of_block[block_id].add(request.salt)
+        self.salt_of_block[block_id] = self.salt_of_block[block_id] | {request.salt}
         cell = (position, token, self._context(request, position))
         self.memory[block_id][offset] = cell
         step.writes.append((block_id, offset, cell))
@@ -204,13 +249,22 @@ class SimulatedRunner:
             assert gain_of(plan.prefix_groups, *costs) == best_gain(full, *costs)
 
     def _check_overlaps(self, step: SimulatedStep) -> None:
-        """Nobody writes where a step in flight writes, or over what one copies.
+        """Nobody writes where a step in flight writes, or over what one copies; what a transfer
+        writes is nobody else's, and what it reads nobody writes.
 
         The owner of a forked tail may append behind the tokens that are copied.
         """
         for other in self.in_flight:
             for block_id, writer in other.writers.items():
                 assert step.writers.get(block_id, writer) == writer, "reused while in flight"
+            assert not step.touched & (other.touched | other.moved.keys()), "a transfer's block"
+            assert not other.touched & step.moved.keys(), "moved on before it has arrived"
+        tables = {block_id for r in self.requests.values() for block_id in r.block_table}
+        for any_step in (*self.in_flight, step):
+            written = {(True, block_id) for block_id in any_step.writers}
+            for moving in (*self.in_flight, step):
+                assert not {block_id for on, block_id in moving.touched if on} & tables
+                assert not written & moving.touched, "a load is overwritten"
         for copying in (*self.in_flight, step):
             for writing in (*self.in_flight, step):
                 for block_id, offset, _ in writing.writes:
@@ -226,6 +280,8 @@ class Harness:
         num_blocks: int = 64,
         block_size: int = 4,
         enable_prefix_caching: bool = True,
+        num_host_blocks: int = 0,
+        max_transfers_per_step: int = 2,
         step_time: StepTimeModel | None = None,
         **config: object,
     ) -> None:
@@ -241,11 +297,13 @@ class Harness:
             num_blocks=num_blocks,
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
+            num_host_blocks=num_host_blocks,
+            max_transfers_per_step=max_transfers_per_step,
         )
         self.now = 0.0
         self.kv = KVCacheManager(cache_config, secret=b"test")
         self.scheduler = Scheduler(self.config, self.kv, lambda: self.now, step_time)
-        self.runner = SimulatedRunner(num_blocks, block_size, self.config)
+        self.runner = SimulatedRunner(cache_config, self.config)
         self.num_requests = 0
         self.updates = []
         self.failed: list[Request] = []
@@ -297,16 +355,29 @@ class Harness:
             stack = [(root, 0, 0)]
             while stack:
                 node, position, context = stack.pop()
-                for offset, token in enumerate(node.token_ids):
-                    cell = (position, token, context)
-                    context = hash((context, cell))
+                cells = []
+                for token in node.token_ids:
+                    cells.append((position, token, context))
+                    context = hash((context, cells[-1]))
                     position += 1
-                    if node.block is not None:
-                        block_id = node.block.block_id
-                        assert self.runner.memory[block_id][offset] == cell, "cached, not there"
-                        assert self.runner.salt_of_block[block_id] <= {salt}, "another's salt"
+                self._check_cells(node, cells, salt)
                 for children in node.children.values():
                     stack.extend((child, position, context) for child in children)
+
+    def _check_cells(self, node: PrefixNode, cells: list[Cell], salt: str) -> None:
+        runner = self.runner
+        if node.block is not None:
+            block_id = node.block.block_id
+            assert runner.memory[block_id][: len(cells)] == cells, "cached, not there"
+            assert runner.salt_of_block[block_id] <= {salt}, "another's salt"
+        if node.host_block_id is not None:
+            being_stored = any(
+                node.host_block_id == host_block_id
+                for step in runner.in_flight
+                for _, host_block_id in step.plan.stores
+            )
+            if not being_stored:
+                assert runner.host_memory[node.host_block_id] == cells, "stored, not there"
 
     def step(self) -> SchedulerOutput | None:
         """Launch what can be, then retire the oldest step if that is all one can do."""

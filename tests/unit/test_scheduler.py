@@ -635,7 +635,7 @@ def test_a_long_prompt_that_finds_no_room_is_looked_up_once(monkeypatch):
     look_ups = []
     find_prefix = harness.kv.find_prefix
     monkeypatch.setattr(
-        harness.kv, "find_prefix", lambda r, _: look_ups.append(r.request_id) or find_prefix(r)
+        harness.kv, "find_prefix", lambda r, *_: look_ups.append(r.request_id) or find_prefix(r)
     )
     for _ in range(3):
         harness.step()

@@ -37,6 +37,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, True, False]),
         weak_hash=st.sampled_from([False, False, True]),
         cascade_overhead=st.integers(0, 5),
+        num_host_blocks=st.sampled_from([0, 0, 1, 3, 10, 40]),
+        max_transfers=st.integers(1, 4),
     )
     def start(
         self,
@@ -49,11 +51,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching,
         weak_hash,
         cascade_overhead,
+        num_host_blocks,
+        max_transfers,
     ):
         self.harness = Harness(
             num_blocks=num_blocks,
             block_size=block_size,
             enable_prefix_caching=caching,
+            num_host_blocks=num_host_blocks if caching else 0,
+            max_transfers_per_step=max_transfers,
             max_model_len=60,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,

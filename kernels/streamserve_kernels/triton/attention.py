@@ -34,8 +34,8 @@ LOG2_E = math.log2(math.e)
 class Scratch(NamedTuple):
     """Rows of float32 in which programs leave what they know of a query and head.
 
-        | 2 items per program of split work | 2 per program of shared work | of each request in a
-        group: what it attends to alone, if one program did it | and what with its group |
+    | 2 items per program of split work | 2 per program of shared work | of each request in a
+    group: what it attends to alone, if one program did it | and what with its group |
     """
 
     parts: Tensor  # [rows, block_dv]

@@ -46,7 +46,9 @@ def chunk_tile(
     count = tl.where(real, after, num_tokens) - first
     length = tl.load(batch.seq_lens + request, mask=real, other=0)
     first_row = (tile - first_tile) * ROWS
-    if (first_row < count * c.group) & ((count > batch.split_queries) | (request >= batch.num_requests)):
+    if (first_row < count * c.group) & (
+        (count > batch.split_queries) | (request >= batch.num_requests)
+    ):
         row = first_row + tl.arange(0, ROWS)
         valid = row < count * c.group
         token = first + row // c.group

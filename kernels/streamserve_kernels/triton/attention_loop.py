@@ -59,7 +59,17 @@ class Rule(NamedTuple):
 
 
 @triton.jit
-def score(product, position, slope, keys, limit, rule, masked: tl.constexpr, causal: tl.constexpr, c: tl.constexpr):
+def score(
+    product,
+    position,
+    slope,
+    keys,
+    limit,
+    rule,
+    masked: tl.constexpr,
+    causal: tl.constexpr,
+    c: tl.constexpr,
+):
     """Base-2 scores [M, N] of products q·k; what a row may not see becomes hugely negative.
 
     Hugely, not infinitely: a row that sees nothing in its first tiles then needs no special case,

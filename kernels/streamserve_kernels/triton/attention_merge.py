@@ -30,7 +30,9 @@ def request_of_token(token, batch):
 
 
 @triton.jit
-def parts_of(sequence, item, key_tiles, programs, batch, rule, shared: tl.constexpr, c: tl.constexpr):
+def parts_of(
+    sequence, item, key_tiles, programs, batch, rule, shared: tl.constexpr, c: tl.constexpr
+):
     """(first program of an item, how many worked on it)."""
     total, before = survey(sequence, batch, rule, shared, c)
     share = share_of(total, programs)
@@ -75,7 +77,9 @@ def merge_row(
         item = kv_head * row_tiles + row // c.split_rows
         own_first, own = parts_of(request, item, key_tiles, programs, batch, rule, False, c)
     own_row = row % c.split_rows
-    whole = whole_base + (request * batch.shared_queries + number) * (c.num_kv_heads * c.group) + head
+    whole = (
+        whole_base + (request * batch.shared_queries + number) * (c.num_kv_heads * c.group) + head
+    )
     common = tl.full([], 0, tl.int32)
     common_first = common
     common_row = common

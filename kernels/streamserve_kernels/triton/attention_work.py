@@ -127,9 +127,7 @@ def group_work(group, valid, batch, c: tl.constexpr):
 def units(sequence, batch, rule, shared: tl.constexpr, c: tl.constexpr):
     """Units of work [N] of sequences [N]: of groups if `shared`, else of requests."""
     if shared:
-        _, _, _, key_tiles, row_tiles = group_work(
-            sequence, sequence < batch.num_groups, batch, c
-        )
+        _, _, _, key_tiles, row_tiles = group_work(sequence, sequence < batch.num_groups, batch, c)
     else:
         prefix = tl.zeros_like(sequence)
         if c.has_groups:

@@ -17,6 +17,7 @@ from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve.runner.cuda.sampling import DeviceSampler
 from streamserve.runner.cuda.step_key import StepKey, StepLadder
 from streamserve.runner.cuda.timeline import timeline_of
+from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.warm_up import GPU_MEASURING, WarmUp
 from streamserve_kernels import load_sampling
@@ -36,6 +37,7 @@ def build_cuda_runner(
     enforce_eager: bool = False,
     graph_sizes: Sequence[int] | None = None,
     with_groups: bool = True,
+    transfer: KVTransfer | None = None,
 ) -> tuple[CudaModelRunner, StepProfile]:
     """Makes the arena, meets every shape of the ladder once, captures the first graphs, measures.
 
@@ -61,6 +63,7 @@ def build_cuda_runner(
         block_size=memory.block_size,
         max_model_len=memory.max_model_len,
         max_num_seqs=memory.max_num_seqs,
+        transfer=transfer,
     )
     try:
         profile = _warm_up(
@@ -98,6 +101,7 @@ def assemble(
     block_size: int,
     max_model_len: int,
     max_num_seqs: int,
+    transfer: KVTransfer | None = None,
 ) -> tuple[CudaModelRunner, StepExecutor]:
     """A runner that has met nothing yet, and what runs its steps."""
     device, kernels = model.device, model.kernels
@@ -116,7 +120,7 @@ def assemble(
     logits = torch.empty((max_num_seqs, vocab_size), dtype=torch.float32, device=device)
     executor = StepExecutor(model, kv_caches, batch.arena, sampling, last_tokens, logits)
     sampler = DeviceSampler(sampling, vocab_size, max_num_seqs, device)
-    runner = CudaModelRunner(kernels, kv_caches, batch, executor, sampler, timeline)
+    runner = CudaModelRunner(kernels, kv_caches, batch, executor, sampler, timeline, transfer)
     return runner, executor
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +32,10 @@ from streamserve.runner.cuda.graphs import StepExecutor
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
 from streamserve.runner.cuda.sampling import DeviceSampler, Drawn
 from streamserve.runner.cuda.timeline import Mark, Timeline
+from streamserve.runner.kv_transfer import KVTransfer
 from streamserve_kernels import Kernels
+
+_T = TypeVar("_T")
 
 _IDLE_S = 0.05  # without a plan for so long, the next graph is captured
 
@@ -68,7 +72,10 @@ class CudaModelRunner:
         executor: StepExecutor,
         sampler: DeviceSampler,
         timeline: Timeline,
+        transfer: KVTransfer | None = None,
     ) -> None:
+        """Plans with stores or loads need a ``transfer``; it is closed with the runner."""
+        self._transfer = transfer
         self._kernels = kernels
         self._flat_caches = [cache for pair in kv_caches for cache in pair]
         self._batch = batch
@@ -119,21 +126,19 @@ class CudaModelRunner:
         self._sample_calls.put(_SampleCall(masks, future))
         return future
 
-    def on_device_thread(self, work: Callable[[], None]) -> None:
-        """Runs ``work`` between two steps, and returns when it is done; raises what it raises."""
+    def on_device_thread(self, work: Callable[[], _T]) -> _T:
+        """Runs ``work`` between two steps and returns what it does; raises what it raises."""
         self._check_open()
-        done: Future[None] = Future()
+        done: Future[_T] = Future()
 
         def run() -> None:
             try:
-                work()
+                done.set_result(work())
             except Exception as error:
                 done.set_exception(error)
-            else:
-                done.set_result(None)
 
         self._plans.put(run)
-        done.result()
+        return done.result()
 
     def close(self) -> None:
         """Finish every step whose sample was asked for, then stop. Idempotent."""
@@ -143,6 +148,8 @@ class CudaModelRunner:
             self._sample_calls.put(None)
         for thread in self._threads:
             thread.join()
+        if self._transfer is not None:
+            self._transfer.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -213,6 +220,12 @@ class CudaModelRunner:
     def _forward(self, plan: SchedulerOutput) -> DeviceStep | None:
         for row, request in self._batch.apply(plan):
             self._sampler.count_history(row, request)
+        if self._transfer is None:
+            return self._compute(plan)
+        with self._transfer.beside(plan):
+            return self._compute(plan)
+
+    def _compute(self, plan: SchedulerOutput) -> DeviceStep | None:
         if plan.block_copies:
             self._copy_blocks(plan.block_copies)
         if not plan.scheduled:
