@@ -90,7 +90,7 @@ def paged_attention(
         grid += chunk_tiles * constants.num_kv_heads
     bases = (scratch.part_base, scratch.whole_base, scratch.shared_whole_base)
     counts = (sizes.split_queries, sizes.shared_queries, programs, shared_programs, *bases)
-    of_groups = (None, None, None, 0, 0)
+    of_groups: tuple[Tensor | int | None, ...] = (None, None, None, 0, 0)
     if groups is not None:
         of_groups = (*groups, len(groups.members), len(groups.num_blocks))
     attention_kernel[(grid,)](

@@ -1,4 +1,4 @@
-"""Attention of requests with many queries: prompts and their chunks, a tile of query rows at a time."""
+"""Attention of requests with many queries: a tile of a prompt's query rows at a time."""
 
 from __future__ import annotations
 

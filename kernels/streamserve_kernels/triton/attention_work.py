@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from streamserve_kernels.triton.attention_loop import Constants as Constants
-
 REQUESTS = tl.constexpr(256)  # read at a time
 GROUPS = tl.constexpr(16)
 MEMBERS = tl.constexpr(64)

@@ -1,0 +1,393 @@
+"""Triton's paged attention against the naive twin: under the interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from streamserve_kernels import Kernels, PrefixGroups
+from tests.kernels.conftest import TOLERANCE, Paged, paged_case
+from tests.kernels.test_paged_attention import DECODES, FEATURES, MIXED, features
+from tests.kernels.test_prefix_groups import KINDS, options_of, share
+
+pytest.importorskip("triton")
+
+from streamserve_kernels.triton import attention, attention_plan
+
+LONG = [(4100, 1), (1, 1), (700, 1), (64, 1), (65, 1), (1000, 2)]
+PREFIXED = [(100, 1), (97, 1), (64, 1), (150, 1), (65, 1), (200, 1), (5, 1)]
+PREFIXED_MIXED = [(100, 2), (97, 1), (130, 40), (64, 64), (70, 2), (200, 1), (90, 0), (203, 2)]
+GROUPS = [((5, 1), 60), ((0, 4, 2), 33)]
+
+
+def dtypes(device: torch.device) -> list[torch.dtype]:
+    return [torch.float32] if device.type == "cpu" else [torch.bfloat16, torch.float16]
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """In float32 exponentials are of base 2: a rounding of the exponent more."""
+    return TOLERANCE[dtype] if dtype != torch.float32 else {"atol": 4e-6, "rtol": 2e-5}
+
+
+def moved(value, device: torch.device):
+    """Tensors, or tuples and dicts of them, on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, PrefixGroups):
+        return PrefixGroups(*(tensor.to(device) for tensor in value))
+    if isinstance(value, dict):
+        return {name: moved(item, device) for name, item in value.items()}
+    return tuple(moved(item, device) for item in value) if isinstance(value, tuple) else value
+
+
+def compare(
+    naive: Kernels,
+    case: Paged,
+    device: torch.device,
+    *,
+    max_query_len: int | None = None,
+    prefix_groups: PrefixGroups | None = None,
+    scale: float = 0.125,
+    **options: object,
+) -> None:
+    """Naive without groups is what the output must be, with or without them."""
+    dtype = case.args[0].dtype
+    expected = naive.paged_attention(*case.args, scale=scale, **options)
+    out = attention.paged_attention(
+        *moved(case.args, device),
+        scale=scale,
+        max_query_len=max_query_len,
+        prefix_groups=moved(prefix_groups, device),
+        **moved(options, device),
+    )
+    torch.testing.assert_close(out.cpu(), expected, **tolerance(dtype))
+    assert not out[int(case.args[5][-1]) :].any()
+
+
+def padded(case: Paged, requests: int, rows: int) -> Paged:
+    """As a CUDA graph pads: requests without queries or keys, and rows of no request."""
+    query, key_cache, value_cache, table, lens, starts = case.args
+    return dataclasses.replace(
+        case,
+        args=(
+            torch.cat([query, query.new_full((rows, *query.shape[1:]), float("nan"))]),
+            key_cache,
+            value_cache,
+            torch.cat([table, table.new_full((requests, table.shape[1]), -1)]),
+            torch.cat([lens, lens.new_zeros(requests)]),
+            torch.cat([starts, starts[-1:].expand(requests)]),
+        ),
+    )
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Many programs and small tiles, so that small cases are cut in many places."""
+    if device.type != "cpu":
+        return
+    plan = attention_plan.plan
+
+    def smaller(*args: object) -> attention_plan.Plan:
+        sizes = plan(*args)
+        tiles = attention_plan.Tiles(16, 16, 1)
+        chunk = attention_plan.Tiles(32, 16, 1)
+        shared = attention_plan.Tiles(32, 16, 1)
+        return dataclasses.replace(
+            sizes, split=tiles, chunk=chunk, shared=shared, programs_per_processor=3
+        )
+
+    monkeypatch.setattr(attention, "plan", smaller)
+
+
+@pytest.mark.parametrize("kind", FEATURES)
+@pytest.mark.parametrize("requests", [DECODES, MIXED], ids=["decode", "mixed"])
+def test_features(naive: Kernels, device, kind, requests) -> None:
+    for dtype in dtypes(device):
+        case = paged_case(
+            naive,
+            seed=5,
+            dtype=dtype,
+            heads=(9, 3),
+            head_size=64 if device.type == "cuda" else 16,
+            block_size=16,
+            requests=requests,
+            padding_rows=3,
+        )
+        compare(
+            naive,
+            case,
+            device,
+            max_query_len=max(count for _, count in requests),
+            **features(kind, 9),
+        )
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", ["plain", "all"])
+@pytest.mark.parametrize("requests", [DECODES, MIXED], ids=["decode", "mixed"])
+def test_cut_in_many_places(naive: Kernels, device, kind, requests, monkeypatch) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(attention_plan, "FEW_ROWS", 0)
+    case = paged_case(
+        naive,
+        seed=6,
+        dtype=dtypes(device)[0],
+        heads=(6, 2),
+        head_size=64 if device.type == "cuda" else 16,
+        block_size=32,
+        requests=requests,
+    )
+    case = padded(case, requests=5, rows=7)
+    compare(
+        naive,
+        case,
+        device,
+        max_query_len=1 if requests is DECODES else 130,
+        **features(kind, 6),
+    )
+
+
+@pytest.mark.parametrize("max_query_len", [None, 3, 9])
+def test_a_few_queries_each(naive: Kernels, device, max_query_len) -> None:
+    """Drafts to verify, or a step that is small as a whole: all requests are split."""
+    case = paged_case(
+        naive,
+        seed=7,
+        dtype=dtypes(device)[0],
+        heads=(14, 2),
+        head_size=64 if device.type == "cuda" else 16,
+        block_size=16,
+        requests=[(40, 3), (70, 1), (3, 3), (90, 2), (33, 0), (17, 2)],
+        padding_rows=2,
+    )
+    compare(naive, case, device, max_query_len=max_query_len, window=37)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_size", "value_size", "block_size"),
+    [
+        ((16, 1), 64, 64, 32),
+        ((71, 1), 64, 64, 16),
+        ((4, 4), 80, 80, 16),
+        ((10, 2), 96, 96, 64),
+        ((4, 2), 128, 128, 64),
+        ((8, 1), 256, 256, 32),
+        ((4, 2), 64, 48, 16),
+        ((3, 1), 20, 20, 48),
+    ],
+)
+def test_shapes(naive: Kernels, device, heads, head_size, value_size, block_size) -> None:
+    for requests, most in (([(70, 1), (33, 1), (1, 1)], 1), ([(70, 1), (65, 65), (33, 2)], None)):
+        case = paged_case(
+            naive,
+            seed=8,
+            dtype=dtypes(device)[0],
+            heads=heads,
+            head_size=head_size,
+            block_size=block_size,
+            requests=requests,
+            value_size=value_size,
+        )
+        compare(naive, case, device, max_query_len=most, scale=head_size**-0.5)
+
+
+@pytest.mark.parametrize("group_padding", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("requests", [PREFIXED, PREFIXED_MIXED], ids=["decode", "mixed"])
+@pytest.mark.usefixtures("small")
+def test_groups(naive: Kernels, device, requests, kind, group_padding, monkeypatch) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(attention_plan, "FEW_ROWS", 0)
+    case = paged_case(
+        naive,
+        seed=21,
+        dtype=dtypes(device)[0],
+        heads=(6, 2),
+        head_size=64 if device.type == "cuda" else 16,
+        block_size=16,
+        requests=requests,
+        padding_rows=3,
+    )
+    groups = share(case, GROUPS)
+    if group_padding:
+        members, starts, num_blocks = groups
+        groups = PrefixGroups(
+            torch.cat([members, members.new_zeros(group_padding)]),
+            torch.cat([starts, starts[-1:].expand(group_padding)]),
+            torch.cat([num_blocks, num_blocks.new_zeros(group_padding)]),
+        )
+    compare(
+        naive,
+        case,
+        device,
+        max_query_len=1 if requests is PREFIXED else 64,
+        prefix_groups=groups,
+        **options_of(kind, 6),
+    )
+
+
+def test_members_read_a_prefix_through_the_first(naive: Kernels, device) -> None:
+    case = paged_case(
+        naive,
+        seed=22,
+        dtype=dtypes(device)[0],
+        heads=(6, 2),
+        head_size=64 if device.type == "cuda" else 16,
+        block_size=16,
+        requests=[(100, 2), (97, 1), (130, 2), (150, 1)],
+    )
+    groups = share(case, [((3, 1, 0, 2), 96)])
+    expected = naive.paged_attention(*case.args, scale=0.2)
+    case.args[3][:3, : int(groups.num_blocks[0])] = 1  # NaN, mostly
+    out = attention.paged_attention(
+        *moved(case.args, device),
+        scale=0.2,
+        prefix_groups=moved(groups, device),
+        max_query_len=2,
+    )
+    torch.testing.assert_close(out.cpu(), expected, **tolerance(expected.dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 100.0])
+def test_extreme_scores_stay_finite(naive: Kernels, device, scale) -> None:
+    case = paged_case(
+        naive,
+        seed=11,
+        dtype=torch.float32,
+        heads=(4, 2),
+        head_size=16,
+        block_size=16,
+        requests=[(100, 1), (200, 130)],
+    )
+    expected = naive.paged_attention(*case.args, scale=scale)
+    out = attention.paged_attention(*moved(case.args, device), scale=scale)
+    torch.testing.assert_close(out.cpu(), expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("requests", [DECODES, MIXED[1:5]], ids=["decode", "mixed"])
+def test_float8_caches(naive: Kernels, device, requests) -> None:
+    case = paged_case(
+        naive,
+        seed=12,
+        dtype=dtypes(device)[0],
+        heads=(4, 2),
+        head_size=64 if device.type == "cuda" else 16,
+        block_size=32,
+        requests=requests,
+    )
+    query, key_cache, value_cache, *rest = case.args
+    caches = [cache.to(torch.float8_e4m3fn) for cache in (key_cache, value_cache)]
+    read = [cache.to(query.dtype) for cache in caches]
+    expected = naive.paged_attention(query, *read, *rest, scale=0.2)
+    out = attention.paged_attention(*moved((query, *caches, *rest), device), scale=0.2)
+    torch.testing.assert_close(out.cpu(), expected, **tolerance(query.dtype))
+
+
+def test_views_of_a_fused_projection(naive: Kernels, device) -> None:
+    case = paged_case(
+        naive,
+        seed=13,
+        dtype=dtypes(device)[0],
+        heads=(4, 2),
+        head_size=64 if device.type == "cuda" else 16,
+        block_size=16,
+        requests=DECODES,
+    )
+    query, *rest = case.args
+    fused = torch.cat([query, query.new_full((len(query), 3, query.shape[2]), float("nan"))], dim=1)
+    view = dataclasses.replace(case, args=(fused.to(device)[:, :4], *rest))
+    expected = naive.paged_attention(*case.args, scale=0.2)
+    out = attention.paged_attention(view.args[0], *moved(tuple(rest), device), scale=0.2)
+    torch.testing.assert_close(out.cpu(), expected, **tolerance(query.dtype))
+
+
+def test_nothing_to_do(naive: Kernels, device) -> None:
+    case = paged_case(
+        naive,
+        seed=14,
+        dtype=dtypes(device)[0],
+        heads=(4, 2),
+        head_size=16,
+        block_size=16,
+        requests=[(5, 1)],
+        padding_rows=2,
+    )
+    query, key_cache, value_cache, table, lens, starts = moved(case.args, device)
+    none = attention.paged_attention(
+        query[:0], key_cache, value_cache, table, lens, starts * 0, scale=1.0
+    )
+    assert none.shape == (0, 4, 16)
+    idle = attention.paged_attention(
+        query, key_cache, value_cache, table, lens * 0, starts, scale=1.0, max_query_len=1
+    )
+    assert not idle.any()
+    rows = attention.paged_attention(
+        query, key_cache, value_cache, table[:0], lens[:0], starts[:1], scale=1.0
+    )
+    assert not rows.any()
+
+
+def test_wrong_kinds_of_tensors_are_refused(naive: Kernels, device) -> None:
+    case = paged_case(
+        naive,
+        seed=15,
+        dtype=torch.float32,
+        heads=(2, 1),
+        head_size=16,
+        block_size=16,
+        requests=[(20, 1)],
+    )
+    args = moved(case.args, device)
+    for index, name in ((3, "block_table"), (4, "seq_lens"), (5, "query_start_loc")):
+        wrong = [*args[:index], args[index].long(), *args[index + 1 :]]
+        with pytest.raises(TypeError, match=name):
+            attention.paged_attention(*wrong, scale=0.1)
+    with pytest.raises(TypeError, match="caches"):
+        attention.paged_attention(args[0].half(), *args[1:], scale=0.1)
+    odd = [cache[:, :, :10] for cache in args[1:3]]
+    with pytest.raises(ValueError, match="multiple of 16"):
+        attention.paged_attention(args[0], *odd, *args[3:], scale=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("requests", "most"),
+    [(LONG, 2), ([(9000, 1), (3000, 1000), (700, 700), (40, 1)], None)],
+    ids=["decode", "mixed"],
+)
+def test_realistic(naive: Kernels, device, requests, most) -> None:
+    for dtype in dtypes(device):
+        for block_size in (16, 64):
+            case = paged_case(
+                naive,
+                seed=16,
+                dtype=dtype,
+                heads=(32, 8),
+                head_size=128,
+                block_size=block_size,
+                requests=requests,
+            )
+            compare(naive, case, device, max_query_len=most, scale=128**-0.5)
+
+
+@pytest.mark.gpu
+def test_captured_once_and_replayed_for_other_lengths(naive: Kernels, device) -> None:
+    shape = {"heads": (8, 2), "head_size": 128, "block_size": 64, "dtype": torch.bfloat16}
+    many = [(900, 1), (64, 1), (65, 1), (3000, 1)]
+    first = moved(paged_case(naive, seed=17, requests=many, **shape).args, device)
+
+    def attend() -> torch.Tensor:
+        return attention.paged_attention(*first, scale=0.1, max_query_len=1)
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    few = padded(paged_case(naive, seed=18, requests=[(3000, 1), (17, 1)], **shape), 2, 2)
+    expected = naive.paged_attention(*few.args, scale=0.1)
+    for old, new in zip(first, few.args, strict=True):
+        old[tuple(slice(size) for size in new.shape)].copy_(new)
+    graph.replay()
+    torch.testing.assert_close(out.cpu(), expected, **tolerance(torch.bfloat16))
