@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from streamserve.core.sampling_params import SamplingParams
@@ -218,3 +219,28 @@ def bad_case(vocab_size: int, seed: int) -> Case:
     logits[11, 100:] = nan
     masks = {12: bytes(1), 13: bytes(1)}
     return Case(logits, params, uniforms(len(params), seed=seed), masks=masks)
+
+
+@st.composite
+def ragged_cases(draw: st.DrawFn, vocab_sizes: Sequence[int], max_rows: int) -> Case:
+    """Rows of one vocabulary, from one sure token to many equals, asking for anything at all."""
+    vocab_size = draw(st.sampled_from(vocab_sizes))
+    seed = draw(st.integers(0, 2**20))
+    params = draw(
+        st.lists(
+            st.builds(
+                SamplingParams,
+                temperature=st.sampled_from([0.0, 0.2, 1.0, 2.0]),
+                top_k=st.sampled_from([0, 0, 1, 5, 64, vocab_size - 1, vocab_size]),
+                top_p=st.sampled_from([1.0, 1.0, 0.95, 0.6, 0.01]),
+                min_p=st.sampled_from([0.0, 0.0, 0.001, 0.3, 1.0]),
+            ),
+            min_size=1,
+            max_size=max_rows,
+        )
+    )
+    scale = draw(st.sampled_from([0.01, 1.0, 3.0, 30.0]))
+    logits = random_rows(len(params), vocab_size, seed=seed, scale=scale)
+    if draw(st.booleans()):
+        logits = logits.round()
+    return Case(logits, params, uniforms(len(params), seed=seed))

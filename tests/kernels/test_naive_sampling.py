@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.runner.logits_edits import TokenCounts
@@ -15,6 +16,7 @@ from tests.kernels.sampling_cases import (
     check,
     edited_case,
     plain_case,
+    ragged_cases,
     random_rows,
     tied_case,
     uniforms,
@@ -27,6 +29,12 @@ VOCAB = 1003
 def test_draws_are_those_of_the_runners_sampler(scale):
     for seed in range(20):
         check(naive_sampling, plain_case(VOCAB, seed, scale=scale), "cpu", edits=False)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ragged_cases([1, 2, 40, 256, 700], max_rows=4))
+def test_any_wish_on_any_row(case):
+    check(naive_sampling, case, "cpu", edits=False)
 
 
 def test_equals_at_a_threshold():

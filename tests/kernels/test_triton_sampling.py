@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from streamserve.core.sampling_params import SamplingParams
@@ -13,6 +14,7 @@ from tests.kernels.sampling_cases import (
     check,
     edited_case,
     plain_case,
+    ragged_cases,
     random_rows,
     tied_case,
     uniforms,
@@ -21,6 +23,7 @@ from tests.kernels.sampling_cases import (
 pytest.importorskip("triton")
 
 from streamserve_kernels.triton import sampling
+from streamserve_kernels.triton.runtime import INTERPRETED
 
 
 @pytest.fixture
@@ -31,6 +34,15 @@ def vocab_size(device: torch.device) -> int:
 @pytest.mark.parametrize("scale", [8.0, 1.0, 0.05])
 def test_draws_are_those_of_the_runners_sampler(device, vocab_size, scale):
     check(sampling, plain_case(vocab_size, 1, scale=scale), device, edits=False)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="every vocabulary would be a compilation")
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(ragged_cases([1, 40, 256, 700], max_rows=2))
+def test_any_wish_on_any_row(case):
+    check(sampling, case, "cpu", edits=False)
 
 
 def test_rows_too_flat_for_their_lists(device):

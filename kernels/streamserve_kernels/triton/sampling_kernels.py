@@ -259,22 +259,25 @@ def collect_kernel(
 
 @jit
 def load_candidates(
-    listed, listed_weights, source, start, end, best, scale, min_p, TILE: tl.constexpr
-):
+    listed, listed_weights, source, start, end, best, scale, min_p,
+    V: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Weights [TILE] of candidates from `start`, in id order: from the list, or from the logits."""
-    offsets = start + tl.arange(0, TILE)
-    inside = offsets < end
+    offsets = tl.multiple_of(start, TILE) + tl.arange(0, TILE)
     if listed:
-        weights = tl.load(listed_weights + offsets, mask=inside, other=0.0)
+        # A list has room for whole tiles. A mask by its length would read it number by number.
+        weights = tl.load(listed_weights + offsets)
+        weights = tl.where(offsets < end, weights, 0.0)
     else:
-        weights = weights_of(load_logits(source, offsets, inside), best, scale, min_p)
+        weights = weights_of(load_logits(source, offsets, offsets < V), best, scale, min_p)
     return weights
 
 
 @jit
 def threshold(
     low, high, goal, BY_MASS: tl.constexpr,
-    listed, listed_weights, source, end, best, scale, min_p, TILE: tl.constexpr,
+    listed, listed_weights, source, end, best, scale, min_p,
+    V: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Bits of the largest weight such that it and all above it count, or weigh, `goal` (float64).
 
@@ -297,7 +300,7 @@ def threshold(
         start = 0
         while start < end:
             weights = load_candidates(
-                listed, listed_weights, source, start, end, best, scale, min_p, TILE
+                listed, listed_weights, source, start, end, best, scale, min_p, V, TILE
             )
             bits = weights.to(tl.int32, bitcast=True)
             if BY_MASS:
@@ -327,14 +330,17 @@ def threshold(
 
 
 @jit
-def mass_above(low, listed, listed_weights, source, end, best, scale, min_p, TILE: tl.constexpr):
+def mass_above(
+    low, listed, listed_weights, source, end, best, scale, min_p,
+    V: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The mass of the weights above `low` (bits), and how many equal it."""
     mass = tl.zeros([TILE], tl.float64)
     equal = tl.zeros([TILE], tl.int32)
     start = 0
     while start < end:
         weights = load_candidates(
-            listed, listed_weights, source, start, end, best, scale, min_p, TILE
+            listed, listed_weights, source, start, end, best, scale, min_p, V, TILE
         )
         bits = weights.to(tl.int32, bitcast=True)
         mass += tl.where(bits > low, weights, 0.0).to(tl.float64)
@@ -361,9 +367,9 @@ def draw_restricted(
     if (k > 0) & (k < candidates):
         low = threshold(
             low, high, k.to(tl.float64), False,
-            listed, weighed, source, end, best, scale, min_p, TILE,
+            listed, weighed, source, end, best, scale, min_p, V, TILE,
         )  # fmt: skip
-    above, equal = mass_above(low, listed, weighed, source, end, best, scale, min_p, TILE)
+    above, equal = mass_above(low, listed, weighed, source, end, best, scale, min_p, V, TILE)
     kept = equal
     if p < 1.0:
         chunks = tl.arange(0, S_PAD)
@@ -373,9 +379,9 @@ def draw_restricted(
             high = tl.full([], _ONE_BITS + 1, tl.int32)
         goal = p * whole
         low = threshold(
-            low, high, goal, True, listed, weighed, source, end, best, scale, min_p, TILE
+            low, high, goal, True, listed, weighed, source, end, best, scale, min_p, V, TILE
         )  # fmt: skip
-        above, equal = mass_above(low, listed, weighed, source, end, best, scale, min_p, TILE)
+        above, equal = mass_above(low, listed, weighed, source, end, best, scale, min_p, V, TILE)
         weight = low.to(tl.float32, bitcast=True).to(tl.float64)
         # Of equals at the edge the lowest ids stay, as many as the goal needs.
         room = tl.minimum((goal - above) / weight, equal.to(tl.float64)).to(tl.int32)
@@ -393,7 +399,7 @@ def draw_restricted(
     tile_running = running
     reached = start
     while (start < end) & (reached == 0):
-        weights = load_candidates(listed, weighed, source, start, end, best, scale, min_p, TILE)
+        weights = load_candidates(listed, weighed, source, start, end, best, scale, min_p, V, TILE)
         bits = weights.to(tl.int32, bitcast=True)
         equal = tl.sum((bits == low).to(tl.int32), 0)
         room = tl.minimum(tl.maximum(kept - passed, 0), equal)
@@ -405,7 +411,7 @@ def draw_restricted(
         passed += equal
         start += TILE
         reached = (running > target).to(tl.int32)
-    weights = load_candidates(listed, weighed, source, tile_start, end, best, scale, min_p, TILE)
+    weights = load_candidates(listed, weighed, source, tile_start, end, best, scale, min_p, V, TILE)
     bits = weights.to(tl.int32, bitcast=True)
     is_equal = bits == low
     rank = tile_passed + tl.cumsum(is_equal.to(tl.int32), 0)
