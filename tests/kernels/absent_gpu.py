@@ -130,6 +130,25 @@ def linear_calls() -> Iterator[Callable[[], object]]:
                 )
 
 
+def moe_calls() -> Iterator[Callable[[], object]]:
+    from streamserve_kernels import triton as ours
+
+    num_experts, inner = 8, 1024
+    for with_bias, dtype in ((False, torch.bfloat16), (True, torch.bfloat16), (False, torch.float)):
+        shapes = (2 * inner, HIDDEN), (HIDDEN, inner)
+        gate_up, down = (
+            [
+                ours.prepare_linear(bf16(*shape).to(dtype), bf16(shape[0]) if with_bias else None)
+                for _ in range(num_experts)
+            ]
+            for shape in shapes
+        )
+        for tokens in (1, 32, 256, 1024):
+            x, logits = bf16(tokens, HIDDEN).to(dtype), bf16(tokens, num_experts).to(dtype)
+            args = x, logits, gate_up, down
+            yield lambda args=args: ours.moe(*args, 2, True, "silu")
+
+
 def sampling_calls() -> Iterator[Callable[[], object]]:
     from streamserve_kernels.sampling import LogitsEditTensors, SamplingTensors
     from streamserve_kernels.triton import sampling
@@ -204,6 +223,7 @@ def attention_calls() -> Iterator[Callable[[], object]]:
 PARTS = {
     "elementwise": elementwise_calls,
     "linear": linear_calls,
+    "moe": moe_calls,
     "sampling": sampling_calls,
     "attention": attention_calls,
 }

@@ -17,7 +17,7 @@ _SHARED_BYTES = 227 * 1024  # of a program on Hopper
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="beside a GPU the kernels are compiled anyway")
-@pytest.mark.parametrize("part", ["elementwise", "linear", "sampling", "attention"])
+@pytest.mark.parametrize("part", ["elementwise", "linear", "moe", "sampling", "attention"])
 def test_every_kernel_compiles_for_hopper_and_spills_little(part):
     paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels"))
     environment = {**os.environ, "PYTHONPATH": paths}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels.interface import QuantLinear
-from streamserve_kernels.naive import kv_cache_shape, moe
+from streamserve_kernels.naive import kv_cache_shape
 from streamserve_kernels.triton.attention import paged_attention
 from streamserve_kernels.triton.cache import (
     copy_blocks,
@@ -33,6 +33,7 @@ from streamserve_kernels.triton.linear import (
     prepare_quantised,
     slow_quantisation,
 )
+from streamserve_kernels.triton.moe import moe
 from streamserve_kernels.triton.runtime import compilations
 
 __all__ = [

@@ -12,7 +12,7 @@ from streamserve_kernels.triton.runtime import jit
 
 _ELEMENTS = 1024  # of a program of the activations
 
-_KINDS: dict[str, int] = {
+KINDS: dict[str, int] = {
     "silu": 0,
     "gelu": 1,
     "gelu_tanh": 2,
@@ -131,7 +131,7 @@ def _sigmoid(x):
 
 
 @jit
-def _act(x, KIND: tl.constexpr):
+def act(x, KIND: tl.constexpr):
     if KIND == 0:
         y = x * _sigmoid(x)
     elif KIND == 1:
@@ -156,14 +156,14 @@ def _activation_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     values = x + row * row_stride + at
-    out = _act(tl.load(values, mask=inside, other=0.0).to(tl.float32), KIND)
+    out = act(tl.load(values, mask=inside, other=0.0).to(tl.float32), KIND)
     if GATED:
         out *= tl.load(values + size, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * size + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 def _activate(x: Tensor, kind: str, gated: bool) -> Tensor:
-    if kind not in _KINDS:
+    if kind not in KINDS:
         raise ValueError(f"activation kind {kind!r} is not known")
     rows = x.reshape(-1, x.shape[-1])
     size = x.shape[-1] // 2 if gated else x.shape[-1]
@@ -171,7 +171,7 @@ def _activate(x: Tensor, kind: str, gated: bool) -> Tensor:
     if y.numel():
         grid = (triton.cdiv(size, _ELEMENTS), rows.shape[0])
         _activation_kernel[grid](
-            rows, y, rows.stride(0), size, KIND=_KINDS[kind], GATED=gated, BLOCK=_ELEMENTS,
+            rows, y, rows.stride(0), size, KIND=KINDS[kind], GATED=gated, BLOCK=_ELEMENTS,
             num_warps=4,
         )  # fmt: skip
     return y

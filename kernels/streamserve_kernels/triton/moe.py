@@ -1,0 +1,261 @@
+"""Mixtures of experts without asking the device how many tokens an expert has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from streamserve_kernels.interface import GatedKind, PackedLinear
+from streamserve_kernels.triton.elementwise import KINDS, gated_activation
+from streamserve_kernels.triton.linear import DenseLinear
+from streamserve_kernels.triton.moe_kernels import (
+    combine_kernel,
+    count_kernel,
+    grouped_product_kernel,
+    order_kernel,
+    route_kernel,
+)
+from streamserve_kernels.triton.runtime import INTERPRETED
+
+_SCANNED = 1024  # pairs at a time, when they are counted and ordered
+_COMBINED = 1024  # outputs of a program of the last sum
+
+
+class _Tile(NamedTuple):
+    """Sizes of the grouped product: of both products of an expert, then the widths of each."""
+
+    block_m: int
+    block_k: int
+    gated_n: int  # twice as many rows of the weight
+    down_n: int
+    num_warps: int
+    stages: int
+
+
+# By the rows that an expert has on average. The first reads each weight once for a row or two.
+_TILES = (
+    _Tile(16, 128, 32, 32, 4, 4),
+    _Tile(16, 128, 32, 64, 4, 4),
+    _Tile(64, 64, 64, 128, 4, 4),
+    _Tile(128, 64, 64, 128, 8, 3),
+)
+# Float32 is not what these kernels are for: one that is right, and fits.
+_FLOAT32 = _Tile(16, 32, 32, 32, 4, 2)
+
+
+class _Table(NamedTuple):
+    """Where an experts' layer has its weights: addresses [E] int64 on the device."""
+
+    gate_up: Tensor
+    gate_up_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
+    aligned: bool
+
+
+_tables: dict[tuple[int, ...], _Table] = {}
+
+
+def moe(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[PackedLinear],
+    down: Sequence[PackedLinear],
+    top_k: int,
+    renormalise: bool,
+    kind: GatedKind,
+) -> Tensor:
+    """See `naive.moe`. Quantised experts see every token: see `_one_by_one`.
+
+    The first call with a layer's weights tells the device where they are: not inside a capture.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"activation kind {kind!r} is not known")
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    chosen, weights = _route(router_logits, top_k, renormalise)
+    experts, last = _dense(gate_up, x.dtype), _dense(down, x.dtype)
+    if experts is None or last is None:
+        return _one_by_one(x, chosen, weights, gate_up, down, kind)
+    return _grouped(x, chosen, weights, experts, last, kind)
+
+
+def _route(router_logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+    """Logits [T, E] -> experts [T, top_k] int32 and their weights, float32."""
+    tokens, num_experts = router_logits.shape
+    if router_logits.stride(1) != 1:
+        router_logits = router_logits.contiguous()
+    chosen = torch.empty(tokens, top_k, dtype=torch.int32, device=router_logits.device)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=router_logits.device)
+    route_kernel[(tokens,)](
+        router_logits,
+        chosen,
+        weights,
+        router_logits.stride(0),
+        E=num_experts,
+        TOP_K=top_k,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_K=triton.next_power_of_2(top_k),
+        RENORMALISE=renormalise,
+        num_warps=1,
+    )
+    return chosen, weights
+
+
+def _dense(experts: Sequence[PackedLinear], dtype: torch.dtype) -> list[DenseLinear] | None:
+    """The experts, if all of them are plain weights of this dtype."""
+    dense = [expert for expert in experts if isinstance(expert, DenseLinear)]
+    return dense if len(dense) == len(experts) and dense[0].weight.dtype == dtype else None
+
+
+def _table(gate_up: list[DenseLinear], down: list[DenseLinear]) -> _Table:
+    """A table is its addresses, so it is found by them."""
+    both = gate_up + down
+    weights = tuple(expert.weight.data_ptr() for expert in both)
+    biases = tuple(0 if expert.bias is None else expert.bias.data_ptr() for expert in both)
+    key = weights + biases
+    found = _tables.get(key)
+    if found is None:
+        for experts in (gate_up, down):
+            kinds = {(e.weight.shape, e.weight.dtype, e.bias is None) for e in experts}
+            if len(kinds) != 1:
+                raise ValueError(f"experts of a layer must be alike, these are {len(kinds)} kinds")
+        addresses = torch.tensor(key, dtype=torch.int64).view(4, -1).to(gate_up[0].device)
+        aligned = all(address % 16 == 0 for address in weights)
+        found = _Table(addresses[0], addresses[2], addresses[1], addresses[3], aligned)
+        _tables[key] = found
+    return found
+
+
+def _grouped(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    gate_up: list[DenseLinear],
+    down: list[DenseLinear],
+    kind: GatedKind,
+) -> Tensor:
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    tokens, top_k = chosen.shape
+    num_experts, inner, hidden = len(gate_up), down[0].in_features, down[0].out_features
+    pairs = tokens * top_k
+    is_sorted = pairs > num_experts
+    tile = _tile(pairs, num_experts, x.dtype)
+    order, tile_experts = chosen, chosen
+    if is_sorted:
+        order, tile_experts = _order(chosen, num_experts, tile.block_m)
+    table = _table(gate_up, down)
+
+    def product(
+        a: Tensor,
+        addresses: tuple[Tensor, Tensor],
+        width: int,
+        block_n: int,
+        rows_per_x: int,
+        activation: int,
+        has_bias: bool,
+    ) -> Tensor:
+        y = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+        num_tiles = tile_experts.numel()
+        grouped_product_kernel[(num_tiles, triton.cdiv(width, block_n))](
+            a,
+            *addresses,
+            order,
+            tile_experts,
+            y,
+            a.stride(0),
+            pairs,
+            width,
+            a.shape[1],
+            ROWS_PER_X=rows_per_x,
+            KIND=activation,
+            HAS_BIAS=has_bias,
+            SORTED=is_sorted,
+            ALIGNED=table.aligned,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=tile.block_k,
+            STAGES=tile.stages,
+            INTERPRETED=INTERPRETED,
+            num_warps=tile.num_warps,
+        )
+        return y
+
+    acted = product(
+        x,
+        (table.gate_up, table.gate_up_bias),
+        inner,
+        tile.gated_n,
+        top_k,
+        KINDS[kind],
+        gate_up[0].bias is not None,
+    )
+    parts = product(
+        acted, (table.down, table.down_bias), hidden, tile.down_n, 1, -1, down[0].bias is not None
+    )
+    y = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    combine_kernel[(tokens, triton.cdiv(hidden, _COMBINED))](
+        parts, weights, y, hidden, TOP_K=top_k, BLOCK=_COMBINED, num_warps=4
+    )
+    return y
+
+
+def _tile(pairs: int, num_experts: int, dtype: torch.dtype) -> _Tile:
+    if dtype == torch.float32:
+        return _FLOAT32
+    if pairs <= num_experts:
+        return _TILES[0]
+    rows = pairs / num_experts
+    return _TILES[1] if rows <= 16 else _TILES[2] if rows <= 96 else _TILES[3]
+
+
+def _order(chosen: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor]:
+    """Pairs expert by expert in whole tiles, and the expert of each tile: see `moe_kernels`."""
+    pairs = chosen.numel()
+    # Each expert has at most one tile that is not full.
+    tiles = pairs // block_m + min(num_experts, pairs)
+    order, tile_experts, counts = (
+        torch.empty(size, dtype=torch.int32, device=chosen.device)
+        for size in (tiles * block_m, tiles, num_experts)
+    )
+    count_kernel[(num_experts,)](chosen, counts, pairs, BLOCK=_SCANNED, num_warps=4)
+    order_kernel[(num_experts,)](
+        chosen,
+        counts,
+        order,
+        tile_experts,
+        pairs,
+        tiles,
+        E=num_experts,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_M=block_m,
+        BLOCK=_SCANNED,
+        num_warps=4,
+    )
+    return order, tile_experts
+
+
+def _one_by_one(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    gate_up: Sequence[PackedLinear],
+    down: Sequence[PackedLinear],
+    kind: GatedKind,
+) -> Tensor:
+    """Every expert multiplies every token, and those that did not choose it take nothing of it.
+
+    The host cannot know who chose whom: E / top_k times the work, by the ordinary products.
+    """
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in range(len(gate_up)):
+        picked = chosen == e
+        share = torch.where(picked, weights, 0.0).sum(-1, keepdim=True)
+        part = down[e](gated_activation(gate_up[e](x), kind)).float()
+        total += torch.where(picked.any(-1, keepdim=True), share * part, 0.0)
+    return total.to(x.dtype)
