@@ -20,11 +20,10 @@ TOLERANCE = {
 }
 
 
-@pytest.fixture(params=["bfloat16", "float16", "float32"])
-def dtype(request, device) -> torch.dtype:
-    if device.type == "cpu" and request.param != "float32":
-        pytest.skip("the interpreter rounds bfloat16 by cutting it off")
-    return getattr(torch, request.param)
+@pytest.fixture
+def dtype(device) -> torch.dtype:
+    """The interpreter rounds bfloat16 by cutting it off."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 class Experts:
@@ -67,7 +66,12 @@ def test_moe_is_naive(device, dtype, tokens, renormalise):
     Experts(1, 8, 64, 48, device, dtype).compare(tokens, 2, renormalise=renormalise)
 
 
-@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.gpu
+def test_float32_on_a_gpu():
+    Experts(1, 8, 64, 48, torch.device("cuda"), torch.float32).compare(70, 2)
+
+
+@pytest.mark.parametrize("kind", ["gelu_tanh", "relu"])
 def test_other_gates_biases_and_odd_sizes(device, dtype, kind):
     """Neither the experts nor their sizes are multiples of anything, and weights lie anywhere."""
     experts = Experts(2, 5, 36, 21, device, dtype, bias=True)
@@ -83,9 +87,9 @@ def test_experts_that_nobody_chose_and_one_that_all_did(device, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 64, 500, 2000])
-def test_realistic_sizes(device, dtype, tokens):
-    Experts(4, 16, 1024, 704, device, dtype).compare(tokens, 4)
+@pytest.mark.parametrize("tokens", [1, 64, 500])
+def test_realistic_sizes(tokens):
+    Experts(4, 16, 1024, 704, torch.device("cuda"), torch.bfloat16).compare(tokens, 4)
 
 
 def test_the_order_of_pairs(device):
@@ -142,9 +146,9 @@ def test_quantised_experts(device, quantization):
 
 
 @pytest.mark.gpu
-def test_a_capture_follows_the_routing(device):
+def test_a_capture_follows_the_routing():
     """A graph captured with one routing gives another's result: nothing of it was the host's."""
-    experts = Experts(7, 8, 64, 64, device, torch.float16)
+    experts = Experts(7, 8, 64, 64, torch.device("cuda"), torch.float16)
     x, router = experts.normal(40, 64), experts.normal(40, 8)
     ours.moe(x, router, *experts.ours, 2, True, "silu")
     graph = torch.cuda.CUDAGraph()

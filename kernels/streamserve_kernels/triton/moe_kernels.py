@@ -1,8 +1,8 @@
 """Kernels of a mixture of experts: routing, the order of (token, choice) pairs, grouped products.
 
 A *pair* is a token and one of the experts that it chose: number `token * top_k + choice`. The pairs
-of an expert are multiplied in tiles, so that its weight is read for many rows at once. `order` lists
-the pairs expert by expert, each expert's padded to whole tiles with a number that is no pair:
+of an expert are multiplied in tiles, so that its weight is read for many rows at once. `order`
+lists the pairs expert by expert, each one's padded to whole tiles with a number that is no pair:
 
     order         7  2  9  .  |  0  5  .  .  |  1  3  4  6  |  8  .  .  .      tiles of four rows
     tile_experts       1             4              6              6      -1 -1 ...
@@ -42,8 +42,7 @@ def route_kernel(
     powers = tl.exp(values - tl.max(values, axis=0))
     total = tl.sum(powers, axis=0)
     # Of NaN nothing is the largest, yet an expert must be chosen: any, its probability is NaN too.
-    known = inside & (values == values)  # noqa: PLR0124: not so of NaN
-    left = tl.where(known, values, float("-inf"))
+    left = tl.where(inside & (values > float("-inf")), values, float("-inf"))
     ids = tl.zeros((BLOCK_K,), dtype=tl.int32)
     likely = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for slot in tl.static_range(TOP_K):
