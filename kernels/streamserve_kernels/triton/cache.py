@@ -113,6 +113,10 @@ def _run(
     value_size, num_heads = value.shape[2], query.shape[1]
     rotated = 0 if cos_sin is None else cos_sin.shape[1]
     heads = 1 if tokens <= 64 else 4
+    turned_block = max(triton.next_power_of_2(rotated // 2), 1)
+    size_block = triton.next_power_of_2(size)
+    # A pair of elements belongs to one thread: another that held a copy of it might read it turned.
+    threads = heads * (turned_block if rotated else size_block)
     parts = (triton.cdiv(num_heads, heads) if rotated else 0) + triton.cdiv(num_kv_heads, heads)
     if caches is not None:
         parts += triton.cdiv(num_kv_heads, heads)
@@ -127,11 +131,11 @@ def _run(
         1 if caches is None else key_cache.shape[2],
         0 if cos_sin is None else cos_sin.stride(0),
         HQ=num_heads, HKV=num_kv_heads, D=size, DV=value_size,
-        BLOCK_D=triton.next_power_of_2(size), BLOCK_DV=triton.next_power_of_2(value_size),
-        ROT=rotated, BLOCK_ROT=max(triton.next_power_of_2(rotated // 2), 1),
+        BLOCK_D=size_block, BLOCK_DV=triton.next_power_of_2(value_size),
+        ROT=rotated, BLOCK_ROT=turned_block,
         INTERLEAVED=interleaved, WRITES=caches is not None,
         FLOAT8=key_cache.dtype == torch.float8_e4m3fn, HEADS=heads,
-        num_warps=1 if heads == 1 else 4,
+        num_warps=min(max(threads // 32, 1), heads),
     )  # fmt: skip
 
 
@@ -168,7 +172,8 @@ def rotary_write_kv(
     return query, key
 
 
-@jit
+# Sources and destinations are rows of one table: where the second starts depends on their number.
+@jit(do_not_specialize_on_alignment=["src", "dst"])
 def _copy_kernel(addresses, src, dst, words, BLOCK: tl.constexpr):
     """Block `src[c]` to `dst[c]` of cache `program_id(1)`, whose block is `words` int64 long."""
     cache = tl.load(addresses + tl.program_id(1)).to(tl.pointer_type(tl.int64))

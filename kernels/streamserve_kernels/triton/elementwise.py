@@ -38,13 +38,13 @@ def _rms_norm_kernel(
     at = tl.arange(0, BLOCK)
     inside = at < H
     h = tl.load(x + row * row_stride + at, mask=inside, other=0.0)
+    w = tl.load(weight + at, mask=inside, other=0.0)  # here, so that nothing waits for it later
     if HAS_RESIDUAL:
         r = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
         h = (h.to(tl.float32) + r.to(tl.float32)).to(x.dtype.element_ty)
         tl.store(total + row * H + at, h, mask=inside)
     h32 = h.to(tl.float32)
     scaled = h32 * tl.rsqrt(tl.sum(h32 * h32, axis=0) / H + eps)
-    w = tl.load(weight + at, mask=inside, other=0.0)
     if HAS_OFFSET:
         out = scaled * (weight_offset + w.to(tl.float32))
     else:
@@ -85,6 +85,10 @@ def _layer_norm_kernel(
     at = tl.arange(0, BLOCK)
     inside = at < H
     h = tl.load(x + row * row_stride + at, mask=inside, other=0.0)
+    if HAS_WEIGHT:  # here, so that nothing waits for it later; and the bias
+        w = tl.load(weight + at, mask=inside, other=0.0)
+    if HAS_BIAS:
+        b = tl.load(bias + at, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         r = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
         h = (h.to(tl.float32) + r.to(tl.float32)).to(x.dtype.element_ty)
@@ -93,9 +97,9 @@ def _layer_norm_kernel(
     centred = tl.where(inside, h32 - tl.sum(h32, axis=0) / H, 0.0)
     out = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / H + eps)
     if HAS_WEIGHT:
-        out *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        out *= w.to(tl.float32)
     if HAS_BIAS:
-        out += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+        out += b.to(tl.float32)
     tl.store(normed + row * H + at, out.to(normed.dtype.element_ty), mask=inside)
 
 
@@ -152,8 +156,8 @@ def act(x, KIND: tl.constexpr):
 def _activation_kernel(
     x, y, row_stride, size, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     values = x + row * row_stride + at
     out = act(tl.load(values, mask=inside, other=0.0).to(tl.float32), KIND)
@@ -169,7 +173,7 @@ def _activate(x: Tensor, kind: str, gated: bool) -> Tensor:
     size = x.shape[-1] // 2 if gated else x.shape[-1]
     y = torch.empty(*x.shape[:-1], size, dtype=x.dtype, device=x.device)
     if y.numel():
-        grid = (triton.cdiv(size, _ELEMENTS), rows.shape[0])
+        grid = (rows.shape[0], triton.cdiv(size, _ELEMENTS))
         _activation_kernel[grid](
             rows, y, rows.stride(0), size, KIND=KINDS[kind], GATED=gated, BLOCK=_ELEMENTS,
             num_warps=4,
@@ -189,8 +193,8 @@ def activation(x: Tensor, kind: ActivationKind) -> Tensor:
 
 @jit
 def _gather_kernel(ids, weight, out, row_stride, H, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < H
     source = tl.load(ids + row) * row_stride
     tl.store(out + row * H + at, tl.load(weight + source + at, mask=inside), mask=inside)
@@ -201,12 +205,12 @@ def gather(ids: Tensor, weight: Tensor) -> Tensor:
     size = weight.shape[1]
     out = torch.empty(ids.shape[0], size, dtype=weight.dtype, device=weight.device)
     if out.numel():
-        grid = (triton.cdiv(size, _ELEMENTS), ids.shape[0])
+        grid = (ids.shape[0], triton.cdiv(size, _ELEMENTS))
         _gather_kernel[grid](ids, weight, out, weight.stride(0), size, BLOCK=_ELEMENTS, num_warps=4)
     return out
 
 
-@jit
+@jit(do_not_specialize=["T"])
 def _resolve_kernel(ids, last, T, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(ids + at, mask=at < T, other=0)
