@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from streamserve_kernels.fp8 import NaiveFp8Linear
+from streamserve_kernels.float8 import FLOAT8
 from streamserve_kernels.interface import (
     ActivationKind,
     GatedKind,
@@ -52,7 +53,7 @@ def write_kv(
     slots = slot_mapping[rows]
     blocks, offsets = slots // block_size, slots % block_size
     for cache, new in ((key_cache, key), (value_cache, value)):
-        if cache.dtype == torch.float8_e4m3fn:
+        if cache.dtype == FLOAT8:
             limit = torch.finfo(cache.dtype).max
             held = new[rows].float().clamp(-limit, limit).to(cache.dtype).view(torch.uint8)
             cache.view(torch.uint8)[blocks, :, offsets] = held
@@ -66,7 +67,7 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     No block is both a source and a destination, so the order of the copies does not matter.
     """
     for cache in caches:
-        held = cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+        held = cache.view(torch.uint8) if cache.dtype == FLOAT8 else cache
         held[dst] = held[src]
 
 
@@ -141,7 +142,7 @@ def paged_attention(
 
 def _blocks(cache: Tensor, blocks: Tensor) -> Tensor:
     """Blocks of a cache; torch indexes no float8 on a CPU."""
-    if cache.dtype == torch.float8_e4m3fn:
+    if cache.dtype == FLOAT8:
         return cache.view(torch.uint8)[blocks].view(cache.dtype).float()
     return cache[blocks]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 import threading
@@ -34,13 +35,26 @@ def test_exported_names() -> None:
         "QuantLinear",
         "Quantization",
         "RecordedStep",
+        "SamplingKernels",
         "load",
+        "load_sampling",
     ]
 
 
 def test_load_chooses_by_device() -> None:
     assert load("cpu").name == "cpu"
     assert load(torch.device("cpu"), "naive").name == "naive"
+    assert load("mps").name == "naive"
+
+
+def test_load_chooses_triton_for_a_gpu() -> None:
+    pytest.importorskip("triton")
+    assert load("cuda").name == "triton"
+    assert load("cuda", "naive").name == "naive"
+
+
+def test_on_rocm_it_is_naive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
     assert load("cuda").name == "naive"
 
 
@@ -49,8 +63,50 @@ def test_load_refuses_what_it_cannot_serve() -> None:
         load("cpu", "fast")
     with pytest.raises(ValueError, match="'cuda'"):
         load("cuda", "cpu")
-    with pytest.raises(NotImplementedError, match="triton"):
-        load("cuda", "triton")
+    with pytest.raises(ValueError, match="'mps'"):
+        load("mps", "triton")
+
+
+def test_without_triton_a_gpu_warns_and_is_naive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(RuntimeWarning, match="triton is not installed"):
+        assert load("cuda").name == "naive"
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_triton_on_a_cpu_is_for_the_interpreter(interpreted: bool) -> None:
+    pytest.importorskip("triton")
+    code = (
+        "import streamserve_kernels as k\n"
+        "try: print(k.load('cpu', 'triton').name)\n"
+        "except ValueError as error: print(error)"
+    )
+    said = run_python(code, TRITON_INTERPRET=str(int(interpreted)))
+    if interpreted:
+        assert said == "triton"
+    else:
+        assert "cannot serve device 'cpu'" in said
+        assert "TRITON_INTERPRET=1" in said
+
+
+@pytest.mark.parametrize("backend", ["cpu", "native"])
+def test_cpu_backends_refuse_a_cache_of_eight_bits(
+    backend: str, request: pytest.FixtureRequest
+) -> None:
+    kernels = request.getfixturevalue(backend)
+    heads = torch.ones(1, 1, 64, dtype=torch.bfloat16)
+    zero = torch.zeros(1, dtype=torch.int64)
+    shape = kernels.kv_cache_shape(2, 16, 1, 64)
+    caches = [torch.zeros(shape).to(torch.float8_e4m3fn) for _ in range(2)]
+    table, ends = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"'{backend}' holds no KV cache of dtype float8_e4m3fn"):
+        kernels.write_kv(heads, heads, *caches, zero)
+    with pytest.raises(ValueError, match="float8_e4m3fn"):
+        kernels.rotary_write_kv(
+            heads, heads, heads, zero, torch.ones(1, 64), *caches, zero, interleaved=False
+        )
+    with pytest.raises(ValueError, match="float8_e4m3fn"):
+        kernels.paged_attention(heads, *caches, table, ends[1:], ends, scale=1.0)
 
 
 def test_without_numba_it_warns_and_is_naive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,8 +115,10 @@ def test_without_numba_it_warns_and_is_naive(monkeypatch: pytest.MonkeyPatch) ->
         assert load("cpu").name == "naive"
 
 
-@pytest.mark.parametrize("backend", ["naive", "cpu", "native"])
+@pytest.mark.parametrize("backend", ["naive", "cpu", "native", "triton"])
 def test_backends_have_the_contracts_signatures(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
     kernels = importlib.import_module(f"streamserve_kernels.{backend}")
     for name in FUNCTIONS:
         expected = list(inspect.signature(getattr(Kernels, name)).parameters.values())[1:]
@@ -70,15 +128,35 @@ def test_backends_have_the_contracts_signatures(backend: str) -> None:
         ], name
 
 
+def run_python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints."""
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **environment},
+    )
+    return out.stdout.strip()
+
+
 def test_importing_the_package_imports_no_compiler() -> None:
     code = (
         "import sys, streamserve_kernels as k; k.load('cpu', 'naive');"
         "print([m for m in ('numba', 'triton', 'transformers') if m in sys.modules])"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    assert run_python(code) == "[]"
+
+
+def test_a_cpu_never_imports_triton() -> None:
+    code = (
+        "import sys, warnings, torch, streamserve_kernels as k\n"
+        "warnings.simplefilter('ignore')\n"
+        "for dtype in (torch.float32, torch.bfloat16): k.load('cpu', dtype=dtype)\n"
+        "print([m for m in ('triton', 'streamserve_kernels.triton') if m in sys.modules])"
     )
-    assert out.stdout.strip() == "[]"
+    assert run_python(code) == "[]"
 
 
 def test_kernels_folder_is_no_package() -> None:

@@ -134,3 +134,28 @@ def test_copy_blocks(naive: Kernels, cpu: Kernels, dtype: torch.dtype) -> None:
         assert torch.equal(got, expected)
         assert torch.equal(got[dst], original[src])
         assert torch.equal(got[5:], original[5:])
+
+
+def test_naive_caches_of_eight_bits(naive: Kernels) -> None:
+    """Writes clamp and round, reads convert, copies copy."""
+    float8 = torch.float8_e4m3fn
+    random = torch.Generator().manual_seed(9)
+    query, key, value = torch.randn(3, 5, 2, 16, generator=random).bfloat16()
+    key[0, 0, :2] = torch.tensor([1e4, -1e4])
+    slots = torch.tensor([16, 17, -1, 18, 19])
+    caches = [torch.full((3, 2, 16, 16), float("nan")).to(float8) for _ in range(2)]
+    naive.write_kv(key, value, *caches, slots)
+    held = caches[0].float()[1, :, :4].transpose(0, 1)
+    assert held[0, 0, :2].tolist() == [448.0, -448.0]
+    assert torch.equal(held, key[slots >= 0].float().clamp(-448, 448).to(float8).float())
+    assert caches[0].float().isnan().sum() == caches[0].numel() - 4 * 2 * 16
+    naive.copy_blocks(caches, torch.tensor([1]), torch.tensor([2]))
+    tables = [torch.tensor([[block]], dtype=torch.int32) for block in (1, 2)]
+    lengths = torch.tensor([4], dtype=torch.int32)
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    wide = [cache.float() for cache in caches]
+    expected = naive.paged_attention(query[:1], *wide, tables[0], lengths, starts, scale=0.2)
+    assert not expected.isnan().any()
+    for table in tables:
+        found = naive.paged_attention(query[:1], *caches, table, lengths, starts, scale=0.2)
+        assert torch.equal(found, expected)

@@ -12,6 +12,7 @@ from torch import Tensor
 from streamserve_kernels.cpu.attention_decode import LAYOUT, attention_body, scratch_floats
 from streamserve_kernels.cpu.attention_prompt import prompt_attention
 from streamserve_kernels.cpu.ops import COMPILED, require
+from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import PrefixGroups
 from streamserve_kernels.pool import pool
 
@@ -91,6 +92,7 @@ def paged_attention(
     """See `naive.paged_attention`. `prefix_groups` are ignored: each request reads all its own."""
     num_tokens, num_heads, head_size = query.shape
     group = num_heads // key_cache.shape[1]
+    refuse_float8("cpu", key_cache, value_cache)
     require("block_table", block_table, torch.int32)
     require("seq_lens", seq_lens, torch.int32)
     require("query_start_loc", query_start_loc, torch.int32)

@@ -16,6 +16,7 @@ from torch import Tensor
 from streamserve_kernels import naive
 from streamserve_kernels.cpu import elementwise as bodies
 from streamserve_kernels.experts import chosen_experts
+from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear
 from streamserve_kernels.pool import pool
 
@@ -195,6 +196,7 @@ def rotary_write_kv(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `naive.rotary_write_kv`: one pass over the step's tokens."""
+    refuse_float8("cpu", key_cache, value_cache)
     if not _packed_heads(query, key, value) or key_cache.dtype != key.dtype:
         rotary_embedding(query, key, positions, cos_sin, interleaved=interleaved)
         write_kv(key, value, key_cache, value_cache, slot_mapping)
@@ -231,6 +233,7 @@ def write_kv(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:
     """See `naive.write_kv`."""
+    refuse_float8("cpu", key_cache, value_cache)
     if not _packed_heads(key, value) or key_cache.dtype != key.dtype:
         naive.write_kv(key, value, key_cache, value_cache, slot_mapping)
         return

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels.experts import chosen_experts
+from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear, PrefixGroups
 from streamserve_kernels.native.execute import Executable, double_bits, group_fields, pack_step
 from streamserve_kernels.native.layout import check_head_sizes
@@ -127,6 +128,7 @@ def _rotary(
     slots = 0
     if caches is not None:
         key_cache, value_cache, slot_mapping = caches
+        refuse_float8("native", key_cache, value_cache)
         _bfloat16("the caches", key_cache, value_cache)
         _require("slot_mapping", slot_mapping, torch.int64)
         if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
@@ -256,6 +258,7 @@ def paged_attention(
     max_query_len: int | None = None,
 ) -> Tensor:
     """See `naive.paged_attention`; the blocks of the caches are in the order of `unpack_keys`."""
+    refuse_float8("native", key_cache, value_cache)
     _bfloat16("query and the caches", query, key_cache, value_cache)
     _require("block_table", block_table, torch.int32)
     _require("seq_lens", seq_lens, torch.int32)

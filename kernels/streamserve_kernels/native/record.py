@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels import huge_pages
+from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import NotRecordableError, StepTensors
 from streamserve_kernels.native.execute import Executable, double_bits, group_fields, pack_step
 from streamserve_kernels.native.layout import check_head_sizes
@@ -234,6 +235,7 @@ class Recorder:
         value_cache: Tensor,
         interleaved: bool,
     ) -> None:
+        refuse_float8("native", key_cache, value_cache)
         turns = cos_sin is not None
         self._add(
             "rotary_write",
