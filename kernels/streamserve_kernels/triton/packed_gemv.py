@@ -2,7 +2,8 @@
 
 The words are those of `streamserve_kernels.triton.packed`. A thread owns a chunk, four adjacent
 words, of every output of its program. A code becomes a number without a conversion: put into the
-low bits of 2**23 it is a float32, from which 2**23 and the zero point are taken away, exactly.
+low bits of 2**23 (`MAGIC`, an argument: of two constants the compiler would make two instructions)
+it is a float32, from which 2**23 and the zero point are taken away, exactly.
 Codes stay at their place in the word, so they are `unit` times too large; the input makes up for
 it, exactly as well.
 """
@@ -10,11 +11,14 @@ it, exactly as well.
 from __future__ import annotations
 
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from streamserve_kernels.triton.runtime import jit
 
+MAGIC = 0x4B000000  # 2**23 as the bits of a float32
 
-@jit(do_not_specialize=["group_shift"])
+
+@jit(do_not_specialize=["magic", "group_shift"])
 def packed_gemv_kernel(
     x,  # [K]
     words,  # [N, W] int32: see `packed`
@@ -26,6 +30,7 @@ def packed_gemv_kernel(
     K,
     W,
     G,
+    magic,  # MAGIC
     group_shift,  # chunk >> group_shift is the group
     BITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -33,7 +38,7 @@ def packed_gemv_kernel(
     ROW_SCALES: tl.constexpr,  # G is 1
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,  # launched with `launch_pdl`: see `gemv`
 ):
     PER: tl.constexpr = 32 // BITS
     CHUNKS: tl.constexpr = BLOCK_W // 4
@@ -44,11 +49,19 @@ def packed_gemv_kernel(
     if ROW_SCALES and HAS_ZEROS:
         row_zero = tl.load(zeros + n, mask=n < N, other=0).to(tl.float32)[None, None, :]
     acc = tl.zeros((CHUNKS, BLOCK_N), dtype=tl.float32)
-    for start in tl.range(0, W, BLOCK_W, num_stages=STAGES):
-        word = start + offsets
+    tile = words + rows * W + offsets[:, None]
+    here = (n < N)[None, :]
+    # The next tile is on its way while this one is multiplied; the first one before x is there.
+    w = tl.load(tile, mask=here & (offsets < W)[:, None], other=0, eviction_policy="evict_first")
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    for start in range(0, W, BLOCK_W):
+        this = w.to(tl.uint32, bitcast=True)  # shifts bring in zeros
+        tile += BLOCK_W
         w = tl.load(
-            words + rows * W + word[:, None],
-            mask=(n < N)[None, :] & (word < W)[:, None],
+            tile,
+            mask=here & (start + offsets < W - BLOCK_W)[:, None],
             other=0,
             eviction_policy="evict_first",
         )
@@ -59,15 +72,15 @@ def packed_gemv_kernel(
         else:
             chunk = start // 4 + tl.arange(0, CHUNKS)
             group = rows * G + (chunk >> group_shift)[:, None]
-            mask = (n < N)[None, :] & (chunk < W // 4)[:, None]
+            mask = here & (chunk < W // 4)[:, None]
             scale = tl.load(scales + group, mask=mask, other=0.0).to(tl.float32)
             if HAS_ZEROS:
                 zero = tl.load(zeros + group, mask=mask, other=0).to(tl.float32)[:, None, :]
         part = tl.zeros((CHUNKS, 4, BLOCK_N), dtype=tl.float32)
         for j in tl.static_range(PER):
             unit = 2 ** (j * BITS % 16)
-            half = w if j * BITS < 16 else w >> 16
-            bits = (half & ((2**BITS - 1) * unit)) | 0x4B000000
+            half = this if j * BITS < 16 else this >> 16
+            bits = (half & ((2**BITS - 1) * unit)) | magic
             code = tl.reshape(bits.to(tl.float32, bitcast=True), (CHUNKS, 4, BLOCK_N))
             k = start * PER + first + j * 4
             values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32) * (1.0 / unit)

@@ -14,12 +14,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import triton
 from torch import Tensor
+
+from streamserve_kernels.triton.runtime import overlaps
 
 DEFAULT_SECONDS = 20.0
 # Between them the calls of a measurement should touch more than a last-level cache holds.
@@ -37,9 +40,18 @@ class Config(NamedTuple):
     block_k: int = 0
     num_warps: int = 4
     stages: int = 1
+    overlap: bool = False  # starts before the kernel before it has ended
 
 
 LIBRARY = Config("library")  # cuBLAS
+
+
+@lru_cache(maxsize=64)
+def usable(candidates: tuple[Config, ...], device: torch.device) -> tuple[Config, ...]:
+    """Those that the device has the instructions for."""
+    if overlaps(device):
+        return candidates
+    return tuple(config for config in candidates if not config.overlap)
 
 
 @runtime_checkable
@@ -108,7 +120,9 @@ def tune(
     found: dict[str, Config] = {}
     for key, (count, same) in layers.items():
         candidates = same[0].candidates(count)
-        x = torch.zeros(count, same[0].in_features, dtype=same[0].dtype, device=device)
+        # Not zeros: they cost less power, and the clock would be higher than it is when serving.
+        size = count * same[0].in_features
+        x = torch.linspace(-1.0, 1.0, size, device=device).to(same[0].dtype).view(count, -1)
         config = known.get(key)
         if config not in candidates:
             config = candidates[0]
@@ -148,15 +162,15 @@ def measure_on_gpu(layers: Sequence[Tunable], x: Tensor, config: Config) -> floa
     mostly wait for the launches.
     """
     calls = max(8, min(_MOST_CALLS, _MEASURED_BYTES // max(1, layers[0].nbytes)))
-    try:
-        layers[0].run(x, config)
-    except triton.runtime.errors.OutOfResources:
-        return float("inf")
-    # Not `torch.cuda.graph`, which collects garbage and empties the allocator's cache every time.
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(x.device)
     torch.cuda.synchronize(x.device)
-    with torch.cuda.stream(stream):
+    # Not `torch.cuda.graph`, which collects garbage and empties the allocator's cache every time.
+    with torch.cuda.stream(_capture_stream(x.device)):
+        try:
+            layers[0].run(x, config)
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
+        torch.cuda.synchronize(x.device)
         graph.capture_begin(capture_error_mode="thread_local")
         for call in range(calls):
             layers[call % len(layers)].run(x, config)
@@ -171,6 +185,12 @@ def measure_on_gpu(layers: Sequence[Tunable], x: Tensor, config: Config) -> floa
         end.synchronize()
         best = min(best, start.elapsed_time(end))
     return best / calls
+
+
+@lru_cache(maxsize=1)
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a work space for every stream that it has met."""
+    return torch.cuda.Stream(device)
 
 
 def _path(directory: Path, device: torch.device) -> Path:
