@@ -9,7 +9,7 @@ import torch
 
 from streamserve.cli.model_setup import BuiltModel, ModelSetup
 from streamserve.errors import ConfigError, KVCacheMemoryError
-from streamserve.models import Decoder, KVCache, kv_bytes_per_block
+from streamserve.models import Decoder, kv_bytes_per_block
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
@@ -32,6 +32,10 @@ class CudaBuilder:
             None if setup.args.kv_cache_memory is None else parse_bytes(setup.args.kv_cache_memory)
         )
         self._kv_dtype = _kv_dtype(setup)
+        self._block_bytes = kv_bytes_per_block(
+            setup.config.spec, setup.args.block_size, self._kv_dtype
+        )
+        self._num_host_blocks = self._plan_host_blocks()
         self._kernels = setup.choose_kernels()
 
     def build(self) -> BuiltModel:
@@ -42,11 +46,16 @@ class CudaBuilder:
         with _room_for("the largest step", setup, "lower --max-num-batched-tokens"):
             memory = self._plan(model)
         setup.say_plan(memory)
+        if self._num_host_blocks:
+            host_bytes = format_bytes(self._num_host_blocks * self._block_bytes)
+            setup.say(f"  host blocks   {self._num_host_blocks:,}, {host_bytes}")
         with _room_for("the KV cache", setup, "lower --gpu-memory-utilization"):
             kv_caches = new_kv_cache(
                 model.spec, memory, self._kv_dtype, setup.device, self._kernels
             )
-            transfer = self._transfer(memory, kv_caches)
+            transfer = None
+            if self._num_host_blocks:
+                transfer = KVTransfer(kv_caches, self._num_host_blocks)
             runner, profile = build_cuda_runner(
                 model,
                 memory,
@@ -62,17 +71,11 @@ class CudaBuilder:
             per_step = runner.on_device_thread(transfer.blocks_per_step)
             return BuiltModel(runner, profile, memory, transfer.num_host_blocks, per_step)
 
-    def _transfer(self, memory: MemoryPlan, kv_caches: KVCache) -> KVTransfer | None:
-        args = self._setup.args
-        if args.swap_space is None:
-            return None
-        if not args.enable_prefix_caching:
-            raise ConfigError("--swap-space needs prefix caching: blocks are found by their prefix")
-        num_blocks = plan_host_blocks(
-            parse_bytes(args.swap_space), memory.kv_bytes_per_block, available_cpu_memory()
-        )
-        self._setup.say(f"  host blocks   {num_blocks:,} of {args.swap_space}")
-        return KVTransfer(kv_caches, num_blocks)
+    def _plan_host_blocks(self) -> int:
+        swap_space = self._setup.args.swap_space
+        if swap_space is None:
+            return 0
+        return plan_host_blocks(parse_bytes(swap_space), self._block_bytes, available_cpu_memory())
 
     def _plan(self, model: Decoder) -> MemoryPlan:
         setup, args, scheduler = self._setup, self._setup.args, self._setup.scheduler
@@ -96,15 +99,14 @@ class CudaBuilder:
             logits_row_bytes=model.spec.vocab_size * torch.float32.itemsize,
             graphs=graphs,
         )
-        block_bytes = kv_bytes_per_block(model.spec, args.block_size, self._kv_dtype)
-        if args.swap_space is not None:
-            step_bytes += KVTransfer.device_bytes(block_bytes)
+        if self._num_host_blocks:
+            step_bytes += KVTransfer.device_bytes(self._block_bytes)
         return plan_gpu_memory(
             read_gpu(setup.device),
             name=str(setup.device),
             utilization=args.gpu_memory_utilization,
             step_bytes=step_bytes,
-            kv_bytes_per_block=block_bytes,
+            kv_bytes_per_block=self._block_bytes,
             block_size=args.block_size,
             max_model_len=scheduler.max_model_len,
             max_num_seqs=scheduler.max_num_seqs,

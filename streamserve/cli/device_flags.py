@@ -62,6 +62,11 @@ def resolve_device_flags(
                 "--swap-space is for GPUs: on a CPU the KV cache is in host memory already; "
                 f"--kv-cache-memory makes it larger, got {args.swap_space!r}"
             )
+    elif args.swap_space is not None and not args.enable_prefix_caching:
+        raise ConfigError(
+            "--swap-space must not be given with --no-enable-prefix-caching (blocks are found by "
+            f"their prefix), got {args.swap_space!r}"
+        )
     filled = Namespace(**vars(args))
     for name, default in asdict(GPU_DEFAULTS if on_gpu else CPU_DEFAULTS).items():
         if getattr(args, name) is None:

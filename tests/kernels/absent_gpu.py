@@ -228,12 +228,23 @@ def attention_calls() -> Iterator[Callable[[], object]]:
             )
 
 
+def block_rows_calls() -> Iterator[Callable[[], object]]:
+    from streamserve_kernels.triton.block_rows import TritonBlockRows
+
+    blocks = TritonBlockRows([bf16(4, KV_HEADS, BLOCK_SIZE, SIZE) for _ in range(4)])
+    rows = torch.zeros(2, blocks.width, dtype=torch.int64)
+    ids = ints(2, dtype=torch.int64)
+    yield lambda: blocks.pack(ids, rows)
+    yield lambda: blocks.unpack(rows, ids)
+
+
 PARTS = {
     "elementwise": elementwise_calls,
     "linear": linear_calls,
     "moe": moe_calls,
     "sampling": sampling_calls,
     "attention": attention_calls,
+    "block rows": block_rows_calls,
 }
 
 

@@ -75,6 +75,35 @@ def test_what_is_loaded_is_what_was_stored(device, shapes, num_staged):
     transfer.close()
 
 
+def test_copies_keep_their_place_among_what_is_queued(device):
+    """Slow work, then a write; its block is stored, and at once overwritten; and loaded, and read.
+
+    Nothing here waits for the device but the last lines.
+    """
+    rows = 4096 if device.type == "cuda" else 8
+    caches = [(torch.zeros(4, rows, rows, device=device),) for _ in range(2)]
+    transfer = KVTransfer(caches, 3)
+    slow = torch.eye(rows, device=device)
+    seen = []
+    with torch.inference_mode():
+        for step in range(6):
+            for _ in range(10):
+                slow = slow @ slow
+            for (cache,) in caches:
+                cache[0] = slow * (step + 1)
+            with transfer.beside(SchedulerOutput(step, stores=[BlockTransfer(0, step % 3)])):
+                pass
+            for (cache,) in caches:
+                cache[0] = -1.0
+            with transfer.beside(SchedulerOutput(step, loads=[BlockTransfer(2, step % 3)])):
+                pass
+            seen.append([cache[2, -1, -1].clone() for (cache,) in caches])
+    assert [[float(value) for value in values] for values in seen] == [
+        [step + 1.0] * 2 for step in range(6)
+    ]
+    transfer.close()
+
+
 def test_a_step_that_raises_leaves_its_transfers_done(device):
     caches = caches_of(SHAPES["words"], device)
     before = block(caches, 3)

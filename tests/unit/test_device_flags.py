@@ -76,6 +76,12 @@ def test_a_cpu_says_what_it_does_not_look_at():
             r"must be at most --max-num-seqs 256 .* got 300",
         ),
         (["--cuda-graph-sizes", "1", "--enforce-eager"], True, "must not be given with"),
+        (["--swap-space", "4GiB"], False, "--swap-space is for GPUs: .* got '4GiB'"),
+        (
+            ["--swap-space", "4GiB", "--no-enable-prefix-caching"],
+            True,
+            "--swap-space must not be given with --no-enable-prefix-caching .* got '4GiB'",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(flags, on_gpu, message):
