@@ -134,6 +134,10 @@ def end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
 
 def run_tests(step: Step) -> None:
     command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", *step.plan.test_flags]
+    command += [
+        "-p",
+        "no:benchmark",
+    ]  # if it is there, it warns of workers, and warnings are errors
     if importlib.util.find_spec("xdist") is not None and "-n" not in command:
         command += ["-n", "12"]
     step.run(command)

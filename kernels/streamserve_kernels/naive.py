@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from streamserve_kernels.fp8 import NaiveFp8Linear
 from streamserve_kernels.float8 import FLOAT8
+from streamserve_kernels.fp8 import NaiveFp8Linear
 from streamserve_kernels.interface import (
     ActivationKind,
     GatedKind,

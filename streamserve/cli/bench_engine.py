@@ -96,6 +96,7 @@ def _build(args: Namespace) -> Subject:
         return probes[-1]
 
     service = build_service(args, say=_say, warn=_warn, observed=observed)
+    service.finish_warm_up()
     ceilings = measured_ceilings(service)
     _say(
         f"  measured      {ceilings.bandwidth / 1e9:.0f} GB/s,"

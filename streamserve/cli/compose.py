@@ -42,6 +42,7 @@ class Service:
     dtype: torch.dtype
     device: torch.device
     memory: MemoryPlan
+    finish_warm_up: Callable[[], None]
 
 
 def box_path() -> Path:
@@ -96,6 +97,7 @@ def build_service(
         setup.dtype,
         setup.device,
         built.memory,
+        built.finish_warm_up,
     )
 
 

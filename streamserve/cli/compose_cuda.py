@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -66,10 +67,13 @@ class CudaBuilder:
                 transfer=transfer,
                 with_groups=setup.scheduler.enable_cascade_attention,
             )
+            built = BuiltModel(runner, profile, memory, finish_warm_up=runner.capture_graphs)
             if transfer is None:
-                return BuiltModel(runner, profile, memory)
+                return built
             per_step = runner.on_device_thread(transfer.blocks_per_step)
-            return BuiltModel(runner, profile, memory, transfer.num_host_blocks, per_step)
+            return replace(
+                built, num_host_blocks=transfer.num_host_blocks, max_transfers_per_step=per_step
+            )
 
     def _plan_host_blocks(self) -> int:
         swap_space = self._setup.args.swap_space

@@ -77,6 +77,8 @@ class BuiltModel:
     memory: MemoryPlan
     num_host_blocks: int = 0
     max_transfers_per_step: int = 1
+    finish_warm_up: Callable[[], None] = lambda: None
+    """Does at once what a server leaves for when it is idle."""
 
 
 class ModelBuilder(Protocol):

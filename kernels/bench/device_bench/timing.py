@@ -76,6 +76,9 @@ def _captured(calls: Sequence[Call], num_passes: int) -> Call | None:
                 _run(calls)
     except Exception:
         torch.cuda.synchronize()  # raises what has broken the device for good
+        # The generator believes that a capture goes on, until one has ended well.
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.empty(1, device="cuda").zero_()
         return None
     return graph.replay
 

@@ -109,6 +109,11 @@ class StepExecutor:
             logger.warning("%s runs without a CUDA graph: %s", key, error)
         return bool(self._wanted)
 
+    def capture_all(self) -> None:
+        """Captures every graph that is wanted."""
+        while self._wanted:
+            self.capture_next()
+
     def run(self, key: StepKey) -> StepResult:
         """Queues a step whose inputs are in the arena."""
         found = self._graphs.get(key)

@@ -140,6 +140,10 @@ class CudaModelRunner:
         self._plans.put(run)
         return done.result()
 
+    def capture_graphs(self) -> None:
+        """Captures at once the graphs that are left; otherwise that happens while nobody asks."""
+        self.on_device_thread(self._executor.capture_all)
+
     def close(self) -> None:
         """Finish every step whose sample was asked for, then stop. Idempotent."""
         if not self._closed:
@@ -249,7 +253,7 @@ class CudaModelRunner:
 
     def _enter_thread(self) -> None:
         """CUDA's current device is each thread's own."""
-        if self._device.type == "cuda":
+        if self._device.index is not None:
             torch.cuda.set_device(self._device)
 
     def _resolve_steps(self) -> None:

@@ -126,12 +126,7 @@ def test_steps_are_replayed_from_graphs(runner, device):
     if device.type != "cuda":
         pytest.skip("graphs are CUDA's")
     executor = runner._executor
-
-    def capture_all() -> None:
-        while executor.capture_next():
-            pass
-
-    runner.on_device_thread(capture_all)
+    runner.capture_graphs()
     assert executor.num_graphs == len(list(runner._batch._ladder.graphs()))
     before = executor.num_replays
     some = loop(runner, max_steps_in_flight=2)
