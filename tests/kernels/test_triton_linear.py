@@ -202,6 +202,27 @@ def test_the_gpu_measures(tmp_path):
 
 
 @pytest.mark.gpu
+def test_products_that_overlap_wait_for_each_other():
+    """Each starts before the one that makes its input has ended."""
+    size = 2048
+    layers = [
+        prepare_linear(torch.randn(size, size, device="cuda", dtype=torch.bfloat16) / size**0.5)
+        for _ in range(4)
+    ]
+    overlapping = [config for config in layers[0].candidates(1) if config.overlap]
+    x = torch.randn(1, size, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    for config in overlapping:
+        results = []
+        for chosen in (config._replace(overlap=False), config):
+            y = x
+            for step in range(40):
+                y = layers[step % 4].run(y, chosen)
+            results.append(y)
+        assert results[0].equal(results[1])
+
+
+@pytest.mark.gpu
 def test_products_are_captured_into_a_graph():
     packed = prepare_linear(torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16))
     x = torch.zeros(1, 1024, device="cuda", dtype=torch.bfloat16)

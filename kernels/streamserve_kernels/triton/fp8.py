@@ -15,14 +15,14 @@ from streamserve_kernels.fp8 import FP8, quantise_fp8
 from streamserve_kernels.quantised import FP8_TILE, Quantization
 from streamserve_kernels.triton.gemv import gemv_kernel
 from streamserve_kernels.triton.runtime import INTERPRETED, jit
-from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket
+from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket, usable
 
 _QUANTISE_BLOCK = 2048
 _VECTOR = 16  # codes that a thread loads at once
 _GEMV = (
-    Config("gemv", 1, 4, 0, 4, 1),
-    Config("gemv", 1, 8, 0, 4, 1),
-    Config("gemv", 1, 4, 0, 2, 1),
+    Config("gemv", 1, 4),
+    Config("gemv", 1, 8),
+    Config("gemv", 1, 4, overlap=True),
     LIBRARY,
 )
 _CAPABILITY = (8, 9)
@@ -134,7 +134,7 @@ class Fp8Linear:
         return f"fp8,{self.out_features}x{self.in_features},{self.dtype}{bias},{rows}"
 
     def candidates(self, rows: int) -> tuple[Config, ...]:
-        return _GEMV if rows == 1 else (LIBRARY,)
+        return usable(_GEMV, self.device) if rows == 1 else (LIBRARY,)
 
     def __call__(self, x: Tensor) -> Tensor:
         count = x.numel() // self.in_features
@@ -168,8 +168,9 @@ class Fp8Linear:
             VEC=_VECTOR,
             HAS_BIAS=self.bias is not None,
             HAS_SCALES=True,
-            STAGES=config.stages,
+            OVERLAP=config.overlap,
             num_warps=config.num_warps,
+            launch_pdl=config.overlap,
         )
         return y
 

@@ -5,11 +5,16 @@ load) of every output of its program, so threads exchange nothing before the end
 takes up to sixteen, the least that a tile of the matrix units has.
 
 A program sums its outputs over all inputs, in float32 and in a fixed order.
+
+With OVERLAP a kernel is launched while the one before it still runs (programmatic dependent launch,
+compute capability 9): it may read weights, which no kernel of a step writes, but waits before it
+touches anything else. It lets the next kernel do the same.
 """
 
 from __future__ import annotations
 
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from streamserve_kernels.triton.runtime import jit
 
@@ -29,22 +34,29 @@ def gemv_kernel(
     VEC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,  # launched with `launch_pdl`
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inputs = tl.arange(0, BLOCK_K)
-    rows = weight + n.to(tl.int64)[:, None] * K
+    tile = weight + n.to(tl.int64)[:, None] * K + inputs[None, :]
+    here = (n < N)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_K // VEC), dtype=tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    # The next tile is on its way while this one is multiplied; the first one before x is there.
+    w = tl.load(tile, mask=here & (inputs < K)[None, :], other=0.0, eviction_policy="evict_first")
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    for start in range(0, K, BLOCK_K):
         k = start + inputs
         values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        products = w.to(tl.float32) * values[None, :]
+        tile += BLOCK_K
         w = tl.load(
-            rows + k[None, :],
-            mask=(n < N)[:, None] & (k < K)[None, :],
+            tile,
+            mask=here & (k < K - BLOCK_K)[None, :],
             other=0.0,
             eviction_policy="evict_first",
         )
-        products = w.to(tl.float32) * values[None, :]
         acc += tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_K // VEC, VEC)), axis=2)
     out = tl.sum(acc, axis=1)
     if HAS_SCALES:
@@ -67,11 +79,15 @@ def skinny_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    OVERLAP: tl.constexpr,  # launched with `launch_pdl`
     STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     offsets = tl.arange(0, BLOCK_K)
     weight_rows = weight + n.to(tl.int64)[None, :] * K
     x_rows = x + m.to(tl.int64)[:, None] * K

@@ -23,7 +23,7 @@ from streamserve_kernels.triton.packed import WHOLE_ROW, PackedWeight, pack
 from streamserve_kernels.triton.packed_gemm import packed_gemm_kernel
 from streamserve_kernels.triton.packed_gemv import packed_gemv_kernel
 from streamserve_kernels.triton.runtime import INTERPRETED
-from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket
+from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket, usable
 
 # Most rows that a kernel of ours takes.
 FEW_ROWS = 16
@@ -33,26 +33,28 @@ _SCRATCH_ELEMENTS = 2**25
 _ALIGNMENT = 16  # bytes that a thread loads at once
 
 _GEMV = (
-    Config("gemv", 1, 4, 0, 4, 1),
-    Config("gemv", 1, 8, 0, 4, 1),
-    Config("gemv", 1, 4, 0, 4, 3),
-    Config("gemv", 1, 2, 0, 4, 1),
-    Config("gemv", 1, 8, 0, 8, 1),
+    Config("gemv", 1, 4),
+    Config("gemv", 1, 8),
+    Config("gemv", 1, 4, overlap=True),
+    Config("gemv", 1, 8, overlap=True),
+    Config("gemv", 1, 2, overlap=True),
     LIBRARY,
 )
 _SKINNY = (
     LIBRARY,
     Config("skinny", 16, 32, 256, 4, 4),
     Config("skinny", 16, 16, 256, 4, 4),
+    Config("skinny", 16, 16, 256, 4, 4, overlap=True),
     Config("skinny", 16, 32, 128, 4, 5),
     Config("skinny", 16, 64, 128, 4, 4),
 )
 _PACKED_GEMV = (
-    Config("gemv", 1, 4, 0, 4, 1),
-    Config("gemv", 1, 8, 0, 4, 1),
-    Config("gemv", 1, 4, 0, 2, 1),
-    Config("gemv", 1, 2, 0, 4, 1),
-    Config("gemv", 1, 4, 0, 4, 2),
+    Config("gemv", 1, 4),
+    Config("gemv", 1, 8),
+    Config("gemv", 1, 4, overlap=True),
+    Config("gemv", 1, 8, overlap=True),
+    Config("gemv", 1, 2, overlap=True),
+    Config("gemv", 1, 4, 0, 2, overlap=True),
 )
 _PACKED_FEW = (
     Config("gemm", 16, 32, 64, 4, 4),
@@ -130,9 +132,9 @@ class DenseLinear:
 
     def candidates(self, rows: int) -> tuple[Config, ...]:
         if rows == 1:
-            return _GEMV
+            return usable(_GEMV, self.device)
         few = rows <= FEW_ROWS and self.dtype != torch.float32
-        return _SKINNY if few else (LIBRARY,)
+        return usable(_SKINNY, self.device) if few else (LIBRARY,)
 
     def __call__(self, x: Tensor) -> Tensor:
         count = x.numel() // self.in_features
@@ -165,8 +167,9 @@ class DenseLinear:
                 VEC=vector,
                 HAS_BIAS=self.bias is not None,
                 HAS_SCALES=False,
-                STAGES=config.stages,
+                OVERLAP=config.overlap,
                 num_warps=config.num_warps,
+                launch_pdl=config.overlap,
             )
             return y
         grid = -(-out_features // config.block_n), -(-count // config.block_m)
@@ -182,9 +185,11 @@ class DenseLinear:
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             HAS_BIAS=self.bias is not None,
+            OVERLAP=config.overlap,
             STAGES=config.stages,
             INTERPRETED=INTERPRETED,
             num_warps=config.num_warps,
+            launch_pdl=config.overlap,
         )
         return y
 
@@ -249,7 +254,7 @@ class PackedQuantLinear:
 
     def candidates(self, rows: int) -> tuple[Config, ...]:
         if rows == 1:
-            return _PACKED_GEMV
+            return usable(_PACKED_GEMV, self.device)
         if rows > PACKED_ROWS:
             return (LIBRARY,)
         if self.dtype == torch.float32:
@@ -301,8 +306,9 @@ class PackedQuantLinear:
                 ROW_SCALES=packed.group_shift == WHOLE_ROW,
                 HAS_ZEROS=packed.zeros is not None,
                 HAS_BIAS=self.bias is not None,
-                STAGES=config.stages,
+                OVERLAP=config.overlap,
                 num_warps=config.num_warps,
+                launch_pdl=config.overlap,
             )
             return y
         grid = -(-self.out_features // config.block_n), -(-count // config.block_m)

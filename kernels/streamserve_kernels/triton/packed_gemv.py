@@ -10,6 +10,7 @@ it, exactly as well.
 from __future__ import annotations
 
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from streamserve_kernels.triton.runtime import jit
 
@@ -33,7 +34,7 @@ def packed_gemv_kernel(
     ROW_SCALES: tl.constexpr,  # G is 1
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,  # launched with `launch_pdl`: see `gemv`
 ):
     PER: tl.constexpr = 32 // BITS
     CHUNKS: tl.constexpr = BLOCK_W // 4
@@ -44,11 +45,19 @@ def packed_gemv_kernel(
     if ROW_SCALES and HAS_ZEROS:
         row_zero = tl.load(zeros + n, mask=n < N, other=0).to(tl.float32)[None, None, :]
     acc = tl.zeros((CHUNKS, BLOCK_N), dtype=tl.float32)
-    for start in tl.range(0, W, BLOCK_W, num_stages=STAGES):
-        word = start + offsets
+    tile = words + rows * W + offsets[:, None]
+    here = (n < N)[None, :]
+    # The next tile is on its way while this one is multiplied; the first one before x is there.
+    w = tl.load(tile, mask=here & (offsets < W)[:, None], other=0, eviction_policy="evict_first")
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    for start in range(0, W, BLOCK_W):
+        this = w
+        tile += BLOCK_W
         w = tl.load(
-            words + rows * W + word[:, None],
-            mask=(n < N)[None, :] & (word < W)[:, None],
+            tile,
+            mask=here & (start + offsets < W - BLOCK_W)[:, None],
             other=0,
             eviction_policy="evict_first",
         )
@@ -59,14 +68,14 @@ def packed_gemv_kernel(
         else:
             chunk = start // 4 + tl.arange(0, CHUNKS)
             group = rows * G + (chunk >> group_shift)[:, None]
-            mask = (n < N)[None, :] & (chunk < W // 4)[:, None]
+            mask = here & (chunk < W // 4)[:, None]
             scale = tl.load(scales + group, mask=mask, other=0.0).to(tl.float32)
             if HAS_ZEROS:
                 zero = tl.load(zeros + group, mask=mask, other=0).to(tl.float32)[:, None, :]
         part = tl.zeros((CHUNKS, 4, BLOCK_N), dtype=tl.float32)
         for j in tl.static_range(PER):
             unit = 2 ** (j * BITS % 16)
-            half = w if j * BITS < 16 else w >> 16
+            half = this if j * BITS < 16 else this >> 16
             bits = (half & ((2**BITS - 1) * unit)) | 0x4B000000
             code = tl.reshape(bits.to(tl.float32, bitcast=True), (CHUNKS, 4, BLOCK_N))
             k = start * PER + first + j * 4

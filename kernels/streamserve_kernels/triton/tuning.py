@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -37,9 +38,18 @@ class Config(NamedTuple):
     block_k: int = 0
     num_warps: int = 4
     stages: int = 1
+    overlap: bool = False  # starts before the kernel before it has ended
 
 
 LIBRARY = Config("library")  # cuBLAS
+
+
+@lru_cache(maxsize=64)
+def usable(candidates: tuple[Config, ...], device: torch.device) -> tuple[Config, ...]:
+    """Those that the device has the instructions for."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return candidates
+    return tuple(config for config in candidates if not config.overlap)
 
 
 @runtime_checkable
