@@ -53,6 +53,8 @@ class PackedWeight:
         first, count = 0, self.out_features
         if ids is not None:
             ids, count = ids.contiguous(), ids.shape[0]
+            if ids.data_ptr() % 16:  # another alignment would be another compilation
+                ids = ids.clone()
         elif isinstance(rows, slice):
             first, end, _ = rows.indices(self.out_features)
             count = end - first

@@ -118,7 +118,9 @@ def tune(
     found: dict[str, Config] = {}
     for key, (count, same) in layers.items():
         candidates = same[0].candidates(count)
-        x = torch.zeros(count, same[0].in_features, dtype=same[0].dtype, device=device)
+        # Not zeros: they cost less power, and the clock would be higher than it is when serving.
+        size = count * same[0].in_features
+        x = torch.linspace(-1.0, 1.0, size, device=device).to(same[0].dtype).view(count, -1)
         config = known.get(key)
         if config not in candidates:
             config = candidates[0]
@@ -158,15 +160,15 @@ def measure_on_gpu(layers: Sequence[Tunable], x: Tensor, config: Config) -> floa
     mostly wait for the launches.
     """
     calls = max(8, min(_MOST_CALLS, _MEASURED_BYTES // max(1, layers[0].nbytes)))
-    try:
-        layers[0].run(x, config)
-    except triton.runtime.errors.OutOfResources:
-        return float("inf")
-    # Not `torch.cuda.graph`, which collects garbage and empties the allocator's cache every time.
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(x.device)
     torch.cuda.synchronize(x.device)
-    with torch.cuda.stream(stream):
+    # Not `torch.cuda.graph`, which collects garbage and empties the allocator's cache every time.
+    with torch.cuda.stream(_capture_stream(x.device)):
+        try:
+            layers[0].run(x, config)
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
+        torch.cuda.synchronize(x.device)
         graph.capture_begin(capture_error_mode="thread_local")
         for call in range(calls):
             layers[call % len(layers)].run(x, config)
@@ -181,6 +183,12 @@ def measure_on_gpu(layers: Sequence[Tunable], x: Tensor, config: Config) -> floa
         end.synchronize()
         best = min(best, start.elapsed_time(end))
     return best / calls
+
+
+@lru_cache(maxsize=1)
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a work space for every stream that it has met."""
+    return torch.cuda.Stream(device)
 
 
 def _path(directory: Path, device: torch.device) -> Path:
