@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -10,7 +12,6 @@ pytest.importorskip("triton")
 from streamserve_kernels import QUANTIZATIONS, QuantLinear
 from streamserve_kernels.grouped import AWQ_ORDER, NaiveGroupedLinear, unpack_awq, unpack_gptq
 from streamserve_kernels.quantised import NaiveQuantLinear, packed_bytes
-from streamserve_kernels.triton import linear as triton_linear
 from streamserve_kernels.triton.linear import (
     PACKED_ROWS,
     prepare_awq,
@@ -163,7 +164,9 @@ def test_a_row_that_is_no_number_stays_alone(device, quantization):
 
 
 def test_a_large_weight_is_dequantised_in_pieces(device, quantization, monkeypatch):
-    monkeypatch.setattr(triton_linear, "_SCRATCH_ELEMENTS", 7 * 64)
+    # The package has a function of that name.
+    module = importlib.import_module("streamserve_kernels.triton.linear")
+    monkeypatch.setattr(module, "_SCRATCH_ELEMENTS", 7 * 64)
     dtype = dtype_for(device)
     weight = torch.randn(40, 64, device=device).to(dtype)
     x = torch.randn(PACKED_ROWS + 1, 64, device=device).to(dtype)

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from streamserve_kernels.interface import ActivationKind, GatedKind
-from streamserve_kernels.triton.runtime import jit
+from streamserve_kernels.triton.runtime import jit, overlaps
 
 _ELEMENTS = 1024  # of a program of the activations
 
@@ -32,8 +33,12 @@ def _warps(elements: int) -> int:
 @jit
 def _rms_norm_kernel(
     x, residual, weight, normed, total, row_stride, residual_stride, H, eps, weight_offset,
-    HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < H
@@ -65,12 +70,12 @@ def rms_norm(
     added = rows if residual is None else residual.reshape(-1, size)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = normed if residual is None else torch.empty_like(normed)
-    block = triton.next_power_of_2(size)
+    block, overlap = triton.next_power_of_2(size), overlaps(x.device)
     if rows.shape[0]:
         _rms_norm_kernel[(rows.shape[0],)](
             rows, added, weight, normed, total, rows.stride(0), added.stride(0), size, eps,
             weight_offset, HAS_RESIDUAL=residual is not None, HAS_OFFSET=weight_offset != 0.0,
-            BLOCK=block, num_warps=_warps(block),
+            OVERLAP=overlap, BLOCK=block, num_warps=_warps(block), launch_pdl=overlap,
         )  # fmt: skip
     return normed if residual is None else (normed, total)
 
@@ -79,8 +84,11 @@ def rms_norm(
 def _layer_norm_kernel(
     x, residual, weight, bias, normed, total, row_stride, residual_stride, H, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < H
@@ -116,13 +124,14 @@ def layer_norm(
     added = rows if residual is None else residual.reshape(-1, size)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = normed if residual is None else torch.empty_like(normed)
-    block = triton.next_power_of_2(size)
+    block, overlap = triton.next_power_of_2(size), overlaps(x.device)
     if rows.shape[0]:
         _layer_norm_kernel[(rows.shape[0],)](
             rows, added, rows if weight is None else weight, rows if bias is None else bias,
             normed, total, rows.stride(0), added.stride(0), size, eps,
             HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None, BLOCK=block, num_warps=_warps(block),
+            HAS_BIAS=bias is not None, OVERLAP=overlap, BLOCK=block, num_warps=_warps(block),
+            launch_pdl=overlap,
         )  # fmt: skip
     return normed if residual is None else (normed, total)
 
@@ -154,8 +163,12 @@ def act(x, KIND: tl.constexpr):
 
 @jit
 def _activation_kernel(
-    x, y, row_stride, size, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, y, row_stride, size, KIND: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -173,10 +186,10 @@ def _activate(x: Tensor, kind: str, gated: bool) -> Tensor:
     size = x.shape[-1] // 2 if gated else x.shape[-1]
     y = torch.empty(*x.shape[:-1], size, dtype=x.dtype, device=x.device)
     if y.numel():
-        grid = (rows.shape[0], triton.cdiv(size, _ELEMENTS))
+        grid, overlap = (rows.shape[0], triton.cdiv(size, _ELEMENTS)), overlaps(x.device)
         _activation_kernel[grid](
-            rows, y, rows.stride(0), size, KIND=KINDS[kind], GATED=gated, BLOCK=_ELEMENTS,
-            num_warps=4,
+            rows, y, rows.stride(0), size, KIND=KINDS[kind], GATED=gated, OVERLAP=overlap,
+            BLOCK=_ELEMENTS, num_warps=4, launch_pdl=overlap,
         )  # fmt: skip
     return y
 

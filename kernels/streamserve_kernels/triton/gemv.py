@@ -6,9 +6,8 @@ takes up to sixteen, the least that a tile of the matrix units has.
 
 A program sums its outputs over all inputs, in float32 and in a fixed order.
 
-With OVERLAP a kernel is launched while the one before it still runs (programmatic dependent launch,
-compute capability 9): it may read weights, which no kernel of a step writes, but waits before it
-touches anything else. It lets the next kernel do the same.
+With OVERLAP a kernel starts while the one before it still runs: see `runtime.overlaps`. By the time
+that x is there, so is the first tile of the weight.
 """
 
 from __future__ import annotations

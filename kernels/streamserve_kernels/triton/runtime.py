@@ -32,6 +32,16 @@ def compilations() -> int:
 
 
 @cache
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels may start while the ones before them run: programmatic dependent launch.
+
+    A kernel that is launched so (`launch_pdl`) waits (`gdc_wait`) before it touches anything but
+    weights, in every program: the kernel after it relies on it for all that came before.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors, which a grid has to fill; a few for the interpreter."""
     if device.type != "cuda":

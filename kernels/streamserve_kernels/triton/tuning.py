@@ -22,6 +22,8 @@ import torch
 import triton
 from torch import Tensor
 
+from streamserve_kernels.triton.runtime import overlaps
+
 DEFAULT_SECONDS = 20.0
 # Between them the calls of a measurement should touch more than a last-level cache holds.
 _MEASURED_BYTES = 256 * 2**20
@@ -47,7 +49,7 @@ LIBRARY = Config("library")  # cuBLAS
 @lru_cache(maxsize=64)
 def usable(candidates: tuple[Config, ...], device: torch.device) -> tuple[Config, ...]:
     """Those that the device has the instructions for."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if overlaps(device):
         return candidates
     return tuple(config for config in candidates if not config.overlap)
 
