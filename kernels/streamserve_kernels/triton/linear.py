@@ -21,7 +21,7 @@ from streamserve_kernels.triton.fp8 import Fp8Linear
 from streamserve_kernels.triton.gemv import gemv_kernel, skinny_kernel
 from streamserve_kernels.triton.packed import WHOLE_ROW, PackedWeight, pack
 from streamserve_kernels.triton.packed_gemm import packed_gemm_kernel
-from streamserve_kernels.triton.packed_gemv import packed_gemv_kernel
+from streamserve_kernels.triton.packed_gemv import MAGIC, packed_gemv_kernel
 from streamserve_kernels.triton.runtime import INTERPRETED
 from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket, usable
 
@@ -59,13 +59,13 @@ _PACKED_GEMV = (
 _PACKED_FEW = (
     Config("gemm", 16, 32, 64, 4, 4),
     Config("gemm", 16, 16, 64, 4, 5),
-    Config("gemm", 16, 32, 128, 4, 3),
+    Config("gemm", 16, 32, 128, 8, 3),
     Config("gemm", 16, 64, 64, 4, 3),
 )
 _PACKED_32 = (
     Config("gemm", 32, 64, 32, 4, 3),
     Config("gemm", 32, 32, 32, 4, 4),
-    Config("gemm", 32, 128, 32, 4, 3),
+    Config("gemm", 32, 128, 32, 8, 3),
     LIBRARY,
 )
 _PACKED_MANY = (
@@ -294,6 +294,7 @@ class PackedQuantLinear:
             self.in_features,
             packed.words.shape[1],
             packed.scales.shape[1],
+            MAGIC,
             packed.group_shift,
         )
         if config.kernel == "gemv":

@@ -12,7 +12,7 @@ import triton.language as tl
 from streamserve_kernels.triton.runtime import jit
 
 
-@jit(do_not_specialize=["M", "group_shift"])
+@jit(do_not_specialize=["M", "magic", "group_shift"])
 def packed_gemm_kernel(
     x,  # [M, K]
     words,  # [N, W] int32
@@ -25,6 +25,7 @@ def packed_gemm_kernel(
     K,
     W,
     G,
+    magic,  # `packed_gemv.MAGIC`
     group_shift,  # chunk >> group_shift is the group
     BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -51,7 +52,7 @@ def packed_gemm_kernel(
             words + rows * W + word[:, None],
             mask=(n < N)[None, :] & (word < W)[:, None],
             other=0,
-        )
+        ).to(tl.uint32, bitcast=True)
         chunk = start // 4 + tl.arange(0, CHUNKS)
         group = rows * G + (chunk >> group_shift)[:, None]
         mask = (n < N)[None, :] & (chunk < W // 4)[:, None]
@@ -66,7 +67,7 @@ def packed_gemm_kernel(
         for j in tl.static_range(PER):
             unit = 2 ** (j * BITS % 16)
             half = w if j * BITS < 16 else w >> 16
-            bits = (half & ((2**BITS - 1) * unit)) | 0x4B000000
+            bits = (half & ((2**BITS - 1) * unit)) | magic
             code = tl.reshape(bits.to(tl.float32, bitcast=True), (CHUNKS, 4, BLOCK_N))
             weight = (code - (zero * unit + 8388608.0)) * (scale * (1.0 / unit))
             weight = tl.reshape(weight, (BLOCK_W, BLOCK_N)).to(x.dtype.element_ty)

@@ -2,7 +2,8 @@
 
 The words are those of `streamserve_kernels.triton.packed`. A thread owns a chunk, four adjacent
 words, of every output of its program. A code becomes a number without a conversion: put into the
-low bits of 2**23 it is a float32, from which 2**23 and the zero point are taken away, exactly.
+low bits of 2**23 (`MAGIC`, an argument: of two constants the compiler would make two instructions)
+it is a float32, from which 2**23 and the zero point are taken away, exactly.
 Codes stay at their place in the word, so they are `unit` times too large; the input makes up for
 it, exactly as well.
 """
@@ -14,8 +15,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from streamserve_kernels.triton.runtime import jit
 
+MAGIC = 0x4B000000  # 2**23 as the bits of a float32
 
-@jit(do_not_specialize=["group_shift"])
+
+@jit(do_not_specialize=["magic", "group_shift"])
 def packed_gemv_kernel(
     x,  # [K]
     words,  # [N, W] int32: see `packed`
@@ -27,6 +30,7 @@ def packed_gemv_kernel(
     K,
     W,
     G,
+    magic,  # MAGIC
     group_shift,  # chunk >> group_shift is the group
     BITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -53,7 +57,7 @@ def packed_gemv_kernel(
         gdc_launch_dependents()
         gdc_wait()
     for start in range(0, W, BLOCK_W):
-        this = w
+        this = w.to(tl.uint32, bitcast=True)  # shifts bring in zeros
         tile += BLOCK_W
         w = tl.load(
             tile,
@@ -76,7 +80,7 @@ def packed_gemv_kernel(
         for j in tl.static_range(PER):
             unit = 2 ** (j * BITS % 16)
             half = this if j * BITS < 16 else this >> 16
-            bits = (half & ((2**BITS - 1) * unit)) | 0x4B000000
+            bits = (half & ((2**BITS - 1) * unit)) | magic
             code = tl.reshape(bits.to(tl.float32, bitcast=True), (CHUNKS, 4, BLOCK_N))
             k = start * PER + first + j * 4
             values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32) * (1.0 / unit)
