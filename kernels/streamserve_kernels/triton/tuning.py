@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from streamserve_kernels.triton.runtime import overlaps
 
@@ -168,7 +169,7 @@ def measure_on_gpu(layers: Sequence[Tunable], x: Tensor, config: Config) -> floa
     with torch.cuda.stream(_capture_stream(x.device)):
         try:
             layers[0].run(x, config)
-        except triton.runtime.errors.OutOfResources:
+        except TritonError:  # more shared memory than there is, or what this card has not
             return float("inf")
         torch.cuda.synchronize(x.device)
         graph.capture_begin(capture_error_mode="thread_local")
