@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+TESTS = ("tests/kernels", "tests/models", "tests/runner")  # the others know nothing of a device
 _POLL_S = 0.2
 _SUMMARY_LINES = {"tests": 12, "kernels": 4, "latency": 10, "throughput": 8, "serve": 14, "peer": 8}
 _LIMITS = {
@@ -133,7 +134,7 @@ def end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def run_tests(step: Step) -> None:
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", *step.plan.test_flags]
+    command = [sys.executable, "-m", "pytest", *TESTS, "-m", "gpu", "-q", *step.plan.test_flags]
     command += [
         "-p",
         "no:benchmark",

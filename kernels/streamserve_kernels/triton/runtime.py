@@ -26,9 +26,18 @@ def jit(function: Any = None, **options: Any) -> Any:
 
 def compilations() -> int:
     """Kernels that were compiled, or read from Triton's disk cache, by this process so far."""
-    caches = (getattr(kernel, "device_caches", {}) for kernel in _kernels)
-    # A tuple at once: another thread may be compiling.
-    return sum(len(of_device[0]) for devices in caches for of_device in tuple(devices.values()))
+    return sum(compiled_kernels().values())
+
+
+def compiled_kernels() -> dict[str, int]:
+    """How often each kernel was compiled so far."""
+    compiled: dict[str, int] = {}
+    for kernel in _kernels:
+        # A tuple at once: another thread may be compiling.
+        for of_device in tuple(getattr(kernel, "device_caches", {}).values()):
+            name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+            compiled[name] = compiled.get(name, 0) + len(of_device[0])
+    return compiled
 
 
 @cache

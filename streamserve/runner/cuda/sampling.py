@@ -27,6 +27,7 @@ from streamserve_kernels.sampling import (
 
 _NUM_RESULTS = 4  # buffers: more than steps in flight
 _FIRST_COUNT_ROWS = 16
+_MOST_LOGPROBS = 20  # of OpenAI's API: always so many, since each number is a kernel of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class DeviceSampler:
         wanted = batch.rows.num_logprobs[step.rows.rows]
         if (wanted < 0).all():
             return Drawn(on_host, None, wanted)
-        parts = self._kernels.logprobs(logits, token_ids, int(wanted.max()))
+        parts = self._kernels.logprobs(logits, token_ids, max(_MOST_LOGPROBS, int(wanted.max())))
         chosen, top_ids, top = (self._to_host(part) for part in parts)
         return Drawn(on_host, (chosen, top_ids, top), wanted)
 
