@@ -1,0 +1,73 @@
+"""A mixture of experts on the runner of a GPU: routing stays on the device, graphs and all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.runner.build import build_runner, new_kv_cache
+from streamserve.runner.cuda.build import assemble, build_cuda_runner
+from streamserve.runner.cuda.step_key import StepLadder
+from tests.runner.test_end_to_end import Loop, forget, requests
+from tests.runner.tiny_llama import memory_for, tiny_llama
+
+BLOCK_SIZE = 16
+NUM_BLOCKS = 20
+MAX_TOKENS = 16
+SEATS = 2
+GREEDY = SamplingParams(temperature=0.0, max_tokens=3)
+PROMPTS = [[3, 17, 90, 4, 201], [8, 8, 150, 33, 2, 71, 12, 60, 5]]
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    pytest.importorskip("triton")
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter is not used beside a GPU")
+    return torch.device(request.param)
+
+
+def loop(runner, **config) -> Loop:
+    return Loop(runner, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=SEATS, **config)
+
+
+def test_experts_in_a_batch_are_those_of_the_naive_kernels(device, tmp_path):
+    model = tiny_llama(tmp_path, backend="naive", **MIXTRAL)
+    memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    plain, _ = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
+    expected = []
+    for request in requests(PROMPTS, GREEDY):
+        expected += loop(plain, prefix=False).run([request])
+        forget(plain)
+    plain.close()
+
+    model = tiny_llama(tmp_path, backend="triton", device=device, **MIXTRAL)
+    memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=SEATS)
+    caches = new_kv_cache(model.spec, memory, model.dtype, device, model.kernels)
+    if device.type == "cuda":
+        runner, _ = build_cuda_runner(
+            model, memory, max_num_batched_tokens=MAX_TOKENS, kv_caches=caches
+        )
+    else:  # the interpreter takes minutes for what warm-up meets
+        runner, _ = assemble(
+            model,
+            caches,
+            StepLadder(MAX_TOKENS, SEATS),
+            vocab_size=model.spec.vocab_size,
+            block_size=BLOCK_SIZE,
+            max_model_len=memory.max_model_len,
+            max_num_seqs=SEATS,
+        )
+    before = model.kernels.compilations()
+    found = loop(runner, max_steps_in_flight=2).run(requests(PROMPTS, GREEDY))
+    assert found == expected
+    assert model.kernels.compilations() == before
+    runner.close()
