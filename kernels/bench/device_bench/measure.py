@@ -9,14 +9,20 @@ from typing import Any, Literal
 
 import torch
 
-from device_bench import attention_rows, elementwise_rows, linear_rows, sampling_rows
+from device_bench import (
+    attention_rows,
+    elementwise_rows,
+    linear_rows,
+    moe_rows,
+    sampling_rows,
+)
 from device_bench.row import Bench, Case, CheckError, Row
 from device_bench.timing import time_calls
 from streamserve_kernels.ceilings import Ceilings
 
 Status = Literal["OK", "FAIL", "ERROR", "SKIPPED"]
 # The products are the most rows by far: if time is up, it is among them.
-_GROUPS = (attention_rows, elementwise_rows, sampling_rows, linear_rows)
+_GROUPS = (attention_rows, elementwise_rows, sampling_rows, moe_rows, linear_rows)
 _ERROR_LENGTH = 300
 
 
