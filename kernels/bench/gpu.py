@@ -263,6 +263,8 @@ def last_lines(log: Path, name: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    # What ends this process ends what it has started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     limits = {name: args.scale_limits * limit for name, limit in _LIMITS.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import tempfile
@@ -156,9 +155,7 @@ def _one_worker(
     started: int | None = None
     why: str | None = None
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command, pass_fds=[writing], stdout=errors, stderr=errors, start_new_session=True
-        )
+        process = subprocess.Popen(command, pass_fds=[writing], stdout=errors, stderr=errors)
         os.close(writing)
         try:
             for message in _messages(reading, row_timeout_s, end):
@@ -176,16 +173,17 @@ def _one_worker(
                 else:
                     started = None
                     _append(report, [Result(**message["result"])], on_change)
+            else:
+                process.wait()  # it has closed its end
         finally:
             os.close(reading)
-            if why is not None:
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             status = process.wait()
         errors.seek(0)
         said = " ".join(errors.read().decode("utf-8", "replace").split())[-_STDERR_TAIL:]
     if why is None and status not in (0, _LOST):
         why = f"the process ended with {status}: {said}"
-    if started is not None:
+    if started is not None and time.monotonic() < end:
         failed = Result("", "", "ERROR", error=why or f"the process ended: {said}")
         _append(report, [_like(rows[started], failed)], on_change)
     return why
