@@ -40,6 +40,7 @@ class Scratch(NamedTuple):
 
     parts: Tensor  # [rows, block_dv]
     logs: Tensor  # [rows]
+    places: Tensor  # [1 + R + 1 + G] int32: where the work of requests and of groups lies
     part_base: int
     whole_base: int
     shared_whole_base: int
@@ -69,12 +70,15 @@ def paged_attention(
     num_tokens, num_heads, _ = query.shape
     num_requests, value_size = len(seq_lens), value_cache.shape[3]
     output = query.new_empty(num_tokens, num_heads, value_size)
+    if scale <= 0.0:
+        raise ValueError(f"scale must be positive, not {scale}")
     if num_tokens == 0 or num_requests == 0:
         return output.zero_()
     groups = prefix_groups
     if groups is not None and 0 in {len(groups.members), len(groups.num_blocks)}:
         groups = None
-    sizes = plan(num_heads // key_cache.shape[1], query.shape[2], num_tokens, max_query_len)
+    group = num_heads // key_cache.shape[1]
+    sizes = plan(group, query.shape[2], num_tokens, max_query_len, groups is not None)
     constants = _constants(
         query, key_cache, value_cache, sizes, (window, alibi_slopes, soft_cap, sinks, groups)
     )
@@ -83,20 +87,22 @@ def paged_attention(
     shared_programs = 0
     if groups is not None:
         shared_programs = processors * sizes.shared_programs_per_processor
-    scratch = _scratch(query, constants, programs, shared_programs, num_requests, sizes)
+    num_groups = 0 if groups is None else len(groups.num_blocks)
+    scratch = _scratch(query, constants, programs, shared_programs, num_requests, num_groups, sizes)
     chunk_tiles = num_tokens * constants.group // sizes.chunk.rows + num_requests + 1
     grid = shared_programs + programs
     if sizes.has_chunks:
         grid += chunk_tiles * constants.num_kv_heads
     bases = (scratch.part_base, scratch.whole_base, scratch.shared_whole_base)
-    counts = (sizes.split_queries, sizes.shared_queries, programs, shared_programs, *bases)
+    most = (sizes.split_queries, sizes.shared_queries)
     of_groups: tuple[Tensor | int | None, ...] = (None, None, None, 0, 0)
     if groups is not None:
-        of_groups = (*groups, len(groups.members), len(groups.num_blocks))
+        of_groups = (*groups, len(groups.members), num_groups)
     attention_kernel[(grid,)](
         output,
         scratch.parts,
         scratch.logs,
+        scratch.places,
         query,
         query.stride(0),
         key_cache,
@@ -115,21 +121,27 @@ def paged_attention(
         scale * LOG2_E,
         soft_cap if soft_cap is not None else 1.0,
         window if window is not None else 0,
-        *counts,
+        *most,
+        programs,
+        shared_programs,
+        *bases,
         c=constants,
         num_warps=sizes.warps,
+        num_stages=sizes.stages,
     )
     slots = num_requests * sizes.split_queries if sizes.has_chunks else num_tokens
     merge_kernel[(slots, num_heads)](
         output,
         scratch.parts,
         scratch.logs,
+        scratch.places,
         seq_lens,
         query_start_loc,
         num_requests,
         *of_groups,
         window if window is not None else 0,
-        *counts,
+        *most,
+        *bases,
         c=constants,
         num_warps=1,
     )
@@ -191,19 +203,17 @@ def _constants(
         block_size=block_size,
         split_rows=split.rows,
         split_keys=split.keys,
-        split_stages=split.stages,
         chunk_rows=chunk.rows,
         chunk_keys=chunk.keys,
-        chunk_stages=chunk.stages,
         shared_rows=shared.rows,
         shared_keys=shared.keys,
-        shared_stages=shared.stages,
         has_window=window,
         has_alibi=slopes,
         has_cap=cap,
         has_sinks=sinks,
         has_groups=groups,
         has_chunks=sizes.has_chunks,
+        unscaled=not cap and not slopes,
         ieee=query.dtype == torch.float32,
         interpreted=INTERPRETED,
     )
@@ -215,6 +225,7 @@ def _scratch(
     programs: int,
     shared_programs: int,
     num_requests: int,
+    num_groups: int,
     sizes: Plan,
 ) -> Scratch:
     part_base = programs * 2 * c.split_rows
@@ -225,4 +236,5 @@ def _scratch(
     rows = whole_base + 2 * wholes
     buffer = query.new_empty(rows, c.block_dv + 1, dtype=torch.float32).view(-1)
     parts, logs = buffer[: rows * c.block_dv].view(rows, c.block_dv), buffer[rows * c.block_dv :]
-    return Scratch(parts, logs, part_base, whole_base, whole_base + wholes)
+    places = query.new_empty(2 + num_requests + num_groups, dtype=torch.int32)
+    return Scratch(parts, logs, places, part_base, whole_base, whole_base + wholes)

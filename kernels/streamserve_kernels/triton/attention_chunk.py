@@ -74,14 +74,14 @@ def chunk_tile(
             full = (tl.maximum(newest - rule.window + 1, 0) + KEYS - 1) // KEYS * KEYS
             peak, weight, acc = attend(
                 q, position, slope, peak, weight, acc, cache, table, kv_head,
-                start, tl.minimum(full, stop), stop, rule, True, True, KEYS, c.chunk_stages, c,
+                start, tl.minimum(full, stop), stop, rule, True, True, KEYS, c,
             )  # fmt: skip
         peak, weight, acc = attend(
             q, position, slope, peak, weight, acc, cache, table, kv_head,
-            full, rest, stop, rule, False, True, KEYS, c.chunk_stages, c,
+            full, rest, stop, rule, False, True, KEYS, c,
         )  # fmt: skip
         peak, weight, acc = attend(
             q, position, slope, peak, weight, acc, cache, table, kv_head,
-            tl.maximum(full, rest), stop, stop, rule, True, True, KEYS, c.chunk_stages, c,
+            tl.maximum(full, rest), stop, stop, rule, True, True, KEYS, c,
         )  # fmt: skip
         store_output(output, token, head, acc, weight, valid, c)

@@ -21,6 +21,11 @@ COUNTS = (
 BUFFERS = (
     "block_table", "seq_lens", "query_start_loc", "members", "starts", "num_blocks",
 )  # fmt: skip
+MERGE_COUNTS = (
+    "num_requests", "num_members", "num_groups", "window", "split_queries", "shared_queries",
+    "part_base", "whole_base", "shared_whole_base",
+)  # fmt: skip
+MERGE_BUFFERS = BUFFERS[1:]
 
 
 @jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=BUFFERS)
@@ -28,6 +33,7 @@ def attention_kernel(
     output,  # [T, Hq, Dv]
     parts,  # [rows, block_dv] float32: see `attention.Scratch`
     logs,  # [rows] float32
+    places,  # [1 + R + 1 + G] int32
     query,  # [T, Hq, D]
     query_stride,
     key_cache, key_block, key_head, key_row,
@@ -52,7 +58,8 @@ def attention_kernel(
     if c.has_groups:
         if program < shared_programs:
             shared_parts(
-                query, query_stride, parts, logs, slopes, sinks, cache, batch, rule,
+                query, query_stride, parts, logs, places + 1 + num_requests, slopes, sinks, cache,
+                batch, rule,
                 program, shared_programs, part_base, shared_whole_base, c,
             )  # fmt: skip
         program -= shared_programs
@@ -66,18 +73,17 @@ def attention_kernel(
             )  # fmt: skip
     if (program >= 0) & (program < programs):
         own_parts(
-            query, query_stride, output, parts, logs, slopes, sinks, cache, batch, rule,
+            query, query_stride, output, parts, logs, places, slopes, sinks, cache, batch, rule,
             program, programs, whole_base, c,
         )  # fmt: skip
 
 
-@jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=BUFFERS)
+@jit(do_not_specialize=MERGE_COUNTS, do_not_specialize_on_alignment=MERGE_BUFFERS)
 def merge_kernel(
-    output, parts, logs,
+    output, parts, logs, places,
     seq_lens, query_start_loc, num_requests,
     members, starts, num_blocks, num_members, num_groups, window,
-    split_queries, shared_queries, programs, shared_programs, part_base, whole_base,
-    shared_whole_base,
+    split_queries, shared_queries, part_base, whole_base, shared_whole_base,
     c: tl.constexpr,
 ):  # fmt: skip
     """A program per query and head: of all tokens, or beside chunks of split requests only."""
@@ -86,7 +92,7 @@ def merge_kernel(
         shared_queries, members, starts, num_blocks, num_members, num_groups,
     )  # fmt: skip
     merge_row(
-        output, parts, logs, batch, Rule(0.0, 0.0, window),
+        output, parts, logs, places, batch, Rule(0.0, 0.0, window),
         tl.program_id(0), tl.program_id(1), c.has_chunks,
-        programs, shared_programs, part_base, whole_base, shared_whole_base, c,
+        part_base, whole_base, shared_whole_base, c,
     )  # fmt: skip

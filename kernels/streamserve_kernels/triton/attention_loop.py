@@ -20,19 +20,17 @@ class Constants(NamedTuple):
     block_size: int
     split_rows: int
     split_keys: int
-    split_stages: int
     chunk_rows: int
     chunk_keys: int
-    chunk_stages: int
     shared_rows: int
     shared_keys: int
-    shared_stages: int
     has_window: bool
     has_alibi: bool
     has_cap: bool
     has_sinks: bool
     has_groups: bool
     has_chunks: bool
+    unscaled: bool  # scores are scaled in the exponent
     ieee: bool  # float32 operands are multiplied as such, not as TF32
     interpreted: bool
 
@@ -72,6 +70,8 @@ def score(
 ):
     """Base-2 scores [M, N] of products q·k; what a row may not see becomes hugely negative.
 
+    Where nothing else happens to a score it is left unscaled, for the exponential to do both.
+
     Hugely, not infinitely: a row that sees nothing in its first tiles then needs no special case,
     because the first visible key scales what came before by 2^-huge = 0.
     """
@@ -81,7 +81,7 @@ def score(
         capped = 1.0 - 2.0 / (1.0 + tl.exp2(doubled))
         scores = capped * (rule.soft_cap * 1.4426950408889634)
     else:
-        scores = product * rule.scale
+        scores = product if c.unscaled else product * rule.scale
     if c.has_alibi:
         scores += slope[:, None] * (keys[None, :] - position[:, None]).to(tl.float32)
     if masked:
@@ -135,6 +135,17 @@ def load_rows(
 
 
 @triton.jit
+def blocks_at(table, at, stop, one_block: tl.constexpr, KEYS: tl.constexpr, c: tl.constexpr):
+    """Int64 ids of the blocks that hold the keys from `at`: one for a tile, or one for each key."""
+    if one_block:
+        block = tl.load(table + at // c.block_size, mask=at < stop, other=0)
+    else:
+        keys = at + tl.arange(0, KEYS)
+        block = tl.load(table + keys // c.block_size, mask=keys < stop, other=0)
+    return block.to(tl.int64)
+
+
+@triton.jit
 def multiply(a, b, acc, c: tl.constexpr):
     """`acc + a @ b` in float32. The interpreter is wrong about bfloat16, and knows no float8."""
     if c.interpreted:
@@ -164,7 +175,6 @@ def attend(
     masked: tl.constexpr,  # rows may not see all of it, or it ends at `limit` inside a tile
     causal: tl.constexpr,
     KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
     c: tl.constexpr,
 ):
     """Online softmax (Milakov & Gimelshein 2018) over the keys from `start` to `stop`.
@@ -173,14 +183,16 @@ def attend(
     """
     one_block: tl.constexpr = c.block_size % KEYS == 0
     ROWS: tl.constexpr = query.shape[0]
-    for at in tl.range(start, stop, KEYS, num_stages=STAGES):
+    block = blocks_at(table, start, stop, one_block, KEYS, c)
+    for at in range(start, stop, KEYS):
         keys = at + tl.arange(0, KEYS)
+        offset = keys % c.block_size
         if one_block:
-            block = tl.load(table + at // c.block_size).to(tl.int64)
             offset = at % c.block_size + tl.arange(0, KEYS)
-        else:
-            block = tl.load(table + keys // c.block_size, mask=keys < limit, other=0).to(tl.int64)
-            offset = keys % c.block_size
+        # One tile ahead: a look-up whose tile is in the same turn would be a step of the pipeline
+        # of its own and take half of the keys' and values' buffers. For the same reason the loop
+        # has the kernel's number of stages: with one of its own, all its loads are pipelined.
+        later = blocks_at(table, at + KEYS, stop, one_block, KEYS, c)
         k = load_rows(
             cache.key,
             cache.key_block,
@@ -208,8 +220,12 @@ def attend(
             causal,
             c,
         )
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
+        if c.unscaled:
+            higher = tl.maximum(peak, tl.max(scores, 1) * rule.scale)
+            weights = tl.exp2(scores * rule.scale - higher[:, None])
+        else:
+            higher = tl.maximum(peak, tl.max(scores, 1))
+            weights = tl.exp2(scores - higher[:, None])
         decay = tl.exp2(peak - higher)
         v = load_rows(
             cache.value,
@@ -229,6 +245,7 @@ def attend(
         weight = weight * decay + tl.sum(weights, 1)
         acc = multiply(weights.to(query.dtype), v, acc * decay[:, None], c)
         peak = higher
+        block = later
     return peak, weight, acc
 
 

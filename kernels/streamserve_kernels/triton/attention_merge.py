@@ -10,8 +10,6 @@ from streamserve_kernels.triton.attention_work import (
     group_work,
     membership,
     own_work,
-    share_of,
-    survey,
 )
 
 PARTS = tl.constexpr(16)  # read at a time
@@ -30,21 +28,18 @@ def request_of_token(token, batch):
 
 
 @triton.jit
-def parts_of(
-    sequence, item, key_tiles, programs, batch, rule, shared: tl.constexpr, c: tl.constexpr
-):
+def parts_of(places, sequence, item, key_tiles):
     """(first program of an item, how many worked on it)."""
-    total, before = survey(sequence, batch, rule, shared, c)
-    share = share_of(total, programs)
-    begin = before + item * key_tiles
+    share = tl.load(places)
+    begin = tl.load(places + 1 + sequence) + item * key_tiles
     first = begin // share
     return first, (begin + key_tiles - 1) // share - first + 1
 
 
 @triton.jit
 def merge_row(
-    output, parts, logs, batch, rule, slot, head, by_request: tl.constexpr,
-    programs, shared_programs, part_base, whole_base, shared_whole_base, c: tl.constexpr,
+    output, parts, logs, places, batch, rule, slot, head, by_request: tl.constexpr,
+    part_base, whole_base, shared_whole_base, c: tl.constexpr,
 ):  # fmt: skip
     """The output of one query and head, unless one program has written it alone.
 
@@ -75,7 +70,7 @@ def merge_row(
     own_first = own  # program
     if key_tiles > 0:
         item = kv_head * row_tiles + row // c.split_rows
-        own_first, own = parts_of(request, item, key_tiles, programs, batch, rule, False, c)
+        own_first, own = parts_of(places, request, item, key_tiles)
     own_row = row % c.split_rows
     whole = (
         whole_base + (request * batch.shared_queries + number) * (c.num_kv_heads * c.group) + head
@@ -91,7 +86,7 @@ def merge_row(
             common_row = shared_row % c.shared_rows
             shared_item = kv_head * group_rows + shared_row // c.shared_rows
             common_first, common = parts_of(
-                group, shared_item, group_keys, shared_programs, batch, rule, True, c
+                places + 1 + batch.num_requests, group, shared_item, group_keys
             )
 
     if mine & (own + common != 1):

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Rows x keys of a score tile, and how many key tiles are in flight."""
+    """Rows x keys of a score tile."""
 
     rows: int
     keys: int
-    stages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +28,7 @@ class Plan:
     split_queries: int  # requests with no more queries are split over all programs
     shared_queries: int  # and those with no more than this attend to a prefix with their group
     warps: int
+    stages: int  # key tiles on their way, and the one in use
     programs_per_processor: int
     shared_programs_per_processor: int
 
@@ -43,34 +43,44 @@ SPLIT_QUERIES = 4
 # A step with fewer (query, head of a group) rows than this has too few tiles to fill a GPU: all of
 # its requests are split.
 FEW_ROWS = 512
+# Drafts to verify: a group's members with no more queries than this attend to its prefix together.
+SHARED_QUERIES = 8
 
 
-def plan(group: int, head_size: int, num_tokens: int, max_query_len: int | None) -> Plan:
-    """Sizes for `num_tokens` queries, at most `max_query_len` of a request."""
+def plan(
+    group: int, head_size: int, num_tokens: int, max_query_len: int | None, has_groups: bool
+) -> Plan:
+    """Sizes for `num_tokens` queries, at most `max_query_len` of a request.
+
+    Shared memory decides how many programs are on a processor (of 228 KiB): for heads of 128, a
+    stage of 64 keys takes 32 KiB. Split work waits for memory, so two programs with three stages on
+    their way; beside groups two with two, one of them for shared work; chunks wait for products.
+    """
     most = num_tokens if max_query_len is None else min(max_query_len, num_tokens)
     keys = 64 if head_size <= 128 else 32
     if most * group <= 64 or num_tokens * group <= FEW_ROWS:
-        rows = min(power_of_two(most * group), 64)
         return Plan(
-            split=Tiles(rows, keys, 3),
-            chunk=Tiles(16, keys, 1),
-            shared=Tiles(64, keys, 3),
+            split=Tiles(min(power_of_two(most * group), 64), keys),
+            chunk=Tiles(16, keys),
+            shared=Tiles(64, keys),
             has_chunks=False,
             split_queries=most,
-            shared_queries=most if most <= 8 else 1,
+            shared_queries=most if most <= SHARED_QUERIES else 1,
             warps=4,
-            programs_per_processor=2,
+            stages=3 if has_groups else 4,
+            programs_per_processor=1 if has_groups else 2,
             shared_programs_per_processor=1,
         )
     split_rows = min(power_of_two(group), 64)
     return Plan(
-        split=Tiles(split_rows, keys, 3),
-        chunk=Tiles(128, keys, 3),
-        shared=Tiles(128, keys, 3),
+        split=Tiles(split_rows, keys),
+        chunk=Tiles(128, keys),
+        shared=Tiles(128, keys),
         has_chunks=True,
         split_queries=max(1, min(SPLIT_QUERIES, split_rows // group)),
         shared_queries=1,
         warps=8,
+        stages=3,
         programs_per_processor=1,
         shared_programs_per_processor=1,
     )

@@ -57,7 +57,7 @@ def own_segment(
         q, position, slope, peak, weight, acc, cache,
         batch.block_table + request.to(tl.int64) * batch.table_stride, kv_head,
         first_key, tl.minimum(first_key + tiles * c.split_keys, length), length, rule,
-        True, True, c.split_keys, c.split_stages, c,
+        True, True, c.split_keys, c,
     )  # fmt: skip
     whole = tiles == key_tiles
     store_output(output, token, head, acc, weight, valid & whole & alone, c)
@@ -72,12 +72,17 @@ def own_segment(
 
 @triton.jit
 def own_parts(
-    query, query_stride, output, parts, logs, slopes, sinks, cache, batch, rule,
+    query, query_stride, output, parts, logs, places, slopes, sinks, cache, batch, rule,
     program, programs, whole_base, c: tl.constexpr,
 ):  # fmt: skip
-    """A program's share of what each request attends to for itself."""
-    total, _ = survey(0, batch, rule, False, c)
+    """A program's share of what each request attends to for itself.
+
+    Leaves in `places` what a merge must know: each program's share, and each request's first unit.
+    """
+    total = survey(batch, rule, False, c)
     share = share_of(total, programs)
+    if program == 0:
+        tl.store(places, share)
     at = program * share
     end = tl.minimum(at + share, total)
     request, passed = find(at, batch, rule, False, c)
@@ -95,6 +100,8 @@ def own_parts(
         tile = (at - passed) % divisor
         tiles = tl.where(at - passed < work, tl.minimum(key_tiles - tile, end - at), 0)
         if tiles > 0:
+            if at == passed:
+                tl.store(places + 1 + request, passed)
             own_segment(
                 query, query_stride, output, parts, logs, slopes, sinks, cache, batch, rule,
                 program, request, first, count, length, start, (at - passed) // divisor,
@@ -135,7 +142,7 @@ def shared_segment(
         q, position, slope, peak, weight, acc, cache,
         batch.block_table + leader * batch.table_stride, kv_head,
         first_key, tl.minimum(first_key + tiles * c.shared_keys, num_keys), num_keys, rule,
-        c.block_size % c.shared_keys != 0, False, c.shared_keys, c.shared_stages, c,
+        c.block_size % c.shared_keys != 0, False, c.shared_keys, c,
     )  # fmt: skip
     slot = request * batch.shared_queries + number
     whole_row = whole_base + slot * (c.num_kv_heads * c.group) + head
@@ -146,12 +153,17 @@ def shared_segment(
 
 @triton.jit
 def shared_parts(
-    query, query_stride, parts, logs, slopes, sinks, cache, batch, rule,
+    query, query_stride, parts, logs, places, slopes, sinks, cache, batch, rule,
     program, programs, part_base, whole_base, c: tl.constexpr,
 ):  # fmt: skip
-    """A program's share of what groups attend to: each shared key once for all members."""
-    total, _ = survey(0, batch, rule, True, c)
+    """A program's share of what groups attend to: each shared key once for all members.
+
+    Leaves in `places` each program's share, and each group's first unit.
+    """
+    total = survey(batch, rule, True, c)
     share = share_of(total, programs)
+    if program == 0:
+        tl.store(places, share)
     at = program * share
     end = tl.minimum(at + share, total)
     group, passed = find(at, batch, rule, True, c)
@@ -164,6 +176,8 @@ def shared_parts(
         tile = (at - passed) % divisor
         tiles = tl.where(at - passed < work, tl.minimum(key_tiles - tile, end - at), 0)
         if tiles > 0:
+            if at == passed:
+                tl.store(places + 1 + group, passed)
             shared_segment(
                 query, query_stride, parts, logs, slopes, sinks, cache, batch, rule,
                 program, first, count, num_keys, (at - passed) // divisor,

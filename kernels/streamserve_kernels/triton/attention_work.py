@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 
 REQUESTS = tl.constexpr(256)  # read at a time
+REQUESTS_WITH_GROUPS = tl.constexpr(128)  # each is compared with the members
 GROUPS = tl.constexpr(16)
-MEMBERS = tl.constexpr(64)
+MEMBERS = tl.constexpr(32)
 LEAST_UNITS = tl.constexpr(2)  # of one program: less is not worth a merge
 
 
@@ -137,24 +138,21 @@ def units(sequence, batch, rule, shared: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
-def survey(until, batch, rule, shared: tl.constexpr, c: tl.constexpr):
-    """(units of all sequences, units of the sequences before `until`)."""
-    step: tl.constexpr = GROUPS if shared else REQUESTS
-    count = batch.num_groups if shared else batch.num_requests
+def survey(batch, rule, shared: tl.constexpr, c: tl.constexpr):
+    """Units of all sequences."""
+    several: tl.constexpr = REQUESTS_WITH_GROUPS if c.has_groups else REQUESTS
+    step: tl.constexpr = GROUPS if shared else several
     total = tl.full([], 0, tl.int32)
-    before = tl.full([], 0, tl.int32)
-    for base in range(0, count, step):
-        sequence = base + tl.arange(0, step)
-        work = units(sequence, batch, rule, shared, c)
-        total += tl.sum(work, 0)
-        before += tl.sum(tl.where(sequence < until, work, 0), 0)
-    return total, before
+    for base in range(0, batch.num_groups if shared else batch.num_requests, step):
+        total += tl.sum(units(base + tl.arange(0, step), batch, rule, shared, c), 0)
+    return total
 
 
 @triton.jit
 def find(unit, batch, rule, shared: tl.constexpr, c: tl.constexpr):
     """(the sequence of a unit, units of the sequences before it)."""
-    step: tl.constexpr = GROUPS if shared else REQUESTS
+    several: tl.constexpr = REQUESTS_WITH_GROUPS if c.has_groups else REQUESTS
+    step: tl.constexpr = GROUPS if shared else several
     count = batch.num_groups if shared else batch.num_requests
     passed = tl.full([], 0, tl.int32)
     found = tl.full([], 0, tl.int32)
