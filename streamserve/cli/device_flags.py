@@ -25,7 +25,7 @@ class DeviceDefaults:
 # A CPU computes 512 tokens in the time that a stream may pause; a GPU needs thousands to be busy,
 # and reads longer blocks faster.
 CPU_DEFAULTS = DeviceDefaults(64, 512, 16, None)
-GPU_DEFAULTS = DeviceDefaults(256, 8192, 32, 0.9)
+GPU_DEFAULTS = DeviceDefaults(256, 8192, 64, 0.9)
 
 # Flags that only a GPU looks at, and what to say of them on a CPU.
 _GPU_ONLY = {

@@ -20,7 +20,7 @@ def resolve(*flags, on_gpu):
 @pytest.mark.parametrize("command", ["serve", "chat"])
 @pytest.mark.parametrize(
     ("on_gpu", "seqs", "tokens", "block_size", "utilization"),
-    [(False, 64, 512, 16, None), (True, 256, 8192, 32, 0.9)],
+    [(False, 64, 512, 16, None), (True, 256, 8192, 64, 0.9)],
 )
 def test_defaults_are_the_devices(command, on_gpu, seqs, tokens, block_size, utilization):
     args = parse_args([command])

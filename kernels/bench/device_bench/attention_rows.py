@@ -21,7 +21,7 @@ class Shape:
     """`requests` are (length, queries); all of them share the first `shared` tokens."""
 
     requests: tuple[tuple[int, int], ...]
-    block_size: int = 32
+    block_size: int = 64
     float8: bool = False
     shared: int = 0
 
@@ -47,7 +47,7 @@ def rows(quick: bool) -> list[Row]:
     made = [_row(name, _decodes(*size)) for name, size in decode.items()]
     made += [
         _row(f"decode 64 x 4k, blocks of {size}", _decodes(64, 4096, block_size=size))
-        for size in (16, 64)
+        for size in (16, 32)
     ]
     made += [
         _row(f"{name}, float8", _decodes(*decode[name], float8=True))
@@ -67,7 +67,7 @@ def _row(name: str, shape: Callable[[Bench], Shape]) -> Row:
 
 
 def _decodes(
-    count: int, length: int, block_size: int = 32, float8: bool = False
+    count: int, length: int, block_size: int = 64, float8: bool = False
 ) -> Callable[[Bench], Shape]:
     def shape(bench: Bench) -> Shape:
         requests = ((bench.sizes.tokens(length), 1),) * bench.sizes.requests(count)

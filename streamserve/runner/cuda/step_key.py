@@ -14,8 +14,8 @@ from typing import NamedTuple
 _SMALL_DECODES = (1, 2, 4)
 _MIXED_TOKENS = (64, 128, 192, 256, 384, 512)
 _MIXED_SEQS = (16, 64)
-LARGEST_MIXED_GRAPH = _MIXED_TOKENS[-1]
-"""Above it the device works longer on a step than the host needs to launch it."""
+LARGEST_MIXED_GRAPH = 1024
+"""Above it the device works longer on a step than the host needs to launch it, many times over."""
 
 
 class StepKey(NamedTuple):

@@ -40,7 +40,8 @@ def loop(runner, **config) -> Loop:
 
 
 def test_experts_in_a_batch_are_those_of_the_naive_kernels(device, tmp_path):
-    model = tiny_llama(tmp_path, backend="naive", **MIXTRAL)
+    # On the same device: random weights are drawn there, and differ from those of a CPU.
+    model = tiny_llama(tmp_path, backend="naive", device=device, **MIXTRAL)
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
     plain, _ = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
     expected = []
