@@ -26,7 +26,7 @@ from streamserve_kernels.interface import PrefixGroups
 from streamserve_kernels.triton.attention_kernels import attention_kernel, merge_kernel
 from streamserve_kernels.triton.attention_loop import Constants
 from streamserve_kernels.triton.attention_plan import Plan, plan, power_of_two
-from streamserve_kernels.triton.runtime import INTERPRETED, num_processors
+from streamserve_kernels.triton.runtime import INTERPRETED, num_processors, overlaps
 
 LOG2_E = math.log2(math.e)
 
@@ -128,6 +128,7 @@ def paged_attention(
         c=constants,
         num_warps=sizes.warps,
         num_stages=sizes.stages,
+        launch_pdl=constants.overlaps,
     )
     slots = num_requests * sizes.split_queries if sizes.has_chunks else num_tokens
     merge_kernel[(slots, num_heads)](
@@ -144,6 +145,7 @@ def paged_attention(
         *bases,
         c=constants,
         num_warps=1,
+        launch_pdl=constants.overlaps,
     )
     return output
 
@@ -215,6 +217,7 @@ def _constants(
         has_chunks=sizes.has_chunks,
         unscaled=not cap and not slopes,
         ieee=query.dtype == torch.float32,
+        overlaps=overlaps(query.device),
         interpreted=INTERPRETED,
     )
 

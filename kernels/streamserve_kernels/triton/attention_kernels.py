@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from streamserve_kernels.triton.attention_chunk import chunk_tile
 from streamserve_kernels.triton.attention_loop import Cache, Rule
@@ -46,6 +47,9 @@ def attention_kernel(
     c: tl.constexpr,
 ):  # fmt: skip
     """Programs: those of shared prefixes, of split requests, then a tile of a chunk each."""
+    if c.overlaps:
+        gdc_wait()
+        gdc_launch_dependents()  # once nothing before this kernel is left: see `merge_row`
     cache = Cache(
         key_cache, key_block, key_head, key_row, value_cache, value_block, value_head, value_row
     )
@@ -87,6 +91,8 @@ def merge_kernel(
     c: tl.constexpr,
 ):  # fmt: skip
     """A program per query and head: of all tokens, or beside chunks of split requests only."""
+    if c.overlaps:
+        gdc_launch_dependents()
     batch = Batch(
         None, 0, seq_lens, query_start_loc, num_requests, split_queries,
         shared_queries, members, starts, num_blocks, num_members, num_groups,

@@ -32,6 +32,7 @@ class Constants(NamedTuple):
     has_chunks: bool
     unscaled: bool  # scores are scaled in the exponent
     ieee: bool  # float32 operands are multiplied as such, not as TF32
+    overlaps: bool  # see `runtime.overlaps`
     interpreted: bool
 
 

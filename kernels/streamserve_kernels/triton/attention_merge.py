@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from streamserve_kernels.triton.attention_work import (
     REQUESTS,
@@ -66,6 +67,10 @@ def merge_row(
         mine = slot >= 0  # padding rows too: they come out as zeros
     row = number * c.group + head % c.group
 
+    if c.overlaps:
+        # Only now: the attention kernel lets this one begin when all that was before it is done, so
+        # the step's own tensors are there.
+        gdc_wait()
     own = tl.full([], 0, tl.int32)  # parts
     own_first = own  # program
     if key_tiles > 0:
@@ -109,7 +114,7 @@ def merge_row(
             valid = part < own + common
             log = tl.load(logs + index, mask=valid, other=-1.0e30)
             pointers = parts + index.to(tl.int64)[:, None] * c.block_dv + columns[None, :]
-            values = tl.load(pointers, mask=valid[:, None] & (columns[None, :] > -1), other=0.0)
+            values = tl.load(pointers, mask=valid[:, None], other=0.0)
             higher = tl.maximum(peak, tl.max(log, 0))
             share = tl.where(valid, tl.exp2(log - higher), 0.0)
             decay = tl.exp2(peak - higher)

@@ -31,7 +31,7 @@ def store_part(parts, logs, row, peak, weight, acc, valid, c: tl.constexpr):
     row = row.to(tl.int64)
     tl.store(logs + row, log, mask=valid)
     pointers = parts + row[:, None] * c.block_dv + columns[None, :]
-    tl.store(pointers, out, mask=valid[:, None] & (columns[None, :] < c.block_dv))
+    tl.store(pointers, out, mask=valid[:, None])
 
 
 @triton.jit
