@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 # Read by libgomp when torch is imported. Its default lets each process of a busy machine spin for
 # milliseconds at every barrier: the suite takes six times as long.
@@ -18,6 +17,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+from device_bench.interpreted import loops_bounded_by_arguments
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Triton decides when a kernel is defined: without a GPU its interpreter runs them.
@@ -26,23 +27,8 @@ if not HAS_GPU:
 
 @pytest.fixture(autouse=True, scope="session")
 def interpreted_bounds() -> Iterator[None]:
-    """Lets a kernel's argument bound a loop under the interpreter beside NumPy 2.4.
-
-    The interpreter holds a scalar as an array of one element, which NumPy no longer makes an int.
-    """
-    if HAS_GPU or importlib.util.find_spec("triton") is None:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor: object, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
+    """Kernels under the interpreter may have a loop that an argument bounds."""
+    with loops_bounded_by_arguments():
         yield
 
 

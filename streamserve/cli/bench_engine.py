@@ -151,7 +151,7 @@ async def _latency(
     first_tokens: list[float] = []
     answers: list[list[Answer]] = []
     await load.answers([load.prompt(input_len) for _ in range(batch_size)], _WARM_UP_TOKENS)
-    begin = len(subject.probe.steps)
+    begin, compiled = len(subject.probe.steps), subject.probe.num_compilations
     for _ in range(rounds):
         prompts = [load.prompt(input_len) for _ in range(batch_size)]
         first_tokens += [a.first_token_s for a in await load.answers(prompts, 1)]
@@ -168,6 +168,7 @@ async def _latency(
         decode_floor_s=subject.costs.decode_s(steps.mean_keys, subject.ceilings),
         gaps=Spread.of([time for g in gaps for time in g.times]),
         num_merged=sum(g.num_merged for g in gaps),
+        num_compilations=subject.probe.num_compilations - compiled,
     )
 
 

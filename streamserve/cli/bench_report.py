@@ -26,6 +26,7 @@ _HEAD = (
     "p99",
     "steps",
     "merged",
+    "compiled",
 )
 _NONE = "-"
 
@@ -46,6 +47,7 @@ class LatencyResult:
     decode_floor_s: float
     gaps: Spread | None
     num_merged: int
+    num_compilations: int  # while it was measured: after warm-up nothing should compile
 
     @property
     def share_of_floor(self) -> float | None:
@@ -94,6 +96,7 @@ def _latency_row(result: LatencyResult) -> tuple[str, ...]:
         *_spread(result.gaps),
         str(steps.num_steps),
         str(result.num_merged),
+        str(result.num_compilations),
     )
 
 

@@ -43,6 +43,7 @@ def test_latency_of_several_batches(dummy: list[str], tmp_path: Path):
         assert found["decode_floor_s"] > 0
         assert found["share_of_floor"] > 0
         assert found["first_token"]["median"] > 0
+        assert found["num_compilations"] == 0
 
 
 def test_the_floor_is_made_of_the_models_own_sizes(dummy: list[str], tmp_path: Path):

@@ -20,6 +20,7 @@ def rows(quick: bool) -> list[Row]:
         Row("elementwise", f"{name}, {count} rows", _sized(build, count))
         for name, build in (
             ("rms_norm + residual", _rms_norm),
+            ("layer_norm + residual", _layer_norm),
             ("rotary_write_kv", _rotary_write_kv),
             ("gated_activation", _gated_activation),
             ("embedding", _embedding),
@@ -60,6 +61,24 @@ def _rms_norm(bench: Bench, count: int) -> Case:
         x, residual = bench.randn(count, hidden), bench.randn(count, hidden)
         ours = bench.kernels.rms_norm(x.clone(), weight, 1e-5, residual.clone())
         theirs = bench.naive.rms_norm(x, weight, 1e-5, residual)
+        for what, actual, expected in zip(("norm", "residual"), ours, theirs, strict=True):
+            check_close(actual, expected, tolerance(bench.dtype), what)
+
+    return _case(bench, make, check, 4 * count * hidden * bench.dtype.itemsize)
+
+
+def _layer_norm(bench: Bench, count: int) -> Case:
+    hidden = bench.sizes.hidden
+    weight, bias = bench.randn(hidden), bench.randn(hidden)
+
+    def make(kernels: Kernels) -> Call:
+        x, residual = bench.randn(count, hidden), bench.randn(count, hidden)
+        return lambda: kernels.layer_norm(x, weight, bias, 1e-5, residual)
+
+    def check() -> None:
+        x, residual = bench.randn(count, hidden), bench.randn(count, hidden)
+        ours = bench.kernels.layer_norm(x.clone(), weight, bias, 1e-5, residual.clone())
+        theirs = bench.naive.layer_norm(x, weight, bias, 1e-5, residual)
         for what, actual, expected in zip(("norm", "residual"), ours, theirs, strict=True):
             check_close(actual, expected, tolerance(bench.dtype), what)
 
