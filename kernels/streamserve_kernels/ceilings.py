@@ -31,7 +31,12 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, scale: float = 1.0) -> Ceilings:
-    """Measures a device that does nothing else; a second at most. `scale` shrinks the buffers."""
+    """Measures a device that does nothing else; a second at most. `scale` shrinks the buffers.
+
+    It becomes the calling thread's current device.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events are of the current one
     num_bytes = max(2**12, int(scale * _BYTES[device.type]))
     size = max(64, int(scale**0.5 * _PRODUCT[device.type]))
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))

@@ -83,4 +83,7 @@ def _weights_per_token(config: ModelConfig) -> int:
 def measured_ceilings(service: Service) -> Ceilings:
     """Of the service's device, which must have nothing else to do."""
     # On a CPU the pool of the calling thread would stay beside the device thread's.
-    return on_passing_thread(lambda: measure_ceilings(service.device))
+    ceilings = on_passing_thread(lambda: measure_ceilings(service.device))
+    if service.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return ceilings

@@ -19,8 +19,8 @@ Call = Callable[[], object]
 # Three times the second-level cache of an H100 or H200.
 ROTATED_BYTES = 150 * 10**6
 _MOST_COPIES = 64
-_REPLAY_S = 1e-3
-_MOST_LAUNCHES = 400  # in one graph
+_REPLAY_S = 3e-3  # launched one by one; as a graph it may be a tenth
+_MOST_LAUNCHES = 1000  # in one graph
 _LEAST_REPLAYS, _MOST_REPLAYS = 5, 200
 
 
@@ -45,7 +45,7 @@ def time_calls(calls: Sequence[Call], device: torch.device, seconds: float) -> T
         call()
     torch.cuda.synchronize()
     pass_s = _events([lambda: _run(calls)], 1)[0]
-    num_passes = max(1, min(int(_REPLAY_S / pass_s) + 1, _MOST_LAUNCHES // len(calls)))
+    num_passes = max(1, min(int(_REPLAY_S / max(pass_s, 1e-6)) + 1, _MOST_LAUNCHES // len(calls)))
     launch, method = _captured(calls, num_passes), "graph"
     if launch is None:
         launch, method, num_passes = (lambda: _run(calls)), "eager", 1
@@ -71,16 +71,23 @@ def _captured(calls: Sequence[Call], num_passes: int) -> Call | None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            for _ in range(num_passes):
-                _run(calls)
+        _capture(graph, stream, lambda: [_run(calls) for _ in range(num_passes)])
     except Exception:
         torch.cuda.synchronize()  # raises what has broken the device for good
         # The generator believes that a capture goes on, until one has ended well.
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.empty(1, device="cuda").zero_()
+        _capture(torch.cuda.CUDAGraph(), stream, lambda: torch.empty(1, device="cuda").zero_())
         return None
     return graph.replay
+
+
+def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, work: Call) -> None:
+    """As `torch.cuda.graph`, which collects garbage each time: seconds, over a table."""
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            work()
+        finally:
+            graph.capture_end()
 
 
 def _events(launches: Sequence[Call], rounds: int) -> list[float]:

@@ -29,6 +29,7 @@ from streamserve_kernels.ceilings import Ceilings, measure_ceilings
 from streamserve_kernels.machine import describe
 
 _STDERR_TAIL = 300
+_MOST_RESERVED = 20 * 2**30  # bytes that torch may keep between two rows
 _LOST = 3  # exit status: the device is broken for this process
 
 
@@ -78,7 +79,7 @@ def work(options: Options, send: Callable[[dict[str, Any]], None]) -> int:
         send({"result": {f.name: getattr(result, f.name) for f in fields(result)}})
         if result.status == "ERROR" and is_device_lost(device):
             return _LOST
-        if device.type == "cuda":
+        if device.type == "cuda" and torch.cuda.memory_reserved(device) > _MOST_RESERVED:
             torch.cuda.empty_cache()
     return 0
 
