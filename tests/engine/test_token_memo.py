@@ -1,7 +1,7 @@
 """Remembered ids are those of the whole text, wherever it is cut."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
@@ -62,7 +62,19 @@ def test_whatever_tokens_were_added(kind, added, data):
     assert set(SPECIAL) <= set(tokens) or not tokens
     if tokens:
         texts = data.draw(texts_of([*(token.content for token in added), " ", "hello"]))
+        assume(all(can_encode(backend, text) for text in texts))
         check(backend, tokens, texts, 10_000)
+
+
+def can_encode(backend, text) -> bool:
+    """False where the library itself gives up: its own tokens overlap in a way it panics at."""
+    try:
+        backend.encode(text, add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        return False
+    return True
 
 
 @pytest.mark.parametrize(
