@@ -112,7 +112,7 @@ class Loop:
         while self.scheduler.has_unfinished:
             self.turn()
         while self.futures:
-            self.scheduler.update(self.futures.pop(0).result(timeout=20))
+            self.scheduler.update(self.futures.pop(0).result(timeout=120))
         self.scheduler.check_integrity()
         return [request.output_token_ids for request in requests]
 
@@ -122,7 +122,7 @@ class Loop:
             self.runner.launch(plan)
             self.futures.append(self.runner.sample(plan.step_id))
         if plan is None or len(self.futures) >= self.scheduler.config.max_steps_in_flight:
-            self.scheduler.update(self.futures.pop(0).result(timeout=20))
+            self.scheduler.update(self.futures.pop(0).result(timeout=120))
         self.scheduler.check_integrity()
 
 
@@ -276,7 +276,7 @@ def test_a_step_that_fails_fails_its_requests_only(runner, expected, monkeypatch
     plan = loop.scheduler.schedule()
     runner.launch(plan)
     with pytest.raises(torch.OutOfMemoryError):
-        runner.sample(plan.step_id).result(timeout=20)
+        runner.sample(plan.step_id).result(timeout=120)
     monkeypatch.setattr(model, "forward", forward)
     assert loop.scheduler.fail_step(plan.step_id) == [first]
     assert loop.run([second]) == [expected["greedy"][1]]
