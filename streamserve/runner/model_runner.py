@@ -12,12 +12,10 @@ step 1 has been sampled, since it may compute the very tokens that step 1 draws.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from queue import SimpleQueue
-from typing import Protocol
+from typing import Never, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +30,7 @@ from streamserve.runner.input_batch import InputBatch
 from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.plan_arrays import StepRows
 from streamserve.runner.sampler import Sampler
+from streamserve.runner.step_calls import SampleCall, StepCalls, step_output
 from streamserve_kernels import Kernels
 
 
@@ -63,12 +62,6 @@ class _Launched:
     rows: StepRows | None = None
     logits: Tensor | None = None
     token_ids: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _SampleCall:
-    masks: Mapping[str, bytes] | None
-    future: Future[ModelRunnerOutput]
 
 
 class TorchModelRunner:
@@ -111,25 +104,19 @@ class TorchModelRunner:
             padded_sizes=padded_sizes,
         )
         self._sampler = Sampler(vocab_size, max_num_seqs)
-        self._plans: SimpleQueue[SchedulerOutput | None] = SimpleQueue()
-        self._sample_calls: SimpleQueue[_SampleCall | None] = SimpleQueue()
-        self._unsampled: deque[int] = deque()
-        self._closed = False
+        self._calls: StepCalls[Never] = StepCalls()
         self._thread = threading.Thread(target=self._work, name="streamserve-device", daemon=True)
         self._thread.start()
 
     def replace_model(self, model: ForwardModel) -> None:
         """Run later steps with ``model``, which takes the same caches. Only between two steps."""
-        if self._unsampled:
-            raise RuntimeError(f"steps are in flight: {list(self._unsampled)}")
+        if self._calls.unsampled:
+            raise RuntimeError(f"steps are in flight: {self._calls.unsampled}")
         self._model = model
 
     def launch(self, plan: SchedulerOutput) -> None:
         """Queue the forward of ``plan``. Raises RuntimeError once closed."""
-        if self._closed:
-            raise RuntimeError("the model runner is closed")
-        self._unsampled.append(plan.step_id)
-        self._plans.put(plan)
+        self._calls.launch(plan)
 
     def sample(
         self, step_id: int, masks: Mapping[str, bytes] | None = None
@@ -139,17 +126,7 @@ class TorchModelRunner:
         ``masks``: request id → packed bits, lowest first, 1 for a token that may come; requests
         without one are free. Raises RuntimeError when steps are sampled out of order.
         """
-        if self._closed:
-            raise RuntimeError("the model runner is closed")
-        if not self._unsampled or self._unsampled[0] != step_id:
-            raise RuntimeError(
-                f"step {step_id} cannot be sampled: launched and unsampled are "
-                f"{list(self._unsampled)}, oldest first"
-            )
-        self._unsampled.popleft()
-        future: Future[ModelRunnerOutput] = Future()
-        self._sample_calls.put(_SampleCall(masks, future))
-        return future
+        return self._calls.sample(step_id, masks)
 
     @property
     def num_compilations(self) -> int:
@@ -158,17 +135,14 @@ class TorchModelRunner:
 
     def close(self) -> None:
         """Finish every step whose sample was asked for, then stop. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self._plans.put(None)
-            self._sample_calls.put(None)
+        self._calls.close()
         self._thread.join()
         if self._transfer is not None:
             self._transfer.close()
 
     def _work(self) -> None:
         with torch.inference_mode():
-            while (plan := self._plans.get()) is not None:
+            while (plan := self._calls.plans.get()) is not None:
                 launched: _Launched | Exception
                 started = self._clock()
                 try:
@@ -176,7 +150,7 @@ class TorchModelRunner:
                 except Exception as error:
                     launched = error
                 forward_s = self._clock() - started
-                call = self._sample_calls.get()
+                call = self._calls.sample_calls.get()
                 if call is None:
                     return
                 self._resolve(plan, launched, call, forward_s)
@@ -210,7 +184,7 @@ class TorchModelRunner:
         self,
         plan: SchedulerOutput,
         launched: _Launched | Exception,
-        call: _SampleCall,
+        call: SampleCall,
         forward_s: float,
     ) -> None:
         started = self._clock()
@@ -231,20 +205,12 @@ class TorchModelRunner:
     def _sample(
         self, plan: SchedulerOutput, launched: _Launched, masks: Mapping[str, bytes] | None
     ) -> ModelRunnerOutput:
-        sampled: list[list[int]] = [[] for _ in plan.scheduled]
         rows = launched.rows
         if rows is None or not rows.places:
-            return ModelRunnerOutput(plan.step_id, sampled)
+            return step_output(plan)
         token_ids, row_logprobs = self._draw(launched, rows, masks)
         self._input_batch.record(rows, token_ids)
-        for place, token_id in zip(rows.places, token_ids.tolist(), strict=True):
-            sampled[place] = [token_id]
-        if row_logprobs is None:
-            return ModelRunnerOutput(plan.step_id, sampled)
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in plan.scheduled]
-        for place, found in zip(rows.places, row_logprobs, strict=True):
-            logprobs[place] = found
-        return ModelRunnerOutput(plan.step_id, sampled, logprobs)
+        return step_output(plan, rows.places, token_ids.tolist(), row_logprobs)
 
     def _draw(
         self, launched: _Launched, rows: StepRows, masks: Mapping[str, bytes] | None

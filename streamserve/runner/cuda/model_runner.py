@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput
 from streamserve.models.batch import KVCache
 from streamserve.runner.compilations import num_compilations
 from streamserve.runner.cuda.graphs import StepExecutor
@@ -33,17 +32,12 @@ from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
 from streamserve.runner.cuda.sampling import DeviceSampler, Drawn
 from streamserve.runner.cuda.timeline import Mark, Timeline
 from streamserve.runner.kv_transfer import KVTransfer
+from streamserve.runner.step_calls import SampleCall, StepCalls, step_output
 from streamserve_kernels import Kernels
 
 _T = TypeVar("_T")
 
 _IDLE_S = 0.05  # without a plan for so long, the next graph is captured
-
-
-@dataclass(frozen=True, slots=True)
-class _SampleCall:
-    masks: Mapping[str, bytes] | None
-    future: Future[ModelRunnerOutput]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +77,8 @@ class CudaModelRunner:
         self._sampler = sampler
         self._timeline = timeline
         self._device = executor.model.device
-        self._plans: SimpleQueue[SchedulerOutput | Callable[[], None] | None] = SimpleQueue()
-        self._sample_calls: SimpleQueue[_SampleCall | None] = SimpleQueue()
+        self._calls: StepCalls[Callable[[], None]] = StepCalls()
         self._queued: SimpleQueue[_Queued | None] = SimpleQueue()
-        self._unsampled: deque[int] = deque()
-        self._closed = False
         self._failure: BaseException | None = None
         self._threads = [
             threading.Thread(target=work, name=f"streamserve-{name}", daemon=True)
@@ -104,8 +95,7 @@ class CudaModelRunner:
     def launch(self, plan: SchedulerOutput) -> None:
         """Queue the forward of ``plan``. Raises RuntimeError once closed."""
         self._check_open()
-        self._unsampled.append(plan.step_id)
-        self._plans.put(plan)
+        self._calls.launch(plan)
 
     def sample(
         self, step_id: int, masks: Mapping[str, bytes] | None = None
@@ -116,15 +106,7 @@ class CudaModelRunner:
         without one are free. Raises RuntimeError when steps are sampled out of order.
         """
         self._check_open()
-        if not self._unsampled or self._unsampled[0] != step_id:
-            raise RuntimeError(
-                f"step {step_id} cannot be sampled: launched and unsampled are "
-                f"{list(self._unsampled)}, oldest first"
-            )
-        self._unsampled.popleft()
-        future: Future[ModelRunnerOutput] = Future()
-        self._sample_calls.put(_SampleCall(masks, future))
-        return future
+        return self._calls.sample(step_id, masks)
 
     def on_device_thread(self, work: Callable[[], _T]) -> _T:
         """Runs ``work`` between two steps and returns what it does; raises what it raises."""
@@ -137,7 +119,7 @@ class CudaModelRunner:
             except Exception as error:
                 done.set_exception(error)
 
-        self._plans.put(run)
+        self._calls.plans.put(run)
         return done.result()
 
     def capture_graphs(self) -> None:
@@ -146,18 +128,14 @@ class CudaModelRunner:
 
     def close(self) -> None:
         """Finish every step whose sample was asked for, then stop. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self._plans.put(None)
-            self._sample_calls.put(None)
+        self._calls.close()
         for thread in self._threads:
             thread.join()
         if self._transfer is not None:
             self._transfer.close()
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("the model runner is closed")
+        self._calls.check_open()
         if self._failure is not None:
             raise RuntimeError("the device thread has died") from self._failure
 
@@ -181,16 +159,16 @@ class CudaModelRunner:
         """The next plan; until it comes, graphs are captured one after the other."""
         while self._executor.num_wanted:
             try:
-                return self._plans.get(timeout=_IDLE_S)
+                return self._calls.plans.get(timeout=_IDLE_S)
             except queue.Empty:
                 self._executor.capture_next()
-        return self._plans.get()
+        return self._calls.plans.get()
 
     def _fail_calls(self, error: BaseException) -> None:
         """No call may wait for ever for a thread that has died."""
         while True:
             try:
-                call = self._sample_calls.get_nowait()
+                call = self._calls.sample_calls.get_nowait()
             except queue.Empty:
                 return
             if call is not None and call.future.set_running_or_notify_cancel():
@@ -205,11 +183,11 @@ class CudaModelRunner:
             step = self._forward(plan)
         except Exception as error:
             failed = error
-        call = self._sample_calls.get()
+        call = self._calls.sample_calls.get()
         if call is None:
             return False
         if not call.future.set_running_or_notify_cancel():
-            call = _SampleCall(call.masks, Future())
+            call = SampleCall(call.masks, Future())
         try:
             if failed is not None:
                 raise failed
@@ -272,16 +250,7 @@ def _output(queued: _Queued) -> ModelRunnerOutput:
     """What a step drew, once the device has come past it."""
     plan, step, drawn = queued.plan, queued.step, queued.drawn
     duration_s = queued.ended.seconds_since(queued.started)
-    sampled: list[list[int]] = [[] for _ in plan.scheduled]
     if step is None or drawn is None:
-        return ModelRunnerOutput(plan.step_id, sampled, duration_s=duration_s)
-    places = step.rows.places
-    for place, token_id in zip(places, drawn.token_ids(step.logits_rows), strict=True):
-        sampled[place] = [token_id]
-    row_logprobs = drawn.logprobs(step.logits_rows)
-    if row_logprobs is None:
-        return ModelRunnerOutput(plan.step_id, sampled, duration_s=duration_s)
-    logprobs: list[list[TokenLogprobs]] = [[] for _ in plan.scheduled]
-    for place, found in zip(places, row_logprobs, strict=True):
-        logprobs[place] = found
-    return ModelRunnerOutput(plan.step_id, sampled, logprobs, duration_s)
+        return step_output(plan, duration_s=duration_s)
+    token_ids, logprobs = drawn.token_ids(step.logits_rows), drawn.logprobs(step.logits_rows)
+    return step_output(plan, step.rows.places, token_ids, logprobs, duration_s)
