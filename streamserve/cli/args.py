@@ -38,13 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve", help="serve a model over an OpenAI-compatible HTTP API", allow_abbrev=False
     )
-    _add_model_flags(serve)
-    _add_engine_flags(serve)
+    add_model_flags(serve)
+    add_engine_flags(serve)
     _add_http_flags(serve)
 
     chat = commands.add_parser("chat", help="chat in the terminal", allow_abbrev=False)
-    _add_model_flags(chat)
-    _add_engine_flags(chat)
+    add_model_flags(chat)
+    add_engine_flags(chat)
     _add_chat_flags(chat)
 
     bench = commands.add_parser(
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "model",
@@ -86,7 +86,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-model-len",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens of prompt and answer together (default: what the model was made for)",
     )
@@ -110,24 +110,24 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--max-num-seqs",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"requests that generate at the same time {default_text('max_num_seqs')}",
     )
     group.add_argument(
         "--max-num-batched-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens computed in one step, prompts and answers together "
         f"{default_text('max_num_batched_tokens')}",
     )
     group.add_argument(
         "--max-num-waiting",
-        type=_positive,
+        type=positive,
         default=1024,
         metavar="N",
         help="requests that may queue before others get a 429 (default: %(default)s)",
@@ -149,7 +149,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--block-size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"tokens in one KV block {default_text('block_size')}",
     )
@@ -205,7 +205,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cuda-graph-sizes",
         nargs="+",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="numbers of decoding requests to record a CUDA graph for; others are padded to the "
         "next (default: a ladder up to max-num-seqs); no effect on a CPU",
@@ -213,7 +213,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tensor-parallel-size",
         "-tp",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="only 1 so far",
@@ -221,7 +221,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pipeline-parallel-size",
         "-pp",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="only 1 so far",
@@ -280,13 +280,13 @@ def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
         "--model-name", metavar="NAME", help="with --url: which model (default: the first listed)"
     )
     group.add_argument("--system", metavar="TEXT", help="a system prompt")
-    group.add_argument("--max-tokens", type=_positive, metavar="N", help="of one answer")
+    group.add_argument("--max-tokens", type=positive, metavar="N", help="of one answer")
     group.add_argument(
         "--temperature", type=float, metavar="T", help="(default: what the model recommends)"
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")

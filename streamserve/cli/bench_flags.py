@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from streamserve.cli.args import _add_engine_flags, _add_model_flags, _positive
+from streamserve.cli.args import add_engine_flags, add_model_flags, positive
 
 
 def latency_parser(prog: str) -> argparse.ArgumentParser:
@@ -19,7 +19,7 @@ def latency_parser(prog: str) -> argparse.ArgumentParser:
     group.add_argument(
         "--batch-size",
         nargs="+",
-        type=_positive,
+        type=positive,
         default=[1],
         metavar="N",
         help="requests at a time; several are tried in turn (default: 1)",
@@ -27,7 +27,7 @@ def latency_parser(prog: str) -> argparse.ArgumentParser:
     group.add_argument(
         "--input-len",
         nargs="+",
-        type=_positive,
+        type=positive,
         default=[128],
         metavar="N",
         help="tokens of a prompt (default: 128)",
@@ -35,13 +35,13 @@ def latency_parser(prog: str) -> argparse.ArgumentParser:
     group.add_argument(
         "--output-len",
         nargs="+",
-        type=_positive,
+        type=positive,
         default=[64],
         metavar="N",
         help="tokens of an answer (default: 64)",
     )
     group.add_argument(
-        "--rounds", type=_positive, default=1, metavar="N", help="with new prompts (default: 1)"
+        "--rounds", type=positive, default=1, metavar="N", help="with new prompts (default: 1)"
     )
     _add_common(group)
     return parser
@@ -55,20 +55,18 @@ def throughput_parser(prog: str) -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("load")
     group.add_argument(
-        "--num-requests", type=_positive, default=100, metavar="N", help="(default: 100)"
+        "--num-requests", type=positive, default=100, metavar="N", help="(default: 100)"
     )
     group.add_argument(
         "--concurrency",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="requests in the engine at a time (default: as many as may wait)",
     )
     group.add_argument(
-        "--input-len", type=_positive, default=128, metavar="N", help="(default: 128)"
+        "--input-len", type=positive, default=128, metavar="N", help="(default: 128)"
     )
-    group.add_argument(
-        "--output-len", type=_positive, default=64, metavar="N", help="(default: 64)"
-    )
+    group.add_argument("--output-len", type=positive, default=64, metavar="N", help="(default: 64)")
     group.add_argument(
         "--spread",
         type=_share,
@@ -82,8 +80,8 @@ def throughput_parser(prog: str) -> argparse.ArgumentParser:
 
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-    _add_model_flags(parser)
-    _add_engine_flags(parser)
+    add_model_flags(parser)
+    add_engine_flags(parser)
     return parser
 
 
