@@ -38,6 +38,12 @@ class CudaBuilder:
         )
         self._num_host_blocks = self._plan_host_blocks()
         self._kernels = setup.choose_kernels()
+        self._ladder = StepLadder(
+            setup.scheduler.max_num_batched_tokens,
+            setup.scheduler.max_num_seqs,
+            decode_sizes=setup.args.cuda_graph_sizes,
+            with_groups=setup.scheduler.enable_cascade_attention,
+        )
 
     def build(self) -> BuiltModel:
         """As in `ModelBuilder`."""
@@ -60,12 +66,11 @@ class CudaBuilder:
             runner, profile = build_cuda_runner(
                 model,
                 memory,
+                self._ladder,
                 max_num_batched_tokens=setup.scheduler.max_num_batched_tokens,
                 kv_caches=kv_caches,
                 enforce_eager=args.enforce_eager,
-                graph_sizes=args.cuda_graph_sizes,
                 transfer=transfer,
-                with_groups=setup.scheduler.enable_cascade_attention,
             )
             built = BuiltModel(runner, profile, memory, finish_warm_up=runner.capture_graphs)
             if transfer is None:
@@ -83,16 +88,10 @@ class CudaBuilder:
 
     def _plan(self, model: Decoder) -> MemoryPlan:
         setup, args, scheduler = self._setup, self._setup.args, self._setup.scheduler
-        ladder = StepLadder(
-            scheduler.max_num_batched_tokens,
-            scheduler.max_num_seqs,
-            decode_sizes=args.cuda_graph_sizes,
-            with_groups=scheduler.enable_cascade_attention,
-        )
-        graphs = [] if args.enforce_eager else list(ladder.graphs())
+        graphs = [] if args.enforce_eager else list(self._ladder.graphs())
         step = profile_step_bytes(
             model,
-            ladder=ladder,
+            ladder=self._ladder,
             graphs=graphs,
             max_model_len=scheduler.max_model_len,
             block_size=args.block_size,

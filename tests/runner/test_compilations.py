@@ -104,6 +104,7 @@ def test_on_a_cpu(dtype, tmp_path):
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])
 def test_on_a_gpu(enforce_eager, tmp_path):
     from streamserve.runner.cuda.build import build_cuda_runner
+    from streamserve.runner.cuda.step_key import StepLadder
 
     device = torch.device("cuda", torch.cuda.current_device())
     model = tiny_llama(tmp_path, dtype=torch.bfloat16, device=device, **SHAPE)
@@ -114,10 +115,10 @@ def test_on_a_gpu(enforce_eager, tmp_path):
     runner, _ = build_cuda_runner(
         model,
         memory,
+        StepLadder(MAX_TOKENS, memory.max_num_seqs),
         max_num_batched_tokens=MAX_TOKENS,
         kv_caches=caches,
         enforce_eager=enforce_eager,
-        graph_sizes=None,
     )
     try:
         counts = counts_while_serving(runner)

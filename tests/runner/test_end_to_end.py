@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from streamserve.core.scheduler import Scheduler
 from streamserve.runner.build import build_runner, new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
 from streamserve.runner.cuda.model_runner import CudaModelRunner
+from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.kv_transfer import KVTransfer
 from tests.runner.tiny_llama import CPU, MAX_LEN, VOCAB, memory_for, tiny_llama
 
@@ -38,7 +40,10 @@ def build(request, tmp_path_factory):
     def build(max_num_batched_tokens: int = MAX_TOKENS) -> ModelRunner:
         caches = new_kv_cache(model.spec, memory, model.dtype, model.device, model.kernels)
         row_bytes = sum(cache[0].nbytes for pair in caches for cache in pair)
-        builder = build_cuda_runner if on_device else build_runner
+        builder = build_runner
+        if on_device:
+            ladder = StepLadder(max_num_batched_tokens, memory.max_num_seqs)
+            builder = partial(build_cuda_runner, ladder=ladder)
         return builder(
             model,
             memory,

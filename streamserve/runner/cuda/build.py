@@ -31,29 +31,22 @@ _SWITCH_INTERVAL_S = 0.0005
 def build_cuda_runner(
     model: Decoder,
     memory: MemoryPlan,
+    ladder: StepLadder,
     *,
     max_num_batched_tokens: int,
     kv_caches: KVCache,
     enforce_eager: bool = False,
-    graph_sizes: Sequence[int] | None = None,
-    with_groups: bool = True,
     transfer: KVTransfer | None = None,
 ) -> tuple[CudaModelRunner, StepProfile]:
-    """Makes the arena, meets every shape of the ladder once, captures the first graphs, measures.
+    """Makes the arena, meets every shape of ``ladder`` once, captures the first graphs, measures.
 
     After it nothing compiles; the remaining graphs are captured while nobody asks for anything.
-    ``graph_sizes`` are the decodes that get graphs; ``enforce_eager`` means none at all. Raises
-    what torch raises when the memory is not there after all.
+    ``enforce_eager`` means none at all. Raises what torch raises when the memory is not there after
+    all.
     """
     # The device thread holds the interpreter while it launches a large step: the event loop should
     # not have to wait 5 ms for its turn.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    ladder = StepLadder(
-        max_num_batched_tokens,
-        memory.max_num_seqs,
-        decode_sizes=graph_sizes,
-        with_groups=with_groups,
-    )
     tune_linears(model, ladder)
     runner, executor = assemble(
         model.one_of_each_layer(),

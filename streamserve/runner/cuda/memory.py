@@ -61,7 +61,7 @@ class StepBytes:
         A row of logits has ``logits_row_bytes`` in float32.
         """
         sampling = _LOGITS_COPIES * max_num_seqs * logits_row_bytes
-        # Each graph keeps its logits; whatever else it works on is the next one's too.
+        # As if each kept its logits, though they share one place as they share all the rest.
         captured = sum(_GRAPH_BYTES + key.num_seqs * logits_row_bytes for key in graphs)
         return self.largest + sampling + captured + self.graphed + _SLACK_BYTES
 

@@ -53,7 +53,11 @@ def runner(device, directory) -> Iterator[CudaModelRunner]:
     caches = new_kv_cache(model.spec, memory, model.dtype, device, model.kernels)
     if device.type == "cuda":
         runner, _ = build_cuda_runner(
-            model, memory, max_num_batched_tokens=MAX_TOKENS, kv_caches=caches
+            model,
+            memory,
+            StepLadder(MAX_TOKENS, SEATS),
+            max_num_batched_tokens=MAX_TOKENS,
+            kv_caches=caches,
         )
     else:  # the interpreter takes minutes for what warm-up meets, and compiles nothing
         runner, _ = assemble(

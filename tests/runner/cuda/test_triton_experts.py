@@ -55,7 +55,11 @@ def test_experts_in_a_batch_are_those_of_the_naive_kernels(device, tmp_path):
     caches = new_kv_cache(model.spec, memory, model.dtype, device, model.kernels)
     if device.type == "cuda":
         runner, _ = build_cuda_runner(
-            model, memory, max_num_batched_tokens=MAX_TOKENS, kv_caches=caches
+            model,
+            memory,
+            StepLadder(MAX_TOKENS, SEATS),
+            max_num_batched_tokens=MAX_TOKENS,
+            kv_caches=caches,
         )
     else:  # the interpreter takes minutes for what warm-up meets
         runner, _ = assemble(
