@@ -4,43 +4,31 @@ A request is ``num_tokens`` and ``num_computed_tokens``; every step lets the sec
 first. A new prompt, a chunk of a long one, a decode, and a resume after preemption are the same
 path. Everything here is plain integers and lives on the event loop's thread.
 
-A step is *in flight* from ``schedule`` until ``update`` or ``fail_step`` retires it. Two rules
-keep memory right while the host does not know yet what the device did:
-
-- A request that ends while a step has it keeps its blocks until that step retires.
-- A request is preempted only when no step has it. One that must yield while a step has it keeps
-  its seat, is put into no further step, and leaves when its token is known.
+A step is *in flight* from ``schedule`` until ``update`` or ``fail_step`` retires it.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass
-from enum import Enum, auto
 from itertools import count
-from operator import attrgetter
 
 from streamserve.config import SchedulerConfig
-from streamserve.core.backlog import Backlog
+from streamserve.core.admission import MAX_NUM_HASHED, Admission
 from streamserve.core.clock import Clock
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.limits import ContextLimits
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.core.policy import POLICIES
 from streamserve.core.prefill import PrefillPacer
-from streamserve.core.prefix_cache import PrefixMatch
-from streamserve.core.prefix_claims import PrefixClaims
 from streamserve.core.prefix_groups import PrefixGrouping, check_groups
 from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.seats import Seats
 from streamserve.core.step import Step
 from streamserve.core.step_time import StepTimeModel
 from streamserve.core.stopping import append_tokens
 from streamserve.errors import QueueFullError
-
-_by_key = attrgetter("sort_key")
-_MAX_NUM_HASHED = 512  # blocks of one waiting prompt in one step, well under a millisecond
 
 
 @dataclass(slots=True)
@@ -55,12 +43,6 @@ class RequestUpdate:
     new_token_ids: list[int]
     logprobs: list[TokenLogprobs]
     finish_reason: FinishReason | None
-
-
-class _Admission(Enum):
-    ADMITTED = auto()
-    AWAITS_PREFIX = auto()  # another computes what this one needs, or the look-up goes on
-    NO_ROOM = auto()
 
 
 class Scheduler:
@@ -87,37 +69,30 @@ class Scheduler:
         self.prefix_grouping = PrefixGrouping(config, kv_cache.block_size)
         self._clock = clock
         self._policy = POLICIES[config.policy]
-        # A seat is worth at least one token per step, so that no decode ever waits for budget.
-        self._num_seats = min(config.max_num_seqs, config.max_num_batched_tokens)
         num_kv_tokens = kv_cache.num_blocks * kv_cache.block_size
         self._limits = ContextLimits(config.max_model_len, num_kv_tokens)
-
-        self._requests: dict[str, Request] = {}  # waiting and running
-        self._waiting: list[Request] = []  # sorted by key, as is the next
-        self._running: list[Request] = []
-        self._yielding: dict[str, Request] = {}  # running, to be preempted when its step retires
-        self._leaving: dict[str, Request] = {}  # finished, a step still has it
-        self._claims = PrefixClaims(kv_cache.block_size, self._policy.outranks)
         self._in_flight: deque[Step] = deque()
-        self._released_ids: list[str] = []  # for the next plan
+        # A seat is worth at least one token per step, so that no decode ever waits for budget.
+        num_seats = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._seats = Seats(num_seats, kv_cache, self._policy)
+        self._admission = Admission(self._seats, kv_cache, self._policy, clock, self._in_flight)
         self._next_step_id = 0
         self._arrivals = count()
-        self._backlog = Backlog()
 
     @property
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._requests)
+        return bool(self._seats.requests)
 
     @property
     def num_running(self) -> int:
         """Requests with a seat."""
-        return len(self._running)
+        return len(self._seats.running)
 
     @property
     def num_waiting(self) -> int:
         """Requests without a seat, preempted ones among them."""
-        return len(self._waiting)
+        return len(self._seats.waiting)
 
     @property
     def num_steps_in_flight(self) -> int:
@@ -131,7 +106,7 @@ class Scheduler:
 
     def get(self, request_id: str) -> Request | None:
         """The request that waits or runs under this id."""
-        return self._requests.get(request_id)
+        return self._seats.requests.get(request_id)
 
     def check_fits(self, num_prompt_tokens: int, params: SamplingParams) -> None:
         """Raise ``ContextLengthError`` unless the request, alone, could run to its full length."""
@@ -145,14 +120,14 @@ class Scheduler:
         retired).
         """
         self.check_fits(request.num_prompt_tokens, request.sampling_params)
-        if len(self._waiting) >= self.config.max_num_waiting:
+        if len(self._seats.waiting) >= self.config.max_num_waiting:
             raise QueueFullError(
                 f"at most {self.config.max_num_waiting} requests may wait,"
-                f" {len(self._waiting)} do already",
-                retry_after_s=self._backlog.retry_after_s,
+                f" {len(self._seats.waiting)} do already",
+                retry_after_s=self._admission.backlog.retry_after_s,
             )
         self._enter(request)
-        insort(self._waiting, request, key=_by_key)
+        self._seats.queue(request)
 
     def fork(self, parent: Request, child: Request) -> None:
         """Add ``child``, which shares with ``parent`` the written tokens they have in common.
@@ -163,14 +138,13 @@ class Scheduler:
         """
         self.check_fits(child.num_prompt_tokens, child.sampling_params)
         self._enter(child)
-        seated = parent.status is RequestStatus.RUNNING and len(self._running) < self._num_seats
-        if not seated:
-            insort(self._waiting, child, key=_by_key)
+        seats = self._seats
+        if parent.status is not RequestStatus.RUNNING or len(seats.running) >= seats.num_seats:
+            seats.queue(child)
             return
         num_shared = self.kv_cache.fork(parent, child)
         child.num_cached_tokens = min(num_shared, child.num_prompt_tokens)
-        child.status = RequestStatus.RUNNING
-        insort(self._running, child, key=_by_key)
+        seats.seat(child)
 
     def finish(
         self,
@@ -190,33 +164,20 @@ class Scheduler:
         """
         if request.status is RequestStatus.FINISHED:
             return False
-        assert self._requests.get(request.request_id) is request
-        del self._requests[request.request_id]
         was_running = request.status is RequestStatus.RUNNING
-        _remove(self._running if was_running else self._waiting, request)
-        self._yielding.pop(request.request_id, None)
-        self._claims.drop(request)
-        request.status = RequestStatus.FINISHED
+        self._seats.finish(request)
         request.finish_reason = reason
         request.stop_reason = stop_reason
         if num_output_tokens is not None:
             assert 0 <= num_output_tokens <= request.num_output_tokens
             del request.token_ids[request.num_prompt_tokens + num_output_tokens :]
             del request.block_hashes[request.num_tokens // self.kv_cache.block_size :]
-        if request.num_steps_in_flight:
-            self._leaving[request.request_id] = request
-        elif was_running:
-            self._release(request)
+        if was_running:
+            self._seats.release(request)
         return True
 
     def _enter(self, request: Request) -> None:
-        if request.request_id in self._requests or request.request_id in self._leaving:
-            raise ValueError(f"request_id must be unique, got {request.request_id!r} again")
         assert request.status is RequestStatus.WAITING
-        if self._policy.looks_up_prefix:
-            num_cached = self.kv_cache.estimate_cached(request, _MAX_NUM_HASHED)
-            request.num_uncached_tokens = request.num_tokens - num_cached
-        request.sort_key = self._policy.key(request, next(self._arrivals))
         request.max_num_tokens = self._limits.num_tokens_at_end(
             request.num_prompt_tokens, request.sampling_params
         )
@@ -225,15 +186,11 @@ class Scheduler:
                 f"token_ids must leave room for one more of {request.max_num_tokens},"
                 f" got {request.num_tokens}"
             )
-        self._requests[request.request_id] = request
-
-    def _release(self, request: Request) -> None:
-        """Give back what a request that left its seat held: blocks, and its row in the runner."""
-        assert not request.num_steps_in_flight
-        self.kv_cache.free(request)
-        if request.is_in_runner:
-            request.is_in_runner = False
-            self._released_ids.append(request.request_id)
+        self._seats.enter(request)
+        if self._policy.looks_up_prefix:
+            num_cached = self.kv_cache.estimate_cached(request, MAX_NUM_HASHED)
+            request.num_uncached_tokens = request.num_tokens - num_cached
+        request.sort_key = self._policy.key(request, next(self._arrivals))
 
     def schedule(self) -> SchedulerOutput | None:
         """The next plan, or ``None``: nothing to launch before something else happens.
@@ -242,24 +199,25 @@ class Scheduler:
         for it; longer ones and then waiting ones share the rest. Since requests are visited in
         policy order and the victims of preemption are the last in it, none is in the plan yet.
         """
-        if len(self._in_flight) >= self.config.max_steps_in_flight or not self._requests:
+        if len(self._in_flight) >= self.config.max_steps_in_flight or not self._seats.requests:
             return None
-        running, waiting, overtakes = self._running, self._waiting, self._policy.overtakes
-        num_free = self._num_seats - len(running)
+        seats, overtakes = self._seats, self._policy.overtakes
+        running, waiting = seats.running, seats.waiting
+        num_free = seats.num_seats - len(running)
         step = Step(self._next_step_id, self.pacer.open(running, waiting, num_free, self._clock))
         contested = waiting and running and overtakes(waiting[0], running[-1])
         index = 0
         while index < len(running):
             request = running[index]
             if contested and waiting and overtakes(waiting[0], request):
-                index += self._admit_before(request, step)
+                index += self._admission.admit_before(request, step)
                 if index >= len(running) or running[index] is not request:
                     continue
             self._continue(request, step)
             if index < len(running) and running[index] is request:
                 index += 1
         if not (step.is_blocked or step.preempted) or not step.requests:
-            self._admit_waiting(step)
+            self._admission.admit_waiting(step)
         return self._launch(step)
 
     def _launch(self, step: Step) -> SchedulerOutput | None:
@@ -267,8 +225,8 @@ class Scheduler:
         if not step.requests and not self.kv_cache.has_loads:
             assert self._in_flight, "live requests, none of which can run"
             return None
-        plan.released_ids.extend(self._released_ids)
-        self._released_ids.clear()
+        plan.released_ids.extend(self._seats.released_ids)
+        self._seats.released_ids.clear()
         self.kv_cache.complete(plan)
         plan.prefix_groups.extend(self.prefix_grouping.update(step))
         self._next_step_id += 1
@@ -284,7 +242,7 @@ class Scheduler:
             or request.last_step_id != step.plan.step_id - 1  # not the previous step's sample
         ):
             return
-        if request.request_id in self._yielding:
+        if request.request_id in self._seats.yielding:
             return
         start = request.num_computed_tokens
         num_left = num_new = num_known + num_pending - start
@@ -312,141 +270,12 @@ class Scheduler:
 
     def _make_room(self, request: Request, step: Step) -> bool:
         """Preempt the last of the running. ``False``: ``request`` cannot run in this step."""
-        if self._blocks_return():
+        if self._seats.awaits_blocks:
             step.is_blocked = True
             return False
-        victim = self._running[-1]
-        step.is_blocked = not self._yield(victim, step)
+        victim = self._seats.running[-1]
+        step.is_blocked = not self._seats.take(victim, step)
         return not step.is_blocked and victim is not request
-
-    def _blocks_return(self) -> bool:
-        """Whether blocks come back when a step in flight retires: then waiting beats preempting."""
-        return bool(self._leaving or self._yielding or self.kv_cache.has_returning_blocks)
-
-    def _yield(self, victim: Request, step: Step) -> bool:
-        """Take a running request's seat: now, or (``False``) when the step that has it retires."""
-        step.preempted = True
-        if victim.num_steps_in_flight:
-            self._yielding[victim.request_id] = victim
-            return False
-        if victim.num_tokens - victim.num_computed_tokens == 1:
-            step.prefill.num_tokens += 1  # was set aside for it
-        self._preempt(victim)
-        return True
-
-    def _preempt(self, request: Request) -> None:
-        """Back to waiting; the blocks are free, but cached until somebody needs them."""
-        assert not request.num_pending_tokens
-        _remove(self._running, request)
-        self._claims.drop(request)
-        self._release(request)
-        request.status = RequestStatus.PREEMPTED
-        request.num_preemptions += 1
-        insort(self._waiting, request, key=_by_key)
-
-    def _admit_waiting(self, step: Step) -> None:
-        """Seat waiting requests in policy order, until something runs out."""
-        waiting = self._waiting
-        index = 0
-        while index < len(waiting):
-            admission = self._admit(waiting[index], step)
-            if admission is _Admission.NO_ROOM:
-                return
-            if admission is _Admission.AWAITS_PREFIX:
-                index += 1
-
-    def _admit_before(self, request: Request, step: Step) -> int:
-        """Seat the waiting requests that overtake ``request``; the tail yields to who outranks it.
-
-        Returns by how many places ``request`` moved. It may be among those that lost their seat.
-        """
-        num_admitted = 0
-        index = 0
-        overtakes = self._policy.overtakes
-        while index < len(self._waiting) and overtakes(self._waiting[index], request):
-            candidate = self._waiting[index]
-            admission = self._admit(candidate, step)
-            if admission is _Admission.ADMITTED:
-                num_admitted += 1
-            elif admission is _Admission.AWAITS_PREFIX:
-                index += 1
-            elif not self._yield_tail_to(candidate, step):
-                break
-        return num_admitted
-
-    def _yield_tail_to(self, candidate: Request, step: Step) -> bool:
-        """Take the tail's seat for a waiting request that outranks it; ``False`` if not now."""
-        if step.is_blocked or not self._running or self._blocks_return():
-            return False
-        tail = self._running[-1]
-        if not self._policy.outranks(candidate, tail):
-            return False
-        has_seat = len(self._running) < self._num_seats
-        if has_seat and step.prefill.is_spent:
-            return False  # more urgent prompts have all the tokens of this step
-        num_blocks = self.kv_cache.num_free_blocks
-        for request in self._running:  # what yields is gained, what stays has its reserve
-            yields = self._policy.outranks(candidate, request)
-            num_blocks += len(request.block_table) if yields else -1
-        if num_blocks * self.kv_cache.block_size < candidate.num_tokens:
-            return False  # it would not help
-        return self._yield(tail, step)
-
-    def _admit(self, request: Request, step: Step) -> _Admission:
-        """Seat a waiting request and schedule its first tokens, if everything it needs is there."""
-        awaited_hash = request.awaited_hash
-        if awaited_hash is not None and self._claims.must_wait(request, awaited_hash):
-            return _Admission.AWAITS_PREFIX
-        request.awaited_hash = None
-        if step.is_blocked or len(self._running) >= self._num_seats or step.prefill.is_spent:
-            return _Admission.NO_ROOM
-        # One block for each running request, or it would soon take them by preempting this one.
-        num_reserved = len(self._running)
-        num_spare = self.kv_cache.num_free_blocks - num_reserved
-        if num_spare <= request.num_free_when_refused:
-            return _Admission.NO_ROOM  # nothing came back: a long prompt is not looked up again
-        max_num_hashed = _MAX_NUM_HASHED if step.requests or self._in_flight else None
-        match = self.kv_cache.find_prefix(request, max_num_hashed, num_reserved)
-        if match is None:
-            return _Admission.AWAITS_PREFIX
-        if match.missing_hash is not None and self._claims.must_wait(request, match.missing_hash):
-            request.awaited_hash = match.missing_hash
-            return _Admission.AWAITS_PREFIX
-        num_left = request.num_tokens - match.num_tokens
-        num_new = step.prefill.grant(match.num_tokens, num_left)
-        if not num_new:
-            return _Admission.NO_ROOM  # behind what is cached, a token costs more than is left
-        block_ids = self._admit_blocks(request, num_new, match, num_reserved)
-        if block_ids is None and match.partial is not None:
-            # The copy needs a block more than the request alone: compute its tokens instead.
-            match = match.without_partial()
-            num_left = request.num_tokens - match.num_tokens
-            num_new = step.prefill.grant(match.num_tokens, num_left)
-            block_ids = self._admit_blocks(request, num_new, match, num_reserved)
-        if block_ids is None:
-            request.num_free_when_refused = num_spare
-            return _Admission.NO_ROOM
-        request.num_free_when_refused = -1
-        self._seat(request)
-        step.prefill.take(match.num_tokens, num_new, samples=num_new == num_left)
-        step.add(request, num_new, block_ids)
-        return _Admission.ADMITTED
-
-    def _admit_blocks(
-        self, request: Request, num_new: int, match: PrefixMatch, num_reserved: int
-    ) -> list[int] | None:
-        return self.kv_cache.allocate_slots(
-            request, num_new, match, num_reserved_blocks=num_reserved
-        )
-
-    def _seat(self, request: Request) -> None:
-        _remove(self._waiting, request)
-        if request.last_step_id < 0:
-            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
-            self._backlog.admitted(self._clock(), len(self._waiting))
-        request.status = RequestStatus.RUNNING
-        insort(self._running, request, key=_by_key)
-        self._claims.update(request)
 
     def update(self, output: ModelRunnerOutput) -> list[RequestUpdate]:
         """Retire the oldest step: append its ids, end what has ended, index what is full.
@@ -460,7 +289,7 @@ class Scheduler:
         self.kv_cache.retire(step.plan)
         self.pacer.observe(step.plan, output)
         updates: list[RequestUpdate] = []
-        block_size = self.kv_cache.block_size
+        seats, block_size = self._seats, self.kv_cache.block_size
         logprobs = output.logprobs
         rows = zip(step.requests, step.plan.scheduled, output.sampled_token_ids, strict=True)
         for i, (request, (_, start, token_ids, _, sample, _), sampled_ids) in enumerate(rows):
@@ -469,7 +298,7 @@ class Scheduler:
             if not request.has_failed_step:
                 request.num_written_tokens = end
             if request.status is RequestStatus.FINISHED:
-                self._leave(request)
+                seats.release(request)
                 continue
             if sample:
                 request.num_pending_tokens -= 1
@@ -482,10 +311,9 @@ class Scheduler:
             if end // block_size > start // block_size:
                 self.kv_cache.cache_blocks(request)
             if request.computing_hash is not None:
-                self._claims.update(request)
-            if self._yielding and not request.num_steps_in_flight:
-                if self._yielding.pop(request.request_id, None) is not None:
-                    self._preempt(request)
+                seats.claims.update(request)
+            if seats.yielding:
+                seats.step_retired(request)
         return updates
 
     def fail_step(self, step_id: int) -> list[Request]:
@@ -504,45 +332,14 @@ class Scheduler:
             request.num_steps_in_flight -= 1
             request.has_failed_step = True
             if request.status is RequestStatus.FINISHED:
-                self._leave(request)
+                self._seats.release(request)
             elif self.finish(request, FinishReason.ERROR):
                 failed.append(request)
         return failed
 
-    def _leave(self, request: Request) -> None:
-        """A finished request's step has retired."""
-        if not request.num_steps_in_flight:
-            del self._leaving[request.request_id]
-            self._release(request)
-
     def check_integrity(self) -> None:
         """Assert every invariant of the scheduler and its KV cache. O(blocks + requests)."""
         self.kv_cache.check_integrity()
-        self._claims.check_integrity()
+        self._seats.check_integrity()
         for step in self._in_flight:
             check_groups(step, self.kv_cache.block_size)
-        for requests in (self._waiting, self._running):
-            keys = [request.sort_key for request in requests]
-            assert keys == sorted(keys), "requests out of order"
-        assert len(self._running) <= self._num_seats
-        assert len(self._requests) == len(self._waiting) + len(self._running)
-        for request in self._waiting:
-            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-            assert not request.block_table
-            assert not request.num_steps_in_flight
-            assert not request.is_in_runner
-            assert request.computing_hash is None
-        for request in self._running:
-            assert request.status is RequestStatus.RUNNING
-            limit = request.num_tokens + request.num_pending_tokens + request.num_draft_tokens
-            assert 0 <= request.num_computed_tokens <= limit
-        for request in self._leaving.values():
-            assert request.is_finished
-            assert request.num_steps_in_flight
-
-
-def _remove(requests: list[Request], request: Request) -> None:
-    """Remove from a list sorted by key; keys are unique."""
-    index = bisect_left(requests, request.sort_key, key=_by_key)
-    assert requests[index] is request
-    del requests[index]

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from streamserve.core import scheduler
+from streamserve.core import admission
 from streamserve.core.plan import PENDING_TOKEN, ModelRunnerOutput
 from streamserve.core.request import FinishReason, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
@@ -644,7 +644,7 @@ def test_a_long_prompt_that_finds_no_room_is_looked_up_once(monkeypatch):
 
 
 def test_a_long_look_up_takes_several_steps_while_others_decode(monkeypatch):
-    monkeypatch.setattr(scheduler, "_MAX_NUM_HASHED", 3)
+    monkeypatch.setattr(admission, "MAX_NUM_HASHED", 3)
     harness = Harness()
     harness.add(list(range(33)), max_tokens=1)
     harness.run()

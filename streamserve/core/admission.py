@@ -1,0 +1,141 @@
+"""Who gets a free seat, and whose seat is taken for a waiting request that outranks its holder."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from enum import Enum, auto
+
+from streamserve.core.backlog import Backlog
+from streamserve.core.clock import Clock
+from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.policy import Policy
+from streamserve.core.prefix_cache import PrefixMatch
+from streamserve.core.request import Request
+from streamserve.core.seats import Seats
+from streamserve.core.step import Step
+
+MAX_NUM_HASHED = 512
+"""Blocks of one waiting prompt in one step, well under a millisecond."""
+
+
+class _Answer(Enum):
+    ADMITTED = auto()
+    AWAITS_PREFIX = auto()  # another computes what this one needs, or the look-up goes on
+    NO_ROOM = auto()
+
+
+class Admission:
+    """Seats waiting requests in policy order and schedules their first tokens."""
+
+    def __init__(
+        self, seats: Seats, kv_cache: KVCacheManager, policy: Policy, clock: Clock, in_flight: Sized
+    ) -> None:
+        """``in_flight`` are the steps that were scheduled and not retired."""
+        self.backlog = Backlog()
+        self._seats = seats
+        self._kv_cache = kv_cache
+        self._policy = policy
+        self._clock = clock
+        self._in_flight = in_flight
+
+    def admit_waiting(self, step: Step) -> None:
+        """Seat waiting requests in policy order, until something runs out."""
+        waiting = self._seats.waiting
+        index = 0
+        while index < len(waiting):
+            answer = self._admit(waiting[index], step)
+            if answer is _Answer.NO_ROOM:
+                return
+            if answer is _Answer.AWAITS_PREFIX:
+                index += 1
+
+    def admit_before(self, request: Request, step: Step) -> int:
+        """Seat the waiting requests that overtake ``request``; the tail yields to who outranks it.
+
+        Returns by how many places ``request`` moved. It may be among those that lost their seat.
+        """
+        num_admitted = 0
+        index = 0
+        overtakes = self._policy.overtakes
+        waiting = self._seats.waiting
+        while index < len(waiting) and overtakes(waiting[index], request):
+            candidate = waiting[index]
+            answer = self._admit(candidate, step)
+            if answer is _Answer.ADMITTED:
+                num_admitted += 1
+            elif answer is _Answer.AWAITS_PREFIX:
+                index += 1
+            elif not self._yield_tail_to(candidate, step):
+                break
+        return num_admitted
+
+    def _yield_tail_to(self, candidate: Request, step: Step) -> bool:
+        """Take the tail's seat for a waiting request that outranks it; ``False`` if not now."""
+        seats = self._seats
+        if step.is_blocked or not seats.running or seats.awaits_blocks:
+            return False
+        tail = seats.running[-1]
+        if not self._policy.outranks(candidate, tail):
+            return False
+        has_seat = len(seats.running) < seats.num_seats
+        if has_seat and step.prefill.is_spent:
+            return False  # more urgent prompts have all the tokens of this step
+        num_blocks = self._kv_cache.num_free_blocks
+        for request in seats.running:  # what yields is gained, what stays has its reserve
+            yields = self._policy.outranks(candidate, request)
+            num_blocks += len(request.block_table) if yields else -1
+        if num_blocks * self._kv_cache.block_size < candidate.num_tokens:
+            return False  # it would not help
+        return seats.take(tail, step)
+
+    def _admit(self, request: Request, step: Step) -> _Answer:
+        """Seat a waiting request and schedule its first tokens, if everything it needs is there."""
+        claims, running = self._seats.claims, self._seats.running
+        awaited_hash = request.awaited_hash
+        if awaited_hash is not None and claims.must_wait(request, awaited_hash):
+            return _Answer.AWAITS_PREFIX
+        request.awaited_hash = None
+        has_seat = len(running) < self._seats.num_seats
+        if step.is_blocked or not has_seat or step.prefill.is_spent:
+            return _Answer.NO_ROOM
+        # One block for each running request, or it would soon take them by preempting this one.
+        num_reserved = len(running)
+        num_spare = self._kv_cache.num_free_blocks - num_reserved
+        if num_spare <= request.num_free_when_refused:
+            return _Answer.NO_ROOM  # nothing came back: a long prompt is not looked up again
+        max_num_hashed = MAX_NUM_HASHED if step.requests or self._in_flight else None
+        match = self._kv_cache.find_prefix(request, max_num_hashed, num_reserved)
+        if match is None:
+            return _Answer.AWAITS_PREFIX
+        if match.missing_hash is not None and claims.must_wait(request, match.missing_hash):
+            request.awaited_hash = match.missing_hash
+            return _Answer.AWAITS_PREFIX
+        num_left = request.num_tokens - match.num_tokens
+        num_new = step.prefill.grant(match.num_tokens, num_left)
+        if not num_new:
+            return _Answer.NO_ROOM  # behind what is cached, a token costs more than is left
+        block_ids = self._admit_blocks(request, num_new, match, num_reserved)
+        if block_ids is None and match.partial is not None:
+            # The copy needs a block more than the request alone: compute its tokens instead.
+            match = match.without_partial()
+            num_left = request.num_tokens - match.num_tokens
+            num_new = step.prefill.grant(match.num_tokens, num_left)
+            block_ids = self._admit_blocks(request, num_new, match, num_reserved)
+        if block_ids is None:
+            request.num_free_when_refused = num_spare
+            return _Answer.NO_ROOM
+        request.num_free_when_refused = -1
+        if request.last_step_id < 0:
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+            self.backlog.admitted(self._clock(), len(self._seats.waiting) - 1)
+        self._seats.admit(request)
+        step.prefill.take(match.num_tokens, num_new, samples=num_new == num_left)
+        step.add(request, num_new, block_ids)
+        return _Answer.ADMITTED
+
+    def _admit_blocks(
+        self, request: Request, num_new: int, match: PrefixMatch, num_reserved: int
+    ) -> list[int] | None:
+        return self._kv_cache.allocate_slots(
+            request, num_new, match, num_reserved_blocks=num_reserved
+        )

@@ -1,0 +1,149 @@
+"""Who waits, who runs, and who has left while a step still has it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from operator import attrgetter
+
+from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.policy import Policy
+from streamserve.core.prefix_claims import PrefixClaims
+from streamserve.core.request import Request, RequestStatus
+from streamserve.core.step import Step
+
+_by_key = attrgetter("sort_key")
+
+
+class Seats:
+    """The live requests, and the seats of those that run. A seat holds blocks and a runner's row.
+
+    Two rules keep memory right while the host does not know yet what the device did:
+
+    - A request that ends while a step has it keeps its blocks until that step retires.
+    - A request is preempted only when no step has it. One that must yield while a step has it keeps
+      its seat, is put into no further step, and leaves when its token is known.
+    """
+
+    def __init__(self, num_seats: int, kv_cache: KVCacheManager, policy: Policy) -> None:
+        self.num_seats = num_seats
+        self.requests: dict[str, Request] = {}  # waiting and running
+        self.waiting: list[Request] = []  # sorted by key, as is the next
+        self.running: list[Request] = []
+        self.yielding: dict[str, Request] = {}  # running, to be preempted when its step retires
+        self.claims = PrefixClaims(kv_cache.block_size, policy.outranks)
+        self.released_ids: list[str] = []  # for the next plan
+        self._leaving: dict[str, Request] = {}  # finished, a step still has it
+        self._kv_cache = kv_cache
+
+    @property
+    def awaits_blocks(self) -> bool:
+        """Whether blocks come back when a step in flight retires: then waiting beats preempting."""
+        return bool(self._leaving or self.yielding or self._kv_cache.has_returning_blocks)
+
+    def enter(self, request: Request) -> None:
+        """A new request, to be queued or seated next.
+
+        Raises ``ValueError`` if its id is in use; a finished one's is, until its last step retires.
+        """
+        request_id = request.request_id
+        if request_id in self.requests or request_id in self._leaving:
+            raise ValueError(f"request_id must be unique, got {request_id!r} again")
+        self.requests[request_id] = request
+
+    def queue(self, request: Request) -> None:
+        """A request without a seat waits at its place."""
+        insort(self.waiting, request, key=_by_key)
+
+    def seat(self, request: Request) -> None:
+        """Give a seat to a request whose blocks are there and that is not queued."""
+        request.status = RequestStatus.RUNNING
+        insort(self.running, request, key=_by_key)
+
+    def admit(self, request: Request) -> None:
+        """Give a seat to a request that waits; its blocks are there."""
+        _remove(self.waiting, request)
+        self.seat(request)
+        self.claims.update(request)
+
+    def take(self, victim: Request, step: Step) -> bool:
+        """Take a running request's seat: now, or (``False``) when the step that has it retires."""
+        step.preempted = True
+        if victim.num_steps_in_flight:
+            self.yielding[victim.request_id] = victim
+            return False
+        if victim.num_tokens - victim.num_computed_tokens == 1:
+            step.prefill.num_tokens += 1  # was set aside for it
+        self._preempt(victim)
+        return True
+
+    def step_retired(self, request: Request) -> None:
+        """A step that had a running request has retired: it leaves now if it was to yield."""
+        if request.num_steps_in_flight:
+            return
+        if self.yielding.pop(request.request_id, None) is not None:
+            self._preempt(request)
+
+    def finish(self, request: Request) -> None:
+        """The request has ended: it neither waits nor runs. It still holds what it held."""
+        assert self.requests.get(request.request_id) is request
+        del self.requests[request.request_id]
+        was_running = request.status is RequestStatus.RUNNING
+        _remove(self.running if was_running else self.waiting, request)
+        self.yielding.pop(request.request_id, None)
+        self.claims.drop(request)
+        request.status = RequestStatus.FINISHED
+
+    def release(self, request: Request) -> None:
+        """Give back what a request that finished while it ran holds, unless a step has it."""
+        if request.num_steps_in_flight:
+            self._leaving[request.request_id] = request
+            return
+        self._leaving.pop(request.request_id, None)
+        self._give_back(request)
+
+    def _preempt(self, request: Request) -> None:
+        """Back to waiting; the blocks are free, but cached until somebody needs them."""
+        assert not request.num_pending_tokens
+        _remove(self.running, request)
+        self.claims.drop(request)
+        self._give_back(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_preemptions += 1
+        self.queue(request)
+
+    def _give_back(self, request: Request) -> None:
+        """Return what a request that left its seat held: blocks, and its row in the runner."""
+        assert not request.num_steps_in_flight
+        self._kv_cache.free(request)
+        if request.is_in_runner:
+            request.is_in_runner = False
+            self.released_ids.append(request.request_id)
+
+    def check_integrity(self) -> None:
+        """Assert that every request is where its status says. O(requests)."""
+        self.claims.check_integrity()
+        for requests in (self.waiting, self.running):
+            keys = [request.sort_key for request in requests]
+            assert keys == sorted(keys), "requests out of order"
+        assert len(self.running) <= self.num_seats
+        assert len(self.requests) == len(self.waiting) + len(self.running)
+        for request in self.waiting:
+            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+            assert not request.block_table
+            assert not request.num_steps_in_flight
+            assert not request.is_in_runner
+            assert request.computing_hash is None
+        for request in self.running:
+            assert request.status is RequestStatus.RUNNING
+            limit = request.num_tokens + request.num_pending_tokens + request.num_draft_tokens
+            assert 0 <= request.num_computed_tokens <= limit
+        for request in self._leaving.values():
+            assert request.is_finished
+            assert request.num_steps_in_flight
+
+
+def _remove(requests: list[Request], request: Request) -> None:
+    """Remove from a list sorted by key; keys are unique."""
+    index = bisect_left(requests, request.sort_key, key=_by_key)
+    assert requests[index] is request
+    del requests[index]
