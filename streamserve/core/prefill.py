@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from streamserve.config import SchedulerConfig
 from streamserve.core.clock import Clock
@@ -16,6 +17,8 @@ from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
 from streamserve.core.request import Request
 from streamserve.core.step_time import StepShape, StepTimeModel, shape_of
 
+_by_key = attrgetter("sort_key")
+
 MIN_CHUNK_TOKENS = 8
 """The first prompt of a step gets as many, come what may: prompts end, however slow the decodes."""
 MIN_SHARE = 0.25
@@ -23,12 +26,13 @@ MIN_SHARE = 0.25
 MIN_ALLOWANCE_S, MAX_ALLOWANCE_S = 0.005, 0.25
 """Without a target prompts may add the decodes' own time, within these bounds: nobody sees 5 ms,
 and everybody sees a quarter of a second."""
-PATIENCE_S, MAX_STRETCH = 2.0, 4.0
-"""Without a target the allowance grows, up to fourfold, with the number of prompts for each stream
-that decodes: whoever waits for a first token counts as much as whoever waits for the next. It grows
-too when a prompt has waited longer than ``PATIENCE_S``. A machine that is asked for more than fits
-beside the decodes would otherwise let prompts queue without end; it settles where they are served
-as fast as they come."""
+MAX_STRETCH = 4.0
+"""Without a target the allowance grows, up to fourfold, when prompts would otherwise be late. A
+machine that is asked for more than fits beside the decodes would let prompts queue without end; it
+settles where they are served as fast as they come."""
+FIRST_TOKEN_BASE_S, FIRST_TOKEN_FACTOR = 0.4, 1.3
+"""When a prompt is late: so long after its arrival, and so many times what it takes alone."""
+MAX_PROMPTS_COUNTED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,34 +119,40 @@ class PrefillPacer:
     ) -> PrefillBudget:
         """The budget of a step that sets a token aside for each request that needs only one."""
         num_decodes = decode_context = 0
-        num_prompts = min(len(waiting), num_free_seats)
-        oldest = waiting[0] if waiting else None
+        prompts: list[Request] = []
         for request in running:
             num_tokens = len(request.token_ids) + request.num_pending_tokens
             if num_tokens - request.num_computed_tokens == 1:
                 num_decodes += 1
                 decode_context += num_tokens
-                continue
-            num_prompts += 1
-            if oldest is None or request.arrival_time < oldest.arrival_time:
-                oldest = request
+            else:
+                prompts.append(request)
         shape = StepShape(num_decodes, num_decodes, decode_context)
-        model = self._model if num_decodes and oldest is not None else None
+        model = self._model if num_decodes and (prompts or waiting) else None
         limit_s = 0.0
-        if model is not None and oldest is not None:
-            age = (clock() - oldest.arrival_time) / PATIENCE_S
-            stretch = min(max(age, num_prompts / num_decodes, 1.0), MAX_STRETCH)
-            limit_s = self._limit_s(model.predict(shape), stretch, model.error)
+        if model is not None:
+            prompts += waiting[: max(min(num_free_seats, MAX_PROMPTS_COUNTED), 1)]
+            limit_s = self._limit_s(model, model.predict(shape), prompts, clock)
         return PrefillBudget(max(self._max_tokens - num_decodes, 0), model, shape, limit_s)
 
-    def _limit_s(self, decode_s: float, stretch: float, error: float) -> float:
-        """What a prediction may be: the target less the error, or the least for prompts."""
-        target_s = self._target_s
-        if target_s is None:
-            target_s = decode_s + min(max(decode_s * stretch, MIN_ALLOWANCE_S), MAX_ALLOWANCE_S)
-        self.stats.itl_target_s = target_s
-        self.stats.error = error
-        return max(target_s / (1.0 + error), decode_s * (1.0 + MIN_SHARE))
+    def _limit_s(
+        self, model: StepTimeModel, decode_s: float, prompts: list[Request], clock: Clock
+    ) -> float:
+        """What a prediction may be: the target less the error, or the least for prompts.
+
+        A target that nobody asked for is where steps end on average.
+        """
+        self.stats.error = model.error
+        if self._target_s is not None:
+            self.stats.itl_target_s = self._target_s
+            limit_s = self._target_s / (1.0 + model.error)
+        else:
+            share = share_needed(model, prompts, clock())
+            stretch = max(share / (1.0 - share), 1.0) if share < 1.0 else MAX_STRETCH
+            allowance_s = decode_s * min(stretch, MAX_STRETCH)
+            limit_s = decode_s + min(max(allowance_s, MIN_ALLOWANCE_S), MAX_ALLOWANCE_S)
+            self.stats.itl_target_s = limit_s
+        return max(limit_s, decode_s * (1.0 + MIN_SHARE))
 
     def observe(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> None:
         """Learn from a step that has retired."""
@@ -160,3 +170,23 @@ class PrefillPacer:
         self.stats.step_time_ratio.observe(seconds / predicted)
         if chunk_tokens:
             self.stats.chunk_tokens.observe(chunk_tokens)
+
+
+def share_needed(model: StepTimeModel, prompts: list[Request], now: float) -> float:
+    """The share of the machine's time that lets each of ``prompts`` have its first token in time.
+
+    They are served in the order of their keys, so that each waits for the work of those before it.
+    1 if it takes all there is, or more.
+    """
+    share = before_s = 0.0
+    for request in sorted(prompts, key=_by_key):
+        num_tokens = len(request.token_ids)
+        num_cached = num_tokens - request.num_uncached_tokens
+        alone_s = model.prompt_seconds(num_cached, request.num_uncached_tokens)
+        wait_s = FIRST_TOKEN_BASE_S + FIRST_TOKEN_FACTOR * alone_s
+        # Of its own work all counts until it is done: an even pace, not a rush in the end.
+        late = max((now - request.arrival_time) / wait_s - 1.0, 1.0)
+        share = max(share, late * (before_s + alone_s) / wait_s)
+        start = request.num_computed_tokens
+        before_s += model.prompt_seconds(start, num_tokens - start) if start else alone_s
+    return min(share, 1.0)

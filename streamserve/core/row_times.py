@@ -42,6 +42,12 @@ class RowTimes:
             return seconds[left]
         return seconds[left] + share * (seconds[left + 1] - seconds[left])
 
+    @property
+    def slope(self) -> float:
+        """Seconds of one row more, on average over the table."""
+        num_rows = self._rows[-1] - self._rows[0]
+        return (self._seconds[-1] - self._seconds[0]) / num_rows if num_rows else 0.0
+
     def observe(self, rows: int, innovation: float) -> None:
         """Learn that ``rows`` took ``innovation`` seconds more; slowly, and staying monotone."""
         left, share = self._place(rows)

@@ -123,6 +123,15 @@ class StepTimeModel:
             self._row_times(self.num_rows(shape)) + self._rest.value(_features(shape))
         )
 
+    def prompt_seconds(self, start: int, num_tokens: int) -> float:
+        """Seconds that a prompt's tokens add to steps, in chunks large enough to cost what rows do.
+
+        Which is the least that they can take, whatever the chunks.
+        """
+        shape = StepShape().with_chunk(start, num_tokens, samples=0)
+        rest = self._rest.value(_features(shape))
+        return self._speed * (self._row_times.slope * num_tokens + rest)
+
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Learn what a step of this shape took."""
         predicted = self.predict(shape)

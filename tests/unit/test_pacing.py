@@ -4,8 +4,18 @@ import random
 
 import pytest
 
-from streamserve.core.prefill import MIN_CHUNK_TOKENS, MIN_SHARE
+from streamserve.core.prefill import (
+    FIRST_TOKEN_BASE_S,
+    FIRST_TOKEN_FACTOR,
+    MAX_STRETCH,
+    MIN_CHUNK_TOKENS,
+    MIN_SHARE,
+    share_needed,
+)
+from streamserve.core.request import Request
+from streamserve.core.step_time import StepTimeModel
 from tests.unit.machines import LADDER, Machine, TimedHarness, linear, plateau
+from tests.unit.simulated import Harness
 
 MACHINES = {
     "plateau": lambda seed: Machine(plateau, sizes=LADDER, seed=seed),
@@ -31,9 +41,10 @@ def mixed(harness: TimedHarness) -> list:
     return [s for s in harness.steps if s.chunks and s.decode_shape.num_tokens]
 
 
-@pytest.mark.parametrize("target_ms", [None, 60.0, 120.0])
+@pytest.mark.parametrize(("target_ms", "over"), [(None, 0.6), (60.0, 0.05), (120.0, 0.05)])
 @pytest.mark.parametrize("kind", sorted(MACHINES))
-def test_steps_stay_within_the_target(kind, target_ms):
+def test_steps_stay_within_the_target(kind, target_ms, over):
+    """Where nobody named one, it is what they take on average."""
     num_over = num_steps = 0
     for seed in range(6):
         machine = MACHINES[kind](seed)
@@ -52,7 +63,7 @@ def test_steps_stay_within_the_target(kind, target_ms):
             # What is over is over by no more than the model may be wrong.
             assert step.undisturbed < limit * 1.35
     assert num_steps > 1000
-    assert num_over < 0.05 * num_steps
+    assert num_over < over * num_steps
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5])
@@ -192,18 +203,82 @@ def test_without_a_model_the_token_budget_alone_counts():
     assert sum(harness.timed_step().chunks.values()) == 512 - 4
 
 
-def test_long_waits_are_answered_with_larger_chunks():
-    """Prompts beyond what the machine can do: chunks grow until the queue is served."""
+def test_a_long_prompt_is_in_time_and_its_steps_are_even():
+    """As much in every step as it takes: not little first and a rush in the end."""
+    harness = TimedHarness(Machine(linear, sizes=LADDER), max_num_seqs=32)
+    steady_streams(harness, 8)
+    for _ in range(3):
+        harness.steps.clear()
+        long = harness.add_now(2000, max_tokens=1)
+        while not long.num_output_tokens:
+            harness.timed_step()
+        alone_s = 2000 * 0.0007 + 4e-7 * 2000 * 1000
+        waited = harness.now - long.arrival_time
+        # Small chunks take longer than the least that is reckoned with.
+        assert waited < 1.4 * (FIRST_TOKEN_BASE_S + FIRST_TOKEN_FACTOR * alone_s)
+        stretches = [
+            s.target_s / harness.machine.undisturbed(s.decode_shape) for s in mixed(harness)
+        ]
+        assert 2.0 <= min(stretches)
+        assert max(stretches) < 1.3 * stretches[0]
+
+
+def test_a_prompt_that_has_time_adds_what_the_decodes_take():
     harness = TimedHarness(Machine(linear, sizes=LADDER), max_num_seqs=32)
     steady_streams(harness, 8)
     harness.steps.clear()
-    calm = []
-    first = harness.add_now(4000, max_tokens=1)
-    while harness.now - first.arrival_time < 1.9:
-        calm.append(max(harness.timed_step().chunks.values()))
-    late = []
-    while not first.num_output_tokens:
-        late.append(max(harness.timed_step().chunks.values()))
-    assert max(late) > 1.5 * max(calm)
-    decode_s = harness.machine.undisturbed(harness.steps[-1].decode_shape)
-    assert max(s.seconds for s in harness.steps) < 5.2 * decode_s
+    short = harness.add_now(150, max_tokens=1)
+    while not short.num_output_tokens:
+        harness.timed_step()
+    for step in mixed(harness):
+        decode_s = harness.machine.undisturbed(step.decode_shape)
+        assert step.target_s == pytest.approx(2.0 * decode_s, rel=0.1)
+
+
+def test_many_short_prompts_at_once_are_hurried():
+    harness = TimedHarness(Machine(linear, sizes=LADDER), max_num_seqs=64)
+    steady_streams(harness, 8)
+    harness.steps.clear()
+    burst = [harness.add_now(32, max_tokens=40) for _ in range(48)]
+    while not all(r.num_output_tokens for r in burst):
+        step = harness.timed_step()
+        decode_s = harness.machine.undisturbed(step.decode_shape)
+        assert step.seconds < (1.05 + MAX_STRETCH) * decode_s
+    alone_s = 48 * 32 * 0.0007
+    assert harness.now - burst[0].arrival_time < 1.5 * alone_s
+
+
+def test_more_than_the_machine_can_do_is_served_at_the_largest_stretch():
+    harness = TimedHarness(Machine(linear, sizes=LADDER), max_num_seqs=32)
+    steady_streams(harness, 8)
+    for _ in range(4):
+        harness.add_now(3000, max_tokens=1)
+    harness.steps.clear()
+    for _ in range(40):
+        step = harness.timed_step()
+        decode_s = harness.machine.undisturbed(step.decode_shape)
+        assert step.target_s == pytest.approx((1.0 + MAX_STRETCH) * decode_s, rel=0.1)
+        assert step.seconds < (1.2 + MAX_STRETCH) * decode_s
+
+
+def test_the_share_that_prompts_need_counts_those_before_them():
+    model = StepTimeModel(Machine(linear).profile())
+    harness = Harness(num_blocks=1024)
+
+    def prompt(num_tokens: int, place: float) -> Request:
+        request = harness.request([1] * num_tokens)
+        request.arrival_time, request.sort_key = 100.0, (place,)
+        return request
+
+    one, other = prompt(200, 1.0), prompt(200, 2.0)
+    alone_s = model.prompt_seconds(0, 200)
+    due_s = FIRST_TOKEN_BASE_S + FIRST_TOKEN_FACTOR * alone_s
+    assert share_needed(model, [one], 100.0) == pytest.approx(alone_s / due_s)
+    assert share_needed(model, [other, one], 100.0) == pytest.approx(2 * alone_s / due_s)
+    half_s = model.prompt_seconds(100, 100)
+    one.num_computed_tokens = 100  # its own work counts until it is done
+    assert share_needed(model, [one], 100.2) == pytest.approx(alone_s / due_s)
+    assert share_needed(model, [one, other], 100.2) == pytest.approx((half_s + alone_s) / due_s)
+    late = 100.0 + 2.5 * due_s
+    assert share_needed(model, [one], late) == pytest.approx(1.5 * alone_s / due_s)
+    assert share_needed(model, [one], 200.0) == 1.0
