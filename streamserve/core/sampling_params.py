@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from streamserve.core.structured_output import StructuredOutput
 from streamserve.errors import InvalidParameterError
 
 MAX_LOGPROBS = 20
@@ -22,6 +23,7 @@ class SamplingParams:
     ``max_tokens is None`` means up to the end of the context.
     ``logprobs`` is the number of alternatives reported per position (0: only the sampled token's
     own logprob; ``None``: none). ``seed is None`` draws one when the request is admitted.
+    ``structured_output`` is the grammar that the answer follows, ``None`` for free text.
     Penalties follow OpenAI (presence, frequency: generated tokens only) and CTRL (repetition:
     prompt and generated tokens), in transformers' and vLLM's meaning.
 
@@ -45,6 +47,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_output: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         if self.top_k == -1:

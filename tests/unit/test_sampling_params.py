@@ -3,6 +3,7 @@
 import pytest
 
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.errors import InvalidParameterError
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -98,3 +99,13 @@ def test_both_spellings_of_no_top_k():
 def test_what_the_sampler_must_do(params, is_greedy, has_penalties):
     built = SamplingParams(**params)
     assert (built.is_greedy, built.has_penalties) == (is_greedy, has_penalties)
+
+
+def test_equal_grammars_are_one_key_whichever_field_they_came_in():
+    schema = {"kind": GrammarKind.JSON_SCHEMA, "text": '{"type": "object"}'}
+    one = StructuredOutput(**schema, param="response_format")
+    other = StructuredOutput(**schema, param="guided_json")
+    assert one == other
+    assert len({one, other}) == 1
+    assert one != StructuredOutput(**schema, whitespace_pattern="")
+    assert SamplingParams(structured_output=one) == SamplingParams(structured_output=other)
