@@ -27,9 +27,10 @@ MIN_ALLOWANCE_S, MAX_ALLOWANCE_S = 0.005, 0.25
 """Without a target prompts may add the decodes' own time, within these bounds: nobody sees 5 ms,
 and everybody sees a quarter of a second."""
 MAX_STRETCH = 4.0
-"""Without a target the allowance grows, up to fourfold, when prompts would otherwise be late. A
-machine that is asked for more than fits beside the decodes would let prompts queue without end; it
-settles where they are served as fast as they come."""
+"""Without a target the allowance grows when prompts would otherwise be late: up to fourfold, or by
+the number of prompts for each stream that decodes, if that is more, since whoever waits for a first
+token counts as much as whoever waits for the next. A machine that is asked for more than fits
+beside the decodes settles where prompts are served as fast as they come."""
 FIRST_TOKEN_BASE_S, FIRST_TOKEN_FACTOR = 0.4, 1.3
 """When a prompt is late: so long after its arrival, and so many times what it takes alone."""
 MAX_PROMPTS_COUNTED = 32
@@ -131,12 +132,14 @@ class PrefillPacer:
         model = self._model if num_decodes and (prompts or waiting) else None
         limit_s = 0.0
         if model is not None:
-            prompts += waiting[: max(min(num_free_seats, MAX_PROMPTS_COUNTED), 1)]
-            limit_s = self._limit_s(model, model.predict(shape), prompts, clock)
+            num_seated = min(len(waiting), num_free_seats)
+            max_stretch = max((len(prompts) + num_seated) / num_decodes, MAX_STRETCH)
+            prompts += waiting[: max(min(num_seated, MAX_PROMPTS_COUNTED), 1)]
+            limit_s = self._limit_s(model, model.predict(shape), prompts, max_stretch, clock())
         return PrefillBudget(max(self._max_tokens - num_decodes, 0), model, shape, limit_s)
 
     def _limit_s(
-        self, model: StepTimeModel, decode_s: float, prompts: list[Request], clock: Clock
+        self, model: StepTimeModel, decode_s: float, prompts: list[Request], most: float, now: float
     ) -> float:
         """What a prediction may be: the target less the error, or the least for prompts.
 
@@ -147,11 +150,10 @@ class PrefillPacer:
             self.stats.itl_target_s = self._target_s
             limit_s = self._target_s / (1.0 + model.error)
         else:
-            share = share_needed(model, prompts, clock())
-            stretch = max(share / (1.0 - share), 1.0) if share < 1.0 else MAX_STRETCH
-            allowance_s = decode_s * min(stretch, MAX_STRETCH)
-            limit_s = decode_s + min(max(allowance_s, MIN_ALLOWANCE_S), MAX_ALLOWANCE_S)
-            self.stats.itl_target_s = limit_s
+            share = share_needed(model, prompts, now)
+            stretch = min(max(share / (1.0 - share), 1.0), most) if share < 1.0 else most
+            allowance_s = min(max(decode_s * stretch, MIN_ALLOWANCE_S), MAX_ALLOWANCE_S)
+            limit_s = self.stats.itl_target_s = decode_s + allowance_s
         return max(limit_s, decode_s * (1.0 + MIN_SHARE))
 
     def observe(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> None:

@@ -7,6 +7,7 @@ import pytest
 from streamserve.core.prefill import (
     FIRST_TOKEN_BASE_S,
     FIRST_TOKEN_FACTOR,
+    MAX_ALLOWANCE_S,
     MAX_STRETCH,
     MIN_CHUNK_TOKENS,
     MIN_SHARE,
@@ -237,14 +238,17 @@ def test_a_prompt_that_has_time_adds_what_the_decodes_take():
 
 def test_many_short_prompts_at_once_are_hurried():
     harness = TimedHarness(Machine(linear, sizes=LADDER), max_num_seqs=64)
-    steady_streams(harness, 8)
+    steady_streams(harness, 2)
     harness.steps.clear()
-    burst = [harness.add_now(32, max_tokens=40) for _ in range(48)]
+    burst = [harness.add_now(32, max_tokens=60) for _ in range(60)]
     while not all(r.num_output_tokens for r in burst):
         step = harness.timed_step()
+        num_decodes = step.decode_shape.num_tokens
         decode_s = harness.machine.undisturbed(step.decode_shape)
-        assert step.seconds < (1.05 + MAX_STRETCH) * decode_s
-    alone_s = 48 * 32 * 0.0007
+        # Of the prompts that a step takes up, the last may end a little behind its limit.
+        stretch = max(MAX_STRETCH, (62 - num_decodes) / num_decodes)
+        assert step.seconds < 1.1 * (decode_s + min(stretch * decode_s, MAX_ALLOWANCE_S))
+    alone_s = 60 * 32 * 0.0007
     assert harness.now - burst[0].arrival_time < 1.5 * alone_s
 
 
