@@ -3,8 +3,8 @@
 //
 // Inside a unit, tiles of 64 keys are multiplied with up to 6 rows at a time (a row is one query
 // head): scores and weighted values are VDPBF16PS products on the cache as it lies, see
-// elementwise.c. The softmax between them works in powers of two, and what exponents are taken from
-// follows a row's maximum only where that has grown by more than SLACK (as in FlashAttention-4).
+// elementwise.c. The softmax between them works in powers of two, and what a row's exponents are
+// taken from follows its maximum only when weights grow past MOST_SUM (as in FlashAttention-4).
 // Nothing of a row depends on which rows it is multiplied with.
 #include "attention.h"
 
@@ -13,7 +13,7 @@
 #include <string.h>
 
 #define LOG2E 1.44269504088896341f
-#define SLACK 8.0f
+#define MOST_SUM 256.0f
 
 enum {
     ATTEND_OUT,  // [T, Hq, Dv]
@@ -88,87 +88,68 @@ static int place_next_unit(tile *t, const ss_context *context, const int64_t *ar
     return 1;
 }
 
-// scores[m][v] = row m of the queries · keys of piece v. `num_rows`, `pieces` and whether there is a
-// next tile to ask for are constants where it is inlined.
+// Unrolled early, or the sums would go through memory before and behind the loops over them.
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
+#define ASK(i, lines) _Pragma("GCC unroll 1") for (int i = 0; i < (lines); i++)
+
+// scores[m][v] = row m of the queries · keys of piece v. `num_rows` and `pieces` are constants where
+// it is inlined. Meanwhile `lines` of `ahead` are asked for in each turn.
 static inline __attribute__((always_inline)) void score_rows(float *scores, const bf16 *const *rows,
-                                                             const tile *t, const tile *next,
+                                                             const tile *t,
+                                                             const bf16 *const *ahead, int lines,
                                                              int64_t pairs, int num_rows,
                                                              int pieces) {
     __m512 sums[ROWS][TILE / 16];
-    for (int m = 0; m < num_rows; m++)
-        for (int v = 0; v < pieces; v++) sums[m][v] = _mm512_setzero_ps();
+    EACH(m, num_rows) EACH(v, pieces) sums[m][v] = _mm512_setzero_ps();
     for (int64_t d = 0; d < pairs; d++) {
-        if (next)
-            for (int v = 0; v < TILE / 16; v++)
-                _mm_prefetch((const char *)(next->keys[v] + 32 * d), _MM_HINT_T1);
         __m512bh keys[TILE / 16];
-        for (int v = 0; v < pieces; v++)
-            keys[v] = (__m512bh)_mm512_loadu_si512(t->keys[v] + 32 * d);
-        for (int m = 0; m < num_rows; m++) {
+        EACH(v, pieces) keys[v] = (__m512bh)_mm512_loadu_si512(t->keys[v] + 32 * d);
+        ASK(i, lines) _mm_prefetch((const char *)(ahead[i] + 32 * d), _MM_HINT_T1);
+        EACH(m, num_rows) {
             const __m512bh q = (__m512bh)_mm512_set1_epi32(((const ss_pair *)rows[m])[d]);
-            for (int v = 0; v < pieces; v++) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], q, keys[v]);
+            EACH(v, pieces) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], q, keys[v]);
         }
     }
-    for (int m = 0; m < num_rows; m++)
-        for (int v = 0; v < pieces; v++)
-            _mm512_store_ps(scores + m * TILE + 16 * v, sums[m][v]);
+    EACH(m, num_rows) EACH(v, pieces) _mm512_store_ps(scores + m * TILE + 16 * v, sums[m][v]);
 }
 
-// acc[m] += weights[m] · values of `keys` keys, for `vectors` times 16 elements behind `first`.
+// acc[m] += weights[m] · values of the first keys, for `vectors` times 16 elements behind `first`.
+// Meanwhile `lines` of `ahead` are asked for in each turn, from the same place on.
 static inline __attribute__((always_inline)) void weigh_rows(float *acc, const bf16 *weights,
-                                                             const tile *t, const tile *next,
-                                                             int64_t keys, int64_t value_size,
-                                                             int64_t first, int num_rows,
-                                                             int vectors) {
+                                                             const bf16 *const *tile_values,
+                                                             const bf16 *const *ahead, int lines,
+                                                             int64_t pairs, int64_t value_size,
+                                                             int num_rows, int vectors) {
     __m512 sums[ROWS][4];
-    for (int m = 0; m < num_rows; m++)
-        for (int v = 0; v < vectors; v++)
-            sums[m][v] = _mm512_load_ps(acc + m * value_size + first + 16 * v);
-    const int64_t pairs = keys / 2;
+    EACH(m, num_rows) EACH(v, vectors)
+        sums[m][v] = _mm512_load_ps(acc + m * value_size + 16 * v);
     for (int64_t s = 0; s < pairs; s++) {
-        const int64_t at = (s % 8) * 2 * value_size + 2 * first;
-        const bf16 *line = t->values[s / 8] + at;
-        if (next)
-            for (int v = 0; v < vectors; v++)
-                _mm_prefetch((const char *)(next->values[s / 8] + at + 32 * v), _MM_HINT_T1);
+        const int64_t at = (s % 8) * 2 * value_size;
         __m512bh values[4];
-        for (int v = 0; v < vectors; v++) values[v] = (__m512bh)_mm512_loadu_si512(line + 32 * v);
-        for (int m = 0; m < num_rows; m++) {
+        EACH(v, vectors)
+            values[v] = (__m512bh)_mm512_loadu_si512(tile_values[s / 8] + at + 32 * v);
+        ASK(i, lines) _mm_prefetch((const char *)(ahead[s / 8] + at + 32 * i), _MM_HINT_T1);
+        EACH(m, num_rows) {
             const __m512bh p =
                 (__m512bh)_mm512_set1_epi32(((const ss_pair *)(weights + m * TILE))[s]);
-            for (int v = 0; v < vectors; v++)
-                sums[m][v] = _mm512_dpbf16_ps(sums[m][v], p, values[v]);
+            EACH(v, vectors) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], p, values[v]);
         }
     }
-    if (keys % 2) {
-        // What lies behind the last key belongs to nobody and may be anything, even NaN.
-        const bf16 *line = t->values[pairs / 8] + (pairs % 8) * 2 * value_size + 2 * first;
-        const __m512i low = _mm512_set1_epi32(0xffff);
-        for (int v = 0; v < vectors; v++) {
-            const __m512bh value =
-                (__m512bh)_mm512_and_si512(_mm512_loadu_si512(line + 32 * v), low);
-            for (int m = 0; m < num_rows; m++) {
-                const __m512bh p =
-                    (__m512bh)_mm512_set1_epi32(((const ss_pair *)(weights + m * TILE))[pairs]);
-                sums[m][v] = _mm512_dpbf16_ps(sums[m][v], p, value);
-            }
-        }
-    }
-    for (int m = 0; m < num_rows; m++)
-        for (int v = 0; v < vectors; v++)
-            _mm512_store_ps(acc + m * value_size + first + 16 * v, sums[m][v]);
+    EACH(m, num_rows) EACH(v, vectors)
+        _mm512_store_ps(acc + m * value_size + 16 * v, sums[m][v]);
 }
 
-#define KERNELS(M, V)                                                                             \
-    static void score_##M##_##V(float *scores, const bf16 *const *rows, const tile *t,            \
-                                const tile *next, int64_t pairs) {                                \
-        if (next) score_rows(scores, rows, t, next, pairs, M, V);                                 \
-        else score_rows(scores, rows, t, 0, pairs, M, V);                                         \
-    }                                                                                             \
-    static void weigh_##M##_##V(float *acc, const bf16 *weights, const tile *t, const tile *next, \
-                                int64_t keys, int64_t value_size, int64_t first) {                \
-        if (next) weigh_rows(acc, weights, t, next, keys, value_size, first, M, V);               \
-        else weigh_rows(acc, weights, t, 0, keys, value_size, first, M, V);                       \
+#define KERNELS(M, V)                                                                              \
+    static void score_##M##_##V(float *scores, const bf16 *const *rows, const tile *t,             \
+                                const bf16 *const *ahead, int lines, int64_t pairs) {              \
+        if (lines) score_rows(scores, rows, t, ahead, lines, pairs, M, V);                         \
+        else score_rows(scores, rows, t, ahead, 0, pairs, M, V);                                   \
+    }                                                                                              \
+    static void weigh_##M##_##V(float *acc, const bf16 *weights, const bf16 *const *tile_values,   \
+                                const bf16 *const *ahead, int lines, int64_t pairs,                \
+                                int64_t value_size) {                                              \
+        if (lines) weigh_rows(acc, weights, tile_values, ahead, lines, pairs, value_size, M, V);   \
+        else weigh_rows(acc, weights, tile_values, ahead, 0, pairs, value_size, M, V);             \
     }
 #define ROW_KERNELS(M) KERNELS(M, 1) KERNELS(M, 2) KERNELS(M, 3) KERNELS(M, 4)
 ROW_KERNELS(1)
@@ -178,21 +159,67 @@ ROW_KERNELS(4)
 ROW_KERNELS(5)
 ROW_KERNELS(6)
 #define OF_ROWS(NAME, M) {NAME##_##M##_1, NAME##_##M##_2, NAME##_##M##_3, NAME##_##M##_4}
-#define OF(NAME)                                                                            \
+#define OF(NAME)                                                                               \
     {OF_ROWS(NAME, 1), OF_ROWS(NAME, 2), OF_ROWS(NAME, 3), OF_ROWS(NAME, 4), OF_ROWS(NAME, 5), \
      OF_ROWS(NAME, 6)}
-static void (*const SCORE_OF[ROWS][4])(float *, const bf16 *const *, const tile *, const tile *,
-                                       int64_t) = OF(score);
-static void (*const WEIGH_OF[ROWS][4])(float *, const bf16 *, const tile *, const tile *, int64_t,
-                                       int64_t, int64_t) = OF(weigh);
+static void (*const SCORE_OF[ROWS][4])(float *, const bf16 *const *, const tile *,
+                                       const bf16 *const *, int, int64_t) = OF(score);
+static void (*const WEIGH_OF[ROWS][4])(float *, const bf16 *, const bf16 *const *,
+                                       const bf16 *const *, int, int64_t, int64_t) = OF(weigh);
 
-static void weigh(float *acc, const bf16 *weights, const tile *t, const tile *next, int64_t keys,
+// Row tiles share the asking for the next tile: each asks for its share of all lines.
+typedef struct {
+    const tile *next;
+    int64_t share, shares;
+} request;
+
+static int64_t share_start(const request *ask, int64_t lines) {
+    return ask->share < ask->shares ? lines * ask->share / ask->shares : lines;
+}
+
+static int64_t share_end(const request *ask, int64_t lines) {
+    return ask->share < ask->shares ? lines * (ask->share + 1) / ask->shares : lines;
+}
+
+static void score(float *scores, const bf16 *const *rows, const tile *t, const request *ask,
+                  int64_t keys, int64_t head_size, int64_t num_rows) {
+    const int64_t first = share_start(ask, TILE / 16), end = share_end(ask, TILE / 16);
+    SCORE_OF[num_rows - 1][ss_ceil_div(keys, 16) - 1](scores, rows, t, ask->next->keys + first,
+                                                      (int)(end - first), head_size / 2);
+}
+
+// The same of a key without a neighbour. What lies behind it belongs to nobody and may be anything,
+// even NaN.
+static void weigh_last(float *acc, const bf16 *weights, const tile *t, int64_t key,
+                       int64_t value_size, int64_t num_rows) {
+    const bf16 *line = t->values[key / 16] + key % 16 * value_size;
+    for (int64_t d = 0; d < value_size; d += 16) {
+        const __m512bh value =
+            (__m512bh)_mm512_maskz_loadu_epi16(0x55555555u, line + 2 * d);
+        for (int64_t m = 0; m < num_rows; m++) {
+            float *to = acc + m * value_size + d;
+            const __m512bh p =
+                (__m512bh)_mm512_set1_epi32(((const ss_pair *)(weights + m * TILE))[key / 2]);
+            _mm512_store_ps(to, _mm512_dpbf16_ps(_mm512_load_ps(to), p, value));
+        }
+    }
+}
+
+static void weigh(float *acc, const bf16 *weights, const tile *t, const request *ask, int64_t keys,
                   int64_t value_size, int64_t num_rows) {
     const int64_t vectors = value_size / 16, passes = ss_ceil_div(vectors, 4);
     for (int64_t i = 0; i < passes; i++) {
-        const int64_t first = vectors * i / passes, end = vectors * (i + 1) / passes;
-        WEIGH_OF[num_rows - 1][end - first - 1](acc, weights, t, next, keys, value_size, 16 * first);
+        const int64_t first = vectors * i / passes, count = vectors * (i + 1) / passes - first;
+        const int64_t asked = share_start(ask, count), lines = share_end(ask, count) - asked;
+        const bf16 *values[TILE / 16], *ahead[TILE / 16];
+        for (int v = 0; v < TILE / 16; v++) {
+            values[v] = t->values[v] + 32 * first;
+            ahead[v] = ask->next->values[v] + 32 * (first + asked);
+        }
+        WEIGH_OF[num_rows - 1][count - 1](acc + 16 * first, weights, values, ahead, (int)lines,
+                                          keys / 2, value_size);
     }
+    if (keys % 2) weigh_last(acc, weights, t, keys - 1, value_size, num_rows);
 }
 
 // 2**x within 3 parts in a million; exactly 0 of -infinity, and a NaN stays.
@@ -219,7 +246,7 @@ typedef struct {
     const row *rows;
     float *scores;      // [ROWS, TILE]
     bf16 *weights;      // [ROWS, TILE]
-    float *references;  // [rows] no score that was seen is more than SLACK above it
+    float *references;  // [rows] what is subtracted from a row's exponents
     float *sums;        // [rows, 16] of the weights, by lane
     float *acc;         // [rows, Dv]
     int64_t head_size, value_size, window;
@@ -272,28 +299,26 @@ static __attribute__((noinline)) void raise_reference(const state *s, int64_t m,
 static inline __attribute__((always_inline)) void soften(const state *s, int64_t m,
                                                          const float *scores, bf16 *weights,
                                                          float scale, uint64_t seen, int masked) {
-    __m512 x[TILE / 16];
-    for (int once = 0;; once = 1) {
+    __m512 sum;
+    for (int raised = 0;; raised = 1) {
         const __m512 reference = _mm512_set1_ps(s->references[m]);
-        for (int v = 0; v < TILE / 16; v++) {
-            x[v] = _mm512_fmsub_ps(_mm512_load_ps(scores + 16 * v), _mm512_set1_ps(scale), reference);
+        __m512 p[TILE / 16];
+        EACH(v, TILE / 16) {
+            p[v] = _mm512_fmsub_ps(_mm512_load_ps(scores + 16 * v), _mm512_set1_ps(scale), reference);
             if (masked)
-                x[v] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (__mmask16)(seen >> 16 * v),
-                                          x[v]);
+                p[v] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (__mmask16)(seen >> 16 * v),
+                                          p[v]);
+            p[v] = power_of_two(p[v]);
         }
-        __mmask16 above = 0;
-        for (int v = 0; v < TILE / 16; v++)
-            above |= _mm512_cmp_ps_mask(x[v], _mm512_set1_ps(SLACK), _CMP_GT_OQ);
-        if (__builtin_expect(!above || once, 1)) break;
+        EACH(v, TILE / 32)
+            _mm512_store_si512(weights + 32 * v,
+                               (__m512i)_mm512_cvtne2ps_pbh(p[2 * v + 1], p[2 * v]));
+        sum = _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));
+        if (raised || !_mm512_cmp_ps_mask(sum, _mm512_set1_ps(MOST_SUM), _CMP_GT_OQ)) break;
         raise_reference(s, m, scores, scale, seen);
     }
-    __m512 sum = _mm512_load_ps(s->sums + 16 * m);
-    for (int v = 0; v < TILE / 16; v += 2) {
-        const __m512 low = power_of_two(x[v]), high = power_of_two(x[v + 1]);
-        sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-        _mm512_store_si512(weights + 16 * v, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-    _mm512_store_ps(s->sums + 16 * m, sum);
+    float *sums = s->sums + 16 * m;
+    _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), sum));
 }
 
 static uint64_t lowest_bits(int64_t count) {
@@ -301,7 +326,7 @@ static uint64_t lowest_bits(int64_t count) {
 }
 
 // Rows [first, first + count) of a unit take in a tile; 0 if they see nothing of it.
-static int attend_tile(const state *s, const tile *t, const tile *next, int64_t first,
+static int attend_tile(const state *s, const tile *t, const request *ask, int64_t first,
                        int64_t count) {
     const row *rows = s->rows + first;
     const bf16 *queries[ROWS];
@@ -314,7 +339,7 @@ static int attend_tile(const state *s, const tile *t, const tile *next, int64_t 
     // Keys that come after all of these queries are left out, and those that lie too far back.
     const int64_t keys = ss_min(t->count, most + 1 - t->start);
     if (keys <= 0 || (s->window && t->start + t->count <= least - s->window + 1)) return 0;
-    SCORE_OF[count - 1][ss_ceil_div(keys, 16) - 1](s->scores, queries, t, next, s->head_size / 2);
+    score(s->scores, queries, t, ask, keys, s->head_size, count);
     const int whole = t->start + TILE <= least + 1 && t->count == TILE &&
                       (!s->window || t->start > most - s->window);
     for (int64_t m = 0; m < count; m++) {
@@ -330,7 +355,7 @@ static int attend_tile(const state *s, const tile *t, const tile *next, int64_t 
         if (s->window) seen &= ~lowest_bits(rows[m].position - s->window + 1 - t->start);
         soften(s, first + m, scores, weights, scale, seen, 1);
     }
-    weigh(s->acc + first * s->value_size, s->weights, t, next, keys, s->value_size, count);
+    weigh(s->acc + first * s->value_size, s->weights, t, ask, keys, s->value_size, count);
     return 1;
 }
 
@@ -415,16 +440,16 @@ static void attend_run(const ss_context *context, const int64_t *args, int64_t u
     tile now, next;
     place_tile(&next, args, table, h, begin, work->key_end);
     for (int64_t at = begin; at < work->key_end; at += TILE) {
-        const tile *ahead = &next;
+        request ask = {&next, 0, ss_min(row_tiles, TILE / 16)};
         now = next;
         if (at + TILE < work->key_end)
             place_tile(&next, args, table, h, at + TILE, work->key_end);
         else if (!place_next_unit(&next, context, args, unit, num_units))
-            ahead = 0;
+            ask.shares = 0;
         for (int64_t i = 0; i < row_tiles; i++) {
             const int64_t first = num_rows * i / row_tiles;
             const int64_t count = num_rows * (i + 1) / row_tiles - first;
-            if (attend_tile(&s, &now, ahead, first, count)) ahead = 0;
+            ask.share += attend_tile(&s, &now, &ask, first, count);
         }
     }
     finish_unit(context, args, work, h, &s);

@@ -44,6 +44,7 @@ typedef struct {
     int64_t group_size;   // query heads of a kv head
     int64_t kv_heads;
     int64_t row_floats;   // of one row's part
+    int64_t num_threads;
     double unit_cost;     // above which an item is cut
     int failed;
 } builder;
@@ -56,6 +57,8 @@ static void add_items(builder *b, int64_t first, int64_t count, int64_t request,
     ss_attention_plan *plan = b->plan;
     const int64_t rows = count * b->group_size, keys = end - begin;
     int64_t splits = (int64_t)ceil(item_cost(keys, rows) / b->unit_cost);
+    // Pieces of one item are alike: as many for each thread.
+    while (splits > 1 && splits * b->kv_heads % b->num_threads) splits++;
     splits = ss_max(1, ss_min(splits, keys / LEAST_SPLIT));
     if (GROW(plan->items, plan->max_items, plan->num_items + splits)) {
         b->failed = 1;
@@ -85,10 +88,11 @@ static void add_request(builder *b, const ss_step *step, int64_t r, int64_t bloc
     const int64_t start = step->query_start_loc[r], end = step->query_start_loc[r + 1];
     const int64_t shared =
         plan->group_of[r] < 0 ? 0 : step->group_blocks[plan->group_of[r]] * block_size;
-    const int64_t most = tokens_per_item(b);
-    // The last tile sees the most keys: longest work first.
-    for (int64_t high = end; high > start; high -= most) {
-        const int64_t low = ss_max(start, high - most);
+    const int64_t num_items = ss_ceil_div(end - start, tokens_per_item(b));
+    // The last tokens see the most keys: longest work first.
+    for (int64_t i = num_items - 1; i >= 0; i--) {
+        const int64_t low = start + (end - start) * i / num_items;
+        const int64_t high = start + (end - start) * (i + 1) / num_items;
         const int64_t last = plan->positions[high - 1] + 1;
         for (int64_t t = low; t < high; t++) plan->tokens[plan->num_listed++] = (int32_t)t;
         add_items(b, plan->num_listed - (high - low), high - low, r, shared, last, shared > 0);
@@ -164,7 +168,7 @@ int ss_plan_build(ss_attention_plan *plan, const ss_step *step, int num_threads,
                   const int64_t *sizes) {
     const int64_t tokens = step->num_tokens, requests = step->num_requests;
     const int64_t num_kv_heads = sizes[1], value_size = sizes[2], block_size = sizes[3];
-    builder b = {plan, sizes[0] / num_kv_heads, num_kv_heads, value_size + 2, INFINITY, 0};
+    builder b = {plan, sizes[0] / num_kv_heads, num_kv_heads, value_size + 2, num_threads, INFINITY, 0};
     int64_t capacity = plan->max_tokens;  // of both of these
     if (GROW(plan->positions, capacity, tokens + 1)) return -1;
     if (GROW(plan->part_start, plan->max_tokens, tokens + 1)) return -1;
