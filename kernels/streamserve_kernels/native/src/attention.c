@@ -14,6 +14,7 @@
 
 #define LOG2E 1.44269504088896341f
 #define MOST_SUM 256.0f
+#define NO_REFERENCE (-FLT_MAX)  // finite: less it, what is not seen stays -infinity
 
 enum {
     ATTEND_OUT,  // [T, Hq, Dv]
@@ -284,10 +285,11 @@ static __attribute__((noinline)) void raise_reference(const state *s, int64_t m,
         // A NaN is what comes first, and does not count.
         most = _mm512_mask_max_ps(most, (__mmask16)(seen >> 16 * v), x, most);
     }
-    const float reference = _mm512_reduce_max_ps(most);
-    const __m512 factor = power_of_two(_mm512_set1_ps(s->references[m] - reference));
-    float *sums = s->sums + 16 * m, *acc = s->acc + m * s->value_size;
+    const float old = s->references[m], reference = _mm512_reduce_max_ps(most);
     s->references[m] = reference;
+    if (old == NO_REFERENCE) return;
+    const __m512 factor = power_of_two(_mm512_set1_ps(old - reference));
+    float *sums = s->sums + 16 * m, *acc = s->acc + m * s->value_size;
     _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), factor));
     for (int64_t d = 0; d < s->value_size; d += 16)
         _mm512_store_ps(acc + d, _mm512_mul_ps(_mm512_load_ps(acc + d), factor));
@@ -299,6 +301,7 @@ static __attribute__((noinline)) void raise_reference(const state *s, int64_t m,
 static inline __attribute__((always_inline)) void soften(const state *s, int64_t m,
                                                          const float *scores, bf16 *weights,
                                                          float scale, uint64_t seen, int masked) {
+    if (s->references[m] == NO_REFERENCE) raise_reference(s, m, scores, scale, seen);
     __m512 sum;
     for (int raised = 0;; raised = 1) {
         const __m512 reference = _mm512_set1_ps(s->references[m]);
@@ -389,8 +392,7 @@ static state begin_unit(const ss_context *context, const int64_t *args, const it
         .soft_cap = (float)ss_double(args[ATTEND_SOFT_CAP]),
         .reshapes = reshapes,
     };
-    // Finite, so that a score of -infinity is always below it.
-    for (int64_t m = 0; m < num_rows; m++) s.references[m] = -FLT_MAX;
+    for (int64_t m = 0; m < num_rows; m++) s.references[m] = NO_REFERENCE;
     memset(s.sums, 0, (size_t)(num_rows * 16) * sizeof(float));
     memset(s.acc, 0, (size_t)(num_rows * value_size) * sizeof(float));
     return s;
@@ -470,7 +472,7 @@ static void merge_head(const ss_attention_plan *plan, const int64_t *args, int64
     const int64_t group = heads / args[ATTEND_KV_HEADS];
     const part *parts = plan->parts + plan->part_start[token];
     const int64_t num_parts = plan->part_start[token + 1] - plan->part_start[token];
-    float reference = -FLT_MAX, total = 0.0f;
+    float reference = NO_REFERENCE, total = 0.0f;
     bf16 *to = (bf16 *)args[ATTEND_OUT] + (token * heads + head) * value_size;
 #define PART_ROW(p)                                                                          \
     (plan->scratch + plan->items[parts[p].item].partial +                                    \

@@ -51,14 +51,21 @@ typedef struct {
 
 static double item_cost(int64_t keys, int64_t rows) { return (double)keys * (double)(rows + 4); }
 
+// Pieces of one item are alike: as many for each thread, rather fewer where that leaves each some.
+static int64_t even_splits(const builder *b, int64_t splits) {
+    int64_t fewer = splits, more = splits;
+    while (fewer * b->kv_heads % b->num_threads) fewer--;
+    while (more * b->kv_heads % b->num_threads) more++;
+    return fewer * b->kv_heads >= 2 * b->num_threads ? fewer : more;
+}
+
 // Adds the tokens plan->tokens[first:first + count] over [begin, end), cut into equal ranges.
 static void add_items(builder *b, int64_t first, int64_t count, int64_t request, int64_t begin,
                       int64_t end, int is_part) {
     ss_attention_plan *plan = b->plan;
     const int64_t rows = count * b->group_size, keys = end - begin;
     int64_t splits = (int64_t)ceil(item_cost(keys, rows) / b->unit_cost);
-    // Pieces of one item are alike: as many for each thread.
-    while (splits > 1 && splits * b->kv_heads % b->num_threads) splits++;
+    if (splits > 1) splits = even_splits(b, splits);
     splits = ss_max(1, ss_min(splits, keys / LEAST_SPLIT));
     if (GROW(plan->items, plan->max_items, plan->num_items + splits)) {
         b->failed = 1;
@@ -187,7 +194,11 @@ int ss_plan_build(ss_attention_plan *plan, const ss_step *step, int num_threads,
     const double cost = num_threads == 1 ? 0 : total_cost(&b, step, block_size);
     if (cost > 0) b.unit_cost = cost / (UNITS_PER_THREAD * num_threads);
     for (int64_t g = 0; g < step->num_groups; g++) add_group(&b, step, g, block_size);
-    for (int64_t r = 0; r < requests; r++) add_request(&b, step, r, block_size);
+    // Chunks before decodes, whose small units fill up what the large ones leave.
+    for (int decodes = 0; decodes < 2; decodes++)
+        for (int64_t r = 0; r < requests; r++)
+            if ((step->query_start_loc[r + 1] - step->query_start_loc[r] <= 1) == decodes)
+                add_request(&b, step, r, block_size);
     if (b.failed || link_parts(plan)) return -1;
     plan->thread_floats = ss_thread_floats(b.group_size, value_size);
     plan->partial_floats = ss_ceil_div(plan->partial_floats, 16) * 16;
