@@ -149,6 +149,49 @@ GROUPS = [((5, 1), 60), ((0, 4, 2), 33)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 8.0])
+def test_maxima_that_grow_from_tile_to_tile(
+    naive: Kernels, native: Kernels, scale: float, count: int
+) -> None:
+    """Between scores that never move what exponents are taken from and such that often do."""
+    case = paged_case(
+        naive,
+        seed=8,
+        dtype=BF16,
+        heads=(14, 2),
+        head_size=64,
+        block_size=16,
+        requests=[*MIXED, (700, 1), (900, 40)],
+    )
+    expected = naive.paged_attention(*case.args, scale=scale)
+    args = native_args(native, case)
+    with threads(count):
+        out = native.paged_attention(*args, scale=scale)
+    torch.testing.assert_close(out, expected, **TOLERANCE[BF16])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", FEATURES)
+def test_a_query_that_is_not_a_number_stays_one_and_alone(
+    naive: Kernels, native: Kernels, kind: str, count: int
+) -> None:
+    requests = [(40, 1), (700, 1), (300, 130), (7, 7)]
+    case = paged_case(
+        naive, seed=9, dtype=BF16, heads=(6, 2), head_size=32, block_size=16, requests=requests
+    )
+    args = native_args(native, case)
+    options = features(kind, 6)
+    with threads(count):
+        expected = native.paged_attention(*args, scale=0.2, **options)
+        poisoned = [1, 60, 138]
+        args[0][poisoned, 2] = float("nan")
+        out = native.paged_attention(*args, scale=0.2, **options)
+    assert out[poisoned, 2].isnan().all()
+    expected[poisoned, 2] = out[poisoned, 2]
+    assert torch.equal(out.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("kind", ["plain", "wide window", "alibi", "soft cap", "sinks", "all"])
 @pytest.mark.parametrize("requests", [SHARED_DECODES, CHUNKS], ids=["decode", "chunks"])
 def test_grouped_is_naive(
