@@ -172,17 +172,17 @@ static void (*const WEIGH_OF[ROWS][4])(float *, const bf16 *, const bf16 *const 
 typedef struct {
     const tile *next;
     int64_t share, shares;
-} request;
+} asking;
 
-static int64_t share_start(const request *ask, int64_t lines) {
+static int64_t share_start(const asking *ask, int64_t lines) {
     return ask->share < ask->shares ? lines * ask->share / ask->shares : lines;
 }
 
-static int64_t share_end(const request *ask, int64_t lines) {
+static int64_t share_end(const asking *ask, int64_t lines) {
     return ask->share < ask->shares ? lines * (ask->share + 1) / ask->shares : lines;
 }
 
-static void score(float *scores, const bf16 *const *rows, const tile *t, const request *ask,
+static void score(float *scores, const bf16 *const *rows, const tile *t, const asking *ask,
                   int64_t keys, int64_t head_size, int64_t num_rows) {
     const int64_t first = share_start(ask, TILE / 16), end = share_end(ask, TILE / 16);
     SCORE_OF[num_rows - 1][ss_ceil_div(keys, 16) - 1](scores, rows, t, ask->next->keys + first,
@@ -206,7 +206,7 @@ static void weigh_last(float *acc, const bf16 *weights, const tile *t, int64_t k
     }
 }
 
-static void weigh(float *acc, const bf16 *weights, const tile *t, const request *ask, int64_t keys,
+static void weigh(float *acc, const bf16 *weights, const tile *t, const asking *ask, int64_t keys,
                   int64_t value_size, int64_t num_rows) {
     const int64_t vectors = value_size / 16, passes = ss_ceil_div(vectors, 4);
     for (int64_t i = 0; i < passes; i++) {
@@ -329,7 +329,7 @@ static uint64_t lowest_bits(int64_t count) {
 }
 
 // Rows [first, first + count) of a unit take in a tile; 0 if they see nothing of it.
-static int attend_tile(const state *s, const tile *t, const request *ask, int64_t first,
+static int attend_tile(const state *s, const tile *t, const asking *ask, int64_t first,
                        int64_t count) {
     const row *rows = s->rows + first;
     const bf16 *queries[ROWS];
@@ -442,7 +442,7 @@ static void attend_run(const ss_context *context, const int64_t *args, int64_t u
     tile now, next;
     place_tile(&next, args, table, h, begin, work->key_end);
     for (int64_t at = begin; at < work->key_end; at += TILE) {
-        request ask = {&next, 0, ss_min(row_tiles, TILE / 16)};
+        asking ask = {&next, 0, ss_min(row_tiles, TILE / 16)};
         now = next;
         if (at + TILE < work->key_end)
             place_tile(&next, args, table, h, at + TILE, work->key_end);
