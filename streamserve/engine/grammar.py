@@ -7,6 +7,7 @@ what has passed there is compiled on a thread: llguidance lets go of the interpr
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections import OrderedDict
@@ -23,6 +24,8 @@ from streamserve.errors import EngineDeadError, InvalidParameterError
 if TYPE_CHECKING:
     # At run time it is imported by the first grammar, or by a server that warms up.
     from llguidance import LLMatcher, LLTokenizer
+
+logger = logging.getLogger(__name__)
 
 MAX_GRAMMAR_CHARACTERS = 256 * 1024
 _NICENESS = 10  # of the compiling thread: the model's threads come first
@@ -99,8 +102,12 @@ class Grammars:
 
         The interpreter lock is held all the while, so a server does it before it is ready.
         """
-        if self._is_supported:
+        if not self._is_supported:
+            return
+        try:
             self._prepared()
+        except Exception:  # a server without grammars is still a server
+            logger.exception("no grammars over this vocabulary")
 
     async def compile(self, output: StructuredOutput) -> None:
         """Have the grammar ready for ``matcher``.

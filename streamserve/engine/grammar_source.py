@@ -11,8 +11,9 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from streamserve.core.structured_output import GrammarKind
 
-# Without a bound a model may write white space for ever, and weak ones do.
-JSON_WHITESPACE = r"[ \n\r\t]{1,64}"
+# A few spaces, or a line break and its indentation. Where any white space may come, a model that
+# does not know what to write next writes it for ever.
+JSON_WHITESPACE = r"[ \t]{1,4}|\r?\n[ \t]{0,40}"
 
 
 def llguidance_grammar(kind: GrammarKind, text: str, whitespace_pattern: str | None) -> str:
