@@ -90,6 +90,8 @@ class GenerationEndpoint(ABC):
         context = self._context
         body = await read_json_object(scope, receive, max_bytes=context.config.max_body_bytes)
         work = await self.prepare(body)
+        if work.params.structured_output is not None:
+            await context.engine.prepare(work.params)
         envelope = Envelope(
             kind=self.kind,
             id=self.kind.id_prefix + secrets.token_hex(16),

@@ -21,6 +21,7 @@ from streamserve.api.fields import (
     read_str,
     wrong_type,
 )
+from streamserve.api.structured import STRUCTURED_FIELDS, structured_output
 from streamserve.core.sampling_params import MAX_STOP_STRINGS, SamplingParams
 from streamserve.errors import ConfigError, InvalidParameterError
 
@@ -59,12 +60,6 @@ REFUSED: dict[str, Refused] = {
     "detokenize": Refused((True,)),
     "ec_transfer_params": Refused(),
     "early_stopping": Refused((False,), _NOT_BUILT),
-    "guided_choice": Refused((), _NOT_BUILT),
-    "guided_decoding_backend": Refused((), _NOT_BUILT),
-    "guided_grammar": Refused((), _NOT_BUILT),
-    "guided_json": Refused((), _NOT_BUILT),
-    "guided_regex": Refused((), _NOT_BUILT),
-    "guided_whitespace_pattern": Refused((), _NOT_BUILT),
     "kv_transfer_params": Refused(),
     "length_penalty": Refused((1, 1.0), _NOT_BUILT),
     "logprob_token_ids": Refused((), _NOT_BUILT),
@@ -74,7 +69,6 @@ REFUSED: dict[str, Refused] = {
     "prompt_logprobs": Refused((), _NOT_BUILT),
     "repetition_detection": Refused(),
     "request_id": Refused((), "is not supported: send an X-Request-Id header"),
-    "response_format": Refused(({"type": "text"},), _NOT_BUILT),
     "return_mm_kwargs": Refused((True,)),
     "return_token_ids": Refused((False,), _NOT_BUILT),
     "return_token_offsets": Refused((False,), _NOT_BUILT),
@@ -82,7 +76,6 @@ REFUSED: dict[str, Refused] = {
     "routed_experts_prompt_start": Refused((0,)),
     "spaces_between_special_tokens": Refused((True,)),
     "stream_interval": Refused((1,), _NOT_BUILT),
-    "structured_outputs": Refused((), _NOT_BUILT),
     "thinking_token_budget": Refused((-1,), _NOT_BUILT),
     "truncate_prompt_tokens": Refused((), _NOT_BUILT),
     "truncation_side": Refused((), _NOT_BUILT),
@@ -175,6 +168,7 @@ SAMPLING_FIELDS: dict[str, Reader] = {
 
 COMMON_FIELDS: dict[str, Reader] = {
     **SAMPLING_FIELDS,
+    **STRUCTURED_FIELDS,
     "cache_salt": _read_cache_salt,
     "model": read_str,
     "priority": integer(),
@@ -224,7 +218,12 @@ def sampling_params(
 ) -> SamplingParams:
     """Build the params from the fields that were given, over the model's own defaults."""
     given = {name: values[name] for name in SAMPLING_FIELDS if name in values}
-    return SamplingParams(**{**defaults, **given}, max_tokens=max_tokens, logprobs=logprobs)
+    return SamplingParams(
+        **{**defaults, **given},
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        structured_output=structured_output(values),
+    )
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:

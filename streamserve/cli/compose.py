@@ -21,11 +21,13 @@ from streamserve.core.scheduler import Scheduler
 from streamserve.core.step_time import StepTimeModel
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.chat_template import ChatTemplate
+from streamserve.engine.grammar import Grammars
 from streamserve.engine.tokenizer import FastTokenizer
 from streamserve.errors import ConfigError
 from streamserve.models import ModelConfig, load_config, resolve_dtype, resolve_model
 from streamserve.runner.devices import choose_device, visible_gpus
 from streamserve.runner.memory import MemoryPlan
+from streamserve.runner.passing_thread import in_background
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,9 @@ def build_service(
     tokenizer, template = _build_text(args, setup.path)
     if template.is_builtin:
         warn(f"the checkpoint has no chat template: using the {template.source} one")
+    eos_token_ids = frozenset(setup.config.eos_token_ids)
+    grammars = Grammars(tokenizer, eos_token_ids, setup.config.vocab_size)
+    in_background(grammars.warm)  # it would stop every stream for a moment later
     built = builder.build()
     cache = CacheConfig(
         num_blocks=built.memory.num_blocks,
@@ -82,9 +87,10 @@ def build_service(
         ),
         runner=observed(built.runner),
         tokenizer=tokenizer,
-        eos_token_ids=frozenset(config.eos_token_ids),
+        eos_token_ids=eos_token_ids,
         max_model_len=scheduler.max_model_len,
         vocab_size=config.vocab_size,
+        grammars=grammars,
     )
     return Service(
         engine,

@@ -11,14 +11,15 @@ def append_tokens(
     """Append sampled ids to the request, up to the one that ends it.
 
     Returns the ids that were appended, why it ended, and the stop id that ended it. EOS and stop
-    ids count only behind ``min_tokens`` output tokens, which is where the sampler allows them.
+    ids count only behind ``min_tokens`` output tokens, which is where the sampler allows them, or a
+    grammar that nothing can be added to.
     """
     known, ending_ids = request.token_ids, request.ending_ids
     for i, token_id in enumerate(token_ids):
         known.append(token_id)
-        if (
-            token_id in ending_ids
-            and request.num_output_tokens > request.sampling_params.min_tokens
+        if token_id in ending_ids and (
+            request.num_output_tokens > request.sampling_params.min_tokens
+            or request.sampling_params.structured_output is not None
         ):
             is_eos = token_id in request.eos_token_ids and not request.sampling_params.ignore_eos
             return token_ids[: i + 1], FinishReason.STOP, None if is_eos else token_id

@@ -20,8 +20,9 @@ class StructuredOutput:
     """The grammar that an answer follows. Hashable: equal ones are compiled once.
 
     The whole answer is a sentence of the grammar unless ``max_tokens`` or a stop string cuts it.
-    ``whitespace_pattern`` is a regex for what may stand between the tokens of JSON: ``None`` allows
-    any JSON whitespace, ``""`` none. ``param`` is the request field that errors name.
+    ``whitespace_pattern`` is a regex for what may stand between the tokens of JSON, ``""`` for
+    nothing; ``None`` allows a few spaces, and line breaks with their indentation. ``param`` is the
+    request field that errors name.
     """
 
     kind: GrammarKind

@@ -5,6 +5,9 @@ One turn::
     schedule -> launch -> text of the step before -> await the step's ids -> update
                           ^ overlaps with the forward
 
+Where answers follow grammars, the masks of a step depend on the ids of the step before: its forward
+is launched all the same, and it is sampled as soon as those ids are there.
+
 Everything here runs on the event loop and is atomic between two awaits, so nothing needs a lock.
 The device thread sees a plan and returns a result.
 """
@@ -16,17 +19,19 @@ import logging
 import random
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 from streamserve.core.clock import Clock, monotonic
-from streamserve.core.pacing_stats import PacingStats
 from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
 from streamserve.core.request import FinishReason, Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.scheduler import RequestUpdate, Scheduler
 from streamserve.engine.admission import AdmissionLimits
+from streamserve.engine.futures import until_done
 from streamserve.engine.garbage import collect_idle
+from streamserve.engine.grammar import Grammars
+from streamserve.engine.grammar_masks import GrammarError, GrammarMasks
 from streamserve.engine.output_processor import OutputProcessor
+from streamserve.engine.stats import EngineStats
 from streamserve.engine.stream import RequestStream
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import EngineDeadError, EngineError, InvalidParameterError, RequestError
@@ -36,27 +41,6 @@ logger = logging.getLogger(__name__)
 MAX_CONSECUTIVE_FAILED_STEPS = 3
 _STOP_GRACE_S = 10.0
 """How long ``stop`` waits for a step that is on the device after every request has ended."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """A snapshot; from ``prefix_query_tokens`` on since the start. The usages are 0 to 1."""
-
-    num_running: int
-    num_waiting: int
-    kv_usage: float
-    kv_host_usage: float
-    prefix_query_tokens: int
-    prefix_hit_tokens: int
-    prefix_host_hit_tokens: int  # copied back from host memory to be hits
-    kv_stored_tokens: int  # copied to host memory
-    num_steps: int
-    num_preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    kv_tokens_saved: int  # not read again, as requests of a step share them
-    num_compilations: int  # of kernels, by this process
-    pacing: PacingStats
 
 
 class _Live:
@@ -93,10 +77,12 @@ class AsyncEngine:
         max_model_len: int,
         clock: Clock = monotonic,
         vocab_size: int | None = None,
+        grammars: Grammars | None = None,
         idle_delay_s: float = 1.0,
     ) -> None:
         """``vocab_size``: the model's rows, if not as many as the tokenizer has ids.
 
+        ``grammars``, the engine's own from here on, may be warm already; there are some without.
         After ``idle_delay_s`` without work the accounting is checked and garbage collected.
         """
         self._scheduler = scheduler
@@ -104,15 +90,18 @@ class AsyncEngine:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._clock = clock
+        vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         self._limits = AdmissionLimits(
-            max_model_len=min(max_model_len, scheduler.max_model_len),
-            vocab_size=tokenizer.vocab_size if vocab_size is None else vocab_size,
+            max_model_len=min(max_model_len, scheduler.max_model_len), vocab_size=vocab_size
         )
+        self._grammars = grammars or Grammars(tokenizer, eos_token_ids, vocab_size)
+        self._masks = GrammarMasks()
         self._idle_delay_s = idle_delay_s
         self._max_steps_in_flight = scheduler.config.max_steps_in_flight
         self._seeds = random.Random()
         self._live: dict[str, _Live] = {}
         self._in_flight: deque[tuple[int, Future[ModelRunnerOutput]]] = deque()
+        self._unsampled: SchedulerOutput | None = None  # launched, its masks not yet known
         self._updates: list[RequestUpdate] = []  # of the last retired step, not yet text
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()  # there may be work again
@@ -142,6 +131,7 @@ class AsyncEngine:
         self._wake.set()
         if self._task is not None:
             await asyncio.wait([self._task], timeout=drain_timeout_s)
+        self._grammars.close()
         for request_id in list(self._live):
             self.abort(request_id)
         if self._task is not None:
@@ -151,6 +141,14 @@ class AsyncEngine:
                 self._task.cancel()
                 return
         self._runner.close()
+
+    async def prepare(self, params: SamplingParams) -> None:
+        """Compile what ``submit`` needs; to be awaited just before it where there is a grammar.
+
+        Raises ``InvalidParameterError`` for a grammar that cannot be used.
+        """
+        if params.structured_output is not None:
+            await self._grammars.compile(params.structured_output)
 
     def submit(
         self,
@@ -165,7 +163,8 @@ class AsyncEngine:
     ) -> RequestStream:
         """Queue a request, or say why not before anything is queued.
 
-        ``params.max_tokens`` of ``None`` means the rest of the context. Raises
+        ``params.max_tokens`` of ``None`` means the rest of the context. ``prepare`` comes first if
+        there is a ``params.structured_output``. Raises
         ``InvalidParameterError``, ``ContextLengthError``, ``QueueFullError`` or
         ``EngineDeadError`` (also when the engine is stopping).
         """
@@ -177,6 +176,8 @@ class AsyncEngine:
         params = self._limits.check(prompt_token_ids, params)
         self._scheduler.check_fits(len(prompt_token_ids), params)
         arrival_time = self._clock() if arrival_time is None else arrival_time
+        grammar = params.structured_output
+        matcher = None if grammar is None else self._grammars.matcher(grammar)
         request = Request(
             request_id,
             prompt_token_ids,
@@ -202,6 +203,8 @@ class AsyncEngine:
             self._die("the scheduler failed to add a request", error)
             self._raise_if_dead()
         self._live[request_id] = _Live(request, stream, processor)
+        if matcher is not None:
+            self._masks.add(request, matcher)
         self._wake.set()
         return stream
 
@@ -284,21 +287,49 @@ class AsyncEngine:
 
     def _launch_steps(self) -> None:
         """Fill the device's queue as far as the scheduler has something to launch."""
+        if self._unsampled is not None and not self._sample_or_wait(self._unsampled):
+            return
         while self._dead_reason is None and len(self._in_flight) < self._max_steps_in_flight:
             plan = self._scheduler.schedule()
             if plan is None:
                 return
             try:
                 self._runner.launch(plan)
-                # No request needs masks yet, so the device need not wait for the host here.
-                future = self._runner.sample(plan.step_id)
             except Exception as error:
                 self._fail_step(plan.step_id, error)
                 continue
-            self._in_flight.append((plan.step_id, future))
-            self._num_steps += 1
             if plan.new_requests:
                 self._stamp_first_scheduled(plan)
+            if not self._sample_or_wait(plan):
+                return
+
+    def _sample_or_wait(self, plan: SchedulerOutput) -> bool:
+        """Sample a launched step; ``False``: its masks depend on a step that is in flight."""
+        if self._masks and self._in_flight and not self._masks.are_known(plan):
+            self._unsampled = plan
+            return False
+        self._unsampled = None
+        self._sample(plan)
+        return True
+
+    def _sample(self, plan: SchedulerOutput) -> None:
+        """Ask for the ids of a launched step, under the masks of those that have a grammar."""
+        masks = None
+        if self._masks:
+            masks, failed = self._masks.fill(plan)
+            if failed:
+                self._publish()  # what the step before gave them comes first
+            for request_id, error in failed.items():
+                live = self._live.get(request_id)
+                if live is not None and not self._fail_request(live, error):
+                    return
+        try:
+            future = self._runner.sample(plan.step_id, masks)
+        except Exception as error:
+            self._fail_step(plan.step_id, error)
+            return
+        self._in_flight.append((plan.step_id, future))
+        self._num_steps += 1
 
     def _stamp_first_scheduled(self, plan: SchedulerOutput) -> None:
         now = self._clock()
@@ -314,7 +345,7 @@ class AsyncEngine:
             # Readers and sockets get one turn of the event loop for every step.
             await asyncio.sleep(0)
         else:
-            await _until_done(future)
+            await until_done(future)
         self._in_flight.popleft()
         if self._dead_reason is not None:  # an abort or submit met a broken scheduler meanwhile
             return
@@ -395,6 +426,7 @@ class AsyncEngine:
 
     def _end(self, live: _Live) -> None:
         del self._live[live.request.request_id]
+        self._masks.drop(live.request.request_id)
         self._num_preemptions += live.request.num_preemptions
         live.stream.timings.finished = self._clock()
 
@@ -425,7 +457,9 @@ class AsyncEngine:
         if not self._finish(live, FinishReason.ERROR):
             return False
         self._end(live)
-        live.stream.fail(EngineError(f"the output could not be decoded: {_name_of(error)}"))
+        is_grammar = isinstance(error, GrammarError)
+        reason = f"follow its grammar: {error}" if is_grammar else f"be decoded: {_name_of(error)}"
+        live.stream.fail(EngineError(f"the output could not {reason}"))
         return True
 
     def _fail_step(self, step_id: int, error: Exception) -> None:
@@ -461,26 +495,6 @@ class AsyncEngine:
     def _raise_if_dead(self) -> None:
         if self._dead_reason is not None:
             raise self._dead_error()
-
-
-async def _until_done(future: Future[ModelRunnerOutput]) -> None:
-    """Wait for another thread's future; leaves its result and its exception in it."""
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[None] = loop.create_future()
-    future.add_done_callback(lambda _: _call_soon(loop, waiter))
-    await waiter
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None:
-    try:
-        loop.call_soon_threadsafe(_resolve, waiter)
-    except RuntimeError:  # the loop was closed while the device worked
-        pass
-
-
-def _resolve(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 def _duplicate(request_id: str) -> InvalidParameterError:

@@ -18,6 +18,8 @@ class NullRunner:
     the same. Without a ``pace`` a step's future is done when ``sample`` returns. A ``pace`` decides
     when it resolves: a benchmark starts the next step when every reader has read this one.
 
+    Under a mask it samples the next higher id that is allowed, or else the lowest.
+
     Keeps no tensors but counts as a runner would: ``num_computed_tokens`` by request id.
     """
 
@@ -66,7 +68,7 @@ class NullRunner:
         assert plan is not None, f"step {step_id} is sampled before it was launched"
         assert plan.step_id == step_id, f"step {plan.step_id} was launched, {step_id} is sampled"
         future: Future[ModelRunnerOutput] = Future()
-        output = self._output_of(plan)
+        output = self._output_of(plan, masks or {})
         if self._pace is None:
             future.set_result(output)
         else:
@@ -77,12 +79,15 @@ class NullRunner:
         """There is nothing to free. Idempotent."""
         self.is_closed = True
 
-    def _output_of(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+    def _output_of(self, plan: SchedulerOutput, masks: Mapping[str, bytes]) -> ModelRunnerOutput:
         keys, ids, size = self._keys, self._token_ids, len(self._token_ids)
         sampled = [
             [ids[(keys[s.request_id] + s.output_position) % size]] if s.sample else []
             for s in plan.scheduled
         ]
+        for i, scheduled in enumerate(plan.scheduled) if masks else ():
+            if scheduled.sample and scheduled.request_id in masks:
+                sampled[i] = [_next_allowed(sampled[i][0], masks[scheduled.request_id])]
         logprobs = None
         if self._num_logprobs:
             logprobs = [
@@ -110,3 +115,11 @@ class NullRunner:
         for character in request_id:
             key = (key * 31 + ord(character)) & 0xFFFFFFFF
         return key
+
+
+def _next_allowed(token_id: int, mask: bytes) -> int:
+    bits = int.from_bytes(mask, "little")
+    higher = bits >> token_id
+    if higher:
+        return token_id + (higher & -higher).bit_length() - 1
+    return (bits & -bits).bit_length() - 1

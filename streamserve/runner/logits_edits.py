@@ -105,7 +105,8 @@ class LogitsEdits:
         self._banned_ids: Int64Array = np.array(
             [token for token in ends if 0 <= token < vocab_size], dtype=np.int64
         )
-        self._min_tokens = params.min_tokens
+        # A grammar's masks see to it: they let an end through where nothing else is left.
+        self._min_tokens = 0 if params.structured_output is not None else params.min_tokens
 
     @property
     def penalties(self) -> Penalties:

@@ -81,7 +81,10 @@ class RequestRows:
         self.choice_index[row] = request.choice_index
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.is_plain[row] = (
-            params.is_greedy and params.logprobs is None and not LogitsEdits.are_needed(request)
+            params.is_greedy
+            and params.logprobs is None
+            and params.structured_output is None
+            and not LogitsEdits.are_needed(request)
         )
         return row
 

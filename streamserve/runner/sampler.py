@@ -242,17 +242,12 @@ def inverse_cdf(
 
 def unpack_mask(mask: bytes, vocab_size: int) -> NDArray[np.bool_]:
     """Which of ``vocab_size`` tokens a packed bit mask allows."""
-    bits = np.unpackbits(
-        np.frombuffer(mask, dtype=np.uint8)[: -(-vocab_size // 8)], bitorder="little"
-    )
-    allowed = np.zeros(vocab_size, dtype=np.bool_)
-    count = min(len(bits), vocab_size)
-    allowed[:count] = bits[:count]
-    return allowed
+    packed = np.frombuffer(mask.ljust(-(-vocab_size // 8), b"\0"), dtype=np.uint8)
+    return np.unpackbits(packed, count=vocab_size, bitorder="little").view(np.bool_)
 
 
 def _apply_mask(logits: Float32Array, mask: bytes) -> None:
-    logits[~unpack_mask(mask, len(logits))] = -np.inf
+    np.copyto(logits, -np.inf, where=~unpack_mask(mask, len(logits)))
 
 
 def _weights_in_place(logits: Float32Array, best: Float32Array, temperature: Float32Array) -> None:

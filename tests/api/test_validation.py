@@ -152,12 +152,6 @@ BAD_CHAT = [
     ({"tool_choice": "required"}, "tool_choice", "only 'none' or 'auto'"),
     ({"functions": [{}]}, "functions", "not supported"),
     ({"function_call": {"name": "f"}}, "function_call", "not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-    ({"structured_outputs": {"json": {}}}, "structured_outputs", "not supported"),
-    ({"guided_json": {}}, "guided_json", "not supported"),
-    ({"guided_regex": "a"}, "guided_regex", "not supported"),
-    ({"guided_choice": ["a"]}, "guided_choice", "not supported"),
-    ({"guided_grammar": "a"}, "guided_grammar", "not supported"),
     ({"use_beam_search": True}, "use_beam_search", "only false is accepted"),
     ({"prompt_logprobs": 0}, "prompt_logprobs", "not supported"),
     ({"audio": {"voice": "alloy"}}, "audio", "not supported"),
@@ -198,7 +192,6 @@ BAD_COMPLETIONS = [
     ({"suffix": "end"}, "suffix", "not supported"),
     ({"best_of": 3}, "best_of", "not supported"),
     ({"n": 3}, "n", "not supported"),
-    ({"response_format": {"type": "json_schema"}}, "response_format", "not supported"),
 ]
 
 NEUTRAL_CHAT = [

@@ -1,0 +1,249 @@
+"""What an answer must look like: OpenAI's ``response_format``, vLLM's fields, one grammar.
+
+Old vLLM servers took ``guided_json`` and its like, newer ones take ``structured_outputs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from streamserve.api.fields import (
+    Reader,
+    list_of,
+    out_of_range,
+    read_bool,
+    read_object,
+    read_str,
+    shown,
+    wrong_type,
+)
+from streamserve.core.structured_output import GrammarKind, StructuredOutput
+from streamserve.errors import InvalidParameterError
+
+MAX_CHOICES = 4096
+_BACKENDS = ("auto", "guidance")
+_NO_WHITESPACE = ""
+_RESPONSE_FORMATS = ("text", "json_object", "json_schema")
+
+
+def _json_schema(name: str, schema: Any) -> StructuredOutput:
+    try:
+        text = orjson.dumps(schema).decode()
+    except (orjson.JSONEncodeError, UnicodeDecodeError) as exc:
+        raise InvalidParameterError(
+            f"{name} cannot be written as JSON: {exc}", param=name, code="invalid_value"
+        ) from exc
+    return StructuredOutput(kind=GrammarKind.JSON_SCHEMA, text=text, param=name)
+
+
+def _any_object(name: str) -> StructuredOutput:
+    return _json_schema(name, {"type": "object"})
+
+
+def _read_schema(name: str, value: Any) -> StructuredOutput:
+    """A schema as JSON or, as vLLM allows, as a string of JSON."""
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError as exc:
+            raise InvalidParameterError(
+                f"{name} must hold JSON: {exc}", param=name, code="invalid_value"
+            ) from exc
+    if not isinstance(value, dict):
+        raise wrong_type(name, "an object or a string that holds one", value)
+    return _json_schema(name, value)
+
+
+def _read_regex(name: str, value: Any) -> StructuredOutput:
+    return StructuredOutput(kind=GrammarKind.REGEX, text=_non_empty(name, value), param=name)
+
+
+def _read_choice(name: str, value: Any) -> StructuredOutput:
+    choices: tuple[str, ...] = list_of(read_str, "strings", MAX_CHOICES)(name, value)
+    if not choices:
+        raise out_of_range(name, "an array of at least one string", value)
+    try:
+        text = orjson.dumps(choices).decode()
+    except orjson.JSONEncodeError as exc:  # half of a surrogate pair
+        raise out_of_range(name, "an array of strings of whole characters", value) from exc
+    return StructuredOutput(kind=GrammarKind.CHOICE, text=text, param=name)
+
+
+def _read_grammar(name: str, value: Any) -> StructuredOutput:
+    return StructuredOutput(kind=GrammarKind.LARK, text=_non_empty(name, value), param=name)
+
+
+def _read_json_object(name: str, value: Any) -> StructuredOutput | None:
+    return _any_object(name) if read_bool(name, value) else None
+
+
+def _non_empty(name: str, value: Any) -> str:
+    text = read_str(name, value)
+    if not text:
+        raise out_of_range(name, "a non-empty string", value)
+    return text
+
+
+_CONSTRAINTS: dict[str, Reader] = {
+    "json": _read_schema,
+    "regex": _read_regex,
+    "choice": _read_choice,
+    "grammar": _read_grammar,
+    "json_object": _read_json_object,
+}
+_OPTIONS: dict[str, Reader] = {
+    "disable_additional_properties": read_bool,
+    "disable_any_whitespace": read_bool,
+    "disable_fallback": read_bool,  # there is one backend: nothing to fall back to
+    "whitespace_pattern": read_str,
+}
+
+
+def _read_structured_outputs(name: str, value: Any) -> StructuredOutput:
+    given = {key: v for key, v in read_object(name, value).items() if v is not None}
+    _check_keys(name, given, {*_CONSTRAINTS, *_OPTIONS})
+    found = {
+        key: output
+        for key, reader in _CONSTRAINTS.items()
+        if key in given and (output := reader(f"{name}.{key}", given[key])) is not None
+    }
+    output = _only_one(name, found)
+    if output is None:
+        raise InvalidParameterError(
+            f"{name} must hold one of {', '.join(_CONSTRAINTS)}", param=name, code="invalid_value"
+        )
+    options = {key: reader(f"{name}.{key}", given[key]) for key, reader in _OPTIONS.items()
+               if key in given}  # fmt: skip
+    if options.get("disable_additional_properties") and "json" in found:
+        output = _json_schema(output.param, _closed(orjson.loads(output.text)))
+    whitespace = options.get("whitespace_pattern")
+    if options.get("disable_any_whitespace"):
+        whitespace = _NO_WHITESPACE
+    return _with_whitespace(output, f"{name}.whitespace_pattern", whitespace)
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with no properties allowed but those it names, wherever it says nothing else."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _closed(value) for key, value in schema.items()}
+    if "additionalProperties" not in schema and (
+        "properties" in schema or "patternProperties" in schema
+    ):
+        closed["additionalProperties"] = False
+    return closed
+
+
+def _read_response_format(name: str, value: Any) -> StructuredOutput | None:
+    given = read_object(name, value)
+    kind = read_str(f"{name}.type", given.get("type", ""))
+    if kind == "structural_tag":
+        raise InvalidParameterError(
+            f"{name}.type 'structural_tag' is not supported: use structured_outputs.grammar",
+            param=name,
+            code="unsupported_parameter",
+        )
+    if kind not in _RESPONSE_FORMATS:
+        raise out_of_range(f"{name}.type", f"one of {', '.join(_RESPONSE_FORMATS)}", kind)
+    _check_keys(name, given, {"type", "json_schema"} if kind == "json_schema" else {"type"})
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return _any_object(name)
+    where = f"{name}.json_schema"
+    if given.get("json_schema") is None:
+        raise InvalidParameterError(
+            f"{where} is required", param=where, code="missing_required_parameter"
+        )
+    described = read_object(where, given["json_schema"])
+    _check_keys(where, described, {"description", "name", "schema", "strict"})
+    # A schema is followed to the letter whether or not that is asked for.
+    for key, reader in (("name", read_str), ("description", read_str), ("strict", read_bool)):
+        if described.get(key) is not None:
+            reader(f"{where}.{key}", described[key])
+    schema = described.get("schema")
+    if schema is None:
+        return _any_object(name)
+    return _json_schema(f"{where}.schema", read_object(f"{where}.schema", schema))
+
+
+def _read_backend(name: str, value: Any) -> str:
+    backend = read_str(name, value)
+    if backend not in _BACKENDS:
+        raise InvalidParameterError(
+            f"{name} {shown(backend)} is not supported: it is one of {', '.join(_BACKENDS)}",
+            param=name,
+            code="unsupported_parameter",
+        )
+    return backend
+
+
+def _check_keys(name: str, given: Mapping[str, Any], known: set[str]) -> None:
+    """A constraint that nobody knows must not be passed over: the answer would be another."""
+    for key in given:
+        if key not in known:
+            raise InvalidParameterError(
+                f"{name} must hold only {', '.join(sorted(known))}, got {shown(key)}",
+                param=name,
+                code="unsupported_parameter",
+            )
+
+
+STRUCTURED_FIELDS: dict[str, Reader] = {
+    "guided_choice": _read_choice,
+    "guided_decoding_backend": _read_backend,
+    "guided_grammar": _read_grammar,
+    "guided_json": _read_schema,
+    "guided_regex": _read_regex,
+    "guided_whitespace_pattern": read_str,
+    "response_format": _read_response_format,
+    "structured_outputs": _read_structured_outputs,
+}
+_GRAMMAR_FIELDS = (
+    "guided_choice", "guided_grammar", "guided_json", "guided_regex", "response_format",
+    "structured_outputs",
+)  # fmt: skip
+
+
+def structured_output(values: Mapping[str, Any]) -> StructuredOutput | None:
+    """The grammar that a request's fields, as read, ask for together."""
+    found = {name: values[name] for name in _GRAMMAR_FIELDS if values.get(name) is not None}
+    output = _only_one(None, found)
+    pattern = values.get("guided_whitespace_pattern")
+    if output is None:
+        if pattern is not None:
+            raise _needs_json("guided_whitespace_pattern")
+        return None
+    return _with_whitespace(output, "guided_whitespace_pattern", pattern)
+
+
+def _only_one(name: str | None, found: Mapping[str, StructuredOutput]) -> StructuredOutput | None:
+    names: Sequence[str] = [key if name is None else f"{name}.{key}" for key in found]
+    if len(names) > 1:
+        raise InvalidParameterError(
+            f"{names[0]} and {names[1]} both say what the answer looks like: give one",
+            param=name or names[1],
+            code="invalid_value",
+        )
+    return next(iter(found.values()), None)
+
+
+def _with_whitespace(output: StructuredOutput, name: str, pattern: str | None) -> StructuredOutput:
+    if pattern is None:
+        return output
+    if output.kind is not GrammarKind.JSON_SCHEMA:
+        raise _needs_json(name)
+    return StructuredOutput(
+        kind=output.kind, text=output.text, whitespace_pattern=pattern, param=output.param
+    )
+
+
+def _needs_json(name: str) -> InvalidParameterError:
+    return InvalidParameterError(
+        f"{name} may be given only with a JSON grammar", param=name, code="invalid_value"
+    )

@@ -1,0 +1,60 @@
+"""From a request's grammar to llguidance's own notation. Runs in the worker process only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from llguidance import LLMatcher, regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+
+from streamserve.core.structured_output import GrammarKind
+
+# A few spaces, or a line break and its indentation. Where any white space may come, a model that
+# does not know what to write next writes it for ever.
+JSON_WHITESPACE = r"[ \t]{1,4}|\r?\n[ \t]{0,40}"
+
+
+def llguidance_grammar(kind: GrammarKind, text: str, whitespace_pattern: str | None) -> str:
+    """The same grammar as text for ``LLMatcher``. Raises ``ValueError`` where it is not one."""
+    if kind is GrammarKind.JSON_SCHEMA:
+        return _json_schema(text, whitespace_pattern)
+    return _SOURCES[kind](text)
+
+
+def _json_schema(text: str, whitespace_pattern: str | None) -> str:
+    schema = json.loads(text)
+    if schema is True:
+        text = "{}"
+    elif not isinstance(schema, dict):
+        raise ValueError("a JSON schema must be an object or true")
+    options: dict[str, Any] = {
+        "whitespace_pattern": JSON_WHITESPACE if whitespace_pattern is None else whitespace_pattern
+    }
+    if whitespace_pattern == "":
+        options = {"whitespace_flexible": False}
+    return LLMatcher.grammar_from_json_schema(text, overrides=options)  # type: ignore[arg-type]
+
+
+def _regex(text: str) -> str:
+    # Classes are ASCII, as JSON Schema and vLLM have it. Two slashes alone would be a comment.
+    body = regex_to_lark(text, "dws") or "(?:)"
+    return LLMatcher.grammar_from_lark(f"start: /{body}/")
+
+
+def _choice(text: str) -> str:
+    # Lark's strings are JSON's.
+    choices = [json.dumps(choice, ensure_ascii=False) for choice in json.loads(text)]
+    return LLMatcher.grammar_from_lark(f"start: {' | '.join(choices)}")
+
+
+def _lark(text: str) -> str:
+    return LLMatcher.grammar_from_lark(any_to_lark(text))
+
+
+_SOURCES: dict[GrammarKind, Callable[[str], str]] = {
+    GrammarKind.REGEX: _regex,
+    GrammarKind.CHOICE: _choice,
+    GrammarKind.LARK: _lark,
+}

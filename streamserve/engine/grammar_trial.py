@@ -1,0 +1,123 @@
+"""The server's side of the worker process that tries grammars."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+_CODE = """
+import sys
+sys.path[:] = {path!r}
+from streamserve.engine.grammar_worker import main
+main({fd}, {cpu_limit_s!r}, {memory_limit!r})
+"""
+_CLOSE_S = 5.0
+
+
+class Task(NamedTuple):
+    """A grammar to be tried, in the fields of ``StructuredOutput``."""
+
+    kind: str
+    text: str
+    whitespace_pattern: str | None
+
+
+class Verdict(NamedTuple):
+    """llguidance's notation of a good grammar, or what is wrong with it."""
+
+    grammar: str
+    error: str
+
+
+class GrammarTrial:
+    """Starts the worker when it is first needed, and again after it has died. One thread."""
+
+    def __init__(
+        self,
+        special_tokens: Sequence[bytes] = (),
+        *,
+        cpu_limit_s: float = 1.0,
+        timeout_s: float = 8.0,
+        memory_limit: int = 2**30,
+    ) -> None:
+        """``cpu_limit_s`` is of processor time, so that a busy machine refuses nothing."""
+        self._special_tokens = list(special_tokens)
+        self._cpu_limit_s = cpu_limit_s
+        self._timeout_s = timeout_s
+        self._memory_limit = memory_limit
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._is_closed = False
+
+    def __call__(self, task: Task) -> Verdict:
+        """What the worker says; that it is too large if it dies of it."""
+        try:
+            return self._ask(task)
+        finally:
+            if self._is_closed:  # meanwhile
+                self._end()
+
+    def close(self) -> None:
+        """End the worker. Idempotent; from any thread."""
+        self._is_closed = True
+        self._end()
+
+    def _ask(self, task: Task) -> Verdict:
+        try:
+            connection = self._connection or self._start()
+            connection.send(tuple(task))
+            if connection.poll(self._timeout_s):
+                return Verdict(*connection.recv())
+        except (EOFError, OSError):
+            pass
+        return Verdict("", self._why_it_died())
+
+    def _end(self) -> None:
+        connection, self._connection = self._connection, None
+        process, self._process = self._process, None
+        if connection is not None:
+            connection.close()
+        if process is not None:
+            process.kill()
+            process.wait(_CLOSE_S)
+
+    def _start(self) -> Connection:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            code = _CODE.format(
+                path=sys.path,
+                fd=theirs.fileno(),
+                cpu_limit_s=self._cpu_limit_s,
+                memory_limit=self._memory_limit,
+            )
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        self._connection = Connection(ours.detach())
+        self._connection.send(self._special_tokens)
+        return self._connection
+
+    def _why_it_died(self) -> str:
+        """Clean up behind a worker that gave no answer."""
+        process = self._process
+        if process is not None:
+            try:
+                process.wait(0.0 if self._connection is None else 0.2)
+            except subprocess.TimeoutExpired:
+                pass
+        status = None if process is None else process.poll()
+        self._end()
+        if status == -signal.SIGPROF:
+            return f"too complex: it takes longer than the limit of {self._cpu_limit_s:g} s"
+        if status is None:
+            return f"too complex: no answer within the limit of {self._timeout_s:g} s"
+        return f"too complex: it needs more than the limit of {self._memory_limit >> 20} MiB"

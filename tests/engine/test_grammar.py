@@ -1,0 +1,165 @@
+"""Grammars are compiled once, off the loop, and a hostile one harms nobody."""
+
+import asyncio
+import json
+
+import pytest
+
+from streamserve.core.structured_output import GrammarKind, StructuredOutput
+from streamserve.engine.byte_tokenizer import ByteTokenizer
+from streamserve.engine.grammar import MAX_GRAMMAR_CHARACTERS, Grammars
+from streamserve.engine.grammar_trial import GrammarTrial, Task
+from streamserve.errors import InvalidParameterError
+
+EOS = 257
+
+
+def grammar(kind: str, text: str, **options) -> StructuredOutput:
+    return StructuredOutput(kind=GrammarKind(kind), text=text, **options)
+
+
+def schema(**value) -> StructuredOutput:
+    return grammar("json_schema", json.dumps(value))
+
+
+@pytest.fixture
+def grammars():
+    grammars = Grammars(ByteTokenizer(), frozenset({EOS}), 258)
+    yield grammars
+    grammars.close()
+
+
+NOT_GRAMMARS = [
+    (schema(type="strin"), "strin"),
+    (schema(type="array", uniqueItems=True), "uniqueItems"),
+    (schema(type="integer", minimum=5, maximum=4), "nsatisfiable"),
+    (schema(**{"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}), "nothing matches"),
+    (schema(**{"$ref": "https://example.com/schema.json"}), "example.com"),
+    (grammar("json_schema", "{"), "Expecting property name"),
+    (grammar("json_schema", "[]"), "must be an object or true"),
+    (grammar("json_schema", "false"), "must be an object or true"),
+    (grammar("regex", "(a"), "unclosed group"),
+    (grammar("regex", "(?=a)b"), "look-around"),
+    (grammar("regex", r"(a)\1"), "backreference"),
+    (grammar("lark", 'foo: "a"'), "Expected ::="),
+    (grammar("lark", "start: unknown"), "unknown"),
+    (grammar("lark", "start: start"), "nothing matches"),
+    (grammar("lark", ""), "No 'root' rule"),
+]
+
+
+@pytest.mark.parametrize(("output", "message"), NOT_GRAMMARS)
+async def test_what_is_no_grammar_is_refused_by_its_field(grammars, output, message):
+    with pytest.raises(InvalidParameterError, match=message) as refused:
+        await grammars.compile(output)
+    assert refused.value.param == "structured_outputs"
+    assert len(refused.value.message) < 600
+
+
+def nested(depth: int) -> str:
+    return '{"type":"array","items":' * depth + "{}" + "}" * depth
+
+
+HOSTILE = [
+    grammar("json_schema", nested(1000)),
+    schema(type="integer", multipleOf=99_999_989),
+    schema(type="object", properties={f"p{i}": {} for i in range(8000)}),
+    schema(enum=[f"value {i} of very many" for i in range(10_000)]),
+    schema(allOf=[{"type": "string", "pattern": f"a.{{{i}}}b"} for i in range(8)]),
+    grammar("regex", "a" * (MAX_GRAMMAR_CHARACTERS + 1)),
+    grammar("lark", "start: " + "(" * 50_000 + '"a"' + ")" * 50_000),
+]
+
+
+@pytest.mark.parametrize("output", HOSTILE, ids=range(len(HOSTILE)))
+async def test_a_hostile_grammar_is_refused_and_the_loop_goes_on(grammars, output):
+    compiling = asyncio.create_task(grammars.compile(output))
+    num_turns = 0
+    while not compiling.done():
+        await asyncio.sleep(0)
+        num_turns += 1
+    with pytest.raises(InvalidParameterError, match="structured_outputs"):
+        await compiling
+    await grammars.compile(grammar("regex", "a"))
+    # At once the second time: it is known.
+    with pytest.raises(InvalidParameterError):
+        await grammars.compile(output)
+
+
+async def test_backtracking_is_no_danger(grammars):
+    for pattern in ("(a+)+$", "(a|a)*b", "(.*)*x", "(a{1,1000}){1,1000}"):
+        await grammars.compile(grammar("regex", pattern))
+
+
+async def test_anything_is_a_grammar_too(grammars):
+    for output in (grammar("json_schema", "true"), schema(), grammar("regex", "")):
+        await grammars.compile(output)
+
+
+async def test_equal_grammars_are_compiled_once(grammars):
+    output = schema(type="object")
+    other = grammar("json_schema", output.text, param="response_format")
+    await asyncio.gather(*(grammars.compile(o) for o in (output, other, output)))
+    assert grammars.num_cached == 1
+    one, two = grammars.matcher(output), grammars.matcher(other)
+    assert one.consume_token(ord("{"))
+    assert two.consume_token(ord("{"))
+    assert one.consume_token(ord("}"))
+    assert one.is_accepting()
+    assert not two.is_accepting()
+
+
+async def test_an_error_names_the_field_of_who_asks(grammars):
+    for param in ("guided_regex", "structured_outputs", "guided_regex"):
+        with pytest.raises(InvalidParameterError, match=param) as refused:
+            await grammars.compile(grammar("regex", "(", param=param))
+        assert refused.value.param == param
+    assert grammars.num_cached == 1
+
+
+async def test_the_oldest_grammars_are_forgotten():
+    grammars = Grammars(
+        ByteTokenizer(), frozenset({EOS}), 258, max_entries=3, max_characters=1000
+    )  # fmt: skip
+    outputs = [grammar("regex", f"a{{{i}}}") for i in range(1, 5)]
+    for output in outputs:
+        await grammars.compile(output)
+    assert grammars.num_cached == 3
+    grammars.matcher(outputs[-1])
+    with pytest.raises(KeyError):
+        grammars.matcher(outputs[0])
+    await grammars.compile(grammar("regex", "b" * 999))
+    assert grammars.num_cached == 1
+    grammars.close()
+
+
+async def test_special_tokens_are_known_by_name():
+    grammars = Grammars(ByteTokenizer(("<s>", "</s>", "<tool_call>")), frozenset({EOS}), 259)
+    output = grammar("lark", 'start: <tool_call> %json {"const": 1}')
+    await grammars.compile(output)
+    matcher = grammars.matcher(output)
+    assert matcher.consume_tokens([258, ord("1")])
+    assert matcher.is_accepting()
+    grammars.close()
+
+
+async def test_time_runs_out_for_a_queue_that_is_too_long():
+    grammars = Grammars(ByteTokenizer(), frozenset({EOS}), 258, timeout_s=0.0)
+    with pytest.raises(InvalidParameterError, match="the limit is 0 s"):
+        await grammars.compile(grammar("regex", "a"))
+    grammars.close()
+
+
+def test_a_worker_that_dies_is_replaced():
+    trial = GrammarTrial(cpu_limit_s=0.2, memory_limit=2**29)
+    slow = Task("json_schema", '{"type": "integer", "multipleOf": 99999989}', None)
+    assert trial(slow).error == "too complex: it takes longer than the limit of 0.2 s"
+    assert trial(Task("regex", "a", None)).error == ""
+    trial.close()
+    silent = GrammarTrial(cpu_limit_s=60, timeout_s=0.05)
+    assert silent(slow).error == "too complex: no answer within the limit of 0.05 s"
+    silent.close()
+    small = GrammarTrial(memory_limit=2**20)
+    assert small(slow).error == "too complex: it needs more than the limit of 1 MiB"
+    small.close()
+    small.close()
