@@ -117,11 +117,13 @@ class ApiServer:
     async def run(self) -> None:
         """Serve until ``request_shutdown``. Raises ``ConfigError`` if it cannot listen."""
         sockets = bind_sockets(self._config) if self._sockets is None else self._sockets
-        engine = self._app.context.engine
+        engine, workers = self._app.context.engine, self._app.context.prompt_workers
         server = _UvicornServer(self._uvicorn_config(), lambda: self._started(sockets))
         closer = asyncio.create_task(self._close_when_wanted(server))
         try:
             await engine.start()
+            if workers is not None:
+                workers.start()
             await server.serve(sockets)
         except OSError as exc:
             raise _cannot_listen(self._config, exc) from exc
@@ -129,6 +131,8 @@ class ApiServer:
             closer.cancel()
             await engine.stop()
             self._app.context.preprocessor.close()
+            if workers is not None:
+                workers.close()
             for sock in sockets:
                 sock.close()
 

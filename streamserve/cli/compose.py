@@ -21,6 +21,7 @@ from streamserve.core.scheduler import Scheduler
 from streamserve.core.step_time import StepTimeModel
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.chat_template import ChatTemplate
+from streamserve.engine.text_source import TextSource
 from streamserve.engine.tokenizer import FastTokenizer
 from streamserve.errors import ConfigError
 from streamserve.models import ModelConfig, load_config, resolve_dtype, resolve_model
@@ -43,6 +44,7 @@ class Service:
     device: torch.device
     memory: MemoryPlan
     finish_warm_up: Callable[[], None]
+    text_source: TextSource
 
 
 def box_path() -> Path:
@@ -64,7 +66,9 @@ def build_service(
     """
     setup = _set_up(args, say, warn)
     builder = _builder(setup)
-    tokenizer, template = _build_text(args, setup.path)
+    directory = setup.path if args.tokenizer is None else Path(args.tokenizer)
+    text_source = TextSource(directory, args.chat_template)
+    tokenizer, template = text_source()
     if template.is_builtin:
         warn(f"the checkpoint has no chat template: using the {template.source} one")
     built = builder.build()
@@ -98,6 +102,7 @@ def build_service(
         setup.device,
         built.memory,
         built.finish_warm_up,
+        text_source,
     )
 
 
@@ -152,15 +157,3 @@ def _resolve(args: Namespace, say: Say) -> Path:
     if not Path(args.model).expanduser().is_dir():
         say(f"looking for {args.model} on the hub")
     return resolve_model(args.model, revision=args.revision, load_format=args.load_format)
-
-
-def _build_text(args: Namespace, path: Path) -> tuple[FastTokenizer, ChatTemplate]:
-    tokenizer_path = path if args.tokenizer is None else Path(args.tokenizer)
-    tokenizer = FastTokenizer.from_directory(tokenizer_path)
-    template = ChatTemplate.from_directory(
-        tokenizer_path,
-        override=args.chat_template,
-        special_tokens=tokenizer.special_tokens,
-        has_token=lambda token: tokenizer.token_to_id(token) is not None,
-    )
-    return tokenizer, template

@@ -107,6 +107,7 @@ class AsyncEngine:
         self._limits = AdmissionLimits(
             max_model_len=min(max_model_len, scheduler.max_model_len),
             vocab_size=tokenizer.vocab_size if vocab_size is None else vocab_size,
+            num_tokenizer_ids=tokenizer.vocab_size,
         )
         self._idle_delay_s = idle_delay_s
         self._max_steps_in_flight = scheduler.config.max_steps_in_flight
@@ -162,9 +163,11 @@ class AsyncEngine:
         cache_salt: str = "",
         arrival_time: float | None = None,
         choice_index: int = 0,
+        is_tokenized: bool = False,
     ) -> RequestStream:
         """Queue a request, or say why not before anything is queued.
 
+        ``is_tokenized``: the ids come from the engine's own tokenizer.
         ``params.max_tokens`` of ``None`` means the rest of the context. Raises
         ``InvalidParameterError``, ``ContextLengthError``, ``QueueFullError`` or
         ``EngineDeadError`` (also when the engine is stopping).
@@ -174,7 +177,7 @@ class AsyncEngine:
             raise EngineDeadError("the server is shutting down and takes no new requests")
         if request_id in self._live:
             raise _duplicate(request_id)
-        params = self._limits.check(prompt_token_ids, params)
+        params = self._limits.check(prompt_token_ids, params, is_tokenized=is_tokenized)
         self._scheduler.check_fits(len(prompt_token_ids), params)
         arrival_time = self._clock() if arrival_time is None else arrival_time
         request = Request(
