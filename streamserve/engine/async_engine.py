@@ -25,11 +25,18 @@ from streamserve.core.request import FinishReason, Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.scheduler import RequestUpdate, Scheduler
 from streamserve.engine.admission import AdmissionLimits
+from streamserve.engine.device_future import until_done
 from streamserve.engine.garbage import collect_idle
 from streamserve.engine.output_processor import OutputProcessor
 from streamserve.engine.stream import RequestStream
 from streamserve.engine.tokenizer import Tokenizer
-from streamserve.errors import EngineDeadError, EngineError, InvalidParameterError, RequestError
+from streamserve.errors import (
+    DeviceDeadError,
+    EngineDeadError,
+    EngineError,
+    InvalidParameterError,
+    RequestError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +124,7 @@ class AsyncEngine:
         self._updates: list[RequestUpdate] = []  # of the last retired step, not yet text
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()  # there may be work again
+        self._died = asyncio.Event()
         self._is_stopping = False
         self._dead_reason: str | None = None
         self._num_consecutive_failures = 0
@@ -232,6 +240,10 @@ class AsyncEngine:
         """Why, in one line, ``None`` while alive."""
         return self._dead_reason
 
+    async def wait_dead(self) -> None:
+        """Return when the engine is dead; it may never be."""
+        await self._died.wait()
+
     @property
     def is_idle(self) -> bool:
         """Whether no request is live and no step in flight."""
@@ -273,6 +285,9 @@ class AsyncEngine:
         except Exception as error:
             self._publish()
             self._die("the step loop failed", error)
+        except BaseException as error:
+            self._die("the step loop failed", error)
+            raise
 
     async def _step_loop(self) -> None:
         while self._dead_reason is None:
@@ -317,7 +332,7 @@ class AsyncEngine:
             # Readers and sockets get one turn of the event loop for every step.
             await asyncio.sleep(0)
         else:
-            await _until_done(future)
+            await until_done(future)
         self._in_flight.popleft()
         if self._dead_reason is not None:  # an abort or submit met a broken scheduler meanwhile
             return
@@ -442,6 +457,8 @@ class AsyncEngine:
             if live is not None:
                 self._end(live)
                 live.stream.fail(EngineError(f"the model step failed: {_name_of(error)}"))
+        if isinstance(error, DeviceDeadError):
+            raise _DeadError("no step can run any more") from error
         self._num_consecutive_failures += 1
         if self._num_consecutive_failures >= MAX_CONSECUTIVE_FAILED_STEPS:
             raise _DeadError(f"{self._num_consecutive_failures} steps in a row failed") from error
@@ -456,6 +473,7 @@ class AsyncEngine:
         for live in list(self._live.values()):
             self._end(live)
             live.stream.fail(self._dead_error())
+        self._died.set()
         self._wake.set()
 
     def _dead_error(self) -> EngineDeadError:
@@ -464,26 +482,6 @@ class AsyncEngine:
     def _raise_if_dead(self) -> None:
         if self._dead_reason is not None:
             raise self._dead_error()
-
-
-async def _until_done(future: Future[ModelRunnerOutput]) -> None:
-    """Wait for another thread's future; leaves its result and its exception in it."""
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[None] = loop.create_future()
-    future.add_done_callback(lambda _: _call_soon(loop, waiter))
-    await waiter
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None:
-    try:
-        loop.call_soon_threadsafe(_resolve, waiter)
-    except RuntimeError:  # the loop was closed while the device worked
-        pass
-
-
-def _resolve(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 def _duplicate(request_id: str) -> InvalidParameterError:
