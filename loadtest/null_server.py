@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from streamserve.api.app import ApiApp, create_app
@@ -21,16 +22,15 @@ from streamserve.core.clock import monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import AsyncEngine
-from streamserve.engine.byte_tokenizer import ByteTokenizer
-from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.garbage import freeze_gc
 from streamserve.engine.null_runner import NullRunner, Pace
 from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.stream import RequestStream
+from streamserve.engine.text_source import TextSource, byte_text
 
 MODEL_NAME = "null"
 MAX_MODEL_LEN = 2**20
-_TEXT = b" the quick brown fox jumps over the lazy dog"
+_TEXT = " the quick brown fox jumps over the lazy dog"
 
 
 class StreamList:
@@ -93,30 +93,41 @@ def pace_of_clock(step_s: float) -> Pace:
     return pace
 
 
-def build_app(config: ApiConfig, *, max_num_seqs: int, step_s: float | None = None) -> ApiApp:
+def build_app(
+    config: ApiConfig,
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int = 8192,
+    step_s: float | None = None,
+    tokenizer_path: str | None = None,
+) -> ApiApp:
     """The application over a ``NullRunner``, paced by its readers unless ``step_s`` is given."""
     streams = StreamList()
     pace = pace_of_readers(streams) if step_s is None else pace_of_clock(step_s)
-    tokenizer = ByteTokenizer()
+    load_text = byte_text if tokenizer_path is None else TextSource(Path(tokenizer_path))
+    tokenizer, template = load_text()
+    token_ids = tokenizer.encode(_TEXT, add_special_tokens=False)
     cache = CacheConfig(num_blocks=2**16, block_size=16)
     scheduler_config = SchedulerConfig(
-        max_model_len=MAX_MODEL_LEN, max_num_seqs=max_num_seqs, max_num_batched_tokens=8192
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
     )
     engine = WatchedEngine(
         scheduler=Scheduler(scheduler_config, KVCacheManager(cache), clock=monotonic),
-        runner=NullRunner(tuple(_TEXT), pace=pace),
+        runner=NullRunner(tuple(token_ids), pace=pace),
         tokenizer=tokenizer,
-        eos_token_ids=frozenset({257}),
+        eos_token_ids=frozenset(),
         max_model_len=MAX_MODEL_LEN,
     )
     engine.streams = streams
-    template = ChatTemplate.builtin("plain", special_tokens=tokenizer.special_tokens)
     return create_app(
         engine=engine,
         preprocessor=Preprocessor(tokenizer, template),
         tokenizer=tokenizer,
         config=config,
         max_model_len=MAX_MODEL_LEN,
+        load_text=load_text,
     )
 
 
@@ -126,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--step-ms", type=float, help="of a step, instead of the readers' pace")
+    parser.add_argument("--tokenizer", help="directory of a checkpoint, instead of bytes")
     parser.add_argument("--drain-timeout", type=float, default=1.0, help="seconds")
     parser.add_argument("--profile", help="write a cProfile of the run into this file")
     args = parser.parse_args(argv)
@@ -137,7 +150,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         drain_timeout_s=args.drain_timeout,
     )
     step_s = None if args.step_ms is None else args.step_ms / 1e3
-    app = build_app(config, max_num_seqs=args.max_num_seqs, step_s=step_s)
+    app = build_app(
+        config,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        step_s=step_s,
+        tokenizer_path=args.tokenizer,
+    )
 
     def ready(url: str) -> None:
         freeze_gc()

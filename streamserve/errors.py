@@ -5,6 +5,7 @@ StreamServeError
 ├── ModelLoadError              a checkpoint that cannot be loaded
 │   └── UnsupportedModelError   an architecture or feature that is not built
 ├── KVCacheMemoryError          the KV cache does not fit into the memory there is
+├── DeviceDeadError             the thread that runs the steps has died: none will run again
 ├── RequestError                a request that is refused before any byte is sent (HTTP 4xx/503)
 │   ├── InvalidParameterError   a field's value is wrong                        (400)
 │   ├── ContextLengthError      the prompt can never fit                        (400)
@@ -37,6 +38,10 @@ class UnsupportedModelError(ModelLoadError):
 
 class KVCacheMemoryError(StreamServeError):
     """The KV cache does not fit into the memory there is."""
+
+
+class DeviceDeadError(StreamServeError):
+    """The thread that runs the steps has died: none will run again."""
 
 
 class RequestError(StreamServeError):

@@ -27,6 +27,7 @@ from streamserve.api.generation import (
 )
 from streamserve.api.metrics import Metrics, MetricsRegistry
 from streamserve.api.middleware import ApiKeyMiddleware, RequestIdMiddleware
+from streamserve.api.prompts import PromptWorkers, TextLoader
 from streamserve.api.sampling import sampling_defaults
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock, monotonic
@@ -61,25 +62,30 @@ def create_app(
     generation_config: Mapping[str, Any] | None = None,
     clock: Clock = monotonic,
     wall_clock: Callable[[], float] = time.time,
+    load_text: TextLoader | None = None,
 ) -> ApiApp:
     """Build the application around a started engine (``serve`` starts it).
 
     ``generation_config`` is the model's own: of it ``GENERATION_CONFIG_FIELDS`` become the sampling
-    defaults. Raises ``ConfigError`` if one of them is out of range.
+    defaults. ``load_text``, which must be picklable, loads the tokenizer and the template in the
+    processes that read long bodies; without one they are read here. Raises ``ConfigError`` if a
+    default is out of range.
     """
     metrics = Metrics()
+    defaults = sampling_defaults(generation_config or {})
     context = ApiContext(
         engine=engine,
         preprocessor=preprocessor,
         tokenizer=tokenizer,
         config=config,
         max_model_len=max_model_len,
-        sampling_defaults=sampling_defaults(generation_config or {}),
+        sampling_defaults=defaults,
         clock=clock,
         wall_clock=wall_clock,
         created=int(wall_clock()),
         metrics=metrics,
         gate=Gate(retry_after_s=config.drain_timeout_s),
+        prompt_workers=None if load_text is None else PromptWorkers(load_text, defaults),
     )
     registry = MetricsRegistry(metrics, engine, config.served_model_names[0])
     small = _SmallEndpoints(context, registry)

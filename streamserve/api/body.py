@@ -18,18 +18,18 @@ _MAX_NAMES = 32
 _MAX_NAME = 64
 
 
-async def read_json_object(scope: Scope, receive: Receive, *, max_bytes: int) -> dict[str, Any]:
-    """Return the body's JSON object.
-
-    Raises ``HttpError`` 413 or 415, ``InvalidParameterError`` for what is not a JSON object, and
-    ``ClientGoneError``.
-    """
+async def read_body(scope: Scope, receive: Receive, *, max_bytes: int) -> bytes:
+    """Return the bytes of a JSON body. Raises ``HttpError`` 413 or 415, and ``ClientGoneError``."""
     headers = Headers(scope=scope)
     _check_type(headers)
     length = headers.get("content-length", "")
     if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > max_bytes):
         raise _too_large(max_bytes)
-    raw = await _read(receive, max_bytes)
+    return await _read(receive, max_bytes)
+
+
+def parse_json_object(raw: bytes | memoryview) -> dict[str, Any]:
+    """Return the body's JSON object. Raises ``InvalidParameterError`` for anything else."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as exc:

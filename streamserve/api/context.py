@@ -11,6 +11,7 @@ from typing import Any
 
 from streamserve.api.errors import shutting_down
 from streamserve.api.metrics import Metrics
+from streamserve.api.prompts import PromptWorkers
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock
 from streamserve.engine.async_engine import AsyncEngine
@@ -100,4 +101,5 @@ class ApiContext:
     created: int
     metrics: Metrics
     gate: Gate
+    prompt_workers: PromptWorkers | None = None  # none: everything is read in this process
     field_log: FieldLog = field(default_factory=FieldLog)

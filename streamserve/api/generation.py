@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from streamserve.api.body import ignored_fields_header, read_json_object
+from streamserve.api.body import ignored_fields_header, parse_json_object, read_body
 from streamserve.api.chat_request import parse_chat_request
 from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.context import ApiContext
@@ -32,11 +30,11 @@ from streamserve.api.frames import (
     whole_answer,
 )
 from streamserve.api.metrics import Delivery
+from streamserve.api.prompts import LONG_BODY, Endpoint, Prompt, PromptWorkers, Work
 from streamserve.api.sampling import Common
 from streamserve.api.sse import AnswerStream, StreamedChoice, check_success
 from streamserve.core.plan import TokenLogprobs
 from streamserve.core.request import FinishReason
-from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.stream import RequestStream
 from streamserve.errors import ContextLengthError, EngineError, InvalidParameterError, RequestError
 
@@ -44,35 +42,31 @@ RAW_SEND = "streamserve.raw_send"
 """In the scope: the server's own ``send``, which passes no middleware."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One choice's prompt, and its text where the answer repeats it."""
-
-    token_ids: list[int]
-    echo: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A parsed request, ready for the engine."""
-
-    common: Common
-    params: SamplingParams
-    prompts: list[Prompt]
-
-
 class GenerationEndpoint(ABC):
     """What the two endpoints share: everything but the parsing of the body."""
 
     kind: Kind
     prompt_param: str
+    endpoint: Endpoint
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
 
+    async def prepare(self, raw: bytes) -> Work:
+        """Parse, render and tokenise. Raises ``RequestError``, ``EngineError``."""
+        workers = self._context.prompt_workers
+        if workers is not None and len(raw) > LONG_BODY:
+            return await self._prepare_elsewhere(workers, raw)
+        return await self._prepare_here(raw)
+
     @abstractmethod
-    async def prepare(self, body: Mapping[str, Any]) -> Work:
-        """Parse, render and tokenise. Raises ``RequestError``."""
+    async def _prepare_here(self, raw: bytes) -> Work:
+        """As ``prepare``, for what is short."""
+
+    async def _prepare_elsewhere(self, workers: PromptWorkers, raw: bytes) -> Work:
+        work = await workers.read(self.endpoint, raw)
+        self.check_common(work.common)
+        return work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = self._context
@@ -88,8 +82,9 @@ class GenerationEndpoint(ABC):
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
         context = self._context
-        body = await read_json_object(scope, receive, max_bytes=context.config.max_body_bytes)
-        work = await self.prepare(body)
+        raw = await read_body(scope, receive, max_bytes=context.config.max_body_bytes)
+        work = await self.prepare(raw)
+        del raw
         if work.params.structured_output is not None:
             await context.engine.prepare(work.params)
         envelope = Envelope(
@@ -138,6 +133,7 @@ class GenerationEndpoint(ABC):
                         priority=work.common.priority,
                         cache_salt=work.common.cache_salt,
                         arrival_time=arrival_time,
+                        is_tokenized=prompt.is_tokenized,
                     )
                 )
         except BaseException as exc:
@@ -220,9 +216,14 @@ class ChatEndpoint(GenerationEndpoint):
 
     kind = CHAT
     prompt_param = "messages"
+    endpoint = "chat"
 
-    async def prepare(self, body: Mapping[str, Any]) -> Work:
-        request = parse_chat_request(body, self._context.sampling_defaults)
+    async def _prepare_here(self, raw: bytes) -> Work:
+        request = parse_chat_request(parse_json_object(raw), self._context.sampling_defaults)
+        workers = self._context.prompt_workers
+        if workers is not None and request.chat_template_kwargs:
+            # A template may run away with what a client gives it: a process can be killed.
+            return await self._prepare_elsewhere(workers, raw)
         self.check_common(request.common)
         prompt = await self._context.preprocessor.chat(
             request.messages,
@@ -239,9 +240,10 @@ class CompletionEndpoint(GenerationEndpoint):
 
     kind = COMPLETION
     prompt_param = "prompt"
+    endpoint = "completion"
 
-    async def prepare(self, body: Mapping[str, Any]) -> Work:
-        request = parse_completion_request(body, self._context.sampling_defaults)
+    async def _prepare_here(self, raw: bytes) -> Work:
+        request = parse_completion_request(parse_json_object(raw), self._context.sampling_defaults)
         self.check_common(request.common)
         prompts: list[Prompt] = []
         for prompt in request.prompts:
@@ -252,7 +254,7 @@ class CompletionEndpoint(GenerationEndpoint):
                 prompts.append(Prompt(token_ids, prompt if request.echo else ""))
             else:
                 echo = self._context.tokenizer.decode(prompt) if request.echo else ""
-                prompts.append(Prompt(prompt, echo))
+                prompts.append(Prompt(prompt, echo, is_tokenized=False))
         return Work(request.common, request.params, prompts)
 
 

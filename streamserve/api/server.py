@@ -27,7 +27,7 @@ import uvicorn
 from streamserve.api.app import ApiApp
 from streamserve.api.protocol import protocol_class
 from streamserve.config import ApiConfig
-from streamserve.errors import ConfigError
+from streamserve.errors import ConfigError, EngineDeadError
 
 logger = logging.getLogger(__name__)
 
@@ -115,20 +115,32 @@ class ApiServer:
         self._shutdown_wanted.set()
 
     async def run(self) -> None:
-        """Serve until ``request_shutdown``. Raises ``ConfigError`` if it cannot listen."""
+        """Serve until ``request_shutdown``.
+
+        Raises ``ConfigError`` if it cannot listen, and ``EngineDeadError`` after an orderly end if
+        the engine died: whoever supervises the process starts another.
+        """
         sockets = bind_sockets(self._config) if self._sockets is None else self._sockets
-        engine = self._app.context.engine
+        engine, workers = self._app.context.engine, self._app.context.prompt_workers
         server = _UvicornServer(self._uvicorn_config(), lambda: self._started(sockets))
         closer = asyncio.create_task(self._close_when_wanted(server))
+        watcher = asyncio.create_task(self._close_when_dead())
         try:
             await engine.start()
+            if workers is not None:
+                workers.start()
             await server.serve(sockets)
+            if watcher.done():
+                raise EngineDeadError(f"the engine is dead: {engine.dead_reason}")
         except OSError as exc:
             raise _cannot_listen(self._config, exc) from exc
         finally:
             closer.cancel()
+            watcher.cancel()
             await engine.stop()
             self._app.context.preprocessor.close()
+            if workers is not None:
+                workers.close()
             for sock in sockets:
                 sock.close()
 
@@ -159,6 +171,10 @@ class ApiServer:
             await self._drain(server)
         finally:
             server.should_exit = True
+
+    async def _close_when_dead(self) -> None:
+        await self._app.context.engine.wait_dead()
+        self._shutdown_wanted.set()
 
     async def _drain(self, server: uvicorn.Server) -> None:
         gate = self._app.context.gate
@@ -196,7 +212,7 @@ def serve(
 
     ``sockets`` come from ``bind_sockets`` (bound here if ``None``). ``on_ready(url)`` is called
     once connections are accepted, ``on_draining(n)`` when ``n`` requests are waited for. Prints
-    nothing. Raises ``ConfigError`` if the address cannot be listened on.
+    nothing. Raises ``ConfigError`` if the address cannot be listened on, and ``EngineDeadError``.
     """
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         runner.run(_serve_until_signal(app, config, sockets, on_ready, on_draining))

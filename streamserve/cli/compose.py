@@ -22,6 +22,7 @@ from streamserve.core.step_time import StepTimeModel
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.grammar import Grammars
+from streamserve.engine.text_source import TextSource
 from streamserve.engine.tokenizer import FastTokenizer
 from streamserve.errors import ConfigError
 from streamserve.models import ModelConfig, load_config, resolve_dtype, resolve_model
@@ -45,6 +46,7 @@ class Service:
     device: torch.device
     memory: MemoryPlan
     finish_warm_up: Callable[[], None]
+    text_source: TextSource
 
 
 def box_path() -> Path:
@@ -66,7 +68,9 @@ def build_service(
     """
     setup = _set_up(args, say, warn)
     builder = _builder(setup)
-    tokenizer, template = _build_text(args, setup.path)
+    directory = setup.path if args.tokenizer is None else Path(args.tokenizer)
+    text_source = TextSource(directory, args.chat_template)
+    tokenizer, template = text_source()
     if template.is_builtin:
         warn(f"the checkpoint has no chat template: using the {template.source} one")
     eos_token_ids = frozenset(setup.config.eos_token_ids)
@@ -104,6 +108,7 @@ def build_service(
         setup.device,
         built.memory,
         built.finish_warm_up,
+        text_source,
     )
 
 
@@ -158,15 +163,3 @@ def _resolve(args: Namespace, say: Say) -> Path:
     if not Path(args.model).expanduser().is_dir():
         say(f"looking for {args.model} on the hub")
     return resolve_model(args.model, revision=args.revision, load_format=args.load_format)
-
-
-def _build_text(args: Namespace, path: Path) -> tuple[FastTokenizer, ChatTemplate]:
-    tokenizer_path = path if args.tokenizer is None else Path(args.tokenizer)
-    tokenizer = FastTokenizer.from_directory(tokenizer_path)
-    template = ChatTemplate.from_directory(
-        tokenizer_path,
-        override=args.chat_template,
-        special_tokens=tokenizer.special_tokens,
-        has_token=lambda token: tokenizer.token_to_id(token) is not None,
-    )
-    return tokenizer, template

@@ -61,6 +61,7 @@ def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:
         config=config,
         max_model_len=service.max_model_len,
         generation_config=service.sampling_defaults,
+        load_text=service.text_source,
     )
     freeze_gc()
     return app

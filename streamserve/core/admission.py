@@ -14,7 +14,7 @@ from streamserve.core.request import Request
 from streamserve.core.seats import Seats
 from streamserve.core.step import Step
 
-MAX_NUM_HASHED = 512
+MAX_NUM_HASHED = 256
 """Blocks of one waiting prompt in one step, well under a millisecond."""
 
 

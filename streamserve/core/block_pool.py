@@ -97,18 +97,31 @@ class BlockPool:
 
     def touch(self, block: KVCacheBlock) -> None:
         """Take one more reference."""
-        if block.ref_cnt == 0:
-            del self._free[block.block_id]
-        block.ref_cnt += 1
+        self.touch_all([block])
 
     def release(self, block: KVCacheBlock) -> None:
         """Give one reference back; the last one makes the block free and most recently used."""
-        assert block.ref_cnt > 0, f"block {block.block_id} freed twice"
-        block.ref_cnt -= 1
-        if block.ref_cnt == 0:
-            self._free[block.block_id] = block
-            if block.node is None:
-                self._free.move_to_end(block.block_id, last=False)
+        self.release_all([block.block_id])
+
+    def touch_all(self, blocks: list[KVCacheBlock]) -> None:
+        """``touch`` each: a long prompt has thousands."""
+        free = self._free
+        for block in blocks:
+            if block.ref_cnt == 0:
+                del free[block.block_id]
+            block.ref_cnt += 1
+
+    def release_all(self, block_ids: list[int]) -> None:
+        """``release`` each, the last one first."""
+        all_blocks, free = self.blocks, self._free
+        for block_id in reversed(block_ids):
+            block = all_blocks[block_id]
+            assert block.ref_cnt > 0, f"block {block_id} freed twice"
+            block.ref_cnt -= 1
+            if block.ref_cnt == 0:
+                free[block_id] = block
+                if block.node is None:
+                    free.move_to_end(block_id, last=False)
 
     def lend(self, block: KVCacheBlock) -> None:
         """Let one of the references there are belong to a step, until ``take_back``."""

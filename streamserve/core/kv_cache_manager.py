@@ -110,8 +110,8 @@ class KVCacheManager:
     ) -> PrefixMatch | None:
         """The longest cached prefix of a request without blocks; takes nothing for it.
 
-        ``None``: ask again. It was not found yet with ``max_num_hashed`` more block hashes, or the
-        plan being made, or one in flight, brings a part of it back from host memory. That happens
+        ``None``: ask again. It was not found yet in ``max_num_hashed`` more blocks, or the plan
+        being made, or one in flight, brings a part of it back from host memory. That happens
         where the request has room to be admitted, ``num_reserved_blocks`` left over, and in one
         step without ``max_num_hashed``.
         """
@@ -190,10 +190,10 @@ class KVCacheManager:
         if nodes:
             self._cache.pin(nodes[-1])
         self._holdings[request.request_id] = _Holding(request, nodes, len(matched))
+        request.matched_nodes = []  # a tree's nodes should not outlive their place in it
         table = request.block_table
-        for block in matched:
-            self._pool.touch(block)
-            table.append(block.block_id)
+        self._pool.touch_all(matched)
+        table.extend([block.block_id for block in matched])
         if source is not None:
             self._pool.touch(source)
             table.append(self._copy(source))
@@ -261,8 +261,7 @@ class KVCacheManager:
             self._leave_cached(self._holdings[request.request_id])
         del self._holdings[request.request_id]
         table = request.block_table
-        for block_id in reversed(table):
-            self._pool.release(self._pool.blocks[block_id])
+        self._pool.release_all(table)
         table.clear()
         request.num_computed_tokens = request.num_written_tokens = 0
 
@@ -275,7 +274,8 @@ class KVCacheManager:
         deepest = nodes[-1]
         self._cache.pin(nodes[num_full])
         for node, block in zip(nodes[1:], blocks, strict=False):
-            self._cache.adopt(node, block)  # the block that had this content may be gone
+            if node.block is None:  # the block that had this content is gone
+                self._cache.adopt(node, block)
         for node, block in zip(nodes[num_full + 1 :], blocks[num_full:], strict=False):
             if block.node is node and block.ref_cnt == 1:
                 self._discard(node)

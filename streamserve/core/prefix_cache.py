@@ -91,21 +91,21 @@ class PrefixCache:
         """The longest cached prefix that leaves at least one token to compute.
 
         Hashes no further than the first block that is not cached. ``None`` if that takes more than
-        ``max_num_hashed`` new hashes: the next call goes on where this one stopped. Mutates
-        nothing but ``request.block_hashes``. Raises nothing.
+        ``max_num_hashed`` blocks hashed and compared: the next call goes on where this one stopped.
+        Mutates nothing but ``request.block_hashes`` and ``request.matched_nodes``. Raises nothing.
         """
         hashes, token_ids, size = request.block_hashes, request.token_ids, self._block_size
         limit = len(token_ids) - 1
         num_full = len(token_ids) // size
-        max_num_hashes = num_full if max_num_hashed is None else len(hashes) + max_num_hashed
-        node = self._roots.get(request.cache_salt)
-        nodes: list[PrefixNode] = []
+        nodes = request.matched_nodes = _still_cached(request.matched_nodes, limit // size)
+        end = num_full if max_num_hashed is None else len(nodes) + max_num_hashed
+        node = nodes[-1] if nodes else self._roots.get(request.cache_salt)
         missing_hash = None
-        for i in range(num_full):
+        for i in range(len(nodes), num_full):
+            if i >= end:
+                return None
             if i >= len(hashes):
-                if i >= max_num_hashes:
-                    return None
-                self.hash_blocks(request, min(i + _NUM_HASHED_AHEAD, max_num_hashes))
+                self.hash_blocks(request, min(i + _NUM_HASHED_AHEAD, end))
             block_hash = hashes[i]
             child = None if node is None else self._index.get(block_hash)
             if (
@@ -242,6 +242,16 @@ class PrefixCache:
                     assert child.parent is node, "a node under a parent that is not its own"
                     assert child.token_ids[0] == first, "a node under another's first token"
         assert indexed == len(self._index), "the index holds a node that is not in the tree"
+
+
+def _still_cached(nodes: list[PrefixNode], max_nodes: int) -> list[PrefixNode]:
+    """Of a path that was found before, what can be found again: a node that is evicted stays so."""
+    num_cached = min(len(nodes), max_nodes)
+    for i, node in enumerate(nodes):
+        if node.block is None and node.host_block_id is None:
+            num_cached = min(i, num_cached)
+            break
+    return nodes[:num_cached]
 
 
 def _is_nowhere(node: PrefixNode) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum, StrEnum, auto
 
+from streamserve.core.block_pool import PrefixNode
 from streamserve.core.sampling_params import SamplingParams
 
 
@@ -56,6 +57,7 @@ class Request:
         "has_failed_step",
         "is_in_runner",
         "last_step_id",
+        "matched_nodes",
         "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -123,6 +125,7 @@ class Request:
         self.has_failed_step = False  # its KV is not to be trusted past num_written_tokens
         self.is_in_runner = False  # a NewRequest was sent, and its release was not
         self.block_hashes: list[bytes] = []  # of the leading full blocks of token_ids
+        self.matched_nodes: list[PrefixNode] = []  # while it waits: of its leading cached blocks
         self.computing_hash: bytes | None = None  # the block it computes for others that wait
         self.awaited_hash: bytes | None = None  # the block it waits for while another computes it
         self.num_free_when_refused = -1  # spare blocks when there was last no room to admit it

@@ -15,15 +15,20 @@ class AdmissionLimits:
 
     max_model_len: int
     vocab_size: int
+    num_tokenizer_ids: int
 
-    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> SamplingParams:
+    def check(
+        self, prompt_token_ids: list[int], params: SamplingParams, *, is_tokenized: bool
+    ) -> SamplingParams:
         """Return ``params`` with ``max_tokens`` settled.
 
         Raises ``InvalidParameterError`` or ``ContextLengthError``.
         """
         if not prompt_token_ids:
             raise InvalidParameterError("prompt must hold at least one token", param="prompt")
-        self._check_ids("prompt", prompt_token_ids)
+        # A tokenizer may have more ids than the model; otherwise its own need no look at each.
+        if not is_tokenized or self.num_tokenizer_ids > self.vocab_size:
+            self._check_ids("prompt", prompt_token_ids)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", params.logit_bias)
         num_prompt_tokens = len(prompt_token_ids)

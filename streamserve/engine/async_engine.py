@@ -34,7 +34,13 @@ from streamserve.engine.output_processor import OutputProcessor
 from streamserve.engine.stats import EngineStats
 from streamserve.engine.stream import RequestStream
 from streamserve.engine.tokenizer import Tokenizer
-from streamserve.errors import EngineDeadError, EngineError, InvalidParameterError, RequestError
+from streamserve.errors import (
+    DeviceDeadError,
+    EngineDeadError,
+    EngineError,
+    InvalidParameterError,
+    RequestError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +98,9 @@ class AsyncEngine:
         self._clock = clock
         vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         self._limits = AdmissionLimits(
-            max_model_len=min(max_model_len, scheduler.max_model_len), vocab_size=vocab_size
+            max_model_len=min(max_model_len, scheduler.max_model_len),
+            vocab_size=vocab_size,
+            num_tokenizer_ids=tokenizer.vocab_size,
         )
         self._grammars = grammars or Grammars(tokenizer, eos_token_ids, vocab_size)
         self._masks = GrammarMasks()
@@ -105,6 +113,7 @@ class AsyncEngine:
         self._updates: list[RequestUpdate] = []  # of the last retired step, not yet text
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()  # there may be work again
+        self._died = asyncio.Event()
         self._is_stopping = False
         self._dead_reason: str | None = None
         self._num_consecutive_failures = 0
@@ -160,9 +169,11 @@ class AsyncEngine:
         cache_salt: str = "",
         arrival_time: float | None = None,
         choice_index: int = 0,
+        is_tokenized: bool = False,
     ) -> RequestStream:
         """Queue a request, or say why not before anything is queued.
 
+        ``is_tokenized``: the ids come from the engine's own tokenizer.
         ``params.max_tokens`` of ``None`` means the rest of the context. ``prepare`` comes first if
         there is a ``params.structured_output``. Raises
         ``InvalidParameterError``, ``ContextLengthError``, ``QueueFullError`` or
@@ -173,7 +184,7 @@ class AsyncEngine:
             raise EngineDeadError("the server is shutting down and takes no new requests")
         if request_id in self._live:
             raise _duplicate(request_id)
-        params = self._limits.check(prompt_token_ids, params)
+        params = self._limits.check(prompt_token_ids, params, is_tokenized=is_tokenized)
         self._scheduler.check_fits(len(prompt_token_ids), params)
         arrival_time = self._clock() if arrival_time is None else arrival_time
         grammar = params.structured_output
@@ -232,6 +243,10 @@ class AsyncEngine:
         """Why, in one line, ``None`` while alive."""
         return self._dead_reason
 
+    async def wait_dead(self) -> None:
+        """Return when the engine is dead; it may never be."""
+        await self._died.wait()
+
     @property
     def is_idle(self) -> bool:
         """Whether no request is live and no step in flight."""
@@ -273,6 +288,9 @@ class AsyncEngine:
         except Exception as error:
             self._publish()
             self._die("the step loop failed", error)
+        except BaseException as error:
+            self._die("the step loop failed", error)
+            raise
 
     async def _step_loop(self) -> None:
         while self._dead_reason is None:
@@ -473,6 +491,8 @@ class AsyncEngine:
             if live is not None:
                 self._end(live)
                 live.stream.fail(EngineError(f"the model step failed: {_name_of(error)}"))
+        if isinstance(error, DeviceDeadError):
+            raise _DeadError("no step can run any more") from error
         self._num_consecutive_failures += 1
         if self._num_consecutive_failures >= MAX_CONSECUTIVE_FAILED_STEPS:
             raise _DeadError(f"{self._num_consecutive_failures} steps in a row failed") from error
@@ -487,6 +507,7 @@ class AsyncEngine:
         for live in list(self._live.values()):
             self._end(live)
             live.stream.fail(self._dead_error())
+        self._died.set()
         self._wake.set()
 
     def _dead_error(self) -> EngineDeadError:

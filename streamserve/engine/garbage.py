@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 
-_THRESHOLDS = (2_000, 2, 12_000)
-"""Nothing is looked at for longer than a millisecond: 2,000 young objects, and 6,000 that have
+_THRESHOLDS = (1_000, 2, 24_000)
+"""Nothing is looked at for longer than a millisecond: 1,000 young objects, and 3,000 that have
 survived once. What has survived twice, the prefix cache most of all, takes a tenth of a second:
-that is left to idle moments, and to one in 70 million allocations where there are none."""
+that is left to idle moments, and to one in 50 million allocations where there are none."""
 
 
 def freeze_gc() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from streamserve.engine.chat_template import ChatTemplate, Message
@@ -27,6 +28,31 @@ class ChatPrompt(NamedTuple):
     token_ids: list[int]
 
 
+class PromptEncoder:
+    """Renders and tokenises on the caller's thread."""
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def chat(
+        self, messages: Sequence[Message], /, *, add_special_tokens: bool = False, **options: Any
+    ) -> ChatPrompt:
+        """Render ``messages`` (``options`` are ``ChatTemplate.render``'s) and tokenise the result.
+
+        Raises ``InvalidParameterError``: what the template says against the messages, or no
+        template at all.
+        """
+        if self._chat_template is None:
+            raise InvalidParameterError("this model has no chat template", param="messages")
+        text = self._chat_template.render(messages, **options)
+        return ChatPrompt(text, self.encode(text, add_special_tokens=add_special_tokens))
+
+
 class Preprocessor:
     """Renders and tokenises on a small thread pool, with a time limit. Event-loop thread only.
 
@@ -42,18 +68,14 @@ class Preprocessor:
         timeout_s: float = 10.0,
         num_threads: int = 2,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self._encoder = PromptEncoder(tokenizer, chat_template)
         self._timeout_s = timeout_s
         self._num_threads = num_threads
         self._pool: ThreadPoolExecutor | None = None
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``. Raises ``InvalidParameterError`` past the time limit."""
-
-        def work() -> list[int]:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
+        work = partial(self._encoder.encode, text, add_special_tokens=add_special_tokens)
         return await self._run(work, num_characters=len(text), param="prompt")
 
     async def chat(
@@ -72,21 +94,15 @@ class Preprocessor:
         Raises ``InvalidParameterError``: what the template says against the messages, no template
         at all, or the time limit.
         """
-        template = self._chat_template
-        if template is None:
-            raise InvalidParameterError("this model has no chat template", param="messages")
-
-        def work() -> ChatPrompt:
-            text = template.render(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                **kwargs,
-            )
-            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-            return ChatPrompt(text, ids)
-
+        work = partial(
+            self._encoder.chat,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            add_special_tokens=add_special_tokens,
+            tools=tools,
+            **kwargs,
+        )
         size = INLINE_CHARACTERS + 1 if tools else sum(_size_of(message) for message in messages)
         return await self._run(work, num_characters=size, param="messages")
 

@@ -11,7 +11,7 @@ import tokenizers
 
 from streamserve.engine.pieces import PieceTable, byte_decoder_of
 from streamserve.engine.token_memo import MIN_CHARACTERS, TokenMemo, safe_cut_tokens
-from streamserve.errors import ModelLoadError
+from streamserve.errors import EngineError, InvalidParameterError, ModelLoadError
 
 _NAMED_SPECIAL_TOKENS = (
     "bos_token",
@@ -123,7 +123,12 @@ class FastTokenizer:
         return self._memo.encode(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        try:
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise EngineError("the tokenizer cannot decode these tokens") from error
 
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
@@ -151,7 +156,16 @@ class FastTokenizer:
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # ``encode`` holds the interpreter lock, this does not: a long text must not stop the loop.
-        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            [encoding] = self._backend.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise InvalidParameterError(
+                "the tokenizer cannot encode this text", code="tokenizer_failed"
+            ) from error
         return encoding.ids
 
     def _piece_table(self, skip_special_tokens: bool) -> PieceTable | None:
@@ -167,6 +181,11 @@ class FastTokenizer:
             return b"" if token is None else token_to_bytes(token)
 
         return PieceTable(to_bytes, per_byte=decoder.per_byte, strip_left=decoder.strip_left)
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether a bug in the library was met: it is no Exception, and would end whoever calls."""
+    return type(error).__name__ == "PanicException"
 
 
 def read_json(file: Path) -> dict[str, Any]:

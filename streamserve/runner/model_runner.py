@@ -11,6 +11,7 @@ step 1 has been sampled, since it may compute the very tokens that step 1 draws.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -32,6 +33,8 @@ from streamserve.runner.plan_arrays import StepRows
 from streamserve.runner.sampler import Sampler
 from streamserve.runner.step_calls import SampleCall, StepCalls, step_output
 from streamserve_kernels import Kernels
+
+logger = logging.getLogger(__name__)
 
 
 class ForwardModel(Protocol):
@@ -141,19 +144,34 @@ class TorchModelRunner:
             self._transfer.close()
 
     def _work(self) -> None:
-        with torch.inference_mode():
-            while (plan := self._calls.plans.get()) is not None:
-                launched: _Launched | Exception
-                started = self._clock()
-                try:
-                    launched = self._forward(plan)
-                except Exception as error:
-                    launched = error
-                forward_s = self._clock() - started
-                call = self._calls.sample_calls.get()
-                if call is None:
-                    return
-                self._resolve(plan, launched, call, forward_s)
+        try:
+            with torch.inference_mode():
+                while (plan := self._calls.plans.get()) is not None:
+                    if not self._run_step(plan):
+                        return
+        except BaseException as error:
+            # Raised on, it would only end this thread: the engine hears of it, and says so.
+            logger.critical("the device thread has died", exc_info=error)
+            self._calls.fail(error)
+
+    def _run_step(self, plan: SchedulerOutput) -> bool:
+        """False: closed, and this step was not asked for."""
+        launched: _Launched | Exception
+        started = self._clock()
+        try:
+            launched = self._forward(plan)
+        except Exception as error:
+            launched = error
+        forward_s = self._clock() - started
+        call = self._calls.sample_calls.get()
+        if call is None:
+            return False
+        try:
+            self._resolve(plan, launched, call, forward_s)
+        except BaseException as error:
+            call.fail(error)
+            raise
+        return True
 
     def _forward(self, plan: SchedulerOutput) -> _Launched:
         self._input_batch.apply(plan)

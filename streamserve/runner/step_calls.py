@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from streamserve.errors import DeviceDeadError
 
 _Work = TypeVar("_Work")
 
@@ -20,6 +21,15 @@ class SampleCall:
 
     masks: Mapping[str, bytes] | None
     future: Future[ModelRunnerOutput]
+
+    def fail(self, error: BaseException) -> None:
+        """The device thread dies of ``error``."""
+        if not self.future.done():
+            self.future.set_exception(_dead(error))
+
+
+def _dead(error: BaseException) -> DeviceDeadError:
+    return DeviceDeadError(f"the device thread has died: {error!r}")
 
 
 class StepCalls(Generic[_Work]):
@@ -33,6 +43,7 @@ class StepCalls(Generic[_Work]):
         self.sample_calls: SimpleQueue[SampleCall | None] = SimpleQueue()
         self._unsampled: deque[int] = deque()
         self._closed = False
+        self._failure: BaseException | None = None
 
     @property
     def unsampled(self) -> list[int]:
@@ -40,9 +51,11 @@ class StepCalls(Generic[_Work]):
         return list(self._unsampled)
 
     def check_open(self) -> None:
-        """Raises RuntimeError once closed."""
+        """Raises RuntimeError once closed, DeviceDeadError once the device thread has died."""
         if self._closed:
             raise RuntimeError("the model runner is closed")
+        if self._failure is not None:
+            raise _dead(self._failure)
 
     def launch(self, plan: SchedulerOutput) -> None:
         """See ``core.plan.ModelRunner``. Raises RuntimeError once closed."""
@@ -63,7 +76,23 @@ class StepCalls(Generic[_Work]):
         self._unsampled.popleft()
         future: Future[ModelRunnerOutput] = Future()
         self.sample_calls.put(SampleCall(masks, future))
+        if self._failure is not None:  # it died between the check and now
+            self._fail_waiting(self._failure)
         return future
+
+    def fail(self, error: BaseException) -> None:
+        """The device thread dies of ``error``: no call may wait for it for ever."""
+        self._failure = error
+        self._fail_waiting(error)
+
+    def _fail_waiting(self, error: BaseException) -> None:
+        while True:
+            try:
+                call = self.sample_calls.get_nowait()
+            except Empty:
+                return
+            if call is not None:
+                call.fail(error)
 
     def close(self) -> None:
         """Lets the device thread end behind what was asked for. Idempotent."""

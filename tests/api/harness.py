@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from streamserve.api.app import ApiApp, create_app
+from streamserve.api.prompts import TextLoader
 from streamserve.api.server import ApiServer, bind_sockets
 from streamserve.config import ApiConfig, CacheConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
@@ -79,6 +80,7 @@ class Api:
         max_num_waiting: int = 64,
         generation_config: dict[str, Any] | None = None,
         template: str = "plain",
+        load_text: TextLoader | None = None,
         **config: Any,
     ) -> None:
         self.pace = HeldPace(is_held=is_held)
@@ -111,6 +113,7 @@ class Api:
             max_model_len=MAX_MODEL_LEN,
             generation_config=generation_config,
             wall_clock=lambda: CREATED + 0.5,
+            load_text=load_text,
         )
 
     @property

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from streamserve.errors import EngineDeadError
+from streamserve.engine.null_runner import NullRunner
+from streamserve.errors import DeviceDeadError, EngineDeadError
 from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, events_of, text_of, until
 
 CHAT = "/v1/chat/completions"
@@ -185,6 +186,23 @@ async def test_a_dead_engine_is_503_and_unhealthy():
             api.engine.submit([1], None, request_id="x")
     assert statuses[-1] == 503
     assert (health.status, health.json) == (503, {"status": "dead"})
+
+
+async def test_a_server_whose_device_has_died_ends_and_says_so():
+    class DeadRunner(NullRunner):
+        def launch(self, plan):
+            raise DeviceDeadError("the device thread has died: Panic()")
+
+    api = Api(runner=DeadRunner())
+
+    async def serve():
+        async with api.serving(), asyncio.timeout(10):
+            assert (await api.chat()).status in {500, 503}
+            await api.engine.wait_dead()
+            assert (await api.call("GET", "/health")).status == 503
+
+    with pytest.raises(EngineDeadError, match="no step can run any more"):
+        await serve()
 
 
 async def test_a_batch_is_admitted_whole_or_not_at_all():

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.tokenizer import FastTokenizer
-from streamserve.errors import ModelLoadError
+from streamserve.errors import EngineError, InvalidParameterError, ModelLoadError
 from tests.engine.tokenizers_for_tests import KINDS, TEXTS
 
 ALL = {**KINDS, "bytes": ByteTokenizer}
@@ -151,3 +151,32 @@ def test_the_byte_tokenizer_reads_its_own_special_tokens():
     assert tokenizer.decode([256, 195, 169, 257], skip_special_tokens=False) == "<s>é</s>"
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     assert ByteTokenizer(()).encode("a<s>", add_special_tokens=True) == list(b"a<s>")
+
+
+class Panics:
+    """A backend whose library meets a bug of its own."""
+
+    class PanicException(BaseException):
+        pass
+
+    def __init__(self, backend):
+        self._backend = backend
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def encode_batch_fast(self, *args, **kwargs):
+        raise self.PanicException("index out of bounds")
+
+    def decode(self, *args, **kwargs):
+        raise self.PanicException("index out of bounds")
+
+
+def test_a_panic_of_the_library_is_an_error_of_one_request(monkeypatch):
+    tokenizer = FastTokenizer(Backend.from_str(KINDS["byte_level"]()._backend.to_str()))
+    monkeypatch.setattr(tokenizer, "_backend", Panics(tokenizer._backend))
+    for add_special_tokens in (False, True):
+        with pytest.raises(InvalidParameterError, match="cannot encode"):
+            tokenizer.encode("Hi", add_special_tokens=add_special_tokens)
+    with pytest.raises(EngineError, match="cannot decode"):
+        tokenizer.decode([1, 2])

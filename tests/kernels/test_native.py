@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from streamserve_kernels import Kernels
+from streamserve_kernels.interface import PrefixGroups
 from tests.kernels.conftest import TOLERANCE, native_args, paged_case, threads
 from tests.kernels.test_paged_attention import DECODES, FEATURES, MIXED, features
 from tests.kernels.test_prefix_groups import CHUNKS, options_of, shared_case
@@ -285,3 +288,38 @@ def test_what_attention_cannot_take_is_refused(naive: Kernels, native: Kernels) 
             starts,
             scale=1.0,
         )
+
+
+PLAN: dict[str, list[int] | list[list[int]]] = {
+    "block_table": [[0, 1, 2], [3, 4, 0]],
+    "seq_lens": [40, 17],
+    "query_start_loc": [0, 1, 3],
+}
+SHARED = ([0, 1], [0, 2], [1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"block_table": [[0, 1, 5], [3, 4, 0]]},
+        {"block_table": [[0, 1, 2], [-1, 4, 0]]},
+        {"seq_lens": [49, 17]},
+        {"seq_lens": [40, 1]},  # fewer than it asks with
+        {"query_start_loc": [0, 2, 1]},
+        {"query_start_loc": [1, 1, 3]},
+        {"query_start_loc": [0, 1, 4]},
+        {"groups": ([0, 2], [0, 2], [1])},
+        {"groups": ([0, 1], [0, 3], [1])},
+        {"groups": ([0, 1], [0, 2], [2])},  # more than the second has
+    ],
+    ids=str,
+)
+def test_a_plan_that_names_what_is_not_there_does_not_run(native: Kernels, wrong: dict) -> None:
+    caches = [torch.zeros(5, 2, 16, 64, dtype=torch.bfloat16) for _ in range(2)]
+    query = torch.zeros(3, 4, 64, dtype=torch.bfloat16)
+    for given, fits in (({}, True), (wrong, False), ({}, True)):
+        plan = {**PLAN, "groups": SHARED, **given}
+        groups = PrefixGroups(*(torch.tensor(x, dtype=torch.int32) for x in plan.pop("groups")))
+        tensors = {name: torch.tensor(x, dtype=torch.int32) for name, x in plan.items()}
+        with contextlib.nullcontext() if fits else pytest.raises(IndexError, match="not there"):
+            native.paged_attention(query, *caches, **tensors, scale=1.0, prefix_groups=groups)

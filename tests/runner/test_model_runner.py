@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from streamserve.core.plan import (
     SchedulerOutput,
 )
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.errors import DeviceDeadError
 from streamserve.runner.cuda.build import assemble
 from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve.runner.cuda.step_key import StepLadder
@@ -379,3 +381,24 @@ def test_a_seeded_request_is_the_same_alone_in_company_and_after_preemption(new_
     assert run_alone(new_runner, params, 11, 20, preempt_at=(4, 5, 13)) == expected
     assert run_alone(new_runner, params, 11, 20, preempt_at=(2, 17), company=2) == expected
     assert run_alone(new_runner, params, 12, 20) != expected
+
+
+class Panic(BaseException):
+    """What a library written in another language may raise."""
+
+
+def test_a_device_thread_that_dies_leaves_nobody_waiting(runner, model, caplog):
+    result(runner, prompt_plan(0))
+    model.fail_next = Panic("gone")
+    runner.launch(decode_plan(1, 6, 3))
+    runner.launch(decode_plan(2, 7, 3))
+    futures = []
+    for step_id in (1, 2):
+        with contextlib.suppress(DeviceDeadError):  # raised at once where it has died by now
+            futures.append(runner.sample(step_id))
+    for future in futures:
+        with pytest.raises(DeviceDeadError, match="Panic"):
+            future.result(timeout=10)
+    with pytest.raises(DeviceDeadError):
+        runner.launch(decode_plan(3, 8, 3))
+    assert "has died" in caplog.text

@@ -102,9 +102,12 @@ def test_a_mixed_step_samples_from_logits(runner):
     assert loop(runner, prefix=False).run(mixed) == expected
 
 
-def plan_of(step_id: int, token_ids: list[int], *, sample: bool = True) -> SchedulerOutput:
+def plan_of(
+    step_id: int, token_ids: list[int], *, sample: bool = True, block_id: int | None = None
+) -> SchedulerOutput:
+    block_ids = [step_id % NUM_BLOCKS if block_id is None else block_id]
     request = NewRequest(f"p{step_id}", token_ids, len(token_ids), GREEDY, 0, 0)
-    scheduled = ScheduledRequest(f"p{step_id}", 0, token_ids, [step_id % NUM_BLOCKS], sample, 0)
+    scheduled = ScheduledRequest(f"p{step_id}", 0, token_ids, block_ids, sample, 0)
     return SchedulerOutput(step_id, new_requests=[request], scheduled=[scheduled])
 
 
@@ -141,3 +144,11 @@ def test_a_shared_prefix_is_close_to_solo(runner):
         for a, b in zip(ours, theirs, strict=True)
     ]
     assert sum(same) >= 0.8 * len(same)
+
+
+def test_a_plan_with_a_block_that_is_not_there_raises(runner):
+    runner.launch(plan_of(0, [1, 2, 3], block_id=10**6))
+    with pytest.raises(IndexError, match="not there"):
+        runner.sample(0).result(timeout=20)
+    runner.launch(plan_of(1, [1, 2, 3]))
+    assert len(runner.sample(1).result(timeout=20).sampled_token_ids[0]) == 1

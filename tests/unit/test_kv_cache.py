@@ -422,3 +422,15 @@ def test_an_empty_cache_keeps_no_nodes():
         compute(kv, [i] * 9, salt=str(i))
     assert len(kv._cache._roots) == 1
     assert len(kv._cache._index) == 2
+
+
+def test_a_look_up_that_goes_on_leaves_out_what_was_evicted_meanwhile():
+    kv = KVCacheManager(CacheConfig(num_blocks=12, block_size=BLOCK))
+    compute(kv, list(range(40)))
+    request = make_request(list(range(41)))
+    assert kv.find_prefix(request, 6) is None
+    compute(kv, list(range(100, 132)))  # takes the oldest blocks, deepest first
+    whole = kv.find_prefix(make_request(list(range(41))))
+    assert 0 < whole.num_tokens < 6 * BLOCK
+    assert kv.find_prefix(request) == whole
+    kv.check_integrity()

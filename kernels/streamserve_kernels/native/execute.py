@@ -18,6 +18,7 @@ _PADDING = (0,) * MAX_ARGS
 _STEP = struct.Struct("=16q")
 _NO_GROUPS = (0, 0, 0, 0)
 _OUT_OF_RANGE = -2  # SS_OUT_OF_RANGE
+_BAD_PLAN = -3  # SS_BAD_PLAN
 _DOUBLE, _INT64 = struct.Struct("=d"), struct.Struct("=q")
 
 
@@ -52,15 +53,15 @@ def group_fields(groups: PrefixGroups | None) -> tuple[int, int, int, int]:
 class Executable:
     """A row of instructions and the handle of the program that runs them.
 
-    ``attention`` is (Hq, Hkv, Dv, S, whether one has a window) of its attention instructions, zeros
-    without any. Not for two threads at a time.
+    ``attention`` is (Hq, Hkv, Dv, S, whether one has a window, blocks of the caches) of its
+    attention instructions, zeros without any. Not for two threads at a time.
     """
 
-    def __init__(self, count: int, attention: tuple[int, int, int, int, int] = (0,) * 5) -> None:
+    def __init__(self, count: int, attention: tuple[int, ...] = (0,) * 6) -> None:
         library = load_library()
         assert library is not None, "the backend was chosen without asking why_not()"
         self._instructions = (Instruction * count)()
-        dims = (ctypes.c_int64 * 5)(*attention)
+        dims = (ctypes.c_int64 * 6)(*attention)
         self._free = library.ss_program_free
         self._run = library.ss_run
         self._handle = library.ss_program_new(
@@ -89,11 +90,13 @@ class Executable:
     def run(self, step: bytes, threads: int) -> None:
         """Runs all instructions. Lets go of the interpreter lock.
 
-        Raises MemoryError, or IndexError for a token id or position outside its table: then nothing
-        has run.
+        Raises MemoryError, or IndexError for a token id or position outside its table, and for a
+        block, slot or row that is not there: then nothing has run.
         """
         result = self._run(self._handle, step, threads, self._parallel, self._thread_num)
         if result == _OUT_OF_RANGE:
             raise IndexError("a token id or a position lies outside its embedding")
+        if result == _BAD_PLAN:
+            raise IndexError("the step's plan names blocks, slots or rows that are not there")
         if result:
             raise MemoryError("no memory for the scratch of the native kernels")

@@ -236,9 +236,15 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
 
 @lru_cache(maxsize=64)
 def _attention(
-    num_heads: int, num_kv_heads: int, value_size: int, block_size: int, has_window: bool
+    num_heads: int,
+    num_kv_heads: int,
+    value_size: int,
+    block_size: int,
+    has_window: bool,
+    num_blocks: int,
 ) -> Executable:
-    return Executable(2, (num_heads, num_kv_heads, value_size, block_size, int(has_window)))
+    sizes = (num_heads, num_kv_heads, value_size, block_size, int(has_window), num_blocks)
+    return Executable(2, sizes)
 
 
 def paged_attention(
@@ -293,7 +299,9 @@ def paged_attention(
         double_bits(soft_cap or 0.0),
         0 if sinks is None else sinks.data_ptr(),
     )
-    executable = _attention(num_heads, num_kv_heads, value_size, block_size, bool(window))
+    executable = _attention(
+        num_heads, num_kv_heads, value_size, block_size, bool(window), key_cache.shape[0]
+    )
     executable.set(0, "attend", *args)
     executable.set(1, "attend_merge", *args)
     step = pack_step(

@@ -81,7 +81,7 @@ class Recorder:
         self.max_logits = max_logits
         self.instructions: list[tuple[str, tuple[int, ...]]] = []
         self.keep: list[object] = []  # what the instructions' addresses point to
-        self.attention: tuple[int, int, int, int, int] | None = None
+        self.attention: tuple[int, ...] | None = None
         self._buffers: list[Tensor] = []  # free, to be used again
         self._scratches: dict[int, Scratch] = {}  # by the width of what is quantised there
 
@@ -281,7 +281,9 @@ class Recorder:
         if self.attention is not None and self.attention[:4] != sizes:
             raise NotRecordableError("layers whose attention has other shapes than others'")
         has_window = window is not None or (self.attention is not None and self.attention[4] > 0)
-        self.attention = (*sizes, int(has_window))
+        # A step's blocks must be in every layer's cache.
+        num_blocks = min(key_cache.shape[0], *(self.attention or ())[5:], value_cache.shape[0])
+        self.attention = (*sizes, int(has_window), num_blocks)
         out = self._new(TOKENS, query.tail[0], value_size)
         args = (
             out.address,
@@ -374,7 +376,7 @@ class Recorder:
             cap=soft_cap or 0.0,
         )
         self._add("argmax", token_ids.data_ptr(), best.data_ptr())
-        executable = Executable(len(self.instructions), self.attention or (0,) * 5)
+        executable = Executable(len(self.instructions), self.attention or (0,) * 6)
         for index, (operation, values) in enumerate(self.instructions):
             executable.set(index, operation, *values)
         return RecordedProgram(executable, self.max_tokens, logits, token_ids, self.keep)

@@ -13,6 +13,7 @@ waits for the one event behind the copy of the ids. (It spins in the driver whil
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -38,6 +39,8 @@ from streamserve_kernels import Kernels
 _T = TypeVar("_T")
 
 _IDLE_S = 0.05  # without a plan for so long, the next graph is captured
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,6 @@ class CudaModelRunner:
         self._device = executor.model.device
         self._calls: StepCalls[Callable[[], None]] = StepCalls()
         self._queued: SimpleQueue[_Queued | None] = SimpleQueue()
-        self._failure: BaseException | None = None
         self._threads = [
             threading.Thread(target=work, name=f"streamserve-{name}", daemon=True)
             for name, work in (("device", self._launch_steps), ("results", self._resolve_steps))
@@ -136,8 +138,6 @@ class CudaModelRunner:
 
     def _check_open(self) -> None:
         self._calls.check_open()
-        if self._failure is not None:
-            raise RuntimeError("the device thread has died") from self._failure
 
     def _launch_steps(self) -> None:
         try:
@@ -149,9 +149,8 @@ class CudaModelRunner:
                     elif not self._launch_step(plan):
                         break
         except BaseException as error:
-            self._failure = error
-            self._fail_calls(error)
-            raise
+            logger.critical("the device thread has died", exc_info=error)
+            self._calls.fail(error)
         finally:
             self._queued.put(None)
 
@@ -163,16 +162,6 @@ class CudaModelRunner:
             except queue.Empty:
                 self._executor.capture_next()
         return self._calls.plans.get()
-
-    def _fail_calls(self, error: BaseException) -> None:
-        """No call may wait for ever for a thread that has died."""
-        while True:
-            try:
-                call = self._calls.sample_calls.get_nowait()
-            except queue.Empty:
-                return
-            if call is not None and call.future.set_running_or_notify_cancel():
-                call.future.set_exception(RuntimeError(f"the device thread has died: {error!r}"))
 
     def _launch_step(self, plan: SchedulerOutput) -> bool:
         """Queues a step's forward, then, when it was asked for, its sampling. False: closed."""
@@ -195,6 +184,9 @@ class CudaModelRunner:
         except Exception as error:
             call.future.set_exception(error)
             return True
+        except BaseException as error:
+            call.fail(error)
+            raise
         ended = self._timeline.mark()
         self._queued.put(_Queued(plan, step, drawn, started, ended, call.future))
         return True
@@ -242,6 +234,11 @@ class CudaModelRunner:
                 output = _output(queued)
             except Exception as error:
                 queued.future.set_exception(error)
+            except BaseException as error:
+                logger.critical("the results' thread has died", exc_info=error)
+                self._calls.fail(error)
+                queued.future.set_exception(error)
+                return
             else:
                 queued.future.set_result(output)
 

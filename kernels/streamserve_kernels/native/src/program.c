@@ -26,7 +26,8 @@ typedef struct {
 typedef struct {
     const ss_instruction *instructions;
     int64_t num_instructions;
-    int64_t attention[5];  // Hq, Hkv, Dv, S, whether any has a window; Hq = 0: no attention
+    // Hq, Hkv, Dv, S, whether any has a window, blocks of the caches; Hq = 0: no attention
+    int64_t attention[6];
     // For each instruction: the units finished, then for each thread those taken of its range.
     counter *counters;
     int64_t max_threads;
@@ -40,7 +41,7 @@ typedef struct {
 } region;
 
 // Changes with every change of a structure or of an operation's arguments: library.py checks it.
-int ss_abi(void) { return 3; }
+int ss_abi(void) { return 4; }
 
 void ss_program_free(ss_program *program) {
     if (!program) return;
@@ -111,10 +112,46 @@ static int reset_counters(ss_program *program, int num_threads) {
     return 0;
 }
 
+// Whether a step stays within its tables and caches. Once a step, before anything is written: the
+// operations follow what it says without looking. It costs a pass over what attention reads anyway.
+static int is_sound(const ss_step *step, int64_t block_size, int64_t num_blocks) {
+    const int32_t *starts = step->query_start_loc;
+    int64_t bad = step->num_requests > 0 && starts[0] != 0;
+    for (int64_t r = 0; r < step->num_requests && !bad; r++) {
+        const int64_t length = starts[r + 1] - (int64_t)starts[r];
+        const int64_t used = ss_ceil_div(step->seq_lens[r], block_size);
+        bad |= (length < 0) | (step->seq_lens[r] < length) | (used > step->table_stride);
+        if (bad) break;
+        const int32_t *blocks = step->block_table + r * step->table_stride;
+        int64_t wrong = 0;
+        for (int64_t i = 0; i < used; i++) wrong |= (uint32_t)blocks[i] >= (uint64_t)num_blocks;
+        bad |= wrong;
+    }
+    if (bad || (step->num_requests && starts[step->num_requests] > step->num_tokens)) return 0;
+    if (step->slot_mapping)
+        for (int64_t t = 0; t < step->num_tokens; t++)
+            bad |= step->slot_mapping[t] >= num_blocks * block_size;
+    if (step->logits_indices)
+        for (int64_t i = 0; i < step->num_logits; i++)
+            bad |= (uint64_t)step->logits_indices[i] >= (uint64_t)step->num_tokens;
+    if (step->num_groups) bad |= step->group_starts[0] != 0;
+    for (int64_t g = 0; g < step->num_groups && !bad; g++) {
+        const int64_t first = step->group_starts[g], end = step->group_starts[g + 1];
+        if (first > end || end > step->num_requests || step->group_blocks[g] < 0) return 0;
+        for (int64_t i = first; i < end; i++) {
+            const int64_t member = step->group_members[i];
+            if (member < 0 || member >= step->num_requests) return 0;
+            bad |= step->group_blocks[g] * block_size > step->seq_lens[member];
+        }
+    }
+    return !bad;
+}
+
 static int lay_out_attention(ss_program *program, ss_context *context) {
     const int64_t *dims = program->attention;
     const ss_step *step = context->step;
     if (!dims[0]) return SS_OK;
+    if (!is_sound(step, dims[3], dims[5])) return SS_BAD_PLAN;
     for (int64_t r = 0; r < step->num_requests; r++)
         context->longest = ss_max(context->longest, step->seq_lens[r]);
     if (ss_plan_build(program->plan, step, context->num_threads, dims)) return SS_NO_MEMORY;
@@ -137,7 +174,8 @@ int ss_run(ss_program *program, const ss_step *step, int num_threads, parallel_f
     region r = {program,
                 {step, num_threads, program->plan, program->plan, 0},
                 num_threads > 1 ? thread_num : 0};
-    if (lay_out_attention(program, &r.context)) return SS_NO_MEMORY;
+    const int unsound = lay_out_attention(program, &r.context);
+    if (unsound) return unsound;
     if (reset_counters(program, num_threads)) return SS_NO_MEMORY;
     for (int64_t i = 0; i < program->num_instructions; i++) {
         const ss_instruction *instruction = program->instructions + i;

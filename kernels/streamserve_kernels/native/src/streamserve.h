@@ -45,7 +45,7 @@ typedef struct {
 } ss_instruction;
 
 // What `ss_run` returns. Mirrored by execute.py.
-enum { SS_OK = 0, SS_NO_MEMORY = -1, SS_OUT_OF_RANGE = -2 };
+enum { SS_OK = 0, SS_NO_MEMORY = -1, SS_OUT_OF_RANGE = -2, SS_BAD_PLAN = -3 };
 
 // One operation. `units` says into how many pieces a step's work falls, `run` does one of them;
 // `begin`, where there is one, runs once before the step, on the calling thread. Unless it returns

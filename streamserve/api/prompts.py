@@ -1,0 +1,136 @@
+"""From a request's bytes to token ids: in this process, or, where that would hold up the streams,
+in a worker process, which takes the bytes as they came.
+"""
+
+from __future__ import annotations
+
+import pickle
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from streamserve.api.body import parse_json_object
+from streamserve.api.chat_request import parse_chat_request
+from streamserve.api.completion_request import parse_completion_request
+from streamserve.api.sampling import Common
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.engine.chat_template import ChatTemplate
+from streamserve.engine.preprocess import PromptEncoder
+from streamserve.engine.tokenizer import Tokenizer
+from streamserve.engine.worker_pool import WorkerPool, WorkerTimeoutError
+from streamserve.errors import InvalidParameterError
+
+LONG_BODY = 16 * 2**10
+"""Bytes: shorter bodies hold the interpreter for a small part of a millisecond."""
+
+_TIMEOUT_S = 10.0
+
+Endpoint = Literal["chat", "completion"]
+TextLoader = Callable[[], tuple[Tokenizer, ChatTemplate]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One choice's prompt, and its text where the answer repeats it.
+
+    ``is_tokenized`` says that the ids are our tokenizer's, and not the client's.
+    """
+
+    token_ids: list[int]
+    echo: str = ""
+    is_tokenized: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A parsed request, ready for the engine."""
+
+    common: Common
+    params: SamplingParams
+    prompts: list[Prompt]
+
+
+class PromptReader:
+    """What a worker process does: from a body to ``Work``, which travels pickled."""
+
+    def __init__(self, load: TextLoader, sampling_defaults: Mapping[str, Any]) -> None:
+        self._tokenizer, template = load()
+        self._encoder = PromptEncoder(self._tokenizer, template)
+        self._defaults = sampling_defaults
+
+    def __call__(self, payload: bytes) -> bytes:
+        """``payload``: ``c`` for chat or ``p`` for completions, then the body.
+
+        Raises ``RequestError``.
+        """
+        body = parse_json_object(memoryview(payload)[1:])
+        common, params, prompts = (
+            self._chat(body) if payload[:1] == b"c" else self._completion(body)
+        )
+        packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in prompts]
+        return pickle.dumps((common, params, packed), pickle.HIGHEST_PROTOCOL)
+
+    def _chat(self, body: Mapping[str, Any]) -> tuple[Common, SamplingParams, list[Prompt]]:
+        request = parse_chat_request(body, self._defaults)
+        prompt = self._encoder.chat(
+            request.messages,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            add_special_tokens=request.add_special_tokens,
+            **request.chat_template_kwargs,
+        )
+        return request.common, request.params, [Prompt(prompt.token_ids)]
+
+    def _completion(self, body: Mapping[str, Any]) -> tuple[Common, SamplingParams, list[Prompt]]:
+        request = parse_completion_request(body, self._defaults)
+        prompts: list[Prompt] = []
+        for given in request.prompts:
+            if isinstance(given, str):
+                ids = self._encoder.encode(given, add_special_tokens=request.add_special_tokens)
+                prompts.append(Prompt(ids, given if request.echo else ""))
+            else:
+                echo = self._tokenizer.decode(given) if request.echo else ""
+                prompts.append(Prompt(given, echo, is_tokenized=False))
+        return request.common, request.params, prompts
+
+
+class PromptWorkers:
+    """The processes that read long bodies. Event-loop thread only."""
+
+    def __init__(self, load: TextLoader, sampling_defaults: Mapping[str, Any]) -> None:
+        """``load`` is pickled: each process loads the tokenizer and the template by itself."""
+        factory = partial(PromptReader, load, dict(sampling_defaults))
+        self._pool = WorkerPool(factory)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that there are."""
+        return self._pool.pids
+
+    def start(self) -> None:
+        """Begin to warm a process; bodies may come before it is ready."""
+        self._pool.start()
+
+    async def read(self, endpoint: Endpoint, raw: bytes) -> Work:
+        """Parse, render and tokenise.
+
+        Raises ``RequestError`` for what the client did, the time limit included, and
+        ``EngineError`` if the process dies.
+        """
+        kind, param = (b"c", "messages") if endpoint == "chat" else (b"p", "prompt")
+        try:
+            answer = await self._pool.call(kind + raw, timeout_s=_TIMEOUT_S)
+        except WorkerTimeoutError:
+            raise InvalidParameterError(
+                f"{param} took longer than the limit of {_TIMEOUT_S:g} s to render and tokenise",
+                param=param,
+            ) from None
+        common, params, packed = pickle.loads(answer)
+        prompts = [Prompt(ids.tolist(), echo, is_ours) for ids, echo, is_ours in packed]
+        return Work(common, params, prompts)
+
+    def close(self) -> None:
+        """Kill the processes. Idempotent."""
+        self._pool.close()

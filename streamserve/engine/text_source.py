@@ -1,0 +1,35 @@
+"""Where a tokenizer and a chat template come from: what a worker process loads them by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamserve.engine.byte_tokenizer import ByteTokenizer
+from streamserve.engine.chat_template import ChatTemplate
+from streamserve.engine.tokenizer import FastTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """A checkpoint's directory, and the template to take instead of its own."""
+
+    directory: Path
+    chat_template: str | None = None
+
+    def __call__(self) -> tuple[FastTokenizer, ChatTemplate]:
+        """Load both. Raises ``ModelLoadError`` or ``ConfigError``."""
+        tokenizer = FastTokenizer.from_directory(self.directory)
+        template = ChatTemplate.from_directory(
+            self.directory,
+            override=self.chat_template,
+            special_tokens=tokenizer.special_tokens,
+            has_token=lambda token: tokenizer.token_to_id(token) is not None,
+        )
+        return tokenizer, template
+
+
+def byte_text() -> tuple[ByteTokenizer, ChatTemplate]:
+    """What a run without a checkpoint has."""
+    tokenizer = ByteTokenizer()
+    return tokenizer, ChatTemplate.builtin("plain", special_tokens=tokenizer.special_tokens)

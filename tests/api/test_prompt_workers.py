@@ -1,0 +1,79 @@
+"""Long bodies are read in a worker process, with the same result as here."""
+
+import orjson
+import pytest
+
+from streamserve.api.prompts import LONG_BODY
+from streamserve.engine.text_source import byte_text
+from tests.api.harness import Api, chat_body
+
+PADDING = "x" * LONG_BODY
+
+
+def both():
+    return Api(), Api(load_text=byte_text)
+
+
+async def answers(path, body):
+    """The answer of a server that reads all itself, and of one that has workers."""
+    found = []
+    for api in both():
+        async with api.running():
+            answer = await api.call("POST", path, body)
+            workers = api.app.context.prompt_workers
+            assert workers is None or len(workers.pids) == 1
+            if workers is not None:
+                workers.close()
+        content = answer.json
+        content.pop("id", None)
+        found.append((answer.status, answer.headers.get("x-ignored-fields"), content))
+    return found
+
+
+LONG = [
+    ("/v1/chat/completions", chat_body(max_tokens=3, user=PADDING)),
+    ("/v1/chat/completions", chat_body(max_tokens=3, user=PADDING, frobnicate=1, n=1)),
+    ("/v1/chat/completions", chat_body(max_tokens=3, user=PADDING, model="nobody")),
+    ("/v1/chat/completions", chat_body(messages=[{"role": "user", "content": PADDING}])),
+    ("/v1/chat/completions", chat_body(messages=[{"role": "tool", "content": PADDING}])),
+    ("/v1/chat/completions", chat_body(user=PADDING, temperature=7)),
+    ("/v1/chat/completions", chat_body(user=PADDING, logit_bias={"65": -100}, stop=["c"])),
+    ("/v1/chat/completions", b'{"user": "' + PADDING.encode()),
+    ("/v1/chat/completions", b'["' + PADDING.encode() + b'"]'),
+    ("/v1/completions", {"prompt": ["Hi", "there"], "echo": True, "user": PADDING}),
+    ("/v1/completions", {"prompt": [[65, 66], [67]], "echo": True, "user": PADDING}),
+    ("/v1/completions", {"prompt": [65, 400], "user": PADDING}),
+    ("/v1/completions", {"prompt": PADDING}),
+]
+
+
+@pytest.mark.parametrize("index", range(len(LONG)))
+async def test_a_worker_answers_as_the_server_itself(index):
+    here, there = await answers(*LONG[index])
+    assert here == there
+
+
+async def test_template_arguments_of_a_client_go_to_a_worker():
+    body = chat_body(max_tokens=3, chat_template_kwargs={"enable_thinking": True})
+    here, there = await answers("/v1/chat/completions", body)
+    assert here == there
+    assert here[0] == 200
+
+
+async def test_short_bodies_start_no_process():
+    api = Api(load_text=byte_text)
+    async with api.running():
+        assert (await api.chat(max_tokens=2)).status == 200
+        assert (await api.complete(max_tokens=2)).status == 200
+    assert api.app.context.prompt_workers.pids == []
+
+
+async def test_a_server_starts_a_worker_and_takes_it_along():
+    api = Api(load_text=byte_text)
+    async with api.serving():
+        workers = api.app.context.prompt_workers
+        exchange = await api.call("POST", *LONG[0])
+        assert exchange.status == 200
+        assert len(workers.pids) == 1
+    assert workers.pids == []
+    assert orjson.loads(exchange.body)["usage"]["prompt_tokens"] > 0

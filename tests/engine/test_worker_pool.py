@@ -1,0 +1,126 @@
+"""Worker processes: what they answer, and that none of them holds anybody up or is left behind."""
+
+import asyncio
+import os
+from contextlib import contextmanager
+
+import pytest
+
+from streamserve.engine.worker_pool import WorkerPool, WorkerTimeoutError
+from streamserve.errors import EngineError, InvalidParameterError
+from tests.engine.worker_handlers import Answer, Fails
+
+LONG = 60.0
+
+
+@contextmanager
+def workers(factory=Answer, **options):
+    pool = WorkerPool(factory, **options)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+async def gone(pid):
+    async with asyncio.timeout(LONG):
+        while os.path.exists(f"/proc/{pid}"):
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("size", [0, 10, 3_000_000])
+async def test_answers_come_back_whole(size):
+    with workers() as pool:
+        pool.start()
+        assert await pool.call(b"a" * size, timeout_s=LONG) == b"A" * size
+        [pid] = pool.pids
+        assert await pool.call(b"b", timeout_s=LONG) == b"B"
+        assert pool.pids == [pid]
+
+
+async def test_more_at_once_than_there_are_workers():
+    payloads = [chr(97 + i).encode() * 1000 for i in range(12)]
+    with workers(max_workers=2) as pool:
+        answers = await asyncio.gather(*(pool.call(p, timeout_s=LONG) for p in payloads))
+        assert answers == [p.upper() for p in payloads]
+        assert len(pool.pids) == 2
+
+
+async def test_one_after_the_other_need_one_worker():
+    with workers(max_workers=2) as pool:
+        for _ in range(3):
+            await pool.call(b"a", timeout_s=LONG)
+        assert len(pool.pids) == 1
+
+
+async def test_errors_of_ours_come_through_and_others_are_not_told():
+    with workers() as pool:
+        with pytest.raises(InvalidParameterError, match="not like this") as caught:
+            await pool.call(b"!", timeout_s=LONG)
+        assert (caught.value.param, caught.value.code) == ("prompt", "bad")
+        with pytest.raises(EngineError, match="ValueError") as failed:
+            await pool.call(b"?", timeout_s=LONG)
+        assert "secret" not in str(failed.value)
+        assert await pool.call(b"a", timeout_s=LONG) == b"A"
+
+
+async def test_a_worker_that_runs_away_is_replaced():
+    with workers(max_workers=1) as pool:
+        await pool.call(b"a", timeout_s=LONG)
+        [pid] = pool.pids
+        late = pool.call(b"~", timeout_s=0.01)
+        then = pool.call(b"b", timeout_s=LONG)
+        results = await asyncio.gather(late, then, return_exceptions=True)
+        assert isinstance(results[0], WorkerTimeoutError)
+        assert results[1] == b"B"
+        assert pool.pids != [pid]
+        await gone(pid)
+
+
+async def test_a_worker_that_dies_is_replaced():
+    with workers(max_workers=1) as pool:
+        with pytest.raises(EngineError, match="has died"):
+            await pool.call(b"x", timeout_s=LONG)
+        assert await pool.call(b"a", timeout_s=LONG) == b"A"
+
+
+async def test_a_worker_that_cannot_start_fails_its_work_only():
+    with workers(Fails) as pool:
+        pool.start()
+        for _ in range(2):
+            with pytest.raises(EngineError, match="has died"):
+                await pool.call(b"a", timeout_s=LONG)
+
+
+async def test_work_that_nobody_waits_for_ends_its_worker():
+    with workers(max_workers=1) as pool:
+        await pool.call(b"a", timeout_s=LONG)
+        [pid] = pool.pids
+        task = asyncio.create_task(pool.call(b"~", timeout_s=LONG))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await gone(pid)
+        assert await pool.call(b"b", timeout_s=LONG) == b"B"
+
+
+async def test_closing_leaves_no_process_and_no_waiter():
+    with workers(max_workers=1) as pool:
+        await pool.call(b"a", timeout_s=LONG)
+        [pid] = pool.pids
+        tasks = [asyncio.create_task(pool.call(b"~", timeout_s=LONG)) for _ in range(2)]
+        await asyncio.sleep(0)
+        pool.close()
+        pool.close()
+        for task in tasks:
+            with pytest.raises(EngineError):
+                await task
+        await gone(pid)
+        assert pool.pids == []
+
+
+async def test_closing_while_the_first_worker_starts():
+    with workers() as pool:
+        pool.start()
+        await asyncio.sleep(0)
