@@ -1,0 +1,109 @@
+"""A request's place in its grammar follows from its output ids alone."""
+
+import pytest
+
+from streamserve.core.plan import ScheduledRequest, SchedulerOutput
+from streamserve.core.request import FinishReason, Request, RequestStatus
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.structured_output import GrammarKind, StructuredOutput
+from streamserve.engine.byte_tokenizer import ByteTokenizer
+from streamserve.engine.grammar import Grammars
+from streamserve.engine.grammar_masks import GrammarError, GrammarMasks, RequestMatcher
+
+EOS = 257
+OUTPUT = StructuredOutput(kind=GrammarKind.REGEX, text="ab*c")
+
+
+@pytest.fixture
+async def matcher():
+    grammars = Grammars(ByteTokenizer(), frozenset({EOS}), 258)
+    await grammars.compile(OUTPUT)
+    yield grammars.matcher(OUTPUT)
+    grammars.close()
+
+
+def request(output: bytes = b"", **params) -> Request:
+    made = Request(
+        "r",
+        list(b"prompt"),
+        SamplingParams(structured_output=OUTPUT, max_tokens=50, **params),
+        arrival_time=0.0,
+        seed=0,
+        eos_token_ids=frozenset({EOS}),
+    )
+    made.token_ids.extend(output)
+    return made
+
+
+def allowed(mask: bytes) -> set[int]:
+    return {i for i in range(258) if mask[i >> 3] >> (i & 7) & 1}
+
+
+def plan(output_position: int, *, sample: bool = True) -> SchedulerOutput:
+    row = ScheduledRequest("r", 0, [1], [], sample, output_position)
+    return SchedulerOutput(0, scheduled=[row])
+
+
+async def test_masks_follow_ids_that_came_one_by_one_or_together(matcher):
+    one, late = request(), request(b"abb")
+    masks, other = GrammarMasks(), GrammarMasks()
+    masks.add(one, matcher.deep_copy())
+    other.add(late, matcher.deep_copy())
+    expected = [{97}, {98, 99}, {98, 99}, {98, 99}]
+    for position, ids in enumerate(expected):
+        assert masks.are_known(plan(position))
+        assert not masks.are_known(plan(position + 1))
+        filled, failed = masks.fill(plan(position))
+        assert allowed(filled["r"]) == ids
+        assert not failed
+        one.token_ids.append(b"abb."[position])
+    assert allowed(other.fill(plan(3))[0]["r"]) == {98, 99}
+
+
+async def test_who_samples_nothing_or_has_ended_needs_no_mask(matcher):
+    masks = GrammarMasks()
+    ended = request(b"a")
+    masks.add(ended, matcher)
+    assert masks.are_known(plan(9, sample=False))
+    assert masks.fill(plan(1, sample=False)) == ({}, {})
+    ended.status, ended.finish_reason = RequestStatus.FINISHED, FinishReason.STOP
+    assert masks.are_known(plan(9))
+    assert masks.fill(plan(9)) == ({}, {})
+    masks.drop("r")
+    assert not masks
+
+
+async def test_ids_that_the_grammar_forbids_are_an_error(matcher):
+    masks = GrammarMasks()
+    masks.add(request(b"ax"), matcher)
+    filled, failed = masks.fill(plan(2))
+    assert not filled
+    assert isinstance(failed["r"], GrammarError)
+
+
+async def test_stop_ids_may_come_where_the_answer_is_whole(matcher):
+    whole = RequestMatcher(request(b"abc", stop_token_ids=(1, 98)), matcher.deep_copy())
+    assert allowed(whole.mask()) == {1, 98, EOS}
+    inside = RequestMatcher(request(b"ab", stop_token_ids=(1, 98)), matcher.deep_copy())
+    assert allowed(inside.mask()) == {98, 99}
+
+
+class SlowMatcher:
+    """Takes a second of processor time for each mask, by its own account."""
+
+    def compute_bitmask(self) -> bytes:
+        return bytes(33)
+
+    def is_error(self) -> bool:
+        return False
+
+    def is_accepting(self) -> bool:
+        return False
+
+
+def test_a_grammar_that_is_slow_for_long_is_an_error(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("streamserve.engine.grammar_masks.time.thread_time", lambda: next(clock))
+    slow = RequestMatcher(request(), SlowMatcher())
+    with pytest.raises(GrammarError, match="more than 10 ms"):
+        slow.mask()
