@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum, StrEnum, auto
 
+from streamserve.core.ngram import NgramIndex
 from streamserve.core.sampling_params import SamplingParams
 
 
@@ -37,7 +38,9 @@ class Request:
         |<------- num_computed_tokens (KV written or being written) --->|
 
     ``num_computed_tokens`` moves when a step is *scheduled*; ``num_pending_tokens`` counts tokens
-    that a launched step samples and the host does not know yet.
+    that a launched step samples and the host does not know yet. ``num_draft_tokens`` are guesses
+    that such a step computes behind the known tokens; when it retires, ``num_computed_tokens`` goes
+    back behind those that were right.
 
     Invariant: ``0 <= num_computed_tokens <= num_tokens + num_pending_tokens + num_draft_tokens``.
     """
@@ -57,6 +60,8 @@ class Request:
         "is_in_runner",
         "last_step_id",
         "max_num_tokens",
+        "may_draft",
+        "ngram_index",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_draft_tokens",
@@ -125,6 +130,8 @@ class Request:
         self.block_hashes: list[bytes] = []  # of the leading full blocks of token_ids
         self.computing_hash: bytes | None = None  # the block it computes for others that wait
         self.awaited_hash: bytes | None = None  # the block it waits for while another computes it
+        self.may_draft = True  # not if a step's sample needs what the host makes of the one before
+        self.ngram_index: NgramIndex | None = None  # of its own text, if it speculates
         self.num_free_when_refused = -1  # spare blocks when there was last no room to admit it
 
     @property
