@@ -220,9 +220,10 @@ class Scheduler:
         num_free = seats.num_seats - len(running)
         drafts = None
         if self._speculator is not None:
-            if self._in_flight and self._speculator.should_wait(running):
+            if not self._in_flight:
+                drafts = self._speculator.plan(running, len(running) + min(len(waiting), num_free))
+            elif self._speculator.should_wait(running):
                 return None
-            drafts = self._speculator.plan(running, len(running) + min(len(waiting), num_free))
         prefill = self.pacer.open(running, waiting, num_free, self._clock, drafts)
         step = Step(self._next_step_id, prefill, None if drafts is None else drafts.token_ids)
         contested = waiting and running and overtakes(waiting[0], running[-1])
@@ -250,6 +251,7 @@ class Scheduler:
         self.kv_cache.complete(plan)
         plan.prefix_groups.extend(self.prefix_grouping.update(step))
         self._next_step_id += 1
+        step.overlaps = bool(self._in_flight)
         self._in_flight.append(step)
         return plan
 
@@ -335,6 +337,10 @@ class Scheduler:
         step = self._in_flight.popleft()
         self.kv_cache.retire(step.plan)
         self.pacer.observe(step.plan, output)
+        if self._speculator is not None and output.duration_s is not None:
+            self._speculator.host_time.observe(
+                self._clock(), len(step.requests), output.duration_s, overlaps=step.overlaps
+            )
         updates: list[RequestUpdate] = []
         seats, block_size = self._seats, self.kv_cache.block_size
         logprobs = output.logprobs

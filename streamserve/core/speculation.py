@@ -1,4 +1,4 @@
-"""Whether and how far to draft: as many guesses as make the step yield more tokens per second.
+"""Whether and how far to draft: as many guesses as make the streams faster, none at others' cost.
 
 A request with drafts is computed further than its text is known, and the sampler says how far that
 was right (`streamserve.core.plan.ScheduledRequest`). Which tokens come out does not depend on the
@@ -7,12 +7,19 @@ token is known only when the token is. So there are two questions, both put to t
 
     `should_wait`   a step is in flight: is the next one worth more when its tokens are known?
     `plan`          no token is missing: which drafts, and how many of each request?
+
+What is made largest is the product of the streams' speeds, that is
+
+    Σ log (tokens that a request may expect of the step) - requests · log (seconds of the step)
+
+The sum of the speeds would have one stream that repeats itself slow down all that do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import log, log1p
 
 from streamserve.config import SchedulerConfig, SpeculativeConfig
 from streamserve.core.ngram import NgramIndex
@@ -22,13 +29,16 @@ from streamserve.core.step_time import StepShape, StepTimeModel
 Propose = Callable[[Request, int], list[int]]
 """Guesses at what follows a request's known tokens, at most so many."""
 
-HOST_GAP_S = 0.0002
-"""What a device waits for the host between two steps that do not overlap."""
-_MIN_GAIN = 1.03  # in tokens per second: a prediction is not better than that
+_MIN_GAIN = 0.03  # in that sum: a prediction is not better than that
+_CAUTION = 1.25  # that a step takes longer counts so much more than what it yields
 _MIN_CHANCE = 0.1  # of the first draft: below it nothing is looked at any further
 _MAX_NUM_INDEXED = 2048  # tokens in one step, well under a millisecond: a long text takes several
-_MAX_NUM_TRIED = 16  # every count of drafts up to this one is looked at, then every fourth
-_STRIDE = 4
+_COUNTS = frozenset((1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48))  # of drafts, looked at beside "all"
+_FIRST_ALONE_S = 0.0003  # before any was measured
+_PATIENCE = 4  # steps
+_HOST_RATE = 0.05
+_HOST_BASE = 4  # requests' worth of what the host does for each step, however few there are
+_MAX_HOST_S = 0.005  # above it the engine had nothing to do
 
 
 @dataclass(slots=True)
@@ -50,21 +60,40 @@ class Drafts:
 
 
 class _Candidate:
-    """A request that may draft: where it stands, and how likely its drafts are right.
+    """A request that may draft, where it stands, and what each further draft is worth to it."""
 
-    ``chances[i]``: that draft ``i``, and all before it, are.
-    """
+    __slots__ = ("drafts", "gains", "num_taken", "request", "start")
 
-    __slots__ = ("chances", "drafts", "num_taken", "request", "start")
-
-    def __init__(
-        self, request: Request, start: int, drafts: list[int], chances: list[float]
-    ) -> None:
+    def __init__(self, request: Request, start: int, drafts: list[int], gains: list[float]) -> None:
         self.request = request
         self.start = start
         self.drafts = drafts
-        self.chances = chances
+        self.gains = gains
         self.num_taken = 0
+
+
+class HostTime:
+    """What steps take beyond the device's time: between their ids and the next one's, less that.
+
+    A step that is launched while another is in flight overlaps with the host's work, and this is
+    next to nothing; one that is launched alone waits for it. It grows with the requests.
+    """
+
+    def __init__(self) -> None:
+        self._per_request = [_FIRST_ALONE_S / (1 + _HOST_BASE), 0.0]  # alone, overlapped
+        self._last_retired = 0.0
+
+    def seconds(self, num_requests: int, *, overlaps: bool) -> float:
+        """For a step of so many requests."""
+        return self._per_request[overlaps] * (num_requests + _HOST_BASE)
+
+    def observe(self, now: float, num_requests: int, device_s: float, *, overlaps: bool) -> None:
+        """A step has retired."""
+        host_s = max(now - self._last_retired - device_s, 0.0)
+        self._last_retired = now
+        if host_s < _MAX_HOST_S:
+            error = host_s / (num_requests + _HOST_BASE) - self._per_request[overlaps]
+            self._per_request[overlaps] += _HOST_RATE * error
 
 
 class Speculator:
@@ -79,6 +108,7 @@ class Speculator:
     ) -> None:
         """``propose`` in place of the prompt lookup; how good it is, is not known."""
         self.stats = SpeculationStats()
+        self.host_time = HostTime()
         self._config = speculative
         self._max_num_sampled = config.max_num_sampled
         self._max_num_tokens = config.max_num_batched_tokens
@@ -88,9 +118,22 @@ class Speculator:
         self._model = model
         self._propose = self._look_up if propose is None else propose
         self._num_to_index = 0
+        self._num_refusals = -1
 
     def should_wait(self, running: Iterable[Request]) -> bool:
-        """Whether a step in flight should retire before the next is made, to draft in that one."""
+        """Whether a step in flight should retire before the next is made, to draft in that one.
+
+        While the answer is no, it is asked anew every few steps only.
+        """
+        self._num_refusals += 1
+        if self._num_refusals % _PATIENCE and self._model is not None:
+            return False
+        if self._is_worth_waiting(running):
+            self._num_refusals = -1
+            return True
+        return False
+
+    def _is_worth_waiting(self, running: Iterable[Request]) -> bool:
         self._num_to_index = _MAX_NUM_INDEXED
         num_decodes = num_unknown = decode_context = 0
         candidates: list[_Candidate] = []
@@ -106,14 +149,15 @@ class Speculator:
             num_drafts = self._num_allowed(request, num_tokens)
             index = self._index_of(request)
             if num_drafts and index is not None and index.hit_rate > _MIN_CHANCE:
-                chances = _chances(index.hit_rate, index.continue_rate, num_drafts)
-                candidates.append(_Candidate(request, num_tokens - 1, [], chances))
+                gains = _gains(index.hit_rate, index.continue_rate, num_drafts)
+                candidates.append(_Candidate(request, num_tokens - 1, [], gains))
         if not candidates or self._model is None:
             return False
         shape = StepShape(num_decodes, num_decodes, decode_context)
         room = self._max_num_sampled - num_decodes
-        overlapped = (num_decodes - num_unknown) / self._model.predict(shape)
-        return self._choose(self._model, candidates, shape, room, overlapped, HOST_GAP_S)[0] > 0
+        # What has drafts in flight would sit out a step that is made now: half as many tokens.
+        least = _MIN_GAIN - num_unknown * log(2.0)
+        return self._choose(self._model, candidates, shape, room, least, overlaps=True)[0] > 0
 
     def plan(self, running: Iterable[Request], max_num_requests: int) -> Drafts:
         """The drafts of the step that is made next, with ``max_num_requests`` in it at most.
@@ -135,8 +179,8 @@ class Speculator:
                 continue
             drafts = self._propose(request, num_allowed)
             if drafts:
-                chances = self._chances_of(request, len(drafts))
-                candidates.append(_Candidate(request, num_tokens - 1, drafts, chances))
+                gains = self._gains_of(request, len(drafts))
+                candidates.append(_Candidate(request, num_tokens - 1, drafts, gains))
         shape = StepShape(num_decodes, num_decodes, decode_context)
         room = self._max_num_tokens - num_decodes
         if max_num_requests > num_decodes:
@@ -146,8 +190,9 @@ class Speculator:
             return Drafts(shape=shape)
         if self._model is None:
             return _take_all(candidates, shape, room)
-        plain = num_decodes / self._model.predict(shape)
-        num_taken, with_drafts = self._choose(self._model, candidates, shape, room, plain, 0.0)
+        num_taken, with_drafts = self._choose(
+            self._model, candidates, shape, room, _MIN_GAIN, overlaps=False
+        )
         if not num_taken:
             return Drafts(shape=shape)
         return Drafts(_taken(candidates), num_taken, with_drafts)
@@ -186,11 +231,11 @@ class Speculator:
         index = self._index_of(request)
         return [] if index is None else index.draft(request.token_ids, num_tokens)
 
-    def _chances_of(self, request: Request, num_drafts: int) -> list[float]:
+    def _gains_of(self, request: Request, num_drafts: int) -> list[float]:
         index = request.ngram_index
         if index is None:
-            return [1.0] * num_drafts
-        return _chances(index.hit_rate_when_found, index.continue_rate, num_drafts)
+            return _gains(1.0, 1.0, num_drafts)
+        return _gains(index.hit_rate_when_found, index.continue_rate, num_drafts)
 
     def _choose(
         self,
@@ -198,40 +243,49 @@ class Speculator:
         candidates: Sequence[_Candidate],
         shape: StepShape,
         room: int,
-        least_rate: float,
-        overhead_s: float,
+        least: float,
+        *,
+        overlaps: bool,
     ) -> tuple[int, StepShape]:
-        """Take the likeliest drafts, as many as give the most tokens per second.
+        """Take the drafts that are worth most, as many as gain most.
 
-        Returns how many that are, and the shape of the step with them: 0 unless they give clearly
-        more than ``least_rate``. Sets the candidates' ``num_taken``.
+        Returns how many that are, 0 unless they gain more than ``least`` over a step without them,
+        which ``overlaps`` or not; and the shape with them. Sets the candidates' ``num_taken``.
         """
+        num_requests = shape.num_sampled
+        host_s = self.host_time.seconds(num_requests, overlaps=False)
+        before_s = model.predict(shape) + self.host_time.seconds(num_requests, overlaps=overlaps)
         order = sorted(
-            (-chance, place, i)
+            (-gain, place, i)
             for i, candidate in enumerate(candidates)
-            for place, chance in enumerate(candidate.chances)
+            for place, gain in enumerate(candidate.gains)
         )
         num_best, best_shape = 0, shape
-        best_rate = least_rate * _MIN_GAIN
-        num_tokens = float(shape.num_sampled)
-        for count, (minus_chance, place, i) in enumerate(order[:room], 1):
-            num_tokens -= minus_chance
+        num_possible = min(len(order), room)
+        gain = 0.0
+        for count, (minus_gain, place, i) in enumerate(order[:room], 1):
+            gain -= minus_gain
             shape = _with_draft(shape, candidates[i].start, place)
-            if count > _MAX_NUM_TRIED and count % _STRIDE:
+            if count not in _COUNTS and count != num_possible:
                 continue
-            seconds = model.predict(shape) + overhead_s
-            if seconds <= self._max_step_s and num_tokens > best_rate * seconds:
-                num_best, best_shape, best_rate = count, shape, num_tokens / seconds
+            seconds = model.predict(shape) + host_s
+            total = gain - _CAUTION * num_requests * log(seconds / before_s)
+            if total > least and seconds <= self._max_step_s:
+                num_best, best_shape, least = count, shape, total
         for _, _, i in order[:num_best]:
             candidates[i].num_taken += 1
         return num_best, best_shape
 
 
-def _chances(first: float, then: float, count: int) -> list[float]:
-    chances = [first]
-    while len(chances) < count:
-        chances.append(chances[-1] * then)
-    return chances
+def _gains(first: float, then: float, count: int) -> list[float]:
+    """What each draft adds to the log of the tokens to expect, if they are right so often."""
+    gains: list[float] = []
+    num_tokens, chance = 1.0, first
+    for _ in range(count):
+        gains.append(log1p(chance / num_tokens))
+        num_tokens += chance
+        chance *= then
+    return gains
 
 
 def _with_draft(shape: StepShape, start: int, place: int) -> StepShape:

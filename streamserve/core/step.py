@@ -12,7 +12,7 @@ from streamserve.core.request import Request
 class Step:
     """A plan and the requests of its ``scheduled``, in the same order."""
 
-    __slots__ = ("drafts", "is_blocked", "plan", "preempted", "prefill", "requests")
+    __slots__ = ("drafts", "is_blocked", "overlaps", "plan", "preempted", "prefill", "requests")
 
     def __init__(
         self, step_id: int, prefill: PrefillBudget, drafts: Mapping[str, list[int]] | None = None
@@ -21,6 +21,7 @@ class Step:
         self.requests: list[Request] = []
         self.prefill = prefill  # what is left for prompts
         self.drafts = drafts  # by request id, where there is room for them
+        self.overlaps = False  # another step was in flight when it was launched
         self.is_blocked = False  # somebody waits for blocks: nobody behind may take any
         self.preempted = False  # somebody lost the seat: nobody waiting takes one in this step
 
