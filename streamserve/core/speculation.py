@@ -120,13 +120,15 @@ class Speculator:
         self._num_to_index = 0
         self._num_refusals = -1
 
-    def should_wait(self, running: Iterable[Request]) -> bool:
+    def should_wait(self, running: Sequence[Request]) -> bool:
         """Whether a step in flight should retire before the next is made, to draft in that one.
 
-        While the answer is no, it is asked anew every few steps only.
+        While the answer is no, it is thought over again after a few steps only, the more there are
+        to ask the later: it costs some microseconds for each.
         """
         self._num_refusals += 1
-        if self._num_refusals % _PATIENCE and self._model is not None:
+        period = max(len(running), _PATIENCE)
+        if self._num_refusals % period and self._model is not None:
             return False
         if self._is_worth_waiting(running):
             self._num_refusals = -1

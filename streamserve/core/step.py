@@ -46,7 +46,7 @@ class Step:
                 # A pending token is always alone: nothing before it is left to compute.
                 token_ids[start:end] if start < num_known else [PENDING_TOKEN],
                 new_block_ids,
-                1 if end == num_total else 0,
+                end == num_total,
                 num_total - request.num_prompt_tokens,
             ),
         )
