@@ -40,6 +40,28 @@ class CacheConfig:
         return self.num_blocks * self.block_size
 
 
+MAX_DRAFTING_ROWS = 64
+"""Rows that drafts may add to what a runner must be able to sample in one step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """Drafts by prompt lookup: what followed the text's last tokens when they last occurred.
+
+    At most ``num_speculative_tokens`` for a request and step; the n-grams that are looked up have
+    ``prompt_lookup_min`` to ``prompt_lookup_max`` tokens.
+    """
+
+    num_speculative_tokens: int
+    prompt_lookup_min: int
+    prompt_lookup_max: int
+
+    def __post_init__(self) -> None:
+        _at_least("num_speculative_tokens", self.num_speculative_tokens, 1)
+        _at_least("prompt_lookup_min", self.prompt_lookup_min, 1)
+        _at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """One step's budget and the order in which requests are served."""
@@ -53,6 +75,18 @@ class SchedulerConfig:
     max_steps_in_flight: int = 1
     enable_cascade_attention: bool = True
     cascade_overhead_tokens: int = 32  # what splitting one request costs, in tokens of KV read
+    speculative: SpeculativeConfig | None = None
+
+    @property
+    def max_num_sampled(self) -> int:
+        """Rows that may be sampled in one step: one for each seat, or more where there are drafts.
+
+        Speculation is for small batches: with many seats, drafts take what the requests leave.
+        """
+        if self.speculative is None:
+            return self.max_num_seqs
+        rows = self.max_num_seqs * (1 + self.speculative.num_speculative_tokens)
+        return max(self.max_num_seqs, min(rows, MAX_DRAFTING_ROWS))
 
     def __post_init__(self) -> None:
         _at_least("max_model_len", self.max_model_len, 2)

@@ -23,6 +23,7 @@ from streamserve.core.clock import Clock
 from streamserve.core.histogram import Counts
 from streamserve.core.pacing_stats import PacingStats
 from streamserve.core.request import FinishReason
+from streamserve.core.speculation import SpeculationStats
 from streamserve.engine.async_engine import AsyncEngine
 
 PREFIX = "streamserve:"
@@ -184,6 +185,7 @@ class MetricsCollector(Collector):
                 "KV tokens that members of a step's prefix groups share and need not read again.",
                 stats.kv_tokens_saved,
             ),
+            *_speculation_counters(stats.speculation),
             ("num_preemptions", "Requests that gave their seat up.", stats.num_preemptions),
             ("engine_steps", "Steps of the engine.", stats.num_steps),
             (
@@ -251,6 +253,18 @@ class MetricsCollector(Collector):
         for i, sample in enumerate(family.samples):
             family.samples[i] = sample._replace(labels={**self._model, **sample.labels})
         return family
+
+
+def _speculation_counters(stats: SpeculationStats) -> tuple[tuple[str, str, float], ...]:
+    return (
+        ("spec_decode_num_drafts", "Drafts of a request in a step.", stats.num_drafts),
+        ("spec_decode_num_draft_tokens", "Tokens that were drafted.", stats.num_draft_tokens),
+        (
+            "spec_decode_num_accepted_tokens",
+            "Drafted tokens that were what the model would have sampled.",
+            stats.num_accepted_tokens,
+        ),
+    )
 
 
 class MetricsRegistry:

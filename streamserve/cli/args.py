@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from streamserve import __version__
 from streamserve.cli.device_flags import GPU_DEFAULTS, default_text
+from streamserve.cli.speculative import parse_speculative_config
 from streamserve.config import POLICIES
 from streamserve.errors import ConfigError
 
@@ -167,6 +168,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         " and a new prompt waits for one step more (default: on)",
     )
     group.add_argument(
+        "--speculative-config",
+        metavar="JSON",
+        help="draft tokens by prompt lookup, where that is predicted to pay: "
+        '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, '
+        '"prompt_lookup_max": 4}; the answers stay the same (default: none; not on a GPU)',
+    )
+    group.add_argument(
         "--disable-cascade-attn",
         action="store_true",
         help="let each request read its whole KV, also what others share with it",
@@ -315,6 +323,8 @@ def check_flags(args: Namespace) -> None:
         raise ConfigError(
             f"--quantization must be one of {', '.join(QUANTIZATIONS)}, got {args.quantization!r}"
         )
+    if args.speculative_config is not None:
+        parse_speculative_config(args.speculative_config)
     utilization = args.gpu_memory_utilization
     if utilization is not None and not 0.0 < utilization <= 1.0:
         raise ConfigError(

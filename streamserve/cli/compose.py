@@ -13,6 +13,7 @@ import torch
 from streamserve.cli.args import model_name
 from streamserve.cli.device_flags import resolve_device_flags
 from streamserve.cli.model_setup import ModelBuilder, ModelSetup, Say
+from streamserve.cli.speculative import parse_speculative_config
 from streamserve.config import CacheConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
@@ -135,6 +136,11 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
         max_steps_in_flight=2 if args.async_scheduling else 1,
         enable_cascade_attention=not args.disable_cascade_attn,
         itl_target_ms=args.itl_target_ms,
+        speculative=(
+            None
+            if args.speculative_config is None
+            else parse_speculative_config(args.speculative_config)
+        ),
     )
     return ModelSetup(
         args=args,

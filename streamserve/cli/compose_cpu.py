@@ -32,6 +32,7 @@ class CpuBuilder:
             self._memory,
             max_num_batched_tokens=self._setup.scheduler.max_num_batched_tokens,
             kv_caches=self._kv_caches,
+            max_num_sampled=self._setup.scheduler.max_num_sampled,
         )
         return BuiltModel(runner, profile, self._memory)
 
@@ -42,7 +43,7 @@ def _plan(setup: ModelSetup) -> MemoryPlan:
         available=available_cpu_memory(),
         weight_bytes=config.weight_bytes(setup.dtype, args.quantization),
         step_buffer_bytes=step_buffer_bytes(
-            config.spec, setup.dtype, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+            config.spec, setup.dtype, scheduler.max_num_batched_tokens, scheduler.max_num_sampled
         ),
         kv_bytes_per_block=kv_bytes_per_block(config.spec, args.block_size, setup.dtype),
         block_size=args.block_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -48,17 +48,28 @@ class ScheduledRequest(NamedTuple):
     """One request's share of a step. A tuple: one is made per request and step.
 
     ``token_ids`` are computed at positions ``start, start + 1, …``. ``new_block_ids`` are appended
-    to the request's block table, which starts empty with its ``NewRequest``. With ``sample``, the
-    logits of the last token are sampled, as output position ``output_position`` (0 is the first
-    generated token): it keys the random draw.
+    to the request's block table, which starts empty with its ``NewRequest``.
+
+    The last ``sample`` tokens' logits are sampled: none, one, or with drafts several. The first of
+    these samples has output position ``output_position`` (0 is the first generated token), the next
+    ones follow: it keys the random draw. The last ``sample - 1`` of ``token_ids`` are drafts, each
+    a guess at the sample of the token before it; `num_kept` of the samples count.
     """
 
     request_id: str
     start: int
     token_ids: list[int]
     new_block_ids: list[int]
-    sample: bool
+    sample: int
     output_position: int
+
+    def num_kept(self, samples: Sequence[int]) -> int:
+        """How many of a step's ``samples`` count: up to the first that differs from its draft."""
+        first_draft = len(self.token_ids) - self.sample + 1
+        for i, draft in enumerate(self.token_ids[first_draft:]):
+            if samples[i] != draft:
+                return i + 1
+        return self.sample
 
 
 class PrefixGroup(NamedTuple):
@@ -117,7 +128,8 @@ class TokenLogprobs:
 class ModelRunnerOutput:
     """What one step sampled, in the order of ``SchedulerOutput.scheduled``.
 
-    An entry of ``sampled_token_ids`` is empty where the plan did not ask for a sample.
+    An entry of ``sampled_token_ids`` is empty where the plan did not ask for a sample; it holds
+    several where drafts were right.
     ``logprobs`` is ``None`` when nobody asked; else an entry is empty for those who did not.
     ``duration_s`` is how long the device worked on the step, waits for the host left out; ``None``
     from a runner that does not measure.

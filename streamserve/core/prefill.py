@@ -15,6 +15,7 @@ from streamserve.core.clock import Clock
 from streamserve.core.pacing_stats import PacingStats
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
 from streamserve.core.request import Request
+from streamserve.core.speculation import Drafts
 from streamserve.core.step_time import StepShape, StepTimeModel, shape_of
 
 _by_key = attrgetter("sort_key")
@@ -38,11 +39,12 @@ MAX_PROMPTS_COUNTED = 32
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """A step that was measured. ``chunk_tokens`` are those of prompts."""
+    """A step that was measured. ``chunk_tokens`` are those of prompts, without drafts."""
 
     step_id: int
     num_tokens: int
     chunk_tokens: int
+    draft_tokens: int
     predicted_s: float
     actual_s: float
 
@@ -117,8 +119,12 @@ class PrefillPacer:
         waiting: Sequence[Request],
         num_free_seats: int,
         clock: Clock,
+        drafts: Drafts | None = None,
     ) -> PrefillBudget:
-        """The budget of a step that sets a token aside for each request that needs only one."""
+        """The budget of a step that sets a token aside for each request that needs only one.
+
+        And for each of their ``drafts``: what the decodes take, they take with them.
+        """
         num_decodes = decode_context = 0
         prompts: list[Request] = []
         for request in running:
@@ -129,6 +135,10 @@ class PrefillPacer:
             else:
                 prompts.append(request)
         shape = StepShape(num_decodes, num_decodes, decode_context)
+        num_taken = num_decodes
+        if drafts is not None:
+            shape = drafts.shape
+            num_taken += drafts.num_tokens
         model = self._model if num_decodes and (prompts or waiting) else None
         limit_s = 0.0
         if model is not None:
@@ -136,7 +146,7 @@ class PrefillPacer:
             max_stretch = max((len(prompts) + num_seated) / num_decodes, MAX_STRETCH)
             prompts += waiting[: max(min(num_seated, MAX_PROMPTS_COUNTED), 1)]
             limit_s = self._limit_s(model, model.predict(shape), prompts, max_stretch, clock())
-        return PrefillBudget(max(self._max_tokens - num_decodes, 0), model, shape, limit_s)
+        return PrefillBudget(max(self._max_tokens - num_taken, 0), model, shape, limit_s)
 
     def _limit_s(
         self, model: StepTimeModel, decode_s: float, prompts: list[Request], most: float, now: float
@@ -162,11 +172,14 @@ class PrefillPacer:
         if self._model is None or seconds is None or not plan.scheduled:
             return
         shape = shape_of(plan)
-        chunk_tokens = sum([len(s.token_ids) for s in plan.scheduled if len(s.token_ids) > 1])
+        chunk_tokens = sum(
+            [len(s.token_ids) for s in plan.scheduled if len(s.token_ids) > 1 >= s.sample]
+        )
+        draft_tokens = sum([s.sample - 1 for s in plan.scheduled if s.sample > 1])
         predicted = self._model.predict(shape)
-        self._model.observe(shape, seconds)
+        self._model.observe(shape, seconds, has_prompt=chunk_tokens > 0 or not draft_tokens)
         self.last_report = StepReport(
-            plan.step_id, shape.num_tokens, chunk_tokens, predicted, seconds
+            plan.step_id, shape.num_tokens, chunk_tokens, draft_tokens, predicted, seconds
         )
         self.stats.step_time.observe(seconds)
         self.stats.step_time_ratio.observe(seconds / predicted)

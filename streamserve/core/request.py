@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from enum import Enum, StrEnum, auto
 
 from streamserve.core.block_pool import PrefixNode
+from streamserve.core.ngram import NgramIndex
 from streamserve.core.sampling_params import SamplingParams
 
 
@@ -38,7 +39,9 @@ class Request:
         |<------- num_computed_tokens (KV written or being written) --->|
 
     ``num_computed_tokens`` moves when a step is *scheduled*; ``num_pending_tokens`` counts tokens
-    that a launched step samples and the host does not know yet.
+    that a launched step samples and the host does not know yet. ``num_draft_tokens`` are guesses
+    that such a step computes behind the known tokens; when it retires, ``num_computed_tokens`` goes
+    back behind those that were right.
 
     Invariant: ``0 <= num_computed_tokens <= num_tokens + num_pending_tokens + num_draft_tokens``.
     """
@@ -59,6 +62,8 @@ class Request:
         "last_step_id",
         "matched_nodes",
         "max_num_tokens",
+        "may_draft",
+        "ngram_index",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_draft_tokens",
@@ -128,6 +133,9 @@ class Request:
         self.matched_nodes: list[PrefixNode] = []  # while it waits: of its leading cached blocks
         self.computing_hash: bytes | None = None  # the block it computes for others that wait
         self.awaited_hash: bytes | None = None  # the block it waits for while another computes it
+        # A grammar's mask is made by the host, of the tokens before it: for one position only.
+        self.may_draft = sampling_params.structured_output is None
+        self.ngram_index: NgramIndex | None = None  # of its own text, if it speculates
         self.num_free_when_refused = -1  # spare blocks when there was last no room to admit it
 
     @property

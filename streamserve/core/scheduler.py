@@ -25,6 +25,7 @@ from streamserve.core.prefix_groups import PrefixGrouping, check_groups
 from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.seats import Seats
+from streamserve.core.speculation import Propose, SpeculationStats, Speculator
 from streamserve.core.step import Step
 from streamserve.core.step_time import StepTimeModel
 from streamserve.core.stopping import append_tokens
@@ -61,8 +62,11 @@ class Scheduler:
         kv_cache: KVCacheManager,
         clock: Clock,
         step_time: StepTimeModel | None = None,
+        propose: Propose | None = None,
     ) -> None:
-        """Without ``step_time``, chunks are sized by the token budget alone."""
+        """Without ``step_time``, chunks are sized by the token budget alone, and every draft is
+        tried. ``propose``: drafts from elsewhere, where ``config.speculative`` asks for some.
+        """
         self.config = config
         self.pacer = PrefillPacer(config, step_time)
         self.kv_cache = kv_cache
@@ -76,6 +80,11 @@ class Scheduler:
         num_seats = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._seats = Seats(num_seats, kv_cache, self._policy)
         self._admission = Admission(self._seats, kv_cache, self._policy, clock, self._in_flight)
+        self._speculator = (
+            None
+            if config.speculative is None
+            else Speculator(config, config.speculative, step_time, propose)
+        )
         self._next_step_id = 0
         self._arrivals = count()
 
@@ -93,6 +102,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests without a seat, preempted ones among them."""
         return len(self._seats.waiting)
+
+    @property
+    def speculation_stats(self) -> SpeculationStats:
+        """What was drafted, and how much of it was right."""
+        return SpeculationStats() if self._speculator is None else self._speculator.stats
 
     @property
     def num_steps_in_flight(self) -> int:
@@ -204,7 +218,14 @@ class Scheduler:
         seats, overtakes = self._seats, self._policy.overtakes
         running, waiting = seats.running, seats.waiting
         num_free = seats.num_seats - len(running)
-        step = Step(self._next_step_id, self.pacer.open(running, waiting, num_free, self._clock))
+        drafts = None
+        if self._speculator is not None:
+            if not self._in_flight:
+                drafts = self._speculator.plan(running, len(running) + min(len(waiting), num_free))
+            elif self._speculator.should_wait(running):
+                return None
+        prefill = self.pacer.open(running, waiting, num_free, self._clock, drafts)
+        step = Step(self._next_step_id, prefill, None if drafts is None else drafts.token_ids)
         contested = waiting and running and overtakes(waiting[0], running[-1])
         index = 0
         while index < len(running):
@@ -230,6 +251,7 @@ class Scheduler:
         self.kv_cache.complete(plan)
         plan.prefix_groups.extend(self.prefix_grouping.update(step))
         self._next_step_id += 1
+        step.overlaps = bool(self._in_flight)
         self._in_flight.append(step)
         return plan
 
@@ -240,6 +262,7 @@ class Scheduler:
         if num_pending and (
             num_known + num_pending >= request.max_num_tokens  # its last token is in flight
             or request.last_step_id != step.plan.step_id - 1  # not the previous step's sample
+            or request.num_draft_tokens  # nobody knows yet where it stands
         ):
             return
         if request.request_id in self._seats.yielding:
@@ -250,6 +273,8 @@ class Scheduler:
             num_new = 0 if step.prefill.is_spent else step.prefill.grant(start, num_left)
             if not num_new:
                 return
+        elif step.drafts and self._continue_with_drafts(request, step):
+            return
         num_slots = len(request.block_table) * self.kv_cache.block_size
         new_block_ids: list[int] = []
         if start + num_new > num_slots or not request.is_in_runner:
@@ -260,6 +285,30 @@ class Scheduler:
         if num_left > 1:
             step.prefill.take(start, num_new, samples=num_new == num_left)
         step.add(request, num_new, new_block_ids)
+
+    def _continue_with_drafts(self, request: Request, step: Step) -> bool:
+        """As `_continue` for a request with drafts. ``False``: it has none, or no room for any.
+
+        Drafts take blocks that nobody is about to need; nobody makes room for them.
+        """
+        drafts = None if step.drafts is None else step.drafts.get(request.request_id)
+        if not drafts or not request.is_in_runner:
+            return False
+        num_slots = len(request.block_table) * self.kv_cache.block_size
+        room = num_slots - request.num_computed_tokens - 1
+        new_block_ids: list[int] = []
+        if len(drafts) > room:
+            num_spare = self.kv_cache.num_free_blocks - len(self._seats.running)
+            num_missing = -(-(len(drafts) - room) // self.kv_cache.block_size)
+            if step.is_blocked or num_missing > num_spare:
+                drafts = drafts[: max(room, 0)]
+            else:
+                allocated = self.kv_cache.allocate_slots(request, 1 + len(drafts))
+                assert allocated is not None
+                new_block_ids = allocated
+        if drafts:
+            step.add_drafts(request, drafts, new_block_ids)
+        return bool(drafts)
 
     def _allocate(self, request: Request, num_new: int, step: Step) -> list[int] | None:
         """Blocks for a running request, at the cost of those behind it; ``None``: not now."""
@@ -288,6 +337,10 @@ class Scheduler:
         step = self._in_flight.popleft()
         self.kv_cache.retire(step.plan)
         self.pacer.observe(step.plan, output)
+        if self._speculator is not None and output.duration_s is not None:
+            self._speculator.host_time.observe(
+                self._clock(), len(step.requests), output.duration_s, overlaps=step.overlaps
+            )
         updates: list[RequestUpdate] = []
         seats, block_size = self._seats, self.kv_cache.block_size
         logprobs = output.logprobs
@@ -295,6 +348,8 @@ class Scheduler:
         for i, (request, (_, start, token_ids, _, sample, _), sampled_ids) in enumerate(rows):
             request.num_steps_in_flight -= 1
             end = start + len(token_ids)
+            if sample > 1:
+                end -= self._settle_drafts(request, sample, len(sampled_ids))
             if not request.has_failed_step:
                 request.num_written_tokens = end
             if request.status is RequestStatus.FINISHED:
@@ -315,6 +370,15 @@ class Scheduler:
             if seats.yielding:
                 seats.step_retired(request)
         return updates
+
+    def _settle_drafts(self, request: Request, num_sampled: int, num_right: int) -> int:
+        """Go back behind the drafts that were right; returns how many were not."""
+        assert self._speculator is not None
+        num_wrong = num_sampled - num_right
+        request.num_computed_tokens -= num_wrong
+        request.num_draft_tokens = 0
+        self._speculator.verified(num_sampled - 1, num_right - 1)
+        return num_wrong
 
     def fail_step(self, step_id: int) -> list[Request]:
         """Retire a step that raised; returns its requests, finished with ``ERROR`` just now.

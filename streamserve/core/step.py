@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from streamserve.core.plan import PENDING_TOKEN, NewRequest, ScheduledRequest, SchedulerOutput
 from streamserve.core.prefill import PrefillBudget
 from streamserve.core.request import Request
@@ -10,12 +12,16 @@ from streamserve.core.request import Request
 class Step:
     """A plan and the requests of its ``scheduled``, in the same order."""
 
-    __slots__ = ("is_blocked", "plan", "preempted", "prefill", "requests")
+    __slots__ = ("drafts", "is_blocked", "overlaps", "plan", "preempted", "prefill", "requests")
 
-    def __init__(self, step_id: int, prefill: PrefillBudget) -> None:
+    def __init__(
+        self, step_id: int, prefill: PrefillBudget, drafts: Mapping[str, list[int]] | None = None
+    ) -> None:
         self.plan = SchedulerOutput(step_id)
         self.requests: list[Request] = []
         self.prefill = prefill  # what is left for prompts
+        self.drafts = drafts  # by request id, where there is room for them
+        self.overlaps = False  # another step was in flight when it was launched
         self.is_blocked = False  # somebody waits for blocks: nobody behind may take any
         self.preempted = False  # somebody lost the seat: nobody waiting takes one in this step
 
@@ -51,6 +57,31 @@ class Step:
         request.num_steps_in_flight += 1
         if end == num_total:
             request.num_pending_tokens += 1
+
+    def add_drafts(self, request: Request, drafts: list[int], new_block_ids: list[int]) -> None:
+        """As `add` for a request's last known token, with guesses at those that follow it."""
+        start = request.num_computed_tokens
+        token_ids = request.token_ids
+        num_known = len(token_ids)
+        assert start == num_known - 1
+        assert not request.num_pending_tokens
+        num_sampled = 1 + len(drafts)
+        self.plan.scheduled.append(
+            ScheduledRequest(
+                request.request_id,
+                start,
+                [token_ids[start], *drafts],
+                new_block_ids,
+                num_sampled,
+                num_known - request.num_prompt_tokens,
+            )
+        )
+        self.requests.append(request)
+        request.num_computed_tokens = start + num_sampled
+        request.num_draft_tokens = len(drafts)
+        request.num_pending_tokens = 1
+        request.last_step_id = self.plan.step_id
+        request.num_steps_in_flight += 1
 
 
 def _new_request(request: Request) -> NewRequest:

@@ -132,11 +132,14 @@ class StepTimeModel:
         rest = self._rest.value(_features(shape))
         return self._speed * (self._row_times.slope * num_tokens + rest)
 
-    def observe(self, shape: StepShape, seconds: float) -> None:
-        """Learn what a step of this shape took."""
+    def observe(self, shape: StepShape, seconds: float, *, has_prompt: bool = True) -> None:
+        """Learn what a step of this shape took.
+
+        Without ``has_prompt``, chunks are drafts: they say nothing of how prompts are predicted.
+        """
         predicted = self.predict(shape)
         ratio = seconds / predicted
-        if shape.prefill_pairs and shape.decode_context:
+        if has_prompt and shape.prefill_pairs and shape.decode_context:
             self._errors.add(ratio - 1.0)
         plain = predicted / self._speed
         features = _features(shape)

@@ -273,6 +273,7 @@ class AsyncEngine:
             kv_tokens_saved=scheduler.prefix_grouping.num_saved_tokens,
             num_compilations=self._runner.num_compilations,
             pacing=scheduler.pacer.stats,
+            speculation=scheduler.speculation_stats,
         )
 
     # The step loop.

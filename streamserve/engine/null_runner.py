@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
-from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from streamserve.core.plan import (
+    ModelRunnerOutput,
+    ScheduledRequest,
+    SchedulerOutput,
+    TokenLogprobs,
+)
 
 Pace = Callable[[Callable[[], None]], None]
 """Called with ``resolve`` for every step, on the event loop; calls it when the step may end."""
@@ -82,7 +87,9 @@ class NullRunner:
     def _output_of(self, plan: SchedulerOutput, masks: Mapping[str, bytes]) -> ModelRunnerOutput:
         keys, ids, size = self._keys, self._token_ids, len(self._token_ids)
         sampled = [
-            [ids[(keys[s.request_id] + s.output_position) % size]] if s.sample else []
+            [ids[(keys[s.request_id] + s.output_position) % size]]
+            if s.sample == 1
+            else self._verified(s)
             for s in plan.scheduled
         ]
         for i, scheduled in enumerate(plan.scheduled) if masks else ():
@@ -95,6 +102,12 @@ class NullRunner:
                 for s, token_ids in zip(plan.scheduled, sampled, strict=True)
             ]
         return ModelRunnerOutput(plan.step_id, sampled, logprobs)
+
+    def _verified(self, scheduled: ScheduledRequest) -> list[int]:
+        """The samples that count of a request without any, or with drafts."""
+        ids, first = self._token_ids, self._keys[scheduled.request_id] + scheduled.output_position
+        samples = [ids[(first + i) % len(ids)] for i in range(scheduled.sample)]
+        return samples[: scheduled.num_kept(samples)]
 
     def _logprobs_of(self, token_ids: list[int], num_top: int | None) -> list[TokenLogprobs]:
         """The sampled token is certain; the others listed are the lowest ids, as good as never."""

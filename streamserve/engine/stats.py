@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamserve.core.pacing_stats import PacingStats
+from streamserve.core.speculation import SpeculationStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,3 +27,4 @@ class EngineStats:
     kv_tokens_saved: int  # not read again, as requests of a step share them
     num_compilations: int  # of kernels, by this process
     pacing: PacingStats
+    speculation: SpeculationStats

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from streamserve.core.step_time import StepProfile
@@ -36,16 +38,21 @@ def build_runner(
     max_num_batched_tokens: int,
     kv_caches: KVCache | None = None,
     transfer: KVTransfer | None = None,
+    max_num_sampled: int | None = None,
 ) -> tuple[TorchModelRunner, StepProfile]:
     """Makes the step buffers, and a touched KV cache if none is given; starts and warms the runner.
 
-    A ``transfer`` is one between these ``kv_caches`` and host memory.
+    A ``transfer`` is one between these ``kv_caches`` and host memory. ``max_num_sampled``: rows
+    that a step may sample, where that is more than one for each seat.
     After it no step compiles anything or asks the system for much memory. On a CPU it changes the
     allocator's settings for the whole process. The forward is recorded where the kernels can; what
     is left is met at all sizes with one layer of each kind, and only a few steps are run with the
     whole model; these are measured. Raises what torch raises when the memory is not there after
     all.
     """
+    if max_num_sampled is not None:
+        # To a runner it is all the same whose rows they are.
+        memory = replace(memory, max_num_seqs=max(memory.max_num_seqs, max_num_sampled))
     if model.device.type == "cpu":
         keep_freed_memory()
     if kv_caches is None:

@@ -81,7 +81,9 @@ class InputBatch:
                 self._rows.append_blocks(scheduled.request_id, scheduled.new_block_ids)
             edits = self._edits.get(scheduled.request_id)
             if edits is not None and edits.history is not None:
-                edits.history.extend(scheduled.start, scheduled.token_ids)
+                num_drafts = max(scheduled.sample - 1, 0)
+                known = scheduled.token_ids[: len(scheduled.token_ids) - num_drafts]
+                edits.history.extend(scheduled.start, known)
 
     def build(self, plan: SchedulerOutput) -> tuple[ForwardBatch, StepRows]:
         """The tensors of a plan that was applied and schedules something.
@@ -131,6 +133,7 @@ class InputBatch:
             num_logprobs=live.num_logprobs[rows],
             edits=edits,
             masks=row_masks,
+            drafts={i: step.drafts_before(i) for i in edits} if step.drafts is not None else {},
         )
 
     def record(self, step: StepRows, token_ids: NDArray[np.int64]) -> None:

@@ -45,6 +45,19 @@ class TokenCounts:
         """Occurrences among the generated tokens ``[N]``."""
         return self._counts[: len(self._index)]
 
+    def with_tokens(self, token_ids: Sequence[int]) -> tuple[Int64Array, Float32Array]:
+        """``ids`` and ``counts`` as they would be after these were generated."""
+        new = [t for t in dict.fromkeys(token_ids) if t not in self._index]
+        new = [t for t in new if 0 <= t < self._vocab_size]
+        ids = np.append(self.ids, np.array(new, dtype=np.int64))
+        counts = np.append(self.counts, np.zeros(len(new), dtype=np.float32))
+        slots = {token: len(self._index) + i for i, token in enumerate(new)}
+        for token in token_ids:
+            slot = slots.get(token, self._index.get(token))
+            if slot is not None:
+                counts[slot] += 1.0
+        return ids, counts
+
     def extend(self, position: int, token_ids: Sequence[int]) -> None:
         """Counts generated ``token_ids`` that stand at ``position, position + 1, …``.
 
@@ -133,8 +146,8 @@ class LogitsEdits:
         params = request.sampling_params
         return params.has_penalties or bool(params.logit_bias) or params.min_tokens > 0
 
-    def apply(self, logits: Float32Array, output_position: int) -> None:
-        """Changes one row ``[V]`` in place.
+    def apply(self, logits: Float32Array, output_position: int, drafts: Sequence[int] = ()) -> None:
+        """Changes one row ``[V]`` in place. ``drafts`` were generated behind the history.
 
         The order is penalties, then bias, then bans: a bias is added exactly as given, and no bias
         can let an end through before ``min_tokens``. The repetition penalty (Keskar et al. 2019,
@@ -142,14 +155,15 @@ class LogitsEdits:
         presence and frequency penalties are OpenAI's and read generated tokens only.
         """
         if self.history is not None:
-            self._apply_penalties(logits, self.history)
+            history = self.history
+            ids, counts = history.with_tokens(drafts) if drafts else (history.ids, history.counts)
+            self._apply_penalties(logits, ids, counts)
         if len(self._bias_ids):
             logits[self._bias_ids] += self._bias_values
         if output_position < self._min_tokens:
             logits[self._banned_ids] = -np.inf
 
-    def _apply_penalties(self, logits: Float32Array, history: TokenCounts) -> None:
-        ids, counts = history.ids, history.counts
+    def _apply_penalties(self, logits: Float32Array, ids: Int64Array, counts: Float32Array) -> None:
         values = logits[ids]
         if self._repetition_penalty != 1.0:
             values = np.where(

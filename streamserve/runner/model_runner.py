@@ -226,25 +226,39 @@ class TorchModelRunner:
         rows = launched.rows
         if rows is None or not rows.places:
             return step_output(plan)
-        token_ids, row_logprobs = self._draw(launched, rows, masks)
+        rows, token_ids, row_logprobs = self._draw(launched, rows, masks)
         self._input_batch.record(rows, token_ids)
         return step_output(plan, rows.places, token_ids.tolist(), row_logprobs)
 
     def _draw(
         self, launched: _Launched, rows: StepRows, masks: Mapping[str, bytes] | None
-    ) -> tuple[NDArray[np.int64], list[list[TokenLogprobs]] | None]:
+    ) -> tuple[StepRows, NDArray[np.int64], list[list[TokenLogprobs]] | None]:
+        """The samples that count, their ids, and their logprobs if anybody asks."""
         # Rows past those that were asked for are padding.
         num_rows = len(rows.places)
         if launched.token_ids is not None:
             if masks:
                 raise RuntimeError("a mask came for requests that were greedy when they started")
-            return launched.token_ids[:num_rows].cpu().numpy(), None
+            rows, token_ids, _ = _keep(rows, launched.token_ids[:num_rows].cpu().numpy())
+            return rows, token_ids, None
         assert launched.logits is not None
         on_host: NDArray[np.float32] = launched.logits[:num_rows].cpu().numpy()
         wanted = self._input_batch.sampling_batch(rows, masks)
         if wanted is None:
-            return self._sampler.greedy(on_host), None
-        token_ids = self._sampler.sample(on_host, wanted)
+            rows, token_ids, _ = _keep(rows, self._sampler.greedy(on_host))
+            return rows, token_ids, None
+        rows, token_ids, kept = _keep(rows, self._sampler.sample(on_host, wanted))
         if (wanted.num_logprobs < 0).all():
-            return token_ids, None
-        return token_ids, self._sampler.logprobs(on_host, token_ids, wanted.num_logprobs)
+            return rows, token_ids, None
+        logprobs = self._sampler.logprobs(on_host[kept], token_ids, wanted.num_logprobs[kept])
+        return rows, token_ids, logprobs
+
+
+def _keep(
+    rows: StepRows, token_ids: NDArray[np.int64]
+) -> tuple[StepRows, NDArray[np.int64], slice | NDArray[np.int64]]:
+    """The samples that count, their ids, and which of the rows they are."""
+    if rows.drafts is None:
+        return rows, token_ids, slice(None)
+    kept = rows.kept(token_ids)
+    return rows.only(kept), token_ids[kept], kept

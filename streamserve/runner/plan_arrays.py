@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -13,20 +13,60 @@ from streamserve.core.plan import ScheduledRequest, SchedulerOutput
 from streamserve.runner.philox import uniforms
 from streamserve.runner.request_rows import RequestRows
 
+NO_DRAFT = -1
+
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """Who is sampled in a step: L requests, in plan order."""
+    """Who is sampled in a step: L samples, in plan order; with drafts, a request has several.
+
+    ``drafts`` is there if any request has some: what each sample must be for the next one of the
+    same request to count, ``NO_DRAFT`` for its last.
+    """
 
     request_ids: list[str]
     places: list[int]  # [L] where each stands in ``SchedulerOutput.scheduled``
     rows: NDArray[np.int64]  # [L] rows of the live requests
     output_positions: NDArray[np.int64]  # [L]
     ends: NDArray[np.int64]  # [L] the position that each sampled token will have
+    drafts: NDArray[np.int64] | None = None  # [L]
+
+    def kept(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of the sampled ``token_ids`` ``[L]`` count: those behind drafts that were right."""
+        assert self.drafts is not None
+        kept, counts = [], True
+        for i, (draft, token_id) in enumerate(
+            zip(self.drafts.tolist(), token_ids.tolist(), strict=True)
+        ):
+            if counts:
+                kept.append(i)
+            counts = draft == NO_DRAFT or (counts and draft == token_id)
+        return np.array(kept, dtype=np.int64)
+
+    def only(self, kept: NDArray[np.int64]) -> StepRows:
+        """The samples that count; of drafts they know nothing any more."""
+        chosen = kept.tolist()
+        return StepRows(
+            [self.request_ids[i] for i in chosen],
+            [self.places[i] for i in chosen],
+            self.rows[kept],
+            self.output_positions[kept],
+            self.ends[kept],
+        )
+
+    def drafts_before(self, row: int) -> list[int]:
+        """The drafts of the same request that stand before a sample."""
+        if self.drafts is None:
+            return []
+        first = row
+        while first and self.places[first - 1] == self.places[row]:
+            first -= 1
+        before: list[int] = self.drafts[first:row].tolist()
+        return before
 
 
 class PlanArrays:
-    """T tokens of R requests, of which L are sampled.
+    """T tokens of R requests, of which L are sampled: the last of a request, or its last few.
 
     ``rows``, ``starts``, ``lengths``, ``ends`` are ``[R]``, ``query_start_loc`` is ``[R + 1]``
     int32, ``token_ids`` (pending ones negative), ``token_rows``, ``positions``, ``slots`` are
@@ -44,6 +84,12 @@ class PlanArrays:
             list(chain.from_iterable([s.token_ids for s in scheduled])), dtype=np.int64
         )
         self.places = [i for i, s in enumerate(scheduled) if s.sample]
+        self._num_behind: NDArray[np.int64] | None = None  # [L] tokens that a request has behind it
+        if any(s.sample > 1 for s in scheduled):
+            self.places = [i for i, s in enumerate(scheduled) for _ in range(s.sample)]
+            self._num_behind = np.array(
+                [behind for s in scheduled for behind in range(s.sample - 1, -1, -1)], np.int64
+            )
         live.check(scheduled, self.rows, self.lengths, self.ends)
         self.query_start_loc = np.zeros(len(scheduled) + 1, dtype=np.int32)
         np.cumsum(self.lengths, out=self.query_start_loc[1:], dtype=np.int32)
@@ -56,9 +102,26 @@ class PlanArrays:
         self.slots = live.slots(self.token_rows, self.positions)
         self._place_array = np.array(self.places, dtype=np.int64)
         self.logits_indices = self.query_start_loc[1:][self._place_array] - 1
+        if self._num_behind is not None:
+            self.logits_indices = self.logits_indices - self._num_behind.astype(np.int32)
 
     def sampled(self, scheduled: Sequence[ScheduledRequest]) -> StepRows:
         """The rows that are sampled; ``scheduled`` is the plan's."""
+        rows = self._last_of_each(scheduled)
+        behind = self._num_behind
+        if behind is None:
+            return rows
+        drafts = np.full(len(behind), NO_DRAFT, dtype=np.int64)
+        drafts[behind > 0] = self.token_ids[self.logits_indices[behind > 0] + 1]
+        num_before = np.array([scheduled[i].sample - 1 for i in self.places]) - behind
+        return replace(
+            rows,
+            output_positions=rows.output_positions + num_before,
+            ends=rows.ends - behind,
+            drafts=drafts,
+        )
+
+    def _last_of_each(self, scheduled: Sequence[ScheduledRequest]) -> StepRows:
         return StepRows(
             request_ids=[scheduled[i].request_id for i in self.places],
             places=self.places,

@@ -48,7 +48,8 @@ class SamplingBatch:
 
     ``temperature == 0`` is greedy, ``top_k == 0`` no limit, ``num_logprobs == -1`` none. ``edits``
     and ``masks`` go by row; a mask is one bit per token, lowest bit first, 1 where it is allowed,
-    and tokens past its end are not.
+    and tokens past its end are not. ``drafts``, by row too, stand behind the history that its edits
+    read.
     """
 
     temperature: Float32Array
@@ -60,6 +61,7 @@ class SamplingBatch:
     num_logprobs: Int64Array
     edits: dict[int, LogitsEdits] = field(default_factory=dict)
     masks: dict[int, bytes] = field(default_factory=dict)
+    drafts: dict[int, list[int]] = field(default_factory=dict)
 
 
 class Sampler:
@@ -104,7 +106,8 @@ class Sampler:
         work = self._copy(logits[start:end])
         for row, edits in batch.edits.items():
             if start <= row < end:
-                edits.apply(work[row - start, : self._vocab_size], int(batch.output_positions[row]))
+                values = work[row - start, : self._vocab_size]
+                edits.apply(values, int(batch.output_positions[row]), batch.drafts.get(row, ()))
         for row, mask in batch.masks.items():
             if start <= row < end:
                 _apply_mask(work[row - start, : self._vocab_size], mask)

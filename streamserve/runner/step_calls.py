@@ -112,10 +112,10 @@ def step_output(
     """What the rows at ``places`` of a plan drew, spread over all of the plan's requests."""
     sampled: list[list[int]] = [[] for _ in plan.scheduled]
     for place, token_id in zip(places, token_ids, strict=True):
-        sampled[place] = [token_id]
+        sampled[place].append(token_id)
     if row_logprobs is None:
         return ModelRunnerOutput(plan.step_id, sampled, duration_s=duration_s)
     logprobs: list[list[TokenLogprobs]] = [[] for _ in plan.scheduled]
     for place, found in zip(places, row_logprobs, strict=True):
-        logprobs[place] = found
+        logprobs[place].extend(found)
     return ModelRunnerOutput(plan.step_id, sampled, logprobs, duration_s)

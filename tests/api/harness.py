@@ -12,7 +12,7 @@ import orjson
 from streamserve.api.app import ApiApp, create_app
 from streamserve.api.prompts import TextLoader
 from streamserve.api.server import ApiServer, bind_sockets
-from streamserve.config import ApiConfig, CacheConfig, SchedulerConfig
+from streamserve.config import ApiConfig, CacheConfig, SchedulerConfig, SpeculativeConfig
 from streamserve.core.clock import monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.scheduler import Scheduler
@@ -78,6 +78,7 @@ class Api:
         num_blocks: int = 256,
         num_host_blocks: int = 0,
         max_num_waiting: int = 64,
+        speculative: SpeculativeConfig | None = None,
         generation_config: dict[str, Any] | None = None,
         template: str = "plain",
         load_text: TextLoader | None = None,
@@ -86,7 +87,10 @@ class Api:
         self.pace = HeldPace(is_held=is_held)
         self.tokenizer = ByteTokenizer()
         scheduler_config = SchedulerConfig(
-            max_model_len=MAX_MODEL_LEN, max_num_seqs=8, max_num_waiting=max_num_waiting
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=8,
+            max_num_waiting=max_num_waiting,
+            speculative=speculative,
         )
         self.kv_cache = KVCacheManager(
             CacheConfig(num_blocks=num_blocks, num_host_blocks=num_host_blocks, block_size=16)

@@ -4,6 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from streamserve.api.metrics import Delivery, Metrics, histogram_family
+from streamserve.config import SpeculativeConfig
 from streamserve.core.histogram import Counts
 from streamserve.core.request import FinishReason
 from streamserve.engine.null_runner import NullRunner
@@ -53,6 +54,24 @@ async def test_a_scrape_before_and_after():
     assert after["e2e_request_latency_seconds_count", None] == 2
     # Latencies are of frames: tokens that were fetched together share one.
     assert 0 <= after["inter_token_latency_seconds_count", None] <= 4
+
+
+async def test_drafts_are_counted_and_change_no_usage():
+    speculative = SpeculativeConfig(
+        num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=2
+    )
+    bodies = []
+    for config in (None, speculative):
+        async with Api(token_ids=b"ab", speculative=config).running() as api:
+            whole = await api.complete(prompt="ab" * 8, max_tokens=13)
+            bodies.append({**whole.json, "id": "", "created": 0})
+            after = await scrape(api)
+    assert bodies[0] == bodies[1]
+    assert bodies[0]["usage"]["completion_tokens"] == 13
+    # One token behind the prompt, then 3 + 1 at a time.
+    assert after["spec_decode_num_drafts_total", None] == 3
+    assert after["spec_decode_num_draft_tokens_total", None] == 9
+    assert after["spec_decode_num_accepted_tokens_total", None] == 9
 
 
 async def test_what_comes_back_from_host_memory_is_counted():

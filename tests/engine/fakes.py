@@ -108,7 +108,7 @@ class FakeRunner:
         if plan.step_id in self.failing_samples:
             future.set_exception(RuntimeError("device-side assert"))
             return
-        sampled = [[self._token(s)] if s.sample else [] for s in plan.scheduled]
+        sampled = [self._tokens(s) for s in plan.scheduled]
         logprobs = [
             [TokenLogprobs(i, -1.0, ((i, -1.0),)) for i in ids]
             if self.known[s.request_id].sampling_params.logprobs is not None
@@ -117,11 +117,13 @@ class FakeRunner:
         ]
         future.set_result(ModelRunnerOutput(plan.step_id, sampled, logprobs))
 
-    def _token(self, scheduled) -> int:
+    def _tokens(self, scheduled) -> list[int]:
         answer = self.answers.get(scheduled.request_id, self.default)
         ids = answer.encode() if isinstance(answer, str) else answer
-        position = scheduled.output_position
-        return ids[position] if position < len(ids) else EOS
+        first = scheduled.output_position
+        samples = [*ids[first : first + scheduled.sample]]
+        samples += [EOS] * (scheduled.sample - len(samples))
+        return samples[: scheduled.num_kept(samples)]
 
 
 async def turns(n: int = 8) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import streamserve_kernels
-from streamserve.config import CacheConfig, SchedulerConfig
+from streamserve.config import CacheConfig, SchedulerConfig, SpeculativeConfig
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
@@ -66,7 +66,10 @@ def ragged_requests(seed: int) -> list[Request]:
     ]
 
 
-def counts_while_serving(runner) -> list[int]:
+DRAFTING = SpeculativeConfig(num_speculative_tokens=5, prompt_lookup_min=1, prompt_lookup_max=2)
+
+
+def counts_while_serving(runner, speculative: SpeculativeConfig | None = None) -> list[int]:
     """The runner's count when it is warm, and after each of two rounds."""
     cache = KVCacheManager(CacheConfig(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE))
     config = SchedulerConfig(
@@ -75,6 +78,7 @@ def counts_while_serving(runner) -> list[int]:
         max_num_batched_tokens=MAX_TOKENS,
         max_steps_in_flight=2,
         cascade_overhead_tokens=0,
+        speculative=speculative,
     )
     scheduler = Scheduler(config, cache, lambda: 0.0)
     counts = [runner.num_compilations]
@@ -82,17 +86,24 @@ def counts_while_serving(runner) -> list[int]:
         serve(runner, scheduler, ragged_requests(seed))
         counts.append(runner.num_compilations)
     assert scheduler.prefix_grouping.num_saved_tokens > 0
+    assert (scheduler.speculation_stats.num_drafts > 0) == (speculative is not None)
     return counts
 
 
+@pytest.mark.parametrize("speculative", [None, DRAFTING], ids=["plain", "drafting"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_cpu(dtype, tmp_path):
+def test_on_a_cpu(dtype, speculative, tmp_path):
     model = tiny_llama(tmp_path, dtype=dtype, backend="cpu", **SHAPE)
     before = num_compilations(model.kernels)
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
-    runner, _ = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
+    runner, _ = build_runner(
+        model,
+        memory,
+        max_num_batched_tokens=MAX_TOKENS,
+        max_num_sampled=48 if speculative else None,  # 8 seats with five drafts each
+    )
     try:
-        counts = counts_while_serving(runner)
+        counts = counts_while_serving(runner, speculative)
     finally:
         runner.close()
     assert counts[0] >= before

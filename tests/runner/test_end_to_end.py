@@ -9,21 +9,17 @@ from functools import partial
 import pytest
 import torch
 
-from streamserve.config import CacheConfig, SchedulerConfig
-from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.plan import ModelRunner
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
-from streamserve.core.scheduler import Scheduler
 from streamserve.runner.build import build_runner, new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
 from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.kv_transfer import KVTransfer
+from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop
 from tests.runner.tiny_llama import CPU, MAX_LEN, VOCAB, memory_for, tiny_llama
 
-BLOCK_SIZE = 4
-NUM_BLOCKS = 160
 NUM_HOST_BLOCKS = 300
 MAX_TOKENS = 48
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -74,61 +70,6 @@ def forget(runner: ModelRunner, request_ids: list[str] | None = None) -> None:
 
 def model_of(runner: ModelRunner):
     return runner._executor.model if isinstance(runner, CudaModelRunner) else runner._model
-
-
-class Loop:
-    """The engine's step loop, without its clock and its readers."""
-
-    next_step_id = 0
-
-    def __init__(
-        self,
-        runner,
-        *,
-        num_blocks=NUM_BLOCKS,
-        block_size=BLOCK_SIZE,
-        prefix=True,
-        num_host_blocks=0,
-        **config,
-    ) -> None:
-        self.runner = runner
-        cache = CacheConfig(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            enable_prefix_caching=prefix,
-            num_host_blocks=num_host_blocks,
-            max_transfers_per_step=6,
-        )
-        options = {
-            "max_model_len": MAX_LEN,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 48,
-            "cascade_overhead_tokens": 0,  # whatever can be shared is
-        }
-        self.scheduler = Scheduler(
-            SchedulerConfig(**{**options, **config}), KVCacheManager(cache), lambda: 0.0
-        )
-        self.futures = []
-        self.num_failed = 0
-
-    def run(self, requests: list[Request]) -> list[list[int]]:
-        for request in requests:
-            self.scheduler.add(request)
-        while self.scheduler.has_unfinished:
-            self.turn()
-        while self.futures:
-            self.scheduler.update(self.futures.pop(0).result(timeout=120))
-        self.scheduler.check_integrity()
-        return [request.output_token_ids for request in requests]
-
-    def turn(self) -> None:
-        plan = self.scheduler.schedule()
-        if plan is not None:
-            self.runner.launch(plan)
-            self.futures.append(self.runner.sample(plan.step_id))
-        if plan is None or len(self.futures) >= self.scheduler.config.max_steps_in_flight:
-            self.scheduler.update(self.futures.pop(0).result(timeout=120))
-        self.scheduler.check_integrity()
 
 
 @pytest.fixture(autouse=True)

@@ -120,7 +120,7 @@ class TimedHarness(Harness):
         decode_shape = StepShape(len(singles), len(singles), sum(s.start + 1 for s in singles))
         seconds = self.machine.seconds(shape)
         self.now += seconds
-        sampled = [[1] if s.sample else [] for s in plan.scheduled]
+        sampled = [[1] * s.num_kept([1] * s.sample) for s in plan.scheduled]
         self.scheduler.update(ModelRunnerOutput(plan.step_id, sampled, duration_s=seconds))
         step = TimedStep(
             shape,

@@ -12,7 +12,7 @@ it may: until then what it writes is rubbish, and what it reads must stay what i
 from collections import deque
 from dataclasses import dataclass, field
 
-from streamserve.config import CacheConfig, SchedulerConfig
+from streamserve.config import CacheConfig, SchedulerConfig, SpeculativeConfig
 from streamserve.core.block_pool import PrefixNode
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.plan import PENDING_TOKEN, ModelRunnerOutput, SchedulerOutput
@@ -20,6 +20,7 @@ from streamserve.core.prefix_groups import find_groups
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.scheduler import Scheduler
+from streamserve.core.speculation import Propose
 from streamserve.core.step_time import StepTimeModel
 from tests.unit.naive_groups import best_gain, gain_of
 
@@ -42,6 +43,27 @@ def naive_output(request: Request, num_tokens: int) -> list[int]:
     for _ in range(num_tokens):
         token_ids.append(naive_next_token(token_ids))
     return token_ids[request.num_prompt_tokens :]
+
+
+def drafting(num_drafts: int) -> SpeculativeConfig:
+    """Prompt lookup of single tokens, which in a small vocabulary always finds something."""
+    return SpeculativeConfig(
+        num_speculative_tokens=num_drafts, prompt_lookup_min=1, prompt_lookup_max=2
+    )
+
+
+def guesses(accuracy: int) -> Propose:
+    """Drafts of which about ``accuracy`` in three are right: the same for the same text."""
+
+    def propose(request: Request, max_tokens: int) -> list[int]:
+        token_ids = list(request.token_ids)
+        for _ in range(max_tokens):
+            is_right = hash((token_ids[-1], len(token_ids))) % 3 < accuracy
+            token = naive_next_token(token_ids)
+            token_ids.append(token if is_right else (token + 1) % VOCAB_SIZE)
+        return token_ids[request.num_tokens :]
+
+    return propose
 
 
 @dataclass
@@ -194,9 +216,16 @@ class SimulatedRunner:
             self._write(scheduled.request_id, request, position, token, step)
         request.last_step_id = step.plan.step_id
         request.last_sample = None
-        if scheduled.sample:
-            request.last_sample = self._context(request, end) % VOCAB_SIZE
-        step.sampled.append([] if request.last_sample is None else [request.last_sample])
+        samples = [
+            self._context(request, end - i) % VOCAB_SIZE for i in reversed(range(scheduled.sample))
+        ]
+        if samples:
+            num_kept = scheduled.num_kept(samples)
+            request.end -= len(samples) - num_kept  # what was wrong is computed again
+            del samples[num_kept:]
+            # What is drafted is known to the host only.
+            request.last_sample = samples[0] if scheduled.sample == 1 else None
+        step.sampled.append(samples)
 
     def _write(
         self, name: str, request: SimulatedRequest, position: int, token: int, step: SimulatedStep
@@ -283,6 +312,7 @@ class Harness:
         num_host_blocks: int = 0,
         max_transfers_per_step: int = 2,
         step_time: StepTimeModel | None = None,
+        propose: Propose | None = None,
         **config: object,
     ) -> None:
         defaults = {
@@ -302,7 +332,7 @@ class Harness:
         )
         self.now = 0.0
         self.kv = KVCacheManager(cache_config, secret=b"test")
-        self.scheduler = Scheduler(self.config, self.kv, lambda: self.now, step_time)
+        self.scheduler = Scheduler(self.config, self.kv, lambda: self.now, step_time, propose)
         self.runner = SimulatedRunner(cache_config, self.config)
         self.num_requests = 0
         self.updates = []

@@ -12,7 +12,7 @@ from hypothesis.stateful import (
 
 from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.errors import ContextLengthError, QueueFullError
-from tests.unit.simulated import VOCAB_SIZE, Harness, naive_output
+from tests.unit.simulated import VOCAB_SIZE, Harness, drafting, guesses, naive_output
 
 TOKENS = st.integers(0, 2)  # few, so that prompts share by chance, too
 SALTS = st.sampled_from(["", "", "", "tenant"])
@@ -39,6 +39,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         cascade_overhead=st.integers(0, 5),
         num_host_blocks=st.sampled_from([0, 0, 1, 3, 10, 40]),
         max_transfers=st.integers(1, 4),
+        num_drafts=st.sampled_from([0, 0, 1, 3, 5]),
+        accuracy=st.integers(0, 4),
     )
     def start(
         self,
@@ -53,6 +55,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         cascade_overhead,
         num_host_blocks,
         max_transfers,
+        num_drafts,
+        accuracy,
     ):
         self.harness = Harness(
             num_blocks=num_blocks,
@@ -67,6 +71,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_steps_in_flight=depth,
             policy=policy,
             cascade_overhead_tokens=cascade_overhead,
+            speculative=drafting(num_drafts) if num_drafts else None,
+            propose=None if accuracy == 4 else guesses(accuracy),
         )
         if weak_hash:  # collisions all the time: they may cost hits, never serve a wrong one
             self.harness.kv._cache._hash = lambda parent, token_ids: bytes([sum(token_ids) % 3])

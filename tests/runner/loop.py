@@ -1,0 +1,75 @@
+"""The engine's step loop around a runner, driven by hand."""
+
+from __future__ import annotations
+
+from streamserve.config import CacheConfig, SchedulerConfig
+from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.request import Request
+from streamserve.core.scheduler import Scheduler
+from tests.runner.tiny_llama import MAX_LEN
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 160
+
+
+class Loop:
+    """The engine's step loop, without its clock and its readers."""
+
+    next_step_id = 0
+
+    def __init__(
+        self,
+        runner,
+        *,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        prefix=True,
+        num_host_blocks=0,
+        propose=None,
+        **config,
+    ) -> None:
+        self.runner = runner
+        cache = CacheConfig(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            enable_prefix_caching=prefix,
+            num_host_blocks=num_host_blocks,
+            max_transfers_per_step=6,
+        )
+        options = {
+            "max_model_len": MAX_LEN,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 48,
+            "cascade_overhead_tokens": 0,  # whatever can be shared is
+        }
+        self.scheduler = Scheduler(
+            SchedulerConfig(**{**options, **config}),
+            KVCacheManager(cache),
+            lambda: 0.0,
+            propose=propose,
+        )
+        self.updates = []
+        self.futures = []
+        self.num_failed = 0
+
+    def run(self, requests: list[Request]) -> list[list[int]]:
+        for request in requests:
+            self.scheduler.add(request)
+        while self.scheduler.has_unfinished:
+            self.turn()
+        while self.futures:
+            self.retire()
+        self.scheduler.check_integrity()
+        return [request.output_token_ids for request in requests]
+
+    def retire(self) -> None:
+        self.updates += self.scheduler.update(self.futures.pop(0).result(timeout=120))
+
+    def turn(self) -> None:
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.runner.launch(plan)
+            self.futures.append(self.runner.sample(plan.step_id))
+        if plan is None or len(self.futures) >= self.scheduler.config.max_steps_in_flight:
+            self.retire()
+        self.scheduler.check_integrity()

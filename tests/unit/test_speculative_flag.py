@@ -1,0 +1,56 @@
+"""``--speculative-config`` is honoured, or refused by key, limit and value."""
+
+import json
+
+import pytest
+
+from streamserve.cli.args import check_flags, parse_args
+from streamserve.cli.speculative import parse_speculative_config
+from streamserve.config import SpeculativeConfig
+from streamserve.errors import ConfigError
+
+PLAIN = {"method": "ngram", "num_speculative_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "low", "high"),
+    [
+        ({"prompt_lookup_min": 2, "prompt_lookup_max": 4}, 2, 4),
+        ({"prompt_lookup_min": 3}, 3, 3),
+        ({"prompt_lookup_max": 4}, 4, 4),
+        ({}, 5, 5),
+        ({"prompt_lookup_max": None}, 5, 5),
+    ],
+)
+@pytest.mark.parametrize("method", ["ngram", "[ngram]"])
+def test_vllms_keys_and_defaults(bounds, low, high, method):
+    text = json.dumps({**PLAIN, **bounds, "method": method})
+    assert parse_speculative_config(text) == SpeculativeConfig(
+        num_speculative_tokens=5, prompt_lookup_min=low, prompt_lookup_max=high
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "must be JSON"),
+        ("[1]", r"must be a JSON object, got '\[1\]'"),
+        (json.dumps({**PLAIN, "method": "eagle"}), "method must be 'ngram'.*got 'eagle'"),
+        (json.dumps({"num_speculative_tokens": 5}), "method must be 'ngram'.*got None"),
+        (json.dumps({"method": "ngram"}), "num_speculative_tokens must be 1 to 32, got nothing"),
+        (json.dumps({**PLAIN, "num_speculative_tokens": 0}), "must be 1 to 32, got 0"),
+        (json.dumps({**PLAIN, "num_speculative_tokens": 33}), "must be 1 to 32, got 33"),
+        (json.dumps({**PLAIN, "num_speculative_tokens": True}), "must be 1 to 32, got True"),
+        (json.dumps({**PLAIN, "prompt_lookup_min": "2"}), "prompt_lookup_min .* got '2'"),
+        (
+            json.dumps({**PLAIN, "prompt_lookup_min": 4, "prompt_lookup_max": 2}),
+            "prompt_lookup_min must be at most prompt_lookup_max 2, got 4",
+        ),
+        (json.dumps({**PLAIN, "model": "small"}), "got 'model'"),
+    ],
+)
+def test_everything_else_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_speculative_config(text)
+    with pytest.raises(ConfigError, match=message):
+        check_flags(parse_args(["serve", "--speculative-config", text]))
