@@ -444,6 +444,8 @@ class OffloadMachine(SchedulerMachine):
         weak_hash=st.sampled_from([False, False, True]),
         num_host_blocks=st.integers(1, 60),
         max_transfers=st.integers(1, 6),
+        num_drafts=st.sampled_from([0, 0, 3]),
+        accuracy=st.integers(0, 4),
     )
     def start(
         self,
@@ -456,6 +458,8 @@ class OffloadMachine(SchedulerMachine):
         weak_hash,
         num_host_blocks,
         max_transfers,
+        num_drafts,
+        accuracy,
     ):
         super().start(
             num_blocks=num_blocks,
@@ -469,6 +473,8 @@ class OffloadMachine(SchedulerMachine):
             cascade_overhead=0,
             num_host_blocks=num_host_blocks,
             max_transfers=max_transfers,
+            num_drafts=num_drafts,
+            accuracy=accuracy,
         )
 
 
