@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from streamserve.api.choices import Choices, read_choices
+from streamserve.api.extras import ExtraFields, read_extras
 from streamserve.api.fields import (
     Reader,
     Refused,
@@ -227,6 +229,8 @@ class ChatRequest:
     common: Common
     messages: tuple[dict[str, Any], ...]
     params: SamplingParams
+    extras: ExtraFields
+    choices: Choices
     add_generation_prompt: bool
     continue_final_message: bool
     add_special_tokens: bool
@@ -254,8 +258,14 @@ def parse_chat_request(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         common=read_common(values, unknown + list(messages.unknown)),
         messages=messages.items,
         params=sampling_params(
-            values, defaults, max_tokens=_max_tokens(values), logprobs=_logprobs(values)
+            values,
+            defaults,
+            max_tokens=_max_tokens(values),
+            logprobs=_logprobs(values),
+            prompt_logprobs=values.get("prompt_logprobs"),
         ),
+        extras=read_extras(values),
+        choices=read_choices(values),
         add_generation_prompt=add_prompt,
         continue_final_message=continue_final,
         add_special_tokens=values.get("add_special_tokens", False),

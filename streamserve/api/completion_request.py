@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from streamserve.api.choices import Choices, read_choices
+from streamserve.api.extras import ExtraFields, read_extras
 from streamserve.api.fields import (
     MAX_INT,
     Reader,
@@ -28,7 +30,6 @@ from streamserve.api.sampling import (
     token_id,
 )
 from streamserve.core.sampling_params import MAX_LOGPROBS, SamplingParams
-from streamserve.errors import InvalidParameterError
 
 MAX_PROMPTS = 256
 DEFAULT_MAX_TOKENS = 16  # OpenAI's for this endpoint
@@ -90,6 +91,8 @@ class CompletionRequest:
     common: Common
     prompts: tuple[Prompt, ...]
     params: SamplingParams
+    extras: ExtraFields
+    choices: Choices
     add_special_tokens: bool
     echo: bool
 
@@ -106,12 +109,9 @@ def parse_completion_request(
     )
     echo = values.get("echo", False)
     logprobs = values.get("logprobs")
-    if echo and logprobs is not None:
-        raise InvalidParameterError(
-            "echo with logprobs is not supported by this server yet",
-            param="echo",
-            code="unsupported_parameter",
-        )
+    prompt_logprobs = values.get("prompt_logprobs")
+    if echo and prompt_logprobs is None:
+        prompt_logprobs = logprobs
     return CompletionRequest(
         common=read_common(values, unknown),
         prompts=require(values, "prompt"),
@@ -120,7 +120,10 @@ def parse_completion_request(
             defaults,
             max_tokens=values.get("max_tokens", DEFAULT_MAX_TOKENS),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         ),
+        extras=read_extras(values),
+        choices=read_choices(values),
         add_special_tokens=values.get("add_special_tokens", True),
         echo=echo,
     )

@@ -14,14 +14,15 @@ from typing import Any
 
 import orjson
 
-from streamserve.api.logprobs import CompletionLogprobs, chat_logprobs
+from streamserve.api.extras import NO_EXTRAS, Extras, Prompt
+from streamserve.api.logprobs import chat_logprobs
 from streamserve.core.plan import TokenLogprobs
-from streamserve.core.request import FinishReason
-from streamserve.engine.outputs import Usage
-from streamserve.engine.tokenizer import Tokenizer
+from streamserve.engine.outputs import RequestOutput, Usage
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+
+_NO_PROMPT = Prompt([])
 
 _dumps = orjson.dumps
 
@@ -60,22 +61,23 @@ class Envelope:
         return _dumps(fields)[:-1] + b","
 
 
-def usage_content(usages: Sequence[Usage]) -> dict[str, Any]:
-    """The ``usage`` object over all choices of an answer."""
-    prompt = sum(u.prompt_tokens for u in usages)
+def usage_content(usages: Sequence[Usage], n: int = 1) -> dict[str, Any]:
+    """The ``usage`` object over all choices of an answer, ``n`` of them for each prompt."""
+    of_prompts = usages[::n]
+    prompt = sum(u.prompt_tokens for u in of_prompts)
     completion = sum(u.completion_tokens for u in usages)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in usages)},
+        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in of_prompts)},
     }
 
 
-def usage_frame(envelope: Envelope, usages: Sequence[Usage]) -> bytes:
+def usage_frame(envelope: Envelope, usages: Sequence[Usage], n: int = 1) -> bytes:
     """The chunk after the last one that ``include_usage`` asks for: no choices, all usage."""
     head = b"data: " + envelope.head(envelope.kind.chunk_object)
-    return head + b'"choices":[],"usage":' + _dumps(usage_content(usages)) + b"}\n\n"
+    return head + b'"choices":[],"usage":' + _dumps(usage_content(usages, n)) + b"}\n\n"
 
 
 def error_frame(status: int, content: dict[str, Any]) -> bytes:
@@ -85,7 +87,7 @@ def error_frame(status: int, content: dict[str, Any]) -> bytes:
 
 class ChoiceFrames:
     """Renders the chunks of one choice. ``head`` and ``tail`` are for the fast path: a text frame
-    is ``head + orjson.dumps(text) + tail`` unless logprobs or running usage were asked for.
+    is ``head + orjson.dumps(text) + tail`` unless extras or running usage were asked for.
     """
 
     def __init__(
@@ -95,7 +97,8 @@ class ChoiceFrames:
         *,
         include_usage: bool,
         continuous_usage: bool = False,
-        logprobs_of: Tokenizer | None = None,
+        prompt: Prompt = _NO_PROMPT,
+        extras: Extras = NO_EXTRAS,
     ) -> None:
         is_chat = envelope.kind.is_chat
         self._is_chat = is_chat
@@ -109,10 +112,15 @@ class ChoiceFrames:
         self._close_delta = b"}" if is_chat else b""
         self._null_usage = b',"usage":null' if include_usage else b""
         self._continuous_usage = continuous_usage
-        self._tokenizer = logprobs_of
-        self._completion_logprobs = (
-            CompletionLogprobs(logprobs_of) if logprobs_of is not None and not is_chat else None
-        )
+        self._prompt = prompt
+        self._extras = extras
+        self._completion_logprobs = None if is_chat else extras.completion_logprobs(prompt)
+        self._owes_echo = bool(prompt.echo) and not is_chat
+        self._owes_prompt_ids = extras.token_ids
+        # What came and was not shown yet: it waits for the text that it belongs to.
+        self._held_logprobs: list[TokenLogprobs] = []
+        self._held_ids: list[int] = []
+        self._prompt_logprobs: list[TokenLogprobs] | None = None
         self.head = self._open + self._content
         self.tail = (
             self._close_delta
@@ -124,32 +132,91 @@ class ChoiceFrames:
     @property
     def is_plain(self) -> bool:
         """Whether every text frame is ``head + text + tail``."""
-        return self._tokenizer is None and not self._continuous_usage
+        return self._extras.are_none and not self._continuous_usage
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether something waits for text."""
+        return bool(self._held_logprobs or self._held_ids)
+
+    def hold(self, output: RequestOutput) -> None:
+        """Keep what an output has besides its text for the next chunk."""
+        self._held_logprobs += output.logprobs
+        if self._extras.token_ids:
+            self._held_ids += output.token_ids
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
 
     def role(self, usage: Usage) -> bytes:
         """Chat's first chunk, empty for completions."""
         if not self._is_chat:
             return b""
-        return self._chunk(b'"role":"assistant","content":""', b"null", b"null", usage)
+        of_prompt = b""
+        if self._owes_prompt_ids:
+            self._owes_prompt_ids = False
+            of_prompt = b',"prompt_token_ids":' + _dumps(self._prompt.token_ids)
+        body = b'"role":"assistant","content":""'
+        return self._chunk(body, b"null", b"null", usage, at_end=of_prompt)
 
-    def text(self, text: str, logprobs: Sequence[TokenLogprobs], usage: Usage) -> bytes:
-        """The chunk of new text, by the general way."""
-        return self._chunk(self._content + _dumps(text), self._logprobs(logprobs), b"null", usage)
+    def echo_at_once(self, usage: Usage) -> bytes:
+        """The chunk that repeats the prompt, unless it waits for the prompt's logprobs, or none."""
+        if self._completion_logprobs is not None:
+            return b""
+        return self._echo(usage)
+
+    def text(self, text: str, usage: Usage) -> bytes:
+        """The chunk of new text and of what was held, by the general way."""
+        entries, self._held_logprobs = self._held_logprobs, []
+        before = self._echo(usage)
+        return before + self._chunk(
+            self._content + _dumps(text), self._logprobs(entries), b"null", usage, self._ids()
+        )
 
     def last(self, finish_reason: str, usage: Usage) -> bytes:
         """The chunk that ends the choice; the only one with a ``finish_reason``."""
-        return self._chunk(
-            b"" if self._is_chat else b'""', b"null", b'"%s"' % finish_reason.encode(), usage
-        )
+        body = b"" if self._is_chat else b'""'
+        reason = b'"%s"' % finish_reason.encode()
+        return self._echo(usage) + self._chunk(body, b"null", reason, usage, self._ids())
+
+    def _echo(self, usage: Usage) -> bytes:
+        """The chunk that repeats the prompt, once."""
+        if not self._owes_echo:
+            return b""
+        self._owes_echo = False
+        logprobs = b"null"
+        if self._completion_logprobs is not None:
+            entries = self._prompt_logprobs or ()
+            logprobs = _dumps(self._completion_logprobs.echo(self._prompt.echo, entries))
+        return self._chunk(_dumps(self._prompt.echo), logprobs, b"null", usage)
+
+    def _ids(self) -> bytes:
+        """The token ids of a chunk, and before the first of a completion the prompt's."""
+        if not self._extras.token_ids:
+            return b""
+        ids, self._held_ids = self._held_ids, []
+        of_prompt = b""
+        if self._owes_prompt_ids:
+            self._owes_prompt_ids = False
+            of_prompt = b',"prompt_token_ids":' + _dumps(self._prompt.token_ids)
+        return of_prompt + b',"token_ids":' + _dumps(ids)
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> bytes:
-        if not entries or self._tokenizer is None:
+        names = self._extras.names
+        if not entries or names is None:
             return b"null"
         if self._completion_logprobs is not None:
             return _dumps(self._completion_logprobs.render(entries))
-        return _dumps(chat_logprobs(entries, self._tokenizer))
+        return _dumps(chat_logprobs(entries, names))
 
-    def _chunk(self, body: bytes, logprobs: bytes, finish_reason: bytes, usage: Usage) -> bytes:
+    def _chunk(
+        self,
+        body: bytes,
+        logprobs: bytes,
+        finish_reason: bytes,
+        usage: Usage,
+        in_choice: bytes = b"",
+        at_end: bytes = b"",
+    ) -> bytes:
         usage_json = (
             b',"usage":' + _dumps(usage_content([usage]))
             if self._continuous_usage
@@ -164,54 +231,10 @@ class ChoiceFrames:
                 logprobs,
                 b',"finish_reason":',
                 finish_reason,
+                in_choice,
                 b"}]",
                 usage_json,
+                at_end,
                 b"}\n\n",
             )
         )
-
-
-@dataclass(slots=True)
-class Choice:
-    """One finished choice of an answer that was not streamed."""
-
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-    logprobs: list[TokenLogprobs]
-
-
-def whole_answer(
-    envelope: Envelope, choices: Sequence[Choice], *, logprobs_of: Tokenizer | None
-) -> bytes:
-    """The JSON of an answer that was not streamed."""
-    content = {
-        "id": envelope.id,
-        "object": envelope.kind.object,
-        "created": envelope.created,
-        "model": envelope.model,
-        "choices": [
-            _whole_choice(envelope.kind, index, choice, logprobs_of)
-            for index, choice in enumerate(choices)
-        ],
-        "usage": usage_content([choice.usage for choice in choices]),
-    }
-    return _dumps(content)
-
-
-def _whole_choice(
-    kind: Kind, index: int, choice: Choice, tokenizer: Tokenizer | None
-) -> dict[str, Any]:
-    logprobs: dict[str, Any] | None = None
-    if tokenizer is not None:
-        logprobs = (
-            chat_logprobs(choice.logprobs, tokenizer)
-            if kind.is_chat
-            else CompletionLogprobs(tokenizer).render(choice.logprobs)
-        )
-    said: dict[str, Any] = (
-        {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        if kind.is_chat
-        else {"text": choice.text}
-    )
-    return {"index": index, **said, "logprobs": logprobs, "finish_reason": choice.finish_reason}

@@ -6,10 +6,11 @@ it takes (a place, the engine's streams) it gives back there, whatever happens.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Unpack
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -20,21 +21,15 @@ from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import ClientGoneError, DisconnectGuard
 from streamserve.api.errors import HttpError
-from streamserve.api.frames import (
-    CHAT,
-    COMPLETION,
-    Choice,
-    ChoiceFrames,
-    Envelope,
-    Kind,
-    whole_answer,
-)
+from streamserve.api.extras import Prompt
+from streamserve.api.frames import CHAT, COMPLETION, ChoiceFrames, Envelope, Kind
 from streamserve.api.metrics import Delivery
-from streamserve.api.prompts import LONG_BODY, Endpoint, Prompt, PromptWorkers, Work
+from streamserve.api.prompts import LONG_BODY, Endpoint, PromptWorkers, Work
 from streamserve.api.sampling import Common
-from streamserve.api.sse import AnswerStream, StreamedChoice, check_success
-from streamserve.core.plan import TokenLogprobs
+from streamserve.api.sse import AnswerStream, StreamedChoice
+from streamserve.api.whole import best_choices, collect_all, whole_answer
 from streamserve.core.request import FinishReason
+from streamserve.engine.intake import Origin
 from streamserve.engine.stream import RequestStream
 from streamserve.errors import ContextLengthError, EngineError, InvalidParameterError, RequestError
 
@@ -56,8 +51,10 @@ class GenerationEndpoint(ABC):
         """Parse, render and tokenise. Raises ``RequestError``, ``EngineError``."""
         workers = self._context.prompt_workers
         if workers is not None and len(raw) > LONG_BODY:
-            return await self._prepare_elsewhere(workers, raw)
-        return await self._prepare_here(raw)
+            work = await self._prepare_elsewhere(workers, raw)
+        else:
+            work = await self._prepare_here(raw)
+        return await self._settled(work)
 
     @abstractmethod
     async def _prepare_here(self, raw: bytes) -> Work:
@@ -67,6 +64,21 @@ class GenerationEndpoint(ABC):
         work = await workers.read(self.endpoint, raw)
         self.check_common(work.common)
         return work
+
+    async def _settled(self, work: Work) -> Work:
+        """With prompts as long as they are to be, and bad words as token ids."""
+        truncation = work.fields.truncation
+        if truncation.num_tokens is None and not work.params.bad_words:
+            return work
+        context = self._context
+        prompts: list[Prompt] = []
+        for prompt in work.prompts:
+            ids = truncation.cut(prompt.token_ids, context.max_model_len, work.params.max_tokens)
+            is_cut = len(ids) < len(prompt.token_ids)
+            echo = context.tokenizer.decode(ids) if is_cut and prompt.echo else prompt.echo
+            prompts.append(replace(prompt, token_ids=ids, echo=echo))
+        params = await context.preprocessor.bad_words(work.params)
+        return replace(work, params=params, prompts=prompts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = self._context
@@ -94,7 +106,8 @@ class GenerationEndpoint(ABC):
             model=work.common.model or context.config.served_model_names[0],
         )
         headers = self._headers(work.common)
-        deliveries = [Delivery(context.metrics, context.clock, arrival_time) for _ in work.prompts]
+        prompts = work.prompts_of_streams
+        deliveries = [Delivery(context.metrics, context.clock, arrival_time) for _ in prompts]
         streams = self._submit(work, envelope.id, arrival_time)
         try:
             if work.common.stream:
@@ -102,12 +115,16 @@ class GenerationEndpoint(ABC):
                 await answer(scope, receive, send)
             else:
                 async with DisconnectGuard(receive):
-                    choices = await _collect_all(streams, work.prompts)
-                logprobs_of = context.tokenizer if work.params.logprobs is not None else None
-                content = whole_answer(envelope, choices, logprobs_of=logprobs_of)
+                    candidates = await collect_all(streams, prompts)
+                choices = candidates
+                if work.choices.are_compared:
+                    count, n = work.choices.num_candidates, work.choices.n
+                    choices = best_choices(candidates, count, n)
+                extras = work.fields.extras(work.params, context.tokenizer)
+                content = whole_answer(envelope, choices, extras, work.choices.n)
                 response = Response(content, headers=headers, media_type="application/json")
                 await response(scope, receive, send)
-                for choice, delivery in zip(choices, deliveries, strict=True):
+                for choice, delivery in zip(candidates, deliveries, strict=True):
                     delivery.end(choice.finish_reason)
         except ClientGoneError:
             raise
@@ -123,18 +140,17 @@ class GenerationEndpoint(ABC):
     def _submit(self, work: Work, request_id: str, arrival_time: float) -> list[RequestStream]:
         """Hand all prompts to the engine, or none."""
         streams: list[RequestStream] = []
+        work.choices.check_size(len(work.prompts))
         try:
             for index, prompt in enumerate(work.prompts):
-                streams.append(
-                    self._context.engine.submit(
-                        prompt.token_ids,
-                        work.params,
-                        request_id=f"{request_id}-{index}" if index else request_id,
-                        priority=work.common.priority,
-                        cache_salt=work.common.cache_salt,
-                        arrival_time=arrival_time,
-                        is_tokenized=prompt.is_tokenized,
-                    )
+                streams += self._submit_one(
+                    prompt.token_ids,
+                    work,
+                    request_id=f"{request_id}-{index}" if index else request_id,
+                    priority=work.common.priority,
+                    cache_salt=work.common.cache_salt,
+                    arrival_time=arrival_time,
+                    is_tokenized=prompt.is_tokenized,
                 )
         except BaseException as exc:
             for stream in streams:
@@ -146,6 +162,18 @@ class GenerationEndpoint(ABC):
             raise
         return streams
 
+    def _submit_one(
+        self, token_ids: list[int], work: Work, **origin: Unpack[Origin]
+    ) -> list[RequestStream]:
+        """Hand one prompt to the engine; a stream for each of its candidates."""
+        engine, choices = self._context.engine, work.choices
+        if choices.beams is not None:
+            return engine.submit_beams(token_ids, work.params, choices.beams, choices.n, **origin)
+        params = choices.engine_params(work.params)
+        if choices.num_candidates > 1:
+            return engine.submit_choices(token_ids, params, choices.num_candidates, **origin)
+        return [engine.submit(token_ids, params, **origin)]
+
     def _answer_stream(
         self,
         scope: Scope,
@@ -156,7 +184,7 @@ class GenerationEndpoint(ABC):
         headers: dict[str, str],
     ) -> AnswerStream:
         options = work.common.stream_options
-        logprobs_of = self._context.tokenizer if work.params.logprobs is not None else None
+        extras = work.fields.extras(work.params, self._context.tokenizer)
         choices = [
             StreamedChoice(
                 stream,
@@ -165,19 +193,20 @@ class GenerationEndpoint(ABC):
                     index,
                     include_usage=options.include_usage,
                     continuous_usage=options.continuous_usage_stats,
-                    logprobs_of=logprobs_of,
+                    prompt=prompt,
+                    extras=extras,
                 ),
                 delivery,
-                echo=prompt.echo,
             )
             for index, (stream, delivery, prompt) in enumerate(
-                zip(streams, deliveries, work.prompts, strict=True)
+                zip(streams, deliveries, work.prompts_of_streams, strict=True)
             )
         ]
         return AnswerStream(
             envelope,
             choices,
             include_usage=options.include_usage,
+            num_per_prompt=work.choices.n,
             headers=headers,
             ping_interval_s=self._context.config.ping_interval_s,
             raw_send=scope[RAW_SEND],
@@ -232,7 +261,8 @@ class ChatEndpoint(GenerationEndpoint):
             add_special_tokens=request.add_special_tokens,
             **request.chat_template_kwargs,
         )
-        return Work(request.common, request.params, [Prompt(prompt.token_ids)])
+        prompts = [Prompt(prompt.token_ids)]
+        return Work(request.common, request.params, prompts, request.extras, request.choices)
 
 
 class CompletionEndpoint(GenerationEndpoint):
@@ -255,7 +285,7 @@ class CompletionEndpoint(GenerationEndpoint):
             else:
                 echo = self._context.tokenizer.decode(prompt) if request.echo else ""
                 prompts.append(Prompt(prompt, echo, is_tokenized=False))
-        return Work(request.common, request.params, prompts)
+        return Work(request.common, request.params, prompts, request.extras, request.choices)
 
 
 def check_model(model: str | None, served: Sequence[str]) -> None:
@@ -267,29 +297,3 @@ def check_model(model: str | None, served: Sequence[str]) -> None:
             param="model",
             code="model_not_found",
         )
-
-
-async def _collect(stream: RequestStream, echo: str) -> Choice:
-    texts = [echo]
-    logprobs: list[TokenLogprobs] = []
-    while True:
-        output = await stream.get()
-        texts.append(output.text)
-        logprobs += output.logprobs
-        if output.finish_reason is not None:
-            check_success(output)
-            return Choice("".join(texts), output.finish_reason, output.usage, logprobs)
-
-
-async def _collect_all(streams: Sequence[RequestStream], prompts: Sequence[Prompt]) -> list[Choice]:
-    if len(streams) == 1:
-        return [await _collect(streams[0], prompts[0].echo)]
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(_collect(stream, prompt.echo))
-                for stream, prompt in zip(streams, prompts, strict=True)
-            ]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]

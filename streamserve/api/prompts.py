@@ -7,13 +7,15 @@ from __future__ import annotations
 import pickle
 from array import array
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 from streamserve.api.body import parse_json_object
 from streamserve.api.chat_request import parse_chat_request
+from streamserve.api.choices import Choices
 from streamserve.api.completion_request import parse_completion_request
+from streamserve.api.extras import ExtraFields, Prompt
 from streamserve.api.sampling import Common
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.chat_template import ChatTemplate
@@ -32,24 +34,21 @@ TextLoader = Callable[[], tuple[Tokenizer, ChatTemplate]]
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """One choice's prompt, and its text where the answer repeats it.
-
-    ``is_tokenized`` says that the ids are our tokenizer's, and not the client's.
-    """
-
-    token_ids: list[int]
-    echo: str = ""
-    is_tokenized: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class Work:
     """A parsed request, ready for the engine."""
 
     common: Common
     params: SamplingParams
     prompts: list[Prompt]
+    fields: ExtraFields
+    choices: Choices
+
+    @property
+    def prompts_of_streams(self) -> list[Prompt]:
+        """The prompt of each stream of the engine's, in order."""
+        choices = self.choices
+        per_prompt = choices.n if choices.beams is not None else choices.num_candidates
+        return [prompt for prompt in self.prompts for _ in range(per_prompt)]
 
 
 class PromptReader:
@@ -66,13 +65,11 @@ class PromptReader:
         Raises ``RequestError``.
         """
         body = parse_json_object(memoryview(payload)[1:])
-        common, params, prompts = (
-            self._chat(body) if payload[:1] == b"c" else self._completion(body)
-        )
-        packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in prompts]
-        return pickle.dumps((common, params, packed), pickle.HIGHEST_PROTOCOL)
+        work = self._chat(body) if payload[:1] == b"c" else self._completion(body)
+        packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in work.prompts]
+        return pickle.dumps((replace(work, prompts=[]), packed), pickle.HIGHEST_PROTOCOL)
 
-    def _chat(self, body: Mapping[str, Any]) -> tuple[Common, SamplingParams, list[Prompt]]:
+    def _chat(self, body: Mapping[str, Any]) -> Work:
         request = parse_chat_request(body, self._defaults)
         prompt = self._encoder.chat(
             request.messages,
@@ -81,9 +78,10 @@ class PromptReader:
             add_special_tokens=request.add_special_tokens,
             **request.chat_template_kwargs,
         )
-        return request.common, request.params, [Prompt(prompt.token_ids)]
+        prompts = [Prompt(prompt.token_ids)]
+        return Work(request.common, request.params, prompts, request.extras, request.choices)
 
-    def _completion(self, body: Mapping[str, Any]) -> tuple[Common, SamplingParams, list[Prompt]]:
+    def _completion(self, body: Mapping[str, Any]) -> Work:
         request = parse_completion_request(body, self._defaults)
         prompts: list[Prompt] = []
         for given in request.prompts:
@@ -93,7 +91,7 @@ class PromptReader:
             else:
                 echo = self._tokenizer.decode(given) if request.echo else ""
                 prompts.append(Prompt(given, echo, is_tokenized=False))
-        return request.common, request.params, prompts
+        return Work(request.common, request.params, prompts, request.extras, request.choices)
 
 
 class PromptWorkers:
@@ -127,9 +125,10 @@ class PromptWorkers:
                 f"{param} took longer than the limit of {_TIMEOUT_S:g} s to render and tokenise",
                 param=param,
             ) from None
-        common, params, packed = pickle.loads(answer)
+        work: Work
+        work, packed = pickle.loads(answer)
         prompts = [Prompt(ids.tolist(), echo, is_ours) for ids, echo, is_ours in packed]
-        return Work(common, params, prompts)
+        return replace(work, prompts=prompts)
 
     def close(self) -> None:
         """Kill the processes. Idempotent."""

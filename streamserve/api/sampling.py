@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from streamserve.api.choices import CHOICE_FIELDS
+from streamserve.api.extras import EXTRA_FIELDS
 from streamserve.api.fields import (
     MAX_INT,
     MAX_INT64,
@@ -22,11 +24,12 @@ from streamserve.api.fields import (
     wrong_type,
 )
 from streamserve.api.structured import STRUCTURED_FIELDS, structured_output
-from streamserve.core.sampling_params import MAX_STOP_STRINGS, SamplingParams
+from streamserve.core.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRINGS, SamplingParams
 from streamserve.errors import ConfigError, InvalidParameterError
 
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
+MAX_ALLOWED_TOKEN_IDS = 2**20
 MAX_CACHE_SALT = 1024
 
 GENERATION_CONFIG_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -53,33 +56,20 @@ ANNOTATIONS = frozenset(
 _NOT_BUILT = "is not supported by this server yet"
 
 REFUSED: dict[str, Refused] = {
-    "allowed_token_ids": Refused(([],), _NOT_BUILT),
-    "bad_words": Refused(([],), _NOT_BUILT),
-    "best_of": Refused((1,), _NOT_BUILT),
     "data_parallel_rank": Refused(),
     "detokenize": Refused((True,)),
     "ec_transfer_params": Refused(),
-    "early_stopping": Refused((False,), _NOT_BUILT),
     "kv_transfer_params": Refused(),
-    "length_penalty": Refused((1, 1.0), _NOT_BUILT),
     "logprob_token_ids": Refused((), _NOT_BUILT),
     "logits_processors": Refused(([],)),
-    "n": Refused((1,), _NOT_BUILT),
     "prompt_embeds": Refused(),
-    "prompt_logprobs": Refused((), _NOT_BUILT),
     "repetition_detection": Refused(),
     "request_id": Refused((), "is not supported: send an X-Request-Id header"),
     "return_mm_kwargs": Refused((True,)),
-    "return_token_ids": Refused((False,), _NOT_BUILT),
     "return_token_offsets": Refused((False,), _NOT_BUILT),
-    "return_tokens_as_token_ids": Refused((False,), _NOT_BUILT),
     "routed_experts_prompt_start": Refused((0,)),
-    "spaces_between_special_tokens": Refused((True,)),
     "stream_interval": Refused((1,), _NOT_BUILT),
     "thinking_token_budget": Refused((-1,), _NOT_BUILT),
-    "truncate_prompt_tokens": Refused((), _NOT_BUILT),
-    "truncation_side": Refused((), _NOT_BUILT),
-    "use_beam_search": Refused((False,), _NOT_BUILT),
     "vllm_xargs": Refused(({},)),
     "watermarking": Refused((False,), _NOT_BUILT),
 }
@@ -149,6 +139,8 @@ def _read_stream_options(name: str, value: Any) -> _RawStreamOptions:
 
 
 SAMPLING_FIELDS: dict[str, Reader] = {
+    "allowed_token_ids": list_of(token_id, "token ids", MAX_ALLOWED_TOKEN_IDS),
+    "bad_words": list_of(read_str, "strings", MAX_BAD_WORDS),
     "frequency_penalty": read_number,
     "ignore_eos": read_bool,
     "include_stop_str_in_output": read_bool,
@@ -159,6 +151,7 @@ SAMPLING_FIELDS: dict[str, Reader] = {
     "repetition_penalty": read_number,
     "seed": integer(-MAX_INT64 - 1, MAX_INT64),
     "skip_special_tokens": read_bool,
+    "spaces_between_special_tokens": read_bool,
     "stop": _read_stop,
     "stop_token_ids": list_of(token_id, "token ids", MAX_STOP_TOKEN_IDS),
     "temperature": read_number,
@@ -169,6 +162,8 @@ SAMPLING_FIELDS: dict[str, Reader] = {
 COMMON_FIELDS: dict[str, Reader] = {
     **SAMPLING_FIELDS,
     **STRUCTURED_FIELDS,
+    **EXTRA_FIELDS,
+    **CHOICE_FIELDS,
     "cache_salt": _read_cache_salt,
     "model": read_str,
     "priority": integer(),
@@ -215,14 +210,21 @@ def sampling_params(
     *,
     max_tokens: int | None,
     logprobs: int | None,
+    prompt_logprobs: int | None,
 ) -> SamplingParams:
-    """Build the params from the fields that were given, over the model's own defaults."""
+    """Build the params from the fields that were given, over the model's own defaults.
+
+    A beam search draws nothing, so that these defaults have no say in it.
+    """
     given = {name: values[name] for name in SAMPLING_FIELDS if name in values}
+    if values.get("use_beam_search", False):
+        defaults = {}
     return SamplingParams(
         **{**defaults, **given},
         max_tokens=max_tokens,
         logprobs=logprobs,
         structured_output=structured_output(values),
+        prompt_logprobs=prompt_logprobs,
     )
 
 

@@ -19,7 +19,6 @@ from streamserve.api.errors import error_content
 from streamserve.api.frames import DONE, PING, ChoiceFrames, Envelope, error_frame, usage_frame
 from streamserve.api.metrics import Delivery
 from streamserve.api.writer import AsgiWriter, FrameWriter, writer_of
-from streamserve.core.plan import TokenLogprobs
 from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage
 from streamserve.engine.stream import RequestStream, TextSink
@@ -49,17 +48,14 @@ def check_success(output: RequestOutput) -> None:
 
 
 class StreamedChoice:
-    """One choice on its way: its stream, its frames, and what to show before the first token."""
+    """One choice on its way: its stream and its frames."""
 
-    __slots__ = ("delivery", "echo", "frames", "stream", "usage")
+    __slots__ = ("delivery", "frames", "stream", "usage")
 
-    def __init__(
-        self, stream: RequestStream, frames: ChoiceFrames, delivery: Delivery, *, echo: str = ""
-    ) -> None:
+    def __init__(self, stream: RequestStream, frames: ChoiceFrames, delivery: Delivery) -> None:
         self.stream = stream
         self.frames = frames
         self.delivery = delivery
-        self.echo = echo
         self.usage = Usage(prompt_tokens=stream.num_prompt_tokens)
 
 
@@ -86,6 +82,7 @@ class AnswerStream(EventSourceResponse):
         choices: Sequence[StreamedChoice],
         *,
         include_usage: bool,
+        num_per_prompt: int = 1,
         headers: dict[str, str],
         ping_interval_s: float,
         raw_send: Send,
@@ -96,6 +93,7 @@ class AnswerStream(EventSourceResponse):
         self._envelope = envelope
         self._choices = choices
         self._include_usage = include_usage
+        self._num_per_prompt = num_per_prompt
         self._raw_send = raw_send
         self._writer: FrameWriter = AsgiWriter(raw_send)
         self._num_sent = 0  # frames; pings do not count
@@ -147,10 +145,9 @@ class AnswerStream(EventSourceResponse):
         frames, delivery = choice.frames, choice.delivery
         head, tail, is_plain = frames.head, frames.tail, frames.is_plain
         opening = frames.role(choice.usage)  # travels with the first text
-        if choice.echo:
-            await self._send(frames.text(choice.echo, (), choice.usage))
+        if echo := frames.echo_at_once(choice.usage):
+            await self._send(echo)
         sink = self._sink_of(frames, delivery)
-        held: list[TokenLogprobs] = []  # logprobs wait for the text they belong to
         while True:
             output = await get()
             if output.finish_reason is not None:
@@ -161,11 +158,10 @@ class AnswerStream(EventSourceResponse):
                     continue
                 body = head + dumps(text) + tail
             else:
-                held += output.logprobs
+                frames.hold(output)
                 if not text:
                     continue
-                body = frames.text(text, held, output.usage)
-                held = []
+                body = frames.text(text, output.usage)
             if opening:
                 body = opening + body
                 opening = b""
@@ -177,10 +173,10 @@ class AnswerStream(EventSourceResponse):
                 choice.stream.sink = sink
         check_success(output)
         choice.usage = output.usage
-        held += output.logprobs
+        frames.hold(output)
         body = opening
-        if output.text or held:
-            body += frames.text(output.text, held, output.usage)
+        if output.text or frames.holds_any:
+            body += frames.text(output.text, output.usage)
         body += frames.last(output.finish_reason, output.usage)
         await (self._send(body) if ending is None else self._send_last(body + ending()))
         if output.text:
@@ -205,7 +201,8 @@ class AnswerStream(EventSourceResponse):
         """What follows the last choice's last chunk."""
         if not self._include_usage:
             return DONE
-        return usage_frame(self._envelope, [choice.usage for choice in self._choices]) + DONE
+        usages = [choice.usage for choice in self._choices]
+        return usage_frame(self._envelope, usages, self._num_per_prompt) + DONE
 
     async def _fail(self, exc: Exception) -> None:
         """Headers are out: one event says what status it would have been, and no ``[DONE]``."""

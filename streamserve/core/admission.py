@@ -10,7 +10,7 @@ from streamserve.core.clock import Clock
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.policy import Policy
 from streamserve.core.prefix_cache import PrefixMatch
-from streamserve.core.request import Request
+from streamserve.core.request import Request, RequestStatus
 from streamserve.core.seats import Seats
 from streamserve.core.step import Step
 
@@ -90,6 +90,15 @@ class Admission:
 
     def _admit(self, request: Request, step: Step) -> _Answer:
         """Seat a waiting request and schedule its first tokens, if everything it needs is there."""
+        if request.num_pending_tokens:
+            return _Answer.AWAITS_PREFIX  # preempted while its next token was being chosen
+        if request.fork_source is not None:
+            answer = self._admit_fork(request, request.fork_source, step)
+            if answer is not None:
+                return answer
+        return self._admit_alone(request, step)
+
+    def _admit_alone(self, request: Request, step: Step) -> _Answer:
         claims, running = self._seats.claims, self._seats.running
         awaited_hash = request.awaited_hash
         if awaited_hash is not None and claims.must_wait(request, awaited_hash):
@@ -131,6 +140,34 @@ class Admission:
         self._seats.admit(request)
         step.prefill.take(match.num_tokens, num_new, samples=num_new == num_left)
         step.add(request, num_new, block_ids)
+        return _Answer.ADMITTED
+
+    def _admit_fork(self, request: Request, source: Request, step: Step) -> _Answer | None:
+        """Seat a request that shares the prompt of another; ``None``: it must go its own way."""
+        if source.is_finished or source.has_failed_step:
+            request.fork_source = None
+            return None
+        num_left = 1  # of the prompt: what it samples is its own
+        num_shared = request.num_tokens - num_left
+        is_computed = source.status is RequestStatus.RUNNING
+        if not is_computed or source.num_written_tokens < num_shared:
+            return _Answer.AWAITS_PREFIX
+        num_running = len(self._seats.running)
+        has_seat = num_running < self._seats.num_seats
+        if step.is_blocked or not has_seat or step.prefill.is_spent:
+            return _Answer.NO_ROOM
+        has_block = self._kv_cache.num_free_blocks > num_running  # as all that are admitted
+        if not has_block or not step.prefill.grant(num_shared, num_left):
+            return _Answer.NO_ROOM
+        self._kv_cache.fork(source, request)
+        block_ids = self._kv_cache.allocate_slots(request, num_left)
+        assert block_ids is not None
+        request.fork_source = None
+        request.num_cached_tokens = num_shared
+        self.backlog.admitted(self._clock(), len(self._seats.waiting) - 1)
+        self._seats.admit(request)
+        step.prefill.take(num_shared, num_left, samples=True)
+        step.add(request, num_left, block_ids)
         return _Answer.ADMITTED
 
     def _admit_blocks(

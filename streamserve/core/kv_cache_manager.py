@@ -110,12 +110,16 @@ class KVCacheManager:
     ) -> PrefixMatch | None:
         """The longest cached prefix of a request without blocks; takes nothing for it.
 
+        There is none for a request that needs the logits of its prompt: every row is computed.
+
         ``None``: ask again. It was not found yet in ``max_num_hashed`` more blocks, or the plan
         being made, or one in flight, brings a part of it back from host memory. That happens
         where the request has room to be admitted, ``num_reserved_blocks`` left over, and in one
         step without ``max_num_hashed``.
         """
         assert not request.block_table
+        if request.needs_prompt_logits:
+            return NO_MATCH
         match = self._cache.match(request, max_num_hashed) if self._caching else NO_MATCH
         if match is None or self._host is None:
             return match
@@ -129,6 +133,8 @@ class KVCacheManager:
         By its turn, it may be others. Of a prompt with more cached blocks than may be hashed, only
         those hashed count.
         """
+        if request.needs_prompt_logits:
+            return 0
         match = self._cache.match(request, max_num_hashed) if self._caching else NO_MATCH
         if match is None:
             return len(request.block_hashes) * self.block_size
@@ -222,6 +228,9 @@ class KVCacheManager:
             num_tokens = 0
             nodes = [self._cache.root(child.cache_salt)] if self._caching else []
         num_blocks = -(-num_tokens // self.block_size)
+        child.block_hashes += parent.block_hashes[
+            len(child.block_hashes) : num_tokens // self.block_size
+        ]
         if nodes:
             self._cache.pin(nodes[-1])
         self._holdings[child.request_id] = _Holding(child, nodes, num_blocks)

@@ -113,15 +113,24 @@ class SchedulerOutput:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Logprobs of one sampled token: natural logarithms of the model's own distribution.
+    """Logprobs of one token: natural logarithms of the model's own distribution.
 
     As in vLLM's and OpenAI's default they are taken before penalties, temperature and truncation.
     ``top`` is ``(token_id, logprob)`` by falling logprob, as many as ``SamplingParams.logprobs``.
+    ``rank`` is 1 for the likeliest token, 0 where nobody counted: it is a prompt token's only.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    rank: int = 0
+
+
+class PromptLogprobs(NamedTuple):
+    """Logprobs of a prompt's tokens at ``position``, ``position + 1``, …"""
+
+    position: int
+    entries: list[TokenLogprobs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +140,7 @@ class ModelRunnerOutput:
     An entry of ``sampled_token_ids`` is empty where the plan did not ask for a sample; it holds
     several where drafts were right.
     ``logprobs`` is ``None`` when nobody asked; else an entry is empty for those who did not.
+    ``prompt_logprobs`` go by request id, for those who asked and whose prompt was computed.
     ``duration_s`` is how long the device worked on the step, waits for the host left out; ``None``
     from a runner that does not measure.
     """
@@ -139,6 +149,7 @@ class ModelRunnerOutput:
     sampled_token_ids: list[list[int]]
     logprobs: list[list[TokenLogprobs]] | None = None
     duration_s: float | None = field(default=None, compare=False)
+    prompt_logprobs: Mapping[str, PromptLogprobs] | None = None
 
 
 class ModelRunner(Protocol):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum, StrEnum, auto
 
 from streamserve.core.block_pool import PrefixNode
 from streamserve.core.ngram import NgramIndex
+from streamserve.core.plan import PromptLogprobs, TokenLogprobs
 from streamserve.core.sampling_params import SamplingParams
 
 
@@ -53,10 +54,12 @@ class Request:
         "block_table",
         "cache_salt",
         "choice_index",
+        "chooses_on_host",
         "computing_hash",
         "ending_ids",
         "eos_token_ids",
         "finish_reason",
+        "fork_source",
         "has_failed_step",
         "is_in_runner",
         "last_step_id",
@@ -75,6 +78,7 @@ class Request:
         "num_uncached_tokens",
         "num_written_tokens",
         "priority",
+        "prompt_logprobs",
         "request_id",
         "sampling_params",
         "seed",
@@ -111,6 +115,10 @@ class Request:
         self.num_computed_tokens = 0
         self.num_pending_tokens = 0
         self.num_draft_tokens = 0
+        # Of the prompt's tokens from the second on, as far as they came; ``None``: not asked for.
+        self.prompt_logprobs: list[TokenLogprobs] | None = (
+            None if sampling_params.prompt_logprobs is None else []
+        )
         self.num_cached_tokens = 0  # of the prompt, at first admission: what usage reports
         self.block_table: list[int] = []
         self.status = RequestStatus.WAITING
@@ -134,8 +142,15 @@ class Request:
         self.computing_hash: bytes | None = None  # the block it computes for others that wait
         self.awaited_hash: bytes | None = None  # the block it waits for while another computes it
         # A grammar's mask is made by the host, of the tokens before it: for one position only.
-        self.may_draft = sampling_params.structured_output is None
+        # So is what may complete a bad word of several tokens.
+        self.may_draft = (
+            sampling_params.structured_output is None and not sampling_params.bad_word_ids
+        )
         self.ngram_index: NgramIndex | None = None  # of its own text, if it speculates
+        self.fork_source: Request | None = None  # computes the prompt that this one then shares
+        # Its next token is not what a step samples: somebody chooses it who sees the logprobs. It
+        # counts as pending until then.
+        self.chooses_on_host = False
         self.num_free_when_refused = -1  # spare blocks when there was last no room to admit it
 
     @property
@@ -154,6 +169,12 @@ class Request:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether its prompt must be computed, though it may be cached."""
+        known = self.prompt_logprobs
+        return known is not None and len(known) < self.num_prompt_tokens - 1
+
+    @property
     def is_finished(self) -> bool:
         """Whether ``Scheduler.finish`` has been called."""
         return self.status is RequestStatus.FINISHED
@@ -163,3 +184,14 @@ class Request:
             f"Request({self.request_id!r}, {self.status.name}, "
             f"computed {self.num_computed_tokens}/{self.num_tokens}+{self.num_pending_tokens})"
         )
+
+
+def take_prompt_logprobs(
+    requests: Mapping[str, Request], found: Mapping[str, PromptLogprobs]
+) -> None:
+    """Book what a step found, for those of ``requests`` that it concerns; what is known stays."""
+    for request_id, (position, entries) in found.items():
+        request = requests.get(request_id)
+        if request is not None and request.prompt_logprobs is not None:
+            num_known = len(request.prompt_logprobs) + 1  # the first token has none
+            request.prompt_logprobs += entries[num_known - position :]

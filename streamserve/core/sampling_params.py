@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from streamserve.core.structured_output import StructuredOutput
 from streamserve.errors import InvalidParameterError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
 
 
@@ -22,7 +25,10 @@ class SamplingParams:
     ``top_k == 0`` means no limit (``-1``, vLLM's spelling, is accepted for the same).
     ``max_tokens is None`` means up to the end of the context.
     ``logprobs`` is the number of alternatives reported per position (0: only the sampled token's
-    own logprob; ``None``: none). ``seed is None`` draws one when the request is admitted.
+    own logprob; ``None``: none); ``prompt_logprobs`` is the same for the prompt's tokens.
+    ``seed is None`` draws one when the request is admitted.
+    ``allowed_token_ids`` (``None``: all) are the only ones drawn. ``bad_words`` never complete in
+    the answer; ``bad_word_ids`` are their spellings as token ids, which the engine fills in.
     ``structured_output`` is the grammar that the answer follows, ``None`` for free text.
     Penalties follow OpenAI (presence, frequency: generated tokens only) and CTRL (repetition:
     prompt and generated tokens), in transformers' and vLLM's meaning.
@@ -46,7 +52,12 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     structured_output: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
@@ -84,13 +95,13 @@ class SamplingParams:
         if self.seed is not None:
             _require(-MAX_SEED - 1 <= self.seed <= MAX_SEED, "seed", "a 64-bit integer", self.seed)
         self._check_stops()
-        if self.logprobs is not None:
-            _require(
-                0 <= self.logprobs <= MAX_LOGPROBS,
-                "logprobs",
-                f"between 0 and {MAX_LOGPROBS}",
-                self.logprobs,
-            )
+        self._check_words()
+        for name, count in (
+            ("logprobs", self.logprobs),
+            ("prompt_logprobs", self.prompt_logprobs),
+        ):
+            if count is not None:
+                _require(0 <= count <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}", count)
 
     def _check_stops(self) -> None:
         _require(
@@ -104,6 +115,24 @@ class SamplingParams:
         for token_id in self.stop_token_ids:
             _require(token_id >= 0, "stop_token_ids", "token ids of at least 0", token_id)
 
+    def _check_words(self) -> None:
+        if self.allowed_token_ids is not None:
+            ids = self.allowed_token_ids
+            _require(len(ids) > 0, "allowed_token_ids", "at least one token id", "none")
+            _require(min(ids) >= 0, "allowed_token_ids", "token ids of at least 0", min(ids))
+        words = self.bad_words
+        _require(
+            len(words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} words", len(words)
+        )
+        for word in words:
+            _require(word.strip() != "", "bad_words", "made of words that are not blank", word)
+            _require(
+                len(word) <= MAX_BAD_WORD_CHARACTERS,
+                "bad_words",
+                f"made of words of at most {MAX_BAD_WORD_CHARACTERS} characters",
+                f"{word[:20]}…",
+            )
+
     @property
     def is_greedy(self) -> bool:
         """Whether the sampler takes the arg-max."""
@@ -116,6 +145,33 @@ class SamplingParams:
             self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
             or self.repetition_penalty != 1.0
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearchParams:
+    """A beam search: the ``beam_width`` best sequences, kept side by side; nothing is drawn.
+
+    A finished sequence scores the sum of its logprobs over its length to the power of
+    ``length_penalty``. ``early_stopping`` is transformers': ``True`` stops when ``beam_width``
+    sequences have finished, ``False`` when the best running one would not beat them if it ended
+    now, ``"never"`` when it could not at any length up to ``max_tokens``.
+
+    Raises ``InvalidParameterError`` naming the field, the limit and the value.
+    """
+
+    beam_width: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        _require(self.beam_width >= 1, "beam_width", "at least 1", self.beam_width)
+        _within("length_penalty", self.length_penalty, -10.0, 10.0)
+        _require(
+            self.early_stopping in (True, False, "never"),
+            "early_stopping",
+            'true, false or "never"',
+            self.early_stopping,
         )
 
 

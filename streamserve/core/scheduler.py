@@ -10,6 +10,7 @@ A step is *in flight* from ``schedule`` until ``update`` or ``fail_step`` retire
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -22,7 +23,7 @@ from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogpr
 from streamserve.core.policy import POLICIES
 from streamserve.core.prefill import PrefillPacer
 from streamserve.core.prefix_groups import PrefixGrouping, check_groups
-from streamserve.core.request import FinishReason, Request, RequestStatus
+from streamserve.core.request import FinishReason, Request, RequestStatus, take_prompt_logprobs
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.seats import Seats
 from streamserve.core.speculation import Propose, SpeculationStats, Speculator
@@ -143,6 +144,35 @@ class Scheduler:
         self._enter(request)
         self._seats.queue(request)
 
+    def add_choices(self, source: Request, others: Sequence[Request]) -> None:
+        """Queue more requests with the prompt of ``source``, which was added just now.
+
+        They wait until it has computed the prompt, share what it wrote, and sample their own; if it
+        ends before, each goes its own way. ``max_num_waiting`` does not apply: the first was let
+        in.
+        Raises ``ValueError`` as ``add`` does, and has then queued none.
+        """
+        entered: list[Request] = []
+        try:
+            for request in others:
+                request.block_hashes = list(source.block_hashes)
+                self._enter(request)
+                entered.append(request)
+        except ValueError:
+            for request in entered:
+                del self._seats.requests[request.request_id]
+            raise
+        for request in others:
+            request.fork_source = source
+            self._seats.queue(request)
+
+    def choose(self, request: Request, token_id: int) -> None:
+        """Go on with the token that was chosen for a request which ``chooses_on_host``."""
+        assert request.num_pending_tokens == 1
+        assert not request.num_steps_in_flight
+        request.num_pending_tokens = 0
+        request.token_ids.append(token_id)
+
     def fork(self, parent: Request, child: Request) -> None:
         """Add ``child``, which shares with ``parent`` the written tokens they have in common.
 
@@ -244,8 +274,12 @@ class Scheduler:
     def _launch(self, step: Step) -> SchedulerOutput | None:
         plan = step.plan
         if not step.requests and not self.kv_cache.has_loads:
-            assert self._in_flight, "live requests, none of which can run"
-            return None
+            requests = self._seats.requests.values()
+            if self._in_flight or all(request.num_pending_tokens for request in requests):
+                return None
+            # What waits for its token to be chosen holds what others need.
+            assert self._seats.take_idle(), "live requests, none of which can run"
+            return self.schedule()
         plan.released_ids.extend(self._seats.released_ids)
         self._seats.released_ids.clear()
         self.kv_cache.complete(plan)
@@ -261,6 +295,7 @@ class Scheduler:
         num_pending = request.num_pending_tokens
         if num_pending and (
             num_known + num_pending >= request.max_num_tokens  # its last token is in flight
+            or request.chooses_on_host
             or request.last_step_id != step.plan.step_id - 1  # not the previous step's sample
             or request.num_draft_tokens  # nobody knows yet where it stands
         ):
@@ -341,6 +376,8 @@ class Scheduler:
             self._speculator.host_time.observe(
                 self._clock(), len(step.requests), output.duration_s, overlaps=step.overlaps
             )
+        if output.prompt_logprobs is not None:
+            take_prompt_logprobs(self._seats.requests, output.prompt_logprobs)
         updates: list[RequestUpdate] = []
         seats, block_size = self._seats, self.kv_cache.block_size
         logprobs = output.logprobs
@@ -355,7 +392,9 @@ class Scheduler:
             if request.status is RequestStatus.FINISHED:
                 seats.release(request)
                 continue
-            if sample:
+            if sample and request.chooses_on_host:
+                updates.append(RequestUpdate(request, [], logprobs[i] if logprobs else [], None))
+            elif sample:
                 request.num_pending_tokens -= 1
                 new_token_ids, reason, stop_id = append_tokens(request, sampled_ids)
                 new_logprobs = logprobs[i][: len(new_token_ids)] if logprobs is not None else []

@@ -65,6 +65,14 @@ class Seats:
         self.seat(request)
         self.claims.update(request)
 
+    def take_idle(self) -> bool:
+        """Take the last seat of a request that waits for its token to be chosen, if one does."""
+        idle = next((r for r in reversed(self.running) if r.num_pending_tokens), None)
+        if idle is None or idle.num_steps_in_flight:
+            return False
+        self._preempt(idle)
+        return True
+
     def take(self, victim: Request, step: Step) -> bool:
         """Take a running request's seat: now, or (``False``) when the step that has it retires."""
         step.preempted = True
@@ -103,7 +111,7 @@ class Seats:
 
     def _preempt(self, request: Request) -> None:
         """Back to waiting; the blocks are free, but cached until somebody needs them."""
-        assert not request.num_pending_tokens
+        assert not request.num_pending_tokens or request.chooses_on_host
         _remove(self.running, request)
         self.claims.drop(request)
         self._give_back(request)

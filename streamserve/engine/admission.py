@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.sampling_params import MAX_LOGPROBS, BeamSearchParams, SamplingParams
 from streamserve.errors import ContextLengthError, InvalidParameterError
 
 
@@ -31,6 +31,7 @@ class AdmissionLimits:
             self._check_ids("prompt", prompt_token_ids)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         num_prompt_tokens = len(prompt_token_ids)
         num_left = self.max_model_len - num_prompt_tokens
         if num_left < 1:
@@ -50,6 +51,20 @@ class AdmissionLimits:
                 self._message(num_prompt_tokens, params.max_tokens), param="max_tokens"
             )
         return params
+
+    def check_beams(self, beams: BeamSearchParams, n: int, num_ending_ids: int) -> None:
+        """Raise ``InvalidParameterError`` unless the likeliest tokens suffice for so many beams."""
+        if beams.beam_width < n:
+            raise InvalidParameterError(
+                f"n must be at most the beam width of {beams.beam_width}, got {n}", param="n"
+            )
+        limit = min(MAX_LOGPROBS - num_ending_ids, self.vocab_size - num_ending_ids)
+        if beams.beam_width > limit:
+            raise InvalidParameterError(
+                f"best_of must be at most {limit} with use_beam_search ({MAX_LOGPROBS} less the"
+                f" tokens that end an answer), got {beams.beam_width}",
+                param="best_of",
+            )
 
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
         low, high = min(token_ids, default=0), max(token_ids, default=0)

@@ -16,29 +16,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import deque
 from concurrent.futures import Future
+from typing import Unpack
 
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
-from streamserve.core.request import FinishReason, Request
-from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.request import FinishReason
+from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
 from streamserve.core.scheduler import RequestUpdate, Scheduler
 from streamserve.engine.admission import AdmissionLimits
+from streamserve.engine.failures import duplicate, name_of
 from streamserve.engine.futures import until_done
 from streamserve.engine.garbage import collect_idle
 from streamserve.engine.grammar import Grammars
 from streamserve.engine.grammar_masks import GrammarError, GrammarMasks
-from streamserve.engine.output_processor import OutputProcessor
-from streamserve.engine.stats import EngineStats
+from streamserve.engine.intake import Intake, Origin
+from streamserve.engine.live import BeamGroup, Live, advance_beams
+from streamserve.engine.stats import EngineStats, stats_of
 from streamserve.engine.stream import RequestStream
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import (
     DeviceDeadError,
     EngineDeadError,
     EngineError,
-    InvalidParameterError,
     RequestError,
 )
 
@@ -47,17 +48,6 @@ logger = logging.getLogger(__name__)
 MAX_CONSECUTIVE_FAILED_STEPS = 3
 _STOP_GRACE_S = 10.0
 """How long ``stop`` waits for a step that is on the device after every request has ended."""
-
-
-class _Live:
-    """What the engine holds of a request that has not ended."""
-
-    __slots__ = ("processor", "request", "stream")
-
-    def __init__(self, request: Request, stream: RequestStream, processor: OutputProcessor) -> None:
-        self.request = request
-        self.stream = stream
-        self.processor = processor
 
 
 class _DeadError(Exception):
@@ -93,21 +83,19 @@ class AsyncEngine:
         """
         self._scheduler = scheduler
         self._runner = runner
-        self._tokenizer = tokenizer
-        self._eos_token_ids = eos_token_ids
         self._clock = clock
         vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
-        self._limits = AdmissionLimits(
+        limits = AdmissionLimits(
             max_model_len=min(max_model_len, scheduler.max_model_len),
             vocab_size=vocab_size,
             num_tokenizer_ids=tokenizer.vocab_size,
         )
         self._grammars = grammars or Grammars(tokenizer, eos_token_ids, vocab_size)
+        self._intake = Intake(tokenizer, limits, eos_token_ids, self._grammars, clock, self.abort)
         self._masks = GrammarMasks()
         self._idle_delay_s = idle_delay_s
         self._max_steps_in_flight = scheduler.config.max_steps_in_flight
-        self._seeds = random.Random()
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._in_flight: deque[tuple[int, Future[ModelRunnerOutput]]] = deque()
         self._unsampled: SchedulerOutput | None = None  # launched, its masks not yet known
         self._updates: list[RequestUpdate] = []  # of the last retired step, not yet text
@@ -117,6 +105,7 @@ class AsyncEngine:
         self._is_stopping = False
         self._dead_reason: str | None = None
         self._num_consecutive_failures = 0
+        self._num_beam_groups = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
@@ -164,60 +153,89 @@ class AsyncEngine:
         prompt_token_ids: list[int],
         params: SamplingParams,
         *,
-        request_id: str,
-        priority: int = 0,
-        cache_salt: str = "",
-        arrival_time: float | None = None,
         choice_index: int = 0,
-        is_tokenized: bool = False,
+        **origin: Unpack[Origin],
     ) -> RequestStream:
         """Queue a request, or say why not before anything is queued.
 
         ``is_tokenized``: the ids come from the engine's own tokenizer.
         ``params.max_tokens`` of ``None`` means the rest of the context. ``prepare`` comes first if
-        there is a ``params.structured_output``. Raises
-        ``InvalidParameterError``, ``ContextLengthError``, ``QueueFullError`` or
-        ``EngineDeadError`` (also when the engine is stopping).
+        there is a ``params.structured_output``. Raises ``InvalidParameterError``,
+        ``ContextLengthError``, ``QueueFullError`` or ``EngineDeadError`` (also when the engine is
+        stopping).
         """
+        self._check_open(origin["request_id"])
+        live = self._intake.one(prompt_token_ids, params, choice_index, **origin)
+        self._enter(live)
+        return live.stream
+
+    def submit_choices(
+        self, prompt_token_ids: list[int], params: SamplingParams, n: int, **origin: Unpack[Origin]
+    ) -> list[RequestStream]:
+        """Queue ``n`` requests with one prompt, which is computed once; raises as ``submit``.
+
+        Each has its own stream, and with a seed the answer of its ``choice_index`` in any company.
+        """
+        self._check_open(origin["request_id"])
+        first = self._intake.one(prompt_token_ids, params, 0, **origin)
+        others = self._intake.others(first, n)
+        for live in others:
+            self._check_open(live.request.request_id)
+        self._enter(first)
+        try:
+            self._scheduler.add_choices(first.request, [live.request for live in others])
+        except ValueError as error:
+            first.stream.close()
+            raise duplicate(origin["request_id"]) from error
+        for live in others:
+            self._book(live)
+        return [live.stream for live in (first, *others)]
+
+    def submit_beams(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        beams: BeamSearchParams,
+        n: int,
+        **origin: Unpack[Origin],
+    ) -> list[RequestStream]:
+        """Queue a beam search for the best ``n`` answers, best first; raises as ``submit``.
+
+        Each stream gets one output, at the end; closing one of them ends the search. Of ``params``
+        only what ends an answer, and what is reported of it, has a meaning.
+        """
+        self._check_open(origin["request_id"])
+        group = self._intake.beams(prompt_token_ids, params, beams, n, **origin)
+        self._enter(group)
+        self._num_beam_groups += 1
+        return list(group.streams)
+
+    def _check_open(self, request_id: str) -> None:
         self._raise_if_dead()
         if self._is_stopping:
             raise EngineDeadError("the server is shutting down and takes no new requests")
         if request_id in self._live:
-            raise _duplicate(request_id)
-        params = self._limits.check(prompt_token_ids, params, is_tokenized=is_tokenized)
-        self._scheduler.check_fits(len(prompt_token_ids), params)
-        arrival_time = self._clock() if arrival_time is None else arrival_time
-        grammar = params.structured_output
-        matcher = None if grammar is None else self._grammars.matcher(grammar)
-        request = Request(
-            request_id,
-            prompt_token_ids,
-            params,
-            arrival_time=arrival_time,
-            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            eos_token_ids=self._eos_token_ids,
-            choice_index=choice_index,
-            priority=priority,
-            cache_salt=cache_salt,
-        )
-        processor = OutputProcessor(self._tokenizer, request)
-        stream = RequestStream(
-            request_id, len(prompt_token_ids), arrival_time=arrival_time, on_close=self.abort
-        )
+            raise duplicate(request_id)
+
+    def _enter(self, live: Live) -> None:
+        """Queue what was made of a request."""
+        request = live.request
         try:
             self._scheduler.add(request)
         except RequestError:
             raise
         except ValueError as error:  # the id's last step has not retired
-            raise _duplicate(request_id) from error
+            raise duplicate(request.request_id) from error
         except Exception as error:
             self._die("the scheduler failed to add a request", error)
             self._raise_if_dead()
-        self._live[request_id] = _Live(request, stream, processor)
-        if matcher is not None:
-            self._masks.add(request, matcher)
+        self._book(live)
         self._wake.set()
-        return stream
+
+    def _book(self, live: Live) -> None:
+        self._live[live.request.request_id] = live
+        if live.matcher is not None:
+            self._masks.add(live.request, live.matcher)
 
     def abort(self, request_id: str) -> bool:
         """End a request with ``ABORT``; its blocks are free by the next step.
@@ -229,7 +247,7 @@ class AsyncEngine:
             return False
         if self._finish(live, FinishReason.ABORT):
             self._end(live)
-            live.stream.put(live.processor.abort())
+            live.abort()
             self._wake.set()
         return True
 
@@ -254,26 +272,14 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """What there is to count. Cheap: may be called for every scrape and every log line."""
-        scheduler = self._scheduler
-        cache = scheduler.kv_cache
-        return EngineStats(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            kv_usage=cache.usage,
-            kv_host_usage=cache.host_usage,
-            prefix_query_tokens=cache.stats.num_queried_tokens,
-            prefix_hit_tokens=cache.stats.num_hit_tokens,
-            prefix_host_hit_tokens=cache.stats.num_host_hit_tokens,
-            kv_stored_tokens=cache.stats.num_stored_tokens,
+        live = dict.fromkeys(self._live.values())
+        return stats_of(
+            self._scheduler,
             num_steps=self._num_steps,
-            num_preemptions=self._num_preemptions
-            + sum(live.request.num_preemptions for live in self._live.values()),
+            num_preemptions=self._num_preemptions + sum(x.request.num_preemptions for x in live),
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self._num_generation_tokens,
-            kv_tokens_saved=scheduler.prefix_grouping.num_saved_tokens,
             num_compilations=self._runner.num_compilations,
-            pacing=scheduler.pacer.stats,
-            speculation=scheduler.speculation_stats,
         )
 
     # The step loop.
@@ -353,9 +359,9 @@ class AsyncEngine:
     def _stamp_first_scheduled(self, plan: SchedulerOutput) -> None:
         now = self._clock()
         for new in plan.new_requests:  # a preempted request is new to the runner again
-            timings = self._live[new.request_id].stream.timings
-            if timings.first_scheduled is None:
-                timings.first_scheduled = now
+            for stream in self._live[new.request_id].streams:
+                if stream.timings.first_scheduled is None:
+                    stream.timings.first_scheduled = now
 
     async def _retire_step(self) -> None:
         """Wait for the oldest step in flight and book what it sampled."""
@@ -375,8 +381,26 @@ class AsyncEngine:
             return
         self._num_consecutive_failures = 0
         self._updates = self._scheduler.update(output)
+        if self._num_beam_groups:
+            try:  # the choice comes before the next step is made
+                self._updates, over = advance_beams(self._updates, self._live, self._scheduler)
+            except Exception as error:
+                self._die("the scheduler failed to fork a beam search", error)
+                return
+            for group in over:
+                self._end_beams(group)
         if output.duration_s is not None and logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s", self._scheduler.pacer.last_report)
+
+    def _end_beams(self, group: BeamGroup) -> None:
+        """Give a beam search's streams their answers."""
+        try:
+            self._num_generation_tokens += group.put_outputs(self._clock())
+        except Exception as error:
+            self._fail_request(group, error)
+        else:
+            self._num_prompt_tokens += group.request.num_prompt_tokens
+            self._end(group)
 
     def _publish(self) -> None:
         """Do the text work of the last retired step and leave the outputs in the mailboxes."""
@@ -443,15 +467,18 @@ class AsyncEngine:
 
     # Ends: each of a request's ends comes through ``_end``, once.
 
-    def _end(self, live: _Live) -> None:
+    def _end(self, live: Live) -> None:
         del self._live[live.request.request_id]
         self._masks.drop(live.request.request_id)
         self._num_preemptions += live.request.num_preemptions
         live.stream.timings.finished = self._clock()
+        if isinstance(live, BeamGroup):
+            self._num_beam_groups -= 1
+            live.leave(self._live)
 
     def _finish(
         self,
-        live: _Live,
+        live: Live,
         reason: FinishReason,
         *,
         num_output_tokens: int | None = None,
@@ -462,23 +489,24 @@ class AsyncEngine:
         ``False``: it could not, which was the end of the engine and of every stream.
         """
         try:
-            self._scheduler.finish(
-                live.request, reason, num_output_tokens=num_output_tokens, stop_reason=stop_reason
-            )
+            for request in live.requests:
+                self._scheduler.finish(
+                    request, reason, num_output_tokens=num_output_tokens, stop_reason=stop_reason
+                )
         except Exception as error:
             self._die("the scheduler failed to finish a request", error)
             return False
         return True
 
-    def _fail_request(self, live: _Live, error: Exception) -> bool:
+    def _fail_request(self, live: Live, error: Exception) -> bool:
         """End one request whose text cannot be made. ``False``: as of ``_finish``."""
         logger.error("request %s failed in text work", live.request.request_id, exc_info=error)
         if not self._finish(live, FinishReason.ERROR):
             return False
         self._end(live)
         is_grammar = isinstance(error, GrammarError)
-        reason = f"follow its grammar: {error}" if is_grammar else f"be decoded: {_name_of(error)}"
-        live.stream.fail(EngineError(f"the output could not {reason}"))
+        reason = f"follow its grammar: {error}" if is_grammar else f"be decoded: {name_of(error)}"
+        live.fail(EngineError(f"the output could not {reason}"))
         return True
 
     def _fail_step(self, step_id: int, error: Exception) -> None:
@@ -489,9 +517,10 @@ class AsyncEngine:
             return
         for request in self._scheduler.fail_step(step_id):
             live = self._live.get(request.request_id)
-            if live is not None:
+            # Of a beam search, one sequence's failure is that of all.
+            if live is not None and self._finish(live, FinishReason.ERROR):
                 self._end(live)
-                live.stream.fail(EngineError(f"the model step failed: {_name_of(error)}"))
+                live.fail(EngineError(f"the model step failed: {name_of(error)}"))
         if isinstance(error, DeviceDeadError):
             raise _DeadError("no step can run any more") from error
         self._num_consecutive_failures += 1
@@ -502,12 +531,12 @@ class AsyncEngine:
         if self._dead_reason is not None:
             return
         if cause is not None:
-            reason = f"{reason}: {_name_of(cause)}"
+            reason = f"{reason}: {name_of(cause)}"
         self._dead_reason = reason
         logger.critical("the engine is dead: %s", reason, exc_info=cause)
-        for live in list(self._live.values()):
+        for live in dict.fromkeys(self._live.values()):
             self._end(live)
-            live.stream.fail(self._dead_error())
+            live.fail(self._dead_error())
         self._died.set()
         self._wake.set()
 
@@ -517,14 +546,3 @@ class AsyncEngine:
     def _raise_if_dead(self) -> None:
         if self._dead_reason is not None:
             raise self._dead_error()
-
-
-def _duplicate(request_id: str) -> InvalidParameterError:
-    return InvalidParameterError(
-        f"request_id must be unique, got {request_id!r} again", param="request_id"
-    )
-
-
-def _name_of(error: BaseException) -> str:
-    """What a client may read of an internal error: its kind. The log has the rest."""
-    return type(error).__name__

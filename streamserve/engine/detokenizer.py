@@ -40,7 +40,8 @@ class IncrementalDetokenizer:
         if pieces is not None:
             way = _PieceDetokenizer(pieces, prompt_token_ids)
         else:
-            way = _WindowDetokenizer(tokenizer, prompt_token_ids, skip)
+            joins = not (skip or params.spaces_between_special_tokens)
+            way = _WindowDetokenizer(tokenizer, prompt_token_ids, skip, joins_specials=joins)
         self.add = way.add
         self.finish = way.finish
 
@@ -129,10 +130,28 @@ class _WindowDetokenizer:
         text of _ids               |<- _num_shown characters ->| held back: U+FFFD
     """
 
-    __slots__ = ("_ids", "_num_context", "_num_shown", "_skip", "_tokenizer")
+    __slots__ = (
+        "_follows_special",
+        "_ids",
+        "_joins_specials",
+        "_num_context",
+        "_num_shown",
+        "_skip",
+        "_tokenizer",
+    )
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        skip: bool,
+        *,
+        joins_specials: bool = False,
+    ) -> None:
+        """With ``joins_specials`` no space comes between two special tokens."""
         self._tokenizer = tokenizer
+        self._joins_specials = joins_specials
+        self._follows_special = False
         self._skip = skip
         # The shortest end of the prompt that has text and does not begin inside a character.
         size = 4
@@ -146,6 +165,8 @@ class _WindowDetokenizer:
         self._num_shown = len(text.rstrip(_REPLACEMENT))
 
     def add(self, token_ids: Sequence[int]) -> str:
+        if self._joins_specials:
+            return "".join([self._add_joined(token_id) for token_id in token_ids])
         return "".join([self._add_one(token_id) for token_id in token_ids])
 
     def finish(self) -> str:
@@ -153,6 +174,14 @@ class _WindowDetokenizer:
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+
+    def _add_joined(self, token_id: int) -> str:
+        text = self._add_one(token_id)
+        follows_special = self._follows_special
+        self._follows_special = self._tokenizer.is_special(token_id)
+        if self._follows_special and follows_special:
+            return self._tokenizer.token_text(token_id)
+        return text
 
     def _add_one(self, token_id: int) -> str:
         before = self._num_shown

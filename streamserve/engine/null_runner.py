@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 from streamserve.core.plan import (
     ModelRunnerOutput,
+    NewRequest,
+    PromptLogprobs,
     ScheduledRequest,
     SchedulerOutput,
     TokenLogprobs,
@@ -44,6 +47,7 @@ class NullRunner:
         self._pace = pace
         self._keys: dict[str, int] = {}
         self._num_logprobs: dict[str, int] = {}
+        self._prompts: dict[str, NewRequest] = {}  # whose logprobs are wanted
         self._plan: SchedulerOutput | None = None
         self.num_computed_tokens: dict[str, int] = {}
         self.num_steps = 0
@@ -54,11 +58,14 @@ class NullRunner:
         for request_id in plan.released_ids:
             self._keys.pop(request_id, None)
             self._num_logprobs.pop(request_id, None)
+            self._prompts.pop(request_id, None)
             self.num_computed_tokens.pop(request_id, None)
         for new in plan.new_requests:
             self._keys[new.request_id] = self._key_of(new.request_id)
             if new.sampling_params.logprobs is not None:
                 self._num_logprobs[new.request_id] = new.sampling_params.logprobs
+            if new.sampling_params.prompt_logprobs is not None:
+                self._prompts[new.request_id] = new
         computed = self.num_computed_tokens
         for scheduled in plan.scheduled:
             computed[scheduled.request_id] = scheduled.start + len(scheduled.token_ids)
@@ -101,7 +108,23 @@ class NullRunner:
                 self._logprobs_of(token_ids, self._num_logprobs.get(s.request_id))
                 for s, token_ids in zip(plan.scheduled, sampled, strict=True)
             ]
-        return ModelRunnerOutput(plan.step_id, sampled, logprobs)
+        prompt_logprobs = self._prompt_logprobs_of(plan) if self._prompts else None
+        return ModelRunnerOutput(plan.step_id, sampled, logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _prompt_logprobs_of(self, plan: SchedulerOutput) -> dict[str, PromptLogprobs]:
+        """Every token of a prompt was certain, too."""
+        found: dict[str, PromptLogprobs] = {}
+        for request_id, start, token_ids, *_ in plan.scheduled:
+            new = self._prompts.get(request_id)
+            if new is None or start + 1 >= new.num_prompt_tokens:
+                continue
+            end = min(start + len(token_ids) + 1, new.num_prompt_tokens)
+            count = new.sampling_params.prompt_logprobs
+            entries = self._logprobs_of(new.token_ids[start + 1 : end], count)
+            found[request_id] = PromptLogprobs(
+                start + 1, [replace(entry, rank=1) for entry in entries]
+            )
+        return found
 
     def _verified(self, scheduled: ScheduledRequest) -> list[int]:
         """The samples that count of a request without any, or with drafts."""

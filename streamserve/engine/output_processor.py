@@ -17,7 +17,8 @@ class OutputProcessor:
 
     ``num_output_tokens`` counts what the reader has been given: end-of-sequence and stop tokens
     belong to it, tokens behind a stop string do not. Logprobs are those of the tokens whose text is
-    shown, as in OpenAI's API: joined they are the text. ``is_plain``: there are no stop strings.
+    shown, as in OpenAI's API: joined they are the text. ``is_plain``: there is nothing to look for
+    or to give but text.
     """
 
     __slots__ = (
@@ -25,6 +26,7 @@ class OutputProcessor:
         "_finish",
         "_keep_stop_token",
         "_min_tokens",
+        "_owes_prompt_logprobs",
         "_request",
         "_stop",
         "is_plain",
@@ -43,7 +45,8 @@ class OutputProcessor:
         self._min_tokens = params.min_tokens
         self._request = request
         self.num_output_tokens = 0
-        self.is_plain = self._stop is None
+        self._owes_prompt_logprobs = request.prompt_logprobs is not None
+        self.is_plain = self._stop is None and not self._owes_prompt_logprobs
 
     def text_of(self, token_ids: list[int]) -> str:
         """The text alone of a step that does not end the request; only if ``is_plain``."""
@@ -137,4 +140,8 @@ class OutputProcessor:
     ) -> RequestOutput:
         request = self._request
         usage = Usage(request.num_prompt_tokens, self.num_output_tokens, request.num_cached_tokens)
-        return RequestOutput(text, token_ids, usage, logprobs, finish_reason, stop_reason)
+        output = RequestOutput(text, token_ids, usage, logprobs, finish_reason, stop_reason)
+        if self._owes_prompt_logprobs:
+            self._owes_prompt_logprobs = False
+            output.prompt_logprobs = request.prompt_logprobs
+        return output

@@ -25,7 +25,8 @@ class RequestOutput:
     ``text`` is ready to show (never half a character, never a possible beginning of a stop
     string). ``token_ids`` and ``logprobs`` may run ahead of or behind the text by the tokens whose
     text is held back. ``finish_reason`` is set in the last output only; ``stop_reason`` is the stop
-    string or id that matched, ``None`` for end-of-sequence (vLLM's meaning).
+    string or id that matched, ``None`` for end-of-sequence (vLLM's meaning). The first output has
+    the ``prompt_logprobs`` if they were asked for, from the second token of the prompt on.
     """
 
     text: str
@@ -35,6 +36,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_merged: int = 1
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
     def merge(self, later: RequestOutput) -> RequestOutput:
         """Return the output that says what ``self`` and then ``later`` say. Associative."""
@@ -46,6 +48,7 @@ class RequestOutput:
             finish_reason=later.finish_reason,
             stop_reason=later.stop_reason,
             num_merged=self.num_merged + later.num_merged,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -60,4 +63,5 @@ def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         num_merged=sum([output.num_merged for output in outputs]),
+        prompt_logprobs=outputs[0].prompt_logprobs,
     )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.engine.bad_words import spell_bad_words
 from streamserve.engine.chat_template import ChatTemplate, Message
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import InvalidParameterError
@@ -68,6 +71,7 @@ class Preprocessor:
         timeout_s: float = 10.0,
         num_threads: int = 2,
     ) -> None:
+        self._tokenizer = tokenizer
         self._encoder = PromptEncoder(tokenizer, chat_template)
         self._timeout_s = timeout_s
         self._num_threads = num_threads
@@ -105,6 +109,18 @@ class Preprocessor:
         )
         size = INLINE_CHARACTERS + 1 if tools else sum(_size_of(message) for message in messages)
         return await self._run(work, num_characters=size, param="messages")
+
+    async def bad_words(self, params: SamplingParams) -> SamplingParams:
+        """``params`` with its bad words spelt as token ids."""
+        words = params.bad_words
+        if not words:
+            return params
+
+        def work() -> SamplingParams:
+            return replace(params, bad_word_ids=spell_bad_words(self._tokenizer, words))
+
+        size = sum(len(word) + INLINE_CHARACTERS // 2 for word in words)
+        return await self._run(work, num_characters=size, param="bad_words")
 
     def close(self) -> None:
         """Let go of the threads. Idempotent; does not wait for work that runs."""

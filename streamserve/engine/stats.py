@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamserve.core.pacing_stats import PacingStats
+from streamserve.core.scheduler import Scheduler
 from streamserve.core.speculation import SpeculationStats
 
 
@@ -28,3 +29,34 @@ class EngineStats:
     num_compilations: int  # of kernels, by this process
     pacing: PacingStats
     speculation: SpeculationStats
+
+
+def stats_of(
+    scheduler: Scheduler,
+    *,
+    num_steps: int,
+    num_preemptions: int,
+    prompt_tokens: int,
+    generation_tokens: int,
+    num_compilations: int,
+) -> EngineStats:
+    """What the engine has counted, and what its scheduler has."""
+    cache = scheduler.kv_cache
+    return EngineStats(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        kv_usage=cache.usage,
+        kv_host_usage=cache.host_usage,
+        prefix_query_tokens=cache.stats.num_queried_tokens,
+        prefix_hit_tokens=cache.stats.num_hit_tokens,
+        prefix_host_hit_tokens=cache.stats.num_host_hit_tokens,
+        kv_stored_tokens=cache.stats.num_stored_tokens,
+        num_steps=num_steps,
+        num_preemptions=num_preemptions,
+        prompt_tokens=prompt_tokens,
+        generation_tokens=generation_tokens,
+        kv_tokens_saved=scheduler.prefix_grouping.num_saved_tokens,
+        num_compilations=num_compilations,
+        pacing=scheduler.pacer.stats,
+        speculation=scheduler.speculation_stats,
+    )

@@ -80,10 +80,10 @@ class InputBatch:
             if scheduled.new_block_ids:
                 self._rows.append_blocks(scheduled.request_id, scheduled.new_block_ids)
             edits = self._edits.get(scheduled.request_id)
-            if edits is not None and edits.history is not None:
+            if edits is not None:
                 num_drafts = max(scheduled.sample - 1, 0)
                 known = scheduled.token_ids[: len(scheduled.token_ids) - num_drafts]
-                edits.history.extend(scheduled.start, known)
+                edits.extend(scheduled.start, known)
 
     def build(self, plan: SchedulerOutput) -> tuple[ForwardBatch, StepRows]:
         """The tensors of a plan that was applied and schedules something.
@@ -143,8 +143,8 @@ class InputBatch:
             return
         for i, request_id in enumerate(step.request_ids):
             edits = self._edits.get(request_id)
-            if edits is not None and edits.history is not None:
-                edits.history.extend(int(step.ends[i]), [int(token_ids[i])])
+            if edits is not None:
+                edits.extend(int(step.ends[i]), [int(token_ids[i])])
 
     def record_failure(self, plan: SchedulerOutput) -> None:
         """Notes that the step sampled nothing.

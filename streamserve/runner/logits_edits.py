@@ -1,4 +1,4 @@
-"""What a request changes in its logits before anything is drawn: penalties, bias, banned ends.
+"""What a request changes in its logits before anything is drawn: penalties, bias, bans.
 
 The state is the request's own history, kept incrementally, so an edit costs what the number of
 *distinct* tokens costs and never the vocabulary.
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamserve.core.plan import NewRequest
+from streamserve.runner.bad_words import BadWords, split_bad_words
 
 Float32Array: TypeAlias = NDArray[np.float32]
 Int64Array: TypeAlias = NDArray[np.int64]
@@ -87,9 +88,13 @@ class Penalties(NamedTuple):
 
 
 class LogitsEdits:
-    """The edits of one request. ``history`` is kept only when a penalty reads it."""
+    """The edits of one request. ``history`` and ``bad_words`` are kept only when they are read.
+
+    ``allowed_mask``, if there is one, is a mask as a grammar's: one bit per token.
+    """
 
     __slots__ = (
+        "_bad_ids",
         "_banned_ids",
         "_bias_ids",
         "_bias_values",
@@ -97,11 +102,17 @@ class LogitsEdits:
         "_min_tokens",
         "_presence_penalty",
         "_repetition_penalty",
+        "allowed_mask",
+        "bad_sequences",
+        "bad_words",
         "history",
     )
 
     def __init__(self, request: NewRequest, vocab_size: int, *, keeps_history: bool = True) -> None:
-        """Without ``keeps_history`` somebody else applies the penalties."""
+        """Without ``keeps_history`` somebody else applies the penalties and ``bad_sequences``.
+
+        The biases of tokens that end one of these are then theirs too.
+        """
         params = request.sampling_params
         self.history = (
             TokenCounts(request.token_ids, request.num_prompt_tokens, vocab_size)
@@ -111,7 +122,15 @@ class LogitsEdits:
         self._repetition_penalty = np.float32(params.repetition_penalty)
         self._presence_penalty = np.float32(params.presence_penalty)
         self._frequency_penalty = np.float32(params.frequency_penalty)
+        self._bad_ids, self.bad_sequences = split_bad_words(params.bad_word_ids, vocab_size)
+        """Words of several tokens; those of one are always banned."""
+        self.bad_words = (
+            BadWords(self.bad_sequences, request) if keeps_history and self.bad_sequences else None
+        )
         bias = {token: value for token, value in params.logit_bias.items() if token < vocab_size}
+        if not keeps_history:
+            for word in self.bad_sequences:
+                bias.pop(word[-1], None)
         self._bias_ids: Int64Array = np.array(list(bias), dtype=np.int64)
         self._bias_values: Float32Array = np.array(list(bias.values()), dtype=np.float32)
         ends = sorted(request.eos_token_ids | frozenset(params.stop_token_ids))
@@ -120,6 +139,14 @@ class LogitsEdits:
         )
         # A grammar's masks see to it: they let an end through where nothing else is left.
         self._min_tokens = 0 if params.structured_output is not None else params.min_tokens
+        self.allowed_mask = _packed(params.allowed_token_ids, vocab_size)
+
+    def extend(self, position: int, token_ids: Sequence[int]) -> None:
+        """Takes generated ``token_ids`` that stand at ``position, position + 1, …``."""
+        if self.history is not None:
+            self.history.extend(position, token_ids)
+        if self.bad_words is not None:
+            self.bad_words.extend(position, token_ids)
 
     @property
     def penalties(self) -> Penalties:
@@ -132,27 +159,34 @@ class LogitsEdits:
 
     def added(self, output_position: int) -> tuple[Int64Array, Float32Array]:
         """Ids, and what is added to their logits at a position: the bias, then bans as -inf."""
-        if output_position >= self._min_tokens:
+        banned = self._bad_ids
+        if output_position < self._min_tokens:
+            banned = np.concatenate((banned, self._banned_ids))
+        if not len(banned):
             return self._bias_ids, self._bias_values
-        bans = np.full(len(self._banned_ids), -np.inf, dtype=np.float32)
-        return (
-            np.concatenate((self._bias_ids, self._banned_ids)),
-            np.concatenate((self._bias_values, bans)),
-        )
+        bans = np.full(len(banned), -np.inf, dtype=np.float32)
+        return np.concatenate((self._bias_ids, banned)), np.concatenate((self._bias_values, bans))
 
     @staticmethod
     def are_needed(request: NewRequest) -> bool:
         """Whether the request's logits are ever changed before the draw."""
         params = request.sampling_params
-        return params.has_penalties or bool(params.logit_bias) or params.min_tokens > 0
+        return (
+            params.has_penalties
+            or bool(params.logit_bias)
+            or params.min_tokens > 0
+            or bool(params.bad_word_ids)
+            or params.allowed_token_ids is not None
+        )
 
     def apply(self, logits: Float32Array, output_position: int, drafts: Sequence[int] = ()) -> None:
         """Changes one row ``[V]`` in place. ``drafts`` were generated behind the history.
 
         The order is penalties, then bias, then bans: a bias is added exactly as given, and no bias
-        can let an end through before ``min_tokens``. The repetition penalty (Keskar et al. 2019,
-        CTRL) divides positive logits and multiplies negative ones, as transformers and vLLM do;
-        presence and frequency penalties are OpenAI's and read generated tokens only.
+        can let an end through before ``min_tokens``, or a token that is not allowed. The repetition
+        penalty (Keskar et al. 2019, CTRL) divides positive logits and multiplies negative ones, as
+        transformers and vLLM do; presence and frequency penalties are OpenAI's and read generated
+        tokens only.
         """
         if self.history is not None:
             history = self.history
@@ -162,6 +196,12 @@ class LogitsEdits:
             logits[self._bias_ids] += self._bias_values
         if output_position < self._min_tokens:
             logits[self._banned_ids] = -np.inf
+        if len(self._bad_ids):
+            logits[self._bad_ids] = -np.inf
+        if self.bad_words is not None:
+            logits[self.bad_words.banned()] = -np.inf
+        if self.allowed_mask is not None:
+            apply_mask(logits, self.allowed_mask)
 
     def _apply_penalties(self, logits: Float32Array, ids: Int64Array, counts: Float32Array) -> None:
         values = logits[ids]
@@ -174,3 +214,22 @@ class LogitsEdits:
         if self._presence_penalty != 0.0:
             values -= self._presence_penalty * (counts > 0)
         logits[ids] = values
+
+
+def unpack_mask(mask: bytes, vocab_size: int) -> NDArray[np.bool_]:
+    """Which of ``vocab_size`` tokens a packed bit mask allows."""
+    packed = np.frombuffer(mask.ljust(-(-vocab_size // 8), b"\0"), dtype=np.uint8)
+    return np.unpackbits(packed, count=vocab_size, bitorder="little").view(np.bool_)
+
+
+def apply_mask(logits: Float32Array, mask: bytes) -> None:
+    """Forbids in one row ``[V]`` what a packed bit mask does not allow."""
+    np.copyto(logits, -np.inf, where=~unpack_mask(mask, len(logits)))
+
+
+def _packed(token_ids: Sequence[int] | None, vocab_size: int) -> bytes | None:
+    if token_ids is None:
+        return None
+    allowed = np.zeros(vocab_size, dtype=np.bool_)
+    allowed[[token_id for token_id in token_ids if token_id < vocab_size]] = True
+    return np.packbits(allowed, bitorder="little").tobytes()

@@ -30,14 +30,24 @@ from streamserve.runner.compilations import num_compilations
 from streamserve.runner.input_batch import InputBatch
 from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.plan_arrays import StepRows
+from streamserve.runner.prompt_logprobs import (
+    FoundLogprobs,
+    PromptModel,
+    PromptRows,
+    PromptsWanted,
+    all_hidden_states,
+    find_logprobs,
+)
 from streamserve.runner.sampler import Sampler
 from streamserve.runner.step_calls import SampleCall, StepCalls, step_output
 from streamserve_kernels import Kernels
 
 logger = logging.getLogger(__name__)
 
+_HEAD_SIZES = (8, 16, 32, 64, 128)  # rows of a prompt that get logits together
 
-class ForwardModel(Protocol):
+
+class ForwardModel(PromptModel, Protocol):
     """What the runner needs of a ``streamserve.models.Decoder``."""
 
     @property
@@ -65,6 +75,7 @@ class _Launched:
     rows: StepRows | None = None
     logits: Tensor | None = None
     token_ids: Tensor | None = None
+    prompts: FoundLogprobs | None = None
 
 
 class TorchModelRunner:
@@ -107,6 +118,8 @@ class TorchModelRunner:
             padded_sizes=padded_sizes,
         )
         self._sampler = Sampler(vocab_size, max_num_seqs)
+        self._vocab_size = vocab_size
+        self._prompts = PromptsWanted()
         self._calls: StepCalls[Never] = StepCalls()
         self._thread = threading.Thread(target=self._work, name="streamserve-device", daemon=True)
         self._thread.start()
@@ -175,6 +188,7 @@ class TorchModelRunner:
 
     def _forward(self, plan: SchedulerOutput) -> _Launched:
         self._input_batch.apply(plan)
+        self._prompts.apply(plan)
         if self._transfer is None:
             return self._compute(plan)
         with self._transfer.beside(plan):
@@ -186,11 +200,21 @@ class TorchModelRunner:
         if not plan.scheduled:
             return _Launched()
         batch, rows = self._input_batch.build(plan)
+        if wanted := self._prompts.rows_of(plan):
+            return self._compute_prompts(batch, rows, wanted)
         if rows.places and self._input_batch.is_greedy(rows):
             token_ids = self._model.greedy(batch, self._kv_caches)
             if token_ids is not None:
                 return _Launched(rows, token_ids=token_ids)
         return _Launched(rows, logits=self._model.forward(batch, self._kv_caches))
+
+    def _compute_prompts(
+        self, batch: ForwardBatch, rows: StepRows, wanted: list[PromptRows]
+    ) -> _Launched:
+        hidden_states = all_hidden_states(self._model, batch, self._kv_caches)
+        logits = self._model.compute_logits(hidden_states.index_select(0, batch.logits_indices))
+        found = find_logprobs(self._model, hidden_states, wanted, self._vocab_size, _HEAD_SIZES)
+        return _Launched(rows, logits=logits, prompts=found)
 
     def _copy_blocks(self, copies: list[BlockCopy]) -> None:
         pairs = torch.tensor(copies, dtype=torch.int64).to(self._model.device)
@@ -217,18 +241,23 @@ class TorchModelRunner:
                 call.future.set_exception(error)
         else:
             if is_awaited:
-                duration_s = forward_s + self._clock() - started
-                call.future.set_result(replace(output, duration_s=duration_s))
+                if output.prompt_logprobs is None:  # else it says nothing about other steps
+                    output = replace(output, duration_s=forward_s + self._clock() - started)
+                call.future.set_result(output)
 
     def _sample(
         self, plan: SchedulerOutput, launched: _Launched, masks: Mapping[str, bytes] | None
     ) -> ModelRunnerOutput:
         rows = launched.rows
         if rows is None or not rows.places:
-            return step_output(plan)
-        rows, token_ids, row_logprobs = self._draw(launched, rows, masks)
-        self._input_batch.record(rows, token_ids)
-        return step_output(plan, rows.places, token_ids.tolist(), row_logprobs)
+            output = step_output(plan)
+        else:
+            rows, token_ids, row_logprobs = self._draw(launched, rows, masks)
+            self._input_batch.record(rows, token_ids)
+            output = step_output(plan, rows.places, token_ids.tolist(), row_logprobs)
+        if launched.prompts is not None:
+            return replace(output, prompt_logprobs=launched.prompts.by_request())
+        return output
 
     def _draw(
         self, launched: _Launched, rows: StepRows, masks: Mapping[str, bytes] | None

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamserve.core.plan import TokenLogprobs
-from streamserve.runner.logits_edits import LogitsEdits
+from streamserve.runner.logits_edits import LogitsEdits, apply_mask
 from streamserve.runner.truncation import restricted_draw
 
 Float32Array: TypeAlias = NDArray[np.float32]
@@ -110,7 +110,7 @@ class Sampler:
                 edits.apply(values, int(batch.output_positions[row]), batch.drafts.get(row, ()))
         for row, mask in batch.masks.items():
             if start <= row < end:
-                _apply_mask(work[row - start, : self._vocab_size], mask)
+                apply_mask(work[row - start, : self._vocab_size], mask)
         best = work.max(axis=1)
         if not np.isfinite(best).all():
             self._repair(work, best, logits[start:end])
@@ -241,16 +241,6 @@ def inverse_cdf(
     )
     found: Int64Array = block * _BLOCK + offset
     return found
-
-
-def unpack_mask(mask: bytes, vocab_size: int) -> NDArray[np.bool_]:
-    """Which of ``vocab_size`` tokens a packed bit mask allows."""
-    packed = np.frombuffer(mask.ljust(-(-vocab_size // 8), b"\0"), dtype=np.uint8)
-    return np.unpackbits(packed, count=vocab_size, bitorder="little").view(np.bool_)
-
-
-def _apply_mask(logits: Float32Array, mask: bytes) -> None:
-    np.copyto(logits, -np.inf, where=~unpack_mask(mask, len(logits)))
 
 
 def _weights_in_place(logits: Float32Array, best: Float32Array, temperature: Float32Array) -> None:

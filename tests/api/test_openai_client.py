@@ -113,7 +113,7 @@ def test_models(client):
     [
         ({"model": "gpt-9"}, openai.NotFoundError),
         ({"temperature": 9}, openai.BadRequestError),
-        ({"n": 3}, openai.BadRequestError),
+        ({"n": 0}, openai.BadRequestError),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError),
     ],
 )

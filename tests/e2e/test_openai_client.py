@@ -125,12 +125,82 @@ def test_logprobs(box):
         assert len(entry.top_logprobs) == 3
 
 
+def test_several_answers_with_logprobs(box):
+    """Streamed and not, each is the answer that its index and the seed give."""
+    story = [{"role": "user", "content": "Tell me a story"}]
+    options = {"model": "box", "messages": story, "temperature": 1.0, "seed": 3, "max_tokens": 20}
+    with box.client() as client:
+        whole = client.chat.completions.create(**options, n=3, logprobs=True, top_logprobs=2)
+        first = client.chat.completions.create(**options)
+        stream = client.chat.completions.create(
+            **options, n=3, logprobs=True, stream=True, stream_options={"include_usage": True}
+        )
+        texts, tokens = [""] * 3, [""] * 3
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                if choice.logprobs:
+                    tokens[choice.index] += "".join(e.token for e in choice.logprobs.content)
+    answers = [choice.message.content for choice in whole.choices]
+    assert answers[0] == first.choices[0].message.content
+    assert len(set(answers)) == 3
+    assert texts == tokens == answers
+    assert whole.usage.prompt_tokens == first.usage.prompt_tokens == chunk.usage.prompt_tokens
+    assert whole.usage.completion_tokens == chunk.usage.completion_tokens
+    for choice in whole.choices:
+        assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
+
+
+def test_the_likelihood_of_a_text(box):
+    """As evaluation harnesses ask for it: echo, logprobs, and vLLM's prompt_logprobs beside."""
+    text = "The capital of France is Paris."
+    with box.client() as client:
+        reply = client.completions.create(
+            model="box",
+            prompt=text,
+            echo=True,
+            logprobs=1,
+            max_tokens=1,
+            extra_body={"prompt_logprobs": 1, "return_token_ids": True},
+        )
+    [choice] = reply.choices
+    found = choice.logprobs
+    assert choice.text.startswith(text)
+    assert found.token_logprobs[0] is None
+    assert all(logprob <= 0 for logprob in found.token_logprobs[1:])
+    assert len(found.tokens) == reply.usage.prompt_tokens + 1
+    for token, offset in zip(found.tokens[1:], found.text_offset[1:], strict=True):
+        assert choice.text.startswith(token, offset)
+    assert choice.prompt_logprobs[0] is None
+    for token_id, entry, logprob in zip(
+        choice.prompt_token_ids[1:],
+        choice.prompt_logprobs[1:],
+        found.token_logprobs[1:],
+        strict=False,
+    ):
+        assert entry[str(token_id)]["logprob"] == logprob
+
+
+def test_a_beam_search_is_at_least_as_likely_as_greedy(box):
+    def ask(**fields):
+        with box.client() as client:
+            return client.completions.create(
+                model="box", prompt="The capital of", max_tokens=12, logprobs=0, **fields
+            )
+
+    greedy = ask(temperature=0, extra_body={"ignore_eos": True})
+    beams = ask(n=2, best_of=6, extra_body={"use_beam_search": True, "ignore_eos": True})
+    scores = [sum(choice.logprobs.token_logprobs) for choice in beams.choices]
+    assert scores[0] >= scores[1]
+    assert scores[0] >= sum(greedy.choices[0].logprobs.token_logprobs) - 1e-3
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "param"),
     [
         ({"model": "gpt-9"}, openai.NotFoundError, "model"),
         ({"temperature": 3}, openai.BadRequestError, "temperature"),
-        ({"n": 2}, openai.BadRequestError, "n"),
+        ({"n": 0}, openai.BadRequestError, "n"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
         ({"messages": []}, openai.BadRequestError, "messages"),
         (

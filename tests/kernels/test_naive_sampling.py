@@ -6,8 +6,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from streamserve.core.sampling_params import SamplingParams
-from streamserve.runner.logits_edits import TokenCounts
-from streamserve.runner.sampler import Sampler, unpack_mask
+from streamserve.runner.logits_edits import TokenCounts, unpack_mask
+from streamserve.runner.sampler import Sampler
 from streamserve_kernels import naive_sampling
 from streamserve_kernels.sampling import IN_PROMPT, MIN_LOGPROB, pack_mask, set_tokens
 from tests.kernels.sampling_cases import (

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from streamserve.core.sampling_params import SamplingParams
-from streamserve.runner.sampler import Sampler, inverse_cdf, top_ids, unpack_mask
+from streamserve.runner.logits_edits import unpack_mask
+from streamserve.runner.sampler import Sampler, inverse_cdf, top_ids
 from tests.runner.helpers import batch_of, reachable
 
 transformers.logging.set_verbosity_error()

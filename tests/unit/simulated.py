@@ -337,6 +337,7 @@ class Harness:
         self.num_requests = 0
         self.updates = []
         self.failed: list[Request] = []
+        self.sampled: dict[str, list[int]] = {}  # by request id, in the last step that had it
 
     def request(
         self, prompt: list[int], *, salt: str = "", priority: int = 0, **params: object
@@ -369,7 +370,11 @@ class Harness:
         return plan
 
     def retire(self) -> list:
-        updates = self.scheduler.update(self.runner.retire())
+        scheduled = self.runner.in_flight[0].plan.scheduled
+        output = self.runner.retire()
+        for one, token_ids in zip(scheduled, output.sampled_token_ids, strict=True):
+            self.sampled[one.request_id] = token_ids
+        updates = self.scheduler.update(output)
         self.updates.extend(updates)
         return updates
 

@@ -12,7 +12,14 @@ from hypothesis.stateful import (
 
 from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.errors import ContextLengthError, QueueFullError
-from tests.unit.simulated import VOCAB_SIZE, Harness, drafting, guesses, naive_output
+from tests.unit.simulated import (
+    VOCAB_SIZE,
+    Harness,
+    drafting,
+    guesses,
+    naive_next_token,
+    naive_output,
+)
 
 TOKENS = st.integers(0, 2)  # few, so that prompts share by chance, too
 SALTS = st.sampled_from(["", "", "", "tenant"])
@@ -20,11 +27,12 @@ INDEX = st.integers(0, 10**6)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Adds, steps, forks, aborts and fails; after each rule everything must add up."""
+    """Adds, steps, forks, chooses, aborts and fails; after each rule everything must add up."""
 
     def __init__(self) -> None:
         super().__init__()
         self.requests: list[Request] = []
+        self.idle: list[Request] = []  # their next token is to be chosen
         self.ends: dict[str, tuple[FinishReason, list[int]]] = {}
 
     @initialize(
@@ -151,6 +159,61 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.requests.append(child)
 
+    @rule(
+        prompt=st.lists(TOKENS, min_size=1, max_size=30),
+        salt=SALTS,
+        num_others=st.integers(1, 5),
+        max_tokens=st.integers(1, 8),
+        stops=st.booleans(),
+    )
+    def add_choices(self, prompt, salt, num_others, max_tokens, stops):
+        """Several answers to one prompt: the first computes it, the others share it."""
+        params = self._params(max_tokens, 0, stops)
+        source = self._add(prompt, salt, 0, params)
+        if source is None:
+            return
+        others = [self.harness.request(prompt, salt=salt, **params) for _ in range(num_others)]
+        self.harness.scheduler.add_choices(source, others)
+        self.requests.extend(others)
+
+    @rule(
+        prompt=st.lists(TOKENS, min_size=1, max_size=30),
+        salt=SALTS,
+        max_tokens=st.integers(1, 8),
+    )
+    def add_beam(self, prompt, salt, max_tokens):
+        """A request whose tokens are chosen here."""
+        request = self.harness.request(prompt, salt=salt, **self._params(max_tokens, 0, False))
+        request.chooses_on_host, request.may_draft = True, False
+        try:
+            self.harness.scheduler.add(request)
+        except (ContextLengthError, QueueFullError):
+            return
+        self.requests.append(request)
+
+    @precondition(lambda self: self.idle)
+    @rule(index=INDEX, num_children=st.integers(0, 3))
+    def choose(self, index, num_children):
+        """Go on with one token, in as many requests as the search keeps of it."""
+        request = self.idle.pop(index % len(self.idle))
+        if request.is_finished:
+            return
+        scheduler = self.harness.scheduler
+        token_id = naive_next_token(request.token_ids)
+        if request.num_tokens + 1 >= request.max_num_tokens:
+            assert scheduler.finish(request, FinishReason.STOP)
+            self._end(request)
+            return
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        params = self._params(request.sampling_params.max_tokens, 0, False)
+        for _ in range(num_children):
+            child = self.harness.request(prompt, salt=request.cache_salt, **params)
+            child.token_ids = [*request.token_ids, token_id]
+            child.chooses_on_host, child.may_draft = True, False
+            scheduler.fork(request, child)
+            self.requests.append(child)
+        scheduler.choose(request, token_id)
+
     @rule()
     def launch(self):
         self.harness.launch()
@@ -203,6 +266,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_steps = 20 + 8 * num_tokens * (1 + len(self.live))
         while self.harness.scheduler.has_unfinished or self.harness.runner.in_flight:
             self.step(1)
+            while self.idle:
+                self.choose(0, 0)
             num_steps -= 1
             assert num_steps > 0, "somebody starves"
         assert self.harness.kv.num_free_blocks == self.harness.kv.num_blocks
@@ -211,6 +276,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _check_updates(self, updates):
         for update in updates:
             request = update.request
+            if request.chooses_on_host:
+                sampled = self.harness.sampled[request.request_id]
+                assert sampled == [naive_next_token(request.token_ids)], "a wrong block was read"
+                self.idle.append(request)
+                continue
             output = request.output_token_ids
             assert update.new_token_ids == output[-len(update.new_token_ids) :]
             assert output == naive_output(request, len(output)), "a wrong block was read"

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from streamserve.models.batch import ForwardBatch, KVCache
-from streamserve.runner.cuda.arena import StepArena
+from streamserve.runner.cuda.arena import StepArena, StepInputs
 from streamserve.runner.cuda.step_key import StepKey
+from streamserve.runner.prompt_logprobs import PromptModel, all_hidden_states
 from streamserve_kernels import Kernels
 from streamserve_kernels.sampling import SamplingKernels
 
@@ -34,7 +35,7 @@ class DeviceKernels(Kernels, Protocol):
         """See `streamserve_kernels.naive`."""
 
 
-class DeviceModel(Protocol):
+class DeviceModel(PromptModel, Protocol):
     """What is run: a ``streamserve.models.Decoder``."""
 
     @property
@@ -130,6 +131,19 @@ class StepExecutor:
         self._resolve_tokens(inputs.batch.input_ids, self._last_tokens)
         logits = self._logits[: key.num_seqs]
         self.model.forward(inputs.batch, self._kv_caches, logits)
+        return self._finish(inputs, logits)
+
+    def run_for_prompts(self, key: StepKey) -> tuple[StepResult, Tensor]:
+        """As `run_eagerly`; and the final hidden states ``[T, H]`` of every row."""
+        inputs = self._arena.inputs(key)
+        self._resolve_tokens(inputs.batch.input_ids, self._last_tokens)
+        hidden_states = all_hidden_states(self.model, inputs.batch, self._kv_caches)
+        sampled = hidden_states.index_select(0, inputs.batch.logits_indices)
+        logits = self._logits[: key.num_seqs]
+        logits.copy_(self.model.compute_logits(sampled))
+        return self._finish(inputs, logits), hidden_states
+
+    def _finish(self, inputs: StepInputs, logits: Tensor) -> StepResult:
         token_ids = self._sampling.greedy(logits)
         self._last_tokens.index_copy_(0, inputs.sampled_rows, token_ids)
         return StepResult(logits, token_ids)

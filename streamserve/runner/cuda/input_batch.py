@@ -67,10 +67,15 @@ class DeviceInputBatch:
         """The row that draws of nobody go to, behind those of the live."""
         return self.rows.num_rows
 
+    @property
+    def logits_sizes(self) -> Sequence[int]:
+        """Numbers of rows, rising, for which the logits were computed at warm-up."""
+        return self._ladder.mixed_seqs
+
     def apply(self, plan: SchedulerOutput) -> list[tuple[int, NewRequest]]:
         """Takes over what the plan says about requests; raises ValueError if it cannot be so.
 
-        Returns the new requests whose penalties read their history, with their rows.
+        Returns the new requests whose edits read their history, with their rows.
         """
         for request_id in plan.released_ids:
             self._remove(request_id)
@@ -81,7 +86,7 @@ class DeviceInputBatch:
             self._has_drawn[row] = False
             if LogitsEdits.are_needed(request):
                 self.edits[row] = LogitsEdits(request, self._vocab_size, keeps_history=False)
-                if request.sampling_params.has_penalties:
+                if request.sampling_params.has_penalties or self.edits[row].bad_sequences:
                     with_history.append((row, request))
         for scheduled in plan.scheduled:
             if scheduled.new_block_ids:

@@ -18,7 +18,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -33,6 +33,7 @@ from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
 from streamserve.runner.cuda.sampling import DeviceSampler, Drawn
 from streamserve.runner.cuda.timeline import Mark, Timeline
 from streamserve.runner.kv_transfer import KVTransfer
+from streamserve.runner.prompt_logprobs import FoundLogprobs, PromptsWanted, find_logprobs
 from streamserve.runner.step_calls import SampleCall, StepCalls, step_output
 from streamserve_kernels import Kernels
 
@@ -50,6 +51,7 @@ class _Queued:
     plan: SchedulerOutput
     step: DeviceStep | None
     drawn: Drawn | None
+    prompts: FoundLogprobs | None
     started: Mark
     ended: Mark
     future: Future[ModelRunnerOutput]
@@ -80,6 +82,8 @@ class CudaModelRunner:
         self._sampler = sampler
         self._timeline = timeline
         self._device = executor.model.device
+        self._prompts = PromptsWanted()
+        self._found: FoundLogprobs | None = None  # of the step that was queued last
         self._calls: StepCalls[Callable[[], None]] = StepCalls()
         self._queued: SimpleQueue[_Queued | None] = SimpleQueue()
         self._threads = [
@@ -188,12 +192,15 @@ class CudaModelRunner:
             call.fail(error)
             raise
         ended = self._timeline.mark()
-        self._queued.put(_Queued(plan, step, drawn, started, ended, call.future))
+        found, self._found = self._found, None
+        self._queued.put(_Queued(plan, step, drawn, found, started, ended, call.future))
         return True
 
     def _forward(self, plan: SchedulerOutput) -> DeviceStep | None:
         for row, request in self._batch.apply(plan):
-            self._sampler.count_history(row, request)
+            self._sampler.begin_history(row, request, self._batch.edits[row])
+        self._prompts.apply(plan)
+        self._found = None
         if self._transfer is None:
             return self._compute(plan)
         with self._transfer.beside(plan):
@@ -205,7 +212,16 @@ class CudaModelRunner:
         if not plan.scheduled:
             return None
         step = self._batch.build(plan, self._sampler.count_rows)
-        self._result = self._executor.run(step.key)
+        wanted = self._prompts.rows_of(plan)
+        if wanted:
+            self._result, hidden_states = self._executor.run_for_prompts(step.key)
+            model, vocab_size = self._executor.model, self._result.logits.shape[1]
+            found = find_logprobs(
+                model, hidden_states, wanted, vocab_size, self._batch.logits_sizes
+            )
+            self._found = self._sampler.fetch_prompts(found)
+        else:
+            self._result = self._executor.run(step.key)
         return step
 
     def _copy_blocks(self, copies: list[BlockCopy]) -> None:
@@ -248,6 +264,11 @@ def _output(queued: _Queued) -> ModelRunnerOutput:
     plan, step, drawn = queued.plan, queued.step, queued.drawn
     duration_s = queued.ended.seconds_since(queued.started)
     if step is None or drawn is None:
-        return step_output(plan, duration_s=duration_s)
-    token_ids, logprobs = drawn.token_ids(step.logits_rows), drawn.logprobs(step.logits_rows)
-    return step_output(plan, step.rows.places, token_ids, logprobs, duration_s)
+        output = step_output(plan, duration_s=duration_s)
+    else:
+        token_ids, logprobs = drawn.token_ids(step.logits_rows), drawn.logprobs(step.logits_rows)
+        output = step_output(plan, step.rows.places, token_ids, logprobs, duration_s)
+    if queued.prompts is None:
+        return output
+    # What it took says nothing about other steps.
+    return replace(output, prompt_logprobs=queued.prompts.by_request(), duration_s=None)

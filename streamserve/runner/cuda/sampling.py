@@ -16,7 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamserve.core.plan import NewRequest, TokenLogprobs
+from streamserve.runner.bad_words import outputs_before
+from streamserve.runner.cuda.bad_words import DeviceBadWords
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
+from streamserve.runner.logits_edits import LogitsEdits
+from streamserve.runner.prompt_logprobs import FoundLogprobs
 from streamserve_kernels.sampling import (
     LogitsEditTensors,
     SamplingKernels,
@@ -75,11 +79,20 @@ class DeviceSampler:
         self._turn = 0
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self._nothing = torch.zeros((1, 1), dtype=torch.int32, device=device)
+        self._bad_words: dict[int, DeviceBadWords] = {}  # by row; old ones stay until replaced
         self.count_rows: dict[int, int] = {}
         """Rows of the penalties' table, by the row of a request that has one."""
 
-    def count_history(self, row: int, request: NewRequest) -> None:
+    def begin_history(self, row: int, request: NewRequest, edits: LogitsEdits) -> None:
         """Begins the history of a new request in ``row``: its prompt, and what it had generated."""
+        if request.sampling_params.has_penalties:
+            self._count_history(row, request)
+        words = edits.bad_sequences
+        if words:
+            recent, bias = outputs_before(request, words), request.sampling_params.logit_bias
+            self._bad_words[row] = DeviceBadWords(words, recent, bias, self._device)
+
+    def _count_history(self, row: int, request: NewRequest) -> None:
         if row not in self.count_rows:
             self.count_rows[row] = len(self.count_rows)
             self._reserve(len(self.count_rows))
@@ -110,6 +123,8 @@ class DeviceSampler:
         )
         if edits is not None and len(self._counts):
             self._kernels.add_tokens(self._counts, edits.rows, ids)
+        for at, words in self._bad_words_of(step, batch).items():
+            words.take(ids[at : at + 1])
         return ids
 
     def fetch(
@@ -125,6 +140,21 @@ class DeviceSampler:
         parts = self._kernels.logprobs(logits, token_ids, max(_MOST_LOGPROBS, int(wanted.max())))
         chosen, top_ids, top = (self._to_host(part) for part in parts)
         return Drawn(on_host, (chosen, top_ids, top), wanted)
+
+    def fetch_prompts(self, found: FoundLogprobs) -> FoundLogprobs:
+        """Queues the copies of a step's logprobs of prompts."""
+        return FoundLogprobs(found.rows, *(self._to_host(part) for part in found.tensors()))
+
+    def _bad_words_of(self, step: DeviceStep, batch: DeviceInputBatch) -> dict[int, DeviceBadWords]:
+        """By place among the rows with logits, rising."""
+        if not self._bad_words:
+            return {}
+        places = sorted(zip(step.logits_rows.tolist(), step.rows.rows.tolist(), strict=True))
+        return {
+            at: self._bad_words[row]
+            for at, row in places
+            if row in batch.edits and batch.edits[row].bad_sequences
+        }
 
     def _edits(
         self, step: DeviceStep, batch: DeviceInputBatch, masks: Mapping[str, bytes] | None
@@ -143,34 +173,62 @@ class DeviceSampler:
             zip(step.logits_rows.tolist(), rows.output_positions.tolist(), strict=True)
         )
         added = {at: edits.added(positions[at]) for at, edits in by_place.items()}
+        bad_words = self._bad_words_of(step, batch)
+        for at, words in bad_words.items():
+            ids, values = added[at]
+            # The device knows these values.
+            added[at] = (
+                np.concatenate((ids, np.array(words.last_ids))),
+                np.concatenate((values, np.zeros(len(words.last_ids), dtype=np.float32))),
+            )
         lengths = np.zeros(count + 1, dtype=np.int32)
         for at, (ids, _) in added.items():
             lengths[at + 1] = len(ids)
         in_order = [added[at] for at in sorted(added)]
-        masks_of_rows, words = self._masks(step, masks, count)
+        starts = lengths.cumsum(dtype=np.int32)
+        bias_values = self._to_device(_joined([values for _, values in in_order], np.float32))
+        for at, words in bad_words.items():
+            end = int(starts[at + 1])
+            bias_values[end - len(words.last_ids) : end] = words.values()
+        masks_of_rows, mask_words = self._masks(step, batch, masks, count)
         return LogitsEditTensors(
             rows=inputs.count_rows,
             counts=self._counts if len(self._counts) else self._nothing,
             repetition=inputs.repetition_penalty,
             presence=inputs.presence_penalty,
             frequency=inputs.frequency_penalty,
-            bias_start=self._to_device(lengths.cumsum(dtype=np.int32)),
+            bias_start=self._to_device(starts),
             bias_ids=self._to_device(_joined([ids for ids, _ in in_order], np.int32)),
-            bias_values=self._to_device(_joined([values for _, values in in_order], np.float32)),
+            bias_values=bias_values,
             mask_rows=masks_of_rows,
-            masks=words,
+            masks=mask_words,
         )
 
     def _masks(
-        self, step: DeviceStep, masks: Mapping[str, bytes] | None, count: int
+        self,
+        step: DeviceStep,
+        batch: DeviceInputBatch,
+        masks: Mapping[str, bytes] | None,
+        count: int,
     ) -> tuple[Tensor, Tensor]:
-        """Each row's row of masks, and the masks."""
+        """Each row's row of masks, and the masks: a grammar's, and where all is not allowed."""
         rows = np.full(count, -1, dtype=np.int32)
         packed: list[Tensor] = []
-        for at, request_id in zip(step.logits_rows.tolist(), step.rows.request_ids, strict=True):
-            if masks and (mask := masks.get(request_id)) is not None:
+        for at, row, request_id in zip(
+            step.logits_rows.tolist(), step.rows.rows.tolist(), step.rows.request_ids, strict=True
+        ):
+            edits = batch.edits.get(row)
+            both = [
+                pack_mask(mask, self._vocab_size)
+                for mask in (
+                    masks.get(request_id) if masks else None,
+                    edits.allowed_mask if edits is not None else None,
+                )
+                if mask is not None
+            ]
+            if both:
                 rows[at] = len(packed)
-                packed.append(pack_mask(mask, self._vocab_size))
+                packed.append(both[0] & both[-1])
         words = self._to_device(torch.stack(packed).numpy()) if packed else self._nothing
         return self._to_device(rows), words
 

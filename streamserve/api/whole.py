@@ -1,0 +1,143 @@
+"""The answer in one piece: choices read to their end, and the JSON that they make."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from streamserve.api.extras import Extras, Prompt
+from streamserve.api.frames import Envelope, Kind, usage_content
+from streamserve.api.logprobs import chat_logprobs, joined, prompt_logprobs
+from streamserve.api.sse import check_success
+from streamserve.core.plan import TokenLogprobs
+from streamserve.core.request import FinishReason
+from streamserve.engine.outputs import RequestOutput, Usage
+from streamserve.engine.stream import RequestStream
+
+
+@dataclass(slots=True)
+class Choice:
+    """One finished choice."""
+
+    prompt: Prompt
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs] | None
+
+
+async def collect(stream: RequestStream, prompt: Prompt) -> Choice:
+    """Read a stream to its end. Raises ``EngineError`` unless it is a success."""
+    outputs: list[RequestOutput] = []
+    while True:
+        output = await stream.get()
+        outputs.append(output)
+        if output.finish_reason is not None:
+            break
+    check_success(output)
+    return Choice(
+        prompt,
+        "".join([prompt.echo, *(part.text for part in outputs)]),
+        [token_id for part in outputs for token_id in part.token_ids],
+        output.finish_reason,
+        output.usage,
+        [entry for part in outputs for entry in part.logprobs],
+        outputs[0].prompt_logprobs,
+    )
+
+
+async def collect_all(streams: Sequence[RequestStream], prompts: Sequence[Prompt]) -> list[Choice]:
+    """Read all streams; the first that fails ends the wait for the others."""
+    if len(streams) == 1:
+        return [await collect(streams[0], prompts[0])]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(collect(stream, prompt))
+                for stream, prompt in zip(streams, prompts, strict=True)
+            ]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def best_choices(candidates: Sequence[Choice], num_candidates: int, n: int) -> list[Choice]:
+    """Of every ``num_candidates`` that follow each other the best ``n``, best first.
+
+    The best is the likeliest as a whole: by the sum of its logprobs, as in vLLM.
+    """
+    best: list[Choice] = []
+    for start in range(0, len(candidates), num_candidates):
+        rivals = candidates[start : start + num_candidates]
+        best += sorted(rivals, key=lambda c: -sum(entry.logprob for entry in c.logprobs))[:n]
+    return best
+
+
+def whole_answer(
+    envelope: Envelope, choices: Sequence[Choice], extras: Extras, n: int = 1
+) -> bytes:
+    """The JSON of an answer that was not streamed, with ``n`` choices for each prompt."""
+    content = {
+        "id": envelope.id,
+        "object": envelope.kind.object,
+        "created": envelope.created,
+        "model": envelope.model,
+        "choices": [
+            _whole_choice(envelope.kind, index, choice, extras)
+            for index, choice in enumerate(choices)
+        ],
+        "usage": usage_content([choice.usage for choice in choices], n),
+    }
+    if envelope.kind.is_chat:
+        content |= _of_prompt(choices[0], extras)
+    return orjson.dumps(content)
+
+
+def _of_prompt(choice: Choice, extras: Extras) -> dict[str, Any]:
+    """What the answer says of its prompt: a chat once, a completion in every choice."""
+    said: dict[str, Any] = {}
+    if extras.tokenizer is not None:
+        said["prompt_logprobs"] = prompt_logprobs(
+            choice.prompt.token_ids, choice.prompt_logprobs or (), extras.tokenizer
+        )
+    if extras.token_ids:
+        said["prompt_token_ids"] = choice.prompt.token_ids
+    return said
+
+
+def _whole_choice(kind: Kind, index: int, choice: Choice, extras: Extras) -> dict[str, Any]:
+    said: dict[str, Any] = (
+        {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        if kind.is_chat
+        else {"text": choice.text}
+    )
+    content = {
+        "index": index,
+        **said,
+        "logprobs": _logprobs(kind, choice, extras),
+        "finish_reason": choice.finish_reason,
+    }
+    if extras.token_ids:
+        content["token_ids"] = choice.token_ids
+    if not kind.is_chat:
+        content |= _of_prompt(choice, extras)
+    return content
+
+
+def _logprobs(kind: Kind, choice: Choice, extras: Extras) -> dict[str, Any] | None:
+    if extras.names is None:
+        return None
+    if kind.is_chat:
+        return chat_logprobs(choice.logprobs, extras.names)
+    renderer = extras.completion_logprobs(choice.prompt)
+    assert renderer is not None
+    if not choice.prompt.echo:
+        return renderer.render(choice.logprobs)
+    first = renderer.echo(choice.prompt.echo, choice.prompt_logprobs or ())
+    return joined(first, renderer.render(choice.logprobs))

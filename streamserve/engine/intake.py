@@ -1,0 +1,156 @@
+"""From what was asked for to requests with streams: what is checked before anything is queued."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Required, TypedDict, Unpack
+
+from streamserve.core.clock import Clock
+from streamserve.core.request import Request
+from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
+from streamserve.engine.admission import AdmissionLimits
+from streamserve.engine.bad_words import spell_bad_words
+from streamserve.engine.grammar import Grammars
+from streamserve.engine.live import BeamGroup, Live, beam_params
+from streamserve.engine.output_processor import OutputProcessor
+from streamserve.engine.stream import RequestStream
+from streamserve.engine.tokenizer import Tokenizer
+from streamserve.errors import InvalidParameterError
+
+
+class Origin(TypedDict, total=False):
+    """Who asks: ``arrival_time`` is now and ``priority`` is 0 unless given; see ``Request``.
+
+    ``is_tokenized``: the prompt's ids come from the engine's own tokenizer.
+    """
+
+    request_id: Required[str]
+    priority: int
+    cache_salt: str
+    arrival_time: float | None
+    is_tokenized: bool
+
+
+class Intake:
+    """Makes requests. Raises ``InvalidParameterError`` or ``ContextLengthError``, and queues none.
+
+    ``on_close`` is called with a request's id when its reader leaves.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        limits: AdmissionLimits,
+        eos_token_ids: frozenset[int],
+        grammars: Grammars,
+        clock: Clock,
+        on_close: Callable[[str], object],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._eos_token_ids = eos_token_ids
+        self._grammars = grammars
+        self._clock = clock
+        self._on_close = on_close
+        self._seeds = random.Random()
+
+    def one(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        choice_index: int,
+        **origin: Unpack[Origin],
+    ) -> Live:
+        """An ordinary request."""
+        params = self._checked(prompt_token_ids, params, origin.get("is_tokenized", False))
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        return self._live(self._request(prompt_token_ids, params, seed, choice_index, **origin))
+
+    def others(self, first: Live, n: int) -> list[Live]:
+        """As many more requests with its prompt as make ``n`` choices, each with its own index."""
+        source = first.request
+        found: list[Live] = []
+        for choice_index in range(1, n):
+            request = self._request(
+                source.token_ids,
+                source.sampling_params,
+                source.seed,
+                choice_index,
+                request_id=f"{source.request_id}/{choice_index}",
+                priority=source.priority,
+                cache_salt=source.cache_salt,
+                arrival_time=source.arrival_time,
+            )
+            request.prompt_logprobs = source.prompt_logprobs  # one list: they are found once
+            found.append(self._live(request))
+        return found
+
+    def beams(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        beams: BeamSearchParams,
+        n: int,
+        **origin: Unpack[Origin],
+    ) -> BeamGroup:
+        """A beam search for ``n`` answers."""
+        params = self._checked(prompt_token_ids, params, origin.get("is_tokenized", False))
+        if params.structured_output is not None:
+            name = params.structured_output.param
+            raise InvalidParameterError(
+                f"{name} may not be given with use_beam_search: true", param=name
+            )
+        ending_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+        ending_ids = ending_ids.union(params.stop_token_ids)
+        self._limits.check_beams(beams, n, len(ending_ids))
+        asked = beam_params(params, beams, ending_ids)
+        request = self._request(prompt_token_ids, asked, 0, 0, **origin)
+        streams = [self._stream(request) for _ in range(n)]
+        return BeamGroup(self._tokenizer, request, streams, params, beams)
+
+    def _checked(
+        self, prompt_token_ids: list[int], params: SamplingParams, is_tokenized: bool
+    ) -> SamplingParams:
+        """``params`` with everything settled."""
+        params = self._limits.check(prompt_token_ids, params, is_tokenized=is_tokenized)
+        if params.bad_words and not params.bad_word_ids:
+            words = spell_bad_words(self._tokenizer, params.bad_words)
+            params = replace(params, bad_word_ids=words)
+        return params
+
+    def _request(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        choice_index: int,
+        **origin: Unpack[Origin],
+    ) -> Request:
+        arrival_time = origin.get("arrival_time")
+        return Request(
+            origin["request_id"],
+            prompt_token_ids,
+            params,
+            arrival_time=self._clock() if arrival_time is None else arrival_time,
+            seed=seed,
+            eos_token_ids=self._eos_token_ids,
+            choice_index=choice_index,
+            priority=origin.get("priority", 0),
+            cache_salt=origin.get("cache_salt", ""),
+        )
+
+    def _live(self, request: Request) -> Live:
+        grammar = request.sampling_params.structured_output
+        matcher = None if grammar is None else self._grammars.matcher(grammar)
+        processor = OutputProcessor(self._tokenizer, request)
+        return Live(request, self._stream(request), processor, matcher)
+
+    def _stream(self, request: Request) -> RequestStream:
+        return RequestStream(
+            request.request_id,
+            request.num_prompt_tokens,
+            arrival_time=request.arrival_time,
+            on_close=self._on_close,
+        )
