@@ -61,16 +61,13 @@ class CallReader:
         Where a call is first shown depends on how much of it was read, not on how it was cut.
         """
         scanner, position = self._scanner, 0
-        while position < len(text) and not (scanner.is_done or scanner.is_broken):
+        while position < len(text) and not self._has_ended:
             size = len(text) - position
             if not self.is_shown:
                 size = min(size, self._step - len(scanner.text) % self._step)
             position += scanner.feed(text[position : position + size])
-            if not self.is_shown and not scanner.is_broken:
-                if scanner.is_done:
-                    self._read_whole()
-                elif len(scanner.text) % self._step == 0:
-                    self._show_early()
+            if not self.is_shown:
+                self._look()
         return position
 
     def take_arguments(self) -> str:
@@ -87,6 +84,18 @@ class CallReader:
             end = scanner.members[self._key][1]
         self._num_taken = len(scanner.text) if end is None else end
         return scanner.text[begin : self._num_taken]
+
+    @property
+    def _has_ended(self) -> bool:
+        return self._scanner.is_done or self._scanner.is_broken
+
+    def _look(self) -> None:
+        """See whether the call may be shown now."""
+        scanner = self._scanner
+        if scanner.is_done:
+            self._read_whole()
+        elif not scanner.is_broken and len(scanner.text) % self._step == 0:
+            self._show_early()
 
     def _show_early(self) -> None:
         """Show a call that is not whole yet, if its name is there and its arguments begin."""

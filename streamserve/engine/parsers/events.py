@@ -22,7 +22,7 @@ class Reasoning(NamedTuple):
 class CallStart(NamedTuple):
     """A tool call begins; its arguments follow. Indices count from 0 without a gap."""
 
-    index: int
+    call_index: int
     call_id: str
     name: str
 
@@ -30,7 +30,7 @@ class CallStart(NamedTuple):
 class CallArguments(NamedTuple):
     """More of a call's arguments: JSON, put together."""
 
-    index: int
+    call_index: int
     text: str
 
 
@@ -84,9 +84,9 @@ def joined(events: Sequence[Event]) -> list[Event]:
         elif (
             isinstance(event, CallArguments)
             and isinstance(last, CallArguments)
-            and event.index == last.index
+            and event.call_index == last.call_index
         ):
-            result[-1] = CallArguments(event.index, last.text + event.text)
+            result[-1] = CallArguments(event.call_index, last.text + event.text)
         else:
             result.append(event)
     return result

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import secrets
+import string
 
-from streamserve.engine.parsers.tool_parser import ToolParser, short_call_id
+from streamserve.engine.parsers.tool_parser import ToolParser
 
+_ALPHANUMERICS = string.ascii_letters + string.digits
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{0,64}")
 
 
 class HermesParser(ToolParser):
-    """Hermes 2 Pro and later, Qwen 2.5, Qwen 3: text, then any number of
-
-    ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``. The end marker may be missing.
+    """Hermes 2 Pro and later, Qwen 2.5, Qwen 3: ``<tool_call>{"name": …, "arguments": {…}}`` and
+    ``</tool_call>`` (which may be missing), any number of times, mostly behind some text.
     """
 
     markers = ("<tool_call>", "</tool_call>")
@@ -66,7 +68,11 @@ class MistralParser(ToolParser):
     """
 
     markers = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
-    make_id = staticmethod(short_call_id)
+
+    @staticmethod
+    def make_id() -> str:
+        """Nine letters and digits: Mistral's templates accept no other."""
+        return "".join(secrets.choice(_ALPHANUMERICS) for _ in range(9))
 
     def _begin(self) -> bool:
         return self._in_text()

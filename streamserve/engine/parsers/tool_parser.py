@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import ClassVar
@@ -11,18 +10,6 @@ from typing import ClassVar
 from streamserve.engine.parsers.call_reader import HOLD_CHARACTERS, CallReader
 from streamserve.engine.parsers.events import CallArguments, CallStart, Content, Event, joined
 from streamserve.engine.parsers.markers import may_become, num_leading_spaces, num_undecided
-
-_ALPHANUMERICS = string.ascii_letters + string.digits
-
-
-def call_id() -> str:
-    """An id in OpenAI's form, unlike any other."""
-    return f"call_{secrets.token_hex(12)}"
-
-
-def short_call_id() -> str:
-    """Nine letters and digits: Mistral's templates accept no other."""
-    return "".join(secrets.choice(_ALPHANUMERICS) for _ in range(9))
 
 
 class ToolParser(ABC):
@@ -39,7 +26,6 @@ class ToolParser(ABC):
     markers: ClassVar[tuple[str, ...]] = ()
     """What the model writes around calls. Where these are special tokens, they must not be left out
     of the text."""
-    make_id: ClassVar[Callable[[], str]] = staticmethod(call_id)
     hold: ClassVar[int] = HOLD_CHARACTERS
 
     def __init__(self, names: Collection[str], *, max_calls: int | None = None) -> None:
@@ -55,6 +41,11 @@ class ToolParser(ABC):
         self._reader: CallReader | None = None
         self._state: Callable[[], bool] = self._begin
         self.num_calls = 0
+
+    @staticmethod
+    def make_id() -> str:
+        """An id in OpenAI's form, unlike any other."""
+        return f"call_{secrets.token_hex(12)}"
 
     def feed(self, text: str) -> list[Event]:
         """Take the next text; return what has become certain."""
