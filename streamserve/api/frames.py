@@ -64,12 +64,16 @@ def usage_content(usages: Sequence[Usage]) -> dict[str, Any]:
     """The ``usage`` object over all choices of an answer."""
     prompt = sum(u.prompt_tokens for u in usages)
     completion = sum(u.completion_tokens for u in usages)
-    return {
+    content: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in usages)},
     }
+    thought = [u.reasoning_tokens for u in usages if u.reasoning_tokens is not None]
+    if thought:
+        content["completion_tokens_details"] = {"reasoning_tokens": sum(thought)}
+    return content
 
 
 def usage_frame(envelope: Envelope, usages: Sequence[Usage]) -> bytes:
@@ -126,6 +130,9 @@ class ChoiceFrames:
         """Whether every text frame is ``head + text + tail``."""
         return self._tokenizer is None and not self._continuous_usage
 
+    def count(self, token_ids: Sequence[int]) -> None:
+        """Take the ids of the next tokens, whether or not there is text of them yet."""
+
     def role(self, usage: Usage) -> bytes:
         """Chat's first chunk, empty for completions."""
         if not self._is_chat:
@@ -173,12 +180,17 @@ class ChoiceFrames:
 
 @dataclass(slots=True)
 class Choice:
-    """One finished choice of an answer that was not streamed."""
+    """One finished choice of an answer that was not streamed.
+
+    ``message`` is chat's, where it is more than ``text``; ``has_calls`` if there are some in it.
+    """
 
     text: str
     finish_reason: FinishReason
     usage: Usage
     logprobs: list[TokenLogprobs]
+    message: dict[str, Any] | None = None
+    has_calls: bool = False
 
 
 def whole_answer(
@@ -209,9 +221,14 @@ def _whole_choice(
             if kind.is_chat
             else CompletionLogprobs(tokenizer).render(choice.logprobs)
         )
-    said: dict[str, Any] = (
-        {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        if kind.is_chat
-        else {"text": choice.text}
-    )
-    return {"index": index, **said, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+    said: dict[str, Any] = {"text": choice.text}
+    if kind.is_chat:
+        plain = {"role": "assistant", "content": choice.text, "refusal": None}
+        said = {"message": choice.message or plain}
+    finish_reason = openai_finish_reason(choice.finish_reason, has_calls=choice.has_calls)
+    return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def openai_finish_reason(finish_reason: str, *, has_calls: bool) -> str:
+    """OpenAI's name for an end: calls are a reason to stop."""
+    return "tool_calls" if has_calls and finish_reason == FinishReason.STOP else finish_reason

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from streamserve.api.answer_plan import AnswerPlan
 from streamserve.api.body import ignored_fields_header, parse_json_object, read_body
 from streamserve.api.chat_request import parse_chat_request
 from streamserve.api.completion_request import parse_completion_request
@@ -30,11 +32,20 @@ from streamserve.api.frames import (
     whole_answer,
 )
 from streamserve.api.metrics import Delivery
-from streamserve.api.prompts import LONG_BODY, Endpoint, Prompt, PromptWorkers, Work
+from streamserve.api.parsed_frames import ParsedFrames, parse_choice
+from streamserve.api.prompts import (
+    LONG_BODY,
+    Endpoint,
+    Prompt,
+    PromptWorkers,
+    Work,
+    chat_work,
+)
 from streamserve.api.sampling import Common
 from streamserve.api.sse import AnswerStream, StreamedChoice, check_success
 from streamserve.core.plan import TokenLogprobs
 from streamserve.core.request import FinishReason
+from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.stream import RequestStream
 from streamserve.errors import ContextLengthError, EngineError, InvalidParameterError, RequestError
 
@@ -102,7 +113,7 @@ class GenerationEndpoint(ABC):
                 await answer(scope, receive, send)
             else:
                 async with DisconnectGuard(receive):
-                    choices = await _collect_all(streams, work.prompts)
+                    choices = await _collect_all(streams, work, context.tokenizer.token_bytes)
                 logprobs_of = context.tokenizer if work.params.logprobs is not None else None
                 content = whole_answer(envelope, choices, logprobs_of=logprobs_of)
                 response = Response(content, headers=headers, media_type="application/json")
@@ -157,10 +168,12 @@ class GenerationEndpoint(ABC):
     ) -> AnswerStream:
         options = work.common.stream_options
         logprobs_of = self._context.tokenizer if work.params.logprobs is not None else None
+        parsing = work.parsing
         choices = [
             StreamedChoice(
                 stream,
-                ChoiceFrames(
+                _frames(
+                    None if parsing is None else parsing.new(self._context.tokenizer.token_bytes),
                     envelope,
                     index,
                     include_usage=options.include_usage,
@@ -225,14 +238,9 @@ class ChatEndpoint(GenerationEndpoint):
             # A template may run away with what a client gives it: a process can be killed.
             return await self._prepare_elsewhere(workers, raw)
         self.check_common(request.common)
-        prompt = await self._context.preprocessor.chat(
-            request.messages,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            add_special_tokens=request.add_special_tokens,
-            **request.chat_template_kwargs,
-        )
-        return Work(request.common, request.params, [Prompt(prompt.token_ids)])
+        plan = AnswerPlan(request, self._context.answer_format)
+        prompt = await self._context.preprocessor.chat(plan.messages, **plan.rendering)
+        return chat_work(request, plan, prompt, self._context.mark_ids)
 
 
 class CompletionEndpoint(GenerationEndpoint):
@@ -269,27 +277,44 @@ def check_model(model: str | None, served: Sequence[str]) -> None:
         )
 
 
-async def _collect(stream: RequestStream, echo: str) -> Choice:
+def _frames(
+    parser: AnswerParser | None, envelope: Envelope, index: int, **options: Any
+) -> ChoiceFrames:
+    if parser is None:
+        return ChoiceFrames(envelope, index, **options)
+    return ParsedFrames(envelope, index, parser, **options)
+
+
+async def _collect(stream: RequestStream, echo: str, parser: AnswerParser | None) -> Choice:
     texts = [echo]
     logprobs: list[TokenLogprobs] = []
     while True:
         output = await stream.get()
         texts.append(output.text)
         logprobs += output.logprobs
+        if parser is not None:
+            parser.count(output.token_ids)
         if output.finish_reason is not None:
             check_success(output)
-            return Choice("".join(texts), output.finish_reason, output.usage, logprobs)
+            choice = Choice("".join(texts), output.finish_reason, output.usage, logprobs)
+            if parser is not None:
+                parse_choice(choice, parser)
+            return choice
 
 
-async def _collect_all(streams: Sequence[RequestStream], prompts: Sequence[Prompt]) -> list[Choice]:
-    if len(streams) == 1:
-        return [await _collect(streams[0], prompts[0].echo)]
+async def _collect_all(
+    streams: Sequence[RequestStream], work: Work, token_bytes: Callable[[int], bytes]
+) -> list[Choice]:
+    parsing = work.parsing
+    reads = [
+        _collect(stream, prompt.echo, None if parsing is None else parsing.new(token_bytes))
+        for stream, prompt in zip(streams, work.prompts, strict=True)
+    ]
+    if len(reads) == 1:
+        return [await reads[0]]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(_collect(stream, prompt.echo))
-                for stream, prompt in zip(streams, prompts, strict=True)
-            ]
+            tasks = [group.create_task(read) for read in reads]
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]

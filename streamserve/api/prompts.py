@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from streamserve.api.answer_plan import AnswerParsing, AnswerPlan
 from streamserve.api.body import parse_json_object
-from streamserve.api.chat_request import parse_chat_request
+from streamserve.api.chat_request import ChatRequest, parse_chat_request
 from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.sampling import Common
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.chat_template import ChatTemplate
-from streamserve.engine.preprocess import PromptEncoder
+from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
+from streamserve.engine.preprocess import ChatPrompt, PromptEncoder
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.engine.worker_pool import WorkerPool, WorkerTimeoutError
 from streamserve.errors import InvalidParameterError
@@ -45,19 +47,33 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A parsed request, ready for the engine."""
+    """A parsed request, ready for the engine. ``parsing`` is for text that is more than content."""
 
     common: Common
     params: SamplingParams
     prompts: list[Prompt]
+    parsing: AnswerParsing | None = None
+
+
+def chat_work(request: ChatRequest, plan: AnswerPlan, prompt: ChatPrompt, marks: MarkIds) -> Work:
+    """A chat whose prompt was rendered."""
+    prompts = [Prompt(prompt.token_ids)]
+    if plan.is_plain:
+        return Work(request.common, request.params, prompts)
+    text = prompt.text
+    return Work(request.common, plan.params(text, marks), prompts, plan.parsing(text))
 
 
 class PromptReader:
     """What a worker process does: from a body to ``Work``, which travels pickled."""
 
-    def __init__(self, load: TextLoader, sampling_defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self, load: TextLoader, sampling_defaults: Mapping[str, Any], answer_format: AnswerFormat
+    ) -> None:
         self._tokenizer, template = load()
         self._encoder = PromptEncoder(self._tokenizer, template)
+        self._answer_format = answer_format
+        self._mark_ids = MarkIds(self._tokenizer)
         self._defaults = sampling_defaults
 
     def __call__(self, payload: bytes) -> bytes:
@@ -66,24 +82,18 @@ class PromptReader:
         Raises ``RequestError``.
         """
         body = parse_json_object(memoryview(payload)[1:])
-        common, params, prompts = (
-            self._chat(body) if payload[:1] == b"c" else self._completion(body)
-        )
-        packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in prompts]
-        return pickle.dumps((common, params, packed), pickle.HIGHEST_PROTOCOL)
+        work = self._chat(body) if payload[:1] == b"c" else self._completion(body)
+        packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in work.prompts]
+        content = (work.common, work.params, packed, work.parsing)
+        return pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
 
-    def _chat(self, body: Mapping[str, Any]) -> tuple[Common, SamplingParams, list[Prompt]]:
+    def _chat(self, body: Mapping[str, Any]) -> Work:
         request = parse_chat_request(body, self._defaults)
-        prompt = self._encoder.chat(
-            request.messages,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            add_special_tokens=request.add_special_tokens,
-            **request.chat_template_kwargs,
-        )
-        return request.common, request.params, [Prompt(prompt.token_ids)]
+        plan = AnswerPlan(request, self._answer_format)
+        prompt = self._encoder.chat(plan.messages, **plan.rendering)
+        return chat_work(request, plan, prompt, self._mark_ids)
 
-    def _completion(self, body: Mapping[str, Any]) -> tuple[Common, SamplingParams, list[Prompt]]:
+    def _completion(self, body: Mapping[str, Any]) -> Work:
         request = parse_completion_request(body, self._defaults)
         prompts: list[Prompt] = []
         for given in request.prompts:
@@ -93,15 +103,17 @@ class PromptReader:
             else:
                 echo = self._tokenizer.decode(given) if request.echo else ""
                 prompts.append(Prompt(given, echo, is_tokenized=False))
-        return request.common, request.params, prompts
+        return Work(request.common, request.params, prompts)
 
 
 class PromptWorkers:
     """The processes that read long bodies. Event-loop thread only."""
 
-    def __init__(self, load: TextLoader, sampling_defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self, load: TextLoader, sampling_defaults: Mapping[str, Any], answer_format: AnswerFormat
+    ) -> None:
         """``load`` is pickled: each process loads the tokenizer and the template by itself."""
-        factory = partial(PromptReader, load, dict(sampling_defaults))
+        factory = partial(PromptReader, load, dict(sampling_defaults), answer_format)
         self._pool = WorkerPool(factory)
 
     @property
@@ -127,9 +139,9 @@ class PromptWorkers:
                 f"{param} took longer than the limit of {_TIMEOUT_S:g} s to render and tokenise",
                 param=param,
             ) from None
-        common, params, packed = pickle.loads(answer)
+        common, params, packed, parsing = pickle.loads(answer)
         prompts = [Prompt(ids.tolist(), echo, is_ours) for ids, echo, is_ours in packed]
-        return Work(common, params, prompts)
+        return Work(common, params, prompts, parsing)
 
     def close(self) -> None:
         """Kill the processes. Idempotent."""

@@ -162,10 +162,13 @@ class AnswerStream(EventSourceResponse):
                 body = head + dumps(text) + tail
             else:
                 held += output.logprobs
+                frames.count(output.token_ids)
                 if not text:
                     continue
                 body = frames.text(text, held, output.usage)
                 held = []
+                if not body:
+                    continue
             if opening:
                 body = opening + body
                 opening = b""
@@ -178,6 +181,7 @@ class AnswerStream(EventSourceResponse):
         check_success(output)
         choice.usage = output.usage
         held += output.logprobs
+        frames.count(output.token_ids)
         body = opening
         if output.text or held:
             body += frames.text(output.text, held, output.usage)

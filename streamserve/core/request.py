@@ -134,7 +134,9 @@ class Request:
         self.computing_hash: bytes | None = None  # the block it computes for others that wait
         self.awaited_hash: bytes | None = None  # the block it waits for while another computes it
         # A grammar's mask is made by the host, of the tokens before it: for one position only.
-        self.may_draft = sampling_params.structured_output is None
+        self.may_draft = (
+            sampling_params.structured_output is None and sampling_params.thinking is None
+        )
         self.ngram_index: NgramIndex | None = None  # of its own text, if it speculates
         self.num_free_when_refused = -1  # spare blocks when there was last no room to admit it
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from streamserve.core.structured_output import StructuredOutput
+from streamserve.core.thinking import Thinking
 from streamserve.errors import InvalidParameterError
 
 MAX_LOGPROBS = 20
@@ -24,6 +25,7 @@ class SamplingParams:
     ``logprobs`` is the number of alternatives reported per position (0: only the sampled token's
     own logprob; ``None``: none). ``seed is None`` draws one when the request is admitted.
     ``structured_output`` is the grammar that the answer follows, ``None`` for free text.
+    ``thinking`` says where its thoughts end if a grammar or a budget depends on it.
     Penalties follow OpenAI (presence, frequency: generated tokens only) and CTRL (repetition:
     prompt and generated tokens), in transformers' and vLLM's meaning.
 
@@ -48,6 +50,7 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     structured_output: StructuredOutput | None = None
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         if self.top_k == -1:

@@ -103,7 +103,7 @@ class AsyncEngine:
             num_tokenizer_ids=tokenizer.vocab_size,
         )
         self._grammars = grammars or Grammars(tokenizer, eos_token_ids, vocab_size)
-        self._masks = GrammarMasks()
+        self._masks = GrammarMasks(tokenizer.token_bytes, vocab_size)
         self._idle_delay_s = idle_delay_s
         self._max_steps_in_flight = scheduler.config.max_steps_in_flight
         self._seeds = random.Random()
@@ -214,7 +214,7 @@ class AsyncEngine:
             self._die("the scheduler failed to add a request", error)
             self._raise_if_dead()
         self._live[request_id] = _Live(request, stream, processor)
-        if matcher is not None:
+        if matcher is not None or params.thinking is not None:
             self._masks.add(request, matcher)
         self._wake.set()
         return stream

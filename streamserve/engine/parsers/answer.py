@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from streamserve.engine.parsers.events import Content, Event, Reasoning, joined
 from streamserve.engine.parsers.reasoning import ReasoningParser, ReasoningTokens
@@ -63,7 +63,3 @@ class AnswerParser:
             elif self._include_reasoning or not isinstance(event, Reasoning):
                 found.append(event)
         return found
-
-
-ParserFactory = Callable[[], AnswerParser]
-"""Makes the parser of one more choice."""

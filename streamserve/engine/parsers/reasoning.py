@@ -119,22 +119,28 @@ class ReasoningParser:
 class ReasoningTokens:
     """Counts the tokens of the thoughts, without those of the marks around them.
 
-    By the tokens' own bytes: a mark may be one token or several.
+    By the tokens' own bytes: a mark may be one token or several. ``is_over`` once the end was met,
+    or cannot come.
     """
 
     def __init__(self, state: ThinkState, token_bytes: Callable[[int], bytes]) -> None:
         self._token_bytes = token_bytes
         self._is_open = state is ThinkState.INSIDE
         self._is_undecided = state is not ThinkState.OVER
-        self._is_over = state is ThinkState.OVER
+        self.is_over = state is ThinkState.OVER
         self._starts: list[int] = []  # of tokens, within ``_bytes``
         self._bytes = b""
         self.count = 0
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether what comes next is a thought, or the end of the thoughts."""
+        return not self.is_over and (self._is_open or not self._is_undecided)
+
     def feed(self, token_ids: Sequence[int]) -> None:
         """Take the next tokens."""
         for token_id in token_ids:
-            if self._is_over:
+            if self.is_over:
                 return
             self._starts.append(len(self._bytes))
             self._bytes += self._token_bytes(token_id)
@@ -151,7 +157,7 @@ class ReasoningTokens:
             self._is_undecided = False
         elif not _START_BYTES.startswith(text):
             self._is_undecided = False
-            self._is_over = not self._is_open
+            self.is_over = not self._is_open
             self.count = len(self._starts) if self._is_open else 0
             self._look_for_end()
 
@@ -160,7 +166,7 @@ class ReasoningTokens:
         end = self._bytes.find(_END_BYTES)
         if end >= 0:
             self.count -= sum(start >= end for start in starts)
-            self._is_over = True
+            self.is_over = True
             return
         # Only what may still be a part of the mark is looked at again.
         cut = len(self._bytes) - len(_END_BYTES) + 1

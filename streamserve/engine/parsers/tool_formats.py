@@ -190,7 +190,7 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
 
 def tool_parser_of_template(source: str) -> str | None:
     """The name of the parser for what a chat template that knows tools has models write."""
-    if "<function=" in source or "<|tool_call" in source:
+    if any(mark in source for mark in ("<function=", "<arg_key>", "<|tool_call")):
         return None  # calls in formats of their own
     if "<tool_call>" in source:
         return "hermes"
