@@ -32,10 +32,14 @@ from streamserve.api.sampling import sampling_defaults
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock, monotonic
 from streamserve.engine.async_engine import AsyncEngine
+from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
 from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.tokenizer import Tokenizer
 
 _EXPOSED_HEADERS = ("X-Request-Id", "X-Ignored-Fields", "Retry-After")
+
+
+_NO_FORMAT = AnswerFormat()
 
 
 class ApiApp(Starlette):
@@ -60,6 +64,7 @@ def create_app(
     config: ApiConfig,
     max_model_len: int,
     generation_config: Mapping[str, Any] | None = None,
+    answer_format: AnswerFormat = _NO_FORMAT,
     clock: Clock = monotonic,
     wall_clock: Callable[[], float] = time.time,
     load_text: TextLoader | None = None,
@@ -68,8 +73,8 @@ def create_app(
 
     ``generation_config`` is the model's own: of it ``GENERATION_CONFIG_FIELDS`` become the sampling
     defaults. ``load_text``, which must be picklable, loads the tokenizer and the template in the
-    processes that read long bodies; without one they are read here. Raises ``ConfigError`` if a
-    default is out of range.
+    processes that read long bodies; without one they are read here. ``answer_format`` says how the
+    model writes thoughts and tool calls. Raises ``ConfigError`` if a default is out of range.
     """
     metrics = Metrics()
     defaults = sampling_defaults(generation_config or {})
@@ -84,8 +89,12 @@ def create_app(
         wall_clock=wall_clock,
         created=int(wall_clock()),
         metrics=metrics,
+        mark_ids=MarkIds(tokenizer),
+        answer_format=answer_format,
         gate=Gate(retry_after_s=config.drain_timeout_s),
-        prompt_workers=None if load_text is None else PromptWorkers(load_text, defaults),
+        prompt_workers=None
+        if load_text is None
+        else PromptWorkers(load_text, defaults, answer_format),
     )
     registry = MetricsRegistry(metrics, engine, config.served_model_names[0])
     small = _SmallEndpoints(context, registry)

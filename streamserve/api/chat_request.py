@@ -18,6 +18,7 @@ from streamserve.api.fields import (
     read_object,
     read_str,
     require,
+    require_in,
     shown,
     wrong_type,
 )
@@ -29,10 +30,21 @@ from streamserve.api.sampling import (
     read_common,
     sampling_params,
 )
+from streamserve.api.tool_fields import (
+    ToolCalls,
+    Tools,
+    ToolUse,
+    read_tool_calls,
+    read_tool_choice,
+    read_tools,
+    tool_use,
+)
 from streamserve.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from streamserve.errors import InvalidParameterError
 
 MAX_MESSAGES = 4096
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 # What the renderer itself hands to a template.
 _RESERVED_KWARGS = frozenset(
@@ -49,18 +61,16 @@ _RESERVED_KWARGS = frozenset(
 
 # Templates know "system"; OpenAI's newer name for the same voice is mapped to it.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_REFUSED_ROLES = ("tool", "function")
 
 _NOT_BUILT = "is not supported by this server yet"
 
+# OpenAI gave these up for tools in 2023.
+_LEGACY = "is not supported: use tools, tool_choice and tool_calls"
+
 _MESSAGE_REFUSED = {
     "audio": Refused((), _NOT_BUILT),
-    "function_call": Refused((), _NOT_BUILT),
-    "reasoning": Refused(("",), _NOT_BUILT),
-    "reasoning_content": Refused(("",), _NOT_BUILT),
+    "function_call": Refused((), _LEGACY),
     "refusal": Refused((), _NOT_BUILT),
-    "tool_call_id": Refused((), _NOT_BUILT),
-    "tool_calls": Refused(([],), _NOT_BUILT),
 }
 # What OpenAI's client puts on an assistant message and sends back with the next turn.
 _MESSAGE_ANNOTATIONS = frozenset({"annotations"})
@@ -68,13 +78,13 @@ _MESSAGE_ANNOTATIONS = frozenset({"annotations"})
 
 def _read_role(name: str, value: Any) -> str:
     role = read_str(name, value)
-    if role in _REFUSED_ROLES:
+    if role == "function":
         raise InvalidParameterError(
-            f"{name} {role!r} {_NOT_BUILT}", param=name, code="unsupported_parameter"
+            f"{name} {role!r} {_LEGACY}", param=name, code="unsupported_parameter"
         )
-    if role not in _ROLES:
-        raise out_of_range(name, f"one of {', '.join(_ROLES)}", role)
-    return _ROLES[role]
+    if role != "tool" and role not in _ROLES:
+        raise out_of_range(name, f"one of {', '.join(_ROLES)}, tool", role)
+    return _ROLES.get(role, role)
 
 
 def _read_part(name: str, value: Any) -> dict[str, str]:
@@ -95,15 +105,6 @@ def _read_part(name: str, value: Any) -> dict[str, str]:
             )
     text = read_str(f"{name}.text", require_in(part, "text", name))
     return {"type": "text", "text": text}
-
-
-def require_in(values: Mapping[str, Any], field: str, where: str) -> Any:
-    """The value of a field that an inner object must have."""
-    if values.get(field) is None:
-        raise InvalidParameterError(
-            f"{where}.{field} is required", param=where, code="missing_required_parameter"
-        )
-    return values[field]
 
 
 def _read_content(name: str, value: Any) -> str | list[dict[str, str]]:
@@ -131,8 +132,44 @@ def _read_template_kwargs(name: str, value: Any) -> dict[str, Any]:
 _MESSAGE_FIELDS: dict[str, Reader] = {
     "content": _read_content,
     "name": read_str,
+    "reasoning": read_str,
+    "reasoning_content": read_str,
     "role": _read_role,
+    "tool_call_id": read_str,
+    "tool_calls": read_tool_calls,
 }
+# Who alone may have what.
+_OWNERS = {
+    "reasoning": "assistant",
+    "reasoning_content": "assistant",
+    "tool_call_id": "tool",
+    "tool_calls": "assistant",
+}
+
+
+def _check_message(where: str, message: dict[str, Any], unknown: list[str]) -> None:
+    """See that the fields belong to the role, and bring them into the form templates expect."""
+    role = require_in(message, "role", where)
+    for field, owner in _OWNERS.items():
+        if message.get(field) and role != owner:
+            raise InvalidParameterError(
+                f"{where}.{field} may be given only with role {owner!r}, got {role!r}",
+                param=f"{where}.{field}",
+                code="invalid_value",
+            )
+    if role == "assistant":
+        message.setdefault("content", "")
+        # Templates know one name or the other.
+        thoughts = message.get("reasoning_content") or message.get("reasoning")
+        if thoughts:
+            message["reasoning"] = message["reasoning_content"] = thoughts
+        calls: ToolCalls | None = message.pop("tool_calls", None)
+        if calls is not None and calls.items:
+            message["tool_calls"] = list(calls.items)
+            unknown += calls.unknown
+    elif role == "tool" and not require_in(message, "tool_call_id", where):
+        raise out_of_range(f"{where}.tool_call_id", "the id of a call", "")
+    require_in(message, "content", where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +208,17 @@ def _read_messages(name: str, value: Any) -> _Messages:
             annotations=_MESSAGE_ANNOTATIONS,
             prefix=f"{where}.",
         )
-        role = require_in(message, "role", where)
-        if role == "assistant":
-            message.setdefault("content", "")
-        require_in(message, "content", where)
+        _check_message(where, message, unknown_here)
         items.append(message)
         unknown += unknown_here
     return _Messages(tuple(items), tuple(unknown))
+
+
+def _read_effort(name: str, value: Any) -> str:
+    effort = read_str(name, value)
+    if effort not in EFFORTS:
+        raise out_of_range(name, f"one of {', '.join(EFFORTS)}", effort)
+    return effort
 
 
 CHAT_FIELDS: dict[str, Reader] = {
@@ -186,44 +227,53 @@ CHAT_FIELDS: dict[str, Reader] = {
     "add_special_tokens": read_bool,
     "chat_template_kwargs": _read_template_kwargs,
     "continue_final_message": read_bool,
+    "include_reasoning": read_bool,
     "logprobs": read_bool,
     "max_completion_tokens": integer(1),
     "max_tokens": integer(1),
     "messages": _read_messages,
+    "parallel_tool_calls": read_bool,
+    "reasoning_effort": _read_effort,
+    "thinking_token_budget": integer(-1),
+    "tool_choice": read_tool_choice,
+    "tools": read_tools,
     "top_logprobs": integer(0, MAX_LOGPROBS),
 }
 
 CHAT_REFUSED: dict[str, Refused] = {
-    **REFUSED,
+    **{name: refused for name, refused in REFUSED.items() if name not in CHAT_FIELDS},
     "audio": Refused(),
     "chat_template": Refused((), _NOT_BUILT),
     "documents": Refused(([],), _NOT_BUILT),
     "echo": Refused((False,), "is not supported for chat"),
-    "function_call": Refused(("none", "auto"), _NOT_BUILT),
-    "functions": Refused(([],), _NOT_BUILT),
-    "include_reasoning": Refused((True,), _NOT_BUILT),
+    "function_call": Refused(("none", "auto"), _LEGACY),
+    "functions": Refused(([],), _LEGACY),
     "media_io_kwargs": Refused(({},)),
     "mm_processor_kwargs": Refused(({},)),
     "modalities": Refused((["text"],), "is not supported: this server writes only text"),
     "moderation": Refused(),
-    # It says how several tool calls come: without tools both values ask for nothing.
-    "parallel_tool_calls": Refused((True, False), _NOT_BUILT),
     "prediction": Refused((), _NOT_BUILT),
-    "reasoning_effort": Refused(("none",), _NOT_BUILT),
     "return_prompt_text": Refused((False,), _NOT_BUILT),
-    # Without tools "auto" can only choose none.
-    "tool_choice": Refused(("none", "auto"), _NOT_BUILT),
-    "tools": Refused(([],), _NOT_BUILT),
     "verbosity": Refused(("medium",), _NOT_BUILT),
     "web_search_options": Refused(),
 }
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningOptions:
+    """What a request says about thinking. ``budget`` is in tokens, ``None`` for no limit."""
+
+    is_included: bool = True
+    effort: str | None = None
+    budget: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
     """A chat request whose every field is valid.
 
-    ``messages`` hold role, content (a string or text parts), maybe name.
+    ``messages`` hold role, content (a string or text parts), maybe name; the assistant's maybe
+    tool calls and reasoning, a tool's the id of its call.
     """
 
     common: Common
@@ -235,6 +285,8 @@ class ChatRequest:
     continue_final_message: bool
     add_special_tokens: bool
     chat_template_kwargs: dict[str, Any]
+    tools: ToolUse
+    reasoning: ReasoningOptions
 
 
 def parse_chat_request(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> ChatRequest:
@@ -254,8 +306,11 @@ def parse_chat_request(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
             param="continue_final_message",
             code="invalid_value",
         )
+    use = tool_use(values)
+    tools: Tools | None = values.get("tools")
+    unknown += [*messages.unknown, *(tools.unknown if tools else ())]
     return ChatRequest(
-        common=read_common(values, unknown + list(messages.unknown)),
+        common=read_common(values, unknown),
         messages=messages.items,
         params=sampling_params(
             values,
@@ -270,6 +325,17 @@ def parse_chat_request(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         continue_final_message=continue_final,
         add_special_tokens=values.get("add_special_tokens", False),
         chat_template_kwargs=values.get("chat_template_kwargs", {}),
+        tools=use,
+        reasoning=_reasoning(values),
+    )
+
+
+def _reasoning(values: Mapping[str, Any]) -> ReasoningOptions:
+    budget: int | None = values.get("thinking_token_budget")
+    return ReasoningOptions(
+        values.get("include_reasoning", True),
+        values.get("reasoning_effort"),
+        None if budget == -1 else budget,
     )
 
 

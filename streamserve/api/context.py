@@ -15,6 +15,7 @@ from streamserve.api.prompts import PromptWorkers
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock
 from streamserve.engine.async_engine import AsyncEngine
+from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
 from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.tokenizer import Tokenizer
 
@@ -101,5 +102,7 @@ class ApiContext:
     created: int
     metrics: Metrics
     gate: Gate
+    mark_ids: MarkIds
     prompt_workers: PromptWorkers | None = None  # none: everything is read in this process
+    answer_format: AnswerFormat = field(default_factory=AnswerFormat)
     field_log: FieldLog = field(default_factory=FieldLog)

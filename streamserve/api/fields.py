@@ -170,3 +170,12 @@ def require(values: Mapping[str, Any], name: str) -> Any:
             f"{name} is required", param=name, code="missing_required_parameter"
         )
     return values[name]
+
+
+def require_in(values: Mapping[str, Any], field: str, where: str) -> Any:
+    """The value of a field that an inner object must have."""
+    if values.get(field) is None:
+        raise InvalidParameterError(
+            f"{where}.{field} is required", param=where, code="missing_required_parameter"
+        )
+    return values[field]

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import orjson
 
 from streamserve.api.extras import NO_EXTRAS, Extras, Prompt
 from streamserve.api.logprobs import chat_logprobs
 from streamserve.core.plan import TokenLogprobs
+from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -66,12 +67,16 @@ def usage_content(usages: Sequence[Usage], n: int = 1) -> dict[str, Any]:
     of_prompts = usages[::n]
     prompt = sum(u.prompt_tokens for u in of_prompts)
     completion = sum(u.completion_tokens for u in usages)
-    return {
+    content: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in of_prompts)},
     }
+    thought = [u.reasoning_tokens for u in usages if u.reasoning_tokens is not None]
+    if thought:
+        content["completion_tokens_details"] = {"reasoning_tokens": sum(thought)}
+    return content
 
 
 def usage_frame(envelope: Envelope, usages: Sequence[Usage], n: int = 1) -> bytes:
@@ -83,6 +88,15 @@ def usage_frame(envelope: Envelope, usages: Sequence[Usage], n: int = 1) -> byte
 def error_frame(status: int, content: dict[str, Any]) -> bytes:
     """The event that ends a stream which failed; ``status`` is what it would have had."""
     return b"data: " + _dumps({"error": {**content, "status": status}}) + b"\n\n"
+
+
+class FrameOptions(TypedDict, total=False):
+    """What ``ChoiceFrames`` may be told."""
+
+    include_usage: Required[bool]
+    continuous_usage: bool
+    prompt: Prompt
+    extras: Extras
 
 
 class ChoiceFrames:
@@ -151,12 +165,8 @@ class ChoiceFrames:
         """Chat's first chunk, empty for completions."""
         if not self._is_chat:
             return b""
-        of_prompt = b""
-        if self._owes_prompt_ids:
-            self._owes_prompt_ids = False
-            of_prompt = b',"prompt_token_ids":' + _dumps(self._prompt.token_ids)
         body = b'"role":"assistant","content":""'
-        return self._chunk(body, b"null", b"null", usage, at_end=of_prompt)
+        return self._chunk(body, b"null", b"null", usage, at_end=self._prompt_ids())
 
     def echo_at_once(self, usage: Usage) -> bytes:
         """The chunk that repeats the prompt, unless it waits for the prompt's logprobs, or none."""
@@ -194,11 +204,14 @@ class ChoiceFrames:
         if not self._extras.token_ids:
             return b""
         ids, self._held_ids = self._held_ids, []
-        of_prompt = b""
-        if self._owes_prompt_ids:
-            self._owes_prompt_ids = False
-            of_prompt = b',"prompt_token_ids":' + _dumps(self._prompt.token_ids)
-        return of_prompt + b',"token_ids":' + _dumps(ids)
+        return self._prompt_ids() + b',"token_ids":' + _dumps(ids)
+
+    def _prompt_ids(self) -> bytes:
+        """The prompt's token ids, once, if they were asked for."""
+        if not self._owes_prompt_ids:
+            return b""
+        self._owes_prompt_ids = False
+        return b',"prompt_token_ids":' + _dumps(self._prompt.token_ids)
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> bytes:
         names = self._extras.names
@@ -238,3 +251,8 @@ class ChoiceFrames:
                 b"}\n\n",
             )
         )
+
+
+def openai_finish_reason(finish_reason: str, *, has_calls: bool) -> str:
+    """OpenAI's name for an end: calls are a reason to stop."""
+    return "tool_calls" if has_calls and finish_reason == FinishReason.STOP else finish_reason

@@ -15,6 +15,7 @@ from typing import Unpack
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from streamserve.api.answer_plan import AnswerPlan
 from streamserve.api.body import ignored_fields_header, parse_json_object, read_body
 from streamserve.api.chat_request import parse_chat_request
 from streamserve.api.completion_request import parse_completion_request
@@ -22,14 +23,23 @@ from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import ClientGoneError, DisconnectGuard
 from streamserve.api.errors import HttpError
 from streamserve.api.extras import Prompt
-from streamserve.api.frames import CHAT, COMPLETION, ChoiceFrames, Envelope, Kind
+from streamserve.api.frames import (
+    CHAT,
+    COMPLETION,
+    ChoiceFrames,
+    Envelope,
+    FrameOptions,
+    Kind,
+)
 from streamserve.api.metrics import Delivery
-from streamserve.api.prompts import LONG_BODY, Endpoint, PromptWorkers, Work
+from streamserve.api.parsed_frames import ParsedFrames
+from streamserve.api.prompts import LONG_BODY, Endpoint, PromptWorkers, Work, chat_work
 from streamserve.api.sampling import Common
 from streamserve.api.sse import AnswerStream, StreamedChoice
 from streamserve.api.whole import best_choices, collect_all, whole_answer
 from streamserve.core.request import FinishReason
 from streamserve.engine.intake import Origin
+from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.stream import RequestStream
 from streamserve.errors import ContextLengthError, EngineError, InvalidParameterError, RequestError
 
@@ -115,7 +125,7 @@ class GenerationEndpoint(ABC):
                 await answer(scope, receive, send)
             else:
                 async with DisconnectGuard(receive):
-                    candidates = await collect_all(streams, prompts)
+                    candidates = await collect_all(streams, prompts, self._parsers(work))
                 choices = candidates
                 if work.choices.are_compared:
                     count, n = work.choices.num_candidates, work.choices.n
@@ -188,7 +198,8 @@ class GenerationEndpoint(ABC):
         choices = [
             StreamedChoice(
                 stream,
-                ChoiceFrames(
+                _frames(
+                    parser,
                     envelope,
                     index,
                     include_usage=options.include_usage,
@@ -198,8 +209,8 @@ class GenerationEndpoint(ABC):
                 ),
                 delivery,
             )
-            for index, (stream, delivery, prompt) in enumerate(
-                zip(streams, deliveries, work.prompts_of_streams, strict=True)
+            for index, (stream, delivery, prompt, parser) in enumerate(
+                zip(streams, deliveries, work.prompts_of_streams, self._parsers(work), strict=True)
             )
         ]
         return AnswerStream(
@@ -211,6 +222,13 @@ class GenerationEndpoint(ABC):
             ping_interval_s=self._context.config.ping_interval_s,
             raw_send=scope[RAW_SEND],
         )
+
+    def _parsers(self, work: Work) -> list[AnswerParser | None]:
+        """One for each stream of the engine's, or none."""
+        parsing, token_bytes = work.parsing, self._context.tokenizer.token_bytes
+        return [
+            None if parsing is None else parsing.new(token_bytes) for _ in work.prompts_of_streams
+        ]
 
     def _headers(self, common: Common) -> dict[str, str]:
         if not common.unknown_fields:
@@ -254,15 +272,9 @@ class ChatEndpoint(GenerationEndpoint):
             # A template may run away with what a client gives it: a process can be killed.
             return await self._prepare_elsewhere(workers, raw)
         self.check_common(request.common)
-        prompt = await self._context.preprocessor.chat(
-            request.messages,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            add_special_tokens=request.add_special_tokens,
-            **request.chat_template_kwargs,
-        )
-        prompts = [Prompt(prompt.token_ids)]
-        return Work(request.common, request.params, prompts, request.extras, request.choices)
+        plan = AnswerPlan(request, self._context.answer_format)
+        prompt = await self._context.preprocessor.chat(plan.messages, **plan.rendering)
+        return chat_work(request, plan, prompt, self._context.mark_ids)
 
 
 class CompletionEndpoint(GenerationEndpoint):
@@ -297,3 +309,11 @@ def check_model(model: str | None, served: Sequence[str]) -> None:
             param="model",
             code="model_not_found",
         )
+
+
+def _frames(
+    parser: AnswerParser | None, envelope: Envelope, index: int, **options: Unpack[FrameOptions]
+) -> ChoiceFrames:
+    if parser is None:
+        return ChoiceFrames(envelope, index, **options)
+    return ParsedFrames(envelope, index, parser, **options)

@@ -11,15 +11,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+from streamserve.api.answer_plan import AnswerParsing, AnswerPlan
 from streamserve.api.body import parse_json_object
-from streamserve.api.chat_request import parse_chat_request
+from streamserve.api.chat_request import ChatRequest, parse_chat_request
 from streamserve.api.choices import Choices
 from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.extras import ExtraFields, Prompt
 from streamserve.api.sampling import Common
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.chat_template import ChatTemplate
-from streamserve.engine.preprocess import PromptEncoder
+from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
+from streamserve.engine.preprocess import ChatPrompt, PromptEncoder
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.engine.worker_pool import WorkerPool, WorkerTimeoutError
 from streamserve.errors import InvalidParameterError
@@ -35,13 +37,14 @@ TextLoader = Callable[[], tuple[Tokenizer, ChatTemplate]]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A parsed request, ready for the engine."""
+    """A parsed request, ready for the engine. ``parsing`` is for text that is more than content."""
 
     common: Common
     params: SamplingParams
     prompts: list[Prompt]
     fields: ExtraFields
     choices: Choices
+    parsing: AnswerParsing | None = None
 
     @property
     def prompts_of_streams(self) -> list[Prompt]:
@@ -51,12 +54,26 @@ class Work:
         return [prompt for prompt in self.prompts for _ in range(per_prompt)]
 
 
+def chat_work(request: ChatRequest, plan: AnswerPlan, prompt: ChatPrompt, marks: MarkIds) -> Work:
+    """A chat whose prompt was rendered."""
+    prompts = [Prompt(prompt.token_ids)]
+    work = Work(request.common, request.params, prompts, request.extras, request.choices)
+    if plan.is_plain:
+        return work
+    text = prompt.text
+    return replace(work, params=plan.params(text, marks), parsing=plan.parsing(text))
+
+
 class PromptReader:
     """What a worker process does: from a body to ``Work``, which travels pickled."""
 
-    def __init__(self, load: TextLoader, sampling_defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self, load: TextLoader, sampling_defaults: Mapping[str, Any], answer_format: AnswerFormat
+    ) -> None:
         self._tokenizer, template = load()
         self._encoder = PromptEncoder(self._tokenizer, template)
+        self._answer_format = answer_format
+        self._mark_ids = MarkIds(self._tokenizer)
         self._defaults = sampling_defaults
 
     def __call__(self, payload: bytes) -> bytes:
@@ -71,15 +88,9 @@ class PromptReader:
 
     def _chat(self, body: Mapping[str, Any]) -> Work:
         request = parse_chat_request(body, self._defaults)
-        prompt = self._encoder.chat(
-            request.messages,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            add_special_tokens=request.add_special_tokens,
-            **request.chat_template_kwargs,
-        )
-        prompts = [Prompt(prompt.token_ids)]
-        return Work(request.common, request.params, prompts, request.extras, request.choices)
+        plan = AnswerPlan(request, self._answer_format)
+        prompt = self._encoder.chat(plan.messages, **plan.rendering)
+        return chat_work(request, plan, prompt, self._mark_ids)
 
     def _completion(self, body: Mapping[str, Any]) -> Work:
         request = parse_completion_request(body, self._defaults)
@@ -97,9 +108,11 @@ class PromptReader:
 class PromptWorkers:
     """The processes that read long bodies. Event-loop thread only."""
 
-    def __init__(self, load: TextLoader, sampling_defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self, load: TextLoader, sampling_defaults: Mapping[str, Any], answer_format: AnswerFormat
+    ) -> None:
         """``load`` is pickled: each process loads the tokenizer and the template by itself."""
-        factory = partial(PromptReader, load, dict(sampling_defaults))
+        factory = partial(PromptReader, load, dict(sampling_defaults), answer_format)
         self._pool = WorkerPool(factory)
 
     @property

@@ -162,6 +162,8 @@ class AnswerStream(EventSourceResponse):
                 if not text:
                     continue
                 body = frames.text(text, output.usage)
+                if not body:
+                    continue
             if opening:
                 body = opening + body
                 opening = b""

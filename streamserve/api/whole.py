@@ -10,12 +10,14 @@ from typing import Any
 import orjson
 
 from streamserve.api.extras import Extras, Prompt
-from streamserve.api.frames import Envelope, Kind, usage_content
+from streamserve.api.frames import Envelope, Kind, openai_finish_reason, usage_content
 from streamserve.api.logprobs import chat_logprobs, joined, prompt_logprobs
+from streamserve.api.parsed_frames import parsed_message
 from streamserve.api.sse import check_success
 from streamserve.core.plan import TokenLogprobs
 from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage
+from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.stream import RequestStream
 
 
@@ -30,9 +32,13 @@ class Choice:
     usage: Usage
     logprobs: list[TokenLogprobs]
     prompt_logprobs: list[TokenLogprobs] | None
+    message: dict[str, Any] | None = None  # chat's, where it is more than the text
+    has_calls: bool = False
 
 
-async def collect(stream: RequestStream, prompt: Prompt) -> Choice:
+async def collect(
+    stream: RequestStream, prompt: Prompt, parser: AnswerParser | None = None
+) -> Choice:
     """Read a stream to its end. Raises ``EngineError`` unless it is a success."""
     outputs: list[RequestOutput] = []
     while True:
@@ -41,7 +47,7 @@ async def collect(stream: RequestStream, prompt: Prompt) -> Choice:
         if output.finish_reason is not None:
             break
     check_success(output)
-    return Choice(
+    choice = Choice(
         prompt,
         "".join([prompt.echo, *(part.text for part in outputs)]),
         [token_id for part in outputs for token_id in part.token_ids],
@@ -50,18 +56,25 @@ async def collect(stream: RequestStream, prompt: Prompt) -> Choice:
         [entry for part in outputs for entry in part.logprobs],
         outputs[0].prompt_logprobs,
     )
+    if parser is not None:
+        parser.count(choice.token_ids)
+        choice.message, choice.has_calls = parsed_message(choice.text, parser)
+        choice.usage.reasoning_tokens = parser.num_reasoning_tokens
+    return choice
 
 
-async def collect_all(streams: Sequence[RequestStream], prompts: Sequence[Prompt]) -> list[Choice]:
+async def collect_all(
+    streams: Sequence[RequestStream],
+    prompts: Sequence[Prompt],
+    parsers: Sequence[AnswerParser | None],
+) -> list[Choice]:
     """Read all streams; the first that fails ends the wait for the others."""
-    if len(streams) == 1:
-        return [await collect(streams[0], prompts[0])]
+    reads = [collect(*read) for read in zip(streams, prompts, parsers, strict=True)]
+    if len(reads) == 1:
+        return [await reads[0]]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(collect(stream, prompt))
-                for stream, prompt in zip(streams, prompts, strict=True)
-            ]
+            tasks = [group.create_task(read) for read in reads]
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
@@ -112,16 +125,15 @@ def _of_prompt(choice: Choice, extras: Extras) -> dict[str, Any]:
 
 
 def _whole_choice(kind: Kind, index: int, choice: Choice, extras: Extras) -> dict[str, Any]:
-    said: dict[str, Any] = (
-        {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        if kind.is_chat
-        else {"text": choice.text}
-    )
+    said: dict[str, Any] = {"text": choice.text}
+    if kind.is_chat:
+        plain = {"role": "assistant", "content": choice.text, "refusal": None}
+        said = {"message": choice.message or plain}
     content = {
         "index": index,
         **said,
         "logprobs": _logprobs(kind, choice, extras),
-        "finish_reason": choice.finish_reason,
+        "finish_reason": openai_finish_reason(choice.finish_reason, has_calls=choice.has_calls),
     }
     if extras.token_ids:
         content["token_ids"] = choice.token_ids

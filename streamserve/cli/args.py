@@ -15,6 +15,8 @@ from streamserve.errors import ConfigError
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
 QUANTIZATIONS = ("int8", "int4", "fp8")
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral")
+REASONING_PARSERS = ("qwen3", "deepseek_r1")
 KV_CACHE_DTYPES = ("auto", "fp8")
 
 _EXAMPLES = """examples:
@@ -268,6 +270,23 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         "--strict-fields",
         action="store_true",
         help="refuse request fields that nobody knows (default: name them in X-Ignored-Fields)",
+    )
+    group.add_argument(
+        "--tool-call-parser",
+        choices=TOOL_CALL_PARSERS,
+        help="how the model writes tool calls (default: what the chat template says)",
+    )
+    group.add_argument(
+        "--enable-auto-tool-choice",
+        action=argparse.BooleanOptionalAction,
+        help="let the model choose to call tools; with it there must be a parser (default: if "
+        "there is one)",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        choices=REASONING_PARSERS,
+        help="how the model writes what it thinks: both <think>…</think>, which deepseek_r1 may "
+        "leave out the beginning of (default: what the chat template says)",
     )
     group.add_argument(
         "--drain-timeout",

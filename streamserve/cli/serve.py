@@ -17,6 +17,8 @@ from streamserve.config import ApiConfig
 
 if TYPE_CHECKING:
     from streamserve.api.app import ApiApp
+    from streamserve.engine.chat_template import ChatTemplate
+    from streamserve.engine.parsers.answer_format import AnswerFormat
 
 
 def run_serve(args: Namespace) -> int:
@@ -62,9 +64,28 @@ def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:
         max_model_len=service.max_model_len,
         generation_config=service.sampling_defaults,
         load_text=service.text_source,
+        answer_format=_answer_format(args, service.chat_template),
     )
     freeze_gc()
     return app
+
+
+def _answer_format(args: Namespace, template: ChatTemplate) -> AnswerFormat:
+    from streamserve.engine.parsers.answer_format import choose_answer_format
+
+    chosen = choose_answer_format(
+        template,
+        tool_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
+        enable_auto_tool_choice=args.enable_auto_tool_choice,
+    )
+    for what, parser in (
+        ("tool calls", chosen.tool_parser),
+        ("reasoning", chosen.reasoning_parser),
+    ):
+        if parser is not None:
+            say(f"  {what:<13} {parser}")
+    return chosen
 
 
 def _curl_line(url: str, config: ApiConfig) -> str:

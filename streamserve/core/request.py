@@ -144,7 +144,9 @@ class Request:
         # A grammar's mask is made by the host, of the tokens before it: for one position only.
         # So is what may complete a bad word of several tokens.
         self.may_draft = (
-            sampling_params.structured_output is None and not sampling_params.bad_word_ids
+            sampling_params.structured_output is None
+            and sampling_params.thinking is None
+            and not sampling_params.bad_word_ids
         )
         self.ngram_index: NgramIndex | None = None  # of its own text, if it speculates
         self.fork_source: Request | None = None  # computes the prompt that this one then shares

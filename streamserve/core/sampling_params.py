@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from streamserve.core.structured_output import StructuredOutput
+from streamserve.core.thinking import Thinking
 from streamserve.errors import InvalidParameterError
 
 MAX_LOGPROBS = 20
@@ -30,6 +31,7 @@ class SamplingParams:
     ``allowed_token_ids`` (``None``: all) are the only ones drawn. ``bad_words`` never complete in
     the answer; ``bad_word_ids`` are their spellings as token ids, which the engine fills in.
     ``structured_output`` is the grammar that the answer follows, ``None`` for free text.
+    ``thinking`` says where its thoughts end if a grammar or a budget depends on it.
     Penalties follow OpenAI (presence, frequency: generated tokens only) and CTRL (repetition:
     prompt and generated tokens), in transformers' and vLLM's meaning.
 
@@ -59,6 +61,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     structured_output: StructuredOutput | None = None
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         if self.top_k == -1:

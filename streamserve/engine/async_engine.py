@@ -92,7 +92,7 @@ class AsyncEngine:
         )
         self._grammars = grammars or Grammars(tokenizer, eos_token_ids, vocab_size)
         self._intake = Intake(tokenizer, limits, eos_token_ids, self._grammars, clock, self.abort)
-        self._masks = GrammarMasks()
+        self._masks = GrammarMasks(tokenizer.token_bytes, vocab_size)
         self._idle_delay_s = idle_delay_s
         self._max_steps_in_flight = scheduler.config.max_steps_in_flight
         self._live: dict[str, Live] = {}
@@ -234,7 +234,7 @@ class AsyncEngine:
 
     def _book(self, live: Live) -> None:
         self._live[live.request.request_id] = live
-        if live.matcher is not None:
+        if live.matcher is not None or live.request.sampling_params.thinking is not None:
             self._masks.add(live.request, live.matcher)
 
     def abort(self, request_id: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -29,7 +29,7 @@ class ChatTemplate:
 
     ``source`` says where it comes from; ``is_builtin`` that the checkpoint had none, which is
     worth a warning. ``template`` may be several by name, as some checkpoints have: ``tool_use`` is
-    then taken for requests with tools.
+    then taken for requests with tools. ``text`` is all of it, ``variables`` are the names it reads.
     """
 
     def __init__(
@@ -55,6 +55,12 @@ class ChatTemplate:
             raise ModelLoadError(
                 f"the chat template of {source} cannot be read: {error}"
             ) from error
+        self.text = "\n".join(named.values())
+        self.variables = frozenset(
+            name
+            for source_text in named.values()
+            for name in meta.find_undeclared_variables(environment.parse(source_text))
+        )
         self.accepts_parts = self._probe_parts()
 
     @classmethod

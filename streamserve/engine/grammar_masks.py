@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from streamserve.core.plan import SchedulerOutput
 from streamserve.core.request import Request
+from streamserve.engine.thinking_masks import MaskSource, ThinkingMatcher
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -28,10 +30,11 @@ class RequestMatcher:
 
     __slots__ = ("_cpu_s", "_has_ended", "_matcher", "_num_consumed", "_num_masks", "_request")
 
-    def __init__(self, request: Request, matcher: LLMatcher) -> None:
+    def __init__(self, request: Request, matcher: LLMatcher, first: int = 0) -> None:
+        """The grammar's sentence begins with the ``first``-th output token."""
         self._request = request
         self._matcher = matcher
-        self._num_consumed = 0
+        self._num_consumed = first
         self._has_ended = False
         self._num_masks = 0
         self._cpu_s = 0.0
@@ -88,15 +91,27 @@ class RequestMatcher:
 class GrammarMasks:
     """The matchers of live requests. Event-loop thread only."""
 
-    def __init__(self) -> None:
-        self._matchers: dict[str, RequestMatcher] = {}
+    def __init__(self, token_bytes: Callable[[int], bytes], vocab_size: int) -> None:
+        self._token_bytes = token_bytes
+        self._vocab_size = vocab_size
+        self._matchers: dict[str, MaskSource] = {}
 
     def __bool__(self) -> bool:
         return bool(self._matchers)
 
-    def add(self, request: Request, matcher: LLMatcher) -> None:
-        """Follow a request from its first output token."""
-        self._matchers[request.request_id] = RequestMatcher(request, matcher)
+    def add(self, request: Request, matcher: LLMatcher | None) -> None:
+        """Follow a request from its first output token, or from the end of its thoughts."""
+        new_grammar = None if matcher is None else partial(RequestMatcher, request, matcher)
+        thinking = request.sampling_params.thinking
+        source: MaskSource
+        if thinking is not None:
+            source = ThinkingMatcher(
+                request, thinking, new_grammar, self._token_bytes, self._vocab_size
+            )
+        else:
+            assert new_grammar is not None
+            source = new_grammar(0)
+        self._matchers[request.request_id] = source
 
     def drop(self, request_id: str) -> None:
         """Forget a request that has ended, if it had a grammar."""
@@ -112,12 +127,13 @@ class GrammarMasks:
         failed: dict[str, GrammarError] = {}
         for request_id, _, matcher in self._needed(plan):
             try:
-                masks[request_id] = matcher.mask()
+                if (mask := matcher.mask()) is not None:
+                    masks[request_id] = mask
             except GrammarError as error:
                 failed[request_id] = error
         return masks, failed
 
-    def _needed(self, plan: SchedulerOutput) -> Iterator[tuple[str, int, RequestMatcher]]:
+    def _needed(self, plan: SchedulerOutput) -> Iterator[tuple[str, int, MaskSource]]:
         for scheduled in plan.scheduled:
             matcher = self._matchers.get(scheduled.request_id)
             if matcher is not None and scheduled.sample and matcher.is_needed:

@@ -11,11 +11,15 @@ from streamserve.core.request import FinishReason
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens so far. ``cached_tokens`` is the part of the prompt that the prefix cache held."""
+    """Tokens so far. ``cached_tokens`` is the part of the prompt that the prefix cache held.
+
+    ``reasoning_tokens`` is the part of the completion that was thought, where the API looks for it.
+    """
 
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int | None = None
 
 
 @dataclass(slots=True)

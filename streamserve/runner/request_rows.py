@@ -84,6 +84,7 @@ class RequestRows:
             params.is_greedy
             and params.logprobs is None
             and params.structured_output is None
+            and params.thinking is None
             and not LogitsEdits.are_needed(request)
         )
         return row

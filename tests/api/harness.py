@@ -20,6 +20,7 @@ from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.null_runner import NullRunner
+from streamserve.engine.parsers.answer_format import AnswerFormat
 from streamserve.engine.preprocess import Preprocessor
 
 MODEL = "org/null-model"
@@ -80,8 +81,9 @@ class Api:
         max_num_waiting: int = 64,
         speculative: SpeculativeConfig | None = None,
         generation_config: dict[str, Any] | None = None,
-        template: str = "plain",
         load_text: TextLoader | None = None,
+        template: str | ChatTemplate = "plain",
+        answer_format: AnswerFormat | None = None,
         **config: Any,
     ) -> None:
         self.pace = HeldPace(is_held=is_held)
@@ -110,12 +112,15 @@ class Api:
             engine=self.engine,
             preprocessor=Preprocessor(
                 self.tokenizer,
-                ChatTemplate.builtin(template, special_tokens=self.tokenizer.special_tokens),
+                ChatTemplate.builtin(template, special_tokens=self.tokenizer.special_tokens)
+                if isinstance(template, str)
+                else template,
             ),
             tokenizer=self.tokenizer,
             config=self.config,
             max_model_len=MAX_MODEL_LEN,
             generation_config=generation_config,
+            answer_format=answer_format or AnswerFormat(),
             wall_clock=lambda: CREATED + 0.5,
             load_text=load_text,
         )

@@ -52,6 +52,7 @@ def test_help_names_every_flag():
         (["--max-model-len", "1000000"], "1000000"),
         (["--kv-cache-memory", "many"], "4GiB"),
         (["--kv-cache-memory", "100TiB"], "--kv-cache-memory"),
+        (["--enable-auto-tool-choice"], "--enable-auto-tool-choice needs a --tool-call-parser"),
         (["--port", "70000"], "port must be between 0 and 65535, got 70000"),
     ],
 )

@@ -22,6 +22,10 @@ async def matcher():
     grammars.close()
 
 
+def no_masks() -> GrammarMasks:
+    return GrammarMasks(ByteTokenizer().token_bytes, 258)
+
+
 def request(output: bytes = b"", **params) -> Request:
     made = Request(
         "r",
@@ -46,7 +50,7 @@ def plan(output_position: int, *, sample: bool = True) -> SchedulerOutput:
 
 async def test_masks_follow_ids_that_came_one_by_one_or_together(matcher):
     one, late = request(), request(b"abb")
-    masks, other = GrammarMasks(), GrammarMasks()
+    masks, other = no_masks(), no_masks()
     masks.add(one, matcher.deep_copy())
     other.add(late, matcher.deep_copy())
     expected = [{97}, {98, 99}, {98, 99}, {98, 99}]
@@ -61,7 +65,7 @@ async def test_masks_follow_ids_that_came_one_by_one_or_together(matcher):
 
 
 async def test_who_samples_nothing_or_has_ended_needs_no_mask(matcher):
-    masks = GrammarMasks()
+    masks = no_masks()
     ended = request(b"a")
     masks.add(ended, matcher)
     assert masks.are_known(plan(9, sample=False))
@@ -74,7 +78,7 @@ async def test_who_samples_nothing_or_has_ended_needs_no_mask(matcher):
 
 
 async def test_ids_that_the_grammar_forbids_are_an_error(matcher):
-    masks = GrammarMasks()
+    masks = no_masks()
     masks.add(request(b"ax"), matcher)
     filled, failed = masks.fill(plan(2))
     assert not filled

@@ -1,0 +1,200 @@
+"""What a chat request's tools and reasoning mean for its prompt, its sampling and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamserve.api.chat_request import ChatRequest
+from streamserve.api.forced_calls import forced
+from streamserve.api.tool_fields import ToolUse
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.thinking import Thinking
+from streamserve.engine.parsers.answer import AnswerParser
+from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
+from streamserve.engine.parsers.reasoning import (
+    THINK_END,
+    THINK_START,
+    ReasoningParser,
+    ReasoningTokens,
+    ThinkState,
+    state_after_prompt,
+)
+from streamserve.engine.parsers.tool_formats import TOOL_PARSERS, NamedParser, RequiredParser
+from streamserve.engine.parsers.tool_parser import ToolParser
+from streamserve.errors import InvalidParameterError
+
+_SHORT_ID = 9  # characters: Mistral's templates accept no other length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerParsing:
+    """How an answer is read: ``new`` makes one choice's parser. May be pickled."""
+
+    state: ThinkState
+    use: ToolUse | None
+    tool_parser: str | None
+    include_reasoning: bool
+
+    def new(self, token_bytes: Callable[[int], bytes]) -> AnswerParser:
+        """A parser before its first character."""
+        has_reasoning = self.state is not ThinkState.OVER
+        return AnswerParser(
+            reasoning=ReasoningParser(self.state) if has_reasoning else None,
+            tools=None if self.use is None else self._tool_parser(self.use),
+            tokens=ReasoningTokens(self.state, token_bytes) if has_reasoning else None,
+            include_reasoning=self.include_reasoning,
+        )
+
+    def _tool_parser(self, use: ToolUse) -> ToolParser:
+        names = frozenset(tool.name for tool in use.tools)
+        max_calls = None if use.is_parallel else 1
+        if use.name is not None:
+            return NamedParser(use.name)
+        if use.is_forced:
+            return RequiredParser(names, max_calls=max_calls)
+        return TOOL_PARSERS[self.tool_parser or ""](names, max_calls=max_calls)
+
+
+class AnswerPlan:
+    """One request's way with tools and thoughts. ``is_plain``: it has neither.
+
+    Raises ``InvalidParameterError`` for what this server's model cannot do.
+    """
+
+    def __init__(self, request: ChatRequest, answer_format: AnswerFormat) -> None:
+        self._request = request
+        self._format = answer_format
+        use = request.tools
+        if use.choice == "auto" and answer_format.tool_parser is None:
+            raise InvalidParameterError(
+                "tools with tool_choice 'auto' are not supported: this model's chat template does"
+                " not know them, and the server was started without --tool-call-parser",
+                param="tools",
+                code="unsupported_parameter",
+            )
+        self._parses_calls = use.choice != "none"
+        has_reasoning = answer_format.reasoning_parser is not None
+        self.is_plain = not (self._parses_calls or has_reasoning)
+        if request.reasoning.budget is not None and not has_reasoning:
+            raise InvalidParameterError(
+                "thinking_token_budget is not supported: this model does not think, or the server"
+                " must be told --reasoning-parser",
+                param="thinking_token_budget",
+                code="unsupported_parameter",
+            )
+        self._template_kwargs = self._merged_kwargs()
+
+    @property
+    def rendering(self) -> dict[str, Any]:
+        """How the messages are rendered, as ``Preprocessor.chat`` takes it."""
+        return {
+            "add_generation_prompt": self._request.add_generation_prompt,
+            "continue_final_message": self._request.continue_final_message,
+            "add_special_tokens": self._request.add_special_tokens,
+            "tools": self._shown_tools,
+            **self._template_kwargs,
+        }
+
+    @property
+    def _shown_tools(self) -> list[dict[str, Any]] | None:
+        """What the chat template sees.
+
+        With ``tool_choice: "none"`` no tool: what the model does not know, it does not call.
+        """
+        use = self._request.tools
+        return [tool.definition for tool in use.tools] if use.choice != "none" else None
+
+    @property
+    def messages(self) -> tuple[dict[str, Any], ...]:
+        """The messages, with ids as the family's templates accept them: equal ones stay equal."""
+        messages = self._request.messages
+        if self._format.tool_parser != "mistral":
+            return messages
+        return tuple(_with_short_ids(message) for message in messages)
+
+    def params(self, prompt: str, marks: MarkIds) -> SamplingParams:
+        """The request's sampling, and what tools and thoughts ask of it."""
+        params, use = self._request.params, self._request.tools
+        if use.is_forced:
+            params = forced(params, use)
+        state, budget = self._state(prompt), self._request.reasoning.budget
+        if state is not ThinkState.OVER and not (
+            budget is None and params.structured_output is None
+        ):
+            thinking = Thinking(
+                is_open=state is ThinkState.INSIDE,
+                start_token_ids=marks.ids(THINK_START),
+                end_token_ids=marks.ids(THINK_END),
+                budget=budget,
+            )
+            params = replace(params, thinking=thinking)
+        if params.skip_special_tokens and self._has_special_markers(marks):
+            params = replace(params, skip_special_tokens=False)
+        return params
+
+    def _has_special_markers(self, marks: MarkIds) -> bool:
+        markers: tuple[str, ...] = ()
+        if self._parses_calls and not self._request.tools.is_forced:
+            markers += TOOL_PARSERS[self._format.tool_parser or ""].markers
+        if self._format.reasoning_parser is not None:
+            markers += (THINK_START, THINK_END)
+        return any(marks.is_special(marker) for marker in markers)
+
+    def parsing(self, prompt: str) -> AnswerParsing | None:
+        """How the answer is read; ``None``: its text is the content after all."""
+        use, state = self._request.tools, self._state(prompt)
+        if state is ThinkState.OVER and not self._parses_calls:
+            return None
+        return AnswerParsing(
+            state=state,
+            use=use if self._parses_calls else None,
+            tool_parser=self._format.tool_parser,
+            include_reasoning=self._request.reasoning.is_included,
+        )
+
+    def _state(self, prompt: str) -> ThinkState:
+        if self._format.reasoning_parser is None:
+            return ThinkState.OVER
+        last = self._request.messages[-1]
+        continued = _text_of(last) if self._request.continue_final_message else None
+        return state_after_prompt(self._format.reasoning_parser, prompt, continued)
+
+    def _merged_kwargs(self) -> dict[str, Any]:
+        """The request's own, and what ``reasoning_effort`` means to the template."""
+        kwargs = self._request.chat_template_kwargs
+        effort = self._request.reasoning.effort
+        variables = self._format.template_variables
+        if effort is None:
+            return kwargs
+        if effort == "none" and "enable_thinking" in variables:
+            return {"enable_thinking": False, **kwargs}
+        if "reasoning_effort" in variables:
+            return {"reasoning_effort": effort, **kwargs}
+        if effort == "none" and self._format.reasoning_parser is None:
+            return kwargs
+        raise InvalidParameterError(
+            f"reasoning_effort {effort!r} is not supported: this model's chat template does not"
+            " know it",
+            param="reasoning_effort",
+            code="unsupported_parameter",
+        )
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _short_id(call_id: str) -> str:
+    return "".join(c for c in call_id if c.isalnum())[-_SHORT_ID:].rjust(_SHORT_ID, "0")
+
+
+def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" in message:
+        calls = [{**call, "id": _short_id(call["id"])} for call in message["tool_calls"]]
+        return {**message, "tool_calls": calls}
+    if "tool_call_id" in message:
+        return {**message, "tool_call_id": _short_id(message["tool_call_id"])}
+    return message

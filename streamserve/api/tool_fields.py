@@ -1,0 +1,242 @@
+"""``tools``, ``tool_choice`` and the calls in messages, read from JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from streamserve.api.fields import (
+    Reader,
+    out_of_range,
+    read_bool,
+    read_fields,
+    read_object,
+    read_str,
+    require_in,
+    shown,
+    wrong_type,
+)
+from streamserve.errors import InvalidParameterError
+
+MAX_TOOLS = 128  # OpenAI's
+MAX_CALLS = 1024  # in one message
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_CHOICES = ("none", "auto", "required")
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """One function that the model may call.
+
+    ``definition`` is what the chat template sees, ``parameters`` the JSON Schema of its arguments.
+    """
+
+    name: str
+    definition: dict[str, Any]
+    parameters: dict[str, Any]
+    is_strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of a request, and what it wants of them.
+
+    ``choice`` is none, auto, required, or named, and then ``name`` says which tool.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    choice: str = "none"
+    name: str | None = None
+    is_parallel: bool = True
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the answer must be calls and nothing else."""
+        return self.choice in ("required", "named")
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """``tools`` as given, and the names in it that nobody knows."""
+
+    items: tuple[Tool, ...]
+    unknown: tuple[str, ...]
+
+
+def read_name(name: str, value: Any) -> str:
+    """A function's name."""
+    text = read_str(name, value)
+    if _NAME.fullmatch(text) is None:
+        raise out_of_range(name, "1 to 64 letters, digits, underscores, dots and dashes", text)
+    return text
+
+
+def _read_type(name: str, value: Any) -> str:
+    kind = read_str(name, value)
+    if kind != "function":
+        raise InvalidParameterError(
+            f"{name} {shown(kind)} is not supported (only 'function' is)",
+            param=name,
+            code="unsupported_parameter",
+        )
+    return kind
+
+
+_FUNCTION_FIELDS: dict[str, Reader] = {
+    "name": read_name,
+    "description": read_str,
+    "parameters": read_object,
+    "strict": read_bool,
+}
+
+
+def _read_tool(name: str, value: Any, unknown: list[str]) -> Tool:
+    values, unknown_here = read_fields(
+        read_object(name, value),
+        honoured={"type": _read_type, "function": read_object},
+        refused={},
+        annotations=frozenset(),
+        prefix=f"{name}.",
+    )
+    require_in(values, "type", name)
+    where = f"{name}.function"
+    function, unknown_inside = read_fields(
+        require_in(values, "function", name),
+        honoured=_FUNCTION_FIELDS,
+        refused={},
+        annotations=frozenset(),
+        prefix=f"{where}.",
+    )
+    unknown += unknown_here + unknown_inside
+    tool_name: str = require_in(function, "name", where)
+    is_strict = function.pop("strict", False)
+    parameters = function.get("parameters", {"type": "object", "properties": {}})
+    return Tool(tool_name, {"type": "function", "function": function}, parameters, is_strict)
+
+
+def read_tools(name: str, value: Any) -> Tools:
+    """``tools``."""
+    if not isinstance(value, list):
+        raise wrong_type(name, "an array of tools", value)
+    if len(value) > MAX_TOOLS:
+        raise out_of_range(name, f"an array of at most {MAX_TOOLS} tools", value)
+    unknown: list[str] = []
+    items: dict[str, Tool] = {}
+    for i, raw in enumerate(value):
+        tool = _read_tool(f"{name}[{i}]", raw, unknown)
+        if tool.name in items:
+            raise out_of_range(
+                f"{name}[{i}].function.name", "unlike the other tools' names", tool.name
+            )
+        items[tool.name] = tool
+    return Tools(tuple(items.values()), tuple(unknown))
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """``tool_choice`` as given: one of three words, or a name."""
+
+    choice: str
+    name: str | None = None
+
+
+def read_tool_choice(name: str, value: Any) -> ToolChoice:
+    """``tool_choice``."""
+    if isinstance(value, str):
+        if value not in _CHOICES:
+            raise out_of_range(name, f"one of {', '.join(_CHOICES)}, or a function", value)
+        return ToolChoice(value)
+    if not isinstance(value, dict):
+        raise wrong_type(name, "a string or an object", value)
+    _read_type(f"{name}.type", require_in(value, "type", name))
+    function = read_object(f"{name}.function", require_in(value, "function", name))
+    where = f"{name}.function"
+    return ToolChoice("named", read_name(f"{where}.name", require_in(function, "name", where)))
+
+
+def tool_use(values: Mapping[str, Any]) -> ToolUse:
+    """Put a request's fields together. Raises ``InvalidParameterError`` if they do not agree."""
+    tools: Tools = values.get("tools", Tools((), ()))
+    choice: ToolChoice = values.get("tool_choice", ToolChoice("auto"))
+    if not tools.items:
+        if choice.choice in ("required", "named"):
+            raise InvalidParameterError(
+                "tool_choice may ask for a call only with tools, got none",
+                param="tool_choice",
+                code="invalid_value",
+            )
+        return ToolUse()
+    if choice.name is not None:
+        names = [tool.name for tool in tools.items]
+        if choice.name not in names:
+            some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+            raise out_of_range("tool_choice.function.name", f"one of {some}", choice.name)
+    return ToolUse(tools.items, choice.choice, choice.name, values.get("parallel_tool_calls", True))
+
+
+def _read_arguments(name: str, value: Any) -> dict[str, Any]:
+    """The object that a call's arguments are: templates want it parsed."""
+    text = read_str(name, value)
+    if not text.strip():
+        return {}
+    try:
+        arguments = orjson.loads(text)
+    except orjson.JSONDecodeError as exc:
+        raise InvalidParameterError(
+            f"{name} must be a JSON object as a string: {exc}", param=name, code="invalid_value"
+        ) from None
+    if not isinstance(arguments, dict):
+        raise out_of_range(name, "a JSON object as a string", text)
+    return arguments
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCalls:
+    """The calls of an assistant's message as templates expect them, and names nobody knows."""
+
+    items: tuple[dict[str, Any], ...]
+    unknown: tuple[str, ...]
+
+
+def read_tool_calls(name: str, value: Any) -> ToolCalls:
+    """``tool_calls`` of a message."""
+    if not isinstance(value, list):
+        raise wrong_type(name, "an array of tool calls", value)
+    if len(value) > MAX_CALLS:
+        raise out_of_range(name, f"an array of at most {MAX_CALLS} tool calls", value)
+    unknown: list[str] = []
+    items = tuple(_read_call(f"{name}[{i}]", raw, unknown) for i, raw in enumerate(value))
+    return ToolCalls(items, tuple(unknown))
+
+
+_CALL_FIELDS: dict[str, Reader] = {"id": read_str, "type": _read_type, "function": read_object}
+_CALLED_FIELDS: dict[str, Reader] = {"name": read_name, "arguments": _read_arguments}
+# What clients leave there that put a streamed call together, or parsed it.
+_CALL_ANNOTATIONS = frozenset({"index"})
+_CALLED_ANNOTATIONS = frozenset({"parsed_arguments"})
+
+
+def _read_call(name: str, value: Any, unknown: list[str]) -> dict[str, Any]:
+    call, unknown_here = read_fields(
+        read_object(name, value),
+        honoured=_CALL_FIELDS,
+        refused={},
+        annotations=_CALL_ANNOTATIONS,
+        prefix=f"{name}.",
+    )
+    where = f"{name}.function"
+    function, unknown_inside = read_fields(
+        require_in(call, "function", name),
+        honoured=_CALLED_FIELDS,
+        refused={},
+        annotations=_CALLED_ANNOTATIONS,
+        prefix=f"{where}.",
+    )
+    unknown += unknown_here + unknown_inside
+    require_in(function, "name", where)
+    require_in(function, "arguments", where)
+    return {"id": require_in(call, "id", name), "type": "function", "function": function}

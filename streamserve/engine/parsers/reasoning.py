@@ -1,0 +1,177 @@
+"""What a model thinks before it answers: ``<think>…</think>``, then the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+
+from streamserve.engine.parsers.events import Content, Event, Reasoning, joined
+from streamserve.engine.parsers.markers import may_become, num_undecided
+
+THINK_START = "<think>"
+THINK_END = "</think>"
+_START_BYTES = THINK_START.encode()
+_END_BYTES = THINK_END.encode()
+
+REASONING_PARSERS = ("qwen3", "deepseek_r1")
+"""They differ in an answer that does not begin with ``<think>`` when the prompt says nothing:
+DeepSeek R1 thinks all the same, until ``</think>``."""
+
+
+class ThinkState(Enum):
+    """Where an answer stands; ``UNDECIDED``: it thinks if it begins with ``<think>``."""
+
+    UNDECIDED = auto()
+    INSIDE = auto()
+    OVER = auto()
+
+
+def state_after_prompt(parser: str, prompt: str, continued: str | None) -> ThinkState:
+    """Where the answer to a rendered prompt begins: templates open, or close, the thinking.
+
+    ``continued`` is the message that the answer goes on with, if it does.
+    """
+    if continued is not None:
+        start, end = continued.rfind(THINK_START), continued.rfind(THINK_END)
+        if start < 0 and end < 0:
+            return ThinkState.OVER
+        return ThinkState.INSIDE if start > end else ThinkState.OVER
+    tail = prompt[-64:].rstrip()
+    if tail.endswith(THINK_START):
+        return ThinkState.INSIDE
+    if tail.endswith(THINK_END):
+        return ThinkState.OVER
+    return ThinkState.INSIDE if parser == "deepseek_r1" else ThinkState.UNDECIDED
+
+
+class ReasoningParser:
+    """Splits one answer. White space around the thoughts belongs to neither part."""
+
+    def __init__(self, state: ThinkState) -> None:
+        self._buffer = ""
+        self._is_final = False
+        states: dict[ThinkState, Callable[[], list[Event]]] = {
+            ThinkState.UNDECIDED: self._undecided,
+            ThinkState.INSIDE: self._opening,
+            ThinkState.OVER: self._content,
+        }
+        self._state = states[state]
+
+    def feed(self, text: str) -> list[Event]:
+        """Take the next text; return what has become certain."""
+        self._buffer += text
+        return joined(self._state())
+
+    def finish(self) -> list[Event]:
+        """The text has ended; return what was held back."""
+        self._is_final = True
+        return joined(self._state())
+
+    def _undecided(self) -> list[Event]:
+        text = self._buffer.lstrip()
+        if not self._is_final and may_become(text, THINK_START):
+            return []
+        self._state = self._opening if text.startswith(THINK_START) else self._content
+        return self._state()
+
+    def _opening(self) -> list[Event]:
+        """The mark may come first, even if the prompt ends with it."""
+        text = self._buffer.lstrip()
+        if not self._is_final and may_become(text, THINK_START):
+            return []
+        self._buffer = text.removeprefix(THINK_START)
+        self._state = self._first_thought
+        return self._state()
+
+    def _first_thought(self) -> list[Event]:
+        self._buffer = self._buffer.lstrip()
+        if not self._buffer:
+            return []
+        self._state = self._inside
+        return self._state()
+
+    def _inside(self) -> list[Event]:
+        buffer = self._buffer
+        end = buffer.find(THINK_END)
+        if end >= 0:
+            self._buffer = buffer[end + len(THINK_END) :]
+            self._state = self._gap
+            return [Reasoning(buffer[:end].rstrip()), *self._gap()]
+        size = len(buffer)
+        if not self._is_final:
+            size -= num_undecided(buffer, THINK_END)
+        size = len(buffer[:size].rstrip())
+        self._buffer = buffer[size:]
+        return [Reasoning(buffer[:size])]
+
+    def _gap(self) -> list[Event]:
+        self._buffer = self._buffer.lstrip()
+        if not self._buffer:
+            return []
+        self._state = self._content
+        return self._content()
+
+    def _content(self) -> list[Event]:
+        text, self._buffer = self._buffer, ""
+        return [Content(text)]
+
+
+class ReasoningTokens:
+    """Counts the tokens of the thoughts, without those of the marks around them.
+
+    By the tokens' own bytes: a mark may be one token or several. ``is_over`` once the end was met,
+    or cannot come.
+    """
+
+    def __init__(self, state: ThinkState, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._is_open = state is ThinkState.INSIDE
+        self._is_undecided = state is not ThinkState.OVER
+        self.is_over = state is ThinkState.OVER
+        self._starts: list[int] = []  # of tokens, within ``_bytes``
+        self._bytes = b""
+        self.count = 0
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether what comes next is a thought, or the end of the thoughts."""
+        return not self.is_over and (self._is_open or not self._is_undecided)
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        """Take the next tokens."""
+        for token_id in token_ids:
+            if self.is_over:
+                return
+            self._starts.append(len(self._bytes))
+            self._bytes += self._token_bytes(token_id)
+            if self._is_undecided:
+                self._look_for_start()
+            else:
+                self.count += 1
+                self._look_for_end()
+
+    def _look_for_start(self) -> None:
+        text = self._bytes.lstrip()
+        if text.startswith(_START_BYTES):
+            self._starts, self._bytes = [], b""
+            self._is_undecided = False
+        elif not _START_BYTES.startswith(text):
+            self._is_undecided = False
+            self.is_over = not self._is_open
+            self.count = len(self._starts) if self._is_open else 0
+            self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        starts = self._starts
+        end = self._bytes.find(_END_BYTES)
+        if end >= 0:
+            self.count -= sum(start >= end for start in starts)
+            self.is_over = True
+            return
+        # Only what may still be a part of the mark is looked at again.
+        cut = len(self._bytes) - len(_END_BYTES) + 1
+        num_done = sum(start <= cut for start in starts[1:])
+        if num_done:
+            first = starts[num_done]
+            self._bytes = self._bytes[first:]
+            self._starts = [start - first for start in starts[num_done:]]

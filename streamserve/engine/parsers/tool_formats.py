@@ -1,0 +1,201 @@
+"""How the families of models write tool calls, and how a grammar makes them write."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+
+from streamserve.engine.parsers.tool_parser import ToolParser
+
+_ALPHANUMERICS = string.ascii_letters + string.digits
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{0,64}")
+
+
+class HermesParser(ToolParser):
+    """Hermes 2 Pro and later, Qwen 2.5, Qwen 3: ``<tool_call>{"name": …, "arguments": {…}}`` and
+    ``</tool_call>`` (which may be missing), any number of times, mostly behind some text.
+    """
+
+    markers = ("<tool_call>", "</tool_call>")
+
+    def _begin(self) -> bool:
+        return self._in_text()
+
+    def _in_text(self) -> bool:
+        return self._say_until("<tool_call>", self._read_call)
+
+    def _after_call(self) -> bool:
+        if not self._at_text() or self._may_become("</tool_call>"):
+            return False
+        if self._buffer.startswith("</tool_call>"):
+            self._consume(len("</tool_call>"))
+            self._raw = ""
+        return self._fail()
+
+
+class Llama3JsonParser(ToolParser):
+    """Llama 3.1 and later: nothing but ``{"name": …, "parameters": {…}}``, several with ``;``
+    between them, sometimes with ``<|python_tag|>`` before, or that behind some text.
+    """
+
+    markers = ("<|python_tag|>",)
+
+    def _begin(self) -> bool:
+        if not self._at_text() or self._may_become("<|python_tag|>"):
+            return False
+        return self._read_call() if self._buffer[0] == "{" else self._fail()
+
+    def _in_text(self) -> bool:
+        return self._say_until("<|python_tag|>", self._read_call)
+
+    def _after_call(self) -> bool:
+        if not self._at_text():
+            return False
+        if self._buffer[0] == "{":
+            return self._read_call()
+        if self._buffer[0] in ";,":
+            self._consume(1)
+            return self._read_call()
+        return self._fail()
+
+
+class MistralParser(ToolParser):
+    """Mistral: text, then ``[TOOL_CALLS]`` and an array of ``{"name": …, "arguments": {…}}``.
+
+    Since the tokenizer's version 11 each call is ``[TOOL_CALLS]name{…}`` by itself, with
+    ``[CALL_ID]id`` or ``[ARGS]`` between the name and the arguments in some versions.
+    """
+
+    markers = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+
+    @staticmethod
+    def make_id() -> str:
+        """Nine letters and digits: Mistral's templates accept no other."""
+        return "".join(secrets.choice(_ALPHANUMERICS) for _ in range(9))
+
+    def _begin(self) -> bool:
+        return self._in_text()
+
+    def _in_text(self) -> bool:
+        return self._say_until("[TOOL_CALLS]", self._after_marker)
+
+    def _after_marker(self) -> bool:
+        if not self._at_text():
+            return False
+        if self._buffer[0] == "[":
+            self._consume(1)
+            self._is_array = True
+            return self._read_call()
+        self._is_array = False
+        return self._read_call() if self._buffer[0] == "{" else self._in_name()
+
+    _is_array = False
+    _name = ""
+
+    def _in_name(self) -> bool:
+        found = _NAME.match(self._buffer)
+        assert found is not None
+        if found.end() == len(self._buffer) and not self._is_final:
+            self._state = self._in_name
+            return False
+        self._name = self._consume(found.end())
+        if self._name not in self._names:
+            return self._fail()
+        self._state = self._before_arguments
+        return True
+
+    def _before_arguments(self) -> bool:
+        if not self._at_text():
+            return False
+        if self._buffer[0] == "{":
+            return self._read_call(self._name)
+        if self._may_become("[ARGS]") or self._may_become("[CALL_ID]"):
+            return False
+        if self._buffer.startswith("[ARGS]"):
+            self._consume(len("[ARGS]"))
+            return True
+        if not self._buffer.startswith("[CALL_ID]"):
+            return self._fail()
+        found = _NAME.match(self._buffer, len("[CALL_ID]"))
+        assert found is not None
+        if found.end() == len(self._buffer) and not self._is_final:
+            return False
+        self._consume(found.end())
+        return True
+
+    def _after_call(self) -> bool:
+        if not self._at_text():
+            return False
+        if not self._is_array:
+            return self._fail()
+        if self._buffer[0] == ",":
+            self._consume(1)
+            return self._read_call()
+        if self._buffer[0] == "]":
+            self._consume(1)
+            self._raw = ""
+        return self._fail()
+
+
+class RequiredParser(ToolParser):
+    """What the grammar of ``tool_choice: "required"`` makes: an array of
+    ``{"name": …, "parameters": {…}}`` and nothing else.
+    """
+
+    hold = 0
+
+    def _begin(self) -> bool:
+        if not self._at_text():
+            return False
+        if self._buffer[0] != "[":
+            return self._fail()
+        self._consume(1)
+        return self._read_call()
+
+    def _in_text(self) -> bool:
+        self._say(self._buffer)
+        self._buffer = ""
+        return False
+
+    def _after_call(self) -> bool:
+        if not self._at_text():
+            return False
+        if self._buffer[0] == ",":
+            self._consume(1)
+            return self._read_call()
+        if self._buffer[0] == "]":
+            self._consume(1)
+            self._raw = ""
+        return self._fail()
+
+
+class NamedParser(RequiredParser):
+    """What the grammar of a named ``tool_choice`` makes: the arguments of one call."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__((name,), max_calls=1)
+        self._name = name
+
+    def _begin(self) -> bool:
+        return self._read_call(self._name)
+
+
+TOOL_PARSERS: dict[str, type[ToolParser]] = {
+    "hermes": HermesParser,
+    "llama3_json": Llama3JsonParser,
+    "mistral": MistralParser,
+}
+
+
+def tool_parser_of_template(source: str) -> str | None:
+    """The name of the parser for what a chat template that knows tools has models write."""
+    if any(mark in source for mark in ("<function=", "<arg_key>", "<|tool_call")):
+        return None  # calls in formats of their own
+    if "<tool_call>" in source:
+        return "hermes"
+    if "[TOOL_CALLS]" in source:
+        return "mistral"
+    if "<|python_tag|>" in source or '"parameters": dictionary' in source:
+        return "llama3_json"
+    return None

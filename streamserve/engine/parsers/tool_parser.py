@@ -1,0 +1,166 @@
+"""What the parsers of tool calls share: a buffer, a state, and the way back to text."""
+
+from __future__ import annotations
+
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from typing import ClassVar
+
+from streamserve.engine.parsers.call_reader import HOLD_CHARACTERS, CallReader
+from streamserve.engine.parsers.events import CallArguments, CallStart, Content, Event, joined
+from streamserve.engine.parsers.markers import may_become, num_leading_spaces, num_undecided
+
+
+class ToolParser(ABC):
+    """Finds the calls in one answer. One object for each choice.
+
+    A subclass is a set of states, methods that consume the front of ``_buffer``, which is not
+    empty, and return whether to go on: ``False`` means that more text is needed. At the end of the
+    text, when ``_is_final`` is set, none may wait. What is consumed on the way to a call stands in
+    ``_raw``: it is text again if no call comes of it.
+
+    White space between calls, and between a call and the end, is not content.
+    """
+
+    markers: ClassVar[tuple[str, ...]] = ()
+    """What the model writes around calls. Where these are special tokens, they must not be left out
+    of the text."""
+    hold: ClassVar[int] = HOLD_CHARACTERS
+
+    def __init__(self, names: Collection[str], *, max_calls: int | None = None) -> None:
+        """``names`` are the tools; what comes behind ``max_calls`` calls is dropped."""
+        self._names = names
+        self._max_calls = max_calls
+        self._buffer = ""
+        self._raw = ""
+        self._spaces = ""  # said where a call may precede and follow
+        self._is_at_edge = True
+        self._events: list[Event] = []
+        self._is_final = False
+        self._reader: CallReader | None = None
+        self._state: Callable[[], bool] = self._begin
+        self.num_calls = 0
+
+    @staticmethod
+    def make_id() -> str:
+        """An id in OpenAI's form, unlike any other."""
+        return f"call_{secrets.token_hex(12)}"
+
+    def feed(self, text: str) -> list[Event]:
+        """Take the next text; return what has become certain."""
+        self._buffer += text
+        return self._run()
+
+    def finish(self) -> list[Event]:
+        """The text has ended; return what was held back."""
+        self._is_final = True
+        events = self._run()
+        if self._reader is not None and not self._reader.is_shown:
+            self._raw += self._reader.text
+        self._say_raw()
+        if not self.num_calls:
+            self._events.append(Content(self._spaces))
+        return joined(events + self._run())
+
+    @abstractmethod
+    def _begin(self) -> bool:
+        """The state before the first character."""
+
+    @abstractmethod
+    def _in_text(self) -> bool:
+        """The state in which text is said."""
+
+    @abstractmethod
+    def _after_call(self) -> bool:
+        """The state behind a call that was read to its end."""
+
+    def _run(self) -> list[Event]:
+        while self._buffer and self._state():
+            pass
+        events, self._events = joined(self._events), []
+        return events
+
+    def _say_until(self, marker: str, found: Callable[[], bool]) -> bool:
+        """Say text up to ``marker``. That goes to ``_raw``, and ``found`` is the next state."""
+        buffer = self._buffer
+        start = buffer.find(marker)
+        if start >= 0:
+            self._say(buffer[:start])
+            self._buffer = buffer[start:]
+            self._consume(len(marker))
+            self._state = found
+            return True
+        end = len(buffer) if self._is_final else len(buffer) - num_undecided(buffer, marker)
+        self._say(buffer[:end])
+        self._buffer = buffer[end:]
+        return False
+
+    def _at_text(self) -> bool:
+        """Whether there is more than white space, which goes to ``_raw``."""
+        self._consume(num_leading_spaces(self._buffer))
+        return bool(self._buffer)
+
+    def _may_become(self, marker: str) -> bool:
+        """Whether it takes more text to know if ``marker`` comes next."""
+        return not self._is_final and may_become(self._buffer, marker)
+
+    def _consume(self, size: int) -> str:
+        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        self._raw += taken
+        return taken
+
+    def _read_call(self, name: str | None = None) -> bool:
+        """Read a call from here. Then comes ``_after_call``, or text if it is none."""
+        self._reader = CallReader(self._names, name=name, hold=self.hold)
+        self._state = self._in_call
+        return True
+
+    def _in_call(self) -> bool:
+        reader = self._reader
+        assert reader is not None
+        was_shown = reader.is_shown
+        self._buffer = self._buffer[reader.feed(self._buffer) :]
+        if reader.is_shown:
+            if not was_shown:
+                self._show(reader.name)
+            self._events.append(CallArguments(self.num_calls - 1, reader.take_arguments()))
+        if reader.is_done:
+            self._reader = None
+            is_last = self._max_calls is not None and self.num_calls >= self._max_calls
+            self._state = self._drop if is_last else self._after_call
+        elif reader.is_broken:
+            self._reader = None
+            if not reader.is_shown:
+                self._raw += reader.text
+            return self._fail()
+        return True
+
+    def _show(self, name: str) -> None:
+        self._events.append(CallStart(self.num_calls, self.make_id(), name))
+        self.num_calls += 1
+        self._raw = self._spaces = ""
+        self._is_at_edge = True
+
+    def _fail(self) -> bool:
+        """What was read is no call: it is text, and what follows is looked at as text."""
+        self._say_raw()
+        self._state = self._in_text
+        return True
+
+    def _drop(self) -> bool:
+        self._buffer = ""
+        return False
+
+    def _say_raw(self) -> None:
+        text, self._raw = self._raw, ""
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        if self._is_at_edge:
+            text = self._spaces + text
+            if not text.strip():
+                self._spaces = text
+                return
+            self._spaces, self._is_at_edge = "", False
+        self._events.append(Content(text))

@@ -1,0 +1,128 @@
+"""Masks of an answer that thinks first: none while it does, then its grammar's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from streamserve.core.request import Request
+from streamserve.core.thinking import Thinking
+from streamserve.engine.parsers.reasoning import ReasoningTokens, ThinkState
+
+
+class MaskSource(Protocol):
+    """What is behind a request's masks: a function of its output ids, read when asked.
+
+    So it does not matter in which steps they came, or whether the request was preempted meanwhile.
+    """
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there may be masks from here on."""
+
+    def knows(self, output_position: int) -> bool:
+        """Whether the host knows the output ids that the mask of this position depends on."""
+
+    def mask(self) -> bytes | None:
+        """A bit per token, lowest first, 1 where it may follow the output; ``None``: any may."""
+
+
+class ThinkingMatcher:
+    """One request's place in its thoughts, and behind them in its grammar, if it has one."""
+
+    __slots__ = (
+        "_budget",
+        "_exhausted_at",
+        "_free",
+        "_grammar",
+        "_new_grammar",
+        "_num_read",
+        "_request",
+        "_thinking",
+        "_tokens",
+        "_vocab_size",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        thinking: Thinking,
+        new_grammar: Callable[[int], MaskSource] | None,
+        token_bytes: Callable[[int], bytes],
+        vocab_size: int,
+    ) -> None:
+        """``new_grammar`` makes what masks the output from some position on."""
+        self._request = request
+        self._thinking = thinking
+        self._new_grammar = new_grammar
+        self._vocab_size = vocab_size
+        state = ThinkState.INSIDE if thinking.is_open else ThinkState.UNDECIDED
+        self._tokens = ReasoningTokens(state, token_bytes)
+        self._budget = thinking.budget
+        self._num_read = 0  # output tokens
+        self._exhausted_at: int | None = None  # the output position at which the end begins
+        self._grammar: MaskSource | None = None
+        self._free = None if new_grammar is None else self._without_ends()
+
+    @property
+    def is_needed(self) -> bool:
+        is_done = self._tokens.is_over and self._new_grammar is None
+        return not (is_done or self._request.is_finished)
+
+    def knows(self, output_position: int) -> bool:
+        # A budget is looked at when it may be used up: until then no step waits for ids.
+        if (
+            self._new_grammar is None
+            and self._budget is not None
+            and output_position < self._budget
+        ):
+            return True
+        return self._request.num_output_tokens >= output_position
+
+    def mask(self) -> bytes | None:
+        self._read()
+        if self._grammar is not None:
+            return self._grammar.mask()
+        forced = self._forced_id()
+        if forced is None:
+            return self._free
+        mask = bytearray(-(-self._vocab_size // 8))
+        mask[forced >> 3] = 1 << (forced & 7)
+        return bytes(mask)
+
+    def _without_ends(self) -> bytes:
+        """Where a grammar follows, an answer must not end in its thoughts."""
+        mask = bytearray(b"\xff" * -(-self._vocab_size // 8))
+        for token_id in self._request.ending_ids | self._request.eos_token_ids:
+            mask[token_id >> 3] &= ~(1 << (token_id & 7))
+        return bytes(mask)
+
+    def _read(self) -> None:
+        request, tokens = self._request, self._tokens
+        first = request.num_prompt_tokens + self._num_read
+        for token_id in request.token_ids[first:]:
+            if tokens.is_over:
+                break
+            self._look_at_budget()
+            tokens.feed((token_id,))
+            self._num_read += 1
+        self._look_at_budget()
+        if tokens.is_over and self._new_grammar is not None and self._grammar is None:
+            self._grammar = self._new_grammar(self._num_read)
+
+    def _look_at_budget(self) -> None:
+        if self._budget is None or self._exhausted_at is not None:
+            return
+        if self._tokens.is_inside and self._tokens.count >= self._budget:
+            self._exhausted_at = self._num_read
+
+    def _forced_id(self) -> int | None:
+        thinking, position = self._thinking, self._request.num_output_tokens
+        ids: tuple[int, ...] = ()
+        if self._tokens.is_over:
+            return None
+        if self._exhausted_at is not None:
+            ids, position = thinking.end_token_ids, position - self._exhausted_at
+        elif self._new_grammar is not None and not thinking.is_open:
+            ids = thinking.start_token_ids
+        return ids[position] if position < len(ids) else None

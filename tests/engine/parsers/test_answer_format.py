@@ -1,0 +1,63 @@
+"""Which parsers a model gets: those of the flags, else those that its template speaks of."""
+
+import pytest
+
+from streamserve.cli.args import REASONING_PARSERS, TOOL_CALL_PARSERS, parse_args
+from streamserve.engine.chat_template import ChatTemplate
+from streamserve.engine.parsers import reasoning
+from streamserve.engine.parsers.answer_format import AnswerFormat, choose_answer_format
+from streamserve.engine.parsers.tool_formats import TOOL_PARSERS
+from streamserve.errors import ConfigError
+
+HERMES = "{% if tools %}<tool_call>{% endif %}{% if enable_thinking %}</think>{% endif %}"
+
+
+def chosen(template, **flags):
+    return choose_answer_format(ChatTemplate(template, source="a test"), **flags)
+
+
+def test_the_template_decides():
+    found = chosen(HERMES)
+    assert (found.tool_parser, found.reasoning_parser) == ("hermes", "qwen3")
+    assert found.template_variables == {"tools", "enable_thinking"}
+    assert chosen("{{ messages }}") == AnswerFormat(template_variables=frozenset({"messages"}))
+    assert chosen("<tool_call> without tools").tool_parser is None
+
+
+def test_several_templates_are_one_text():
+    found = chosen({"default": "{{ messages }}", "tool_use": HERMES})
+    assert found.tool_parser == "hermes"
+
+
+@pytest.mark.parametrize("name", [*TOOL_PARSERS])
+def test_a_flag_overrides_the_template(name):
+    assert chosen(HERMES, tool_parser=name).tool_parser == name
+    assert chosen("{{ messages }}", tool_parser=name).tool_parser == name
+
+
+def test_auto_tool_choice_can_be_asked_for_and_turned_off():
+    assert chosen(HERMES, enable_auto_tool_choice=False).tool_parser is None
+    assert chosen(HERMES, enable_auto_tool_choice=True).tool_parser == "hermes"
+    with pytest.raises(ConfigError, match="--enable-auto-tool-choice needs a --tool-call-parser"):
+        chosen("{{ messages }}", enable_auto_tool_choice=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tool_parser": "pythonic"}, "--tool-call-parser must be one of hermes"),
+        ({"reasoning_parser": "x"}, "--reasoning-parser must be one of qwen3"),
+    ],
+)
+def test_unknown_names(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        AnswerFormat(**fields)
+
+
+def test_the_flags_know_the_parsers():
+    assert tuple(TOOL_PARSERS) == TOOL_CALL_PARSERS
+    assert reasoning.REASONING_PARSERS == REASONING_PARSERS
+    args = parse_args(["serve", "--tool-call-parser", "mistral", "--reasoning-parser", "qwen3"])
+    assert (args.tool_call_parser, args.reasoning_parser) == ("mistral", "qwen3")
+    assert args.enable_auto_tool_choice is None
+    assert parse_args(["serve", "--enable-auto-tool-choice"]).enable_auto_tool_choice is True

@@ -1,0 +1,248 @@
+"""Calls are found, in each family's format, however the text is cut; what is no call is text."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamserve.engine.parsers.call_reader import HOLD_CHARACTERS
+from streamserve.engine.parsers.events import CallArguments, CallStart, Content, ParsedMessage
+from streamserve.engine.parsers.tool_formats import (
+    TOOL_PARSERS,
+    NamedParser,
+    RequiredParser,
+    tool_parser_of_template,
+)
+from tests.engine.parsers.cutting import cuts, pieces
+
+NAMES = ("get_weather", "add")
+LONG = "x" * (2 * HOLD_CHARACTERS)
+
+
+def read(parser, parts):
+    message = ParsedMessage()
+    for part in parts:
+        message.add(parser.feed(part))
+    message.add(parser.finish())
+    return message
+
+
+def said(message):
+    return message.content, [(call.name, call.arguments) for call in message.calls]
+
+
+def new(family, **kwargs):
+    if family == "required":
+        return RequiredParser(NAMES, **kwargs)
+    if family == "named":
+        return NamedParser("add")
+    return TOOL_PARSERS[family](NAMES, **kwargs)
+
+
+def call(name="add", key="arguments", **arguments):
+    return json.dumps({"name": name, key: arguments})
+
+
+A = '{"name": "add", "arguments": {"a": 1}}'
+B = '{"name": "get_weather", "arguments": {"city": "Łódź \\"x\\" }"}}'
+PA = A.replace("arguments", "parameters")
+ARGS_A, ARGS_B = '{"a": 1}', '{"city": "Łódź \\"x\\" }"}'
+CALL_A, CALL_B = ("add", ARGS_A), ("get_weather", ARGS_B)
+
+# (family, text, content, calls)
+EXAMPLES = [
+    ("hermes", f"<tool_call>\n{A}\n</tool_call>", "", [CALL_A]),
+    ("hermes", f"<tool_call>{A}</tool_call>", "", [CALL_A]),
+    ("hermes", f"<tool_call>\n{A}", "", [CALL_A]),
+    ("hermes", f"<tool_call>\n{A}\n", "", [CALL_A]),
+    (
+        "hermes",
+        f"Let me see.\n<tool_call>\n{A}\n</tool_call>\n<tool_call>\n{B}\n</tool_call>\n",
+        "Let me see.\n",
+        [CALL_A, CALL_B],
+    ),
+    ("hermes", f"<tool_call>{A}</tool_call> Done <b>.", " Done <b>.", [CALL_A]),
+    ("hermes", f"<tool_call>{PA}</tool_call>", "", [CALL_A]),
+    ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>', "", [CALL_A]),
+    ("hermes", '<tool_call>{"name": "add"}</tool_call>', "", [("add", "{}")]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": null}</tool_call>', "", [("add", "{}")]),
+    (
+        "hermes",
+        '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>',
+        "",
+        [CALL_A],
+    ),
+    ("hermes", "  Just text. <tool", "  Just text. <tool", []),
+    ("hermes", " \n", " \n", []),
+    ("hermes", "", "", []),
+    ("llama3_json", PA, "", [CALL_A]),
+    ("llama3_json", f"\n{A}\n", "", [CALL_A]),
+    ("llama3_json", f"{PA}; {B}", "", [CALL_A, CALL_B]),
+    ("llama3_json", f"{PA}\n{B}", "", [CALL_A, CALL_B]),
+    ("llama3_json", f"<|python_tag|>{PA}", "", [CALL_A]),
+    ("llama3_json", f"Well. <|python_tag|>{PA}", "Well. ", [CALL_A]),
+    ("llama3_json", f"The call is {PA}", f"The call is {PA}", []),
+    ("llama3_json", '<|python_tag|>add.call(a="1")', '<|python_tag|>add.call(a="1")', []),
+    ("llama3_json", '{"city": "Paris"}', '{"city": "Paris"}', []),
+    ("llama3_json", "{not json", "{not json", []),
+    ("llama3_json", f"{PA} Done", " Done", [CALL_A]),
+    ("llama3_json", f"{PA}; and so on", "; and so on", [CALL_A]),
+    ("mistral", f"[TOOL_CALLS] [{A}]", "", [CALL_A]),
+    ("mistral", f"[TOOL_CALLS][{A}, {B}]", "", [CALL_A, CALL_B]),
+    ("mistral", f"Wait. [TOOL_CALLS][{A}]\n", "Wait. ", [CALL_A]),
+    ("mistral", f"[TOOL_CALLS]add{ARGS_A}", "", [CALL_A]),
+    ("mistral", f"[TOOL_CALLS]add[ARGS]{ARGS_A}", "", [CALL_A]),
+    ("mistral", f"[TOOL_CALLS]add[CALL_ID]abc123def[ARGS]{ARGS_A}", "", [CALL_A]),
+    (
+        "mistral",
+        f"[TOOL_CALLS]add{ARGS_A}[TOOL_CALLS]get_weather{ARGS_B}",
+        "",
+        [CALL_A, CALL_B],
+    ),
+    ("mistral", "[TOOL_CALLS]nobody{}", "[TOOL_CALLS]nobody{}", []),
+    ("mistral", "[TOOL_CALLS]add(1)", "[TOOL_CALLS]add(1)", []),
+    ("mistral", "[TOOL_CALLS] []", "[TOOL_CALLS] []", []),
+    ("required", f"[{PA}]", "", [CALL_A]),
+    ("required", f"[{PA}, {B.replace('arguments', 'parameters')}]", "", [CALL_A, CALL_B]),
+    ("required", '[{"name": "add", "parameters": {"a": 1', "", [("add", '{"a": 1')]),
+    ("required", '[{"name": "a', '[{"name": "a', []),
+    ("named", ' {"a": 1} ', "", [CALL_A]),
+    ("named", '{"a"', "", [("add", '{"a"')]),
+    ("named", "{}", "", [("add", "{}")]),
+]
+
+MALFORMED = [
+    "not json",
+    "[1, 2]",
+    "{}",
+    '{"name": "nobody", "arguments": {}}',
+    '{"name": 5, "arguments": {}}',
+    '{"name": "add", "arguments": {"a": }}',
+    '{"name": "add", "arguments": {"a": 1}',
+    '{"name": "add", "arguments": [1]}',
+    '{"name": "add", "arguments": "no"}',
+    '{"name": "add", "arguments": {"a": "b\nc"}}',
+    "{'name': 'add', 'arguments': {}}",
+    '{"name": "add", "name": "add", "arguments": {}}',
+]
+
+
+@pytest.mark.parametrize(("family", "text", "content", "calls"), EXAMPLES)
+def test_a_format_is_read_whole_and_character_by_character(family, text, content, calls):
+    assert said(read(new(family), [text])) == (content, calls)
+    assert said(read(new(family), list(text))) == (content, calls)
+
+
+@pytest.mark.parametrize("bad", MALFORMED)
+@pytest.mark.parametrize("form", ["<tool_call>\n{}\n</tool_call>", "<tool_call>{}"])
+def test_a_malformed_call_is_text_and_the_next_one_a_call(bad, form):
+    text = form.replace("{}", bad, 1)
+    assert said(read(new("hermes"), list(text))) == (text, [])
+    both = f"{text}<tool_call>{A}</tool_call>"
+    assert said(read(new("hermes"), list(both))) == (text, [CALL_A])
+
+
+@pytest.mark.parametrize("family", ["llama3_json", "mistral"])
+@pytest.mark.parametrize("bad", MALFORMED)
+def test_a_malformed_call_of_other_families_is_text(family, bad):
+    text = f"[TOOL_CALLS] [{bad}]" if family == "mistral" else bad
+    assert said(read(new(family), list(text))) == (text, [])
+
+
+MARKERS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>"]
+LONG_CALL = call(text=LONG)
+CUT_CALLS = [LONG_CALL[:-9], LONG_CALL[:-3] + "\n", call("nobody", text=LONG)]
+SMALL = ["[", "]", ",", ";", " ", "\n", "add", "Hello", "<", "{", "}", '"']
+snippets = st.sampled_from([A, B, PA, ARGS_A, LONG_CALL, *CUT_CALLS, *MALFORMED, *MARKERS, *SMALL])
+texts = st.lists(snippets, max_size=10).map("".join)
+shaped = st.one_of(
+    texts,
+    texts.map(lambda t: f"<tool_call>{t}</tool_call>"),
+    texts.map(lambda t: f"[TOOL_CALLS] [{t}]"),
+)
+
+
+@given(st.sampled_from([*TOOL_PARSERS, "required", "named"]), shaped, cuts)
+def test_the_cuts_make_no_difference(family, text, bounds):
+    whole = read(new(family), [text])
+    assert said(read(new(family), pieces(text, bounds))) == said(whole)
+    for call in whole.calls:
+        assert call.name in NAMES
+
+
+@given(st.sampled_from([*TOOL_PARSERS]), shaped)
+def test_nothing_is_lost(family, text):
+    """Without a call an answer is its text."""
+    message = read(new(family), [text])
+    if not message.calls:
+        assert message.content == text
+
+
+@given(st.sampled_from([*TOOL_PARSERS]), shaped, cuts)
+def test_short_calls_are_whole_and_valid(family, text, bounds):
+    for call in read(new(family), pieces(text, bounds)).calls:
+        if len(call.arguments) < HOLD_CHARACTERS // 2:
+            assert isinstance(json.loads(call.arguments), dict)
+
+
+def test_the_arguments_of_a_long_call_come_as_they_are_written():
+    text = f"<tool_call>{call(text=LONG)}</tool_call>"
+    parser = new("hermes")
+    events = [event for character in text for event in parser.feed(character)]
+    assert isinstance(events[0], CallStart)
+    arguments = [event.text for event in events[1:] if isinstance(event, CallArguments)]
+    assert len(arguments) > HOLD_CHARACTERS
+    assert json.loads("".join(arguments)) == {"text": LONG}
+
+
+@pytest.mark.parametrize(
+    ("family", "text"), [("required", f"[{PA}]"), ("named", '{"a": 1}'), ("required", f"[{A}]")]
+)
+def test_what_a_grammar_writes_is_shown_at_once(family, text):
+    parser = new(family)
+    events = [event for character in text for event in parser.feed(character)]
+    assert isinstance(events[0], CallStart)
+    assert [e.text for e in events[1:] if isinstance(e, CallArguments)] == list('{"a": 1}')
+
+
+def test_a_long_call_that_breaks_late_ends_in_text():
+    text = f"<tool_call>{call(text=LONG)[:-3]}\nrest</tool_call>"
+    message = read(new("hermes"), [text])
+    assert message.calls[0].arguments == '{"text": "' + LONG
+    assert message.content == "\nrest</tool_call>"
+
+
+def test_text_is_not_held_back():
+    parser = new("hermes")
+    assert parser.feed("Hello ") == [Content("Hello ")]
+    assert parser.feed("a < b <to") == [Content("a < b ")]
+    assert parser.feed("p>") == [Content("<top>")]
+
+
+def test_one_call_at_most():
+    text = f"<tool_call>{A}</tool_call><tool_call>{B}</tool_call> and so on"
+    assert said(read(new("hermes", max_calls=1), [text])) == ("", [CALL_A])
+
+
+def test_ids():
+    ids = [read(new("hermes"), [f"<tool_call>{A}"]).calls[0].call_id for _ in range(50)]
+    assert len(set(ids)) == 50
+    assert all(i.startswith("call_") and i[5:].isalnum() for i in ids)
+    short = read(new("mistral"), [f"[TOOL_CALLS] [{A}]"]).calls[0].call_id
+    assert len(short) == 9
+    assert short.isalnum()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("{% if tools %}<tool_call>", "hermes"),
+        ("{% if tools %}[TOOL_CALLS]", "mistral"),
+        ("{% if tools %}<|python_tag|>", "llama3_json"),
+        ("{% if tools %}<tool_call><function=", None),
+        ("{% if tools %}", None),
+    ],
+)
+def test_a_template_tells_its_format(source, name):
+    assert tool_parser_of_template(source) == name
