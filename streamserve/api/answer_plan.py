@@ -119,6 +119,13 @@ class AnswerPlan:
         params, use = self._request.params, self._request.tools
         if use.is_forced:
             params = forced(params, use)
+        elif use.choice == "auto" and (grammar := params.structured_output) is not None:
+            raise InvalidParameterError(
+                f"{grammar.param} leaves no room for the calls of tool_choice 'auto': set"
+                " tool_choice to 'none' or 'required'",
+                param=grammar.param,
+                code="invalid_value",
+            )
         state, budget = self._state(prompt), self._request.reasoning.budget
         if state is not ThinkState.OVER and not (
             budget is None and params.structured_output is None

@@ -102,6 +102,11 @@ class Intake:
             raise InvalidParameterError(
                 f"{name} may not be given with use_beam_search: true", param=name
             )
+        if params.thinking is not None and params.thinking.budget is not None:
+            name = "thinking_token_budget"
+            raise InvalidParameterError(
+                f"{name} may not be given with use_beam_search: true", param=name
+            )
         ending_ids = frozenset() if params.ignore_eos else self._eos_token_ids
         ending_ids = ending_ids.union(params.stop_token_ids)
         self._limits.check_beams(beams, n, len(ending_ids))

@@ -218,6 +218,13 @@ async def test_a_model_that_does_not_think_is_not_asked_to():
     assert answer.error["param"] == "reasoning_effort"
 
 
+async def test_a_budget_and_beams_do_not_go_together():
+    async with scripted("<think>Hm").running() as api:
+        answer = await api.chat(thinking_token_budget=5, use_beam_search=True, best_of=2)
+    assert answer.status == 400
+    assert answer.error["param"] == "thinking_token_budget"
+
+
 def test_openais_client_sees_thoughts():
     with (
         server_thread(**scripted_parts(THOUGHT)) as url,

@@ -225,6 +225,17 @@ async def test_a_template_without_tools_refuses_auto():
     assert "--tool-call-parser" in answer.error["message"]
 
 
+@pytest.mark.parametrize("choice", ["auto", None])
+async def test_a_format_for_the_whole_answer_leaves_no_room_for_calls(choice):
+    async with scripted(CALL).running() as api:
+        answer = await api.chat(
+            tools=TOOLS, tool_choice=choice, response_format={"type": "json_object"}
+        )
+    assert answer.status == 400
+    assert answer.error["param"] == "response_format"
+    assert "tool_choice" in answer.error["message"]
+
+
 FUNCTION = {"name": "f"}
 
 
