@@ -46,12 +46,15 @@ class GroupPlan:
 
 
 class Planner:
-    """Draws a round's conversations: the same seed and round, the same prompts and arrivals."""
+    """Draws a round's conversations: the same seed, round and rate, the same prompts."""
 
-    def __init__(self, prompts: PromptMaker, seed: int, round_number: int) -> None:
+    def __init__(
+        self, prompts: PromptMaker, seed: int, round_number: int, rate: float | None = None
+    ) -> None:
         self._prompts = prompts
         self._seed = seed
-        self._round = round_number
+        # A server's cache holds what it met in the rounds, and at the rates, before.
+        self._words = f"{round_number}" if rate is None else f"{round_number}/{rate:g}"
 
     def plan(self, group: Group) -> GroupPlan:
         """Everything about a group that does not depend on the server."""
@@ -75,13 +78,13 @@ class Planner:
     def conversation(self, group: Group, index: int) -> Conversation:
         """The ``index``-th conversation of a group, its first turn written."""
         name = f"{group.name}/{index}"
-        # The kind and who leaves do not change with the round, the words do.
+        # The kind and who leaves do not change with the round and the rate, the words do.
         draw = random.Random(f"{self._seed}/{name}")
         [kind] = draw.choices(group.kinds, [kind.share for kind in group.kinds])
         cancelled = frozenset(
             turn for turn in range(len(kind.turns)) if draw.random() < group.cancel_share
         )
-        rng = random.Random(f"{self._seed}/{self._round}/{name}")
+        rng = random.Random(f"{self._seed}/{self._words}/{name}")
         messages = self.prefix(kind)
         messages.append(self._prompts.fill(messages, "user", kind.turns[0].prompt_tokens, rng))
         return Conversation(name, kind, messages, rng, cancelled)
@@ -116,7 +119,7 @@ class Driver:
         self._target = target
         self._workload = workload
         self._prompts = prompts
-        self._planner = Planner(prompts, seed, round_number)
+        self._seed = seed
         self._round = round_number
         self._timeout_s = timeout_s
         self._on_progress = on_progress
@@ -125,7 +128,8 @@ class Driver:
 
     async def run(self, server: str = "", rate: float | None = None) -> Run:
         """Play it to the end. Errors are in the records."""
-        plans = [self._planner.plan(group) for group in self._workload.groups]
+        planner = Planner(self._prompts, self._seed, self._round, rate)
+        plans = [planner.plan(group) for group in self._workload.groups]
         cpu, self._epoch = time.process_time(), time.perf_counter()
         background = [asyncio.create_task(self._play(p)) for p in plans if p.group.is_background]
         progress = asyncio.create_task(self._tell_progress())

@@ -20,8 +20,8 @@ def byte_prompts() -> ExactPrompts:
     return ExactPrompts(tokenizer, template)
 
 
-def plans(workload, *, seed=0, round_number=0, prompts=None):
-    planner = Planner(prompts or WordPrompts(), seed, round_number)
+def plans(workload, *, seed=0, round_number=0, rate=None, prompts=None):
+    planner = Planner(prompts or WordPrompts(), seed, round_number, rate)
     return [planner.plan(group) for group in workload.groups]
 
 
@@ -51,6 +51,15 @@ def test_prompts_are_new_in_every_round_except_for_the_shared_prefix():
     assert [c[2][0] for c in first] == [c[2][0] for c in second]
     assert len({c[2][0]["content"] for c in first}) == 1
     assert not {c[2][1]["content"] for c in first} & {c[2][1]["content"] for c in second}
+
+
+def test_prompts_are_new_at_every_rate():
+    """Or a server would find those of the rate before in its cache."""
+    w6 = WORKLOADS["W6"].at_rate(1.0)
+    [(arrivals, first)], [(again, second)] = (drawn(w6, rate=rate) for rate in (1.0, 2.0))
+    assert arrivals == again
+    texts = [{c[2][0]["content"] for c in conversations} for conversations in (first, second)]
+    assert not texts[0] & texts[1]
 
 
 def test_every_round_and_rate_meets_the_same_mix():
