@@ -102,6 +102,17 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TlsConfig:
+    """HTTPS, as uvicorn takes it; ``cert_reqs`` is one of ``ssl.VerifyMode``."""
+
+    certfile: str
+    keyfile: str | None = None
+    ca_certs: str | None = None
+    cert_reqs: int = 0
+    ciphers: str = "TLSv1"  # uvicorn's own default: what OpenSSL takes for sane
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ApiConfig:
     """The HTTP front."""
 
@@ -111,6 +122,14 @@ class ApiConfig:
     api_keys: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
+    allowed_methods: tuple[str, ...] = ("GET", "POST")
+    allowed_headers: tuple[str, ...] = ("*",)
+    root_path: str = ""  # the prefix under which a proxy shows the server
+    tls: TlsConfig | None = None
+    uvicorn_log_level: str = "warning"
+    response_role: str = "assistant"
+    log_requests: bool = False
+    max_logged_characters: int = 0  # of a prompt
     strict_fields: bool = False
     honours_priority: bool = False  # whether the scheduler's policy looks at it
     max_body_bytes: int = 16 * 2**20
@@ -122,6 +141,10 @@ class ApiConfig:
     def __post_init__(self) -> None:
         if not self.served_model_names:
             raise ConfigError("served_model_names must hold at least one name, got none")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ConfigError(
+                f"root_path must begin with a slash and not end with one, got {self.root_path!r}"
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
         _at_least("max_body_bytes", self.max_body_bytes, 1024)

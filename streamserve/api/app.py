@@ -28,6 +28,7 @@ from streamserve.api.generation import (
 from streamserve.api.metrics import Metrics, MetricsRegistry
 from streamserve.api.middleware import ApiKeyMiddleware, RequestIdMiddleware
 from streamserve.api.prompts import PromptWorkers, TextLoader
+from streamserve.api.request_log import RequestLog
 from streamserve.api.sampling import sampling_defaults
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock, monotonic
@@ -47,6 +48,8 @@ class ApiApp(Starlette):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[RAW_SEND] = send
+        # A proxy may have taken the prefix off or not: routing finds either.
+        scope["root_path"] = self.context.config.root_path
         await super().__call__(scope, receive, send)
 
     @property
@@ -95,6 +98,9 @@ def create_app(
         prompt_workers=None
         if load_text is None
         else PromptWorkers(load_text, defaults, answer_format),
+        request_log=RequestLog(
+            tokenizer, is_on=config.log_requests, max_characters=config.max_logged_characters
+        ),
     )
     registry = MetricsRegistry(metrics, engine, config.served_model_names[0])
     small = _SmallEndpoints(context, registry)
@@ -127,8 +133,8 @@ def _middleware(config: ApiConfig) -> list[Middleware]:
                 CORSMiddleware,
                 allow_origins=config.allowed_origins,
                 allow_credentials=config.allow_credentials,
-                allow_methods=("GET", "POST"),
-                allow_headers=("*",),
+                allow_methods=config.allowed_methods,
+                allow_headers=config.allowed_headers,
                 expose_headers=_EXPOSED_HEADERS,
             )
         )

@@ -12,6 +12,7 @@ from typing import Any
 from streamserve.api.errors import shutting_down
 from streamserve.api.metrics import Metrics
 from streamserve.api.prompts import PromptWorkers
+from streamserve.api.request_log import RequestLog
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock
 from streamserve.engine.async_engine import AsyncEngine
@@ -103,6 +104,7 @@ class ApiContext:
     metrics: Metrics
     gate: Gate
     mark_ids: MarkIds
+    request_log: RequestLog
     prompt_workers: PromptWorkers | None = None  # none: everything is read in this process
     answer_format: AnswerFormat = field(default_factory=AnswerFormat)
     field_log: FieldLog = field(default_factory=FieldLog)

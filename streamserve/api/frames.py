@@ -36,6 +36,7 @@ class Kind:
     object: str
     chunk_object: str
     is_chat: bool
+    role: str = "assistant"  # of chat answers
 
 
 CHAT = Kind("chatcmpl-", "chat.completion", "chat.completion.chunk", True)
@@ -116,6 +117,7 @@ class ChoiceFrames:
     ) -> None:
         is_chat = envelope.kind.is_chat
         self._is_chat = is_chat
+        self._role = _dumps(envelope.kind.role)
         self._open = (
             b"data: "
             + envelope.head(envelope.kind.chunk_object)
@@ -165,7 +167,7 @@ class ChoiceFrames:
         """Chat's first chunk, empty for completions."""
         if not self._is_chat:
             return b""
-        body = b'"role":"assistant","content":""'
+        body = b'"role":' + self._role + b',"content":""'
         return self._chunk(body, b"null", b"null", usage, at_end=self._prompt_ids())
 
     def echo_at_once(self, usage: Usage) -> bytes:

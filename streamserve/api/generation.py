@@ -119,6 +119,13 @@ class GenerationEndpoint(ABC):
         prompts = work.prompts_of_streams
         deliveries = [Delivery(context.metrics, context.clock, arrival_time) for _ in prompts]
         streams = self._submit(work, envelope.id, arrival_time)
+        context.request_log.admitted(
+            envelope.id,
+            scope,
+            [prompt.token_ids for prompt in work.prompts],
+            work.params,
+            is_streamed=work.common.stream,
+        )
         try:
             if work.common.stream:
                 answer = self._answer_stream(scope, work, envelope, streams, deliveries, headers)
@@ -146,6 +153,7 @@ class GenerationEndpoint(ABC):
             for stream, delivery in zip(streams, deliveries, strict=True):
                 stream.close()
                 delivery.end(FinishReason.ABORT)  # unless it has ended already
+            context.request_log.ended(envelope.id, streams, len(work.prompts))
 
     def _submit(self, work: Work, request_id: str, arrival_time: float) -> list[RequestStream]:
         """Hand all prompts to the engine, or none."""
@@ -261,9 +269,12 @@ class GenerationEndpoint(ABC):
 class ChatEndpoint(GenerationEndpoint):
     """``POST /v1/chat/completions``."""
 
-    kind = CHAT
     prompt_param = "messages"
     endpoint = "chat"
+
+    def __init__(self, context: ApiContext) -> None:
+        super().__init__(context)
+        self.kind = replace(CHAT, role=context.config.response_role)
 
     async def _prepare_here(self, raw: bytes) -> Work:
         request = parse_chat_request(parse_json_object(raw), self._context.sampling_defaults)

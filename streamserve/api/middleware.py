@@ -57,7 +57,7 @@ class ApiKeyMiddleware:
         self._digests = [_digest(key.encode()) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _is_guarded(scope["path"]) or self._has_key(scope):
+        if scope["type"] != "http" or not _is_guarded(scope) or self._has_key(scope):
             await self._app(scope, receive, send)
             return
         refusal = HttpError(
@@ -83,5 +83,10 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _is_guarded(path: str) -> bool:
+def _is_guarded(scope: Scope) -> bool:
+    # What routing sees: a proxy's prefix must not hide what is behind it.
+    path: str = scope["path"]
+    root_path: str = scope.get("root_path", "")
+    if root_path and (path == root_path or path.startswith(root_path + "/")):
+        path = path[len(root_path) :]
     return path == "/v1" or path.startswith("/v1/")

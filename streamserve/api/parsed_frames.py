@@ -65,7 +65,7 @@ class ParsedFrames(ChoiceFrames):
             if not self._has_begun:
                 self._has_begun = True
                 content = b"" if isinstance(event, Content) else b'"content":null,'
-                body = b'"role":"assistant",' + content + body
+                body = b'"role":' + self._role + b"," + content + body
                 of_prompt = self._prompt_ids()
             entries, self._held_logprobs = self._held_logprobs, []
             logprobs = self._logprobs(entries)

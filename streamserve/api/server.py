@@ -21,12 +21,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import uvicorn
 
 from streamserve.api.app import ApiApp
 from streamserve.api.protocol import protocol_class
-from streamserve.config import ApiConfig
+from streamserve.config import ApiConfig, TlsConfig
 from streamserve.errors import ConfigError, EngineDeadError
 
 logger = logging.getLogger(__name__)
@@ -151,19 +153,21 @@ class ApiServer:
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="warning",
+            log_level=self._config.uvicorn_log_level,
             access_log=False,
             proxy_headers=False,
             server_header=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=1,  # only for connections that are left after the drain
+            **_tls_options(self._config.tls),
         )
 
     def _started(self, sockets: Sequence[socket.socket]) -> None:
         if self._on_ready is None or self._shutdown_wanted.is_set():
             return
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        self._on_ready(f"http://{host}:{sockets[0].getsockname()[1]}")
+        scheme = "http" if self._config.tls is None else "https"
+        self._on_ready(f"{scheme}://{host}:{sockets[0].getsockname()[1]}")
 
     async def _close_when_wanted(self, server: uvicorn.Server) -> None:
         await self._shutdown_wanted.wait()
@@ -198,6 +202,12 @@ class ApiServer:
         finally:
             empty.cancel()
             now.cancel()
+
+
+def _tls_options(tls: TlsConfig | None) -> dict[str, Any]:
+    if tls is None:
+        return {}
+    return {f"ssl_{name}": value for name, value in asdict(tls).items()}
 
 
 def serve(

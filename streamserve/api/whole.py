@@ -127,8 +127,8 @@ def _of_prompt(choice: Choice, extras: Extras) -> dict[str, Any]:
 def _whole_choice(kind: Kind, index: int, choice: Choice, extras: Extras) -> dict[str, Any]:
     said: dict[str, Any] = {"text": choice.text}
     if kind.is_chat:
-        plain = {"role": "assistant", "content": choice.text, "refusal": None}
-        said = {"message": choice.message or plain}
+        message = choice.message or {"role": "", "content": choice.text, "refusal": None}
+        said = {"message": {**message, "role": kind.role}}
     content = {
         "index": index,
         **said,

@@ -7,17 +7,15 @@ import sys
 from collections.abc import Sequence
 
 from streamserve.cli.args import parse_args
+from streamserve.cli.environment import prepare_environment
 from streamserve.errors import StreamServeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 refused (with a line why), 130 Ctrl-C."""
-    args = parse_args(argv)
-    # How long a compute thread spins for its next region before it sleeps: about 0.2 ms. libgomp's
-    # own default, some 10 ms, takes the core from the event loop and from every other process.
-    # It is read when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    prepare_environment()
     try:
+        args = parse_args(argv)
         if args.command == "serve":
             from streamserve.cli.serve import run_serve
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
 from streamserve import __version__
+from streamserve.cli.config_file import config_flags, split_config_flag
 from streamserve.cli.device_flags import GPU_DEFAULTS, default_text
+from streamserve.cli.front_flags import JsonListAction, add_front_flags
+from streamserve.cli.source_flags import add_seed_flag, add_source_flags
 from streamserve.cli.speculative import parse_speculative_config
+from streamserve.cli.vllm_flags import add_foreign_flags
 from streamserve.config import POLICIES
 from streamserve.errors import ConfigError
 
@@ -27,28 +32,44 @@ _EXAMPLES = """examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """The parser of the whole command line; ``serve`` is that of its first command."""
+
+    serve: argparse.ArgumentParser
+
+
+def build_parser() -> Parser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="streamserve",
         description="A low-latency streaming chat server for open-weight language models.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"streamserve {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        dest="command",
+        metavar="COMMAND",
+        required=True,
+        parser_class=argparse.ArgumentParser,
+    )
 
     serve = commands.add_parser(
         "serve", help="serve a model over an OpenAI-compatible HTTP API", allow_abbrev=False
     )
+    parser.serve = serve
     add_model_flags(serve)
     add_engine_flags(serve)
     _add_http_flags(serve)
+    add_front_flags(serve)
+    add_seed_flag(serve)
+    add_foreign_flags(serve)
 
     chat = commands.add_parser("chat", help="chat in the terminal", allow_abbrev=False)
     add_model_flags(chat)
     add_engine_flags(chat)
     _add_chat_flags(chat)
+    add_seed_flag(chat)
 
     bench = commands.add_parser(
         "bench",
@@ -66,10 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    # Its name may come as a flag as well: neither form may put its default over the other's value.
+    parser.set_defaults(model=None)
     group = parser.add_argument_group("model")
     group.add_argument(
         "model",
         nargs="?",
+        default=argparse.SUPPRESS,
         metavar="MODEL",
         help="a local Hugging Face directory or a hub id (default: the small model in the box)",
     )
@@ -99,11 +123,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="dummy: random weights from the config alone (default: auto)",
     )
-    group.add_argument("--tokenizer", metavar="PATH", help="a directory (default: the model's)")
+    add_source_flags(group)
     group.add_argument(
         "--chat-template", metavar="FILE", help="a Jinja file in place of the checkpoint's"
     )
-    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     group.add_argument(
         "--quantization",
         "-q",
@@ -130,6 +153,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-num-waiting",
+        "--max-num-queued-reqs",
         type=positive,
         default=1024,
         metavar="N",
@@ -170,6 +194,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         " and a new prompt waits for one step more (default: on)",
     )
     group.add_argument(
+        "-sc",
         "--speculative-config",
         metavar="JSON",
         help="draft tokens by prompt lookup, where that is predicted to pay: "
@@ -178,11 +203,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--disable-cascade-attn",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="let each request read its whole KV, also what others share with it",
     )
     group.add_argument(
         "--kv-cache-memory",
+        "--kv-cache-memory-bytes",
         metavar="SIZE",
         help="memory for the KV cache, like 2GiB (default: on a GPU what "
         "--gpu-memory-utilization leaves; on a CPU the least of 25%% of the free memory, 4GiB, and "
@@ -196,12 +223,14 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--swap-space",
+        type=_gibibytes,
         metavar="SIZE",
-        help="host memory for KV blocks that leave a GPU, like 16GiB: they come back by a copy "
-        "instead of being computed again (default: none; not on a CPU)",
+        help="host memory for KV blocks that leave a GPU, like 16GiB (a number alone: GiB): they "
+        "come back by a copy instead of being computed again (default: none); no effect on a CPU",
     )
     group.add_argument(
         "--gpu-memory-utilization",
+        "--device-memory-utilization",
         type=float,
         metavar="F",
         help="share of a GPU's memory that may be in use, by others too (default: "
@@ -209,11 +238,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--enforce-eager",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="record no CUDA graphs: ready sooner, every step slower; no effect on a CPU",
     )
     group.add_argument(
         "--cuda-graph-sizes",
+        "--cudagraph-capture-sizes",
         nargs="+",
         type=positive,
         metavar="N",
@@ -259,12 +290,16 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allowed-origins",
         nargs="+",
+        action=JsonListAction,
         default=["*"],
         metavar="ORIGIN",
         help="CORS: origins that a browser may call from (default: *)",
     )
     group.add_argument(
-        "--allow-credentials", action="store_true", help="CORS: let browsers send credentials"
+        "--allow-credentials",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="CORS: let browsers send credentials (default: off)",
     )
     group.add_argument(
         "--strict-fields",
@@ -290,6 +325,7 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--drain-timeout",
+        "--shutdown-timeout",
         type=float,
         default=30.0,
         metavar="S",
@@ -318,6 +354,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _gibibytes(text: str) -> str | None:
+    """A size; as in vLLM a number alone is of GiB, and 0 is none."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return f"{text}GiB" if number else None
 
 
 def _milliseconds(text: str) -> float:
@@ -357,5 +402,19 @@ def model_name(args: argparse.Namespace) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse ``argv`` (default: the process's); exits with 2 and a usage line on a wrong flag."""
-    return build_parser().parse_args(argv)
+    """Parse ``argv`` (default: the process's); exits with 2 and a usage line on a wrong flag.
+
+    What a ``--config`` file says are defaults, which the other flags override. Raises
+    ``ConfigError`` for a file that cannot be read.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    file, argv = split_config_flag(argv)
+    if file is None:
+        return parser.parse_args(argv)
+    settings = vars(parser.serve.parse_args(config_flags(file, parser.serve)))
+    model = settings.pop("model")
+    parser.serve.set_defaults(**settings)
+    args = parser.parse_args(argv)
+    args.model = args.model or model
+    return args

@@ -5,14 +5,20 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from streamserve.cli.args import model_name
 from streamserve.cli.device_flags import resolve_device_flags
 from streamserve.cli.model_setup import ModelBuilder, ModelSetup, Say
+from streamserve.cli.model_source import (
+    model_directory,
+    sampling_defaults,
+    tokenizer_directory,
+)
 from streamserve.cli.speculative import parse_speculative_config
 from streamserve.config import CacheConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
@@ -26,7 +32,7 @@ from streamserve.engine.grammar import Grammars
 from streamserve.engine.text_source import TextSource
 from streamserve.engine.tokenizer import FastTokenizer
 from streamserve.errors import ConfigError
-from streamserve.models import ModelConfig, load_config, resolve_dtype, resolve_model
+from streamserve.models import ModelConfig, load_config, resolve_dtype, tokenizer_backend
 from streamserve.runner.devices import choose_device, visible_gpus
 from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.passing_thread import in_background
@@ -38,9 +44,10 @@ class Service:
 
     engine: AsyncEngine
     tokenizer: FastTokenizer
+    tokenizer_path: Path
     chat_template: ChatTemplate
     model_name: str
-    sampling_defaults: Mapping[str, float]
+    sampling_defaults: Mapping[str, Any]
     max_model_len: int
     config: ModelConfig
     dtype: torch.dtype
@@ -48,11 +55,6 @@ class Service:
     memory: MemoryPlan
     finish_warm_up: Callable[[], None]
     text_source: TextSource
-
-
-def box_path() -> Path:
-    """The directory of the model in the box."""
-    return Path(str(files("streamserve") / "assets" / "box"))
 
 
 def build_service(
@@ -69,8 +71,9 @@ def build_service(
     """
     setup = _set_up(args, say, warn)
     builder = _builder(setup)
-    directory = setup.path if args.tokenizer is None else Path(args.tokenizer)
-    text_source = TextSource(directory, args.chat_template)
+    defaults = sampling_defaults(args, setup.config)
+    tokenizer_path = tokenizer_directory(args, setup.path, say)
+    text_source = _text_source(args, tokenizer_path)
     tokenizer, template = text_source()
     if template.is_builtin:
         warn(f"the checkpoint has no chat template: using the {template.source} one")
@@ -96,13 +99,15 @@ def build_service(
         max_model_len=scheduler.max_model_len,
         vocab_size=config.vocab_size,
         grammars=grammars,
+        seed=args.seed,
     )
     return Service(
         engine,
         tokenizer,
+        tokenizer_path,
         template,
         model_name(args),
-        config.sampling_defaults,
+        defaults,
         scheduler.max_model_len,
         config,
         setup.dtype,
@@ -120,7 +125,7 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
     args = resolve_device_flags(args, on_gpu=device != cpu, warn=warn)
     if args.quantization == "fp8" and device == cpu:
         raise ConfigError("--quantization fp8 needs a GPU; a CPU has int8 and int4")
-    path = box_path() if args.model is None else _resolve(args, say)
+    path = model_directory(args, say)
     config = load_config(path)
     dtype = resolve_dtype(args.dtype, config, device)
     max_model_len = config.resolve_max_model_len(args.max_model_len)
@@ -165,7 +170,9 @@ def _builder(setup: ModelSetup) -> ModelBuilder:
     return CudaBuilder(setup)
 
 
-def _resolve(args: Namespace, say: Say) -> Path:
-    if not Path(args.model).expanduser().is_dir():
-        say(f"looking for {args.model} on the hub")
-    return resolve_model(args.model, revision=args.revision, load_format=args.load_format)
+def _text_source(args: Namespace, path: Path) -> TextSource:
+    if (path / "tokenizer.json").is_file():
+        return TextSource(path, args.chat_template)
+    # Worker processes then import transformers as well.
+    backend = partial(tokenizer_backend, path, trust_remote_code=args.trust_remote_code)
+    return TextSource(path, args.chat_template, backend)

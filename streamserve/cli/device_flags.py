@@ -32,6 +32,7 @@ _GPU_ONLY = {
     "gpu_memory_utilization": "; --kv-cache-memory sizes the cache",
     "enforce_eager": "",
     "cuda_graph_sizes": "",
+    "swap_space": ": the KV cache is in host memory already; --kv-cache-memory makes it larger",
 }
 
 
@@ -56,11 +57,6 @@ def resolve_device_flags(
             raise ConfigError(
                 f"--kv-cache-dtype must be auto on a CPU (only a GPU's kernels read fp8), "
                 f"got {args.kv_cache_dtype!r}"
-            )
-        if args.swap_space is not None:
-            raise ConfigError(
-                "--swap-space is for GPUs: on a CPU the KV cache is in host memory already; "
-                f"--kv-cache-memory makes it larger, got {args.swap_space!r}"
             )
     elif args.swap_space is not None and not args.enable_prefix_caching:
         raise ConfigError(

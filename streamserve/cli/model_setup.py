@@ -59,6 +59,7 @@ class ModelSetup:
             load_format=self.args.load_format,
             max_model_len=self.scheduler.max_model_len,
             progress=Progress(self.say),
+            seed=self.args.seed or 0,
             quantization=quantization,
         )
 

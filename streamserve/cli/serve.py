@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import ssl
 import sys
 import time
 from argparse import Namespace
@@ -13,7 +15,8 @@ import orjson
 
 from streamserve import __version__
 from streamserve.cli.args import check_flags, model_name
-from streamserve.config import ApiConfig
+from streamserve.config import ApiConfig, TlsConfig
+from streamserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from streamserve.api.app import ApiApp
@@ -29,6 +32,8 @@ def run_serve(args: Namespace) -> int:
 
     config = api_config(args)
     check_flags(args)
+    if config.log_requests:
+        _log_requests()
     sockets = bind_sockets(config)
     with ExitStack() as stack:
         for sock in sockets:
@@ -47,6 +52,15 @@ def run_serve(args: Namespace) -> int:
         serve(app, config, sockets=sockets, on_ready=ready, on_draining=draining)
     say("stopped")
     return 0
+
+
+def _log_requests() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("streamserve.requests")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:
@@ -118,6 +132,42 @@ def api_config(args: Namespace) -> ApiConfig:
         strict_fields=args.strict_fields,
         honours_priority=args.scheduling_policy == "priority",
         drain_timeout_s=args.drain_timeout,
+        allowed_methods=tuple(args.allowed_methods),
+        allowed_headers=tuple(args.allowed_headers),
+        root_path=args.root_path.rstrip("/"),
+        tls=_tls_config(args),
+        uvicorn_log_level=args.uvicorn_log_level,
+        response_role=args.response_role,
+        log_requests=args.enable_log_requests,
+        max_logged_characters=args.max_log_len,
+        ping_interval_s=args.sse_keep_alive_interval,
+        max_header_bytes=args.h11_max_incomplete_event_size,
+    )
+
+
+def _tls_config(args: Namespace) -> TlsConfig | None:
+    if args.ssl_certfile is None:
+        for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_ciphers"):
+            if getattr(args, name) is not None:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} must be given with --ssl-certfile")
+        return None
+    # What is wrong with them is known before a model is loaded.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile)
+        if args.ssl_ca_certs is not None:
+            context.load_verify_locations(args.ssl_ca_certs)
+        if args.ssl_ciphers is not None:
+            context.set_ciphers(args.ssl_ciphers)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"--ssl-certfile {args.ssl_certfile!r}: {error}") from error
+    return TlsConfig(
+        certfile=args.ssl_certfile,
+        keyfile=args.ssl_keyfile,
+        ca_certs=args.ssl_ca_certs,
+        cert_reqs=args.ssl_cert_reqs,
+        **({} if args.ssl_ciphers is None else {"ciphers": args.ssl_ciphers}),
     )
 
 

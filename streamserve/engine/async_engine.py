@@ -18,29 +18,26 @@ import asyncio
 import logging
 from collections import deque
 from concurrent.futures import Future
-from typing import Unpack
 
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
 from streamserve.core.request import FinishReason
-from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
 from streamserve.core.scheduler import RequestUpdate, Scheduler
 from streamserve.engine.admission import AdmissionLimits
-from streamserve.engine.failures import duplicate, name_of
+from streamserve.engine.failures import name_of
+from streamserve.engine.front import EngineFront
 from streamserve.engine.futures import until_done
 from streamserve.engine.garbage import collect_idle
 from streamserve.engine.grammar import Grammars
 from streamserve.engine.grammar_masks import GrammarError, GrammarMasks
-from streamserve.engine.intake import Intake, Origin
+from streamserve.engine.intake import Intake
 from streamserve.engine.live import BeamGroup, Live, advance_beams
 from streamserve.engine.stats import EngineStats, stats_of
-from streamserve.engine.stream import RequestStream
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import (
     DeviceDeadError,
     EngineDeadError,
     EngineError,
-    RequestError,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,7 +51,7 @@ class _DeadError(Exception):
     """Leaves the step loop: the engine cannot go on."""
 
 
-class AsyncEngine:
+class AsyncEngine(EngineFront):
     """Serves requests with one scheduler and one runner. Event-loop thread only.
 
     A step that raises fails the requests in it (their streams raise ``EngineError``) and the
@@ -74,38 +71,36 @@ class AsyncEngine:
         clock: Clock = monotonic,
         vocab_size: int | None = None,
         grammars: Grammars | None = None,
+        seed: int | None = None,
         idle_delay_s: float = 1.0,
     ) -> None:
         """``vocab_size``: the model's rows, if not as many as the tokenizer has ids.
 
         ``grammars``, the engine's own from here on, may be warm already; there are some without.
+        Requests without a seed draw theirs from ``seed``, in the order of their arrival.
         After ``idle_delay_s`` without work the accounting is checked and garbage collected.
         """
-        self._scheduler = scheduler
-        self._runner = runner
-        self._clock = clock
         vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         limits = AdmissionLimits(
             max_model_len=min(max_model_len, scheduler.max_model_len),
             vocab_size=vocab_size,
             num_tokenizer_ids=tokenizer.vocab_size,
         )
-        self._grammars = grammars or Grammars(tokenizer, eos_token_ids, vocab_size)
-        self._intake = Intake(tokenizer, limits, eos_token_ids, self._grammars, clock, self.abort)
-        self._masks = GrammarMasks(tokenizer.token_bytes, vocab_size)
+        grammars = grammars or Grammars(tokenizer, eos_token_ids, vocab_size)
+        intake = Intake(tokenizer, limits, eos_token_ids, grammars, clock, self.abort, seed)
+        masks = GrammarMasks(tokenizer.token_bytes, vocab_size)
+        super().__init__(scheduler, tokenizer, grammars, intake, masks)
+        self._runner = runner
+        self._clock = clock
         self._idle_delay_s = idle_delay_s
         self._max_steps_in_flight = scheduler.config.max_steps_in_flight
-        self._live: dict[str, Live] = {}
         self._in_flight: deque[tuple[int, Future[ModelRunnerOutput]]] = deque()
         self._unsampled: SchedulerOutput | None = None  # launched, its masks not yet known
         self._updates: list[RequestUpdate] = []  # of the last retired step, not yet text
         self._task: asyncio.Task[None] | None = None
-        self._wake = asyncio.Event()  # there may be work again
         self._died = asyncio.Event()
-        self._is_stopping = False
         self._dead_reason: str | None = None
         self._num_consecutive_failures = 0
-        self._num_beam_groups = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
@@ -139,103 +134,6 @@ class AsyncEngine:
                 self._task.cancel()
                 return
         self._runner.close()
-
-    async def prepare(self, params: SamplingParams) -> None:
-        """Compile what ``submit`` needs; to be awaited just before it where there is a grammar.
-
-        Raises ``InvalidParameterError`` for a grammar that cannot be used.
-        """
-        if params.structured_output is not None:
-            await self._grammars.compile(params.structured_output)
-
-    def submit(
-        self,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        *,
-        choice_index: int = 0,
-        **origin: Unpack[Origin],
-    ) -> RequestStream:
-        """Queue a request, or say why not before anything is queued.
-
-        ``is_tokenized``: the ids come from the engine's own tokenizer.
-        ``params.max_tokens`` of ``None`` means the rest of the context. ``prepare`` comes first if
-        there is a ``params.structured_output``. Raises ``InvalidParameterError``,
-        ``ContextLengthError``, ``QueueFullError`` or ``EngineDeadError`` (also when the engine is
-        stopping).
-        """
-        self._check_open(origin["request_id"])
-        live = self._intake.one(prompt_token_ids, params, choice_index, **origin)
-        self._enter(live)
-        return live.stream
-
-    def submit_choices(
-        self, prompt_token_ids: list[int], params: SamplingParams, n: int, **origin: Unpack[Origin]
-    ) -> list[RequestStream]:
-        """Queue ``n`` requests with one prompt, which is computed once; raises as ``submit``.
-
-        Each has its own stream, and with a seed the answer of its ``choice_index`` in any company.
-        """
-        self._check_open(origin["request_id"])
-        first = self._intake.one(prompt_token_ids, params, 0, **origin)
-        others = self._intake.others(first, n)
-        for live in others:
-            self._check_open(live.request.request_id)
-        self._enter(first)
-        try:
-            self._scheduler.add_choices(first.request, [live.request for live in others])
-        except ValueError as error:
-            first.stream.close()
-            raise duplicate(origin["request_id"]) from error
-        for live in others:
-            self._book(live)
-        return [live.stream for live in (first, *others)]
-
-    def submit_beams(
-        self,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        beams: BeamSearchParams,
-        n: int,
-        **origin: Unpack[Origin],
-    ) -> list[RequestStream]:
-        """Queue a beam search for the best ``n`` answers, best first; raises as ``submit``.
-
-        Each stream gets one output, at the end; closing one of them ends the search. Of ``params``
-        only what ends an answer, and what is reported of it, has a meaning.
-        """
-        self._check_open(origin["request_id"])
-        group = self._intake.beams(prompt_token_ids, params, beams, n, **origin)
-        self._enter(group)
-        self._num_beam_groups += 1
-        return list(group.streams)
-
-    def _check_open(self, request_id: str) -> None:
-        self._raise_if_dead()
-        if self._is_stopping:
-            raise EngineDeadError("the server is shutting down and takes no new requests")
-        if request_id in self._live:
-            raise duplicate(request_id)
-
-    def _enter(self, live: Live) -> None:
-        """Queue what was made of a request."""
-        request = live.request
-        try:
-            self._scheduler.add(request)
-        except RequestError:
-            raise
-        except ValueError as error:  # the id's last step has not retired
-            raise duplicate(request.request_id) from error
-        except Exception as error:
-            self._die("the scheduler failed to add a request", error)
-            self._raise_if_dead()
-        self._book(live)
-        self._wake.set()
-
-    def _book(self, live: Live) -> None:
-        self._live[live.request.request_id] = live
-        if live.matcher is not None or live.request.sampling_params.thinking is not None:
-            self._masks.add(live.request, live.matcher)
 
     def abort(self, request_id: str) -> bool:
         """End a request with ``ABORT``; its blocks are free by the next step.

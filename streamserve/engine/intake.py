@@ -36,7 +36,8 @@ class Origin(TypedDict, total=False):
 class Intake:
     """Makes requests. Raises ``InvalidParameterError`` or ``ContextLengthError``, and queues none.
 
-    ``on_close`` is called with a request's id when its reader leaves.
+    ``on_close`` is called with a request's id when its reader leaves. Requests without a seed draw
+    theirs from ``seed``, in their order.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Intake:
         grammars: Grammars,
         clock: Clock,
         on_close: Callable[[str], object],
+        seed: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
@@ -54,7 +56,7 @@ class Intake:
         self._grammars = grammars
         self._clock = clock
         self._on_close = on_close
-        self._seeds = random.Random()
+        self._seeds = random.Random(seed)
 
     def one(
         self,
@@ -64,7 +66,7 @@ class Intake:
         **origin: Unpack[Origin],
     ) -> Live:
         """An ordinary request."""
-        params = self._checked(prompt_token_ids, params, origin.get("is_tokenized", False))
+        params = self.checked(prompt_token_ids, params, origin.get("is_tokenized", False))
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         return self._live(self._request(prompt_token_ids, params, seed, choice_index, **origin))
 
@@ -96,7 +98,15 @@ class Intake:
         **origin: Unpack[Origin],
     ) -> BeamGroup:
         """A beam search for ``n`` answers."""
-        params = self._checked(prompt_token_ids, params, origin.get("is_tokenized", False))
+        params = self.checked(prompt_token_ids, params, origin.get("is_tokenized", False))
+        self.check_beams(params, beams, n)
+        asked = beam_params(params, beams, self._ending_ids(params))
+        request = self._request(prompt_token_ids, asked, 0, 0, **origin)
+        streams = [self._stream(request) for _ in range(n)]
+        return BeamGroup(self._tokenizer, request, streams, params, beams)
+
+    def check_beams(self, params: SamplingParams, beams: BeamSearchParams, n: int) -> None:
+        """Raise what ``beams`` would for what is particular to it."""
         if params.structured_output is not None:
             name = params.structured_output.param
             raise InvalidParameterError(
@@ -107,15 +117,13 @@ class Intake:
             raise InvalidParameterError(
                 f"{name} may not be given with use_beam_search: true", param=name
             )
-        ending_ids = frozenset() if params.ignore_eos else self._eos_token_ids
-        ending_ids = ending_ids.union(params.stop_token_ids)
-        self._limits.check_beams(beams, n, len(ending_ids))
-        asked = beam_params(params, beams, ending_ids)
-        request = self._request(prompt_token_ids, asked, 0, 0, **origin)
-        streams = [self._stream(request) for _ in range(n)]
-        return BeamGroup(self._tokenizer, request, streams, params, beams)
+        self._limits.check_beams(beams, n, len(self._ending_ids(params)))
 
-    def _checked(
+    def _ending_ids(self, params: SamplingParams) -> frozenset[int]:
+        ending_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+        return ending_ids.union(params.stop_token_ids)
+
+    def checked(
         self, prompt_token_ids: list[int], params: SamplingParams, is_tokenized: bool
     ) -> SamplingParams:
         """``params`` with everything settled."""

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Protocol
 
-from streamserve.engine.outputs import RequestOutput, merge_outputs
+from streamserve.core.request import FinishReason
+from streamserve.engine.outputs import RequestOutput, Usage, merge_outputs
 from streamserve.errors import EngineError
 
 _COMPACT_AFTER = 64
@@ -59,11 +60,13 @@ class RequestStream:
         "_on_close",
         "_unread",
         "_waiter",
+        "finish_reason",
         "num_prompt_tokens",
         "ready_sink",
         "request_id",
         "sink",
         "timings",
+        "usage",
     )
 
     def __init__(
@@ -77,6 +80,8 @@ class RequestStream:
         self.request_id = request_id
         self.num_prompt_tokens = num_prompt_tokens
         self.timings = RequestTimings(arrival_time)
+        self.finish_reason: FinishReason | None = None  # once it has ended, unless it failed
+        self.usage: Usage | None = None  # likewise
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._unread: list[RequestOutput] = []
@@ -111,6 +116,8 @@ class RequestStream:
         assert not self._ended, f"{self.request_id}: an output after the last one"
         if output.finish_reason is not None:
             self._ended = True
+            self.finish_reason = output.finish_reason
+            self.usage = output.usage
         if self._is_closed:
             return
         unread = self._unread

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import tokenizers
 
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.chat_template import ChatTemplate
@@ -12,14 +15,18 @@ from streamserve.engine.tokenizer import FastTokenizer
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """A checkpoint's directory, and the template to take instead of its own."""
+    """A checkpoint's directory, and the template to take instead of its own.
+
+    ``backend`` makes the tokenizer where there is no ``tokenizer.json``; it is pickled.
+    """
 
     directory: Path
     chat_template: str | None = None
+    backend: Callable[[], tokenizers.Tokenizer] | None = None
 
     def __call__(self) -> tuple[FastTokenizer, ChatTemplate]:
         """Load both. Raises ``ModelLoadError`` or ``ConfigError``."""
-        tokenizer = FastTokenizer.from_directory(self.directory)
+        tokenizer = FastTokenizer.from_directory(self.directory, backend=self.backend)
         template = ChatTemplate.from_directory(
             self.directory,
             override=self.chat_template,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,20 +92,28 @@ class FastTokenizer:
         self._pieces = {skip: self._piece_table(skip) for skip in (False, True)}
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> FastTokenizer:
-        """Read a checkpoint's tokenizer. Raises ``ModelLoadError`` naming the file at fault."""
+    def from_directory(
+        cls, path: str | Path, *, backend: Callable[[], tokenizers.Tokenizer] | None = None
+    ) -> FastTokenizer:
+        """Read a checkpoint's tokenizer. Raises ``ModelLoadError`` naming the file at fault.
+
+        ``backend`` makes one of other files where there is no ``tokenizer.json``.
+        """
         directory = Path(path)
         file = directory / "tokenizer.json"
-        if not file.is_file():
+        if file.is_file():
+            try:
+                found = tokenizers.Tokenizer.from_file(str(file))
+            except Exception as error:  # tokenizers raises bare Exception
+                raise ModelLoadError(f"{file} cannot be read: {error}") from error
+        elif backend is not None:
+            found = backend()
+        else:
             raise ModelLoadError(f"{directory} holds no tokenizer.json")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ModelLoadError(f"{file} cannot be read: {error}") from error
         config = read_json(directory / "tokenizer_config.json")
         special_map = read_json(directory / "special_tokens_map.json")
         special_tokens = {**_named_special_tokens(special_map), **_named_special_tokens(config)}
-        return cls(backend, special_tokens=special_tokens, config=config)
+        return cls(found, special_tokens=special_tokens, config=config)
 
     @property
     def vocab_size(self) -> int:

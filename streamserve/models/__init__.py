@@ -17,11 +17,12 @@ from streamserve.models.batch import (
     kv_bytes_per_block,
     touch_kv_cache,
 )
-from streamserve.models.config import ModelConfig, load_config
+from streamserve.models.config import ModelConfig, load_config, read_sampling_defaults
 from streamserve.models.decoder import Decoder
 from streamserve.models.families import supported_architectures
 from streamserve.models.loader import LoadFormat, load_model, resolve_dtype, resolve_model
 from streamserve.models.spec import DecoderSpec
+from streamserve.models.tokenizer_files import tokenizer_backend
 
 __all__ = [
     "Decoder",
@@ -34,8 +35,10 @@ __all__ = [
     "kv_bytes_per_block",
     "load_config",
     "load_model",
+    "read_sampling_defaults",
     "resolve_dtype",
     "resolve_model",
     "supported_architectures",
+    "tokenizer_backend",
     "touch_kv_cache",
 ]

@@ -18,7 +18,7 @@ from streamserve.models.spec import DecoderSpec
 from streamserve_kernels import Quantization
 
 # transformers' names for the sampling settings that a model recommends.
-_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,21 @@ def load_config(path: Path | str) -> ModelConfig:
         vocab_size=spec.vocab_size,
         eos_token_ids=_token_ids(generation, "eos_token_id") or _token_ids(values, "eos_token_id"),
         dtype=_checkpoint_dtype(config),
-        sampling_defaults={
-            name: generation[name]
-            for name in _SAMPLING_FIELDS
-            if isinstance(generation.get(name), int | float)
-        },
+        sampling_defaults=_sampling_defaults(generation),
     )
+
+
+def read_sampling_defaults(directory: Path) -> Mapping[str, float]:
+    """What a ``generation_config.json`` recommends. Raises ModelLoadError for a damaged one."""
+    return _sampling_defaults(_read_json(directory / "generation_config.json", required=False))
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> Mapping[str, float]:
+    return {
+        name: generation[name]
+        for name in SAMPLING_FIELDS
+        if isinstance(generation.get(name), int | float)
+    }
 
 
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:

@@ -36,9 +36,11 @@ def resolve_model(
     cache_dir: Path | None = None,
     load_format: LoadFormat = "auto",
     local_files_only: bool = False,
+    token: str | bool | None = None,
 ) -> Path:
     """The directory of ``model``: a local one, or a hub id, downloaded into the hub's cache.
 
+    ``token`` is the hub's, ``True`` for the one that was saved at login.
     Raises ModelLoadError that says what was tried.
     """
     directory = Path(model).expanduser()
@@ -65,6 +67,7 @@ def resolve_model(
                 allow_patterns=[*_HUB_FILES, *patterns],
                 ignore_patterns=["consolidated*", "original/*"],
                 local_files_only=local_files_only,
+                token=token,
             )
         )
 

@@ -16,6 +16,7 @@ from openai import AsyncOpenAI, OpenAI
 
 ROOT = Path(__file__).parents[2]
 READY = re.compile(r"ready .*(http://\S+)")
+LAST_LINE = re.compile(r" +-d '")  # of the request to try
 
 
 @dataclass
@@ -73,6 +74,7 @@ def running_server(*args: str) -> Iterator[Server]:
             server.lines.append(line)
             if match := READY.search(line):
                 server.url = match[1]
+            if server.url and LAST_LINE.match(line):
                 break
         assert server.url, f"the server ended before it was ready:\n{server.output}"
         # Keep reading, or a full pipe would stop the server.

@@ -47,7 +47,6 @@ def test_help_names_every_flag():
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["--device", "cuda:99"], "--device cuda:99 is not there: torch "),
         (["--device", "cpu", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype must be auto on a CPU"),
-        (["--swap-space", "4GiB"], "in host memory already"),
         (["/nowhere/model"], "there is no such directory"),
         (["--max-model-len", "1000000"], "1000000"),
         (["--kv-cache-memory", "many"], "4GiB"),
@@ -62,6 +61,22 @@ def test_a_wrong_flag_is_refused_in_one_line(args, message):
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.stderr
+
+
+def test_flags_of_vllm_are_refused_by_name():
+    result = run("serve", "--enable-lora")
+    assert result.returncode == 2
+    assert "--enable-lora is not supported by this server: adapters" in result.stderr
+
+
+def test_a_config_file_and_a_certificate_that_are_none(tmp_path):
+    result = run("serve", "--config", str(tmp_path / "none.yaml"))
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "none.yaml cannot be read" in result.stderr
+    result = run("serve", "--port", "0", "--ssl-certfile", str(tmp_path / "none.pem"))
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "none.pem" in result.stderr
+    assert "weights" not in result.stdout
 
 
 def test_a_port_in_use_is_known_before_the_model_is_loaded():

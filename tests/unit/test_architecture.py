@@ -1,8 +1,9 @@
 """The floors of the house: imports go down only, and the light floors stay light.
 
-cli > loadtest > api > engine > runner > models > kernels > core > (errors, config). `api`,
-`engine` and `core` never import torch, so that the whole server can be tested without a model. The
-load test is a client: of the server it has the tokenizer and the chat template, nothing else.
+langchain > llm > cli > loadtest > api > engine > runner > models > kernels > core > (errors,
+config). `api`, `engine` and `core` never import torch, so that the whole server can be tested
+without a model. The load test is a client: of the server it has the tokenizer and the chat
+template, nothing else.
 """
 
 import ast
@@ -13,8 +14,22 @@ from pathlib import Path
 
 import pytest
 
+import streamserve
+
 ROOT = Path(__file__).parents[2]
-FLOORS = ["base", "core", "kernels", "models", "runner", "engine", "api", "loadtest", "cli"]
+FLOORS = [
+    "base",
+    "core",
+    "kernels",
+    "models",
+    "runner",
+    "engine",
+    "api",
+    "loadtest",
+    "cli",
+    "llm",
+    "langchain",
+]
 BASE = {"streamserve", "streamserve.errors", "streamserve.config"}
 TORCH_FREE = {"base", "core", "engine", "api"}
 HEAVY = {"torch", "transformers", "numba", "triton", "numpy"}
@@ -141,6 +156,31 @@ def test_serving_without_a_model_leaves_torch_alone():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert result.stdout.split() == []
+
+
+def test_importing_the_package_and_its_names_leaves_torch_alone():
+    """Torch is there when a model is loaded, and takes seconds."""
+    code = (
+        "import streamserve, sys; names = [getattr(streamserve, n) for n in streamserve.__all__]; "
+        f"print(*sorted({HEAVY} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+    )
+    assert result.stdout.split() == []
+
+
+def test_the_packages_names_are_those_of_its_stub():
+    stub = ast.parse((ROOT / "streamserve" / "__init__.pyi").read_text())
+    named = {
+        alias.name for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert {*named, "__version__"} == set(streamserve.__all__)
 
 
 def test_serving_on_a_cpu_leaves_triton_alone():

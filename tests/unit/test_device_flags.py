@@ -58,11 +58,14 @@ def test_a_gpu_takes_all_of_them_in_silence():
 
 def test_a_cpu_says_what_it_does_not_look_at():
     flags = ["--gpu-memory-utilization=0.5", "--enforce-eager", "--kv-cache-memory=2GiB"]
-    _, _, warnings = resolve(*flags, "--cuda-graph-sizes", "1", "2", on_gpu=False)
+    more = ["--cuda-graph-sizes", "1", "2", "--swap-space", "4"]
+    _, _, warnings = resolve(*flags, *more, on_gpu=False)
     assert warnings == [
         "--gpu-memory-utilization has no effect on a CPU; --kv-cache-memory sizes the cache",
         "--enforce-eager has no effect on a CPU",
         "--cuda-graph-sizes has no effect on a CPU",
+        "--swap-space has no effect on a CPU: the KV cache is in host memory already; "
+        "--kv-cache-memory makes it larger",
     ]
 
 
@@ -81,7 +84,6 @@ def test_a_cpu_says_what_it_does_not_look_at():
             True,
             "--speculative-config is for CPUs so far .* got",
         ),
-        (["--swap-space", "4GiB"], False, "--swap-space is for GPUs: .* got '4GiB'"),
         (
             ["--swap-space", "4GiB", "--no-enable-prefix-caching"],
             True,
@@ -92,6 +94,13 @@ def test_a_cpu_says_what_it_does_not_look_at():
 def test_what_cannot_be_is_refused(flags, on_gpu, message):
     with pytest.raises(ConfigError, match=message):
         resolve(*flags, on_gpu=on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [("4", "4GiB"), ("0.5", "0.5GiB"), ("512MiB", "512MiB"), ("0", None)]
+)
+def test_swap_space_is_a_size_or_as_in_vllm_a_number_of_gibibytes(given, size):
+    assert parse_args(["serve", "--swap-space", given]).swap_space == size
 
 
 @pytest.mark.parametrize("value", ["0", "-0.1", "1.01", "nan"])

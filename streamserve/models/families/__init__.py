@@ -37,7 +37,10 @@ def find_family(config: HfConfig) -> Family:
             if family.model_type == model_type:
                 return family
         asked = f"(none named; model_type {model_type!r})"
+    own_code = ""
+    if config.values.get("auto_map"):
+        own_code = " (its own model code is not run, with --trust-remote-code neither)"
     raise UnsupportedModelError(
         f"{config.source}: architecture {asked} is not supported; "
-        f"these are: {', '.join(supported_architectures())}"
+        f"these are: {', '.join(supported_architectures())}{own_code}"
     )

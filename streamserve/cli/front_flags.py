@@ -1,0 +1,126 @@
+"""Flags of the HTTP front that few need: request logs, TLS, a prefix, limits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import ssl
+from collections.abc import Sequence
+from typing import Any
+
+UVICORN_LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+
+
+def add_front_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("HTTP, further")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a YAML file with flags by name; those of the command line override it",
+    )
+    group.add_argument(
+        "--enable-log-requests",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="log a line when a request is admitted and one when it has ended (default: off)",
+    )
+    group.add_argument(
+        "--disable-log-requests",
+        action="store_false",
+        dest="enable_log_requests",
+        help="the same as --no-enable-log-requests",
+    )
+    group.add_argument(
+        "--max-log-len",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="characters of each prompt in the request log (default: none)",
+    )
+    group.add_argument(
+        "--response-role",
+        default="assistant",
+        metavar="ROLE",
+        help="the role that chat answers have (default: %(default)s)",
+    )
+    group.add_argument(
+        "--root-path",
+        default="",
+        metavar="PATH",
+        help="the prefix under which a proxy shows this server",
+    )
+    group.add_argument("--ssl-keyfile", metavar="FILE", help="the key of --ssl-certfile")
+    group.add_argument("--ssl-certfile", metavar="FILE", help="serve HTTPS with this certificate")
+    group.add_argument("--ssl-ca-certs", metavar="FILE", help="who may sign clients' certificates")
+    group.add_argument(
+        "--ssl-cert-reqs",
+        type=int,
+        choices=[mode.value for mode in ssl.VerifyMode],
+        default=ssl.CERT_NONE.value,
+        help="clients' certificates: 0: none, 1: optional, 2: required (default: 0)",
+    )
+    group.add_argument("--ssl-ciphers", metavar="LIST", help="as OpenSSL names them")
+    group.add_argument(
+        "--uvicorn-log-level",
+        choices=UVICORN_LOG_LEVELS,
+        default="warning",
+        help="what the HTTP server itself logs (default: %(default)s)",
+    )
+    group.add_argument(
+        "--allowed-methods",
+        nargs="+",
+        action=JsonListAction,
+        default=["GET", "POST"],
+        metavar="METHOD",
+        help="CORS: methods that a browser may use (default: GET POST)",
+    )
+    group.add_argument(
+        "--allowed-headers",
+        nargs="+",
+        action=JsonListAction,
+        default=["*"],
+        metavar="HEADER",
+        help="CORS: headers that a browser may send (default: *)",
+    )
+    group.add_argument(
+        "--sse-keep-alive-interval",
+        type=float,
+        default=15.0,
+        metavar="S",
+        help="seconds of silence after which a stream gets a comment (default: %(default)s)",
+    )
+    group.add_argument(
+        "--h11-max-incomplete-event-size",
+        type=int,
+        default=64 * 2**10,
+        metavar="BYTES",
+        help="of a request's headers (default: %(default)s)",
+    )
+
+
+class JsonListAction(argparse.Action):
+    """For lists that may be written as words or, as in vLLM, as one JSON array."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        words: Sequence[Any] = values
+        if len(words) == 1 and words[0].startswith("["):
+            try:
+                words = json.loads(words[0])
+            except ValueError as error:
+                parser.error(f"{option_string} must be words or a JSON array: {error}")
+            if not all(isinstance(word, str) for word in words):
+                parser.error(f"{option_string} must be an array of strings, got {values[0]}")
+        setattr(namespace, self.dest, list(words))
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value

@@ -1,0 +1,78 @@
+"""Flags that say where a model's files come from, and what its own recommendations are worth."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+TOKENIZER_MODES = ("auto", "hf")
+
+
+def add_source_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model", default=argparse.SUPPRESS, metavar="MODEL", help="the same as MODEL"
+    )
+    group.add_argument(
+        "--tokenizer", metavar="NAME", help="a directory or a hub id (default: the model's)"
+    )
+    group.add_argument(
+        "--tokenizer-mode",
+        choices=TOKENIZER_MODES,
+        default="auto",
+        help="both: tokenizer.json, or what transformers makes of the other files (default: auto)",
+    )
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    group.add_argument(
+        "--tokenizer-revision",
+        metavar="REV",
+        help="of the tokenizer's hub id (default: --revision)",
+    )
+    group.add_argument(
+        "--download-dir",
+        metavar="DIR",
+        help="where hub ids are downloaded to, and looked for (default: the hub's own cache)",
+    )
+    group.add_argument(
+        "--hf-token", nargs="?", const=True, metavar="TOKEN", help="of the hub, for gated models"
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="run the checkpoint's own tokenizer code, if it has some; its model code is never run "
+        "(default: off)",
+    )
+    group.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="auto|vllm|DIR",
+        help="where the sampling defaults come from: auto: the model's generation_config.json; "
+        "vllm: OpenAI's defaults; a directory with such a file (default: auto)",
+    )
+    group.add_argument(
+        "--override-generation-config",
+        type=_json_object,
+        metavar="JSON",
+        help="sampling defaults that override those, like '{\"temperature\": 0.5}'",
+    )
+
+
+def add_seed_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of requests that bring none, drawn from it in the order of their arrival, and of "
+        "--load-format dummy (default: another one at every start)",
+    )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be JSON, got {text!r}: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value

@@ -1,0 +1,1 @@
+"""The engine in a Python program, without a server, with vLLM's names."""

@@ -1,0 +1,246 @@
+"""``LLM``: a model in this process, asked from ordinary code, as in vLLM."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
+from streamserve.errors import ConfigError, InvalidParameterError
+from streamserve.llm.answers import Answers, ChatOptions
+from streamserve.llm.build import build
+from streamserve.llm.loop_thread import LoopThread
+from streamserve.llm.outputs import RequestOutput
+from streamserve.llm.progress import Progress, UseTqdm
+from streamserve.llm.prompts import (
+    Conversations,
+    Job,
+    Message,
+    Prompt,
+    Prompts,
+    per_prompt,
+    read_conversations,
+    read_prompts,
+)
+from streamserve.llm.sampling_params import SamplingParams
+from streamserve.llm.tokenizer import load_transformers_tokenizer
+
+if TYPE_CHECKING:
+    from streamserve.cli.compose import Service
+
+Params = CoreSamplingParams | Sequence[CoreSamplingParams] | None
+
+
+class LLM:
+    """A model, loaded, and an engine that runs on a thread of its own.
+
+    ``model`` is a Hugging Face directory or a hub id; without one it is the model in the box. The
+    keywords are the flags of ``streamserve serve`` with underscores, of which vLLM has most
+    (``dtype``, ``quantization``, ``max_model_len``, ``gpu_memory_utilization``, ``tokenizer``, …);
+    one of vLLM's that is not built is refused by name. ``seed`` is 0 if none is given, as in vLLM.
+
+    It works in scripts without a ``__main__`` guard and inside a running event loop, which a call
+    blocks: there, `AsyncLLM` is the better choice. Its methods may be called from several threads.
+    Ctrl-C in a call ends the call's requests, and the object stays usable. ``close``, leaving a
+    ``with`` block, and the end of the process stop the engine.
+
+    Raises ``ConfigError``, ``ModelLoadError`` or ``KVCacheMemoryError``.
+    """
+
+    def __init__(self, model: str | None = None, **keywords: Any) -> None:
+        service, answers = build(model, {"seed": 0, **keywords})
+        self._service = service
+        self._answers = answers
+        self._loop = LoopThread("streamserve-llm")
+        self._request_ids = itertools.count()
+        self._tokenizer: Any = None
+        self._close = weakref.finalize(self, _close, service, answers, self._loop)
+        self._loop.run(service.engine.start())
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling_params: Params = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        priority: int | Sequence[int] | None = None,
+        **refused: Any,
+    ) -> list[RequestOutput]:
+        """Answer the prompts, all in one batch, and return the answers in the prompts' order.
+
+        A prompt is a string, a list of token ids, or a dict with one of the two under ``prompt``
+        or ``prompt_token_ids``. ``sampling_params`` are one for all or one for each; without them
+        the model's own recommendations count, with 16 tokens to an answer. ``use_tqdm`` may be a
+        class or function in tqdm's place.
+
+        Raises ``RequestError`` before anything is computed, and ``EngineError`` if a step fails.
+        """
+        _refuse(refused)
+        return self._batch(read_prompts(prompts), sampling_params, priority, use_tqdm)
+
+    def chat(
+        self,
+        messages: Conversations,
+        sampling_params: Params = None,
+        use_tqdm: UseTqdm = True,
+        *,
+        priority: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **refused: Any,
+    ) -> list[RequestOutput]:
+        """Continue one conversation, or several in one batch, by the model's chat template.
+
+        ``chat_template`` is Jinja in its place; ``chat_template_kwargs`` reach it. As ``generate``
+        in all else.
+        """
+        if chat_template_content_format != "auto":
+            refused["chat_template_content_format"] = chat_template_content_format
+        _refuse(refused)
+        options = ChatOptions(
+            template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            kwargs=chat_template_kwargs or {},
+        )
+        conversations = read_conversations(messages)
+        return self._batch(conversations, sampling_params, priority, use_tqdm, options)
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Message],
+        sampling_params: CoreSamplingParams | None = None,
+    ) -> Generator[str]:
+        """Yield the text of one answer as it comes; ``prompt`` may be a conversation.
+
+        Leaving the loop early ends the request.
+        """
+        is_conversation = isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping)
+        [read] = (read_conversations if is_conversation else read_prompts)(prompt)
+        [job] = self._jobs([read], sampling_params, None)
+
+        async def work(put: Any) -> None:
+            async for piece in self._answers.pieces(job, ChatOptions()):
+                put(piece)
+
+        return self._loop.iterate(work)
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer as transformers has it, loaded at the first call."""
+        if self._tokenizer is None:
+            self._tokenizer = load_transformers_tokenizer(self._service.tokenizer_path)
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What counts where none are given: the model's recommendations."""
+        return SamplingParams(**self._service.sampling_defaults)
+
+    def close(self) -> None:
+        """Stop the engine and free the model. Idempotent; what runs in other threads fails."""
+        self._close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def encode(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Not built."""
+        raise NotImplementedError("LLM.encode is not built yet: models here generate")
+
+    def embed(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Not built."""
+        raise NotImplementedError("LLM.embed is not built yet: models here generate")
+
+    def classify(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Not built."""
+        raise NotImplementedError("LLM.classify is not built: models here generate")
+
+    def score(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Not built."""
+        raise NotImplementedError("LLM.score is not built: models here generate")
+
+    def _batch(
+        self,
+        prompts: Sequence[Any],
+        sampling_params: Params,
+        priority: int | Sequence[int] | None,
+        use_tqdm: UseTqdm,
+        options: ChatOptions | None = None,
+    ) -> list[RequestOutput]:
+        jobs = self._jobs(prompts, sampling_params, priority)
+        found: dict[int, RequestOutput] = {}
+
+        async def work(put: Any) -> None:
+            await self._answers.all(
+                jobs, options or ChatOptions(), lambda index, output: put((index, output))
+            )
+
+        progress = Progress(use_tqdm, len(jobs))
+        with closing(progress), closing(self._loop.iterate(work)) as answers:
+            for index, output in answers:
+                found[index] = output
+                progress.answered(output)
+        return [found[job.index] for job in jobs]
+
+    def _jobs(
+        self,
+        prompts: Sequence[Any],
+        sampling_params: Params,
+        priority: int | Sequence[int] | None,
+    ) -> list[Job]:
+        if not self._close.alive:
+            raise ConfigError("this LLM is closed")
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        params = per_prompt("sampling_params", sampling_params, len(prompts))
+        priorities = per_prompt("priority", priority or 0, len(prompts))
+        return [
+            Job(index, str(next(self._request_ids)), prompt, params[index], priorities[index])
+            for index, prompt in enumerate(prompts)
+        ]
+
+
+def _close(service: Service, answers: Answers, loop: LoopThread) -> None:
+    """Apart from the object, which nothing that runs may hold."""
+    if loop.is_current:  # the object was found to be garbage there
+        threading.Thread(target=_close, args=(service, answers, loop)).start()
+        return
+
+    async def stop() -> None:
+        await service.engine.stop()
+        answers.close()
+
+    loop.run(stop())
+    loop.close()
+
+
+def _refuse(keywords: Mapping[str, Any]) -> None:
+    """Raises for what vLLM's methods take besides, unless it asks for nothing."""
+    known = {
+        "chat_template_content_format",
+        "lora_request",
+        "mm_processor_kwargs",
+        "tokenization_kwargs",
+    }
+    for name, value in keywords.items():
+        if name not in known:
+            raise TypeError(f"got an unexpected keyword argument {name!r}")
+        if value:
+            raise InvalidParameterError(f"{name} is not supported, got {value!r:.100}", param=name)

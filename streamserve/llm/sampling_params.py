@@ -1,0 +1,109 @@
+"""``SamplingParams`` as vLLM's users write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from streamserve.api.choices import CHOICE_FIELDS, Choices, read_choices
+from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
+from streamserve.errors import InvalidParameterError
+
+_HONOURED = frozenset(field.name for field in fields(CoreSamplingParams))
+
+_BEAM_FIELDS = {"use_beam_search": False, "length_penalty": 1.0, "early_stopping": False}
+
+# vLLM's fields, and of each the values that ask for nothing: ``None`` always is one.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "detokenize": (True,),
+    "extra_args": ({},),
+    "flat_logprobs": (False,),
+    "guided_decoding": (),
+    "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "output_kind": (),
+    "output_text_buffer_length": (0,),
+    "prompt_logprob_start": (0,),
+    "prompt_logprob_token_ids": (),
+    "repetition_detection": (),
+    "skip_clone": (True, False),
+    "stream_interval": (1,),
+    "structured_outputs": (),
+    "thinking_token_budget": (-1,),
+    "truncate_prompt_tokens": (),
+    "watermarking": (False,),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, init=False)
+class SamplingParams(CoreSamplingParams):
+    """How the next token is drawn and when the answer ends, by vLLM's names.
+
+    Sequences may be lists, ``stop`` one string, and what is ``None`` is as if it were not given;
+    only ``max_tokens=None`` has a meaning, the rest of the context. ``n`` answers are given to each
+    prompt, the likeliest of ``best_of`` (``None``: as many as ``n``); with ``use_beam_search``
+    they are those of a search that keeps ``best_of`` sequences. What cannot be done is refused by
+    name. Raises ``InvalidParameterError``, and ``TypeError`` for a name nobody knows.
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __init__(self, *, n: int | None = None, best_of: int | None = None, **given: Any) -> None:
+        n = 1 if n is None else n
+        _check_count("n", n, 1)
+        if best_of is not None:
+            _check_count("best_of", best_of, n)
+        object.__setattr__(self, "n", n)
+        object.__setattr__(self, "best_of", best_of)
+        for name, default in _BEAM_FIELDS.items():
+            value = given.pop(name, None)
+            value = default if value is None else CHOICE_FIELDS[name](name, value)
+            object.__setattr__(self, name, value)
+        CoreSamplingParams.__init__(self, **_core_fields(given))
+        choices_of(self)  # or why they cannot be
+
+
+def choices_of(params: CoreSamplingParams) -> Choices:
+    """How many answers, and how they are found. Raises ``InvalidParameterError``."""
+    if not isinstance(params, SamplingParams):
+        return Choices()
+    given = {name: getattr(params, name) for name in (*_HONOURED, *_BEAM_FIELDS)}
+    given |= {"n": params.n, "best_of": params.best_of or params.n}
+    return read_choices({name: value for name, value in given.items() if value is not None})
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidParameterError(
+            f"{name} must be an integer of at least {least}, got {value!r}", param=name
+        )
+
+
+def _core_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    known: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in _HONOURED:
+            if value is not None or name == "max_tokens":
+                known[name] = _core_value(name, value)
+        elif name not in _NEUTRAL:
+            raise TypeError(f"SamplingParams() got an unexpected keyword argument {name!r}")
+        elif value is not None and value not in _NEUTRAL[name]:
+            raise InvalidParameterError(
+                f"{name} is not supported yet, got {value!r}",
+                param=name,
+                code="unsupported_parameter",
+            )
+    return known
+
+
+def _core_value(name: str, value: Any) -> Any:
+    if name == "stop" and isinstance(value, str):
+        return (value,)
+    if name == "logit_bias":
+        return {int(token_id): bias for token_id, bias in value.items()}
+    return tuple(value) if isinstance(value, list) else value

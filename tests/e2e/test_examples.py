@@ -1,0 +1,41 @@
+"""Every script in examples/, as a person runs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.servers import ROOT, environment
+from tools.make_checkpoint import write_checkpoint
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+CLIENTS = {"chat_client.py", "completion_client.py", "langchain_client.py"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A model directory."""
+    directory = tmp_path_factory.mktemp("tiny")
+    write_checkpoint("tiny", directory)
+    return directory
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs(name, box, tiny):
+    arguments = [box.url] if name in CLIENTS else [str(tiny)] if name == "local_model.py" else []
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env=environment(),
+    )
+    assert result.returncode == 0, result.stderr
+    if name == "local_model.py":
+        assert result.stdout.startswith("Once upon a time")
+    elif name == "offline_batch.py":
+        assert result.stdout.count(" -> ") == 100
+    else:
+        assert "Paris" in result.stdout

@@ -1,0 +1,150 @@
+"""What programs may write: sampling parameters, prompts and conversations in vLLM's forms."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+
+from streamserve import SamplingParams
+from streamserve.core.sampling_params import BeamSearchParams
+from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
+from streamserve.errors import InvalidParameterError
+from streamserve.llm.prompts import per_prompt, read_conversations, read_prompts
+from streamserve.llm.sampling_params import choices_of
+
+
+def test_vllms_names_and_types():
+    params = SamplingParams(
+        n=1,
+        temperature=0.8,
+        top_p=0.95,
+        top_k=-1,
+        min_p=0.0,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        repetition_penalty=1.1,
+        seed=None,
+        stop="\n",
+        stop_token_ids=[5],
+        ignore_eos=False,
+        max_tokens=20,
+        min_tokens=0,
+        logprobs=None,
+        prompt_logprobs=None,
+        detokenize=True,
+        skip_special_tokens=True,
+        spaces_between_special_tokens=True,
+        logit_bias={"7": 1.0},
+        best_of=None,
+        use_beam_search=False,
+        logits_processors=None,
+    )
+    assert isinstance(params, CoreSamplingParams)
+    assert (params.stop, params.stop_token_ids, params.top_k) == (("\n",), (5,), 0)
+    assert params.logit_bias == {7: 1.0}
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop=None).stop == ()
+
+
+def test_no_limit_is_said_with_none():
+    assert SamplingParams().max_tokens == 16
+    assert SamplingParams(max_tokens=None).max_tokens is None
+
+
+def test_how_many_answers():
+    params = SamplingParams(n=2, best_of=4)
+    assert (params.n, params.best_of) == (2, 4)
+    assert SamplingParams(n=None).n == 1
+    assert SamplingParams() == SamplingParams(n=1) != params
+    for wrong, name in (({"n": 0}, "n"), ({"n": 3, "best_of": 2}, "best_of"), ({"n": True}, "n")):
+        with pytest.raises(InvalidParameterError, match=f"^{name} must be an integer"):
+            SamplingParams(**wrong)
+
+
+def test_a_beam_search():
+    params = SamplingParams(n=2, best_of=4, use_beam_search=True, early_stopping="never")
+    choices = choices_of(params)
+    assert (choices.n, choices.beams) == (2, BeamSearchParams(beam_width=4, early_stopping="never"))
+    assert choices_of(CoreSamplingParams()).beams is None
+    assert dataclasses.replace(params, n=1, temperature=0.0).use_beam_search
+    for wrong in ({"top_p": 0.5}, {"length_penalty": 99.0}, {"early_stopping": "soon"}):
+        with pytest.raises(InvalidParameterError, match=f"^{next(iter(wrong))} m"):
+            SamplingParams(use_beam_search=True, **wrong)
+    with pytest.raises(InvalidParameterError, match="only with use_beam_search"):
+        SamplingParams(length_penalty=2.0)
+
+
+def test_they_copy_and_travel():
+    params = SamplingParams(stop=["a"], max_tokens=None, n=3)
+    changed = dataclasses.replace(params, max_tokens=9)
+    assert (changed.stop, changed.n, changed.max_tokens) == (("a",), 3, 9)
+    assert copy.deepcopy(params) == pickle.loads(pickle.dumps(params)) == params
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("structured_outputs", {"regex": "a"}), ("watermarking", True), ("logits_processors", [len])],
+)
+def test_what_is_not_built_is_refused_by_name(name, value):
+    if name in {field.name for field in dataclasses.fields(CoreSamplingParams)}:
+        pytest.skip("built by now")
+    with pytest.raises(InvalidParameterError, match=f"^{name} is not supported") as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
+
+
+def test_a_name_that_nobody_knows():
+    with pytest.raises(TypeError, match="'temprature'"):
+        SamplingParams(temprature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "read"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], "a"], [[1, 2], "a"]),
+        ({"prompt": "a"}, ["a"]),
+        ([{"prompt_token_ids": [3]}, {"prompt": "b", "multi_modal_data": None}], [[3], "b"]),
+        (("a",), ["a"]),
+        ([], []),
+    ],
+)
+def test_prompts_of_every_form(prompts, read):
+    assert read_prompts(prompts) == read
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (5, "^prompts must be a string"),
+        (["a", 5], r"^prompts\[1\] must be a string"),
+        ([[]], r"^prompts\[0\] must be"),
+        (
+            [{"prompt": "a", "multi_modal_data": {"image": 1}}],
+            r"^prompts\[0\] .* 'multi_modal_data'",
+        ),
+        ([[True]], "must be"),
+    ],
+)
+def test_what_is_no_prompt(prompts, message):
+    with pytest.raises(InvalidParameterError, match=message):
+        read_prompts(prompts)
+
+
+def test_conversations_one_or_several():
+    one = [{"role": "user", "content": "a"}]
+    assert read_conversations(one) == [one]
+    assert read_conversations([one, one]) == [one, one]
+    for wrong in ([], "a", [[]], [one, "a"], [["a"]]):
+        with pytest.raises(InvalidParameterError, match="messages must be"):
+            read_conversations(wrong)
+
+
+def test_one_for_all_or_one_for_each():
+    assert per_prompt("priority", 3, 2) == [3, 3]
+    assert per_prompt("priority", [1, 2], 2) == [1, 2]
+    with pytest.raises(InvalidParameterError, match=r"priority must be one .*\(3\), got 2"):
+        per_prompt("priority", [1, 2], 3)

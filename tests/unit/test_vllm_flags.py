@@ -1,0 +1,179 @@
+"""Command lines and keywords that were written for vLLM: honoured, or refused by name."""
+
+import json
+
+import pytest
+
+from streamserve.cli.args import build_parser, parse_args
+from streamserve.cli.vllm_flags import FOREIGN_FLAGS, option
+from streamserve.errors import ConfigError
+from streamserve.llm.keywords import flags_of
+
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 2}'
+
+
+def refused(capsys, *flags: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["serve", *flags])
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data-parallel-size", "2"], ["--data-parallel-size is not supported", "one device"]),
+        (["-dp", "2"], ["-dp is not supported", "one device"]),
+        (["--enable-lora"], ["--enable-lora is not supported", "adapters"]),
+        (["--no-enable-chunked-prefill"], ["--no-enable-chunked-prefill is not", "--itl-target"]),
+        (["--cpu-offload-gb", "4"], ["--cpu-offload-gb is not supported", "--swap-space"]),
+        (["--num-gpu-blocks-override", "9"], ["--kv-cache-memory"]),
+        (["--speculative-model", "m"], ["--speculative-config"]),
+        (["--uds", "/tmp/x"], ["--host and --port"]),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name_with_what_to_use_instead(capsys, flags, words):
+    message = refused(capsys, *flags)
+    for word in words:
+        assert word in message
+
+
+def test_values_that_ask_for_nothing_are_taken():
+    given = ["--data-parallel-size", "1", "--enable-chunked-prefill", "--no-enable-lora"]
+    given += ["--disable-log-stats", "--disable-custom-all-reduce", "--cpu-offload-gb", "0"]
+    given += ["--worker-cls", "auto", "--distributed-executor-backend", "mp"]
+    args = parse_args(["serve", "a-model", *given])
+    assert args.model == "a-model"
+    assert not set(FOREIGN_FLAGS) & set(vars(args))
+
+
+def test_every_foreign_flag_is_known_to_serve_and_hidden_from_its_help():
+    serve = build_parser().serve
+    known = set(serve._option_string_actions)
+    text = serve.format_help()
+    for name, flag in FOREIGN_FLAGS.items():
+        assert option(name) in known
+        assert flag.instead
+    assert "--data-parallel-size" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--model", "m"], "model", "m"),
+        (["m"], "model", "m"),
+        ([], "model", None),
+        (["--disable-log-requests"], "enable_log_requests", False),
+        (["--enable-log-requests"], "enable_log_requests", True),
+        (["--max-num-queued-reqs", "7"], "max_num_waiting", 7),
+        (["--kv-cache-memory-bytes", "1GiB"], "kv_cache_memory", "1GiB"),
+        (["--cudagraph-capture-sizes", "1", "2"], "cuda_graph_sizes", [1, 2]),
+        (["--shutdown-timeout", "3"], "drain_timeout", 3.0),
+        (["--no-enforce-eager"], "enforce_eager", False),
+        (["--allowed-origins", '["a", "b"]'], "allowed_origins", ["a", "b"]),
+        (["--allowed-origins", "a", "b"], "allowed_origins", ["a", "b"]),
+        (["--hf-token"], "hf_token", True),
+        (["--seed", "5"], "seed", 5),
+        (["-sc", NGRAM], "speculative_config", NGRAM),
+    ],
+)
+def test_vllms_spellings_mean_the_same(flags, name, value):
+    assert getattr(parse_args(["serve", *flags]), name) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--allowed-methods", "[1]"], "array of strings"),
+        (["--override-generation-config", "{"], "must be JSON"),
+        (["--override-generation-config", "[]"], "JSON object"),
+        (["--max-log-len", "-1"], "at least 0"),
+    ],
+)
+def test_a_wrong_value_is_named(capsys, flags, word):
+    assert word in refused(capsys, *flags)
+
+
+def test_a_config_file_gives_flags_that_the_command_line_overrides(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "model: from-file\nport: 9000\nmax_model_len: 128\nserved-model-name: [a, b]\n"
+        "enable-prefix-caching: false\nenforce-eager: true\ndtype: null\n"
+        'override-generation-config: {"temperature": 0.5}\n'
+    )
+    args = parse_args(["serve", "--config", str(file), "--port", "9001"])
+    assert (args.model, args.port, args.max_model_len) == ("from-file", 9001, 128)
+    assert (args.served_model_name, args.dtype) == (["a", "b"], "auto")
+    assert not args.enable_prefix_caching
+    assert args.enforce_eager
+    assert args.override_generation_config == {"temperature": 0.5}
+    assert parse_args(["serve", f"--config={file}", "mine"]).model == "mine"
+    assert parse_args(["serve", f"--config={file}", "--model", "mine"]).model == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("frobnicate: 1", "no flag --frobnicate"), ("- a", "settings by name"), ("a: [", "cannot be")],
+)
+def test_a_config_file_that_is_none(tmp_path, content, message):
+    file = tmp_path / "serve.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        parse_args(["serve", "--config", str(file)])
+
+
+def test_keywords_are_the_flags():
+    args = flags_of(
+        "m",
+        {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "max_model_len": 64,
+            "gpu_memory_utilization": 0.5,
+            "swap_space": 4,
+            "cuda_graph_sizes": [1, 2],
+            "override_generation_config": {"top_p": 0.5},
+            "speculative_config": json.loads(NGRAM),
+            "revision": None,
+            "quantization": None,
+            "tokenizer_mode": "auto",
+            "skip_tokenizer_init": False,
+            "tensor_parallel_size": 1,
+            "data_parallel_size": 1,
+            "disable_log_stats": True,
+            "reasoning_parser": "",
+            "hf_overrides": None,
+            "cpu_offload_gb": 0.0,
+            "seed": 3,
+        },
+    )
+    assert (args.model, args.dtype, args.max_model_len, args.seed) == ("m", "float32", 64, 3)
+    assert (args.enforce_eager, args.enable_prefix_caching) == (True, False)
+    assert (args.swap_space, args.cuda_graph_sizes) == ("4GiB", [1, 2])
+    assert args.override_generation_config == {"top_p": 0.5}
+    assert args.speculative_config == NGRAM
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"dtype": "int3"}, "^dtype: invalid choice"),
+        ({"max_model_len": 0}, "^max_model_len: must be at least 1, got 0"),
+        ({"tensor_parallel_size": 2}, "must be 1"),
+        ({"quantization": "awq"}, "must be one of int8, int4, fp8, got 'awq'"),
+        ({"skip_tokenizer_init": True}, "^skip_tokenizer_init is not supported .*got True"),
+        ({"enable_lora": True}, "^enable_lora is not supported by this server: adapters"),
+        ({"hf_overrides": {"a": 1}}, "^hf_overrides is not supported"),
+        ({"served_model_name": "a"}, "^served_model_name is for `streamserve serve`"),
+        ({"load_format": "gguf"}, "^load_format: invalid choice"),
+    ],
+)
+def test_a_keyword_that_cannot_be_served_is_refused_by_name(keywords, message):
+    with pytest.raises(ConfigError, match=message):
+        flags_of(None, keywords)
+
+
+def test_a_keyword_that_nobody_knows():
+    with pytest.raises(TypeError, match="'frobnicate'"):
+        flags_of(None, {"frobnicate": json})
