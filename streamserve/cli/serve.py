@@ -39,6 +39,8 @@ def run_serve(args: Namespace) -> int:
         def ready(url: str) -> None:
             say(f"ready in {time.monotonic() - started:.1f} s: {url}")
             say(_curl_line(url, config))
+            if config.has_pages:
+                say(f"or open {url} in a browser")
 
         def draining(num_requests: int) -> None:
             answers = "answer" if num_requests == 1 else "answers"
@@ -118,6 +120,7 @@ def api_config(args: Namespace) -> ApiConfig:
         strict_fields=args.strict_fields,
         honours_priority=args.scheduling_policy == "priority",
         drain_timeout_s=args.drain_timeout,
+        has_pages=not args.no_ui,
     )
 
 
