@@ -137,6 +137,7 @@ class ApiConfig:
     header_timeout_s: float = 60.0
     ping_interval_s: float = 15.0
     drain_timeout_s: float = 30.0
+    has_pages: bool = True
 
     def __post_init__(self) -> None:
         if not self.served_model_names:

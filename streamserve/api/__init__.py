@@ -8,5 +8,7 @@ A request meets these modules in this order::
     chat_request, completion_request, sampling, fields   the body: honoured or refused, by table
     frames, logprobs   the bytes of chunks and answers
     sse, writer        the token path
+    timing, progress   what a request is told about itself, if it asks
+    tokens, pages, openapi, descriptions   the other endpoints; what there is, from the same tables
     metrics, context, errors   what all of them share
 """

@@ -108,11 +108,8 @@ class AnswerPlan:
 
     @property
     def messages(self) -> tuple[dict[str, Any], ...]:
-        """The messages, with ids as the family's templates accept them: equal ones stay equal."""
-        messages = self._request.messages
-        if self._format.tool_parser != "mistral":
-            return messages
-        return tuple(_with_short_ids(message) for message in messages)
+        """The messages as the family's templates accept them."""
+        return with_family_ids(self._request.messages, self._format)
 
     def params(self, prompt: str, marks: MarkIds) -> SamplingParams:
         """The request's sampling, and what tools and thoughts ask of it."""
@@ -187,6 +184,15 @@ class AnswerPlan:
             param="reasoning_effort",
             code="unsupported_parameter",
         )
+
+
+def with_family_ids(
+    messages: tuple[dict[str, Any], ...], answer_format: AnswerFormat
+) -> tuple[dict[str, Any], ...]:
+    """The messages, with ids as the family's templates accept them: equal ones stay equal."""
+    if answer_format.tool_parser != "mistral":
+        return messages
+    return tuple(_with_short_ids(message) for message in messages)
 
 
 def _text_of(message: dict[str, Any]) -> str:

@@ -27,9 +27,12 @@ from streamserve.api.generation import (
 )
 from streamserve.api.metrics import Metrics, MetricsRegistry
 from streamserve.api.middleware import ApiKeyMiddleware, RequestIdMiddleware
+from streamserve.api.openapi import openapi
+from streamserve.api.pages import page_routes
 from streamserve.api.prompts import PromptWorkers, TextLoader
 from streamserve.api.request_log import RequestLog
 from streamserve.api.sampling import sampling_defaults
+from streamserve.api.tokens import TokenEndpoints
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock, monotonic
 from streamserve.engine.async_engine import AsyncEngine
@@ -104,15 +107,21 @@ def create_app(
     )
     registry = MetricsRegistry(metrics, engine, config.served_model_names[0])
     small = _SmallEndpoints(context, registry)
+    tokens = TokenEndpoints(context)
     routes = [
         Route("/v1/chat/completions", ChatEndpoint(context), methods=["POST"]),
         Route("/v1/completions", CompletionEndpoint(context), methods=["POST"]),
         Route("/v1/models", small.models),
         Route("/v1/models/{model:path}", small.model),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/openapi.json", small.openapi),
         Route("/health", small.health),
         Route("/version", small.version),
         Route("/metrics", small.metrics),
     ]
+    if config.has_pages:
+        routes += page_routes()
     app = ApiApp(
         routes=routes,
         middleware=_middleware(config),
@@ -149,6 +158,7 @@ class _SmallEndpoints:
     def __init__(self, context: ApiContext, registry: MetricsRegistry) -> None:
         self._context = context
         self._registry = registry
+        self._openapi: bytes | None = None  # made when first asked for
 
     async def models(self, _request: Request) -> Response:
         names = self._context.config.served_model_names
@@ -158,6 +168,11 @@ class _SmallEndpoints:
         name: str = request.path_params["model"]
         check_model(name, self._context.config.served_model_names)
         return _json(self._card(name))
+
+    async def openapi(self, _request: Request) -> Response:
+        if self._openapi is None:
+            self._openapi = orjson.dumps(openapi(has_keys=bool(self._context.config.api_keys)))
+        return Response(self._openapi, media_type="application/json")
 
     async def health(self, _request: Request) -> Response:
         if self._context.engine.is_dead:
@@ -178,7 +193,25 @@ class _SmallEndpoints:
             "object": "model",
             "created": self._context.created,
             "owned_by": "streamserve",
+            "root": self._context.config.served_model_names[0],
+            "parent": None,
             "max_model_len": self._context.max_model_len,
+            "permission": [
+                {
+                    "id": f"modelperm-{name}",
+                    "object": "model_permission",
+                    "created": self._context.created,
+                    "allow_create_engine": False,
+                    "allow_sampling": True,
+                    "allow_logprobs": True,
+                    "allow_search_indices": False,
+                    "allow_view": True,
+                    "allow_fine_tuning": False,
+                    "organization": "*",
+                    "group": None,
+                    "is_blocking": False,
+                }
+            ],
         }
 
 

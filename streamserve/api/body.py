@@ -81,6 +81,11 @@ def _too_large(max_bytes: int) -> HttpError:
     return HttpError(413, f"The body must be at most {max_bytes} bytes", code="request_too_large")
 
 
+def ignored_fields_headers(names: Sequence[str]) -> dict[str, str]:
+    """The header that names the fields which nobody knows, if there are any."""
+    return {"X-Ignored-Fields": ignored_fields_header(names)} if names else {}
+
+
 def ignored_fields_header(names: Sequence[str]) -> str:
     """The names that nobody knows, safe for a header whatever a client made of them."""
     shown = [quote(name[:_MAX_NAME], safe="[]") for name in names[:_MAX_NAMES]]

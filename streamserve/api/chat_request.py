@@ -9,6 +9,7 @@ from typing import Any
 from streamserve.api.choices import Choices, read_choices
 from streamserve.api.extras import ExtraFields, read_extras
 from streamserve.api.fields import (
+    FieldTable,
     Reader,
     Refused,
     integer,
@@ -19,7 +20,9 @@ from streamserve.api.fields import (
     read_str,
     require,
     require_in,
+    schema_of,
     shown,
+    typed,
     wrong_type,
 )
 from streamserve.api.sampling import (
@@ -76,6 +79,7 @@ _MESSAGE_REFUSED = {
 _MESSAGE_ANNOTATIONS = frozenset({"annotations"})
 
 
+@typed({"enum": [*_ROLES, "tool"]})
 def _read_role(name: str, value: Any) -> str:
     role = read_str(name, value)
     if role == "function":
@@ -107,6 +111,23 @@ def _read_part(name: str, value: Any) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
+@typed(
+    {
+        "anyOf": [
+            {"type": "string"},
+            {
+                "type": "array",
+                "minItems": 1,
+                "items": {
+                    "type": "object",
+                    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                    "required": ["type", "text"],
+                    "additionalProperties": False,
+                },
+            },
+        ]
+    }
+)
 def _read_content(name: str, value: Any) -> str | list[dict[str, str]]:
     if isinstance(value, str):
         return value
@@ -117,6 +138,7 @@ def _read_content(name: str, value: Any) -> str | list[dict[str, str]]:
     return [_read_part(f"{name}[{i}]", part) for i, part in enumerate(value)]
 
 
+@typed({"type": "object", "propertyNames": {"not": {"enum": sorted(_RESERVED_KWARGS)}}})
 def _read_template_kwargs(name: str, value: Any) -> dict[str, Any]:
     kwargs = read_object(name, value)
     for key in kwargs:
@@ -172,6 +194,9 @@ def _check_message(where: str, message: dict[str, Any], unknown: list[str]) -> N
     require_in(message, "content", where)
 
 
+MESSAGE_TABLE = FieldTable(_MESSAGE_FIELDS, _MESSAGE_REFUSED, _MESSAGE_ANNOTATIONS, ("role",))
+
+
 @dataclass(frozen=True, slots=True)
 class _Messages:
     items: tuple[dict[str, Any], ...]
@@ -188,6 +213,26 @@ def _plain_message(raw: Any) -> dict[str, Any] | None:
     return {"role": _ROLES[role], "content": content}
 
 
+# Only an assistant may have said nothing, and a tool says whose call it answers.
+_CONTENT = {"content": schema_of(_read_content)}
+_CALL_ID = {"tool_call_id": {"type": "string", "minLength": 1}}
+_MESSAGE_SCHEMA = {
+    **MESSAGE_TABLE.schema(),
+    "anyOf": [
+        {"properties": {"role": {"const": "assistant"}}},
+        {
+            "properties": {"role": {"enum": sorted({*_ROLES} - {"assistant"})}, **_CONTENT},
+            "required": ["content"],
+        },
+        {
+            "properties": {"role": {"const": "tool"}, **_CONTENT, **_CALL_ID},
+            "required": ["content", "tool_call_id"],
+        },
+    ],
+}
+
+
+@typed({"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": _MESSAGE_SCHEMA})
 def _read_messages(name: str, value: Any) -> _Messages:
     if not isinstance(value, list):
         raise wrong_type(name, "an array of messages", value)
@@ -214,6 +259,7 @@ def _read_messages(name: str, value: Any) -> _Messages:
     return _Messages(tuple(items), tuple(unknown))
 
 
+@typed({"enum": list(EFFORTS)})
 def _read_effort(name: str, value: Any) -> str:
     effort = read_str(name, value)
     if effort not in EFFORTS:
@@ -259,6 +305,9 @@ CHAT_REFUSED: dict[str, Refused] = {
 }
 
 
+CHAT_TABLE = FieldTable(CHAT_FIELDS, CHAT_REFUSED, ANNOTATIONS, ("messages",))
+
+
 @dataclass(frozen=True, slots=True)
 class ReasoningOptions:
     """What a request says about thinking. ``budget`` is in tokens, ``None`` for no limit."""
@@ -298,14 +347,7 @@ def parse_chat_request(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         body, honoured=CHAT_FIELDS, refused=CHAT_REFUSED, annotations=ANNOTATIONS
     )
     messages: _Messages = require(values, "messages")
-    continue_final = values.get("continue_final_message", False)
-    add_prompt = values.get("add_generation_prompt", not continue_final)
-    if continue_final and add_prompt:
-        raise InvalidParameterError(
-            "add_generation_prompt and continue_final_message cannot both be true",
-            param="continue_final_message",
-            code="invalid_value",
-        )
+    add_prompt, continue_final = check_final_message(values)
     use = tool_use(values)
     tools: Tools | None = values.get("tools")
     unknown += [*messages.unknown, *(tools.unknown if tools else ())]
@@ -337,6 +379,19 @@ def _reasoning(values: Mapping[str, Any]) -> ReasoningOptions:
         values.get("reasoning_effort"),
         None if budget == -1 else budget,
     )
+
+
+def check_final_message(values: Mapping[str, Any]) -> tuple[bool, bool]:
+    """``add_generation_prompt`` and ``continue_final_message``; each says not the other."""
+    continue_final = values.get("continue_final_message", False)
+    add_prompt = values.get("add_generation_prompt", not continue_final)
+    if continue_final and add_prompt:
+        raise InvalidParameterError(
+            "add_generation_prompt and continue_final_message cannot both be true",
+            param="continue_final_message",
+            code="invalid_value",
+        )
+    return add_prompt, continue_final
 
 
 def _max_tokens(values: Mapping[str, Any]) -> int | None:

@@ -12,6 +12,7 @@ from streamserve.api.fields import (
     out_of_range,
     read_bool,
     read_number,
+    typed,
     wrong_type,
 )
 from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
@@ -36,6 +37,7 @@ _ONLY_DRAWN: dict[str, tuple[Any, ...]] = {
 }
 
 
+@typed({"enum": [True, False, "never"]})
 def _read_early_stopping(name: str, value: Any) -> bool | Literal["never"]:
     if isinstance(value, bool):
         return value

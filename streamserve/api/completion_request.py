@@ -10,6 +10,7 @@ from streamserve.api.choices import Choices, read_choices
 from streamserve.api.extras import ExtraFields, read_extras
 from streamserve.api.fields import (
     MAX_INT,
+    FieldTable,
     Reader,
     Refused,
     integer,
@@ -18,6 +19,8 @@ from streamserve.api.fields import (
     read_fields,
     read_str,
     require,
+    schema_of,
+    typed,
     wrong_type,
 )
 from streamserve.api.sampling import (
@@ -39,12 +42,33 @@ Prompt = str | list[int]
 _PROMPT_KINDS = "a string, an array of strings, token ids, or an array of arrays of token ids"
 
 
-def _read_token_ids(name: str, value: list[Any]) -> list[int]:
+def read_token_ids(name: str, value: list[Any]) -> list[int]:
+    """Check an array of token ids, however long. May return ``value`` itself."""
     if set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= MAX_INT:
         return value  # a prompt may be a million ids: no Python per id
     return [token_id(f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 
+@typed(
+    {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "minItems": 1, "items": schema_of(token_id)},
+            {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": MAX_PROMPTS,
+                "items": {"type": "string"},
+            },
+            {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": MAX_PROMPTS,
+                "items": {"type": "array", "minItems": 1, "items": schema_of(token_id)},
+            },
+        ]
+    }
+)
 def _read_prompts(name: str, value: Any) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (value,)
@@ -54,7 +78,7 @@ def _read_prompts(name: str, value: Any) -> tuple[Prompt, ...]:
         raise out_of_range(name, "a non-empty array", value)
     first = value[0]
     if isinstance(first, (int, float)) and not isinstance(first, bool):
-        return (_read_token_ids(name, value),)
+        return (read_token_ids(name, value),)
     if len(value) > MAX_PROMPTS:
         raise out_of_range(name, f"at most {MAX_PROMPTS} prompts", value)
     if isinstance(first, str):
@@ -65,7 +89,7 @@ def _read_prompts(name: str, value: Any) -> tuple[Prompt, ...]:
             raise wrong_type(f"{name}[{i}]", "a string or an array of token ids", item)
         if not item:
             raise out_of_range(f"{name}[{i}]", "a non-empty array of token ids", item)
-        prompts.append(_read_token_ids(f"{name}[{i}]", item))
+        prompts.append(read_token_ids(f"{name}[{i}]", item))
     return tuple(prompts)
 
 
@@ -82,6 +106,9 @@ COMPLETION_REFUSED: dict[str, Refused] = {
     **REFUSED,
     "suffix": Refused(("",), "is not supported by this server yet"),
 }
+
+
+COMPLETION_TABLE = FieldTable(COMPLETION_FIELDS, COMPLETION_REFUSED, ANNOTATIONS, ("prompt",))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from streamserve.api.body import ignored_fields_header
 from streamserve.api.errors import shutting_down
 from streamserve.api.metrics import Metrics
 from streamserve.api.prompts import PromptWorkers
@@ -19,6 +20,7 @@ from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
 from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.tokenizer import Tokenizer
+from streamserve.errors import InvalidParameterError
 
 logger = logging.getLogger(__name__)
 
@@ -108,3 +110,15 @@ class ApiContext:
     prompt_workers: PromptWorkers | None = None  # none: everything is read in this process
     answer_format: AnswerFormat = field(default_factory=AnswerFormat)
     field_log: FieldLog = field(default_factory=FieldLog)
+
+    def check_unknown(self, names: Sequence[str]) -> None:
+        """Log fields that nobody knows, or refuse them: the config says which."""
+        if names and self.config.strict_fields:
+            raise InvalidParameterError(
+                f"Unknown fields: {ignored_fields_header(names)} (the server runs with "
+                "--strict-fields)",
+                param=names[0][:64],
+                code="unknown_parameter",
+            )
+        for name in names:
+            self.field_log.unknown(name)

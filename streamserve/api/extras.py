@@ -6,15 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamserve.api.fields import Reader, integer, out_of_range, read_bool, read_str
+from streamserve.api.fields import (
+    Reader,
+    integer,
+    out_of_range,
+    read_bool,
+    read_str,
+    schema_of,
+    typed,
+)
 from streamserve.api.logprobs import CompletionLogprobs, TokenNames
 from streamserve.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import InvalidParameterError
 
 _SIDES = ("left", "right")
+_size = integer(-1)
 
 
+@typed({"enum": list(_SIDES)})
 def _read_side(name: str, value: Any) -> str:
     side = read_str(name, value)
     if side not in _SIDES:
@@ -22,8 +32,9 @@ def _read_side(name: str, value: Any) -> str:
     return side
 
 
+@typed({**schema_of(_size), "not": {"const": 0}})
 def _read_truncation(name: str, value: Any) -> int:
-    size: int = integer(-1)(name, value)
+    size = _size(name, value)
     if size == 0:
         raise out_of_range(name, "at least 1, or -1 for what the model takes", size)
     return size

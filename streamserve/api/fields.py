@@ -3,20 +3,29 @@
 A table maps a name to a reader, a function that returns the value checked and converted, or
 raises ``InvalidParameterError`` naming the field and what was given. ``null`` always means
 "not given", as in OpenAI's API.
+
+A reader stands together with the JSON schema of what it takes (``typed``): ``/openapi.json`` and
+the table of fields in ``docs/api.md`` are made from the tables that requests are read through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from streamserve.errors import InvalidParameterError
 
 Reader = Callable[[str, Any], Any]
+Schema = dict[str, Any]
+_T = TypeVar("_T")
+
+STATUS = "x-status"
+"""In a field's schema: ``honoured``, ``refused`` (but for what asks for nothing), ``no effect``."""
 
 MAX_INT = 2**31 - 1
 MAX_INT64 = 2**63 - 1
+_MAX_EXACT = 2**53
 _MAX_SHOWN = 60
 
 _JSON_NAMES = {
@@ -54,6 +63,35 @@ def out_of_range(name: str, limit: str, value: Any) -> InvalidParameterError:
     )
 
 
+class TypedReader(Generic[_T]):
+    """A reader and the JSON schema of the values that it takes.
+
+    The schema excludes nothing that a request may hold. It may allow more: limits that depend on
+    other fields, or on the model, are not in it.
+    """
+
+    __slots__ = ("_read", "schema")
+
+    def __init__(self, read: Callable[[str, Any], _T], schema: Schema) -> None:
+        self._read = read
+        self.schema = schema
+
+    def __call__(self, name: str, value: Any) -> _T:
+        return self._read(name, value)
+
+
+def typed(schema: Schema) -> Callable[[Callable[[str, Any], _T]], TypedReader[_T]]:
+    """Decorates a reader with the schema of what it takes."""
+    return lambda read: TypedReader(read, schema)
+
+
+def schema_of(reader: Reader) -> Schema:
+    """The schema of what ``reader`` takes; one that allows everything if it has none."""
+    schema: Schema = getattr(reader, "schema", {})
+    return schema
+
+
+@typed({"type": "boolean"})
 def read_bool(name: str, value: Any) -> bool:
     """A JSON boolean; 0, 1 and "true" are not one."""
     if not isinstance(value, bool):
@@ -61,6 +99,7 @@ def read_bool(name: str, value: Any) -> bool:
     return value
 
 
+@typed({"type": "string"})
 def read_str(name: str, value: Any) -> str:
     """A JSON string."""
     if not isinstance(value, str):
@@ -68,6 +107,7 @@ def read_str(name: str, value: Any) -> str:
     return value
 
 
+@typed({"type": "number"})
 def read_number(name: str, value: Any) -> float:
     """A JSON number. JSON has no NaN and no infinity, so it is finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -75,12 +115,44 @@ def read_number(name: str, value: Any) -> float:
     return float(value)
 
 
-def integer(low: int = -MAX_INT, high: int = MAX_INT) -> Reader:
+def number(low: float, high: float) -> TypedReader[float]:
+    """A reader of numbers within ``low .. high``."""
+
+    @typed({"type": "number", "minimum": low, "maximum": high})
+    def read(name: str, value: Any) -> float:
+        given = read_number(name, value)
+        if not low <= given <= high:
+            raise out_of_range(name, f"between {low} and {high}", value)
+        return given
+
+    return read
+
+
+def positive(high: float | None = None) -> TypedReader[float]:
+    """A reader of numbers above 0, at most ``high``."""
+    limit = "above 0" if high is None else f"above 0 and at most {high:g}"
+    maximum = {} if high is None else {"maximum": high}
+
+    @typed({"type": "number", "exclusiveMinimum": 0, **maximum})
+    def read(name: str, value: Any) -> float:
+        given = read_number(name, value)
+        if given <= 0.0 or (high is not None and given > high):
+            raise out_of_range(name, limit, value)
+        return given
+
+    return read
+
+
+def integer(low: int = -MAX_INT, high: int = MAX_INT) -> TypedReader[int]:
     """A reader of integers within ``low .. high``. ``5.0`` is one: some languages write it so."""
 
+    @typed({"type": "integer", "minimum": low, "maximum": high})
     def read(name: str, value: Any) -> int:
         if isinstance(value, float) and value.is_integer():
-            value = int(value)
+            # Beyond, JSON's integers have become floats, and are not what was written.
+            value = int(value) if abs(value) <= _MAX_EXACT else value
+            if isinstance(value, float):
+                raise out_of_range(name, f"between {low} and {high}", value)
         if isinstance(value, bool) or not isinstance(value, int):
             raise wrong_type(name, "an integer", value)
         if not low <= value <= high:
@@ -90,9 +162,10 @@ def integer(low: int = -MAX_INT, high: int = MAX_INT) -> Reader:
     return read
 
 
-def list_of(read_item: Reader, what: str, max_items: int) -> Reader:
+def list_of(read_item: Reader, what: str, max_items: int) -> TypedReader[tuple[Any, ...]]:
     """A reader of arrays, each item read by ``read_item``; the result is a tuple."""
 
+    @typed({"type": "array", "items": schema_of(read_item), "maxItems": max_items})
     def read(name: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise wrong_type(name, f"an array of {what}", value)
@@ -103,6 +176,7 @@ def list_of(read_item: Reader, what: str, max_items: int) -> Reader:
     return read
 
 
+@typed({"type": "object"})
 def read_object(name: str, value: Any) -> dict[str, Any]:
     """A JSON object."""
     if not isinstance(value, dict):
@@ -130,6 +204,10 @@ class Refused:
         raise InvalidParameterError(
             f"{name} {self.why}{hint}", param=name, code="unsupported_parameter"
         )
+
+    def schema(self) -> Schema:
+        """The schema of what passes."""
+        return {"enum": [*self.neutral, None], STATUS: "refused", "description": self.why}
 
 
 def shown_neutral(value: Any) -> str:
@@ -179,3 +257,38 @@ def require_in(values: Mapping[str, Any], field: str, where: str) -> Any:
             f"{where}.{field} is required", param=where, code="missing_required_parameter"
         )
     return values[field]
+
+
+@dataclass(frozen=True, slots=True)
+class FieldTable:
+    """All fields of one kind of object: what ``read_fields`` reads it through, and its schema."""
+
+    honoured: Mapping[str, Reader]
+    refused: Mapping[str, Refused] = field(default_factory=dict)
+    annotations: frozenset[str] = frozenset()
+    required: tuple[str, ...] = ()
+
+    def schema(self) -> Schema:
+        """The object's schema. A field that is not required may be ``null``."""
+        properties: dict[str, Schema] = {}
+        for name, reader in self.honoured.items():
+            schema = schema_of(reader)
+            optional = schema if name in self.required else nullable(schema)
+            properties[name] = {**optional, STATUS: "honoured"}
+        for name, refused in self.refused.items():
+            properties[name] = refused.schema()
+        for name in self.annotations:
+            properties[name] = {STATUS: "no effect"}
+        return {
+            "type": "object",
+            "properties": dict(sorted(properties.items())),
+            **({"required": list(self.required)} if self.required else {}),
+        }
+
+
+def nullable(schema: Schema) -> Schema:
+    """``schema``, or ``null``."""
+    kind = schema.get("type")
+    if isinstance(kind, str) and "enum" not in schema:
+        return {**schema, "type": [kind, "null"]}
+    return {"anyOf": [schema, {"type": "null"}]} if schema else {}

@@ -184,11 +184,13 @@ class ChoiceFrames:
             self._content + _dumps(text), self._logprobs(entries), b"null", usage, self._ids()
         )
 
-    def last(self, finish_reason: str, usage: Usage) -> bytes:
+    def last(self, finish_reason: str, usage: Usage, timing: dict[str, Any] | None = None) -> bytes:
         """The chunk that ends the choice; the only one with a ``finish_reason``."""
         body = b"" if self._is_chat else b'""'
-        reason = b'"%s"' % finish_reason.encode()
-        return self._echo(usage) + self._chunk(body, b"null", reason, usage, self._ids())
+        ending = b'"%s"' % finish_reason.encode()
+        if timing is not None:
+            ending += b',"timing":' + _dumps(timing)
+        return self._echo(usage) + self._chunk(body, b"null", ending, usage, self._ids())
 
     def _echo(self, usage: Usage) -> bytes:
         """The chunk that repeats the prompt, once."""

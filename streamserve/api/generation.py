@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from streamserve.api.answer_plan import AnswerPlan
-from streamserve.api.body import ignored_fields_header, parse_json_object, read_body
+from streamserve.api.body import ignored_fields_headers, parse_json_object, read_body
 from streamserve.api.chat_request import parse_chat_request
 from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.context import ApiContext
@@ -36,6 +36,7 @@ from streamserve.api.parsed_frames import ParsedFrames
 from streamserve.api.prompts import LONG_BODY, Endpoint, PromptWorkers, Work, chat_work
 from streamserve.api.sampling import Common
 from streamserve.api.sse import AnswerStream, StreamedChoice
+from streamserve.api.timing import TimedDelivery
 from streamserve.api.whole import best_choices, collect_all, whole_answer
 from streamserve.core.request import FinishReason
 from streamserve.engine.intake import Origin
@@ -115,9 +116,10 @@ class GenerationEndpoint(ABC):
             created=int(context.wall_clock()),
             model=work.common.model or context.config.served_model_names[0],
         )
-        headers = self._headers(work.common)
+        headers = ignored_fields_headers(work.common.unknown_fields)
+        delivery_type = TimedDelivery if work.common.include_timing else Delivery
         prompts = work.prompts_of_streams
-        deliveries = [Delivery(context.metrics, context.clock, arrival_time) for _ in prompts]
+        deliveries = [delivery_type(context.metrics, context.clock, arrival_time) for _ in prompts]
         streams = self._submit(work, envelope.id, arrival_time)
         context.request_log.admitted(
             envelope.id,
@@ -132,7 +134,9 @@ class GenerationEndpoint(ABC):
                 await answer(scope, receive, send)
             else:
                 async with DisconnectGuard(receive):
-                    candidates = await collect_all(streams, prompts, self._parsers(work))
+                    candidates = await collect_all(
+                        streams, prompts, deliveries, self._parsers(work)
+                    )
                 choices = candidates
                 if work.choices.are_compared:
                     count, n = work.choices.num_candidates, work.choices.n
@@ -228,6 +232,7 @@ class GenerationEndpoint(ABC):
             num_per_prompt=work.choices.n,
             headers=headers,
             ping_interval_s=self._context.config.ping_interval_s,
+            progress_of=self._context.engine.progress if options.include_progress else None,
             raw_send=scope[RAW_SEND],
         )
 
@@ -237,11 +242,6 @@ class GenerationEndpoint(ABC):
         return [
             None if parsing is None else parsing.new(token_bytes) for _ in work.prompts_of_streams
         ]
-
-    def _headers(self, common: Common) -> dict[str, str]:
-        if not common.unknown_fields:
-            return {}
-        return {"X-Ignored-Fields": ignored_fields_header(common.unknown_fields)}
 
     def check_common(self, common: Common) -> None:
         """Check what only the server's config can say."""
@@ -253,17 +253,7 @@ class GenerationEndpoint(ABC):
                 param="priority",
                 code="unsupported_parameter",
             )
-        if not common.unknown_fields:
-            return
-        if config.strict_fields:
-            names = ignored_fields_header(common.unknown_fields)
-            raise InvalidParameterError(
-                f"Unknown fields: {names} (the server runs with --strict-fields)",
-                param=common.unknown_fields[0][:64],
-                code="unknown_parameter",
-            )
-        for name in common.unknown_fields:
-            self._context.field_log.unknown(name)
+        self._context.check_unknown(common.unknown_fields)
 
 
 class ChatEndpoint(GenerationEndpoint):

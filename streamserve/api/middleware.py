@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from streamserve.api.errors import HttpError, error_response
 
+_GUARDED = frozenset({"/v1", "/tokenize", "/detokenize"})
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -50,7 +51,10 @@ class RequestIdMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Asks for a key under ``/v1``. Health, version and metrics stay open, as in vLLM."""
+    """Asks for a key where a request costs something: under ``/v1``, and for tokenising.
+
+    Health, version and metrics stay open, as in vLLM, and so do the pages: they hold no secret.
+    """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self._app = app
@@ -89,4 +93,4 @@ def _is_guarded(scope: Scope) -> bool:
     root_path: str = scope.get("root_path", "")
     if root_path and (path == root_path or path.startswith(root_path + "/")):
         path = path[len(root_path) :]
-    return path == "/v1" or path.startswith("/v1/")
+    return path in _GUARDED or path.startswith("/v1/")

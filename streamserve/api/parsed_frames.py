@@ -49,13 +49,13 @@ class ParsedFrames(ChoiceFrames):
     def text(self, text: str, usage: Usage) -> bytes:
         return self._render(self._parser.feed(text), usage)
 
-    def last(self, finish_reason: str, usage: Usage) -> bytes:
+    def last(self, finish_reason: str, usage: Usage, timing: dict[str, Any] | None = None) -> bytes:
         events = self._parser.finish()
         if not events and (self.holds_any or not self._has_begun):
             events = [Content("")]
         body = self._render(events, usage)
-        has_calls = self._parser.num_calls > 0
-        return body + super().last(openai_finish_reason(finish_reason, has_calls=has_calls), usage)
+        reason = openai_finish_reason(finish_reason, has_calls=self._parser.num_calls > 0)
+        return body + super().last(reason, usage, timing)
 
     def _render(self, events: Sequence[Event], usage: Usage) -> bytes:
         usage.reasoning_tokens = self._parser.num_reasoning_tokens

@@ -11,16 +11,20 @@ from streamserve.api.extras import EXTRA_FIELDS
 from streamserve.api.fields import (
     MAX_INT,
     MAX_INT64,
+    FieldTable,
     Reader,
     Refused,
     integer,
     list_of,
+    number,
     out_of_range,
+    positive,
     read_bool,
     read_fields,
-    read_number,
     read_object,
     read_str,
+    schema_of,
+    typed,
     wrong_type,
 )
 from streamserve.api.structured import STRUCTURED_FIELDS, structured_output
@@ -37,6 +41,7 @@ GENERATION_CONFIG_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetitio
 say: many checkpoints leave it out or wrong, and a request that wants greedy says temperature 0."""
 
 token_id = integer(0, MAX_INT)
+_bias = number(-100.0, 100.0)
 
 # Accepted and without effect: they say something about the request, not about the answer.
 ANNOTATIONS = frozenset(
@@ -75,6 +80,18 @@ REFUSED: dict[str, Refused] = {
 }
 
 
+@typed(
+    {
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            {
+                "type": "array",
+                "items": {"type": "string", "minLength": 1},
+                "maxItems": MAX_STOP_STRINGS,
+            },
+        ]
+    }
+)
 def _read_stop(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
@@ -84,6 +101,14 @@ def _read_stop(name: str, value: Any) -> tuple[str, ...]:
     return stops
 
 
+@typed(
+    {
+        "type": "object",
+        "maxProperties": MAX_LOGIT_BIAS,
+        "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+        "additionalProperties": schema_of(_bias),
+    }
+)
 def _read_logit_bias(name: str, value: Any) -> dict[int, float]:
     pairs = read_object(name, value)
     if len(pairs) > MAX_LOGIT_BIAS:
@@ -93,10 +118,11 @@ def _read_logit_bias(name: str, value: Any) -> dict[int, float]:
         # int() is too kind: it takes "1_0", " 1" and other scripts' digits.
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
             raise out_of_range(name, "keyed by token ids", key)
-        biases[token_id(f"{name} key", int(key))] = read_number(f"{name}[{key}]", bias)
+        biases[token_id(f"{name} key", int(key))] = _bias(f"{name}[{key}]", bias)
     return biases
 
 
+@typed({"type": "string", "minLength": 1, "maxLength": MAX_CACHE_SALT})
 def _read_cache_salt(name: str, value: Any) -> str:
     salt = read_str(name, value)
     if not 1 <= len(salt) <= MAX_CACHE_SALT:
@@ -106,17 +132,22 @@ def _read_cache_salt(name: str, value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """How a streamed answer reports usage."""
+    """What a streamed answer reports besides its text."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_timing: bool = False
+    include_progress: bool = False
 
 
 _STREAM_OPTIONS: dict[str, Reader] = {
     "include_usage": read_bool,
     "continuous_usage_stats": read_bool,
+    "include_timing": read_bool,
+    "include_progress": read_bool,
 }
 _STREAM_OPTIONS_REFUSED = {"include_obfuscation": Refused((False,))}
+STREAM_OPTIONS_TABLE = FieldTable(_STREAM_OPTIONS, _STREAM_OPTIONS_REFUSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +158,7 @@ class _RawStreamOptions:
     unknown: tuple[str, ...]
 
 
+@typed(STREAM_OPTIONS_TABLE.schema())
 def _read_stream_options(name: str, value: Any) -> _RawStreamOptions:
     values, unknown = read_fields(
         read_object(name, value),
@@ -141,22 +173,22 @@ def _read_stream_options(name: str, value: Any) -> _RawStreamOptions:
 SAMPLING_FIELDS: dict[str, Reader] = {
     "allowed_token_ids": list_of(token_id, "token ids", MAX_ALLOWED_TOKEN_IDS),
     "bad_words": list_of(read_str, "strings", MAX_BAD_WORDS),
-    "frequency_penalty": read_number,
+    "frequency_penalty": number(-2.0, 2.0),
     "ignore_eos": read_bool,
     "include_stop_str_in_output": read_bool,
     "logit_bias": _read_logit_bias,
-    "min_p": read_number,
+    "min_p": number(0.0, 1.0),
     "min_tokens": integer(0),
-    "presence_penalty": read_number,
-    "repetition_penalty": read_number,
+    "presence_penalty": number(-2.0, 2.0),
+    "repetition_penalty": positive(),
     "seed": integer(-MAX_INT64 - 1, MAX_INT64),
     "skip_special_tokens": read_bool,
     "spaces_between_special_tokens": read_bool,
     "stop": _read_stop,
     "stop_token_ids": list_of(token_id, "token ids", MAX_STOP_TOKEN_IDS),
-    "temperature": read_number,
+    "temperature": number(0.0, 2.0),
     "top_k": integer(),
-    "top_p": read_number,
+    "top_p": positive(1.0),
 }
 
 COMMON_FIELDS: dict[str, Reader] = {
@@ -165,6 +197,7 @@ COMMON_FIELDS: dict[str, Reader] = {
     **EXTRA_FIELDS,
     **CHOICE_FIELDS,
     "cache_salt": _read_cache_salt,
+    "include_timing": read_bool,
     "model": read_str,
     "priority": integer(),
     "stream": read_bool,
@@ -179,6 +212,7 @@ class Common:
     model: str | None
     stream: bool
     stream_options: StreamOptions
+    include_timing: bool
     priority: int
     cache_salt: str
     unknown_fields: tuple[str, ...]
@@ -194,10 +228,12 @@ def read_common(values: Mapping[str, Any], unknown: list[str]) -> Common:
             param="stream_options",
             code="invalid_value",
         )
+    options = StreamOptions() if raw is None else raw.options
     return Common(
         model=values.get("model"),
         stream=stream,
-        stream_options=StreamOptions() if raw is None else raw.options,
+        stream_options=options,
+        include_timing=options.include_timing or values.get("include_timing", False),
         priority=values.get("priority", 0),
         cache_salt=values.get("cache_salt", ""),
         unknown_fields=tuple(unknown) + (() if raw is None else raw.unknown),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 from orjson import dumps
 from sse_starlette.sse import EventSourceResponse
@@ -18,9 +19,12 @@ from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.errors import error_content
 from streamserve.api.frames import DONE, PING, ChoiceFrames, Envelope, error_frame, usage_frame
 from streamserve.api.metrics import Delivery
+from streamserve.api.progress import ProgressComments
+from streamserve.api.timing import TimedDelivery
 from streamserve.api.writer import AsgiWriter, FrameWriter, writer_of
 from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage
+from streamserve.engine.progress import RequestProgress
 from streamserve.engine.stream import RequestStream, TextSink
 from streamserve.errors import EngineError
 
@@ -58,6 +62,14 @@ class StreamedChoice:
         self.delivery = delivery
         self.usage = Usage(prompt_tokens=stream.num_prompt_tokens)
 
+    def timing(self, last: RequestOutput) -> dict[str, Any] | None:
+        """What the chunk after the last text says, if it was asked for."""
+        if not isinstance(self.delivery, TimedDelivery):
+            return None
+        if last.text:  # leaves with the timing, which is written before
+            self.delivery.times.stamp()
+        return self.delivery.times.content(self.stream, last.usage)
+
 
 class _Nothing:
     """Stands in for the body iterator, which the token path does not use."""
@@ -86,6 +98,7 @@ class AnswerStream(EventSourceResponse):
         headers: dict[str, str],
         ping_interval_s: float,
         raw_send: Send,
+        progress_of: Callable[[str], RequestProgress | None] | None = None,
     ) -> None:
         super().__init__(
             _Nothing(), headers={"Cache-Control": "no-cache", **headers}, ping=ping_interval_s
@@ -100,6 +113,8 @@ class AnswerStream(EventSourceResponse):
         self._num_sent_before = 0
         self._ping_timer: asyncio.TimerHandle | None = None
         self._pinging: asyncio.Task[None] | None = None
+        self._progress_of = progress_of
+        self._progress: ProgressComments | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -107,7 +122,7 @@ class AnswerStream(EventSourceResponse):
                 await self._stream_response(send)
         finally:
             self.active = False
-            self._stop_pings()
+            self._stop_comments()
 
     async def _stream_response(self, send: Send) -> None:
         start: Message = {
@@ -119,6 +134,12 @@ class AnswerStream(EventSourceResponse):
             await send(start)
             self._writer = writer_of(self._raw_send)
             self._start_ping_timer()
+            if self._progress_of is not None:
+                streams = [choice.stream for choice in self._choices]
+                self._progress = ProgressComments(
+                    streams, self._progress_of, self._writer.write_now
+                )
+                self._progress.start()
             if len(self._choices) == 1:
                 await self._pump(self._choices[0], self._ending)
             else:
@@ -179,7 +200,7 @@ class AnswerStream(EventSourceResponse):
         body = opening
         if output.text or frames.holds_any:
             body += frames.text(output.text, output.usage)
-        body += frames.last(output.finish_reason, output.usage)
+        body += frames.last(output.finish_reason, output.usage, choice.timing(output))
         await (self._send(body) if ending is None else self._send_last(body + ending()))
         if output.text:
             delivery.text_sent()
@@ -220,7 +241,9 @@ class AnswerStream(EventSourceResponse):
         self._num_sent += 1
 
     async def _send_last(self, body: bytes) -> None:
-        self.active = False  # no ping may follow
+        self.active = False  # no ping may follow, and no progress
+        if self._progress is not None:
+            self._progress.stop()
         self._guard.release()
         await self._raw_send({"type": "http.response.body", "body": body, "more_body": False})
 
@@ -242,7 +265,9 @@ class AnswerStream(EventSourceResponse):
         if self.active and (writing := self._writer.write(PING)) is not None:
             await writing
 
-    def _stop_pings(self) -> None:
+    def _stop_comments(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
         if self._ping_timer is not None:
             self._ping_timer.cancel()
         if self._pinging is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from streamserve.api.fields import (
+    FieldTable,
     Reader,
     list_of,
     out_of_range,
@@ -18,6 +19,7 @@ from streamserve.api.fields import (
     read_object,
     read_str,
     shown,
+    typed,
     wrong_type,
 )
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
@@ -43,6 +45,7 @@ def _any_object(name: str) -> StructuredOutput:
     return _json_schema(name, {"type": "object"})
 
 
+@typed({"type": ["object", "string"]})
 def _read_schema(name: str, value: Any) -> StructuredOutput:
     """A schema as JSON or, as vLLM allows, as a string of JSON."""
     if isinstance(value, str):
@@ -57,10 +60,12 @@ def _read_schema(name: str, value: Any) -> StructuredOutput:
     return _json_schema(name, value)
 
 
+@typed({"type": "string", "minLength": 1})
 def _read_regex(name: str, value: Any) -> StructuredOutput:
     return StructuredOutput(kind=GrammarKind.REGEX, text=_non_empty(name, value), param=name)
 
 
+@typed({"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_CHOICES})
 def _read_choice(name: str, value: Any) -> StructuredOutput:
     choices: tuple[str, ...] = list_of(read_str, "strings", MAX_CHOICES)(name, value)
     if not choices:
@@ -72,10 +77,12 @@ def _read_choice(name: str, value: Any) -> StructuredOutput:
     return StructuredOutput(kind=GrammarKind.CHOICE, text=text, param=name)
 
 
+@typed({"type": "string", "minLength": 1})
 def _read_grammar(name: str, value: Any) -> StructuredOutput:
     return StructuredOutput(kind=GrammarKind.LARK, text=_non_empty(name, value), param=name)
 
 
+@typed({"type": "boolean"})
 def _read_json_object(name: str, value: Any) -> StructuredOutput | None:
     return _any_object(name) if read_bool(name, value) else None
 
@@ -102,6 +109,10 @@ _OPTIONS: dict[str, Reader] = {
 }
 
 
+STRUCTURED_OUTPUTS_TABLE = FieldTable({**_CONSTRAINTS, **_OPTIONS})
+
+
+@typed({**STRUCTURED_OUTPUTS_TABLE.schema(), "additionalProperties": False})
 def _read_structured_outputs(name: str, value: Any) -> StructuredOutput:
     given = {key: v for key, v in read_object(name, value).items() if v is not None}
     _check_keys(name, given, {*_CONSTRAINTS, *_OPTIONS})
@@ -139,6 +150,36 @@ def _closed(schema: Any) -> Any:
     return closed
 
 
+_DESCRIBED_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": ["string", "null"]},
+        "description": {"type": ["string", "null"]},
+        "strict": {"type": ["boolean", "null"]},
+        "schema": {"type": ["object", "null"]},
+    },
+    "additionalProperties": False,
+}
+
+
+@typed(
+    {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {"type": {"enum": ["text", "json_object"]}},
+                "required": ["type"],
+                "additionalProperties": False,
+            },
+            {
+                "type": "object",
+                "properties": {"type": {"const": "json_schema"}, "json_schema": _DESCRIBED_SCHEMA},
+                "required": ["type", "json_schema"],
+                "additionalProperties": False,
+            },
+        ]
+    }
+)
 def _read_response_format(name: str, value: Any) -> StructuredOutput | None:
     given = read_object(name, value)
     kind = read_str(f"{name}.type", given.get("type", ""))
@@ -172,6 +213,7 @@ def _read_response_format(name: str, value: Any) -> StructuredOutput | None:
     return _json_schema(f"{where}.schema", read_object(f"{where}.schema", schema))
 
 
+@typed({"enum": list(_BACKENDS)})
 def _read_backend(name: str, value: Any) -> str:
     backend = read_str(name, value)
     if backend not in _BACKENDS:

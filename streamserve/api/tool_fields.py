@@ -10,21 +10,25 @@ from typing import Any
 import orjson
 
 from streamserve.api.fields import (
+    FieldTable,
     Reader,
+    TypedReader,
     out_of_range,
     read_bool,
     read_fields,
     read_object,
     read_str,
     require_in,
+    schema_of,
     shown,
+    typed,
     wrong_type,
 )
 from streamserve.errors import InvalidParameterError
 
 MAX_TOOLS = 128  # OpenAI's
 MAX_CALLS = 1024  # in one message
-_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_NAME = re.compile(r"^[a-zA-Z0-9_.-]{1,64}$")
 _CHOICES = ("none", "auto", "required")
 
 
@@ -66,7 +70,16 @@ class Tools:
     items: tuple[Tool, ...]
     unknown: tuple[str, ...]
 
+    @property
+    def definitions(self) -> list[dict[str, Any]] | None:
+        """What a chat template sees: ``None`` is no tool."""
+        return [tool.definition for tool in self.items] or None
 
+
+NO_TOOLS = Tools((), ())
+
+
+@typed({"type": "string", "pattern": _NAME.pattern})
 def read_name(name: str, value: Any) -> str:
     """A function's name."""
     text = read_str(name, value)
@@ -75,6 +88,7 @@ def read_name(name: str, value: Any) -> str:
     return text
 
 
+@typed({"const": "function"})
 def _read_type(name: str, value: Any) -> str:
     kind = read_str(name, value)
     if kind != "function":
@@ -92,12 +106,18 @@ _FUNCTION_FIELDS: dict[str, Reader] = {
     "parameters": read_object,
     "strict": read_bool,
 }
+FUNCTION_TABLE = FieldTable(_FUNCTION_FIELDS, required=("name",))
+_TOOL_FIELDS: dict[str, Reader] = {
+    "function": TypedReader(read_object, FUNCTION_TABLE.schema()),
+    "type": _read_type,
+}
+TOOL_TABLE = FieldTable(_TOOL_FIELDS, required=("function", "type"))
 
 
 def _read_tool(name: str, value: Any, unknown: list[str]) -> Tool:
     values, unknown_here = read_fields(
         read_object(name, value),
-        honoured={"type": _read_type, "function": read_object},
+        honoured=_TOOL_FIELDS,
         refused={},
         annotations=frozenset(),
         prefix=f"{name}.",
@@ -118,6 +138,7 @@ def _read_tool(name: str, value: Any, unknown: list[str]) -> Tool:
     return Tool(tool_name, {"type": "function", "function": function}, parameters, is_strict)
 
 
+@typed({"type": "array", "maxItems": MAX_TOOLS, "items": TOOL_TABLE.schema()})
 def read_tools(name: str, value: Any) -> Tools:
     """``tools``."""
     if not isinstance(value, list):
@@ -144,6 +165,21 @@ class ToolChoice:
     name: str | None = None
 
 
+_NAMED_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {"name": schema_of(read_name)},
+            "required": ["name"],
+        },
+    },
+    "required": ["type", "function"],
+}
+
+
+@typed({"anyOf": [{"enum": list(_CHOICES)}, _NAMED_SCHEMA]})
 def read_tool_choice(name: str, value: Any) -> ToolChoice:
     """``tool_choice``."""
     if isinstance(value, str):
@@ -160,7 +196,7 @@ def read_tool_choice(name: str, value: Any) -> ToolChoice:
 
 def tool_use(values: Mapping[str, Any]) -> ToolUse:
     """Put a request's fields together. Raises ``InvalidParameterError`` if they do not agree."""
-    tools: Tools = values.get("tools", Tools((), ()))
+    tools: Tools = values.get("tools", NO_TOOLS)
     choice: ToolChoice = values.get("tool_choice", ToolChoice("auto"))
     if not tools.items:
         if choice.choice in ("required", "named"):
@@ -178,6 +214,7 @@ def tool_use(values: Mapping[str, Any]) -> ToolUse:
     return ToolUse(tools.items, choice.choice, choice.name, values.get("parallel_tool_calls", True))
 
 
+@typed({"type": "string"})
 def _read_arguments(name: str, value: Any) -> dict[str, Any]:
     """The object that a call's arguments are: templates want it parsed."""
     text = read_str(name, value)
@@ -202,6 +239,22 @@ class ToolCalls:
     unknown: tuple[str, ...]
 
 
+# What clients leave there that put a streamed call together, or parsed it.
+_CALL_ANNOTATIONS = frozenset({"index"})
+_CALLED_ANNOTATIONS = frozenset({"parsed_arguments"})
+_CALLED_FIELDS: dict[str, Reader] = {"name": read_name, "arguments": _read_arguments}
+CALLED_TABLE = FieldTable(
+    _CALLED_FIELDS, annotations=_CALLED_ANNOTATIONS, required=("arguments", "name")
+)
+_CALL_FIELDS: dict[str, Reader] = {
+    "function": TypedReader(read_object, CALLED_TABLE.schema()),
+    "id": read_str,
+    "type": _read_type,
+}
+CALL_TABLE = FieldTable(_CALL_FIELDS, annotations=_CALL_ANNOTATIONS, required=("function", "id"))
+
+
+@typed({"type": "array", "maxItems": MAX_CALLS, "items": CALL_TABLE.schema()})
 def read_tool_calls(name: str, value: Any) -> ToolCalls:
     """``tool_calls`` of a message."""
     if not isinstance(value, list):
@@ -211,13 +264,6 @@ def read_tool_calls(name: str, value: Any) -> ToolCalls:
     unknown: list[str] = []
     items = tuple(_read_call(f"{name}[{i}]", raw, unknown) for i, raw in enumerate(value))
     return ToolCalls(items, tuple(unknown))
-
-
-_CALL_FIELDS: dict[str, Reader] = {"id": read_str, "type": _read_type, "function": read_object}
-_CALLED_FIELDS: dict[str, Reader] = {"name": read_name, "arguments": _read_arguments}
-# What clients leave there that put a streamed call together, or parsed it.
-_CALL_ANNOTATIONS = frozenset({"index"})
-_CALLED_ANNOTATIONS = frozenset({"parsed_arguments"})
 
 
 def _read_call(name: str, value: Any, unknown: list[str]) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import orjson
 from streamserve.api.extras import Extras, Prompt
 from streamserve.api.frames import Envelope, Kind, openai_finish_reason, usage_content
 from streamserve.api.logprobs import chat_logprobs, joined, prompt_logprobs
+from streamserve.api.metrics import Delivery
 from streamserve.api.parsed_frames import parsed_message
 from streamserve.api.sse import check_success
+from streamserve.api.timing import TimedDelivery
 from streamserve.core.plan import TokenLogprobs
 from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage
@@ -32,18 +34,22 @@ class Choice:
     usage: Usage
     logprobs: list[TokenLogprobs]
     prompt_logprobs: list[TokenLogprobs] | None
+    timing: dict[str, Any] | None = None
     message: dict[str, Any] | None = None  # chat's, where it is more than the text
     has_calls: bool = False
 
 
 async def collect(
-    stream: RequestStream, prompt: Prompt, parser: AnswerParser | None = None
+    stream: RequestStream, prompt: Prompt, delivery: Delivery, parser: AnswerParser | None = None
 ) -> Choice:
     """Read a stream to its end. Raises ``EngineError`` unless it is a success."""
+    times = delivery.times if isinstance(delivery, TimedDelivery) else None
     outputs: list[RequestOutput] = []
     while True:
         output = await stream.get()
         outputs.append(output)
+        if times is not None and output.text:
+            times.stamp()
         if output.finish_reason is not None:
             break
     check_success(output)
@@ -55,6 +61,7 @@ async def collect(
         output.usage,
         [entry for part in outputs for entry in part.logprobs],
         outputs[0].prompt_logprobs,
+        None if times is None else times.content(stream, output.usage),
     )
     if parser is not None:
         parser.count(choice.token_ids)
@@ -66,10 +73,11 @@ async def collect(
 async def collect_all(
     streams: Sequence[RequestStream],
     prompts: Sequence[Prompt],
+    deliveries: Sequence[Delivery],
     parsers: Sequence[AnswerParser | None],
 ) -> list[Choice]:
     """Read all streams; the first that fails ends the wait for the others."""
-    reads = [collect(*read) for read in zip(streams, prompts, parsers, strict=True)]
+    reads = [collect(*read) for read in zip(streams, prompts, deliveries, parsers, strict=True)]
     if len(reads) == 1:
         return [await reads[0]]
     try:
@@ -135,6 +143,8 @@ def _whole_choice(kind: Kind, index: int, choice: Choice, extras: Extras) -> dic
         "logprobs": _logprobs(kind, choice, extras),
         "finish_reason": openai_finish_reason(choice.finish_reason, has_calls=choice.has_calls),
     }
+    if choice.timing is not None:
+        content["timing"] = choice.timing
     if extras.token_ids:
         content["token_ids"] = choice.token_ids
     if not kind.is_chat:

@@ -23,6 +23,11 @@ QUANTIZATIONS = ("int8", "int4", "fp8")
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 KV_CACHE_DTYPES = ("auto", "fp8")
+ONLY_ONE = {
+    "tensor_parallel_size": "several devices are not built yet",
+    "pipeline_parallel_size": "several devices are not built yet",
+}
+"""Flags that may only say 1, and why."""
 
 _EXAMPLES = """examples:
   streamserve serve                       the model in the box, on http://127.0.0.1:8000
@@ -324,6 +329,9 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         "leave out the beginning of (default: what the chat template says)",
     )
     group.add_argument(
+        "--no-ui", action="store_true", help="serve no pages: neither the chat at / nor /docs"
+    )
+    group.add_argument(
         "--drain-timeout",
         "--shutdown-timeout",
         type=float,
@@ -377,12 +385,9 @@ def check_flags(args: Namespace) -> None:
 
     What depends on the device is for `device_flags`.
     """
-    for flag in ("tensor_parallel_size", "pipeline_parallel_size"):
+    for flag, why in ONLY_ONE.items():
         if (value := getattr(args, flag)) != 1:
-            name = flag.replace("_", "-")
-            raise ConfigError(
-                f"--{name} must be 1 (several devices are not built yet), got {value}"
-            )
+            raise ConfigError(f"--{flag.replace('_', '-')} must be 1 ({why}), got {value}")
     if args.quantization not in (None, *QUANTIZATIONS):
         raise ConfigError(
             f"--quantization must be one of {', '.join(QUANTIZATIONS)}, got {args.quantization!r}"

@@ -44,6 +44,8 @@ def run_serve(args: Namespace) -> int:
         def ready(url: str) -> None:
             say(f"ready in {time.monotonic() - started:.1f} s: {url}")
             say(_curl_line(url, config))
+            if config.has_pages:
+                say(f"or open {url} in a browser")
 
         def draining(num_requests: int) -> None:
             answers = "answer" if num_requests == 1 else "answers"
@@ -142,6 +144,7 @@ def api_config(args: Namespace) -> ApiConfig:
         max_logged_characters=args.max_log_len,
         ping_interval_s=args.sse_keep_alive_interval,
         max_header_bytes=args.h11_max_incomplete_event_size,
+        has_pages=not args.no_ui,
     )
 
 

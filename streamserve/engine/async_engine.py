@@ -32,6 +32,7 @@ from streamserve.engine.grammar import Grammars
 from streamserve.engine.grammar_masks import GrammarError, GrammarMasks
 from streamserve.engine.intake import Intake
 from streamserve.engine.live import BeamGroup, Live, advance_beams
+from streamserve.engine.progress import ProgressBoard
 from streamserve.engine.stats import EngineStats, stats_of
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import (
@@ -94,6 +95,7 @@ class AsyncEngine(EngineFront):
         self._clock = clock
         self._idle_delay_s = idle_delay_s
         self._max_steps_in_flight = scheduler.config.max_steps_in_flight
+        self.progress = ProgressBoard(self._live, clock).of  # of a request that has not ended
         self._in_flight: deque[tuple[int, Future[ModelRunnerOutput]]] = deque()
         self._unsampled: SchedulerOutput | None = None  # launched, its masks not yet known
         self._updates: list[RequestUpdate] = []  # of the last retired step, not yet text

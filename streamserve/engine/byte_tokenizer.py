@@ -64,6 +64,9 @@ class ByteTokenizer:
             return bytes([token_id])
         return self._names.get(token_id, "").encode()
 
+    def id_to_token(self, token_id: int) -> str:
+        return self.token_text(token_id)
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._names
 

@@ -42,6 +42,14 @@ class PromptEncoder:
         """Token ids of ``text``."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ``token_ids``, special tokens included."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def id_to_token(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary writes it."""
+        return [self._tokenizer.id_to_token(token_id) for token_id in token_ids]
+
     def chat(
         self, messages: Sequence[Message], /, *, add_special_tokens: bool = False, **options: Any
     ) -> ChatPrompt:
@@ -81,6 +89,16 @@ class Preprocessor:
         """Token ids of ``text``. Raises ``InvalidParameterError`` past the time limit."""
         work = partial(self._encoder.encode, text, add_special_tokens=add_special_tokens)
         return await self._run(work, num_characters=len(text), param="prompt")
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ``token_ids``, special tokens included. Raises as ``encode``."""
+        work = partial(self._encoder.decode, token_ids)
+        return await self._run(work, num_characters=len(token_ids), param="tokens")
+
+    async def id_to_token(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary writes it. Raises as ``encode``."""
+        work = partial(self._encoder.id_to_token, token_ids)
+        return await self._run(work, num_characters=len(token_ids), param="return_token_strs")
 
     async def chat(
         self,

@@ -47,6 +47,9 @@ class Tokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """The same as bytes, parts of characters included."""
 
+    def id_to_token(self, token_id: int) -> str:
+        """The token as the vocabulary writes it ("Ġhello"); empty if there is none."""
+
     def is_special(self, token_id: int) -> bool:
         """Whether ``skip_special_tokens`` leaves the token out."""
 
@@ -132,11 +135,15 @@ class FastTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         try:
-            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            # ``decode`` holds the interpreter lock, this does not.
+            [text] = self._backend.decode_batch(
+                [list(ids)], skip_special_tokens=skip_special_tokens
+            )
         except BaseException as error:
             if not _is_panic(error):
                 raise
             raise EngineError("the tokenizer cannot decode these tokens") from error
+        return text
 
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
@@ -148,6 +155,9 @@ class FastTokenizer:
         if self._byte_decoder is not None:
             return self._byte_decoder.token_to_bytes(token)
         return self._backend.decode([token_id], skip_special_tokens=False).encode()
+
+    def id_to_token(self, token_id: int) -> str:
+        return self._backend.id_to_token(token_id) or ""
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._all_special_ids

@@ -81,6 +81,7 @@ class Api:
         max_num_waiting: int = 64,
         speculative: SpeculativeConfig | None = None,
         generation_config: dict[str, Any] | None = None,
+        max_model_len: int = MAX_MODEL_LEN,
         load_text: TextLoader | None = None,
         template: str | ChatTemplate = "plain",
         answer_format: AnswerFormat | None = None,
@@ -89,7 +90,7 @@ class Api:
         self.pace = HeldPace(is_held=is_held)
         self.tokenizer = ByteTokenizer()
         scheduler_config = SchedulerConfig(
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=max_model_len,
             max_num_seqs=8,
             max_num_waiting=max_num_waiting,
             speculative=speculative,
@@ -103,7 +104,7 @@ class Api:
             runner=self.runner,
             tokenizer=self.tokenizer,
             eos_token_ids=frozenset({257}),
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=max_model_len,
         )
         self.config = ApiConfig(
             **{"served_model_names": (MODEL, "alias"), "port": 0, "drain_timeout_s": 0.0, **config}
@@ -118,7 +119,7 @@ class Api:
             ),
             tokenizer=self.tokenizer,
             config=self.config,
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=max_model_len,
             generation_config=generation_config,
             answer_format=answer_format or AnswerFormat(),
             wall_clock=lambda: CREATED + 0.5,

@@ -141,10 +141,18 @@ async def test_the_models_are_listed():
         "object": "model",
         "created": CREATED,
         "owned_by": "streamserve",
+        "root": MODEL,
+        "parent": None,
         "max_model_len": MAX_MODEL_LEN,
     }
-    assert models.json == {"object": "list", "data": [card, {**card, "id": "alias"}]}
-    assert one.json == card
+    cards = models.json["data"]
+    assert models.json == {"object": "list", "data": cards}
+    assert one.json == cards[0]
+    for entry, name in zip(cards, (MODEL, "alias"), strict=True):
+        [permission] = entry.pop("permission")
+        assert entry == {**card, "id": name}
+        assert permission["object"] == "model_permission"
+        assert permission["allow_sampling"] is True
     assert unknown.status == 404
     assert unknown.error["code"] == "model_not_found"
 
@@ -163,7 +171,7 @@ async def test_version_and_health():
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("GET", "/v1", 404),
         ("POST", "/v1/chat/completions/", 404),
         ("POST", "/v1/embeddings", 404),

@@ -168,7 +168,7 @@ class Panics:
     def encode_batch_fast(self, *args, **kwargs):
         raise self.PanicException("index out of bounds")
 
-    def decode(self, *args, **kwargs):
+    def decode_batch(self, *args, **kwargs):
         raise self.PanicException("index out of bounds")
 
 

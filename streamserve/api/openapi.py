@@ -1,0 +1,202 @@
+"""``/openapi.json``, made from the tables that requests are read through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from streamserve import __version__
+from streamserve.api.chat_request import CHAT_TABLE, MESSAGE_TABLE
+from streamserve.api.completion_request import COMPLETION_TABLE
+from streamserve.api.descriptions import DESCRIPTIONS
+from streamserve.api.fields import FieldTable, Schema
+from streamserve.api.sampling import STREAM_OPTIONS_TABLE
+from streamserve.api.structured import STRUCTURED_OUTPUTS_TABLE
+from streamserve.api.tokens import DETOKENIZE_TABLE, TOKENIZE_TABLE
+from streamserve.api.tool_fields import CALL_TABLE, CALLED_TABLE, FUNCTION_TABLE, TOOL_TABLE
+
+_INTEGER: Schema = {"type": "integer"}
+_STRING: Schema = {"type": "string"}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One POST endpoint: the name of its body's schema, the table of it, and its answer's schema.
+
+    ``example`` is a body that every server answers. ``streams``: the answer may be server-sent
+    events.
+    """
+
+    path: str
+    name: str
+    summary: str
+    table: FieldTable
+    answer: Schema
+    example: dict[str, Any]
+    streams: bool = False
+
+
+def _object(**properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _array(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+_USAGE = _object(prompt_tokens=_INTEGER, completion_tokens=_INTEGER, total_tokens=_INTEGER)
+_ANSWER = _object(
+    id=_STRING,
+    object=_STRING,
+    created=_INTEGER,
+    model=_STRING,
+    choices=_array(_object(index=_INTEGER, finish_reason=_STRING)),
+    usage=_USAGE,
+)
+_MODEL = _object(id=_STRING, object=_STRING, created=_INTEGER, max_model_len=_INTEGER)
+_ERROR = _object(
+    error=_object(
+        message=_STRING,
+        type=_STRING,
+        param={"type": ["string", "null"]},
+        code={"type": ["string", "null"]},
+    )
+)
+
+ENDPOINTS = (
+    Endpoint(
+        "/v1/chat/completions",
+        "ChatCompletionRequest",
+        "Answer a chat",
+        CHAT_TABLE,
+        _ANSWER,
+        {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 64},
+        streams=True,
+    ),
+    Endpoint(
+        "/v1/completions",
+        "CompletionRequest",
+        "Continue a text",
+        COMPLETION_TABLE,
+        _ANSWER,
+        {"prompt": "Once upon a time", "max_tokens": 16},
+        streams=True,
+    ),
+    Endpoint(
+        "/tokenize",
+        "TokenizeRequest",
+        "Token ids of a text, or of a chat as the template renders it",
+        TOKENIZE_TABLE,
+        _object(
+            count=_INTEGER,
+            max_model_len=_INTEGER,
+            tokens=_array(_INTEGER),
+            token_strs={"type": ["array", "null"], "items": _STRING},
+        ),
+        {"prompt": "Once upon a time", "return_token_strs": True},
+    ),
+    Endpoint(
+        "/detokenize",
+        "DetokenizeRequest",
+        "Text of token ids",
+        DETOKENIZE_TABLE,
+        _object(prompt=_STRING),
+        {"tokens": [1, 2, 3]},
+    ),
+)
+
+OBJECTS = (
+    ("stream_options", STREAM_OPTIONS_TABLE),
+    ("structured_outputs", STRUCTURED_OUTPUTS_TABLE),
+    ("tools[]", TOOL_TABLE),
+    ("tools[].function", FUNCTION_TABLE),
+    ("messages[]", MESSAGE_TABLE),
+    ("messages[].tool_calls[]", CALL_TABLE),
+    ("messages[].tool_calls[].function", CALLED_TABLE),
+)
+"""Objects inside of bodies that have a table of their own."""
+
+_LOOKING = (
+    ("/v1/models", "The models", "application/json", _object(object=_STRING, data=_array(_MODEL))),
+    ("/health", "Whether the server takes requests", "application/json", _object(status=_STRING)),
+    ("/version", "The server's version", "application/json", _object(version=_STRING)),
+    ("/metrics", "Counters and histograms for Prometheus", "text/plain", _STRING),
+)
+
+
+def openapi(*, has_keys: bool) -> dict[str, Any]:
+    """The document; ``has_keys`` says whether the server asks for a key."""
+    paths: dict[str, Any] = {endpoint.path: {"post": _post(endpoint)} for endpoint in ENDPOINTS}
+    for path, summary, media_type, schema in _LOOKING:
+        paths[path] = {"get": _get(summary, media_type, schema)}
+    paths["/v1/models/{model}"] = {
+        "get": {
+            **_get("One model", "application/json", _MODEL),
+            "parameters": [{"name": "model", "in": "path", "required": True, "schema": _STRING}],
+        }
+    }
+    components: dict[str, Any] = {
+        "schemas": {
+            **{endpoint.name: described(endpoint.table) for endpoint in ENDPOINTS},
+            "Error": _ERROR,
+        }
+    }
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "streamserve",
+            "version": __version__,
+            "description": "OpenAI's API over server-sent events. A field's x-status says whether "
+            "it is honoured, refused (but for the values that ask for nothing), or accepted "
+            "without effect. null means not given.",
+        },
+        "paths": paths,
+        "components": components,
+    }
+    if has_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def described(table: FieldTable) -> Schema:
+    """The table's schema, with what is known of its fields in words."""
+    schema = table.schema()
+    for name, field in schema["properties"].items():
+        if name in DESCRIPTIONS:
+            field.setdefault("description", DESCRIPTIONS[name])
+    return schema
+
+
+def _post(endpoint: Endpoint) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/json": {"schema": endpoint.answer}}
+    if endpoint.streams:
+        content["text/event-stream"] = {"schema": _object(data=_STRING)}  # of each event
+    return {
+        "summary": endpoint.summary,
+        "operationId": endpoint.name,
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": f"#/components/schemas/{endpoint.name}"},
+                    "example": endpoint.example,
+                }
+            },
+        },
+        "responses": {"200": {"description": "The answer", "content": content}, **_errors()},
+    }
+
+
+def _get(summary: str, media_type: str, schema: Schema) -> dict[str, Any]:
+    content = {media_type: {"schema": schema}}
+    responses = {"200": {"description": summary, "content": content}, **_errors()}
+    return {"summary": summary, "responses": responses}
+
+
+def _errors() -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {
+        "4XX": {"description": "Refused: the message says why", "content": content},
+        "5XX": {"description": "Failed", "content": content},
+    }

@@ -1,0 +1,101 @@
+"""Bodies made from ``/openapi.json``, right and wrong: 4xx in OpenAI's shape, or an answer.
+
+schemathesis tries what each field's schema allows and what it does not. After each body the server
+answers a plain request as ever.
+"""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from streamserve.api.openapi import ENDPOINTS, openapi
+from tests.api.harness import Api, server_thread
+
+CHECKS = (
+    content_type_conformance,
+    negative_data_rejection,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+)
+PLAIN = {"prompt": "Hi", "max_tokens": 4, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[httpx.Client]:
+    with server_thread() as url, httpx.Client(base_url=url, timeout=10) as client:
+        yield client
+
+
+schema = schemathesis.openapi.from_dict(openapi(has_keys=False))
+
+
+@schema.parametrize()
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+def test_only_4xx_and_it_answers_afterwards(case, server):
+    response = case.call_and_validate(base_url=str(server.base_url), checks=CHECKS)
+    if response.status_code >= 400:
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert len(error["message"]) > 10
+    answer = server.post("/v1/completions", json=PLAIN)
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["text"] == "abcd"
+
+
+# JSON of every kind and size; none of them is right for every field.
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    7,
+    1e300,
+    2**63,
+    "",
+    "x",
+    "\ud7ff\n\u0000",
+    [],
+    [None],
+    ["x", 1],
+    [[0.5]],
+    {},
+    {"x": {}},
+    {"type": "x", "1": "x"},
+]
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.path)
+async def test_every_field_alone_with_anything(endpoint):
+    """Each field over a body that is right: refused by its own name, or answered."""
+    table = endpoint.table
+    async with Api().running() as api:
+        for name in [*table.honoured, *table.refused, *table.annotations, "nobody_knows"]:
+            for value in VALUES:
+                body = {**endpoint.example, name: value}
+                answer = await api.call("POST", endpoint.path, body)
+                if answer.status == 200:
+                    continue
+                assert 400 <= answer.status < 500, body
+                assert name in answer.error["message"], (body, answer.error)
+            answer = await api.call("POST", endpoint.path, endpoint.example)
+            assert answer.status == 200, answer.json
+        assert api.engine.is_idle
