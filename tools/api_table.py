@@ -17,6 +17,7 @@ from typing import Any
 from streamserve.api.fields import STATUS
 from streamserve.api.openapi import ENDPOINTS, OBJECTS, described
 from streamserve.cli.args import ONLY_ONE, build_parser
+from streamserve.cli.vllm_flags import RefuseAction
 
 FILE = Path(__file__).parents[1] / "docs" / "api.md"
 
@@ -51,6 +52,13 @@ socket; `prefill_ms` is from the first step to the first token. Until a stream's
 : progress {"index":0,"state":"queued","place":3}
 : progress {"index":0,"state":"prefill","computed_tokens":512,"prompt_tokens":2048}
 ```
+"""
+
+_FOREIGN = """
+## Flags of vLLM's `serve` that this server has not
+
+Refused by name, except with values that ask for nothing.
+
 """
 
 
@@ -114,13 +122,27 @@ def _limits(schema: dict[str, Any]) -> Iterator[str]:
 
 def _flags() -> str:
     rows = []
+    foreign = []
     for action in serve_actions():
+        if isinstance(action, RefuseAction):
+            foreign.append(_foreign(action))
+            continue
         names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar}`"
         help_text = (action.help or "") % {**vars(action), "prog": "streamserve"}
         status = "refused, but for 1" if action.dest in ONLY_ONE else "honoured"
         choices = " ".join(f"`{choice}`" for choice in action.choices or ())
         rows.append((names, status, choices, help_text))
-    return _table(("flag", "", "values", ""), rows)
+    own = _table(("flag", "", "values", ""), rows)
+    return own + _FOREIGN + _table(("flag", "", "instead"), foreign)
+
+
+def _foreign(action: RefuseAction) -> tuple[str, ...]:
+    flag = action.flag
+    name = f"`{action.option_strings[0]}`"
+    if flag.neutral is None:
+        return name, "no effect", flag.instead
+    values = " or ".join(f"`{value}`" for value in sorted(flag.neutral))
+    return name, "refused" + (f", but for {values}" if values else ""), flag.instead
 
 
 def serve_actions() -> list[argparse.Action]:

@@ -307,12 +307,14 @@ def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
         if flag.name in _SHORT:
             names.append(_SHORT[flag.name])
         try:
-            parser.add_argument(*names, action=_RefuseAction, flag=flag)
+            parser.add_argument(*names, action=RefuseAction, flag=flag)
         except argparse.ArgumentError:  # it is one of ours by now
             continue
 
 
-class _RefuseAction(argparse.Action):
+class RefuseAction(argparse.Action):
+    """What the command line does with one of them."""
+
     def __init__(self, option_strings: Sequence[str], dest: str, *, flag: ForeignFlag) -> None:
         super().__init__(
             option_strings,
@@ -321,7 +323,7 @@ class _RefuseAction(argparse.Action):
             default=argparse.SUPPRESS,
             help=argparse.SUPPRESS,
         )
-        self._flag = flag
+        self.flag = flag
 
     def __call__(
         self,
@@ -330,8 +332,8 @@ class _RefuseAction(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        given = option_string or option(self._flag.name)
-        value = not given.startswith("--no-") if self._flag.is_switch else values
-        refusal = self._flag.refusal(value)
+        given = option_string or option(self.flag.name)
+        value = not given.startswith("--no-") if self.flag.is_switch else values
+        refusal = self.flag.refusal(value)
         if refusal is not None:
             parser.error(f"{given} {refusal}")

@@ -1,8 +1,11 @@
 """``docs/api.md`` is what the server does: both come from the same tables."""
 
+import argparse
+
 from streamserve.api.chat_request import CHAT_TABLE
 from streamserve.api.completion_request import COMPLETION_TABLE
 from streamserve.cli.args import ONLY_ONE
+from streamserve.cli.vllm_flags import RefuseAction
 from tools.api_table import FILE, render, serve_actions
 
 
@@ -20,6 +23,11 @@ def test_every_field_and_every_flag_is_in_it():
         for name in table.annotations:
             assert f"| `{name}` | no effect |" in text
     for action in serve_actions():
+        if isinstance(action, RefuseAction):
+            assert f"| `{action.option_strings[0]}` | honoured" not in text
+            assert action.flag.instead in text
+            continue
         for flag in action.option_strings:
             assert f"`{flag}`" in text
+    assert argparse.SUPPRESS not in text
     assert {action.dest for action in serve_actions()} >= set(ONLY_ONE)
