@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-_CODE = """
-import sys
-sys.path[:] = {path!r}
-from streamserve.engine.grammar_worker import main
-main({fd}, {cpu_limit_s!r}, {memory_limit!r})
-"""
+from streamserve.engine.child import start_child
+
 _CLOSE_S = 5.0
 
 
@@ -87,21 +81,12 @@ class GrammarTrial:
             process.wait(_CLOSE_S)
 
     def _start(self) -> Connection:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            code = _CODE.format(
-                path=sys.path,
-                fd=theirs.fileno(),
-                cpu_limit_s=self._cpu_limit_s,
-                memory_limit=self._memory_limit,
-            )
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+        self._process, ours = start_child(
+            "streamserve.engine.grammar_worker",
+            self._cpu_limit_s,
+            self._memory_limit,
+            is_silent=True,
+        )
         self._connection = Connection(ours.detach())
         self._connection.send(self._special_tokens)
         return self._connection

@@ -10,10 +10,9 @@ import asyncio
 import logging
 import pickle
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 
+from streamserve.engine.child import start_child
 from streamserve.engine.worker_main import ANSWER_HEAD, DONE, REQUEST_HEAD, Handler
 from streamserve.errors import EngineError
 
@@ -32,20 +31,8 @@ class _Worker:
     """One process and the socket to it. Does one piece of work at a time."""
 
     def __init__(self, factory: Callable[[], Handler]) -> None:
-        ours, theirs = socket.socketpair()
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _program(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C is for the server
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self._socket: socket.socket | None = ours
+        self._socket: socket.socket | None
+        self._process, self._socket = start_child("streamserve.engine.worker_main")
         self._first = pickle.dumps((_NICENESS, factory))
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
@@ -101,13 +88,6 @@ class _Worker:
             self._socket.close()
         # It is as good as dead, but a large one takes milliseconds to go.
         asyncio.get_running_loop().run_in_executor(None, self._process.wait)
-
-
-def _program(fd: int) -> str:
-    return (
-        f"import sys; sys.path[:] = {sys.path!r}; "
-        f"from streamserve.engine.worker_main import main; main({fd})"
-    )
 
 
 class WorkerDiedError(EngineError):
