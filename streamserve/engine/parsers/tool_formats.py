@@ -127,15 +127,7 @@ class MistralParser(ToolParser):
     def _after_call(self) -> bool:
         if not self._at_text():
             return False
-        if not self._is_array:
-            return self._fail()
-        if self._buffer[0] == ",":
-            self._consume(1)
-            return self._read_call()
-        if self._buffer[0] == "]":
-            self._consume(1)
-            self._raw = ""
-        return self._fail()
+        return self._after_item() if self._is_array else self._fail()
 
 
 class RequiredParser(ToolParser):
@@ -159,15 +151,7 @@ class RequiredParser(ToolParser):
         return False
 
     def _after_call(self) -> bool:
-        if not self._at_text():
-            return False
-        if self._buffer[0] == ",":
-            self._consume(1)
-            return self._read_call()
-        if self._buffer[0] == "]":
-            self._consume(1)
-            self._raw = ""
-        return self._fail()
+        return self._after_item()
 
 
 class NamedParser(RequiredParser):

@@ -116,6 +116,18 @@ class ToolParser(ABC):
         self._state = self._in_call
         return True
 
+    def _after_item(self) -> bool:
+        """The state behind a call of an array."""
+        if not self._at_text():
+            return False
+        if self._buffer[0] == ",":
+            self._consume(1)
+            return self._read_call()
+        if self._buffer[0] == "]":
+            self._consume(1)
+            self._raw = ""
+        return self._fail()
+
     def _in_call(self) -> bool:
         reader = self._reader
         assert reader is not None
