@@ -300,7 +300,8 @@ class Scheduler:
             or request.num_draft_tokens  # nobody knows yet where it stands
         ):
             return
-        if request.request_id in self._seats.yielding:
+        yielding = self._seats.yielding
+        if yielding and request.request_id in yielding:
             return
         start = request.num_computed_tokens
         num_left = num_new = num_known + num_pending - start
