@@ -88,3 +88,13 @@ def scripted_parts(
 def scripted(script: Callable[[str], str] | str, **options: Any) -> Api:
     """An ``Api`` of ``scripted_parts``."""
     return Api(**scripted_parts(script, **options))
+
+
+async def assert_refused(fields: Mapping[str, Any], param: str, message: str) -> None:
+    """A chat with these fields is a 400 that names ``param``, and leaves nothing behind."""
+    async with scripted("ok").running() as api:
+        answer = await api.chat(**fields)
+        assert api.engine.is_idle
+    assert answer.status == 400
+    assert answer.error["param"] == param
+    assert message in answer.error["message"]

@@ -5,7 +5,7 @@ import pytest
 
 from streamserve.engine.parsers.answer_format import AnswerFormat
 from tests.api.harness import MODEL, Api, server_thread
-from tests.api.scripted import TEMPLATE, scripted, scripted_parts
+from tests.api.scripted import TEMPLATE, assert_refused, scripted, scripted_parts
 from tests.api.test_tools import CALL, HI, TOOLS, deltas_of, finish_reasons
 
 THOUGHT = "<think>\nHm, 1 < 2.\n</think>\n\nYes."
@@ -199,12 +199,7 @@ BAD = [
 
 @pytest.mark.parametrize(("fields", "param", "message"), BAD)
 async def test_bad_values_are_refused_by_name(fields, param, message):
-    async with scripted("ok").running() as api:
-        answer = await api.chat(**fields)
-        assert api.engine.is_idle
-    assert answer.status == 400
-    assert answer.error["param"] == param
-    assert message in answer.error["message"]
+    await assert_refused(fields, param, message)
 
 
 async def test_a_model_that_does_not_think_is_not_asked_to():

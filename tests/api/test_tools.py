@@ -9,7 +9,7 @@ from streamserve.api.prompts import LONG_BODY
 from streamserve.engine.parsers.answer_format import AnswerFormat
 from streamserve.engine.text_source import byte_text
 from tests.api.harness import MODEL, Api, server_thread
-from tests.api.scripted import TEMPLATE, scripted, scripted_parts
+from tests.api.scripted import TEMPLATE, assert_refused, scripted, scripted_parts
 
 HI = {"role": "user", "content": "Hi"}
 WEATHER = {
@@ -369,12 +369,7 @@ BAD_TOOLS = [
 
 @pytest.mark.parametrize(("fields", "param", "message"), BAD_TOOLS)
 async def test_bad_tools_are_refused_by_name(fields, param, message):
-    async with scripted("ok").running() as api:
-        answer = await api.chat(**fields)
-        assert api.engine.is_idle
-    assert answer.status == 400
-    assert answer.error["param"] == param
-    assert message in answer.error["message"]
+    await assert_refused(fields, param, message)
 
 
 async def test_names_that_nobody_knows_are_reported():

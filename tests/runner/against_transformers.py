@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +14,7 @@ import transformers
 import streamserve_kernels
 from streamserve.core.plan import ModelRunner
 from streamserve.models import Decoder, load_model
-from streamserve.runner.build import build_runner, new_kv_cache
-from streamserve.runner.cuda.build import build_cuda_runner
-from streamserve.runner.cuda.step_key import StepLadder
-from streamserve.runner.kv_transfer import KVTransfer
-from tests.runner.tiny_llama import CPU, memory_for
+from tests.runner.tiny_llama import CPU, memory_for, runner_of
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -68,17 +63,6 @@ class Pair:
         memory = memory_for(
             self.ours, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_model_len=MAX_LEN
         )
-        model = self.ours
-        caches = new_kv_cache(model.spec, memory, model.dtype, model.device, model.kernels)
-        row_bytes = sum(cache[0].nbytes for pair in caches for cache in pair)
-        builder = build_runner
-        if self._on_device:
-            ladder = StepLadder(max_num_batched_tokens, memory.max_num_seqs)
-            builder = partial(build_cuda_runner, ladder=ladder)
-        return builder(
-            model,
-            memory,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_caches=caches,
-            transfer=KVTransfer(caches, NUM_BLOCKS, staging_bytes=4 * row_bytes),
-        )[0]
+        return runner_of(
+            self.ours, memory, max_num_batched_tokens, NUM_BLOCKS, on_device=self._on_device
+        )

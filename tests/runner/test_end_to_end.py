@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import torch
@@ -12,13 +11,9 @@ import torch
 from streamserve.core.plan import ModelRunner
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
-from streamserve.runner.build import build_runner, new_kv_cache
-from streamserve.runner.cuda.build import build_cuda_runner
 from streamserve.runner.cuda.model_runner import CudaModelRunner
-from streamserve.runner.cuda.step_key import StepLadder
-from streamserve.runner.kv_transfer import KVTransfer
 from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop
-from tests.runner.tiny_llama import CPU, MAX_LEN, VOCAB, memory_for, tiny_llama
+from tests.runner.tiny_llama import CPU, MAX_LEN, VOCAB, memory_for, runner_of, tiny_llama
 
 NUM_HOST_BLOCKS = 300
 MAX_TOKENS = 48
@@ -34,19 +29,9 @@ def build(request, tmp_path_factory):
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
 
     def build(max_num_batched_tokens: int = MAX_TOKENS) -> ModelRunner:
-        caches = new_kv_cache(model.spec, memory, model.dtype, model.device, model.kernels)
-        row_bytes = sum(cache[0].nbytes for pair in caches for cache in pair)
-        builder = build_runner
-        if on_device:
-            ladder = StepLadder(max_num_batched_tokens, memory.max_num_seqs)
-            builder = partial(build_cuda_runner, ladder=ladder)
-        return builder(
-            model,
-            memory,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_caches=caches,
-            transfer=KVTransfer(caches, NUM_HOST_BLOCKS, staging_bytes=4 * row_bytes),
-        )[0]
+        return runner_of(
+            model, memory, max_num_batched_tokens, NUM_HOST_BLOCKS, on_device=bool(on_device)
+        )
 
     return build
 

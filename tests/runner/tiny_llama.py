@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import streamserve_kernels
+from streamserve.core.plan import ModelRunner
 from streamserve.models import Decoder, kv_bytes_per_block, load_config
 from streamserve.models.checkpoint import RandomSource
 from streamserve.models.weights import build_weights
+from streamserve.runner.build import build_runner, new_kv_cache
+from streamserve.runner.cuda.build import build_cuda_runner
+from streamserve.runner.cuda.step_key import StepLadder
+from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.memory import AvailableMemory, MemoryPlan, plan_memory
 
 CPU = torch.device("cpu")
@@ -75,3 +81,27 @@ def memory_for(
         max_num_seqs=max_num_seqs,
         kv_cache_memory=num_blocks * per_block,
     )
+
+
+def runner_of(
+    model: Decoder,
+    memory: MemoryPlan,
+    max_num_batched_tokens: int,
+    num_host_blocks: int,
+    *,
+    on_device: bool,
+) -> ModelRunner:
+    """A runner with a host tier: as on the host, or as for a device."""
+    caches = new_kv_cache(model.spec, memory, model.dtype, model.device, model.kernels)
+    row_bytes = sum(cache[0].nbytes for pair in caches for cache in pair)
+    builder = build_runner
+    if on_device:
+        ladder = StepLadder(max_num_batched_tokens, memory.max_num_seqs)
+        builder = partial(build_cuda_runner, ladder=ladder)
+    return builder(
+        model,
+        memory,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_caches=caches,
+        transfer=KVTransfer(caches, num_host_blocks, staging_bytes=4 * row_bytes),
+    )[0]
