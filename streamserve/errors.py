@@ -5,6 +5,7 @@ StreamServeError
 ├── ModelLoadError              a checkpoint that cannot be loaded
 │   └── UnsupportedModelError   an architecture or feature that is not built
 ├── KVCacheMemoryError          the KV cache does not fit into the memory there is
+├── OutOfMemoryError            a step found no memory: a smaller one may
 ├── DeviceDeadError             the thread that runs the steps has died: none will run again
 ├── RequestError                a request that is refused before any byte is sent (HTTP 4xx/503)
 │   ├── InvalidParameterError   a field's value is wrong                        (400)
@@ -38,6 +39,10 @@ class UnsupportedModelError(ModelLoadError):
 
 class KVCacheMemoryError(StreamServeError):
     """The KV cache does not fit into the memory there is."""
+
+
+class OutOfMemoryError(StreamServeError):
+    """A step found no memory on its device; one that computes less may."""
 
 
 class DeviceDeadError(StreamServeError):
