@@ -39,11 +39,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Builds the C extension beside its sources: the tests run on the checkout's own code.
 
-    Nothing happens when it is up to date. Where it cannot be built, its tests are skipped.
+    Once, before the workers of a parallel run start; nothing happens when it is up to date. Where
+    it cannot be built, its tests are skipped.
     """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    if config.getoption("numprocesses", None):
+        # Workers share the cores, as do the servers that they start: they inherit this.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if importlib.util.find_spec("setuptools") is not None:
         subprocess.run(
             [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
