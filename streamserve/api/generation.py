@@ -26,18 +26,17 @@ from streamserve.api.extras import Prompt
 from streamserve.api.frames import (
     CHAT,
     COMPLETION,
-    ChoiceFrames,
     Envelope,
-    FrameOptions,
     Kind,
 )
 from streamserve.api.metrics import Delivery
-from streamserve.api.parsed_frames import ParsedFrames
+from streamserve.api.openai_wire import OpenAIWire
 from streamserve.api.prompts import LONG_BODY, Endpoint, PromptWorkers, Work, chat_work
 from streamserve.api.sampling import Common
 from streamserve.api.sse import AnswerStream, StreamedChoice
 from streamserve.api.timing import TimedDelivery
-from streamserve.api.whole import best_choices, collect_all, whole_answer
+from streamserve.api.whole import best_choices, collect_all
+from streamserve.api.wire import Wire
 from streamserve.core.request import FinishReason
 from streamserve.engine.intake import Origin
 from streamserve.engine.parsers.answer import AnswerParser
@@ -70,6 +69,18 @@ class GenerationEndpoint(ABC):
     @abstractmethod
     async def _prepare_here(self, raw: bytes) -> Work:
         """As ``prepare``, for what is short."""
+
+    def wire(self, work: Work) -> Wire:
+        """How the answer looks."""
+        context = self._context
+        envelope = Envelope(
+            kind=self.kind,
+            id=self.kind.id_prefix + secrets.token_hex(16),
+            created=int(context.wall_clock()),
+            model=work.common.model or context.config.served_model_names[0],
+        )
+        extras = work.fields.extras(work.params, context.tokenizer)
+        return OpenAIWire(envelope, work.common.stream_options, extras, work.choices.n)
 
     async def _prepare_elsewhere(self, workers: PromptWorkers, raw: bytes) -> Work:
         work = await workers.read(self.endpoint, raw)
@@ -110,19 +121,14 @@ class GenerationEndpoint(ABC):
         del raw
         if work.params.structured_output is not None:
             await context.engine.prepare(work.params)
-        envelope = Envelope(
-            kind=self.kind,
-            id=self.kind.id_prefix + secrets.token_hex(16),
-            created=int(context.wall_clock()),
-            model=work.common.model or context.config.served_model_names[0],
-        )
+        wire = self.wire(work)
         headers = ignored_fields_headers(work.common.unknown_fields)
         delivery_type = TimedDelivery if work.common.include_timing else Delivery
         prompts = work.prompts_of_streams
         deliveries = [delivery_type(context.metrics, context.clock, arrival_time) for _ in prompts]
-        streams = self._submit(work, envelope.id, arrival_time)
+        streams = self._submit(work, wire.id, arrival_time)
         context.request_log.admitted(
-            envelope.id,
+            wire.id,
             scope,
             [prompt.token_ids for prompt in work.prompts],
             work.params,
@@ -130,7 +136,7 @@ class GenerationEndpoint(ABC):
         )
         try:
             if work.common.stream:
-                answer = self._answer_stream(scope, work, envelope, streams, deliveries, headers)
+                answer = self._answer_stream(scope, work, wire, streams, deliveries, headers)
                 await answer(scope, receive, send)
             else:
                 async with DisconnectGuard(receive):
@@ -141,9 +147,9 @@ class GenerationEndpoint(ABC):
                 if work.choices.are_compared:
                     count, n = work.choices.num_candidates, work.choices.n
                     choices = best_choices(candidates, count, n)
-                extras = work.fields.extras(work.params, context.tokenizer)
-                content = whole_answer(envelope, choices, extras, work.choices.n)
-                response = Response(content, headers=headers, media_type="application/json")
+                response = Response(
+                    wire.whole(choices), headers=headers, media_type="application/json"
+                )
                 await response(scope, receive, send)
                 for choice, delivery in zip(candidates, deliveries, strict=True):
                     delivery.end(choice.finish_reason)
@@ -157,7 +163,7 @@ class GenerationEndpoint(ABC):
             for stream, delivery in zip(streams, deliveries, strict=True):
                 stream.close()
                 delivery.end(FinishReason.ABORT)  # unless it has ended already
-            context.request_log.ended(envelope.id, streams, len(work.prompts))
+            context.request_log.ended(wire.id, streams, len(work.prompts))
 
     def _submit(self, work: Work, request_id: str, arrival_time: float) -> list[RequestStream]:
         """Hand all prompts to the engine, or none."""
@@ -200,39 +206,24 @@ class GenerationEndpoint(ABC):
         self,
         scope: Scope,
         work: Work,
-        envelope: Envelope,
+        wire: Wire,
         streams: Sequence[RequestStream],
         deliveries: Sequence[Delivery],
         headers: dict[str, str],
     ) -> AnswerStream:
-        options = work.common.stream_options
-        extras = work.fields.extras(work.params, self._context.tokenizer)
         choices = [
-            StreamedChoice(
-                stream,
-                _frames(
-                    parser,
-                    envelope,
-                    index,
-                    include_usage=options.include_usage,
-                    continuous_usage=options.continuous_usage_stats,
-                    prompt=prompt,
-                    extras=extras,
-                ),
-                delivery,
-            )
+            StreamedChoice(stream, wire.frames(index, prompt, parser), delivery)
             for index, (stream, delivery, prompt, parser) in enumerate(
                 zip(streams, deliveries, work.prompts_of_streams, self._parsers(work), strict=True)
             )
         ]
+        has_progress = work.common.stream_options.include_progress
         return AnswerStream(
-            envelope,
+            wire,
             choices,
-            include_usage=options.include_usage,
-            num_per_prompt=work.choices.n,
             headers=headers,
             ping_interval_s=self._context.config.ping_interval_s,
-            progress_of=self._context.engine.progress if options.include_progress else None,
+            progress_of=self._context.engine.progress if has_progress else None,
             raw_send=scope[RAW_SEND],
         )
 
@@ -310,11 +301,3 @@ def check_model(model: str | None, served: Sequence[str]) -> None:
             param="model",
             code="model_not_found",
         )
-
-
-def _frames(
-    parser: AnswerParser | None, envelope: Envelope, index: int, **options: Unpack[FrameOptions]
-) -> ChoiceFrames:
-    if parser is None:
-        return ChoiceFrames(envelope, index, **options)
-    return ParsedFrames(envelope, index, parser, **options)

@@ -91,11 +91,10 @@ def _delta(event: Event) -> bytes:
     return b'"reasoning_content":' + thoughts + b',"reasoning":' + thoughts
 
 
-def parsed_message(text: str, parser: AnswerParser) -> tuple[dict[str, Any], bool]:
-    """The message of an answer that was not streamed, and whether there are calls in it."""
+def parsed_message(events: Sequence[Event]) -> dict[str, Any]:
+    """The message of an answer that was not streamed."""
     message = ParsedMessage()
-    message.add(parser.feed(text))
-    message.add(parser.finish())
+    message.add(events)
     has_more = bool(message.calls or message.reasoning)
     shown: dict[str, Any] = {
         "role": "assistant",
@@ -106,7 +105,7 @@ def parsed_message(text: str, parser: AnswerParser) -> tuple[dict[str, Any], boo
         shown["reasoning_content"] = shown["reasoning"] = message.reasoning
     if message.calls:
         shown["tool_calls"] = [_shown_call(call) for call in message.calls]
-    return shown, bool(message.calls)
+    return shown
 
 
 def _shown_call(call: ToolCall) -> dict[str, Any]:

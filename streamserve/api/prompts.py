@@ -32,6 +32,12 @@ LONG_BODY = 16 * 2**10
 _TIMEOUT_S = 10.0
 
 Endpoint = Literal["chat", "completion"]
+
+# What a payload begins with, and the field that a client would have to shorten.
+_ENDPOINTS: dict[Endpoint, tuple[bytes, str]] = {
+    "chat": (b"c", "messages"),
+    "completion": (b"p", "prompt"),
+}
 TextLoader = Callable[[], tuple[Tokenizer, ChatTemplate]]
 
 
@@ -75,19 +81,25 @@ class PromptReader:
         self._answer_format = answer_format
         self._mark_ids = MarkIds(self._tokenizer)
         self._defaults = sampling_defaults
+        self._readers: dict[bytes, Callable[[Mapping[str, Any]], Work]] = {
+            b"c": self._chat,
+            b"p": self._completion,
+        }
 
     def __call__(self, payload: bytes) -> bytes:
-        """``payload``: ``c`` for chat or ``p`` for completions, then the body.
+        """``payload``: a letter for the endpoint, then the body.
 
         Raises ``RequestError``.
         """
         body = parse_json_object(memoryview(payload)[1:])
-        work = self._chat(body) if payload[:1] == b"c" else self._completion(body)
+        work = self._readers[payload[:1]](body)
         packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in work.prompts]
         return pickle.dumps((replace(work, prompts=[]), packed), pickle.HIGHEST_PROTOCOL)
 
     def _chat(self, body: Mapping[str, Any]) -> Work:
-        request = parse_chat_request(body, self._defaults)
+        return self._rendered(parse_chat_request(body, self._defaults))
+
+    def _rendered(self, request: ChatRequest) -> Work:
         plan = AnswerPlan(request, self._answer_format)
         prompt = self._encoder.chat(plan.messages, **plan.rendering)
         return chat_work(request, plan, prompt, self._mark_ids)
@@ -130,7 +142,7 @@ class PromptWorkers:
         Raises ``RequestError`` for what the client did, the time limit included, and
         ``EngineError`` if the process dies.
         """
-        kind, param = (b"c", "messages") if endpoint == "chat" else (b"p", "prompt")
+        kind, param = _ENDPOINTS[endpoint]
         try:
             answer = await self._pool.call(kind + raw, timeout_s=_TIMEOUT_S)
         except WorkerTimeoutError:

@@ -14,12 +14,13 @@ from streamserve.api.frames import Envelope, Kind, openai_finish_reason, usage_c
 from streamserve.api.logprobs import chat_logprobs, joined, prompt_logprobs
 from streamserve.api.metrics import Delivery
 from streamserve.api.parsed_frames import parsed_message
-from streamserve.api.sse import check_success
+from streamserve.api.success import check_success
 from streamserve.api.timing import TimedDelivery
 from streamserve.core.plan import TokenLogprobs
 from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage
 from streamserve.engine.parsers.answer import AnswerParser
+from streamserve.engine.parsers.events import Event
 from streamserve.engine.stream import RequestStream
 
 
@@ -35,7 +36,7 @@ class Choice:
     logprobs: list[TokenLogprobs]
     prompt_logprobs: list[TokenLogprobs] | None
     timing: dict[str, Any] | None = None
-    message: dict[str, Any] | None = None  # chat's, where it is more than the text
+    events: list[Event] | None = None  # chat's, where it is more than the text
     has_calls: bool = False
 
 
@@ -65,7 +66,8 @@ async def collect(
     )
     if parser is not None:
         parser.count(choice.token_ids)
-        choice.message, choice.has_calls = parsed_message(choice.text, parser)
+        choice.events = parser.feed(choice.text) + parser.finish()
+        choice.has_calls = parser.num_calls > 0
         choice.usage.reasoning_tokens = parser.num_reasoning_tokens
     return choice
 
@@ -135,7 +137,9 @@ def _of_prompt(choice: Choice, extras: Extras) -> dict[str, Any]:
 def _whole_choice(kind: Kind, index: int, choice: Choice, extras: Extras) -> dict[str, Any]:
     said: dict[str, Any] = {"text": choice.text}
     if kind.is_chat:
-        message = choice.message or {"role": "", "content": choice.text, "refusal": None}
+        message = {"role": "", "content": choice.text, "refusal": None}
+        if choice.events is not None:
+            message = parsed_message(choice.events)
         said = {"message": {**message, "role": kind.role}}
     content = {
         "index": index,

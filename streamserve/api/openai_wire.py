@@ -1,0 +1,65 @@
+"""Chat completions and completions on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamserve.api.errors import error_content
+from streamserve.api.extras import Extras, Prompt
+from streamserve.api.frames import DONE, ChoiceFrames, Envelope, error_frame, usage_frame
+from streamserve.api.parsed_frames import ParsedFrames
+from streamserve.api.sampling import StreamOptions
+from streamserve.api.whole import Choice, whole_answer
+from streamserve.engine.outputs import Usage
+from streamserve.engine.parsers.answer import AnswerParser
+
+
+class OpenAIWire:
+    """An answer of ``n`` choices to each prompt."""
+
+    def __init__(self, envelope: Envelope, options: StreamOptions, extras: Extras, n: int) -> None:
+        self._envelope = envelope
+        self._options = options
+        self._extras = extras
+        self._n = n
+
+    @property
+    def id(self) -> str:
+        return self._envelope.id
+
+    def frames(self, index: int, prompt: Prompt, parser: AnswerParser | None) -> ChoiceFrames:
+        """The chunks of one choice."""
+        include_usage = self._options.include_usage
+        continuous_usage = self._options.continuous_usage_stats
+        if parser is None:
+            return ChoiceFrames(
+                self._envelope,
+                index,
+                include_usage=include_usage,
+                continuous_usage=continuous_usage,
+                prompt=prompt,
+                extras=self._extras,
+            )
+        return ParsedFrames(
+            self._envelope,
+            index,
+            parser,
+            include_usage=include_usage,
+            continuous_usage=continuous_usage,
+            prompt=prompt,
+            extras=self._extras,
+        )
+
+    def ending(self, usages: Sequence[Usage]) -> bytes:
+        """``[DONE]``, and before it the usage if it was asked for."""
+        if not self._options.include_usage:
+            return DONE
+        return usage_frame(self._envelope, usages, self._n) + DONE
+
+    def failure(self, exc: Exception) -> bytes:
+        """An event with the status that it would have been; no ``[DONE]`` follows."""
+        return error_frame(*error_content(exc))
+
+    def whole(self, choices: Sequence[Choice]) -> bytes:
+        """The JSON of all choices."""
+        return whole_answer(self._envelope, choices, self._extras, self._n)

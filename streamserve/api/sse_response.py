@@ -1,0 +1,123 @@
+"""A response of server-sent events: its start, its pings, its end. What is sent is a subclass's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import abstractmethod
+from collections.abc import AsyncIterator
+
+from sse_starlette.sse import EventSourceResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from streamserve.api.disconnect import DisconnectGuard
+from streamserve.api.frames import PING
+from streamserve.api.writer import AsgiWriter, FrameWriter, writer_of
+from streamserve.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+
+class _Nothing:
+    """Stands in for the body iterator, which the token path does not use."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        raise NotImplementedError
+
+
+class SseResponse(EventSourceResponse):
+    """``name`` says in the log what it is an answer to.
+
+    ``raw_send`` is the server's own ``send``, past the middlewares. Raises ``ClientGoneError``.
+
+    The base class serves a response with four tasks in a group of anyio's, which is 0.2 ms before
+    the first byte; here the caller's own task sends, one more listens for the disconnect, and a
+    ping is a timer. Its fourth would cancel every stream on SIGTERM: draining is ours.
+    """
+
+    def __init__(
+        self, name: str, *, headers: dict[str, str], ping_interval_s: float, raw_send: Send
+    ) -> None:
+        super().__init__(
+            _Nothing(), headers={"Cache-Control": "no-cache", **headers}, ping=ping_interval_s
+        )
+        self._name = name
+        self._raw_send = raw_send
+        self._writer: FrameWriter = AsgiWriter(raw_send)
+        self._num_sent = 0  # frames; pings do not count
+        self._num_sent_before = 0
+        self._ping_timer: asyncio.TimerHandle | None = None
+        self._pinging: asyncio.Task[None] | None = None
+
+    @abstractmethod
+    async def _send_events(self) -> None:
+        """Send everything; ``_send_last`` ends it. Headers are out."""
+
+    @abstractmethod
+    def _failure(self, exc: Exception) -> bytes:
+        """The event that ends a response which failed."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with DisconnectGuard(receive) as self._guard:
+                await self._stream_response(send)
+        finally:
+            self.active = False
+            self._stop_comments()
+
+    async def _stream_response(self, send: Send) -> None:
+        start: Message = {
+            "type": "http.response.start",
+            "status": self.status_code,
+            "headers": self.raw_headers,
+        }
+        try:
+            await send(start)
+            self._writer = writer_of(self._raw_send)
+            self._start_ping_timer()
+            await self._send_events()
+        except EngineError as exc:
+            await self._fail(exc)
+        except Exception as exc:
+            logger.exception("%s failed while it was streamed", self._name)
+            await self._fail(exc)
+
+    async def _fail(self, exc: Exception) -> None:
+        """Headers are out: one event says what happened, and nothing looks like a success."""
+        await self._send_last(self._failure(exc))
+        # So that no client takes the answer for complete.
+        self._writer.close_connection()
+
+    async def _send(self, body: bytes) -> None:
+        if (writing := self._writer.write(body)) is not None:
+            await writing
+        self._num_sent += 1
+
+    async def _send_last(self, body: bytes) -> None:
+        self.active = False  # no ping may follow
+        self._guard.release()
+        await self._raw_send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _start_ping_timer(self) -> None:
+        self._ping_timer = asyncio.get_running_loop().call_later(self.ping_interval, self._on_timer)
+
+    def _on_timer(self) -> None:
+        """Ping if nothing was sent since the last time, and nobody waits for a full socket."""
+        if not self.active:
+            return
+        is_pinging = self._pinging is not None and not self._pinging.done()
+        if self._num_sent == self._num_sent_before and not is_pinging:
+            self._pinging = asyncio.create_task(self._ping(self._raw_send))
+        self._num_sent_before = self._num_sent
+        self._start_ping_timer()
+
+    async def _ping(self, send: Send) -> None:
+        """Send a comment. A write is atomic, so it never falls into the middle of a frame."""
+        if self.active and (writing := self._writer.write(PING)) is not None:
+            await writing
+
+    def _stop_comments(self) -> None:
+        if self._ping_timer is not None:
+            self._ping_timer.cancel()
+        if self._pinging is not None:
+            self._pinging.cancel()
