@@ -120,6 +120,7 @@ class ApiConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    api_key_file: str | None = None
     allowed_origins: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
     allowed_methods: tuple[str, ...] = ("GET", "POST")

@@ -32,6 +32,7 @@ from streamserve.api.pages import page_routes
 from streamserve.api.prompts import PromptWorkers, TextLoader
 from streamserve.api.request_log import RequestLog
 from streamserve.api.sampling import sampling_defaults
+from streamserve.api.tenants import KeyRing
 from streamserve.api.tokens import TokenEndpoints
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock, monotonic
@@ -80,9 +81,11 @@ def create_app(
     ``generation_config`` is the model's own: of it ``GENERATION_CONFIG_FIELDS`` become the sampling
     defaults. ``load_text``, which must be picklable, loads the tokenizer and the template in the
     processes that read long bodies; without one they are read here. ``answer_format`` says how the
-    model writes thoughts and tool calls. Raises ``ConfigError`` if a default is out of range.
+    model writes thoughts and tool calls. Raises ``ConfigError`` if a default is out of range or
+    the file of API keys cannot be used.
     """
     metrics = Metrics()
+    keys = KeyRing(config.api_keys, config.api_key_file, clock=clock)
     defaults = sampling_defaults(generation_config or {})
     context = ApiContext(
         engine=engine,
@@ -97,6 +100,7 @@ def create_app(
         metrics=metrics,
         mark_ids=MarkIds(tokenizer),
         answer_format=answer_format,
+        keys=keys,
         gate=Gate(retry_after_s=config.drain_timeout_s),
         prompt_workers=None
         if load_text is None
@@ -124,7 +128,7 @@ def create_app(
         routes += page_routes()
     app = ApiApp(
         routes=routes,
-        middleware=_middleware(config),
+        middleware=_middleware(config, keys),
         exception_handlers=dict(EXCEPTION_HANDLERS),
     )
     # A redirect would make a client repeat its POST elsewhere, or drop its body: 404 is clearer.
@@ -133,7 +137,7 @@ def create_app(
     return app
 
 
-def _middleware(config: ApiConfig) -> list[Middleware]:
+def _middleware(config: ApiConfig, keys: KeyRing) -> list[Middleware]:
     """From the outside in. CORS stands before the key: a browser must be able to read a 401."""
     middleware = [Middleware(RequestIdMiddleware)]
     if config.allowed_origins:
@@ -147,8 +151,8 @@ def _middleware(config: ApiConfig) -> list[Middleware]:
                 expose_headers=_EXPOSED_HEADERS,
             )
         )
-    if config.api_keys:
-        middleware.append(Middleware(ApiKeyMiddleware, api_keys=config.api_keys))
+    if not keys.is_empty:
+        middleware.append(Middleware(ApiKeyMiddleware, keys=keys))
     return middleware
 
 
@@ -171,7 +175,7 @@ class _SmallEndpoints:
 
     async def openapi(self, _request: Request) -> Response:
         if self._openapi is None:
-            self._openapi = orjson.dumps(openapi(has_keys=bool(self._context.config.api_keys)))
+            self._openapi = orjson.dumps(openapi(has_keys=not self._context.keys.is_empty))
         return Response(self._openapi, media_type="application/json")
 
     async def health(self, _request: Request) -> Response:

@@ -14,6 +14,7 @@ from streamserve.api.errors import shutting_down
 from streamserve.api.metrics import Metrics
 from streamserve.api.prompts import PromptWorkers
 from streamserve.api.request_log import RequestLog
+from streamserve.api.tenants import KeyRing
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock
 from streamserve.engine.async_engine import AsyncEngine
@@ -104,6 +105,7 @@ class ApiContext:
     wall_clock: Callable[[], float]
     created: int
     metrics: Metrics
+    keys: KeyRing
     gate: Gate
     mark_ids: MarkIds
     request_log: RequestLog

@@ -89,6 +89,7 @@ DESCRIPTIONS: dict[str, str] = {
     "truncate_prompt_tokens": "Keep so many tokens of the prompt (-1: what leaves room for the "
     "answer).",
     "truncation_side": "Which side is cut off (default: left).",
+    "user": "Without API keys: whose share of the machine this is, with --scheduling-policy fair.",
     "use_beam_search": "Search for the likeliest answer instead of drawing one. Not with `stream`.",
     "whitespace_pattern": "What may stand between JSON's tokens.",
 }

@@ -34,6 +34,7 @@ from streamserve.api.openai_wire import OpenAIWire
 from streamserve.api.prompts import LONG_BODY, Endpoint, PromptWorkers, Work, chat_work
 from streamserve.api.sampling import Common
 from streamserve.api.sse import AnswerStream, StreamedChoice
+from streamserve.api.tenants import Tenant, tenant_of
 from streamserve.api.timing import TimedDelivery
 from streamserve.api.whole import best_choices, collect_all
 from streamserve.api.wire import Wire
@@ -126,7 +127,7 @@ class GenerationEndpoint(ABC):
         delivery_type = TimedDelivery if work.common.include_timing else Delivery
         prompts = work.prompts_of_streams
         deliveries = [delivery_type(context.metrics, context.clock, arrival_time) for _ in prompts]
-        streams = self._submit(work, wire.id, arrival_time)
+        streams = self._submit(work, tenant_of(scope), wire.id, arrival_time)
         context.request_log.admitted(
             wire.id,
             scope,
@@ -165,7 +166,9 @@ class GenerationEndpoint(ABC):
                 delivery.end(FinishReason.ABORT)  # unless it has ended already
             context.request_log.ended(wire.id, streams, len(work.prompts))
 
-    def _submit(self, work: Work, request_id: str, arrival_time: float) -> list[RequestStream]:
+    def _submit(
+        self, work: Work, tenant: Tenant, request_id: str, arrival_time: float
+    ) -> list[RequestStream]:
         """Hand all prompts to the engine, or none."""
         streams: list[RequestStream] = []
         work.choices.check_size(len(work.prompts))
@@ -176,7 +179,9 @@ class GenerationEndpoint(ABC):
                     work,
                     request_id=f"{request_id}-{index}" if index else request_id,
                     priority=work.common.priority,
-                    cache_salt=work.common.cache_salt,
+                    cache_salt=tenant.salt + work.common.cache_salt,
+                    tenant=tenant.name or work.common.user,
+                    weight=tenant.weight,
                     arrival_time=arrival_time,
                     is_tokenized=prompt.is_tokenized,
                 )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 import secrets
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from streamserve.api.errors import HttpError, error_response
+from streamserve.api.tenants import TENANT, KeyRing, Tenant
 
 _GUARDED = frozenset({"/v1", "/tokenize", "/detokenize"})
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -54,14 +52,21 @@ class ApiKeyMiddleware:
     """Asks for a key where a request costs something: under ``/v1``, and for tokenising.
 
     Health, version and metrics stay open, as in vLLM, and so do the pages: they hold no secret.
+    Whose key it was is left in the scope (``tenant_of``).
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app
-        self._digests = [_digest(key.encode()) for key in api_keys]
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _is_guarded(scope) or self._has_key(scope):
+        if scope["type"] != "http" or not _is_guarded(scope):
+            await self._app(scope, receive, send)
+            return
+        await self._keys.refresh()
+        tenant = self._tenant(scope)
+        if tenant is not None:
+            scope[TENANT] = tenant
             await self._app(scope, receive, send)
             return
         refusal = HttpError(
@@ -72,19 +77,10 @@ class ApiKeyMiddleware:
         )
         await error_response(refusal)(scope, receive, send)
 
-    def _has_key(self, scope: Scope) -> bool:
+    def _tenant(self, scope: Scope) -> Tenant | None:
         given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        # Digests have one length and every key is compared: time says nothing about any of them.
-        digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return any(matches)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+        return self._keys.find(key.strip()) if scheme.lower() == b"bearer" else None
 
 
 def _is_guarded(scope: Scope) -> bool:

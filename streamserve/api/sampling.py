@@ -35,6 +35,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_ALLOWED_TOKEN_IDS = 2**20
 MAX_CACHE_SALT = 1024
+MAX_USER = 1024
 
 GENERATION_CONFIG_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's ``generation_config.json`` may set as defaults, as in vLLM. ``do_sample`` has no
@@ -54,7 +55,6 @@ ANNOTATIONS = frozenset(
         "service_tier",
         "session_id",
         "store",
-        "user",
     }
 )
 
@@ -130,6 +130,14 @@ def _read_cache_salt(name: str, value: Any) -> str:
     return salt
 
 
+@typed({"type": "string", "maxLength": MAX_USER})
+def _read_user(name: str, value: Any) -> str:
+    user = read_str(name, value)
+    if len(user) > MAX_USER:
+        raise out_of_range(name, f"a string of at most {MAX_USER} characters", user)
+    return user
+
+
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
     """What a streamed answer reports besides its text."""
@@ -202,6 +210,7 @@ COMMON_FIELDS: dict[str, Reader] = {
     "priority": integer(),
     "stream": read_bool,
     "stream_options": _read_stream_options,
+    "user": _read_user,
 }
 
 
@@ -215,6 +224,7 @@ class Common:
     include_timing: bool
     priority: int
     cache_salt: str
+    user: str
     unknown_fields: tuple[str, ...]
 
 
@@ -236,6 +246,7 @@ def read_common(values: Mapping[str, Any], unknown: list[str]) -> Common:
         include_timing=options.include_timing or values.get("include_timing", False),
         priority=values.get("priority", 0),
         cache_salt=values.get("cache_salt", ""),
+        user=values.get("user", ""),
         unknown_fields=tuple(unknown) + (() if raw is None else raw.unknown),
     )
 

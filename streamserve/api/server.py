@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -236,7 +236,7 @@ async def _serve_until_signal(
     on_draining: Callable[[int], None] | None,
 ) -> None:
     server = ApiServer(app, config, sockets=sockets, on_ready=on_ready, on_draining=on_draining)
-    with _signals_call(server.request_shutdown):
+    with _signals_call(server.request_shutdown), hangup_calls(app.context.keys.reload, config):
         await server.run()
 
 
@@ -264,6 +264,30 @@ def _signals_call(on_signal: Callable[[], None]) -> Iterator[None]:
     finally:
         for sig in _SIGNALS:
             loop.remove_signal_handler(sig)
+
+
+@contextlib.contextmanager
+def hangup_calls(
+    reload: Callable[[], Coroutine[None, None, None]], config: ApiConfig
+) -> Iterator[None]:
+    """SIGHUP reads the file of API keys again, if there is one."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if config.api_key_file is None or not is_main or sys.platform == "win32":
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    tasks: set[asyncio.Task[None]] = set()
+
+    def handle() -> None:
+        task = loop.create_task(reload())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, handle)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:

@@ -293,6 +293,12 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         help="require one of these as bearer token (default: STREAMSERVE_API_KEY, else none)",
     )
     group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="tenants by name, with their keys, weights and limits: docs/tenants.md; read again on "
+        "SIGHUP and when it changes",
+    )
+    group.add_argument(
         "--allowed-origins",
         nargs="+",
         action=JsonListAction,

@@ -105,7 +105,8 @@ def _answer_format(args: Namespace, template: ChatTemplate) -> AnswerFormat:
 
 
 def _curl_line(url: str, config: ApiConfig) -> str:
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""
+    has_keys = config.api_keys or config.api_key_file
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if has_keys else ""
     body = {
         "model": config.served_model_names[0],
         "stream": True,
@@ -119,16 +120,22 @@ def _curl_line(url: str, config: ApiConfig) -> str:
 
 def api_config(args: Namespace) -> ApiConfig:
     """Return the front's config. Raises ``ConfigError``."""
+    from streamserve.api.tenants import KeyRing
+
     keys = args.api_key
     if keys is None:
         key = os.environ.get("STREAMSERVE_API_KEY")
         keys = [key] if key else []
+    if args.api_key_file is not None:
+        # What is wrong with it is known before a model is loaded.
+        KeyRing(keys, args.api_key_file)
     names = args.served_model_name or [model_name(args)]
     return ApiConfig(
         served_model_names=tuple(names),
         host=args.host,
         port=args.port,
         api_keys=tuple(keys),
+        api_key_file=args.api_key_file,
         allowed_origins=tuple(args.allowed_origins),
         allow_credentials=args.allow_credentials,
         strict_fields=args.strict_fields,

@@ -85,7 +85,9 @@ class Request:
         "sort_key",
         "status",
         "stop_reason",
+        "tenant",
         "token_ids",
+        "weight",
     )
 
     def __init__(
@@ -100,6 +102,8 @@ class Request:
         choice_index: int = 0,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> None:
         self.request_id = request_id
         self.sampling_params = sampling_params
@@ -109,6 +113,8 @@ class Request:
         self.choice_index = choice_index
         self.priority = priority  # smaller is served first, as in vLLM
         self.cache_salt = cache_salt
+        self.tenant = tenant  # whose share of the machine it takes, where shares are kept
+        self.weight = weight
 
         self.token_ids: list[int] = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)

@@ -23,12 +23,15 @@ from streamserve.errors import InvalidParameterError
 class Origin(TypedDict, total=False):
     """Who asks: ``arrival_time`` is now and ``priority`` is 0 unless given; see ``Request``.
 
+    ``tenant`` and ``weight``: whose share of the machine it is, where shares are kept.
     ``is_tokenized``: the prompt's ids come from the engine's own tokenizer.
     """
 
     request_id: Required[str]
     priority: int
     cache_salt: str
+    tenant: str
+    weight: float
     arrival_time: float | None
     is_tokenized: bool
 
@@ -83,6 +86,8 @@ class Intake:
                 request_id=f"{source.request_id}/{choice_index}",
                 priority=source.priority,
                 cache_salt=source.cache_salt,
+                tenant=source.tenant,
+                weight=source.weight,
                 arrival_time=source.arrival_time,
             )
             request.prompt_logprobs = source.prompt_logprobs  # one list: they are found once
@@ -152,6 +157,8 @@ class Intake:
             choice_index=choice_index,
             priority=origin.get("priority", 0),
             cache_salt=origin.get("cache_salt", ""),
+            tenant=origin.get("tenant", ""),
+            weight=origin.get("weight", 1.0),
         )
 
     def _live(self, request: Request) -> Live:

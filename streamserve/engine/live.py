@@ -163,6 +163,8 @@ class BeamGroup(Live):
             eos_token_ids=first.eos_token_ids,
             priority=first.priority,
             cache_salt=first.cache_salt,
+            tenant=first.tenant,
+            weight=first.weight,
         )
         child.token_ids = [*parent.token_ids, token_id]
         child.block_hashes = list(parent.block_hashes)

@@ -1,0 +1,172 @@
+"""API keys by name, from flags and from a file that changes; what one tenant has is its own."""
+
+import hashlib
+import os
+import re
+import signal
+
+import pytest
+
+from streamserve.api.server import hangup_calls
+from streamserve.api.tenants import CHECK_INTERVAL_S, KeyRing, read_key_file
+from streamserve.config import ApiConfig
+from streamserve.errors import ConfigError
+from tests.api.harness import Api, Exchange, chat_body, until
+
+CHAT = "/v1/chat/completions"
+FILE = """
+[alice]
+keys = ["sk-alice", "sk-alice-old"]
+weight = 3
+requests_per_minute = 60
+tokens_per_minute = 1000
+priority = -2
+
+["bob.b"]
+# echo -n sk-bob | sha256sum
+keys = ["sha256:7bbd74dcf70a3d9a01b7a08e2b3a4fa1d0bd5b9a7a5a3ef4f8aabf4b5a2ff0c8"]
+"""
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    file = tmp_path / "keys.toml"
+    digest = hashlib.sha256(b"sk-bob").hexdigest()
+    file.write_text(re.sub("sha256:[0-9a-f]{64}", f"sha256:{digest}", FILE))
+    return file
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_a_file_names_tenants_with_their_keys_and_limits(key_file):
+    ring = KeyRing(("sk-flag",), str(key_file))
+    alice = ring.find(b"sk-alice")
+    assert alice is ring.find(b"sk-alice-old")
+    assert (alice.name, alice.weight, alice.priority) == ("alice", 3, -2)
+    assert (alice.requests_per_minute, alice.tokens_per_minute) == (60, 1000)
+    bob = ring.find(b"sk-bob")
+    assert (bob.name, bob.weight, bob.requests_per_minute) == ("bob.b", 1.0, None)
+    assert ring.find(b"sk-flag").name == "key-1"
+    assert ring.find(b"sk-alic") is ring.find(b"") is None
+    salts = {ring.find(key).salt for key in (b"sk-alice", b"sk-bob", b"sk-flag")}
+    assert len(salts) == 3
+    assert not salts & {KeyRing((), str(key_file)).find(b"sk-alice").salt}, "not of this process"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "at least one tenant"),
+        ("secret = 1", "tables with names"),
+        ('[a]\nkeys = "secret"', "array"),
+        ("[a]\nkeys = []", "array"),
+        ('[a]\nkeys = [""]', "none empty"),
+        ('["a b"]\nkeys = ["secret"]', "letters"),
+        ('[a]\nkeys = ["secret"]\nwieght = 2', "wieght"),
+        ('[a]\nkeys = ["secret"]\nweight = 0', "between 0.001 and 1000, got 0"),
+        ('[a]\nkeys = ["secret"]\nweight = nan', "got nan"),
+        ('[a]\nkeys = ["secret"]\ntokens_per_minute = true', "at least 1, got True"),
+        ('[a]\nkeys = ["secret"]\npriority = "secret"', "got str"),
+        ('[a]\nkeys = ["secret"]\n[b]\nkeys = ["secret"]', "a and b have a key in common"),
+        ('[key-1]\nkeys = ["other"]', "key-1"),
+        ('[a]\nkeys = ["secret"', "not valid TOML (at"),
+    ],
+)
+def test_a_wrong_file_is_refused_without_showing_a_key(tmp_path, content, words):
+    file = tmp_path / "keys.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(words)) as refused:
+        KeyRing(("flag",), str(file))
+    assert "secret" not in str(refused.value).replace(str(file), "")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_key_file(tmp_path / "none")
+
+
+async def test_a_changed_file_is_read_again_and_a_broken_one_changes_nothing(key_file, caplog):
+    now = 0.0
+    ring = KeyRing((), str(key_file), clock=lambda: now)
+    good = key_file.read_text()
+    key_file.write_text(good.replace("sk-alice-old", "sk-alice-new"))
+    await ring.refresh()
+    assert ring.find(b"sk-alice-old"), "it looks once in a while"
+    salt = ring.find(b"sk-alice").salt
+    now += CHECK_INTERVAL_S
+    await ring.refresh()
+    assert ring.find(b"sk-alice-old") is None
+    assert ring.find(b"sk-alice-new").salt == salt, "what she cached stays hers"
+    for broken in (good + "[", "", 'x = "sk-alice"'):
+        key_file.write_text(broken)
+        now += CHECK_INTERVAL_S
+        await ring.refresh()
+        assert ring.find(b"sk-alice-new")
+    os.unlink(key_file)
+    await ring.reload()
+    assert ring.find(b"sk-alice-new")
+    assert len(caplog.records) == 4
+    assert "sk-" not in caplog.text
+
+
+async def test_promise_keys_open_their_tenants_door_only_and_are_never_shown(key_file, caplog):
+    caplog.set_level("DEBUG")
+    async with Api(api_key_file=str(key_file), log_requests=True).running() as api:
+        seen = []
+        for key in ("sk-alice", "sk-alice-old", "sk-bob"):
+            exchange = Exchange(api.app, "POST", CHAT, chat_body(max_tokens=1), headers=bearer(key))
+            await exchange.finished()
+            seen += [str(exchange.messages)]
+            assert exchange.messages[0]["status"] == 200
+        refused = await api.call("POST", CHAT, chat_body(), headers=bearer("sk-mallory"))
+        metrics = (await api.call("GET", "/metrics")).body.decode()
+    assert refused.status == 401
+    assert "sk-" not in "".join([caplog.text, metrics, refused.body.decode(), *seen])
+
+
+async def test_sighup_reads_the_file_again(key_file):
+    config = ApiConfig(served_model_names=("m",), api_key_file=str(key_file))
+    ring = KeyRing((), str(key_file))
+    key_file.write_text('[carol]\nkeys = ["sk-carol"]')
+    with hangup_calls(ring.reload, config):
+        signal.raise_signal(signal.SIGHUP)
+        await until(lambda: ring.find(b"sk-carol") is not None)
+    assert ring.find(b"sk-alice") is None
+
+
+PROMPT = "The same question, long enough for a block or two of the cache."
+
+
+async def cached_tokens(api, key=None, **fields):
+    body = chat_body(max_tokens=2, **fields)
+    body["messages"][0]["content"] = PROMPT
+    answer = await api.call("POST", CHAT, body, headers=bearer(key) if key else {})
+    assert answer.status == 200
+    return answer.json["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+async def test_promise_private_what_a_tenant_cached_is_found_with_its_keys_only(key_file):
+    async with Api(api_key_file=str(key_file)).running() as api:
+        assert await cached_tokens(api, "sk-alice") == 0
+        warm = await cached_tokens(api, "sk-alice-old")
+        assert warm > 32
+        assert await cached_tokens(api, "sk-bob") == 0
+        assert await cached_tokens(api, "sk-bob") == warm
+        assert await cached_tokens(api, "sk-alice", cache_salt="mine") == 0
+        assert await cached_tokens(api, "sk-bob", cache_salt="mine") == 0
+        # A tenant's salt is no secret that a client could give as its own.
+        salt = api.app.context.keys.find(b"sk-alice").salt
+        assert await cached_tokens(api, "sk-bob", cache_salt=salt) == 0
+    async with Api().running() as api:
+        assert await cached_tokens(api, user="a") == 0
+        assert await cached_tokens(api, user="b") == warm, "without keys there is one tenant"
+
+
+@pytest.mark.parametrize("user", [5, "x" * 1025])
+async def test_a_wrong_user_is_refused(user):
+    async with Api().running() as api:
+        answer = await api.call("POST", CHAT, chat_body(user=user))
+    assert answer.status == 400
+    assert answer.error["param"] == "user"
