@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 from streamserve.config import SchedulerConfig
 from streamserve.core.admission import MAX_NUM_HASHED, Admission
@@ -33,9 +33,8 @@ from streamserve.core.stopping import append_tokens
 from streamserve.errors import QueueFullError
 
 
-@dataclass(slots=True)
-class RequestUpdate:
-    """What a retired step means for one request.
+class RequestUpdate(NamedTuple):
+    """What a retired step means for one request. A tuple: one is made per request and step.
 
     ``logprobs`` is as long as ``new_token_ids`` when the request asked for them, else empty.
     ``finish_reason`` is set when the request ended with the last of these tokens.
@@ -381,7 +380,7 @@ class Scheduler:
             take_prompt_logprobs(self._seats.requests, output.prompt_logprobs)
         updates: list[RequestUpdate] = []
         seats, block_size = self._seats, self.kv_cache.block_size
-        logprobs = output.logprobs
+        logprobs, new_tuple = output.logprobs, tuple.__new__
         rows = zip(step.requests, step.plan.scheduled, output.sampled_token_ids, strict=True)
         for i, (request, (_, start, token_ids, _, sample, _), sampled_ids) in enumerate(rows):
             request.num_steps_in_flight -= 1
@@ -398,8 +397,10 @@ class Scheduler:
             elif sample:
                 request.num_pending_tokens -= 1
                 new_token_ids, reason, stop_id = append_tokens(request, sampled_ids)
-                new_logprobs = logprobs[i][: len(new_token_ids)] if logprobs is not None else []
-                updates.append(RequestUpdate(request, new_token_ids, new_logprobs, reason))
+                new_logprobs = [] if logprobs is None else logprobs[i][: len(new_token_ids)]
+                updates.append(
+                    new_tuple(RequestUpdate, (request, new_token_ids, new_logprobs, reason))
+                )
                 if reason is not None:
                     self.finish(request, reason, stop_reason=stop_id)
                     continue

@@ -15,6 +15,10 @@ def append_tokens(
     grammar that nothing can be added to.
     """
     known, ending_ids = request.token_ids, request.ending_ids
+    if len(token_ids) == 1 and token_ids[0] not in ending_ids:  # nearly every call
+        known.append(token_ids[0])
+        is_full = len(known) >= request.max_num_tokens
+        return token_ids, FinishReason.LENGTH if is_full else None, None
     for i, token_id in enumerate(token_ids):
         known.append(token_id)
         if token_id in ending_ids and (
