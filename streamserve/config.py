@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from streamserve.errors import ConfigError
 
@@ -119,7 +119,7 @@ class ApiConfig:
     served_model_names: tuple[str, ...]
     host: str = "127.0.0.1"
     port: int = 8000
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: str | None = None
     allowed_origins: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
@@ -135,10 +135,17 @@ class ApiConfig:
     honours_priority: bool = False  # whether the scheduler's policy looks at it
     max_body_bytes: int = 16 * 2**20
     max_header_bytes: int = 64 * 2**10
-    header_timeout_s: float = 60.0
+    receive_timeout_s: float = 60.0  # of a request's headers and body
+    keep_alive_timeout_s: float = 75.0  # of a connection between two requests
+    max_connections: int = 4096
     ping_interval_s: float = 15.0
     drain_timeout_s: float = 30.0
     has_pages: bool = True
+    has_docs: bool = True  # /docs, which is a page, and /openapi.json
+    has_metrics: bool = True
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None  # where /metrics, /version and /debug are then, and only there
+    hang_timeout_s: float = 60.0  # a step takes longer: /live says that the engine hangs
 
     def __post_init__(self) -> None:
         if not self.served_model_names:
@@ -147,14 +154,20 @@ class ApiConfig:
             raise ConfigError(
                 f"root_path must begin with a slash and not end with one, got {self.root_path!r}"
             )
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
+        for name, port in (("port", self.port), ("admin_port", self.admin_port)):
+            if port is not None and not 0 <= port <= 65535:
+                raise ConfigError(f"{name} must be between 0 and 65535, got {port}")
         _at_least("max_body_bytes", self.max_body_bytes, 1024)
         _at_least("max_header_bytes", self.max_header_bytes, 1024)
-        if self.header_timeout_s <= 0:
-            raise ConfigError(f"header_timeout_s must be above 0, got {self.header_timeout_s}")
-        if self.ping_interval_s <= 0:
-            raise ConfigError(f"ping_interval_s must be above 0, got {self.ping_interval_s}")
+        _at_least("max_connections", self.max_connections, 1)
+        for name in (
+            "receive_timeout_s",
+            "keep_alive_timeout_s",
+            "hang_timeout_s",
+            "ping_interval_s",
+        ):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.drain_timeout_s < 0:
             raise ConfigError(f"drain_timeout_s must be at least 0, got {self.drain_timeout_s}")
 

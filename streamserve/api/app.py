@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -16,7 +15,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from streamserve import __version__
 from streamserve.api.context import ApiContext, Gate
 from streamserve.api.errors import EXCEPTION_HANDLERS
 from streamserve.api.generation import (
@@ -28,6 +26,7 @@ from streamserve.api.generation import (
 from streamserve.api.metrics import Metrics, MetricsRegistry
 from streamserve.api.middleware import ApiKeyMiddleware, RequestIdMiddleware
 from streamserve.api.openapi import openapi
+from streamserve.api.operators import OperatorEndpoints, admin_app
 from streamserve.api.pages import page_routes
 from streamserve.api.prompts import PromptWorkers, TextLoader
 from streamserve.api.request_log import RequestLog
@@ -37,6 +36,7 @@ from streamserve.api.tokens import TokenEndpoints
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock, monotonic
 from streamserve.engine.async_engine import AsyncEngine
+from streamserve.engine.hang_watch import HangWatch
 from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
 from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.tokenizer import Tokenizer
@@ -55,6 +55,9 @@ class ApiApp(Starlette):
         # A proxy may have taken the prefix off or not: routing finds either.
         scope["root_path"] = self.context.config.root_path
         await super().__call__(scope, receive, send)
+
+    admin: Starlette | None = None
+    """What listens on ``config.admin_port``."""
 
     @property
     def context(self) -> ApiContext:
@@ -101,6 +104,7 @@ def create_app(
         mark_ids=MarkIds(tokenizer),
         answer_format=answer_format,
         keys=keys,
+        hang_watch=HangWatch(engine, clock, config.hang_timeout_s),
         gate=Gate(retry_after_s=config.drain_timeout_s),
         prompt_workers=None
         if load_text is None
@@ -110,7 +114,8 @@ def create_app(
         ),
     )
     registry = MetricsRegistry(metrics, engine, config.served_model_names[0])
-    small = _SmallEndpoints(context, registry)
+    small = _SmallEndpoints(context)
+    operators = OperatorEndpoints(context, registry)
     tokens = TokenEndpoints(context)
     routes = [
         Route("/v1/chat/completions", ChatEndpoint(context), methods=["POST"]),
@@ -119,13 +124,13 @@ def create_app(
         Route("/v1/models/{model:path}", small.model),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
-        Route("/openapi.json", small.openapi),
-        Route("/health", small.health),
-        Route("/version", small.version),
-        Route("/metrics", small.metrics),
+        *operators.health_routes(),
     ]
-    if config.has_pages:
-        routes += page_routes()
+    if config.admin_port is None:
+        routes += operators.admin_routes()
+    if config.has_docs:
+        routes.append(Route("/openapi.json", small.openapi))
+    routes += page_routes(has_chat=config.has_pages, has_docs=config.has_pages and config.has_docs)
     app = ApiApp(
         routes=routes,
         middleware=_middleware(config, keys),
@@ -134,6 +139,8 @@ def create_app(
     # A redirect would make a client repeat its POST elsewhere, or drop its body: 404 is clearer.
     app.router.redirect_slashes = False
     app.state.context = context
+    if config.admin_port is not None:
+        app.admin = admin_app([*operators.health_routes(), *operators.admin_routes()])
     return app
 
 
@@ -159,9 +166,8 @@ def _middleware(config: ApiConfig, keys: KeyRing) -> list[Middleware]:
 class _SmallEndpoints:
     """The endpoints that only look."""
 
-    def __init__(self, context: ApiContext, registry: MetricsRegistry) -> None:
+    def __init__(self, context: ApiContext) -> None:
         self._context = context
-        self._registry = registry
         self._openapi: bytes | None = None  # made when first asked for
 
     async def models(self, _request: Request) -> Response:
@@ -177,19 +183,6 @@ class _SmallEndpoints:
         if self._openapi is None:
             self._openapi = orjson.dumps(openapi(has_keys=not self._context.keys.is_empty))
         return Response(self._openapi, media_type="application/json")
-
-    async def health(self, _request: Request) -> Response:
-        if self._context.engine.is_dead:
-            return _json({"status": "dead"}, 503)
-        if not self._context.gate.is_open:
-            return _json({"status": "draining"}, 503)
-        return _json({"status": "ok"})
-
-    async def version(self, _request: Request) -> Response:
-        return _json({"version": __version__})
-
-    async def metrics(self, _request: Request) -> Response:
-        return Response(self._registry.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _card(self, name: str) -> dict[str, Any]:
         return {
@@ -219,5 +212,5 @@ class _SmallEndpoints:
         }
 
 
-def _json(content: dict[str, Any], status: int = 200) -> Response:
-    return Response(orjson.dumps(content), status_code=status, media_type="application/json")
+def _json(content: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")

@@ -18,6 +18,7 @@ from streamserve.api.tenants import KeyRing
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock
 from streamserve.engine.async_engine import AsyncEngine
+from streamserve.engine.hang_watch import HangWatch
 from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
 from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.tokenizer import Tokenizer
@@ -107,6 +108,7 @@ class ApiContext:
     metrics: Metrics
     keys: KeyRing
     gate: Gate
+    hang_watch: HangWatch
     mark_ids: MarkIds
     request_log: RequestLog
     prompt_workers: PromptWorkers | None = None  # none: everything is read in this process

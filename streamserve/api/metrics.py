@@ -64,10 +64,15 @@ class Metrics:
         self.e2e_latency = Counts(E2E_BOUNDS)
         self.num_finished = dict.fromkeys(FINISHED_REASONS, 0)
         self.num_refused: dict[int, int] = {}
+        self.num_connections_refused: dict[str, int] = {}
 
     def refused(self, status: int) -> None:
         """Count a request that was refused before it reached the engine's queue."""
         self.num_refused[status] = self.num_refused.get(status, 0) + 1
+
+    def refused_connection(self, code: str) -> None:
+        """Count what was refused before it was a request, by a code of ours."""
+        self.num_connections_refused[code] = self.num_connections_refused.get(code, 0) + 1
 
 
 class Delivery:
@@ -213,6 +218,14 @@ class MetricsCollector(Collector):
             [
                 ({**self._model, "status": str(status)}, count)
                 for status, count in sorted(metrics.num_refused.items())
+            ],
+        )
+        yield self._counter(
+            "connection_refused",
+            "Connections that were refused before they were a request, by error code.",
+            [
+                ({**self._model, "code": code}, count)
+                for code, count in sorted(metrics.num_connections_refused.items())
             ],
         )
         yield self._histogram(

@@ -119,6 +119,8 @@ OBJECTS = (
 _LOOKING = (
     ("/v1/models", "The models", "application/json", _object(object=_STRING, data=_array(_MODEL))),
     ("/health", "Whether the server takes requests", "application/json", _object(status=_STRING)),
+    ("/live", "Whether the process is of use", "application/json", _object(status=_STRING)),
+    ("/ready", "Whether to send requests here", "application/json", _object(status=_STRING)),
     ("/version", "The server's version", "application/json", _object(version=_STRING)),
     ("/metrics", "Counters and histograms for Prometheus", "text/plain", _STRING),
 )

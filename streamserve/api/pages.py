@@ -33,9 +33,14 @@ class Page:
         return self._response
 
 
-def page_routes() -> list[Route]:
-    """The routes of all pages."""
-    return [Route(path, Page(file_name).__call__) for path, file_name in PAGES.items()]
+def page_routes(*, has_chat: bool, has_docs: bool) -> list[Route]:
+    """The routes of the pages that are served."""
+    is_served = {"/": has_chat, "/docs": has_docs}
+    return [
+        Route(path, Page(file_name).__call__)
+        for path, file_name in PAGES.items()
+        if is_served[path]
+    ]
 
 
 def content_security_policy(html: str) -> str:

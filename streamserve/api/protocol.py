@@ -1,9 +1,22 @@
-"""uvicorn's httptools protocol with what it lacks: a limit on headers, OpenAI's error shape."""
+"""uvicorn's httptools protocol with what it lacks: limits on what a connection may cost.
+
+::
+
+    connection made    refused at the bound of connections, unless an idle one makes room
+    first byte         a request's headers and body are here within one deadline, and within bytes
+    its answer         made by the application
+    idle               uvicorn's own ``timeout_keep_alive``
+    closed             what was written may take a while to leave, and no longer
+
+What is refused here never reaches the application; it is answered in OpenAI's error shape.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import http
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -11,35 +24,64 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from streamserve.api.errors import error_type
 
+MAX_PIPELINED = 16
+"""Requests of one connection that may wait for the answer before them."""
+
+_LINGER_S = 5.0
+"""How long a closed connection may take to deliver its last bytes."""
+
+_NUM_LOOKED_AT = 256  # connections, to find an idle one: a flood must stay cheap
+_RETRY_AFTER_S = 1
+
 
 class _HeadersTooLargeError(Exception):
     """Stops the parser: it holds what it has met of a header until that is complete."""
 
 
+class _TooManyPipelinedError(Exception):
+    """Stops the parser."""
+
+
+def _nobody_counts(_code: str) -> None:
+    """Stands in for who counts refusals."""
+
+
 class ServeProtocol(HttpToolsProtocol):
     """One connection. ``max_header_bytes`` bounds the request line and all headers together.
 
-    They must be there ``header_timeout_s`` after the connection or the request has begun; between
-    two requests uvicorn's own ``timeout_keep_alive`` counts.
+    A request, its body included, must be there ``receive_timeout_s`` after it has begun, the first
+    one after the connection was made.
     """
 
-    max_header_bytes = 64 * 2**10  # both set by ``protocol_class``
-    header_timeout_s = 60.0
+    max_header_bytes = 64 * 2**10  # these are set by ``protocol_class``
+    receive_timeout_s = 60.0
+    max_connections = 4096
+    on_refused: Callable[[str], None] = staticmethod(_nobody_counts)
 
     _is_in_head = False
+    _is_in_body = False
     _num_head_bytes = 0
     _num_unparsed_bytes = 0
-    _head_timer: asyncio.TimerHandle | None = None
+    _deadline: asyncio.TimerHandle | None = None
+    _linger: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._start_head_timer()
+        if len(self.connections) > self.max_connections and not self._is_room_made():
+            message = f"The server has its limit of {self.max_connections} connections open"
+            self._refuse(503, message, "too_many_connections")
+        else:
+            self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_head_timer()
+        self._stop_deadline()
+        if self._linger is not None:
+            self._linger.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():  # refused: what still comes is nobody's
+            return
         super().data_received(data)
         # A header that never ends shows up in no callback.
         if self._is_in_head and not self.transport.is_closing():
@@ -52,8 +94,8 @@ class ServeProtocol(HttpToolsProtocol):
         self._is_in_head = True
         self._num_head_bytes = 0
         self._num_unparsed_bytes = 0
-        if self._head_timer is None:
-            self._start_head_timer()
+        if self._deadline is None:
+            self._start_deadline()
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
@@ -65,8 +107,15 @@ class ServeProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
-        self._stop_head_timer()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise _TooManyPipelinedError
+        self._is_in_body = True
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._is_in_body = False
+        self._stop_deadline()
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         if self._num_head_bytes > self.max_header_bytes:
@@ -74,24 +123,51 @@ class ServeProtocol(HttpToolsProtocol):
         else:
             self._refuse(400, msg, "invalid_http")
 
+    def timeout_keep_alive_handler(self) -> None:
+        if not self.transport.is_closing():
+            self._close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for anything on it."""
+        return self.timeout_keep_alive_task is not None
+
     @property
     def _is_answering(self) -> bool:
+        """Whether the last request that has begun a body waits for its answer, or has a part."""
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _start_head_timer(self) -> None:
-        self._head_timer = self.loop.call_later(self.header_timeout_s, self._on_head_timer)
+    @property
+    def _may_be_answered(self) -> bool:
+        """Whether a refusal would fall into no other answer, and not follow its own request's."""
+        if self._is_in_body:
+            return not self.pipeline and not self.cycle.response_started
+        return not self._is_answering
 
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _is_room_made(self) -> bool:
+        """Close a connection that is idle; false where none is found."""
+        for connection in islice(self.connections, _NUM_LOOKED_AT):
+            if isinstance(connection, ServeProtocol) and connection.is_idle:
+                connection.timeout_keep_alive_handler()
+                return True
+        return False
 
-    def _on_head_timer(self) -> None:
-        if self._is_answering:  # a pipelined request: its time begins when it is its turn
-            self._start_head_timer()
+    def _start_deadline(self) -> None:
+        self._deadline = self.loop.call_later(self.receive_timeout_s, self._on_deadline)
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _on_deadline(self) -> None:
+        is_waiting = self._is_answering if self._is_in_head else bool(self.pipeline)
+        if is_waiting:  # a pipelined request: its time begins when it is its turn
+            self._start_deadline()
             return
-        message = f"The headers must arrive within {self.header_timeout_s:g} s"
-        self._refuse(408, message, "header_timeout")
+        self._deadline = None
+        message = f"The request must arrive within {self.receive_timeout_s:g} s"
+        self._refuse(408, message, "receive_timeout")
 
     def _count(self, num_bytes: int) -> None:
         self._num_head_bytes += num_bytes
@@ -104,24 +180,47 @@ class ServeProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answer without the application and end the connection: the parser is lost."""
+        self.on_refused(code)
         error = {"message": message, "type": error_type(status), "param": None, "code": code}
         body = orjson.dumps({"error": error})
+        retry = f"retry-after: {_RETRY_AFTER_S}\r\n" if status == 503 else ""
         head = (
             f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"
             "content-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n"
+            f"content-length: {len(body)}\r\n{retry}"
             "connection: close\r\n\r\n"
         )
-        self._is_in_head = False
-        if not self._is_answering:  # nothing may fall into another request's answer
+        if self._may_be_answered:
             self.transport.write(head.encode() + body)
+        if self._is_answering:
+            self.cycle.disconnected = True  # the application has nobody to answer any more
+            self.cycle.message_event.set()
+        self._is_in_head = False
+        self._close()
+
+    def _close(self) -> None:
+        """Close, and do not wait for ever for a peer that does not read."""
+        self._stop_deadline()
         self.transport.close()
+        if self._linger is None:
+            self._linger = self.loop.call_later(_LINGER_S, self.transport.abort)
 
 
-def protocol_class(max_header_bytes: int, header_timeout_s: float) -> type[ServeProtocol]:
-    """The protocol with limits of its own: uvicorn builds it by class, without arguments."""
+def protocol_class(
+    *,
+    max_header_bytes: int,
+    receive_timeout_s: float,
+    max_connections: int,
+    on_refused: Callable[[str], None] = _nobody_counts,
+) -> type[ServeProtocol]:
+    """The protocol with limits of its own: uvicorn builds it by class, without arguments.
+
+    ``on_refused`` is called with the error code of what is refused.
+    """
     namespace: dict[str, Any] = {
         "max_header_bytes": max_header_bytes,
-        "header_timeout_s": header_timeout_s,
+        "receive_timeout_s": receive_timeout_s,
+        "max_connections": max_connections,
+        "on_refused": staticmethod(on_refused),
     }
     return type("ServeProtocol", (ServeProtocol,), namespace)

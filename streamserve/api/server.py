@@ -2,7 +2,7 @@
 
 ::
 
-    first signal    the gate closes (503 for newcomers, /health too); the listener stays open
+    first signal    the gate closes (503 for newcomers, /health and /ready); the listener stays open
                     wait until the last request has left, drain_timeout_s at most
     second signal   do not wait
                     engine.stop: what still runs ends with an error event
@@ -20,13 +20,15 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
 
 from streamserve.api.app import ApiApp
+from streamserve.api.file_limit import connections_allowed
 from streamserve.api.protocol import protocol_class
 from streamserve.config import ApiConfig, TlsConfig
 from streamserve.errors import ConfigError, EngineDeadError
@@ -34,6 +36,8 @@ from streamserve.errors import ConfigError, EngineDeadError
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NUM_LOOKS = 8  # at the engine's steps, before it is taken to hang
+_MAX_ADMIN_CONNECTIONS = 64
 _FLUSH_TIMEOUT_S = 1.0
 """How long the last frames may take to leave: a reader that does not read must not hold us up."""
 
@@ -44,12 +48,19 @@ def bind_sockets(config: ApiConfig) -> list[socket.socket]:
     Separate from ``serve`` so that a port in use is known before a model is loaded. Raises
     ``ConfigError``.
     """
+    return _bind(config.host, config.port)
+
+
+def bind_admin_sockets(config: ApiConfig) -> list[socket.socket]:
+    """As ``bind_sockets``, for the operators' port; none if there is no such port."""
+    return [] if config.admin_port is None else _bind(config.admin_host, config.admin_port)
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
     bound: list[socket.socket] = []
-    port = config.port
+    wanted = port
     try:
-        addresses = socket.getaddrinfo(
-            config.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, address in dict.fromkeys(addresses):
             sock = socket.socket(family, kind, protocol)
             bound.append(sock)
@@ -62,13 +73,13 @@ def bind_sockets(config: ApiConfig) -> list[socket.socket]:
     except OSError as exc:
         for sock in bound:
             sock.close()
-        raise _cannot_listen(config, exc) from exc
+        raise _cannot_listen(host, wanted, exc) from exc
     return bound
 
 
-def _cannot_listen(config: ApiConfig, exc: OSError) -> ConfigError:
+def _cannot_listen(host: str, port: int, exc: OSError) -> ConfigError:
     reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc)
-    return ConfigError(f"cannot listen on {config.host}:{config.port}: {reason}")
+    return ConfigError(f"cannot listen on {host}:{port}: {reason}")
 
 
 class _UvicornServer(uvicorn.Server):
@@ -99,12 +110,14 @@ class ApiServer:
         config: ApiConfig,
         *,
         sockets: Sequence[socket.socket] | None = None,
+        admin_sockets: Sequence[socket.socket] | None = None,
         on_ready: Callable[[str], None] | None = None,
         on_draining: Callable[[int], None] | None = None,
     ) -> None:
         self._app = app
         self._config = config
         self._sockets = None if sockets is None else list(sockets)
+        self._admin_sockets = None if admin_sockets is None else list(admin_sockets)
         self._on_ready = on_ready
         self._on_draining = on_draining
         self._shutdown_wanted = asyncio.Event()
@@ -122,44 +135,82 @@ class ApiServer:
         Raises ``ConfigError`` if it cannot listen, and ``EngineDeadError`` after an orderly end if
         the engine died: whoever supervises the process starts another.
         """
-        sockets = bind_sockets(self._config) if self._sockets is None else self._sockets
-        engine, workers = self._app.context.engine, self._app.context.prompt_workers
-        server = _UvicornServer(self._uvicorn_config(), lambda: self._started(sockets))
-        closer = asyncio.create_task(self._close_when_wanted(server))
-        watcher = asyncio.create_task(self._close_when_dead())
+        config, context = self._config, self._app.context
+        sockets = bind_sockets(config) if self._sockets is None else self._sockets
+        engine, workers = context.engine, context.prompt_workers
+        max_connections = connections_allowed(config.max_connections)
+        server = _UvicornServer(
+            self._uvicorn_config(self._app, max_connections), lambda: self._started(sockets)
+        )
+        helpers = [
+            asyncio.create_task(self._close_when_wanted(server)),
+            asyncio.create_task(self._close_when_dead()),
+            asyncio.create_task(self._watch_for_hangs()),
+        ]
         try:
             await engine.start()
             if workers is not None:
                 workers.start()
-            await server.serve(sockets)
-            if watcher.done():
+            async with self._admin_server():
+                await server.serve(sockets)
+            if engine.is_dead:
                 raise EngineDeadError(f"the engine is dead: {engine.dead_reason}")
         except OSError as exc:
-            raise _cannot_listen(self._config, exc) from exc
+            raise _cannot_listen(config.host, config.port, exc) from exc
         finally:
-            closer.cancel()
-            watcher.cancel()
+            for helper in helpers:
+                helper.cancel()
             await engine.stop()
-            self._app.context.preprocessor.close()
+            context.preprocessor.close()
             if workers is not None:
                 workers.close()
             for sock in sockets:
                 sock.close()
 
-    def _uvicorn_config(self) -> uvicorn.Config:
+    @contextlib.asynccontextmanager
+    async def _admin_server(self) -> AsyncIterator[None]:
+        """The operators' port, open until the last stream has ended."""
+        app = self._app.admin
+        if app is None:
+            yield
+            return
+        given = self._admin_sockets
+        sockets = bind_admin_sockets(self._config) if given is None else given
+        started = asyncio.Event()
+        server = _UvicornServer(self._uvicorn_config(app, _MAX_ADMIN_CONNECTIONS), started.set)
+        serving = asyncio.create_task(server.serve(sockets))
+        try:
+            waiting = asyncio.ensure_future(started.wait())
+            await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+            yield
+        finally:
+            server.should_exit = True
+            await serving
+            for sock in sockets:
+                sock.close()
+
+    def _uvicorn_config(self, app: Starlette, max_connections: int) -> uvicorn.Config:
+        config = self._config
         return uvicorn.Config(
-            self._app,
-            http=protocol_class(self._config.max_header_bytes, self._config.header_timeout_s),
+            app,
+            http=protocol_class(
+                max_header_bytes=config.max_header_bytes,
+                receive_timeout_s=config.receive_timeout_s,
+                max_connections=max_connections,
+                on_refused=self._app.context.metrics.refused_connection,
+            ),
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level=self._config.uvicorn_log_level,
+            log_level=config.uvicorn_log_level,
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            timeout_keep_alive=75,
+            # uvicorn takes whole seconds and hands them on as they are.
+            timeout_keep_alive=config.keep_alive_timeout_s,  # type: ignore[arg-type]
             timeout_graceful_shutdown=1,  # only for connections that are left after the drain
-            **_tls_options(self._config.tls),
+            **_tls_options(config.tls),
         )
 
     def _started(self, sockets: Sequence[socket.socket]) -> None:
@@ -179,6 +230,12 @@ class ApiServer:
     async def _close_when_dead(self) -> None:
         await self._app.context.engine.wait_dead()
         self._shutdown_wanted.set()
+
+    async def _watch_for_hangs(self) -> None:
+        watch = self._app.context.hang_watch
+        while True:
+            watch.stalled_s()
+            await asyncio.sleep(watch.limit_s / _NUM_LOOKS)
 
     async def _drain(self, server: uvicorn.Server) -> None:
         gate = self._app.context.gate
@@ -215,27 +272,32 @@ def serve(
     config: ApiConfig,
     *,
     sockets: Sequence[socket.socket] | None = None,
+    admin_sockets: Sequence[socket.socket] | None = None,
     on_ready: Callable[[str], None] | None = None,
     on_draining: Callable[[int], None] | None = None,
 ) -> None:
     """Serve until a signal says otherwise; returns after a clean end. Main thread only for signals.
 
-    ``sockets`` come from ``bind_sockets`` (bound here if ``None``). ``on_ready(url)`` is called
-    once connections are accepted, ``on_draining(n)`` when ``n`` requests are waited for. Prints
-    nothing. Raises ``ConfigError`` if the address cannot be listened on, and ``EngineDeadError``.
+    The sockets come from ``bind_sockets`` and ``bind_admin_sockets`` (bound here if ``None``).
+    ``on_ready(url)`` is called once connections are accepted, ``on_draining(n)`` when ``n``
+    requests are waited for. Prints nothing. Raises ``ConfigError`` if an address cannot be listened
+    on, and ``EngineDeadError``.
     """
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-        runner.run(_serve_until_signal(app, config, sockets, on_ready, on_draining))
+        runner.run(
+            _serve_until_signal(
+                app,
+                config,
+                sockets=sockets,
+                admin_sockets=admin_sockets,
+                on_ready=on_ready,
+                on_draining=on_draining,
+            )
+        )
 
 
-async def _serve_until_signal(
-    app: ApiApp,
-    config: ApiConfig,
-    sockets: Sequence[socket.socket] | None,
-    on_ready: Callable[[str], None] | None,
-    on_draining: Callable[[int], None] | None,
-) -> None:
-    server = ApiServer(app, config, sockets=sockets, on_ready=on_ready, on_draining=on_draining)
+async def _serve_until_signal(app: ApiApp, config: ApiConfig, **options: Any) -> None:
+    server = ApiServer(app, config, **options)
     with _signals_call(server.request_shutdown), hangup_calls(app.context.keys.reload, config):
         await server.run()
 

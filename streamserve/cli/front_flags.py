@@ -96,6 +96,70 @@ def add_front_flags(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="of a request's headers (default: %(default)s)",
     )
+    _add_limit_flags(group)
+    _add_operator_flags(parser.add_argument_group("operators"))
+
+
+def _add_limit_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-body-bytes",
+        type=int,
+        default=16 * 2**20,
+        metavar="BYTES",
+        help="of a request's body (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-connections",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="open at the same time; beyond, an idle one is closed or the new one gets 503 "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--receive-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds in which a request's headers and body must arrive (default: %(default)s)",
+    )
+    group.add_argument(
+        "--timeout-keep-alive",
+        type=float,
+        default=75.0,
+        metavar="S",
+        help="seconds after which an idle connection is closed (default: %(default)s)",
+    )
+
+
+def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--admin-port",
+        type=int,
+        metavar="PORT",
+        help="serve /metrics, /version and /debug there, and no longer on --port; /health, /live "
+        "and /ready are on both",
+    )
+    group.add_argument(
+        "--admin-host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="where --admin-port listens (default: %(default)s)",
+    )
+    group.add_argument("--no-metrics", action="store_true", help="serve no /metrics")
+    group.add_argument(
+        "--disable-fastapi-docs",
+        action="store_true",
+        help="serve neither /docs nor /openapi.json (vLLM's name)",
+    )
+    group.add_argument(
+        "--hang-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds after which a step that does not end makes /live answer 503 "
+        "(default: %(default)s)",
+    )
 
 
 class JsonListAction(argparse.Action):

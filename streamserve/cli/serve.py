@@ -28,21 +28,24 @@ def run_serve(args: Namespace) -> int:
     """Serve until a signal. Returns the exit code; raises ``StreamServeError``."""
     started = time.monotonic()
     # Before torch is imported and a model is loaded: a port in use is known in a moment.
-    from streamserve.api.server import bind_sockets, serve
+    from streamserve.api.server import bind_admin_sockets, bind_sockets, serve
 
     config = api_config(args)
     check_flags(args)
     if config.log_requests:
         _log_requests()
     sockets = bind_sockets(config)
+    admin_sockets = bind_admin_sockets(config)
     with ExitStack() as stack:
-        for sock in sockets:
+        for sock in (*sockets, *admin_sockets):
             stack.callback(sock.close)
         say(f"streamserve {__version__}")
         app = _build_app(args, config)
 
         def ready(url: str) -> None:
             say(f"ready in {time.monotonic() - started:.1f} s: {url}")
+            for sock in admin_sockets[:1]:
+                say(f"for operators: {config.admin_host}:{sock.getsockname()[1]}")
             say(_curl_line(url, config))
             if config.has_pages:
                 say(f"or open {url} in a browser")
@@ -51,7 +54,14 @@ def run_serve(args: Namespace) -> int:
             answers = "answer" if num_requests == 1 else "answers"
             say(f"finishing {num_requests} {answers}; Ctrl-C again to stop at once")
 
-        serve(app, config, sockets=sockets, on_ready=ready, on_draining=draining)
+        serve(
+            app,
+            config,
+            sockets=sockets,
+            admin_sockets=admin_sockets,
+            on_ready=ready,
+            on_draining=draining,
+        )
     say("stopped")
     return 0
 
@@ -152,6 +162,15 @@ def api_config(args: Namespace) -> ApiConfig:
         ping_interval_s=args.sse_keep_alive_interval,
         max_header_bytes=args.h11_max_incomplete_event_size,
         has_pages=not args.no_ui,
+        has_docs=not args.disable_fastapi_docs,
+        has_metrics=not args.no_metrics,
+        admin_host=args.admin_host,
+        admin_port=args.admin_port,
+        hang_timeout_s=args.hang_timeout,
+        max_body_bytes=args.max_body_bytes,
+        max_connections=args.max_connections,
+        receive_timeout_s=args.receive_timeout,
+        keep_alive_timeout_s=args.timeout_keep_alive,
     )
 
 

@@ -170,6 +170,16 @@ class AsyncEngine(EngineFront):
         """Whether no request is live and no step in flight."""
         return not self._live and not self._in_flight
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that were launched."""
+        return self._num_steps
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step is due: something waits for a seat, or for the end of a step."""
+        return bool(self._in_flight) or self._scheduler.num_waiting > 0
+
     def stats(self) -> EngineStats:
         """What there is to count. Cheap: may be called for every scrape and every log line."""
         live = dict.fromkeys(self._live.values())

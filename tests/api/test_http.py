@@ -262,18 +262,90 @@ async def test_an_endless_header_in_pieces_is_refused():
         assert (await client.whole())[0] == 431
 
 
+@pytest.mark.parametrize("body", ["", '{"messages"'])
+async def test_a_body_that_never_ends_is_refused(body):
+    api = Api(receive_timeout_s=0.05)
+    async with api.serving() as address, connected(address) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+        client.writer.write(f"{head}{body}".encode())
+        status, _, answer = await client.whole()
+        assert status == 408
+        assert json.loads(answer)["error"]["code"] == "receive_timeout"
+        assert await client.is_closed_by_server()
+        await until(lambda: api.app.context.gate.num_inside == 0)
+    assert api.app.context.metrics.num_connections_refused == {"receive_timeout": 1}
+
+
+async def test_a_body_in_small_pieces_has_no_more_time_than_another():
+    async with Api(receive_timeout_s=0.1).serving() as address, connected(address) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+        client.writer.write(head.encode())
+        answer = asyncio.create_task(client.whole())
+        while not answer.done():
+            client.writer.write(b" ")
+            await asyncio.sleep(0.01)
+        assert (await answer)[0] == 408
+
+
+async def test_a_refused_body_that_goes_on_for_ever_loses_its_connection():
+    api = Api(receive_timeout_s=0.1, max_body_bytes=2000)
+    async with api.serving() as address, connected(address) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+        client.writer.write(head.encode())
+        assert (await client.whole())[0] == 413
+        assert await client.is_closed_by_server()
+
+
+async def test_beyond_the_bound_newcomers_are_told():
+    api = Api(max_connections=2, is_held=True)
+    async with api.serving() as address, contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connected(address)) for _ in range(2)]
+        for client in clients:
+            await client.send("POST", CHAT, chat_body(max_tokens=1))
+        await until(lambda: api.app.context.gate.num_inside == 2)
+        third = await stack.enter_async_context(connected(address))
+        status, headers, body = await third.whole()
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert json.loads(body)["error"]["code"] == "too_many_connections"
+        assert await third.is_closed_by_server()
+        api.pace.let_go()
+        for client in clients:
+            assert (await client.whole())[0] == 200
+        # They are idle now, and one makes room.
+        fourth = await stack.enter_async_context(connected(address))
+        await fourth.send("GET", "/health")
+        assert (await fourth.whole())[0] == 200
+
+
+async def test_an_idle_connection_is_closed():
+    api = Api(keep_alive_timeout_s=0.05)
+    async with api.serving() as address, connected(address) as client:
+        await client.send("GET", "/health")
+        assert (await client.whole())[0] == 200
+        assert await client.is_closed_by_server()
+
+
+async def test_a_pipeline_has_a_bound():
+    api = Api(is_held=True)
+    async with api.serving() as address, connected(address) as client:
+        await client.send("POST", CHAT, chat_body(stream=True, max_tokens=2))
+        client.writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        await until(lambda: api.app.context.metrics.num_connections_refused == {"invalid_http": 1})
+        await until(lambda: api.engine.is_idle)
+
+
 @pytest.mark.parametrize("begun", [b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
 async def test_headers_that_never_end_are_refused(begun):
-    async with Api(header_timeout_s=0.05).serving() as address, connected(address) as client:
+    async with Api(receive_timeout_s=0.05).serving() as address, connected(address) as client:
         client.writer.write(begun)
         status, _, body = await client.whole()
         assert status == 408
-        assert json.loads(body)["error"]["code"] == "header_timeout"
+        assert json.loads(body)["error"]["code"] == "receive_timeout"
         assert await client.is_closed_by_server()
 
 
 async def test_a_second_request_has_its_own_time_and_an_answer_may_take_longer():
-    api = Api(is_held=True, header_timeout_s=0.05, ping_interval_s=0.1)
+    api = Api(is_held=True, receive_timeout_s=0.05, ping_interval_s=0.1)
     async with api.serving() as address, connected(address) as client:
         await client.send("POST", CHAT, chat_body(stream=True, max_tokens=1))
         await client.head()
@@ -285,7 +357,7 @@ async def test_a_second_request_has_its_own_time_and_an_answer_may_take_longer()
 
 
 async def test_half_a_pipelined_request_does_not_disturb_the_answer_before_it():
-    api = Api(is_held=True, header_timeout_s=0.05, ping_interval_s=0.2)
+    api = Api(is_held=True, receive_timeout_s=0.05, ping_interval_s=0.2)
     async with api.serving() as address, connected(address) as client:
         await client.send("POST", CHAT, chat_body(stream=True, max_tokens=2))
         client.writer.write(b"GET /health HTTP/1.1\r\n")
