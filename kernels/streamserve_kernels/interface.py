@@ -134,6 +134,10 @@ class RecordedStep(Protocol):
         """The arg-max [L] int64 of the same rows, the first of equals."""
         ...
 
+    def hidden_states(self, num_rows: int) -> Tensor:
+        """What the head was given [num_rows, H] in the step that ran last."""
+        ...
+
 
 class StepRecorder(Protocol):
     """Offers a backend's functions on symbols, and writes down what they are called with.

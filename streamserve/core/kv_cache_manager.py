@@ -110,7 +110,7 @@ class KVCacheManager:
     ) -> PrefixMatch | None:
         """The longest cached prefix of a request without blocks; takes nothing for it.
 
-        There is none for a request that needs the logits of its prompt: every row is computed.
+        There is none for a request that needs its prompt's rows: every one is computed.
 
         ``None``: ask again. It was not found yet in ``max_num_hashed`` more blocks, or the plan
         being made, or one in flight, brings a part of it back from host memory. That happens
@@ -118,7 +118,7 @@ class KVCacheManager:
         step without ``max_num_hashed``.
         """
         assert not request.block_table
-        if request.needs_prompt_logits:
+        if request.needs_prompt_rows:
             return NO_MATCH
         match = self._cache.match(request, max_num_hashed) if self._caching else NO_MATCH
         if match is None or self._host is None:
@@ -133,7 +133,7 @@ class KVCacheManager:
         By its turn, it may be others. Of a prompt with more cached blocks than may be hashed, only
         those hashed count.
         """
-        if request.needs_prompt_logits:
+        if request.needs_prompt_rows:
             return 0
         match = self._cache.match(request, max_num_hashed) if self._caching else NO_MATCH
         if match is None:

@@ -17,6 +17,8 @@ class ContextLimits:
 
     def num_tokens_at_end(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Prompt and output tokens at which an answer ends with ``LENGTH``."""
+        if params.pooling is not None:
+            return num_prompt_tokens + 1  # one that is never there
         if params.max_tokens is None:
             return self.max_num_tokens
         return min(num_prompt_tokens + params.max_tokens, self.max_num_tokens)
@@ -27,6 +29,9 @@ class ContextLimits:
             raise ContextLengthError(
                 f"the prompt must hold at least 1 token, got {num_prompt_tokens}"
             )
+        if params.pooling is not None:
+            self._check_prompt(num_prompt_tokens)
+            return
         num_output_tokens = 1 if params.max_tokens is None else params.max_tokens
         num_tokens = num_prompt_tokens + num_output_tokens
         if num_tokens <= self.max_num_tokens:
@@ -44,3 +49,12 @@ class ContextLimits:
             f"prompt and answer must be at most {self.max_num_tokens} tokens, which is all that"
             f" the KV cache of {self._num_kv_tokens} tokens can serve, {asked}"
         )
+
+    def _check_prompt(self, num_tokens: int) -> None:
+        """As ``check`` for a prompt without an answer."""
+        limit = min(self._max_model_len, self._num_kv_tokens)
+        if not 1 <= num_tokens <= limit:
+            what = "max_model_len" if limit == self._max_model_len else "what the KV cache holds"
+            raise ContextLengthError(
+                f"the input must be 1 to {limit} tokens ({what}), got {num_tokens}"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ class ScheduledRequest(NamedTuple):
     The last ``sample`` tokens' logits are sampled: none, one, or with drafts several. The first of
     these samples has output position ``output_position`` (0 is the first generated token), the next
     ones follow: it keys the random draw. The last ``sample - 1`` of ``token_ids`` are drafts, each
-    a guess at the sample of the token before it; `num_kept` of the samples count.
+    a guess at the sample of the token before it; `num_kept` of the samples count. Of a request with
+    ``pooling`` the row that would be sampled is its last: then its vector is due.
     """
 
     request_id: str
@@ -140,7 +142,8 @@ class ModelRunnerOutput:
     An entry of ``sampled_token_ids`` is empty where the plan did not ask for a sample; it holds
     several where drafts were right.
     ``logprobs`` is ``None`` when nobody asked; else an entry is empty for those who did not.
-    ``prompt_logprobs`` go by request id, for those who asked and whose prompt was computed.
+    ``prompt_logprobs`` go by request id, for those who asked and whose prompt was computed, and
+    ``pooled`` has the vectors of those whose prompt is complete; these sample nothing.
     ``duration_s`` is how long the device worked on the step, waits for the host left out; ``None``
     from a runner that does not measure.
     """
@@ -150,6 +153,7 @@ class ModelRunnerOutput:
     logprobs: list[list[TokenLogprobs]] | None = None
     duration_s: float | None = field(default=None, compare=False)
     prompt_logprobs: Mapping[str, PromptLogprobs] | None = None
+    pooled: Mapping[str, array[float]] | None = None
 
 
 class ModelRunner(Protocol):

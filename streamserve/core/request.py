@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from enum import Enum, StrEnum, auto
 
 from streamserve.core.block_pool import PrefixNode
 from streamserve.core.ngram import NgramIndex
-from streamserve.core.plan import PromptLogprobs, TokenLogprobs
+from streamserve.core.plan import ModelRunnerOutput, TokenLogprobs
 from streamserve.core.sampling_params import SamplingParams
 
 
@@ -56,6 +57,7 @@ class Request:
         "choice_index",
         "chooses_on_host",
         "computing_hash",
+        "embedding",
         "ending_ids",
         "eos_token_ids",
         "finish_reason",
@@ -125,6 +127,7 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None if sampling_params.prompt_logprobs is None else []
         )
+        self.embedding: array[float] | None = None  # what ends a request with ``pooling``
         self.num_cached_tokens = 0  # of the prompt, at first admission: what usage reports
         self.block_table: list[int] = []
         self.status = RequestStatus.WAITING
@@ -153,6 +156,7 @@ class Request:
             sampling_params.structured_output is None
             and sampling_params.thinking is None
             and not sampling_params.bad_word_ids
+            and sampling_params.pooling is None
         )
         self.ngram_index: NgramIndex | None = None  # of its own text, if it speculates
         self.fork_source: Request | None = None  # computes the prompt that this one then shares
@@ -177,9 +181,11 @@ class Request:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
-    def needs_prompt_logits(self) -> bool:
+    def needs_prompt_rows(self) -> bool:
         """Whether its prompt must be computed, though it may be cached."""
-        known = self.prompt_logprobs
+        pooling, known = self.sampling_params.pooling, self.prompt_logprobs
+        if pooling is not None:
+            return pooling.needs_every_row
         return known is not None and len(known) < self.num_prompt_tokens - 1
 
     @property
@@ -194,12 +200,16 @@ class Request:
         )
 
 
-def take_prompt_logprobs(
-    requests: Mapping[str, Request], found: Mapping[str, PromptLogprobs]
-) -> None:
-    """Book what a step found, for those of ``requests`` that it concerns; what is known stays."""
-    for request_id, (position, entries) in found.items():
+def take_found(requests: Mapping[str, Request], output: ModelRunnerOutput) -> None:
+    """Book what a step found of prompts, for those of ``requests`` that it concerns.
+
+    Logprobs that are known stay as they are.
+    """
+    for request_id, (position, entries) in (output.prompt_logprobs or {}).items():
         request = requests.get(request_id)
         if request is not None and request.prompt_logprobs is not None:
             num_known = len(request.prompt_logprobs) + 1  # the first token has none
             request.prompt_logprobs += entries[num_known - position :]
+    for request_id, vector in (output.pooled or {}).items():
+        if request_id in requests:
+            requests[request_id].embedding = vector

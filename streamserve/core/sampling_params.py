@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from streamserve.core.pooling import Pooling
 from streamserve.core.structured_output import StructuredOutput
 from streamserve.core.thinking import Thinking
 from streamserve.errors import InvalidParameterError
@@ -32,6 +33,8 @@ class SamplingParams:
     the answer; ``bad_word_ids`` are their spellings as token ids, which the engine fills in.
     ``structured_output`` is the grammar that the answer follows, ``None`` for free text.
     ``thinking`` says where its thoughts end if a grammar or a budget depends on it.
+    With ``pooling`` there is no answer, and nothing else here has a meaning: the request ends with
+    one vector, when its prompt is computed.
     Penalties follow OpenAI (presence, frequency: generated tokens only) and CTRL (repetition:
     prompt and generated tokens), in transformers' and vLLM's meaning.
 
@@ -62,6 +65,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     structured_output: StructuredOutput | None = None
     thinking: Thinking | None = None
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         if self.top_k == -1:

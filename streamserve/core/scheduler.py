@@ -23,7 +23,7 @@ from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogpr
 from streamserve.core.policy import POLICIES
 from streamserve.core.prefill import PrefillPacer
 from streamserve.core.prefix_groups import PrefixGrouping, check_groups
-from streamserve.core.request import FinishReason, Request, RequestStatus, take_prompt_logprobs
+from streamserve.core.request import FinishReason, Request, RequestStatus, take_found
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.seats import Seats
 from streamserve.core.speculation import Propose, SpeculationStats, Speculator
@@ -376,8 +376,8 @@ class Scheduler:
             self._speculator.host_time.observe(
                 self._clock(), len(step.requests), output.duration_s, overlaps=step.overlaps
             )
-        if output.prompt_logprobs is not None:
-            take_prompt_logprobs(self._seats.requests, output.prompt_logprobs)
+        if output.prompt_logprobs or output.pooled:
+            take_found(self._seats.requests, output)
         updates: list[RequestUpdate] = []
         seats, block_size = self._seats, self.kv_cache.block_size
         logprobs, new_tuple = output.logprobs, tuple.__new__

@@ -12,7 +12,7 @@ def append_tokens(
 
     Returns the ids that were appended, why it ended, and the stop id that ended it. EOS and stop
     ids count only behind ``min_tokens`` output tokens, which is where the sampler allows them, or a
-    grammar that nothing can be added to.
+    grammar that nothing can be added to. A request for which nothing was sampled has its vector.
     """
     known, ending_ids = request.token_ids, request.ending_ids
     if len(token_ids) == 1 and token_ids[0] not in ending_ids:  # nearly every call
@@ -29,4 +29,4 @@ def append_tokens(
             return token_ids[: i + 1], FinishReason.STOP, None if is_eos else token_id
         if len(known) >= request.max_num_tokens:
             return token_ids[: i + 1], FinishReason.LENGTH, None
-    return token_ids, None, None
+    return token_ids, None if token_ids else FinishReason.STOP, None

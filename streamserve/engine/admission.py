@@ -33,6 +33,9 @@ class AdmissionLimits:
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         num_prompt_tokens = len(prompt_token_ids)
+        if params.pooling is not None:
+            self._check_length(num_prompt_tokens)
+            return params
         num_left = self.max_model_len - num_prompt_tokens
         if num_left < 1:
             raise ContextLengthError(
@@ -51,6 +54,14 @@ class AdmissionLimits:
                 self._message(num_prompt_tokens, params.max_tokens), param="max_tokens"
             )
         return params
+
+    def _check_length(self, num_tokens: int) -> None:
+        """Of an input without an answer."""
+        if num_tokens > self.max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.max_model_len} tokens. However, "
+                f"your input has {num_tokens} tokens. Please reduce the length of the input."
+            )
 
     def check_beams(self, beams: BeamSearchParams, n: int, num_ending_ids: int) -> None:
         """Raise ``InvalidParameterError`` unless the likeliest tokens suffice for so many beams."""

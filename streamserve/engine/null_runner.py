@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -48,6 +50,7 @@ class NullRunner:
         self._keys: dict[str, int] = {}
         self._num_logprobs: dict[str, int] = {}
         self._prompts: dict[str, NewRequest] = {}  # whose logprobs are wanted
+        self._pools: dict[str, NewRequest] = {}  # that want a vector
         self._plan: SchedulerOutput | None = None
         self.num_computed_tokens: dict[str, int] = {}
         self.num_steps = 0
@@ -59,6 +62,7 @@ class NullRunner:
             self._keys.pop(request_id, None)
             self._num_logprobs.pop(request_id, None)
             self._prompts.pop(request_id, None)
+            self._pools.pop(request_id, None)
             self.num_computed_tokens.pop(request_id, None)
         for new in plan.new_requests:
             self._keys[new.request_id] = self._key_of(new.request_id)
@@ -66,6 +70,8 @@ class NullRunner:
                 self._num_logprobs[new.request_id] = new.sampling_params.logprobs
             if new.sampling_params.prompt_logprobs is not None:
                 self._prompts[new.request_id] = new
+            if new.sampling_params.pooling is not None:
+                self._pools[new.request_id] = new
         computed = self.num_computed_tokens
         for scheduled in plan.scheduled:
             computed[scheduled.request_id] = scheduled.start + len(scheduled.token_ids)
@@ -109,7 +115,20 @@ class NullRunner:
                 for s, token_ids in zip(plan.scheduled, sampled, strict=True)
             ]
         prompt_logprobs = self._prompt_logprobs_of(plan) if self._prompts else None
-        return ModelRunnerOutput(plan.step_id, sampled, logprobs, prompt_logprobs=prompt_logprobs)
+        pooled = self._pool(plan, sampled) if self._pools else None
+        return ModelRunnerOutput(
+            plan.step_id, sampled, logprobs, prompt_logprobs=prompt_logprobs, pooled=pooled
+        )
+
+    def _pool(self, plan: SchedulerOutput, sampled: list[list[int]]) -> dict[str, array[float]]:
+        """Vectors of the prompts that are complete, which sample nothing."""
+        found: dict[str, array[float]] = {}
+        for i, scheduled in enumerate(plan.scheduled):
+            new = self._pools.get(scheduled.request_id)
+            if new is not None and scheduled.sample:
+                sampled[i] = []
+                found[new.request_id] = _vector(new)
+        return found
 
     def _prompt_logprobs_of(self, plan: SchedulerOutput) -> dict[str, PromptLogprobs]:
         """Every token of a prompt was certain, too."""
@@ -151,6 +170,15 @@ class NullRunner:
         for character in request_id:
             key = (key * 31 + ord(character)) & 0xFFFFFFFF
         return key
+
+
+def _vector(new: NewRequest) -> array[float]:
+    """The prompt's length, its last token, and 1: enough to tell prompts apart."""
+    pooling = new.sampling_params.pooling
+    assert pooling is not None
+    values = [float(len(new.token_ids)), float(new.token_ids[-1]), 1.0, 0.0][: pooling.dimensions]
+    length = math.hypot(*values) if pooling.normalize else 1.0
+    return array("f", [value / length for value in values])
 
 
 def _next_allowed(token_id: int, mask: bytes) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Sequence
 
 from streamserve.core.plan import TokenLogprobs
@@ -26,7 +28,7 @@ class OutputProcessor:
         "_finish",
         "_keep_stop_token",
         "_min_tokens",
-        "_owes_prompt_logprobs",
+        "_owes_prompts_own",
         "_request",
         "_stop",
         "is_plain",
@@ -45,8 +47,8 @@ class OutputProcessor:
         self._min_tokens = params.min_tokens
         self._request = request
         self.num_output_tokens = 0
-        self._owes_prompt_logprobs = request.prompt_logprobs is not None
-        self.is_plain = self._stop is None and not self._owes_prompt_logprobs
+        self._owes_prompts_own = request.prompt_logprobs is not None or params.pooling is not None
+        self.is_plain = self._stop is None and not self._owes_prompts_own
 
     def text_of(self, token_ids: list[int]) -> str:
         """The text alone of a step that does not end the request; only if ``is_plain``."""
@@ -141,7 +143,15 @@ class OutputProcessor:
         request = self._request
         usage = Usage(request.num_prompt_tokens, self.num_output_tokens, request.num_cached_tokens)
         output = RequestOutput(text, token_ids, usage, logprobs, finish_reason, stop_reason)
-        if self._owes_prompt_logprobs:
-            self._owes_prompt_logprobs = False
+        if self._owes_prompts_own:
+            self._owes_prompts_own = False
             output.prompt_logprobs = request.prompt_logprobs
+            output.embedding = _checked(request.embedding)
         return output
+
+
+def _checked(embedding: array[float] | None) -> array[float] | None:
+    """Raise ``ValueError`` for what JSON cannot say and no distance can be taken of."""
+    if embedding is not None and not math.isfinite(sum(embedding)):
+        raise ValueError("the embedding holds numbers that are not finite")
+    return embedding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,8 @@ class RequestOutput:
     string). ``token_ids`` and ``logprobs`` may run ahead of or behind the text by the tokens whose
     text is held back. ``finish_reason`` is set in the last output only; ``stop_reason`` is the stop
     string or id that matched, ``None`` for end-of-sequence (vLLM's meaning). The first output has
-    the ``prompt_logprobs`` if they were asked for, from the second token of the prompt on.
+    the ``prompt_logprobs`` if they were asked for, from the second token of the prompt on. A
+    request with ``pooling`` has one output, and no text: the prompt's ``embedding``.
     """
 
     text: str
@@ -41,6 +43,7 @@ class RequestOutput:
     stop_reason: int | str | None = None
     num_merged: int = 1
     prompt_logprobs: list[TokenLogprobs] | None = None
+    embedding: array[float] | None = None
 
     def merge(self, later: RequestOutput) -> RequestOutput:
         """Return the output that says what ``self`` and then ``later`` say. Associative."""

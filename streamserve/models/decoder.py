@@ -266,6 +266,15 @@ class Decoder:
         recorded = self._recorded_for(batch, kv_caches)
         return None if recorded is None else recorded.greedy(batch)
 
+    def forward_with_states(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
+        """As `forward`, with the final normed hidden states [L, H] of the same rows."""
+        recorded = self._recorded_for(batch, kv_caches)
+        if recorded is not None:
+            logits = recorded.logits(batch)
+            return logits, recorded.hidden_states(logits.shape[0])
+        hidden_states = self.hidden_states(batch, kv_caches)
+        return self.compute_logits(hidden_states), hidden_states
+
     def hidden_states(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         """As `forward`, but returns the final normed hidden states [L, H] of the same rows."""
         x = self._embed(batch)

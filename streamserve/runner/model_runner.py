@@ -30,6 +30,7 @@ from streamserve.runner.compilations import num_compilations
 from streamserve.runner.input_batch import InputBatch
 from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.plan_arrays import StepRows
+from streamserve.runner.pooling import Pooled, PoolRows, Pools, of_last_rows
 from streamserve.runner.prompt_logprobs import (
     FoundLogprobs,
     PromptModel,
@@ -61,6 +62,9 @@ class ForwardModel(PromptModel, Protocol):
     def forward(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         """Logits ``[L, V]`` float32."""
 
+    def forward_with_states(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
+        """As ``forward``, with the final normed hidden states ``[L, H]``."""
+
     def greedy(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor | None:
         """The likeliest token ``[L]`` int64 of each row; None, nothing having run: use forward."""
 
@@ -76,6 +80,8 @@ class _Launched:
     logits: Tensor | None = None
     token_ids: Tensor | None = None
     prompts: FoundLogprobs | None = None
+    pooled: Pooled | None = None
+    is_ordinary: bool = True  # it took as long as others of its shape
 
 
 class TorchModelRunner:
@@ -120,6 +126,7 @@ class TorchModelRunner:
         self._sampler = Sampler(vocab_size, max_num_seqs)
         self._vocab_size = vocab_size
         self._prompts = PromptsWanted()
+        self._pools = Pools()
         self._calls: StepCalls[Never] = StepCalls()
         self._thread = threading.Thread(target=self._work, name="streamserve-device", daemon=True)
         self._thread.start()
@@ -189,6 +196,7 @@ class TorchModelRunner:
     def _forward(self, plan: SchedulerOutput) -> _Launched:
         self._input_batch.apply(plan)
         self._prompts.apply(plan)
+        self._pools.apply(plan)
         if self._transfer is None:
             return self._compute(plan)
         with self._transfer.beside(plan):
@@ -200,6 +208,8 @@ class TorchModelRunner:
         if not plan.scheduled:
             return _Launched()
         batch, rows = self._input_batch.build(plan)
+        if self._pools.requests and (pools := self._pools.rows_of(plan)):
+            return self._compute_pools(batch, rows, pools, self._prompts.rows_of(plan))
         if wanted := self._prompts.rows_of(plan):
             return self._compute_prompts(batch, rows, wanted)
         if rows.places and self._input_batch.is_greedy(rows):
@@ -214,7 +224,32 @@ class TorchModelRunner:
         hidden_states = all_hidden_states(self._model, batch, self._kv_caches)
         logits = self._model.compute_logits(hidden_states.index_select(0, batch.logits_indices))
         found = find_logprobs(self._model, hidden_states, wanted, self._vocab_size, _HEAD_SIZES)
-        return _Launched(rows, logits=logits, prompts=found)
+        return _Launched(rows, logits=logits, prompts=found, is_ordinary=False)
+
+    def _compute_pools(
+        self, batch: ForwardBatch, rows: StepRows, pools: list[PoolRows], wanted: list[PromptRows]
+    ) -> _Launched:
+        every_row = bool(wanted) or any(part.pooling.needs_every_row for part in pools)
+        if every_row:
+            hidden_states = all_hidden_states(self._model, batch, self._kv_caches)
+            vectors = self._pools.of_all_rows(pools, hidden_states)
+            states = hidden_states.index_select(0, batch.logits_indices)
+            logits = self._model.compute_logits(states)
+        else:
+            logits, states = self._model.forward_with_states(batch, self._kv_caches)
+            vectors = of_last_rows(pools, rows.places, states)
+        found = None
+        if wanted:
+            found = find_logprobs(self._model, hidden_states, wanted, self._vocab_size, _HEAD_SIZES)
+        others, kept = rows.without({part.place for part in pools if part.is_last})
+        logits = logits[torch.from_numpy(kept)]
+        return _Launched(
+            others,
+            logits=logits,
+            prompts=found,
+            pooled=Pooled(vectors),
+            is_ordinary=not every_row,
+        )
 
     def _copy_blocks(self, copies: list[BlockCopy]) -> None:
         pairs = torch.tensor(copies, dtype=torch.int64).to(self._model.device)
@@ -241,7 +276,7 @@ class TorchModelRunner:
                 call.future.set_exception(error)
         else:
             if is_awaited:
-                if output.prompt_logprobs is None:  # else it says nothing about other steps
+                if launched.is_ordinary:  # else it says nothing about other steps
                     output = replace(output, duration_s=forward_s + self._clock() - started)
                 call.future.set_result(output)
 
@@ -256,7 +291,9 @@ class TorchModelRunner:
             self._input_batch.record(rows, token_ids)
             output = step_output(plan, rows.places, token_ids.tolist(), row_logprobs)
         if launched.prompts is not None:
-            return replace(output, prompt_logprobs=launched.prompts.by_request())
+            output = replace(output, prompt_logprobs=launched.prompts.by_request())
+        if launched.pooled is not None:
+            output = replace(output, pooled=launched.pooled.by_request())
         return output
 
     def _draw(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -53,6 +53,12 @@ class StepRows:
             self.output_positions[kept],
             self.ends[kept],
         )
+
+    def without(self, places: Collection[int]) -> tuple[StepRows, NDArray[np.int64]]:
+        """The samples but for those at ``places``, and which of the rows they are."""
+        kept = np.array([i for i, p in enumerate(self.places) if p not in places], np.int64)
+        drafts = None if self.drafts is None else self.drafts[kept]
+        return replace(self.only(kept), drafts=drafts), kept
 
     def drafts_before(self, row: int) -> list[int]:
         """The drafts of the same request that stand before a sample."""

@@ -30,6 +30,7 @@ class Pair:
 
     def __init__(self, directory: Path, kind: str) -> None:
         """``kind``: a backend, or one "on a device" (here the CPU too)."""
+        self.kind = kind
         backend, _, self._on_device = kind.partition(" ")
         config = transformers.LlamaConfig(
             vocab_size=VOCAB,

@@ -9,6 +9,7 @@ at both ends; one that fails leaves rubbish where it wrote. A transfer reads and
 it may: until then what it writes is rubbish, and what it reads must stay what it was.
 """
 
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from streamserve.config import CacheConfig, SchedulerConfig, SpeculativeConfig
 from streamserve.core.block_pool import PrefixNode
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.plan import PENDING_TOKEN, ModelRunnerOutput, SchedulerOutput
+from streamserve.core.pooling import Pooling
 from streamserve.core.prefix_groups import find_groups
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
@@ -71,7 +73,9 @@ class SimulatedRequest:
     """What a runner keeps about a request between two steps."""
 
     salt: str
+    pooling: Pooling | None = None
     block_table: list[int] = field(default_factory=list)
+    first: int | None = None  # of a pooled prompt: where its tokens started
     end: int | None = None  # where its next tokens must start
     last_sample: int | None = None
     last_step_id: int = -1
@@ -83,6 +87,7 @@ class SimulatedStep:
 
     plan: SchedulerOutput
     sampled: list[list[int]]
+    pooled: dict[str, array]
     writes: list[tuple[int, int, Cell]]  # block, offset, cell
     writers: dict[int, str]  # block -> the request that writes into it
     copied: dict[int, int] = field(default_factory=dict)  # source -> leading tokens that count
@@ -121,8 +126,9 @@ class SimulatedRunner:
             del self.requests[request_id]
         for new in plan.new_requests:
             assert new.request_id not in self.requests
-            self.requests[new.request_id] = SimulatedRequest(self.salts[new.request_id])
-        step = SimulatedStep(plan, [], [], {})
+            pooling = new.sampling_params.pooling
+            self.requests[new.request_id] = SimulatedRequest(self.salts[new.request_id], pooling)
+        step = SimulatedStep(plan, [], {}, [], {})
         self._start_transfers(step)
         self._copy(step)
         seen = set()
@@ -147,7 +153,7 @@ class SimulatedRunner:
             self.host_memory[host_block_id] = self._read(step, (True, block_id))
         for block_id, host_block_id in step.plan.loads:
             self.memory[block_id] = self._read(step, (False, host_block_id))
-        return ModelRunnerOutput(step.plan.step_id, step.sampled)
+        return ModelRunnerOutput(step.plan.step_id, step.sampled, pooled=step.pooled)
 
     def fail(self, index: int) -> int:
         """Let a step in flight fail; returns its id. What it wrote is rubbish."""
@@ -216,6 +222,9 @@ class SimulatedRunner:
             self._write(scheduled.request_id, request, position, token, step)
         request.last_step_id = step.plan.step_id
         request.last_sample = None
+        if request.pooling is not None:
+            self._pool(scheduled, request, step)
+            return
         samples = [
             self._context(request, end - i) % VOCAB_SIZE for i in reversed(range(scheduled.sample))
         ]
@@ -226,6 +235,16 @@ class SimulatedRunner:
             # What is drafted is known to the host only.
             request.last_sample = samples[0] if scheduled.sample == 1 else None
         step.sampled.append(samples)
+
+    def _pool(self, scheduled, request: SimulatedRequest, step: SimulatedStep) -> None:
+        """The vector of a prompt says what it was, and where its first row was computed."""
+        if request.first is None:
+            request.first = scheduled.start
+        assert request.first == 0 or not request.pooling.needs_every_row, "a row was not computed"
+        step.sampled.append([])
+        if scheduled.sample:
+            token = self._context(request, request.end) % VOCAB_SIZE
+            step.pooled[scheduled.request_id] = array("f", [request.end, token])
 
     def _write(
         self, name: str, request: SimulatedRequest, position: int, token: int, step: SimulatedStep

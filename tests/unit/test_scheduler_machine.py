@@ -10,6 +10,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from streamserve.core.pooling import Pooling
 from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.errors import ContextLengthError, QueueFullError
 from tests.unit.simulated import (
@@ -191,6 +192,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.requests.append(request)
 
+    @rule(
+        prefix=st.integers(0, 3),
+        length=st.integers(1, 60),
+        salt=SALTS,
+        priority=st.integers(0, 2),
+        kind=st.sampled_from(["last", "mean"]),
+    )
+    def add_pooled(self, prefix, length, salt, priority, kind):
+        """A request that wants its prompt's vector, as long as the whole context may be."""
+        prompt = [(prefix * i * i + i) % VOCAB_SIZE for i in range(length)]
+        params = {**self._params(1, 0, False), "pooling": Pooling(kind=kind)}
+        self._add(prompt, salt, priority, params)
+
     @precondition(lambda self: self.idle)
     @rule(index=INDEX, num_children=st.integers(0, 3))
     def choose(self, index, num_children):
@@ -280,6 +294,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                 sampled = self.harness.sampled[request.request_id]
                 assert sampled == [naive_next_token(request.token_ids)], "a wrong block was read"
                 self.idle.append(request)
+                continue
+            if request.sampling_params.pooling is not None:
+                assert update.finish_reason is FinishReason.STOP
+                expected = [request.num_tokens, naive_next_token(request.token_ids)]
+                assert request.embedding.tolist() == expected, "a wrong block was read"
+                self._end(request)
                 continue
             output = request.output_token_ids
             assert update.new_token_ids == output[-len(update.new_token_ids) :]

@@ -379,7 +379,12 @@ class Recorder:
         executable = Executable(len(self.instructions), self.attention or (0,) * 6)
         for index, (operation, values) in enumerate(self.instructions):
             executable.set(index, operation, *values)
-        return RecordedProgram(executable, self.max_tokens, logits, token_ids, self.keep)
+        states = x.memory.tensor.as_strided(
+            (self.max_logits, x.width),
+            (x.stride, 1),
+            (x.address - x.memory.tensor.data_ptr()) // x.memory.tensor.itemsize,
+        )
+        return RecordedProgram(executable, self.max_tokens, states, logits, token_ids, self.keep)
 
 
 class RecordedProgram:
@@ -392,6 +397,7 @@ class RecordedProgram:
         self,
         executable: Executable,
         max_tokens: int,
+        states: Tensor,
         logits: Tensor,
         token_ids: Tensor,
         keep: list[object],
@@ -399,6 +405,7 @@ class RecordedProgram:
         self.max_tokens = max_tokens
         self.max_logits = logits.shape[0]
         self._executable = executable
+        self._states = states
         self._logits = logits
         self._token_ids = token_ids
         self._keep = keep
@@ -411,6 +418,10 @@ class RecordedProgram:
     def greedy(self, batch: StepTensors) -> Tensor:
         """The arg-max [L] int64 of the same rows, the first of equals: no logits are stored."""
         return self._run(batch, self._token_ids, wants_logits=False)
+
+    def hidden_states(self, num_rows: int) -> Tensor:
+        """What the head was given [num_rows, H] bfloat16 in the step that ran last."""
+        return self._states[:num_rows]
 
     def _run(self, batch: StepTensors, result: Tensor, *, wants_logits: bool) -> Tensor:
         num_tokens, num_logits = batch.input_ids.shape[0], batch.logits_indices.shape[0]

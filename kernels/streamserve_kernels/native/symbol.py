@@ -22,7 +22,7 @@ class Symbol:
     __slots__ = ("address", "memory", "recorder", "rows", "stride", "tail")
 
     def __init__(
-        self, recorder: Any, memory: object, address: int, rows: int, stride: int, *tail: int
+        self, recorder: Any, memory: Any, address: int, rows: int, stride: int, *tail: int
     ) -> None:
         self.recorder = recorder
         self.memory = memory

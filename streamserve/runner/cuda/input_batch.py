@@ -7,8 +7,8 @@ puts in what ``row`` drew last. And everything that sampling needs travels with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,13 @@ class DeviceStep:
     rows: StepRows
     logits_rows: NDArray[np.int64]  # [L] which of the rows with logits belongs to each of `rows`
     is_greedy: bool  # the arg-max is all that anybody asks for
+
+    def without(self, places: Collection[int]) -> DeviceStep:
+        """The step as if nothing were drawn at ``places`` of its plan."""
+        if not places:
+            return self
+        rows, kept = self.rows.without(places)
+        return replace(self, rows=rows, logits_rows=self.logits_rows[kept])
 
 
 class DeviceInputBatch:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,13 @@ from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
 from streamserve.runner.cuda.sampling import DeviceSampler, Drawn
 from streamserve.runner.cuda.timeline import Mark, Timeline
 from streamserve.runner.kv_transfer import KVTransfer
-from streamserve.runner.prompt_logprobs import FoundLogprobs, PromptsWanted, find_logprobs
+from streamserve.runner.pooling import Pooled, PoolRows, Pools
+from streamserve.runner.prompt_logprobs import (
+    FoundLogprobs,
+    PromptRows,
+    PromptsWanted,
+    find_logprobs,
+)
 from streamserve.runner.step_calls import SampleCall, StepCalls, step_output
 from streamserve_kernels import Kernels
 
@@ -44,6 +50,16 @@ _IDLE_S = 0.05  # without a plan for so long, the next graph is captured
 logger = logging.getLogger(__name__)
 
 
+class _Extras(NamedTuple):
+    """What a step found besides what it drew."""
+
+    prompts: FoundLogprobs | None = None
+    pooled: Pooled | None = None
+
+
+_NO_EXTRAS = _Extras()
+
+
 @dataclass(frozen=True, slots=True)
 class _Queued:
     """A step that the device was told of; ``drawn`` is None if nobody is sampled."""
@@ -51,7 +67,7 @@ class _Queued:
     plan: SchedulerOutput
     step: DeviceStep | None
     drawn: Drawn | None
-    prompts: FoundLogprobs | None
+    extras: _Extras
     started: Mark
     ended: Mark
     future: Future[ModelRunnerOutput]
@@ -83,7 +99,8 @@ class CudaModelRunner:
         self._timeline = timeline
         self._device = executor.model.device
         self._prompts = PromptsWanted()
-        self._found: FoundLogprobs | None = None  # of the step that was queued last
+        self._pools = Pools()
+        self._extras = _NO_EXTRAS  # of the step that was queued last
         self._calls: StepCalls[Callable[[], None]] = StepCalls()
         self._queued: SimpleQueue[_Queued | None] = SimpleQueue()
         self._threads = [
@@ -192,15 +209,16 @@ class CudaModelRunner:
             call.fail(error)
             raise
         ended = self._timeline.mark()
-        found, self._found = self._found, None
-        self._queued.put(_Queued(plan, step, drawn, found, started, ended, call.future))
+        extras, self._extras = self._extras, _NO_EXTRAS
+        self._queued.put(_Queued(plan, step, drawn, extras, started, ended, call.future))
         return True
 
     def _forward(self, plan: SchedulerOutput) -> DeviceStep | None:
         for row, request in self._batch.apply(plan):
             self._sampler.begin_history(row, request, self._batch.edits[row])
         self._prompts.apply(plan)
-        self._found = None
+        self._pools.apply(plan)
+        self._extras = _NO_EXTRAS
         if self._transfer is None:
             return self._compute(plan)
         with self._transfer.beside(plan):
@@ -213,16 +231,27 @@ class CudaModelRunner:
             return None
         step = self._batch.build(plan, self._sampler.count_rows)
         wanted = self._prompts.rows_of(plan)
-        if wanted:
+        pools = self._pools.rows_of(plan) if self._pools.requests else []
+        if wanted or pools:
             self._result, hidden_states = self._executor.run_for_prompts(step.key)
+            self._extras = self._find(hidden_states, wanted, pools)
+            return step.without({part.place for part in pools if part.is_last})
+        self._result = self._executor.run(step.key)
+        return step
+
+    def _find(
+        self, hidden_states: Tensor, wanted: list[PromptRows], pools: list[PoolRows]
+    ) -> _Extras:
+        prompts = pooled = None
+        if wanted:
             model, vocab_size = self._executor.model, self._result.logits.shape[1]
             found = find_logprobs(
                 model, hidden_states, wanted, vocab_size, self._batch.logits_sizes
             )
-            self._found = self._sampler.fetch_prompts(found)
-        else:
-            self._result = self._executor.run(step.key)
-        return step
+            prompts = self._sampler.fetch_prompts(found)
+        if pools:
+            pooled = self._sampler.fetch_pooled(self._pools.of_all_rows(pools, hidden_states))
+        return _Extras(prompts, pooled)
 
     def _copy_blocks(self, copies: list[BlockCopy]) -> None:
         pairs = torch.tensor(copies, dtype=torch.int64).t().contiguous().to(self._device)
@@ -268,7 +297,12 @@ def _output(queued: _Queued) -> ModelRunnerOutput:
     else:
         token_ids, logprobs = drawn.token_ids(step.logits_rows), drawn.logprobs(step.logits_rows)
         output = step_output(plan, step.rows.places, token_ids, logprobs, duration_s)
-    if queued.prompts is None:
+    prompts, pooled = queued.extras
+    if prompts is None and pooled is None:
         return output
-    # What it took says nothing about other steps.
-    return replace(output, prompt_logprobs=queued.prompts.by_request(), duration_s=None)
+    return replace(
+        output,
+        prompt_logprobs=None if prompts is None else prompts.by_request(),
+        pooled=None if pooled is None else pooled.by_request(),
+        duration_s=None,  # what it took says nothing about other steps
+    )

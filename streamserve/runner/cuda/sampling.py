@@ -20,6 +20,7 @@ from streamserve.runner.bad_words import outputs_before
 from streamserve.runner.cuda.bad_words import DeviceBadWords
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
 from streamserve.runner.logits_edits import LogitsEdits
+from streamserve.runner.pooling import Pooled
 from streamserve.runner.prompt_logprobs import FoundLogprobs
 from streamserve_kernels.sampling import (
     LogitsEditTensors,
@@ -144,6 +145,10 @@ class DeviceSampler:
     def fetch_prompts(self, found: FoundLogprobs) -> FoundLogprobs:
         """Queues the copies of a step's logprobs of prompts."""
         return FoundLogprobs(found.rows, *(self._to_host(part) for part in found.tensors()))
+
+    def fetch_pooled(self, vectors: Mapping[str, Tensor]) -> Pooled:
+        """Queues the copies of a step's vectors of prompts."""
+        return Pooled({request_id: self._to_host(v) for request_id, v in vectors.items()})
 
     def _bad_words_of(self, step: DeviceStep, batch: DeviceInputBatch) -> dict[int, DeviceBadWords]:
         """By place among the rows with logits, rising."""
