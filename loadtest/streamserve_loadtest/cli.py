@@ -130,8 +130,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=300.0, metavar="S", help="of one request (default: 300)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every request's times")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots")
+    parser.add_argument(
+        "--json", type=writable_file, metavar="FILE", help="write every request's times"
+    )
+    parser.add_argument(
+        "--html", type=writable_file, metavar="FILE", help="write a report with plots"
+    )
 
 
 def chosen_workloads(args: argparse.Namespace) -> list[Workload]:
@@ -225,6 +229,17 @@ def run_async(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return asyncio.run(make())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(make())
+
+
+def writable_file(text: str) -> Path:
+    """A report's path, known to be writable before hours are spent on what it is to say."""
+    path = Path(text)
+    try:
+        with path.open("a"):
+            pass
+    except OSError as exc:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {exc.strerror}") from exc
+    return path
 
 
 def write_reports(

@@ -122,6 +122,13 @@ def test_the_command_line_writes_its_reports(tmp_path, capsys):
     assert (tmp_path / "r.json").stat().st_size > 1000
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_load(tmp_path, capsys):
+    path = tmp_path / "missing" / "report.json"
+    with pytest.raises(SystemExit):
+        main(["W1", "--json", str(path)])
+    assert f"cannot write {path}: No such file or directory" in capsys.readouterr().err
+
+
 def test_an_unknown_workload_is_refused_by_name():
     with pytest.raises(SystemExit, match="no workload 'W9'"):
         main(["W9"])
