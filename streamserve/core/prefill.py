@@ -32,8 +32,9 @@ MAX_STRETCH = 4.0
 the number of prompts for each stream that decodes, if that is more, since whoever waits for a first
 token counts as much as whoever waits for the next. A machine that is asked for more than fits
 beside the decodes settles where prompts are served as fast as they come."""
-FIRST_TOKEN_BASE_S, FIRST_TOKEN_FACTOR = 0.4, 1.3
-"""When a prompt is late: so long after its arrival, and so many times what it takes alone."""
+FIRST_TOKEN_BASE_S, FIRST_TOKEN_BASE_STEPS, FIRST_TOKEN_FACTOR = 0.4, 30, 1.3
+"""When a prompt is late: so long after its arrival, or so many steps of one row where these take
+longer, and so many times what it takes alone. A slow model's prompts may wait as it answers."""
 MAX_PROMPTS_COUNTED = 32
 
 
@@ -187,18 +188,24 @@ class PrefillPacer:
             self.stats.chunk_tokens.observe(chunk_tokens)
 
 
+def first_token_base(model: StepTimeModel) -> float:
+    """Seconds after its arrival that a prompt of next to no work has."""
+    return max(FIRST_TOKEN_BASE_S, FIRST_TOKEN_BASE_STEPS * model.predict(StepShape(1, 1)))
+
+
 def share_needed(model: StepTimeModel, prompts: list[Request], now: float) -> float:
     """The share of the machine's time that lets each of ``prompts`` have its first token in time.
 
     They are served in the order of their keys, so that each waits for the work of those before it.
     1 if it takes all there is, or more.
     """
+    base_s = first_token_base(model)
     share = before_s = 0.0
     for request in sorted(prompts, key=_by_key):
         num_tokens = len(request.token_ids)
         num_cached = num_tokens - request.num_uncached_tokens
         alone_s = model.prompt_seconds(num_cached, request.num_uncached_tokens)
-        wait_s = FIRST_TOKEN_BASE_S + FIRST_TOKEN_FACTOR * alone_s
+        wait_s = base_s + FIRST_TOKEN_FACTOR * alone_s
         # Of its own work all counts until it is done: an even pace, not a rush in the end.
         late = max((now - request.arrival_time) / wait_s - 1.0, 1.0)
         share = max(share, late * (before_s + alone_s) / wait_s)

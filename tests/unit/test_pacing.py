@@ -6,11 +6,13 @@ import pytest
 
 from streamserve.core.prefill import (
     FIRST_TOKEN_BASE_S,
+    FIRST_TOKEN_BASE_STEPS,
     FIRST_TOKEN_FACTOR,
     MAX_ALLOWANCE_S,
     MAX_STRETCH,
     MIN_CHUNK_TOKENS,
     MIN_SHARE,
+    first_token_base,
     share_needed,
 )
 from streamserve.core.request import Request
@@ -216,7 +218,8 @@ def test_a_long_prompt_is_in_time_and_its_steps_are_even():
         alone_s = 2000 * 0.0007 + 4e-7 * 2000 * 1000
         waited = harness.now - long.arrival_time
         # Small chunks take longer than the least that is reckoned with.
-        assert waited < 1.4 * (FIRST_TOKEN_BASE_S + FIRST_TOKEN_FACTOR * alone_s)
+        base_s = first_token_base(harness.scheduler.pacer._model)
+        assert waited < 1.4 * (base_s + FIRST_TOKEN_FACTOR * alone_s)
         stretches = [
             s.target_s / harness.machine.undisturbed(s.decode_shape) for s in mixed(harness)
         ]
@@ -276,7 +279,7 @@ def test_the_share_that_prompts_need_counts_those_before_them():
 
     one, other = prompt(200, 1.0), prompt(200, 2.0)
     alone_s = model.prompt_seconds(0, 200)
-    due_s = FIRST_TOKEN_BASE_S + FIRST_TOKEN_FACTOR * alone_s
+    due_s = first_token_base(model) + FIRST_TOKEN_FACTOR * alone_s
     assert share_needed(model, [one], 100.0) == pytest.approx(alone_s / due_s)
     assert share_needed(model, [other, one], 100.0) == pytest.approx(2 * alone_s / due_s)
     half_s = model.prompt_seconds(100, 100)
@@ -286,3 +289,11 @@ def test_the_share_that_prompts_need_counts_those_before_them():
     late = 100.0 + 2.5 * due_s
     assert share_needed(model, [one], late) == pytest.approx(1.5 * alone_s / due_s)
     assert share_needed(model, [one], 200.0) == 1.0
+
+
+@pytest.mark.parametrize("step_s", [0.005, 0.05])
+def test_a_slow_model_has_longer_for_a_first_token(step_s):
+    """As many steps as its readers wait for; a fast one has what nobody minds waiting."""
+    model = StepTimeModel(Machine(lambda rows: step_s + 0.0001 * rows).profile())
+    wanted = max(FIRST_TOKEN_BASE_S, FIRST_TOKEN_BASE_STEPS * step_s)
+    assert first_token_base(model) == pytest.approx(wanted, rel=0.05)
