@@ -12,6 +12,7 @@ StreamServeError
 │   ├── ContextLengthError      the prompt can never fit                        (400)
 │   └── QueueFullError          too many requests wait already                  (429)
 └── EngineError                 a request that failed after it was accepted     (500)
+    ├── RequestCancelledError   somebody else than its reader ended it          (499)
     └── EngineDeadError         the engine has stopped and says so              (503)
 
 A message names the field, states the limit and the value that was given. Lack of room inside the
@@ -95,6 +96,15 @@ class EngineError(StreamServeError):
         super().__init__(message)
         self.message = message
         self.code = code
+
+
+class RequestCancelledError(EngineError):
+    """Somebody else than its reader ended the request. No status of HTTP's own says that."""
+
+    status = 499
+
+    def __init__(self) -> None:
+        super().__init__("The request was cancelled", code="cancelled")
 
 
 class EngineDeadError(EngineError):

@@ -30,6 +30,7 @@ from streamserve.api.operators import OperatorEndpoints, admin_app
 from streamserve.api.pages import page_routes
 from streamserve.api.prompts import PromptWorkers, TextLoader
 from streamserve.api.request_log import RequestLog
+from streamserve.api.running import cancel_routes
 from streamserve.api.sampling import sampling_defaults
 from streamserve.api.tenants import KeyRing
 from streamserve.api.tokens import TokenEndpoints
@@ -120,6 +121,7 @@ def create_app(
     routes = [
         Route("/v1/chat/completions", ChatEndpoint(context), methods=["POST"]),
         Route("/v1/completions", CompletionEndpoint(context), methods=["POST"]),
+        *cancel_routes(context.running),
         Route("/v1/models", small.models),
         Route("/v1/models/{model:path}", small.model),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),

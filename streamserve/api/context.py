@@ -14,6 +14,7 @@ from streamserve.api.errors import shutting_down
 from streamserve.api.metrics import Metrics
 from streamserve.api.prompts import PromptWorkers
 from streamserve.api.request_log import RequestLog
+from streamserve.api.running import RunningAnswers
 from streamserve.api.tenants import KeyRing
 from streamserve.config import ApiConfig
 from streamserve.core.clock import Clock
@@ -114,6 +115,7 @@ class ApiContext:
     prompt_workers: PromptWorkers | None = None  # none: everything is read in this process
     answer_format: AnswerFormat = field(default_factory=AnswerFormat)
     field_log: FieldLog = field(default_factory=FieldLog)
+    running: RunningAnswers = field(default_factory=RunningAnswers)
 
     def check_unknown(self, names: Sequence[str]) -> None:
         """Log fields that nobody knows, or refuse them: the config says which."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 from starlette.responses import Response
@@ -32,6 +32,7 @@ from streamserve.api.frames import (
 from streamserve.api.metrics import Delivery
 from streamserve.api.openai_wire import OpenAIWire
 from streamserve.api.prompts import LONG_BODY, Endpoint, PromptWorkers, Work, chat_work
+from streamserve.api.running import RunningAnswer
 from streamserve.api.sampling import Common
 from streamserve.api.sse import AnswerStream, StreamedChoice
 from streamserve.api.tenants import Tenant, tenant_of
@@ -42,10 +43,33 @@ from streamserve.core.request import FinishReason
 from streamserve.engine.intake import Origin
 from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.stream import RequestStream
-from streamserve.errors import ContextLengthError, EngineError, InvalidParameterError, RequestError
+from streamserve.errors import (
+    ContextLengthError,
+    EngineError,
+    InvalidParameterError,
+    RequestCancelledError,
+    RequestError,
+)
 
 RAW_SEND = "streamserve.raw_send"
 """In the scope: the server's own ``send``, which passes no middleware."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request whose body was read. ``guard`` cancels what is done for it."""
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    arrival_time: float
+    guard: DisconnectGuard
+
+    @property
+    def name(self) -> str:
+        """Its ``X-Request-Id``."""
+        name: str = self.scope.get("state", {}).get("request_id", "")
+        return name
 
 
 class GenerationEndpoint(ABC):
@@ -116,45 +140,43 @@ class GenerationEndpoint(ABC):
             raise
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
+        raw = await read_body(scope, receive, max_bytes=self._context.config.max_body_bytes)
+        async with DisconnectGuard(receive) as guard:
+            work = await self.prepare(raw)
+            del raw
+            if work.params.structured_output is not None:
+                await self._context.engine.prepare(work.params)
+            await self._answer(work, Call(scope, receive, send, arrival_time, guard))
+
+    async def _answer(self, work: Work, call: Call) -> None:
+        """Have the answer made and send it."""
         context = self._context
-        raw = await read_body(scope, receive, max_bytes=context.config.max_body_bytes)
-        work = await self.prepare(raw)
-        del raw
-        if work.params.structured_output is not None:
-            await context.engine.prepare(work.params)
         wire = self.wire(work)
-        headers = ignored_fields_headers(work.common.unknown_fields)
         delivery_type = TimedDelivery if work.common.include_timing else Delivery
-        prompts = work.prompts_of_streams
-        deliveries = [delivery_type(context.metrics, context.clock, arrival_time) for _ in prompts]
-        streams = self._submit(work, tenant_of(scope), wire.id, arrival_time)
+        deliveries = [
+            delivery_type(context.metrics, context.clock, call.arrival_time)
+            for _ in work.prompts_of_streams
+        ]
+        tenant = tenant_of(call.scope)
+        streams = self._submit(work, tenant, wire.id, call.arrival_time)
         context.request_log.admitted(
             wire.id,
-            scope,
+            call.scope,
             [prompt.token_ids for prompt in work.prompts],
             work.params,
             is_streamed=work.common.stream,
         )
+        running = RunningAnswer(
+            wire.id, self.endpoint, tenant.name, call.name, streams, work.choices.n
+        )
         try:
-            if work.common.stream:
-                answer = self._answer_stream(scope, work, wire, streams, deliveries, headers)
-                await answer(scope, receive, send)
-            else:
-                async with DisconnectGuard(receive):
-                    candidates = await collect_all(
-                        streams, prompts, deliveries, self._parsers(work)
-                    )
-                choices = candidates
-                if work.choices.are_compared:
-                    count, n = work.choices.num_candidates, work.choices.n
-                    choices = best_choices(candidates, count, n)
-                response = Response(
-                    wire.whole(choices), headers=headers, media_type="application/json"
-                )
-                await response(scope, receive, send)
-                for choice, delivery in zip(candidates, deliveries, strict=True):
-                    delivery.end(choice.finish_reason)
-        except ClientGoneError:
+            with context.running.entry(running):
+                if work.common.stream:
+                    answer = self._answer_stream(work, call, wire, streams, deliveries)
+                    await answer(call.scope, call.receive, call.send)
+                else:
+                    await self._send_whole(work, call, wire, streams, deliveries)
+        except (ClientGoneError, RequestCancelledError):
             raise
         except Exception:
             for delivery in deliveries:
@@ -165,6 +187,28 @@ class GenerationEndpoint(ABC):
                 stream.close()
                 delivery.end(FinishReason.ABORT)  # unless it has ended already
             context.request_log.ended(wire.id, streams, len(work.prompts))
+
+    async def _send_whole(
+        self,
+        work: Work,
+        call: Call,
+        wire: Wire,
+        streams: Sequence[RequestStream],
+        deliveries: Sequence[Delivery],
+    ) -> None:
+        candidates = await collect_all(
+            streams, work.prompts_of_streams, deliveries, self._parsers(work)
+        )
+        choices = candidates
+        if work.choices.are_compared:
+            count, n = work.choices.num_candidates, work.choices.n
+            choices = best_choices(candidates, count, n)
+        headers = ignored_fields_headers(work.common.unknown_fields)
+        response = Response(wire.whole(choices), headers=headers, media_type="application/json")
+        call.guard.release()
+        await response(call.scope, call.receive, call.send)
+        for choice, delivery in zip(candidates, deliveries, strict=True):
+            delivery.end(choice.finish_reason)
 
     def _submit(
         self, work: Work, tenant: Tenant, request_id: str, arrival_time: float
@@ -209,12 +253,11 @@ class GenerationEndpoint(ABC):
 
     def _answer_stream(
         self,
-        scope: Scope,
         work: Work,
+        call: Call,
         wire: Wire,
         streams: Sequence[RequestStream],
         deliveries: Sequence[Delivery],
-        headers: dict[str, str],
     ) -> AnswerStream:
         choices = [
             StreamedChoice(stream, wire.frames(index, prompt, parser), delivery)
@@ -226,10 +269,11 @@ class GenerationEndpoint(ABC):
         return AnswerStream(
             wire,
             choices,
-            headers=headers,
+            headers=ignored_fields_headers(work.common.unknown_fields),
             ping_interval_s=self._context.config.ping_interval_s,
             progress_of=self._context.engine.progress if has_progress else None,
-            raw_send=scope[RAW_SEND],
+            raw_send=call.scope[RAW_SEND],
+            guard=call.guard,
         )
 
     def _parsers(self, work: Work) -> list[AnswerParser | None]:

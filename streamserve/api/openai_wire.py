@@ -52,13 +52,16 @@ class OpenAIWire:
 
     def ending(self, usages: Sequence[Usage]) -> bytes:
         """``[DONE]``, and before it the usage if it was asked for."""
-        if not self._options.include_usage:
-            return DONE
-        return usage_frame(self._envelope, usages, self._n) + DONE
+        return self._usage(usages) + DONE
 
-    def failure(self, exc: Exception) -> bytes:
+    def failure(self, exc: Exception, usages: Sequence[Usage]) -> bytes:
         """An event with the status that it would have been; no ``[DONE]`` follows."""
-        return error_frame(*error_content(exc))
+        return self._usage(usages) + error_frame(*error_content(exc))
+
+    def _usage(self, usages: Sequence[Usage]) -> bytes:
+        if not self._options.include_usage:
+            return b""
+        return usage_frame(self._envelope, usages, self._n)
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
         """The JSON of all choices."""

@@ -126,6 +126,9 @@ _LOOKING = (
 )
 
 
+_CANCELLED = _object(id=_STRING, object=_STRING, status=_STRING, usage=_USAGE)
+
+
 def openapi(*, has_keys: bool) -> dict[str, Any]:
     """The document; ``has_keys`` says whether the server asks for a key."""
     paths: dict[str, Any] = {endpoint.path: {"post": _post(endpoint)} for endpoint in ENDPOINTS}
@@ -134,9 +137,17 @@ def openapi(*, has_keys: bool) -> dict[str, Any]:
     paths["/v1/models/{model}"] = {
         "get": {
             **_get("One model", "application/json", _MODEL),
-            "parameters": [{"name": "model", "in": "path", "required": True, "schema": _STRING}],
+            "parameters": [_in_path("model")],
         }
     }
+    for endpoint in ENDPOINTS:
+        if endpoint.streams:
+            paths[endpoint.path + "/{id}/cancel"] = {
+                "post": {
+                    **_get("End an answer that is being made", "application/json", _CANCELLED),
+                    "parameters": [_in_path("id")],
+                }
+            }
     components: dict[str, Any] = {
         "schemas": {
             **{endpoint.name: described(endpoint.table) for endpoint in ENDPOINTS},
@@ -194,6 +205,10 @@ def _get(summary: str, media_type: str, schema: Schema) -> dict[str, Any]:
     content = {media_type: {"schema": schema}}
     responses = {"200": {"description": summary, "content": content}, **_errors()}
     return {"summary": summary, "responses": responses}
+
+
+def _in_path(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": _STRING}
 
 
 def _errors() -> dict[str, Any]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from orjson import dumps
 from starlette.types import Send
 
+from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.metrics import Delivery
 from streamserve.api.progress import ProgressComments
 from streamserve.api.sse_response import SseResponse
@@ -36,6 +38,15 @@ class StreamedChoice:
         self.delivery = delivery
         self.usage = Usage(prompt_tokens=stream.num_prompt_tokens)
 
+    def end(self) -> None:
+        """The answer has failed, with this choice or another: it goes no further."""
+        was_aborted = self.stream.finish_reason is FinishReason.ABORT
+        self.delivery.end(FinishReason.ABORT if was_aborted else FinishReason.ERROR)
+        self.stream.close()
+        if self.stream.usage is not None:
+            reasoning_tokens = self.usage.reasoning_tokens
+            self.usage = replace(self.stream.usage, reasoning_tokens=reasoning_tokens)
+
     def timing(self, last: RequestOutput) -> dict[str, Any] | None:
         """What the chunk after the last text says, if it was asked for."""
         if not isinstance(self.delivery, TimedDelivery):
@@ -46,7 +57,10 @@ class StreamedChoice:
 
 
 class AnswerStream(SseResponse):
-    """Streams ``choices`` until each has ended. Closing their streams is the caller's."""
+    """Streams ``choices`` until each has ended. Closing their streams is the caller's.
+
+    If one fails, so does the answer, and none of the others goes on.
+    """
 
     def __init__(
         self,
@@ -56,10 +70,17 @@ class AnswerStream(SseResponse):
         headers: dict[str, str],
         ping_interval_s: float,
         raw_send: Send,
+        stall_timeout_s: float = 60.0,
+        guard: DisconnectGuard | None = None,
         progress_of: Callable[[str], RequestProgress | None] | None = None,
     ) -> None:
         super().__init__(
-            wire.id, headers=headers, ping_interval_s=ping_interval_s, raw_send=raw_send
+            wire.id,
+            headers=headers,
+            ping_interval_s=ping_interval_s,
+            raw_send=raw_send,
+            stall_timeout_s=stall_timeout_s,
+            guard=guard,
         )
         self._wire = wire
         self._choices = choices
@@ -109,13 +130,14 @@ class AnswerStream(SseResponse):
                 if not text:
                     continue
                 body = frames.text(text, output.usage)
+                choice.usage = output.usage
                 if not body:
                     continue
             if opening:
                 body = opening + body
                 opening = b""
             if (writing := write(body)) is not None:
-                await writing
+                await self._until_room(writing)
             self._num_sent += 1
             delivery.text_sent()
             if is_plain:  # and the opening is out: while this task waits, the step loop writes
@@ -151,12 +173,12 @@ class AnswerStream(SseResponse):
 
     def _failure(self, exc: Exception) -> bytes:
         for choice in self._choices:
-            choice.delivery.end(FinishReason.ERROR)
-        return self._wire.failure(exc)
+            choice.end()
+        return self._wire.failure(exc, [choice.usage for choice in self._choices])
 
-    async def _send_last(self, body: bytes) -> None:
+    def _end(self) -> None:
         self._stop_progress()  # nothing may follow
-        await super()._send_last(body)
+        super()._end()
 
     def _stop_comments(self) -> None:
         self._stop_progress()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack
+from typing import Any
 
 from sse_starlette.sse import EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -18,6 +20,17 @@ from streamserve.errors import EngineError
 logger = logging.getLogger(__name__)
 
 
+class ReaderStalledError(EngineError):
+    """The reader took nothing for too long."""
+
+    status = 408
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"The reader left the connection full for {timeout_s:g} s", code="reader_stalled"
+        )
+
+
 class _Nothing:
     """Stands in for the body iterator, which the token path does not use."""
 
@@ -28,7 +41,9 @@ class _Nothing:
 class SseResponse(EventSourceResponse):
     """``name`` says in the log what it is an answer to.
 
-    ``raw_send`` is the server's own ``send``, past the middlewares. Raises ``ClientGoneError``.
+    ``raw_send`` is the server's own ``send``, past the middlewares. Raises ``ClientGoneError``;
+    ``guard`` is one that the caller holds already. A reader that leaves the connection full for
+    ``stall_timeout_s`` gets an error instead of the rest.
 
     The base class serves a response with four tasks in a group of anyio's, which is 0.2 ms before
     the first byte; here the caller's own task sends, one more listens for the disconnect, and a
@@ -36,13 +51,22 @@ class SseResponse(EventSourceResponse):
     """
 
     def __init__(
-        self, name: str, *, headers: dict[str, str], ping_interval_s: float, raw_send: Send
+        self,
+        name: str,
+        *,
+        headers: dict[str, str],
+        ping_interval_s: float,
+        raw_send: Send,
+        stall_timeout_s: float = 60.0,
+        guard: DisconnectGuard | None = None,
     ) -> None:
         super().__init__(
             _Nothing(), headers={"Cache-Control": "no-cache", **headers}, ping=ping_interval_s
         )
         self._name = name
         self._raw_send = raw_send
+        self._stall_timeout_s = stall_timeout_s
+        self._guard = guard
         self._writer: FrameWriter = AsgiWriter(raw_send)
         self._num_sent = 0  # frames; pings do not count
         self._num_sent_before = 0
@@ -59,7 +83,9 @@ class SseResponse(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with DisconnectGuard(receive) as self._guard:
+            async with AsyncExitStack() as stack:
+                if self._guard is None:
+                    self._guard = await stack.enter_async_context(DisconnectGuard(receive))
                 await self._stream_response(send)
         finally:
             self.active = False
@@ -84,19 +110,40 @@ class SseResponse(EventSourceResponse):
 
     async def _fail(self, exc: Exception) -> None:
         """Headers are out: one event says what happened, and nothing looks like a success."""
-        await self._send_last(self._failure(exc))
+        body = self._failure(exc)
+        try:
+            if isinstance(exc, ReaderStalledError):
+                raise exc
+            await self._send_last(body)
+        except ReaderStalledError:
+            self._end()
+            self._writer.end_now(body)
         # So that no client takes the answer for complete.
         self._writer.close_connection()
 
     async def _send(self, body: bytes) -> None:
         if (writing := self._writer.write(body)) is not None:
-            await writing
+            await self._until_room(writing)
         self._num_sent += 1
 
     async def _send_last(self, body: bytes) -> None:
-        self.active = False  # no ping may follow
-        self._guard.release()
-        await self._raw_send({"type": "http.response.body", "body": body, "more_body": False})
+        self._end()
+        message = {"type": "http.response.body", "body": body, "more_body": False}
+        await self._until_room(self._raw_send(message))
+
+    async def _until_room(self, writing: Awaitable[Any]) -> None:
+        """Wait for what ``FrameWriter.write`` returned. Raises ``ReaderStalledError``."""
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await writing
+        except TimeoutError:
+            raise ReaderStalledError(self._stall_timeout_s) from None
+
+    def _end(self) -> None:
+        """No comment may follow, and a reader that leaves has what there is."""
+        self.active = False
+        if self._guard is not None:
+            self._guard.release()
 
     def _start_ping_timer(self) -> None:
         self._ping_timer = asyncio.get_running_loop().call_later(self.ping_interval, self._on_timer)

@@ -58,8 +58,8 @@ class Wire(Protocol):
     def ending(self, usages: Sequence[Usage]) -> bytes:
         """What follows the last frame of the last choice of a stream."""
 
-    def failure(self, exc: Exception) -> bytes:
-        """The event that ends a stream which failed."""
+    def failure(self, exc: Exception, usages: Sequence[Usage]) -> bytes:
+        """What ends a stream that failed: what it used, if that was asked for, and one event."""
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
         """The answer that is not streamed."""

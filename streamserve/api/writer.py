@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable
 from typing import Protocol
 
 from starlette.types import Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+LINGER_S = 5.0
+"""How long a connection that was closed after an error may take to deliver what it holds."""
 
 
 class FrameWriter(Protocol):
@@ -18,8 +22,14 @@ class FrameWriter(Protocol):
     def write_now(self, body: bytes) -> bool:
         """Send ``body`` if nothing would have to be awaited; otherwise ``False``, and not sent."""
 
+    def end_now(self, body: bytes) -> None:
+        """Put the response's last part behind what waits for room already, if the server lets us.
+
+        The connection must be closed next.
+        """
+
     def close_connection(self) -> None:
-        """End the connection once what was sent has left, if the server lets us."""
+        """End the connection once what was sent has left, or soon, if the server lets us."""
 
 
 class AsgiWriter:
@@ -34,8 +44,11 @@ class AsgiWriter:
     def write_now(self, body: bytes) -> bool:
         return False
 
-    def close_connection(self) -> None:
+    def end_now(self, body: bytes) -> None:
         """ASGI has no word for it."""
+
+    def close_connection(self) -> None:
+        """Nor for this."""
 
 
 class UvicornWriter:
@@ -65,8 +78,21 @@ class UvicornWriter:
             self._write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
 
+    def end_now(self, body: bytes) -> None:
+        cycle = self._cycle
+        if cycle.disconnected or cycle.response_complete:
+            return
+        self._write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        cycle.response_complete = True  # as ``send`` would
+        cycle.message_event.set()
+        cycle.transport.close()
+        cycle.on_response()
+
     def close_connection(self) -> None:
-        self._cycle.transport.close()
+        transport = self._cycle.transport
+        transport.close()
+        # A reader that does not read would keep what it was sent here for ever.
+        asyncio.get_running_loop().call_later(LINGER_S, transport.abort)
 
 
 def writer_of(send: Send) -> FrameWriter:

@@ -56,7 +56,7 @@ class Live:
     def fail(self, error: EngineError) -> None:
         """End every stream with ``error``."""
         for stream in self.streams:
-            stream.fail(error)
+            stream.fail(error, self.processor.usage)
 
 
 class BeamGroup(Live):

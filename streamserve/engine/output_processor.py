@@ -50,6 +50,12 @@ class OutputProcessor:
         self._owes_prompts_own = request.prompt_logprobs is not None or params.pooling is not None
         self.is_plain = self._stop is None and not self._owes_prompts_own
 
+    @property
+    def usage(self) -> Usage:
+        """What the reader has been given so far."""
+        request = self._request
+        return Usage(request.num_prompt_tokens, self.num_output_tokens, request.num_cached_tokens)
+
     def text_of(self, token_ids: list[int]) -> str:
         """The text alone of a step that does not end the request; only if ``is_plain``."""
         self.num_output_tokens += len(token_ids)

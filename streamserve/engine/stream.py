@@ -9,7 +9,7 @@ from typing import Protocol
 
 from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage, merge_outputs
-from streamserve.errors import EngineError
+from streamserve.errors import EngineError, RequestCancelledError
 
 _COMPACT_AFTER = 64
 """Unread outputs are folded into one when this many lie in the slot: memory stays that of text."""
@@ -55,6 +55,7 @@ class RequestStream:
         "_ended",
         "_error",
         "_exhausted",
+        "_is_cancelled",
         "_is_closed",
         "_loop",
         "_on_close",
@@ -81,7 +82,7 @@ class RequestStream:
         self.num_prompt_tokens = num_prompt_tokens
         self.timings = RequestTimings(arrival_time)
         self.finish_reason: FinishReason | None = None  # once it has ended, unless it failed
-        self.usage: Usage | None = None  # likewise
+        self.usage: Usage | None = None  # once it has ended
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._unread: list[RequestOutput] = []
@@ -92,6 +93,7 @@ class RequestStream:
         self._ended = False  # the engine has said its last word
         self._exhausted = False  # and the reader has heard it
         self._is_closed = False
+        self._is_cancelled = False
 
     @property
     def has_ended(self) -> bool:
@@ -118,6 +120,9 @@ class RequestStream:
             self._ended = True
             self.finish_reason = output.finish_reason
             self.usage = output.usage
+            if self._is_cancelled:
+                output.finish_reason = None
+                self._error = RequestCancelledError()
         if self._is_closed:
             return
         unread = self._unread
@@ -126,10 +131,11 @@ class RequestStream:
             self._unread = [merge_outputs(unread)]
         self._wake()
 
-    def fail(self, error: EngineError) -> None:
+    def fail(self, error: EngineError, usage: Usage | None = None) -> None:
         """End the stream with ``error``, after what was put before. Called by the engine only."""
         assert not self._ended, f"{self.request_id}: a failure after the last output"
         self._ended = True
+        self.usage = usage
         self._error = error
         self._wake()
 
@@ -170,6 +176,17 @@ class RequestStream:
         if self._exhausted or (self._is_closed and self._error is None):
             raise StopAsyncIteration
         return await self.get()
+
+    def cancel(self) -> bool:
+        """Somebody else ends the request; its reader gets what there is and then an error.
+
+        Returns whether there was one to end. Like ``close`` it frees all by the next step.
+        """
+        if self._ended:
+            return False
+        self._is_cancelled = True
+        self._on_close(self.request_id)
+        return True
 
     def close(self) -> None:
         """The reader leaves: abort the request unless it has ended. Idempotent, never waits."""

@@ -63,7 +63,7 @@ def test_a_field_says_whether_it_is_honoured():
         "description": DESCRIPTIONS["temperature"],
     }
     assert properties["messages"]["type"] == "array"
-    assert properties["user"] == {STATUS: "no effect"}
+    assert properties["metadata"] == {STATUS: "no effect"}
     for name, refused in CHAT_TABLE.refused.items():
         assert properties[name][STATUS] == "refused"
         assert properties[name]["enum"] == [*refused.neutral, None]

@@ -31,18 +31,18 @@ async def answers(path, body):
 
 
 LONG = [
-    ("/v1/chat/completions", chat_body(max_tokens=3, user=PADDING)),
-    ("/v1/chat/completions", chat_body(max_tokens=3, user=PADDING, frobnicate=1, n=1)),
-    ("/v1/chat/completions", chat_body(max_tokens=3, user=PADDING, model="nobody")),
+    ("/v1/chat/completions", chat_body(max_tokens=3, metadata=PADDING)),
+    ("/v1/chat/completions", chat_body(max_tokens=3, metadata=PADDING, frobnicate=1, n=1)),
+    ("/v1/chat/completions", chat_body(max_tokens=3, metadata=PADDING, model="nobody")),
     ("/v1/chat/completions", chat_body(messages=[{"role": "user", "content": PADDING}])),
     ("/v1/chat/completions", chat_body(messages=[{"role": "tool", "content": PADDING}])),
-    ("/v1/chat/completions", chat_body(user=PADDING, temperature=7)),
-    ("/v1/chat/completions", chat_body(user=PADDING, logit_bias={"65": -100}, stop=["c"])),
-    ("/v1/chat/completions", b'{"user": "' + PADDING.encode()),
+    ("/v1/chat/completions", chat_body(metadata=PADDING, temperature=7)),
+    ("/v1/chat/completions", chat_body(metadata=PADDING, logit_bias={"65": -100}, stop=["c"])),
+    ("/v1/chat/completions", b'{"metadata": "' + PADDING.encode()),
     ("/v1/chat/completions", b'["' + PADDING.encode() + b'"]'),
-    ("/v1/completions", {"prompt": ["Hi", "there"], "echo": True, "user": PADDING}),
-    ("/v1/completions", {"prompt": [[65, 66], [67]], "echo": True, "user": PADDING}),
-    ("/v1/completions", {"prompt": [65, 400], "user": PADDING}),
+    ("/v1/completions", {"prompt": ["Hi", "there"], "echo": True, "metadata": PADDING}),
+    ("/v1/completions", {"prompt": [[65, 66], [67]], "echo": True, "metadata": PADDING}),
+    ("/v1/completions", {"prompt": [65, 400], "metadata": PADDING}),
     ("/v1/completions", {"prompt": PADDING}),
 ]
 
