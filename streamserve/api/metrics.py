@@ -193,6 +193,12 @@ class MetricsCollector(Collector):
             *_speculation_counters(stats.speculation),
             ("num_preemptions", "Requests that gave their seat up.", stats.num_preemptions),
             ("engine_steps", "Steps of the engine.", stats.num_steps),
+            ("failed_steps", "Steps that raised and were rolled back.", stats.num_failed_steps),
+            (
+                "rolled_back_requests",
+                "Times that a request was in a failed step and was computed again.",
+                stats.num_rolled_back,
+            ),
             (
                 "kernel_compilations",
                 "Kernels compiled by this process; none once the server is ready.",

@@ -69,6 +69,13 @@ class Admission:
                 break
         return num_admitted
 
+    def admit_alone(self, request: Request, step: Step) -> None:
+        """Seat a waiting request and schedule its first tokens, if there is room: it has no rival.
+
+        A step that is made for it alone waits for nobody who computes the same prefix.
+        """
+        self._admit_alone(request, step)
+
     def _yield_tail_to(self, candidate: Request, step: Step) -> bool:
         """Take the tail's seat for a waiting request that outranks it; ``False`` if not now."""
         seats = self._seats
@@ -100,7 +107,7 @@ class Admission:
 
     def _admit_alone(self, request: Request, step: Step) -> _Answer:
         claims, running = self._seats.claims, self._seats.running
-        awaited_hash = request.awaited_hash
+        awaited_hash = None if step.is_alone else request.awaited_hash
         if awaited_hash is not None and claims.must_wait(request, awaited_hash):
             return _Answer.AWAITS_PREFIX
         request.awaited_hash = None
@@ -116,8 +123,9 @@ class Admission:
         match = self._kv_cache.find_prefix(request, max_num_hashed, num_reserved)
         if match is None:
             return _Answer.AWAITS_PREFIX
-        if match.missing_hash is not None and claims.must_wait(request, match.missing_hash):
-            request.awaited_hash = match.missing_hash
+        missing_hash = None if step.is_alone else match.missing_hash
+        if missing_hash is not None and claims.must_wait(request, missing_hash):
+            request.awaited_hash = missing_hash
             return _Answer.AWAITS_PREFIX
         num_left = request.num_tokens - match.num_tokens
         num_new = step.prefill.grant(match.num_tokens, num_left)
@@ -144,7 +152,7 @@ class Admission:
 
     def _admit_fork(self, request: Request, source: Request, step: Step) -> _Answer | None:
         """Seat a request that shares the prompt of another; ``None``: it must go its own way."""
-        if source.is_finished or source.has_failed_step:
+        if source.is_finished:
             request.fork_source = None
             return None
         num_left = 1  # of the prompt: what it samples is its own

@@ -162,7 +162,9 @@ class ModelRunner(Protocol):
     ``launch`` queues the forward and never waits. ``sample`` supplies what was not known at launch
     (grammar bit masks by request id) and returns a future that resolves on another thread; it is
     called once for every launched step, in order. An exception raised by the device is the
-    future's; the runner then still accepts further plans.
+    future's: ``OutOfMemoryError`` if a smaller step may succeed, ``DeviceDeadError`` if none can
+    run any more. Otherwise the runner still accepts further plans, and has booked the requests of
+    the one that failed; what a step behind it says of the same requests is not looked at.
     """
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from enum import Enum, StrEnum, auto
@@ -10,6 +11,9 @@ from streamserve.core.block_pool import PrefixNode
 from streamserve.core.ngram import NgramIndex
 from streamserve.core.plan import ModelRunnerOutput, TokenLogprobs
 from streamserve.core.sampling_params import SamplingParams
+
+NEVER = sys.maxsize
+"""A step that there will not be."""
 
 
 class RequestStatus(Enum):
@@ -60,9 +64,9 @@ class Request:
         "embedding",
         "ending_ids",
         "eos_token_ids",
+        "failed_step_id",
         "finish_reason",
         "fork_source",
-        "has_failed_step",
         "is_in_runner",
         "last_step_id",
         "matched_nodes",
@@ -144,7 +148,7 @@ class Request:
         self.max_num_tokens = 0  # token ids at which the answer ends with LENGTH
         self.num_steps_in_flight = 0
         self.num_written_tokens = 0  # leading tokens whose KV was there when a step retired
-        self.has_failed_step = False  # its KV is not to be trusted past num_written_tokens
+        self.failed_step_id = NEVER  # what it and later ones computed counts for nothing
         self.is_in_runner = False  # a NewRequest was sent, and its release was not
         self.block_hashes: list[bytes] = []  # of the leading full blocks of token_ids
         self.matched_nodes: list[PrefixNode] = []  # while it waits: of its leading cached blocks
@@ -207,9 +211,12 @@ def take_found(requests: Mapping[str, Request], output: ModelRunnerOutput) -> No
     """
     for request_id, (position, entries) in (output.prompt_logprobs or {}).items():
         request = requests.get(request_id)
-        if request is not None and request.prompt_logprobs is not None:
+        if request is None or output.step_id > request.failed_step_id:
+            continue
+        if request.prompt_logprobs is not None:
             num_known = len(request.prompt_logprobs) + 1  # the first token has none
             request.prompt_logprobs += entries[num_known - position :]
     for request_id, vector in (output.pooled or {}).items():
-        if request_id in requests:
-            requests[request_id].embedding = vector
+        request = requests.get(request_id)
+        if request is not None and output.step_id <= request.failed_step_id:
+            request.embedding = vector

@@ -23,6 +23,7 @@ from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogpr
 from streamserve.core.policy import POLICIES
 from streamserve.core.prefill import PrefillPacer
 from streamserve.core.prefix_groups import PrefixGrouping, check_groups
+from streamserve.core.recovery import Recovery
 from streamserve.core.request import FinishReason, Request, RequestStatus, take_found
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.seats import Seats
@@ -79,6 +80,7 @@ class Scheduler:
         # A seat is worth at least one token per step, so that no decode ever waits for budget.
         num_seats = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._seats = Seats(num_seats, kv_cache, self._policy)
+        self.recovery = Recovery(self._seats)
         self._admission = Admission(self._seats, kv_cache, self._policy, clock, self._in_flight)
         self._speculator = (
             None
@@ -142,6 +144,16 @@ class Scheduler:
             )
         self._enter(request)
         self._seats.queue(request)
+
+    def add_probe(self, request: Request) -> None:
+        """Queue a request that runs alone before all others: whether a step can run at all.
+
+        ``max_num_waiting`` does not apply. Raises as ``add`` does otherwise.
+        """
+        self.check_fits(request.num_prompt_tokens, request.sampling_params)
+        self._enter(request)
+        self._seats.queue(request)
+        self.recovery.suspect_first(request)
 
     def add_choices(self, source: Request, others: Sequence[Request]) -> None:
         """Queue more requests with the prompt of ``source``, which was added just now.
@@ -209,6 +221,8 @@ class Scheduler:
             return False
         was_running = request.status is RequestStatus.RUNNING
         self._seats.finish(request)
+        if self.recovery.is_active:
+            self.recovery.forget(request)
         request.finish_reason = reason
         request.stop_reason = stop_reason
         if num_output_tokens is not None:
@@ -244,6 +258,8 @@ class Scheduler:
         """
         if len(self._in_flight) >= self.config.max_steps_in_flight or not self._seats.requests:
             return None
+        if self.recovery.is_active:
+            return self._schedule_alone()
         seats, overtakes = self._seats, self._policy.overtakes
         running, waiting = seats.running, seats.waiting
         num_free = seats.num_seats - len(running)
@@ -269,6 +285,23 @@ class Scheduler:
         if not (step.is_blocked or step.preempted) or not step.requests:
             self._admission.admit_waiting(step)
         return self._launch(step)
+
+    def _schedule_alone(self) -> SchedulerOutput | None:
+        """A step of one request that was in one which failed, at any cost to the others."""
+        if self._in_flight:
+            return None
+        request, running = self.recovery.suspect, self._seats.running
+        step = Step(self._next_step_id, self.pacer.open_alone(), is_alone=True)
+        while True:
+            if request.status is RequestStatus.RUNNING:
+                self._continue(request, step)
+            else:
+                self._admission.admit_alone(request, step)
+            if step.requests or self.kv_cache.has_loads:
+                return self._launch(step)
+            victim = next((r for r in reversed(running) if r is not request), None)
+            assert victim is not None, f"{request}: no room for it alone"
+            self._seats.preempt(victim)
 
     def _launch(self, step: Step) -> SchedulerOutput | None:
         plan = step.plan
@@ -367,28 +400,21 @@ class Scheduler:
         Returns one update for each request that got tokens, in the plan's order. Requests that
         ended while the step was in flight are passed over.
         """
-        if not self._in_flight or self._in_flight[0].plan.step_id != output.step_id:
-            raise ValueError(f"step {output.step_id} is not the oldest step in flight")
-        step = self._in_flight.popleft()
-        self.kv_cache.retire(step.plan)
-        self.pacer.observe(step.plan, output)
-        if self._speculator is not None and output.duration_s is not None:
-            self._speculator.host_time.observe(
-                self._clock(), len(step.requests), output.duration_s, overlaps=step.overlaps
-            )
-        if output.prompt_logprobs or output.pooled:
-            take_found(self._seats.requests, output)
+        step = self._retire_step(output)
         updates: list[RequestUpdate] = []
-        seats, block_size = self._seats, self.kv_cache.block_size
-        logprobs, new_tuple = output.logprobs, tuple.__new__
+        seats, block_size, recovery = self._seats, self.kv_cache.block_size, self.recovery
+        recovers = recovery.is_active
+        step_id, logprobs, new_tuple = output.step_id, output.logprobs, tuple.__new__
         rows = zip(step.requests, step.plan.scheduled, output.sampled_token_ids, strict=True)
         for i, (request, (_, start, token_ids, _, sample, _), sampled_ids) in enumerate(rows):
             request.num_steps_in_flight -= 1
+            if step_id > request.failed_step_id:
+                recovery.step_retired(request)
+                continue
             end = start + len(token_ids)
             if sample > 1:
                 end -= self._settle_drafts(request, sample, len(sampled_ids))
-            if not request.has_failed_step:
-                request.num_written_tokens = end
+            request.num_written_tokens = end
             if request.status is RequestStatus.FINISHED:
                 seats.release(request)
                 continue
@@ -410,7 +436,26 @@ class Scheduler:
                 seats.claims.update(request)
             if seats.yielding:
                 seats.step_retired(request)
+            if recovers:
+                recovery.went_well(request)
         return updates
+
+    def _retire_step(self, output: ModelRunnerOutput) -> Step:
+        """Take the oldest step out of flight, and learn from how it went."""
+        if not self._in_flight or self._in_flight[0].plan.step_id != output.step_id:
+            raise ValueError(f"step {output.step_id} is not the oldest step in flight")
+        step = self._in_flight.popleft()
+        self.kv_cache.retire(step.plan)
+        self.pacer.observe(step.plan, output)
+        if self._speculator is not None and output.duration_s is not None:
+            self._speculator.host_time.observe(
+                self._clock(), len(step.requests), output.duration_s, overlaps=step.overlaps
+            )
+        if output.prompt_logprobs or output.pooled:
+            take_found(self._seats.requests, output)
+        if self.pacer.chunk_limit is not None:
+            self.pacer.went_well()
+        return step
 
     def _settle_drafts(self, request: Request, num_sampled: int, num_right: int) -> int:
         """Go back behind the drafts that were right; returns how many were not."""
@@ -421,25 +466,35 @@ class Scheduler:
         self._speculator.verified(num_sampled - 1, num_right - 1)
         return num_wrong
 
-    def fail_step(self, step_id: int) -> list[Request]:
-        """Retire a step that raised; returns its requests, finished with ``ERROR`` just now.
+    def fail_step(self, step_id: int, *, out_of_memory: bool = False) -> list[Request]:
+        """Retire a step that raised; returns the requests that it ended with ``ERROR``.
 
-        Any step in flight may fail. Nothing that it wrote, and nothing that a later step wrote
-        on top for the same requests, enters the prefix cache.
+        Its requests are rolled back to what was written before it, and then run alone, once: a
+        step made for one request alone ends it. Where it was ``out_of_memory`` and had a chunk to
+        halve, they just try again with half of it.
+
+        Any step in flight may fail. Nothing that it wrote, and nothing that a later step wrote on
+        top for the same requests, counts or enters the prefix cache.
         """
         step = next((s for s in self._in_flight if s.plan.step_id == step_id), None)
         if step is None:
             raise ValueError(f"step {step_id} is not in flight")
         self._in_flight.remove(step)
         self.kv_cache.retire(step.plan, failed=True)
+        is_smaller = out_of_memory and self.pacer.shrink(step.plan)
         failed: list[Request] = []
-        for request in step.requests:
+        for request, scheduled in zip(step.requests, step.plan.scheduled, strict=True):
             request.num_steps_in_flight -= 1
-            request.has_failed_step = True
             if request.status is RequestStatus.FINISHED:
+                request.failed_step_id = min(request.failed_step_id, step_id)
                 self._seats.release(request)
-            elif self.finish(request, FinishReason.ERROR):
+            elif step.is_alone and not is_smaller:
+                self.finish(request, FinishReason.ERROR)
                 failed.append(request)
+            else:
+                num_drafts = max(scheduled.sample - 1, 0)
+                end = scheduled.start + len(scheduled.token_ids) - num_drafts
+                self.recovery.undo(request, step_id, None if is_smaller else end)
         return failed
 
     def check_integrity(self) -> None:

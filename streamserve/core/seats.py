@@ -70,7 +70,7 @@ class Seats:
         idle = next((r for r in reversed(self.running) if r.num_pending_tokens), None)
         if idle is None or idle.num_steps_in_flight:
             return False
-        self._preempt(idle)
+        self.preempt(idle)
         return True
 
     def take(self, victim: Request, step: Step) -> bool:
@@ -79,9 +79,9 @@ class Seats:
         if victim.num_steps_in_flight:
             self.yielding[victim.request_id] = victim
             return False
-        if victim.num_tokens - victim.num_computed_tokens == 1:
+        if victim.num_tokens - victim.num_computed_tokens == 1 and not step.is_alone:
             step.prefill.num_tokens += 1  # was set aside for it
-        self._preempt(victim)
+        self.preempt(victim)
         return True
 
     def step_retired(self, request: Request) -> None:
@@ -89,7 +89,7 @@ class Seats:
         if request.num_steps_in_flight:
             return
         if self.yielding.pop(request.request_id, None) is not None:
-            self._preempt(request)
+            self.preempt(request)
 
     def finish(self, request: Request) -> None:
         """The request has ended: it neither waits nor runs. It still holds what it held."""
@@ -109,14 +109,18 @@ class Seats:
         self._leaving.pop(request.request_id, None)
         self._give_back(request)
 
-    def _preempt(self, request: Request) -> None:
+    def preempt(self, request: Request) -> None:
+        """Take the seat of a running request that no step has, for the sake of another."""
+        request.num_preemptions += 1
+        self.unseat(request)
+
+    def unseat(self, request: Request) -> None:
         """Back to waiting; the blocks are free, but cached until somebody needs them."""
         assert not request.num_pending_tokens or request.chooses_on_host
         _remove(self.running, request)
         self.claims.drop(request)
         self._give_back(request)
         request.status = RequestStatus.PREEMPTED
-        request.num_preemptions += 1
         self.queue(request)
 
     def _give_back(self, request: Request) -> None:

@@ -12,15 +12,30 @@ from streamserve.core.request import Request
 class Step:
     """A plan and the requests of its ``scheduled``, in the same order."""
 
-    __slots__ = ("drafts", "is_blocked", "overlaps", "plan", "preempted", "prefill", "requests")
+    __slots__ = (
+        "drafts",
+        "is_alone",
+        "is_blocked",
+        "overlaps",
+        "plan",
+        "preempted",
+        "prefill",
+        "requests",
+    )
 
     def __init__(
-        self, step_id: int, prefill: PrefillBudget, drafts: Mapping[str, list[int]] | None = None
+        self,
+        step_id: int,
+        prefill: PrefillBudget,
+        drafts: Mapping[str, list[int]] | None = None,
+        *,
+        is_alone: bool = False,
     ) -> None:
         self.plan = SchedulerOutput(step_id)
         self.requests: list[Request] = []
         self.prefill = prefill  # what is left for prompts
         self.drafts = drafts  # by request id, where there is room for them
+        self.is_alone = is_alone  # made for one request, which was in a step that failed
         self.overlaps = False  # another step was in flight when it was launched
         self.is_blocked = False  # somebody waits for blocks: nobody behind may take any
         self.preempted = False  # somebody lost the seat: nobody waiting takes one in this step

@@ -22,9 +22,10 @@ from concurrent.futures import Future
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
 from streamserve.core.request import FinishReason
+from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.scheduler import RequestUpdate, Scheduler
 from streamserve.engine.admission import AdmissionLimits
-from streamserve.engine.failures import name_of
+from streamserve.engine.failures import is_out_of_memory, name_of
 from streamserve.engine.front import EngineFront
 from streamserve.engine.futures import until_done
 from streamserve.engine.garbage import collect_idle
@@ -55,10 +56,12 @@ class _DeadError(Exception):
 class AsyncEngine(EngineFront):
     """Serves requests with one scheduler and one runner. Event-loop thread only.
 
-    A step that raises fails the requests in it (their streams raise ``EngineError``) and the
-    engine goes on. After ``MAX_CONSECUTIVE_FAILED_STEPS`` of them, or when the scheduler itself
-    raises and its accounting can no longer be trusted, the engine is dead: every stream and every
-    later ``submit`` raises ``EngineDeadError`` with the reason.
+    A step that raises is rolled back, and its requests run alone, once: the streams of those that
+    fail alone raise ``EngineError``, the others go on with the tokens they would have had. Once
+    ``MAX_CONSECUTIVE_FAILED_STEPS`` have failed, a request of the engine's own runs alone. If that
+    fails, too, or the device is lost, or the scheduler itself raises and its accounting can no
+    longer be trusted, the engine is dead: every stream and every later ``submit`` raises
+    ``EngineDeadError`` with the reason.
     """
 
     def __init__(
@@ -103,6 +106,8 @@ class AsyncEngine(EngineFront):
         self._died = asyncio.Event()
         self._dead_reason: str | None = None
         self._num_consecutive_failures = 0
+        self._num_failed_steps = 0
+        self._probe_id: str | None = None  # of the newest request of the engine's own
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
@@ -186,6 +191,7 @@ class AsyncEngine(EngineFront):
         return stats_of(
             self._scheduler,
             num_steps=self._num_steps,
+            num_failed_steps=self._num_failed_steps,
             num_preemptions=self._num_preemptions + sum(x.request.num_preemptions for x in live),
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self._num_generation_tokens,
@@ -420,22 +426,42 @@ class AsyncEngine(EngineFront):
         return True
 
     def _fail_step(self, step_id: int, error: Exception) -> None:
-        """Fail the requests of a step. Raises ``_DeadError`` if steps keep failing."""
+        """Roll a step back; end those that failed alone. Raises ``_DeadError`` if none can run."""
         logger.error("step %d failed", step_id, exc_info=error)
         self._publish()  # what the step before gave them comes first
         if self._dead_reason is not None:
             return
-        for request in self._scheduler.fail_step(step_id):
+        self._num_failed_steps += 1
+        if isinstance(error, DeviceDeadError):
+            raise _DeadError("no step can run any more") from error
+        self._num_consecutive_failures += 1
+        no_memory = is_out_of_memory(error)
+        for request in self._scheduler.fail_step(step_id, out_of_memory=no_memory):
+            if request.request_id == self._probe_id:
+                raise _DeadError(
+                    f"{self._num_consecutive_failures} steps in a row failed, the last one with"
+                    " nothing in it but a token of the engine's own"
+                ) from error
             live = self._live.get(request.request_id)
             # Of a beam search, one sequence's failure is that of all.
             if live is not None and self._finish(live, FinishReason.ERROR):
                 self._end(live)
                 live.fail(EngineError(f"the model step failed: {name_of(error)}"))
-        if isinstance(error, DeviceDeadError):
-            raise _DeadError("no step can run any more") from error
-        self._num_consecutive_failures += 1
         if self._num_consecutive_failures >= MAX_CONSECUTIVE_FAILED_STEPS:
-            raise _DeadError(f"{self._num_consecutive_failures} steps in a row failed") from error
+            self._send_probe()
+
+    def _send_probe(self) -> None:
+        """Run a request that nobody can have spoilt, before all others, unless one is on its way.
+
+        Otherwise a few requests that fail wherever they run would be the end of all.
+        """
+        if self._probe_id in self._live:
+            return
+        self._probe_id = f"probe of the engine, step {self._num_steps}"
+        params = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
+        live = self._intake.one([0], params, 0, request_id=self._probe_id, cache_salt="probe")
+        self._scheduler.add_probe(live.request)
+        self._book(live)
 
     def _die(self, reason: str, cause: BaseException | None) -> None:
         if self._dead_reason is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamserve.errors import InvalidParameterError
+from streamserve.errors import InvalidParameterError, OutOfMemoryError
 
 
 def duplicate(request_id: str) -> InvalidParameterError:
@@ -10,6 +10,11 @@ def duplicate(request_id: str) -> InvalidParameterError:
     return InvalidParameterError(
         f"request_id must be unique, got {request_id!r} again", param="request_id"
     )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a step that computes less may succeed."""
+    return isinstance(error, OutOfMemoryError | MemoryError)
 
 
 def name_of(error: BaseException) -> str:

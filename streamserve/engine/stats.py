@@ -22,6 +22,8 @@ class EngineStats:
     prefix_host_hit_tokens: int  # copied back from host memory to be hits
     kv_stored_tokens: int  # copied to host memory
     num_steps: int
+    num_failed_steps: int
+    num_rolled_back: int  # times that a request was in one of them, and began it again
     num_preemptions: int
     prompt_tokens: int
     generation_tokens: int
@@ -35,6 +37,7 @@ def stats_of(
     scheduler: Scheduler,
     *,
     num_steps: int,
+    num_failed_steps: int,
     num_preemptions: int,
     prompt_tokens: int,
     generation_tokens: int,
@@ -52,6 +55,8 @@ def stats_of(
         prefix_host_hit_tokens=cache.stats.num_host_hit_tokens,
         kv_stored_tokens=cache.stats.num_stored_tokens,
         num_steps=num_steps,
+        num_failed_steps=num_failed_steps,
+        num_rolled_back=scheduler.recovery.num_rolled_back,
         num_preemptions=num_preemptions,
         prompt_tokens=prompt_tokens,
         generation_tokens=generation_tokens,

@@ -149,8 +149,8 @@ class InputBatch:
     def record_failure(self, plan: SchedulerOutput) -> None:
         """Notes that the step sampled nothing.
 
-        A step that is already in flight behind it may ask for the missing ids. Its requests that
-        failed here are lost anyway; any id lets the others in that step go on.
+        A step that is already in flight behind it may ask for the missing ids. What it samples for
+        requests that failed here counts for nothing; any id lets the others in that step go on.
         """
         for scheduled in plan.scheduled:
             if scheduled.sample and scheduled.request_id in self._rows:

@@ -41,6 +41,7 @@ from streamserve.runner.prompt_logprobs import (
 )
 from streamserve.runner.sampler import Sampler
 from streamserve.runner.step_calls import SampleCall, StepCalls, step_output
+from streamserve.runner.step_errors import step_error
 from streamserve_kernels import Kernels
 
 logger = logging.getLogger(__name__)
@@ -273,7 +274,7 @@ class TorchModelRunner:
         except Exception as error:
             self._input_batch.record_failure(plan)
             if is_awaited:
-                call.future.set_exception(error)
+                call.future.set_exception(step_error(error, self._model.device))
         else:
             if is_awaited:
                 if launched.is_ordinary:  # else it says nothing about other steps

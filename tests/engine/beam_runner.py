@@ -47,8 +47,9 @@ class BeamRunner(FakeRunner):
         return found + [(48 + i, -50.0 - i) for i in range(4)]
 
     def _resolve(self, future: Future[ModelRunnerOutput], plan: SchedulerOutput) -> None:
-        if plan.step_id in self.failing_samples:
-            future.set_exception(RuntimeError("device-side assert"))
+        error = self._error_of(plan)
+        if error is not None:
+            future.set_exception(error)
             return
         sampled, logprobs, of_prompts = [], [], {}
         for s in plan.scheduled:

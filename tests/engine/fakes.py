@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,16 +19,22 @@ from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.outputs import RequestOutput
 from streamserve.engine.stream import RequestStream
+from streamserve.errors import OutOfMemoryError
 
 EOS = 257
 PROMPT = list(b"Once upon a time there was")
+
+
+class SpoiltError(Exception):
+    """A step had a request that no step can have."""
 
 
 class FakeRunner:
     """Samples ``answers[request_id]`` by output position, then EOS for ever.
 
     ``hold``: a step's future stays open until ``release``. ``failing``: step ids whose ``launch``
-    or ``sample`` result raises. ``threaded``: futures resolve on another thread.
+    or ``sample`` result raises. ``threaded``: futures resolve on another thread. ``spoilt``:
+    requests that no step can have. ``max_tokens``: there is no memory for a step with more.
     """
 
     num_compilations = 0
@@ -40,6 +46,8 @@ class FakeRunner:
         default: str = "Hello, world!",
         hold: bool = False,
         threaded: bool = False,
+        spoilt: Set[str] = frozenset(),
+        max_tokens: int = 10**6,
     ) -> None:
         self.answers = answers or {}
         self.default = default
@@ -47,6 +55,9 @@ class FakeRunner:
         self.failing_launches: set[int] = set()
         self.failing_samples: set[int] = set()
         self.fail_all = False
+        self.spoilt = spoilt
+        self.max_tokens = max_tokens
+        self.error: Exception = RuntimeError("device-side assert")
         self.plans: list[SchedulerOutput] = []
         self.known: dict[str, Any] = {}
         self.is_closed = False
@@ -64,7 +75,7 @@ class FakeRunner:
             self.known[new.request_id] = new
         assert all(s.request_id in self.known for s in plan.scheduled)
         if plan.step_id in self.failing_launches or self.fail_all:
-            raise MemoryError("out of device memory")
+            raise RuntimeError("it cannot be launched")
 
     def sample(self, step_id, masks=None) -> Future[ModelRunnerOutput]:
         plan = self.plans[-1]
@@ -105,8 +116,9 @@ class FakeRunner:
         self._held.clear()
 
     def _resolve(self, future: Future[ModelRunnerOutput], plan: SchedulerOutput) -> None:
-        if plan.step_id in self.failing_samples:
-            future.set_exception(RuntimeError("device-side assert"))
+        error = self._error_of(plan)
+        if error is not None:
+            future.set_exception(error)
             return
         sampled = [self._tokens(s) for s in plan.scheduled]
         logprobs = [
@@ -116,6 +128,13 @@ class FakeRunner:
             for s, ids in zip(plan.scheduled, sampled, strict=True)
         ]
         future.set_result(ModelRunnerOutput(plan.step_id, sampled, logprobs))
+
+    def _error_of(self, plan: SchedulerOutput) -> Exception | None:
+        if plan.num_tokens > self.max_tokens:
+            return OutOfMemoryError("no memory for this step")
+        if any(s.request_id in self.spoilt for s in plan.scheduled):
+            return SpoiltError()
+        return self.error if plan.step_id in self.failing_samples else None
 
     def _tokens(self, scheduled) -> list[int]:
         answer = self.answers.get(scheduled.request_id, self.default)

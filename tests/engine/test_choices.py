@@ -158,10 +158,22 @@ async def test_who_closes_one_beam_closes_all(num_steps):
         assert harness.num_held_blocks == 0
 
 
-async def test_a_step_that_fails_fails_every_beam():
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+async def test_beams_go_on_after_a_step_that_fails(num_steps):
+    async with serving(BeamRunner()) as harness:
+        quiet = [await collect(stream) for stream in beams(harness, width=4, max_tokens=12)]
     runner = BeamRunner()
-    runner.failing_samples = {2}
+    runner.failing_samples = {num_steps, num_steps + 9}
     async with serving(runner) as harness:
+        failed = [await collect(stream) for stream in beams(harness, width=4, max_tokens=12)]
+        assert harness.engine.stats().num_failed_steps == 2
+    assert [o.token_ids for o in failed] == [o.token_ids for o in quiet]
+
+
+async def test_a_beam_that_fails_alone_fails_them_all():
+    runner = BeamRunner()
+    async with serving(runner) as harness:
+        runner.spoilt = {"r/2"}
         streams = beams(harness, width=3, n=2, max_tokens=50)
         for stream in streams:
             with pytest.raises(EngineError, match="model step failed"):

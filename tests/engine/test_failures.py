@@ -11,7 +11,7 @@ from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import MAX_CONSECUTIVE_FAILED_STEPS
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.null_runner import NullRunner
-from streamserve.errors import EngineDeadError, EngineError
+from streamserve.errors import DeviceDeadError, EngineDeadError, EngineError
 from tests.engine.fakes import PROMPT, FakeRunner, collect, serving, turns
 
 IN_FLIGHT = pytest.mark.parametrize("max_steps_in_flight", [1, 2])
@@ -123,24 +123,38 @@ async def text_before_error(stream):
 
 @IN_FLIGHT
 @pytest.mark.parametrize("where", ["failing_launches", "failing_samples"])
-async def test_a_failing_step_fails_its_requests_and_no_others(where, max_steps_in_flight, caplog):
+async def test_after_a_failing_step_its_requests_go_on(where, max_steps_in_flight, caplog):
     runner = FakeRunner(hold=True)
     async with serving(runner, max_steps_in_flight=max_steps_in_flight) as h:
-        stream = h.submit()
+        streams = [h.submit("a"), h.submit("b", PROMPT[1:])]
         getattr(runner, where).add(3)
         assert (await runner.launched()).step_id < 3
         runner.release_all()
-        with pytest.raises(EngineError, match="step failed") as caught:
-            await collect(stream)
+        for stream in streams:
+            assert (await collect(stream)).text == "Hello, world!"
+        stats = h.engine.stats()
+        assert (stats.num_failed_steps, stats.num_rolled_back) == (1, 2)
+        assert stats.num_preemptions == 0
+    assert "step 3 failed" in caplog.text
+
+
+@IN_FLIGHT
+async def test_who_fails_alone_fails_and_no_others(max_steps_in_flight):
+    runner = FakeRunner(spoilt={"bad"})
+    async with serving(runner, max_steps_in_flight=max_steps_in_flight) as h:
+        streams = [h.submit(request_id, PROMPT) for request_id in ("a", "bad", "b")]
+        with pytest.raises(EngineError, match="step failed: SpoiltError") as caught:
+            await collect(streams[1])
         assert not isinstance(caught.value, EngineDeadError)
+        for stream in (streams[0], streams[2]):
+            assert (await collect(stream)).text == "Hello, world!"
         assert (await h.answer("next")).text == "Hello, world!"
         assert not h.engine.is_dead
-    assert "step 3 failed" in caplog.text
 
 
 async def test_what_came_before_a_failure_is_delivered_first():
     runner = FakeRunner()
-    runner.failing_samples.add(4)
+    runner.failing_samples.update((4, 5))
     async with serving(runner) as h:
         stream = h.submit()
         assert await text_before_error(stream) == "Hell"
@@ -150,7 +164,7 @@ async def test_what_came_before_a_failure_is_delivered_first():
 
 async def test_requests_that_were_not_in_the_failing_step_go_on():
     runner = FakeRunner(hold=True)
-    runner.failing_samples.add(0)
+    runner.failing_samples.update((0, 1))
     async with serving(runner, max_num_seqs=1) as h:
         first, second = h.submit("first"), h.submit("second")
         await runner.launched()
@@ -162,7 +176,7 @@ async def test_requests_that_were_not_in_the_failing_step_go_on():
 
 async def test_what_the_step_before_a_failing_launch_said_is_delivered():
     runner = FakeRunner(default="abc")
-    runner.failing_launches.add(3)
+    runner.failing_launches.update((3, 4))
     async with serving(runner) as h:
         stream = h.submit("r")
         done = h.submit("done", PROMPT[1:], max_tokens=3)
@@ -182,22 +196,48 @@ async def test_an_engine_whose_steps_keep_failing_is_dead_and_says_so(where):
             with pytest.raises(EngineError) as caught:
                 await collect(stream)
             errors.append(type(caught.value))
-        assert errors == [EngineError] * MAX_CONSECUTIVE_FAILED_STEPS + [EngineDeadError]
+        # The first fails in company and alone, the next once, then nothing but a token can.
+        assert errors == [EngineError] + [EngineDeadError] * MAX_CONSECUTIVE_FAILED_STEPS
         assert h.engine.is_dead
-        assert f"{MAX_CONSECUTIVE_FAILED_STEPS} steps in a row" in h.engine.dead_reason
+        assert f"{MAX_CONSECUTIVE_FAILED_STEPS + 1} steps in a row" in h.engine.dead_reason
         with pytest.raises(EngineDeadError, match="in a row"):
             h.submit("late")
         assert not h.engine.abort("r3")
 
 
-async def test_good_steps_in_between_keep_the_engine_alive():
-    runner = FakeRunner(default="a")
-    async with serving(runner) as h:
-        for n in range(3 * MAX_CONSECUTIVE_FAILED_STEPS):
-            runner.failing_samples.add(len(runner.plans))
-            with pytest.raises(EngineError):
-                await h.answer(f"bad{n}")
-            assert (await h.answer(f"good{n}")).text == "a"
+async def test_requests_that_fail_wherever_they_run_are_not_the_end_of_the_engine():
+    bad = [f"bad{n}" for n in range(3 * MAX_CONSECUTIVE_FAILED_STEPS)]
+    runner = FakeRunner(default="a", spoilt=set(bad))
+    async with serving(runner, max_num_seqs=3, max_num_waiting=20) as h:
+        streams = [h.submit(request_id) for request_id in bad]
+        for stream in streams:
+            with pytest.raises(EngineError, match="SpoiltError"):
+                await collect(stream)
+        assert (await h.answer("good")).text == "a"
+        assert not h.engine.is_dead
+
+
+async def test_a_step_without_memory_is_made_again_with_a_smaller_chunk():
+    runner = FakeRunner(max_tokens=5)
+    async with serving(runner, max_num_batched_tokens=64) as h:
+        assert (await h.answer()).text == "Hello, world!"
+        assert max(plan.num_tokens for plan in runner.plans[-20:]) <= 5
+        assert [plan.num_tokens for plan in runner.plans[:4]] == [26, 13, 6, 1]
+        assert h.engine.stats().num_failed_steps == 3
+
+
+async def test_a_lost_device_is_death_for_all_at_once():
+    runner = FakeRunner(hold=True)
+    runner.error = DeviceDeadError("the device thread has died")
+    runner.failing_samples.add(2)
+    async with serving(runner, max_num_seqs=1) as h:
+        streams = [h.submit("runs"), h.submit("waits")]
+        await runner.launched()
+        runner.release_all()
+        for stream in streams:
+            with pytest.raises(EngineDeadError, match="no step can run any more"):
+                await collect(stream)
+        assert len(runner.plans) == 3
 
 
 class BrokenScheduler(Scheduler):

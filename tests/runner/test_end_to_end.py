@@ -11,6 +11,7 @@ import torch
 from streamserve.core.plan import ModelRunner
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.errors import OutOfMemoryError
 from streamserve.runner.cuda.model_runner import CudaModelRunner
 from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop
 from tests.runner.tiny_llama import CPU, MAX_LEN, VOCAB, memory_for, runner_of, tiny_llama
@@ -191,7 +192,9 @@ def test_parallel_choices_differ_and_each_is_its_own(runner, expected):
     assert len({tuple(output) for output in outputs}) == 4
 
 
-def test_a_step_that_fails_fails_its_requests_only(runner, expected, monkeypatch):
+def test_the_requests_of_a_step_that_fails_go_on_with_the_same_tokens(
+    runner, expected, monkeypatch
+):
     loop = Loop(runner)
     first, second = requests(expected["prompts"][:2])
     loop.scheduler.add(first)
@@ -206,11 +209,12 @@ def test_a_step_that_fails_fails_its_requests_only(runner, expected, monkeypatch
     monkeypatch.setattr(model, "forward", broken)
     plan = loop.scheduler.schedule()
     runner.launch(plan)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfMemoryError, match="no memory for this step"):
         runner.sample(plan.step_id).result(timeout=120)
     monkeypatch.setattr(model, "forward", forward)
-    assert loop.scheduler.fail_step(plan.step_id) == [first]
+    assert loop.scheduler.fail_step(plan.step_id) == []
     assert loop.run([second]) == [expected["greedy"][1]]
+    assert first.output_token_ids == expected["greedy"][0]
 
 
 def test_nothing_on_the_device_is_a_graph(runner, expected):

@@ -31,12 +31,17 @@ Cell = tuple[int, int, int]  # position, token, hash of the cells before
 Place = tuple[bool, int]  # on the device or in host memory; block id
 
 
-def naive_next_token(token_ids: list[int]) -> int:
-    """What a device with endless memory would sample after these tokens."""
+def naive_context(token_ids: list[int]) -> int:
+    """The hash of these tokens' cells."""
     context = 0
     for position, token in enumerate(token_ids):
         context = hash((context, (position, token, context)))
-    return context % VOCAB_SIZE
+    return context
+
+
+def naive_next_token(token_ids: list[int]) -> int:
+    """What a device with endless memory would sample after these tokens."""
+    return naive_context(token_ids) % VOCAB_SIZE
 
 
 def naive_output(request: Request, num_tokens: int) -> list[int]:
@@ -79,6 +84,7 @@ class SimulatedRequest:
     end: int | None = None  # where its next tokens must start
     last_sample: int | None = None
     last_step_id: int = -1
+    is_spoilt: bool = False  # a step with it failed, and the host may not know yet
 
 
 @dataclass
@@ -88,7 +94,7 @@ class SimulatedStep:
     plan: SchedulerOutput
     sampled: list[list[int]]
     pooled: dict[str, array]
-    writes: list[tuple[int, int, Cell]]  # block, offset, cell
+    writes: list[tuple[int, int, Cell | None]]  # block, offset, cell
     writers: dict[int, str]  # block -> the request that writes into it
     copied: dict[int, int] = field(default_factory=dict)  # source -> leading tokens that count
     touched: set[Place] = field(default_factory=set)  # what transfers write
@@ -156,14 +162,61 @@ class SimulatedRunner:
         return ModelRunnerOutput(step.plan.step_id, step.sampled, pooled=step.pooled)
 
     def fail(self, index: int) -> int:
-        """Let a step in flight fail; returns its id. What it wrote is rubbish."""
+        """Let a step in flight fail; returns its id. What it wrote is rubbish.
+
+        So is all that steps behind it compute for its requests, in flight now or launched before
+        the host hears of it.
+        """
         step = self.in_flight[index]
         del self.in_flight[index]
         for block_id, offset, _ in step.writes:
             self.memory[block_id][offset] = None
         for _, dst in step.plan.block_copies:
             self.memory[dst] = [None] * self.block_size
+        spoilt = {s.request_id for s in step.plan.scheduled}
+        for request_id in spoilt & self.requests.keys():
+            self.requests[request_id].is_spoilt = True
+        for later in list(self.in_flight)[index:]:
+            for samples, s in zip(later.sampled, later.plan.scheduled, strict=True):
+                if s.request_id in spoilt:
+                    samples[:] = [(token + 1) % VOCAB_SIZE for token in samples]
+                    later.pooled.pop(s.request_id, None)
+            later.writes[:] = [
+                (block_id, offset, None if later.writers[block_id] in spoilt else cell)
+                for block_id, offset, cell in later.writes
+            ]
+            for block_id, offset, cell in later.writes:
+                self.memory[block_id][offset] = cell
         return step.plan.step_id
+
+    def check_cached(self, kv: KVCacheManager) -> None:
+        """Every cached block holds what it is cached as."""
+        for salt, root in kv._cache._roots.items():
+            stack = [(root, 0, 0)]
+            while stack:
+                node, position, context = stack.pop()
+                cells = []
+                for token in node.token_ids:
+                    cells.append((position, token, context))
+                    context = hash((context, cells[-1]))
+                    position += 1
+                self._check_cells(node, cells, salt)
+                for children in node.children.values():
+                    stack.extend((child, position, context) for child in children)
+
+    def _check_cells(self, node: PrefixNode, cells: list[Cell], salt: str) -> None:
+        if node.block is not None:
+            block_id = node.block.block_id
+            assert self.memory[block_id][: len(cells)] == cells, "cached, not there"
+            assert self.salt_of_block[block_id] <= {salt}, "another's salt"
+        if node.host_block_id is not None:
+            being_stored = any(
+                node.host_block_id == host_block_id
+                for step in self.in_flight
+                for _, host_block_id in step.plan.stores
+            )
+            if not being_stored:
+                assert self.host_memory[node.host_block_id] == cells, "stored, not there"
 
     def _start_transfers(self, step: SimulatedStep) -> None:
         plan = step.plan
@@ -254,7 +307,9 @@ class SimulatedRunner:
         if offset == 0:
             self.salt_of_block[block_id] = set()
         self.salt_of_block[block_id] = self.salt_of_block[block_id] | {request.salt}
-        cell = (position, token, self._context(request, position))
+        cell = None
+        if not request.is_spoilt:
+            cell = (position, token, self._context(request, position))
         self.memory[block_id][offset] = cell
         step.writes.append((block_id, offset, cell))
         writer = step.writers.setdefault(block_id, name)
@@ -264,6 +319,8 @@ class SimulatedRunner:
     def _context(self, request: SimulatedRequest, num_tokens: int) -> int:
         """Hash of the first cells as the block table shows them."""
         context = 0
+        if request.is_spoilt:
+            return -1
         for position in range(num_tokens):
             block_id = request.block_table[position // self.block_size]
             assert self.salt_of_block[block_id] <= {request.salt}, "shared across salts"
@@ -397,41 +454,16 @@ class Harness:
         self.updates.extend(updates)
         return updates
 
-    def fail(self, index: int = 0) -> list[Request]:
-        failed = self.scheduler.fail_step(self.runner.fail(index))
+    def fail(self, index: int = 0, *, out_of_memory: bool = False) -> list[Request]:
+        step_id = self.runner.fail(index)
+        failed = self.scheduler.fail_step(step_id, out_of_memory=out_of_memory)
         self.failed.extend(failed)
         return failed
 
     def check_integrity(self) -> None:
         """Every invariant there is, and that every cached block holds what it is cached as."""
         self.scheduler.check_integrity()
-        for salt, root in self.kv._cache._roots.items():
-            stack = [(root, 0, 0)]
-            while stack:
-                node, position, context = stack.pop()
-                cells = []
-                for token in node.token_ids:
-                    cells.append((position, token, context))
-                    context = hash((context, cells[-1]))
-                    position += 1
-                self._check_cells(node, cells, salt)
-                for children in node.children.values():
-                    stack.extend((child, position, context) for child in children)
-
-    def _check_cells(self, node: PrefixNode, cells: list[Cell], salt: str) -> None:
-        runner = self.runner
-        if node.block is not None:
-            block_id = node.block.block_id
-            assert runner.memory[block_id][: len(cells)] == cells, "cached, not there"
-            assert runner.salt_of_block[block_id] <= {salt}, "another's salt"
-        if node.host_block_id is not None:
-            being_stored = any(
-                node.host_block_id == host_block_id
-                for step in runner.in_flight
-                for _, host_block_id in step.plan.stores
-            )
-            if not being_stored:
-                assert runner.host_memory[node.host_block_id] == cells, "stored, not there"
+        self.runner.check_cached(self.kv)
 
     def step(self) -> SchedulerOutput | None:
         """Launch what can be, then retire the oldest step if that is all one can do."""

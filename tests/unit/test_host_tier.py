@@ -262,12 +262,13 @@ def test_a_load_that_fails_is_computed_instead():
 
 def test_a_store_that_fails_is_not_found():
     harness = offloading()
-    harness.add(A, max_tokens=3)
+    request = harness.add(A, max_tokens=3)
     harness.step()
     assert len(harness.launch().stores) == 4
     harness.fail()
     harness.check_integrity()
     assert harness.kv.host_usage == 0.0
+    harness.scheduler.finish(request, FinishReason.ABORT)
     run(harness, B)
     again, _ = run(harness, A)
     assert again.num_cached_tokens == 0

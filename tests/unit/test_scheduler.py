@@ -112,17 +112,12 @@ def test_others_do_not_wait_behind_those_that_await_a_prefix():
     harness.run()
 
 
-@pytest.mark.parametrize("how", ["abort", "fail"])
-def test_when_the_one_that_computes_ends_early_the_next_takes_over(how):
+def test_when_the_one_that_computes_ends_early_the_next_takes_over():
     harness = Harness(max_num_batched_tokens=8)
     requests = [harness.add([1] * 20, max_tokens=2) for _ in range(3)]
     harness.step()
     assert harness.scheduler.num_running == 1
-    if how == "abort":
-        harness.scheduler.finish(requests[0], FinishReason.ABORT)
-    else:
-        harness.launch()
-        assert harness.fail() == [requests[0]]
+    harness.scheduler.finish(requests[0], FinishReason.ABORT)
     plan = harness.step()
     assert shares(plan) == {"r2": 8}
     assert plan.scheduled[0].start == 8  # what had retired is reused
@@ -486,75 +481,6 @@ def test_one_that_must_yield_in_flight_keeps_its_seat_until_its_token_is_known()
     assert shares(harness.launch()) == {urgent.request_id: 2}
     harness.run()
     assert low.output_token_ids == naive_output(low, 9)
-
-
-def test_a_failed_step_ends_its_requests_and_caches_nothing_it_wrote():
-    harness = Harness(max_num_batched_tokens=8)
-    request = harness.add([1] * 20, max_tokens=2)
-    harness.step()
-    waiting = harness.add([2] * 20, max_tokens=2)
-    harness.launch()
-    assert harness.fail() == [request]
-    assert request.finish_reason is FinishReason.ERROR
-    again = harness.add([1] * 20, max_tokens=2)
-    harness.run()
-    assert waiting.finish_reason is FinishReason.LENGTH
-    assert again.num_cached_tokens == 8
-
-
-def test_what_a_failed_step_copied_is_not_cached():
-    harness = Harness(block_size=16)
-    harness.add([1] * 20, max_tokens=6)
-    harness.run()
-    request = harness.add([1] * 20, max_tokens=2)
-    plan = harness.launch()
-    assert harness.fail() == [request]
-    assert harness.kv._pool.blocks[plan.block_copies[0].dst].node is None
-    harness.add([1] * 21, max_tokens=2)
-    harness.run()
-
-
-def test_what_a_failed_step_copied_for_a_fork_is_not_cached():
-    harness = Harness(block_size=16, max_steps_in_flight=2)
-    parent = harness.add([1] * 20, max_tokens=2)
-    harness.launch()
-    harness.retire()
-    harness.launch()  # the parent's last step
-    child = harness.request([1] * 20, max_tokens=2)
-    harness.scheduler.fork(parent, child)
-    plan = harness.launch()
-    assert shares(plan) == {child.request_id: 1}
-    assert harness.fail(1) == [child]
-    assert harness.kv._pool.blocks[plan.block_copies[0].dst].node is None
-    harness.run()
-
-
-def test_what_a_later_step_wrote_upon_a_failed_one_is_not_cached():
-    harness = Harness(max_steps_in_flight=2, max_num_batched_tokens=8)
-    request = harness.add([1] * 16, max_tokens=2)
-    harness.launch()
-    harness.launch()
-    assert harness.fail(0) == [request]
-    assert harness.kv.num_free_blocks < harness.kv.num_blocks
-    assert harness.retire() == []
-    assert harness.kv.num_free_blocks == harness.kv.num_blocks
-    again = harness.add([1] * 16, max_tokens=2)
-    harness.run()
-    assert again.num_cached_tokens == 0
-
-
-def test_a_failed_launch_is_the_newest_step():
-    harness = Harness(max_steps_in_flight=2)
-    request = harness.add([1] * 6, max_tokens=5)
-    harness.launch()
-    harness.launch()
-    assert harness.fail(1) == [request]
-    assert harness.retire() == []
-    harness.scheduler.check_integrity()
-    with pytest.raises(ValueError, match="step 1 is not in flight"):
-        harness.scheduler.fail_step(1)
-    with pytest.raises(ValueError, match="step 0 is not the oldest step in flight"):
-        harness.scheduler.update(ModelRunnerOutput(0, [[]]))
 
 
 def test_forked_children_share_and_write_their_own():

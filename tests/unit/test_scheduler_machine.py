@@ -34,6 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.requests: list[Request] = []
         self.idle: list[Request] = []  # their next token is to be chosen
+        self.suspected: set[str] = set()  # requests that were in a failed step
         self.ends: dict[str, tuple[FinishReason, list[int]]] = {}
 
     @initialize(
@@ -245,12 +246,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._check_updates(self.harness.updates[before:])
 
     @precondition(lambda self: self.harness.runner.in_flight)
-    @rule(index=INDEX)
-    def fail(self, index):
+    @rule(index=INDEX, out_of_memory=st.booleans())
+    def fail(self, index, out_of_memory):
+        """Whoever was in the step goes on, unless it was alone in it, for the second time."""
         in_flight = self.harness.runner.in_flight
-        for request in self.harness.fail(index % len(in_flight)):
+        index %= len(in_flight)
+        request_ids = [s.request_id for s in in_flight[index].plan.scheduled]
+        failed = self.harness.fail(index, out_of_memory=out_of_memory)
+        for request in failed:
             assert request.finish_reason is FinishReason.ERROR
+            assert request_ids == [request.request_id]
+            assert request.request_id in self.suspected
             self._end(request)
+        self.suspected.update(request_ids)
 
     @precondition(lambda self: self.live)
     @rule(index=INDEX)

@@ -41,6 +41,7 @@ from streamserve.runner.prompt_logprobs import (
     find_logprobs,
 )
 from streamserve.runner.step_calls import SampleCall, StepCalls, step_output
+from streamserve.runner.step_errors import step_error
 from streamserve_kernels import Kernels
 
 _T = TypeVar("_T")
@@ -203,7 +204,7 @@ class CudaModelRunner:
                 raise failed
             drawn = self._draw(step, call.masks)
         except Exception as error:
-            call.future.set_exception(error)
+            call.future.set_exception(step_error(error, self._device))
             return True
         except BaseException as error:
             call.fail(error)
@@ -278,7 +279,7 @@ class CudaModelRunner:
                 queued.ended.wait()
                 output = _output(queued)
             except Exception as error:
-                queued.future.set_exception(error)
+                queued.future.set_exception(step_error(error, self._device))
             except BaseException as error:
                 logger.critical("the results' thread has died", exc_info=error)
                 self._calls.fail(error)

@@ -1,0 +1,34 @@
+"""What a failed step means to the engine, which knows nothing of torch."""
+
+from __future__ import annotations
+
+import torch
+
+from streamserve.errors import DeviceDeadError, OutOfMemoryError
+
+
+def step_error(error: Exception, device: torch.device) -> Exception:
+    """``error`` as the engine should see it: no memory, a device that is lost, or itself.
+
+    After some errors of a GPU (an illegal address, an assertion in a kernel) every later call of
+    this process fails: asking it to finish what it was given tells.
+    """
+    found: Exception
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        found = OutOfMemoryError(str(error).partition("\n")[0])
+    elif isinstance(error, torch.AcceleratorError) and _is_lost(device):
+        found = DeviceDeadError(f"the device is lost: {str(error).partition(chr(10))[0]}")
+    else:
+        return error
+    found.__cause__ = error
+    return found
+
+
+def _is_lost(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return True
+    return False

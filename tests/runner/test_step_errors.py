@@ -1,0 +1,48 @@
+"""What the engine is told of a step that failed."""
+
+import pytest
+import torch
+
+from streamserve.errors import DeviceDeadError, OutOfMemoryError
+from streamserve.runner.step_errors import step_error
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has …"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+)
+def test_no_memory(error):
+    found = step_error(error, CPU)
+    assert isinstance(found, OutOfMemoryError)
+    assert found.__cause__ is error
+    assert "\n" not in str(found)
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_device_is_lost_if_nothing_ends_on_it_any_more(is_lost, monkeypatch):
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+
+    def synchronize(device):
+        assert device == CUDA
+        if is_lost:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    found = step_error(error, CUDA)
+    if is_lost:
+        assert isinstance(found, DeviceDeadError)
+        assert str(found).endswith("an illegal memory access was encountered")
+    else:
+        assert found is error
+
+
+def test_other_errors_are_themselves():
+    error = ValueError("a plan that cannot be right")
+    assert step_error(error, CUDA) is error
