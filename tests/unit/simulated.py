@@ -180,7 +180,8 @@ class SimulatedRunner:
             for samples, s in zip(later.sampled, later.plan.scheduled, strict=True):
                 if s.request_id in spoilt:
                     samples[:] = [(token + 1) % VOCAB_SIZE for token in samples]
-                    later.pooled.pop(s.request_id, None)
+                    if s.request_id in later.pooled:
+                        later.pooled[s.request_id] = array("f", [-1.0, -1.0])
             later.writes[:] = [
                 (block_id, offset, None if later.writers[block_id] in spoilt else cell)
                 for block_id, offset, cell in later.writes
