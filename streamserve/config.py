@@ -146,6 +146,8 @@ class ApiConfig:
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # where /metrics, /version and /debug are then, and only there
     hang_timeout_s: float = 60.0  # a step takes longer: /live says that the engine hangs
+    max_stored_responses: int = 1024
+    stored_responses_memory_bytes: int = 64 * 2**20
 
     def __post_init__(self) -> None:
         if not self.served_model_names:
@@ -158,6 +160,8 @@ class ApiConfig:
             if port is not None and not 0 <= port <= 65535:
                 raise ConfigError(f"{name} must be between 0 and 65535, got {port}")
         _at_least("max_body_bytes", self.max_body_bytes, 1024)
+        _at_least("max_stored_responses", self.max_stored_responses, 0)
+        _at_least("stored_responses_memory_bytes", self.stored_responses_memory_bytes, 0)
         _at_least("max_header_bytes", self.max_header_bytes, 1024)
         _at_least("max_connections", self.max_connections, 1)
         for name in (

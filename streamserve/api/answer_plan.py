@@ -178,10 +178,10 @@ class AnswerPlan:
             return {"reasoning_effort": effort, **kwargs}
         if effort == "none" and self._format.reasoning_parser is None:
             return kwargs
+        param = self._request.reasoning.effort_param
         raise InvalidParameterError(
-            f"reasoning_effort {effort!r} is not supported: this model's chat template does not"
-            " know it",
-            param="reasoning_effort",
+            f"{param} {effort!r} is not supported: this model's chat template does not know it",
+            param=param,
             code="unsupported_parameter",
         )
 

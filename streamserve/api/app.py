@@ -30,6 +30,10 @@ from streamserve.api.operators import OperatorEndpoints, admin_app
 from streamserve.api.pages import page_routes
 from streamserve.api.prompts import PromptWorkers, TextLoader
 from streamserve.api.request_log import RequestLog
+from streamserve.api.responses.archive import Archive
+from streamserve.api.responses.endpoint import ResponsesEndpoint
+from streamserve.api.responses.lookup import Retrieve, StoredResponses
+from streamserve.api.responses.store import ResponseStore
 from streamserve.api.running import cancel_routes
 from streamserve.api.sampling import sampling_defaults
 from streamserve.api.tenants import KeyRing
@@ -109,7 +113,7 @@ def create_app(
         gate=Gate(retry_after_s=config.drain_timeout_s),
         prompt_workers=None
         if load_text is None
-        else PromptWorkers(load_text, defaults, answer_format),
+        else PromptWorkers(load_text, defaults, answer_format, max_model_len),
         request_log=RequestLog(
             tokenizer, is_on=config.log_requests, max_characters=config.max_logged_characters
         ),
@@ -122,6 +126,7 @@ def create_app(
         Route("/v1/chat/completions", ChatEndpoint(context), methods=["POST"]),
         Route("/v1/completions", CompletionEndpoint(context), methods=["POST"]),
         *cancel_routes(context.running),
+        *_responses_routes(context),
         Route("/v1/models", small.models),
         Route("/v1/models/{model:path}", small.model),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
@@ -144,6 +149,22 @@ def create_app(
     if config.admin_port is not None:
         app.admin = admin_app([*operators.health_routes(), *operators.admin_routes()])
     return app
+
+
+def _responses_routes(context: ApiContext) -> list[Route]:
+    config = context.config
+    archive = Archive(
+        ResponseStore(config.max_stored_responses, config.stored_responses_memory_bytes)
+    )
+    stored = StoredResponses(context, archive)
+    one = "/v1/responses/{response_id}"
+    return [
+        Route("/v1/responses", ResponsesEndpoint(context, archive), methods=["POST"]),
+        Route(one, Retrieve(context, archive), methods=["GET"]),
+        Route(one, stored.delete, methods=["DELETE"]),
+        Route(f"{one}/cancel", stored.cancel, methods=["POST"]),
+        Route(f"{one}/input_items", stored.input_items),
+    ]
 
 
 def _middleware(config: ApiConfig, keys: KeyRing) -> list[Middleware]:

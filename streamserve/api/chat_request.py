@@ -139,7 +139,8 @@ def _read_content(name: str, value: Any) -> str | list[dict[str, str]]:
 
 
 @typed({"type": "object", "propertyNames": {"not": {"enum": sorted(_RESERVED_KWARGS)}}})
-def _read_template_kwargs(name: str, value: Any) -> dict[str, Any]:
+def read_template_kwargs(name: str, value: Any) -> dict[str, Any]:
+    """Variables for the chat template."""
     kwargs = read_object(name, value)
     for key in kwargs:
         if key in _RESERVED_KWARGS:
@@ -260,7 +261,8 @@ def _read_messages(name: str, value: Any) -> _Messages:
 
 
 @typed({"enum": list(EFFORTS)})
-def _read_effort(name: str, value: Any) -> str:
+def read_effort(name: str, value: Any) -> str:
+    """How hard a model is to think."""
     effort = read_str(name, value)
     if effort not in EFFORTS:
         raise out_of_range(name, f"one of {', '.join(EFFORTS)}", effort)
@@ -271,7 +273,7 @@ CHAT_FIELDS: dict[str, Reader] = {
     **COMMON_FIELDS,
     "add_generation_prompt": read_bool,
     "add_special_tokens": read_bool,
-    "chat_template_kwargs": _read_template_kwargs,
+    "chat_template_kwargs": read_template_kwargs,
     "continue_final_message": read_bool,
     "include_reasoning": read_bool,
     "logprobs": read_bool,
@@ -279,7 +281,7 @@ CHAT_FIELDS: dict[str, Reader] = {
     "max_tokens": integer(1),
     "messages": _read_messages,
     "parallel_tool_calls": read_bool,
-    "reasoning_effort": _read_effort,
+    "reasoning_effort": read_effort,
     "thinking_token_budget": integer(-1),
     "tool_choice": read_tool_choice,
     "tools": read_tools,
@@ -310,11 +312,15 @@ CHAT_TABLE = FieldTable(CHAT_FIELDS, CHAT_REFUSED, ANNOTATIONS, ("messages",))
 
 @dataclass(frozen=True, slots=True)
 class ReasoningOptions:
-    """What a request says about thinking. ``budget`` is in tokens, ``None`` for no limit."""
+    """What a request says about thinking. ``budget`` is in tokens, ``None`` for no limit.
+
+    ``effort_param`` is where ``effort`` stands in the body.
+    """
 
     is_included: bool = True
     effort: str | None = None
     budget: int | None = None
+    effort_param: str = "reasoning_effort"
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,8 @@ class ChoiceFrames:
     is ``head + orjson.dumps(text) + tail`` unless extras or running usage were asked for.
     """
 
+    late_sink = None
+
     def __init__(
         self,
         envelope: Envelope,

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from streamserve.api.answer_plan import AnswerPlan
 from streamserve.api.body import ignored_fields_headers, parse_json_object, read_body
-from streamserve.api.chat_request import parse_chat_request
+from streamserve.api.chat_request import ChatRequest, parse_chat_request
 from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import ClientGoneError, DisconnectGuard
@@ -95,8 +95,8 @@ class GenerationEndpoint(ABC):
     async def _prepare_here(self, raw: bytes) -> Work:
         """As ``prepare``, for what is short."""
 
-    def wire(self, work: Work) -> Wire:
-        """How the answer looks."""
+    def wire(self, work: Work, owner: str) -> Wire:
+        """How the answer looks. ``owner`` is the tenant that asked for it."""
         context = self._context
         envelope = Envelope(
             kind=self.kind,
@@ -151,13 +151,13 @@ class GenerationEndpoint(ABC):
     async def _answer(self, work: Work, call: Call) -> None:
         """Have the answer made and send it."""
         context = self._context
-        wire = self.wire(work)
+        tenant = tenant_of(call.scope)
+        wire = self.wire(work, tenant.name)
         delivery_type = TimedDelivery if work.common.include_timing else Delivery
         deliveries = [
             delivery_type(context.metrics, context.clock, call.arrival_time)
             for _ in work.prompts_of_streams
         ]
-        tenant = tenant_of(call.scope)
         streams = self._submit(work, tenant, wire.id, call.arrival_time)
         context.request_log.admitted(
             wire.id,
@@ -283,6 +283,12 @@ class GenerationEndpoint(ABC):
             None if parsing is None else parsing.new(token_bytes) for _ in work.prompts_of_streams
         ]
 
+    async def _rendered(self, request: ChatRequest) -> Work:
+        """A chat as the template writes it, tokenised."""
+        plan = AnswerPlan(request, self._context.answer_format)
+        prompt = await self._context.preprocessor.chat(plan.messages, **plan.rendering)
+        return chat_work(request, plan, prompt, self._context.mark_ids)
+
     def check_common(self, common: Common) -> None:
         """Check what only the server's config can say."""
         config = self._context.config
@@ -300,7 +306,7 @@ class ChatEndpoint(GenerationEndpoint):
     """``POST /v1/chat/completions``."""
 
     prompt_param = "messages"
-    endpoint = "chat"
+    endpoint: Endpoint = "chat"
 
     def __init__(self, context: ApiContext) -> None:
         super().__init__(context)
@@ -313,9 +319,7 @@ class ChatEndpoint(GenerationEndpoint):
             # A template may run away with what a client gives it: a process can be killed.
             return await self._prepare_elsewhere(workers, raw)
         self.check_common(request.common)
-        plan = AnswerPlan(request, self._context.answer_format)
-        prompt = await self._context.preprocessor.chat(plan.messages, **plan.rendering)
-        return chat_work(request, plan, prompt, self._context.mark_ids)
+        return await self._rendered(request)
 
 
 class CompletionEndpoint(GenerationEndpoint):

@@ -9,12 +9,18 @@ from streamserve import __version__
 from streamserve.api.chat_request import CHAT_TABLE, MESSAGE_TABLE
 from streamserve.api.completion_request import COMPLETION_TABLE
 from streamserve.api.descriptions import DESCRIPTIONS
-from streamserve.api.fields import FieldTable, Schema
+from streamserve.api.fields import STATUS, FieldTable, Schema, schema_of
+from streamserve.api.responses import fields as response_fields
+from streamserve.api.responses import items as response_items
+from streamserve.api.responses.lookup import ITEMS_TABLE, RETRIEVE_TABLE
+from streamserve.api.responses.request import RESPONSES_TABLE
+from streamserve.api.responses.tools import TOOL_TABLE as FLAT_TOOL_TABLE
 from streamserve.api.sampling import STREAM_OPTIONS_TABLE
 from streamserve.api.structured import STRUCTURED_OUTPUTS_TABLE
 from streamserve.api.tokens import DETOKENIZE_TABLE, TOKENIZE_TABLE
 from streamserve.api.tool_fields import CALL_TABLE, CALLED_TABLE, FUNCTION_TABLE, TOOL_TABLE
 
+_JSON = "application/json"
 _INTEGER: Schema = {"type": "integer"}
 _STRING: Schema = {"type": "string"}
 
@@ -53,6 +59,15 @@ _ANSWER = _object(
     choices=_array(_object(index=_INTEGER, finish_reason=_STRING)),
     usage=_USAGE,
 )
+_RESPONSE = _object(
+    id=_STRING,
+    object=_STRING,
+    created_at=_INTEGER,
+    status=_STRING,
+    model=_STRING,
+    output=_array(_object(type=_STRING)),
+    usage={"type": ["object", "null"]},
+)
 _MODEL = _object(id=_STRING, object=_STRING, created=_INTEGER, max_model_len=_INTEGER)
 _ERROR = _object(
     error=_object(
@@ -80,6 +95,15 @@ ENDPOINTS = (
         COMPLETION_TABLE,
         _ANSWER,
         {"prompt": "Once upon a time", "max_tokens": 16},
+        streams=True,
+    ),
+    Endpoint(
+        "/v1/responses",
+        "ResponseRequest",
+        "Answer a chat, as OpenAI's Responses API",
+        RESPONSES_TABLE,
+        _RESPONSE,
+        {"input": "Tell me a story.", "max_output_tokens": 64},
         streams=True,
     ),
     Endpoint(
@@ -113,6 +137,15 @@ OBJECTS = (
     ("messages[]", MESSAGE_TABLE),
     ("messages[].tool_calls[]", CALL_TABLE),
     ("messages[].tool_calls[].function", CALLED_TABLE),
+    ("input[] (responses): message", response_items.MESSAGE_TABLE),
+    ("input[] (responses): function_call", response_items.CALL_TABLE),
+    ("input[] (responses): function_call_output", response_items.RETURN_TABLE),
+    ("input[] (responses): reasoning", response_items.REASONING_TABLE),
+    ("input[] (responses): item_reference", response_items.REFERENCE_TABLE),
+    ("tools[] (responses)", FLAT_TOOL_TABLE),
+    ("text (responses)", response_fields.TEXT_TABLE),
+    ("reasoning (responses)", response_fields.REASONING_TABLE),
+    ("stream_options (responses)", response_fields.STREAM_TABLE),
 )
 """Objects inside of bodies that have a table of their own."""
 
@@ -141,13 +174,14 @@ def openapi(*, has_keys: bool) -> dict[str, Any]:
         }
     }
     for endpoint in ENDPOINTS:
-        if endpoint.streams:
+        if endpoint.streams and endpoint.table is not RESPONSES_TABLE:
             paths[endpoint.path + "/{id}/cancel"] = {
                 "post": {
                     **_get("End an answer that is being made", "application/json", _CANCELLED),
                     "parameters": [_in_path("id")],
                 }
             }
+    paths |= _response_paths()
     components: dict[str, Any] = {
         "schemas": {
             **{endpoint.name: described(endpoint.table) for endpoint in ENDPOINTS},
@@ -172,11 +206,46 @@ def openapi(*, has_keys: bool) -> dict[str, Any]:
     return document
 
 
+def _response_paths() -> dict[str, Any]:
+    """What can be done with a response that there is."""
+    one = "/v1/responses/{response_id}"
+    of_id = _in_path("response_id")
+    page = _object(object=_STRING, data=_array(_object(id=_STRING)), has_more={"type": "boolean"})
+    deleted = _object(id=_STRING, object=_STRING, deleted={"type": "boolean"})
+    retrieve = _get("A response, or the events of one in the background", _JSON, _RESPONSE)
+    retrieve["responses"]["200"]["content"]["text/event-stream"] = {"schema": _object(data=_STRING)}
+    return {
+        one: {
+            "get": {**retrieve, "parameters": [of_id, *_query(RETRIEVE_TABLE)]},
+            "delete": {**_get("Forget a response", _JSON, deleted), "parameters": [of_id]},
+        },
+        f"{one}/cancel": {
+            "post": {
+                **_get("End a response in the background", _JSON, _RESPONSE),
+                "parameters": [of_id],
+            }
+        },
+        f"{one}/input_items": {
+            "get": {
+                **_get("What the model read", _JSON, page),
+                "parameters": [of_id, *_query(ITEMS_TABLE)],
+            }
+        },
+    }
+
+
+def _query(table: FieldTable) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "query", "required": False, "schema": schema_of(reader)}
+        for name, reader in table.honoured.items()
+    ]
+
+
 def described(table: FieldTable) -> Schema:
     """The table's schema, with what is known of its fields in words."""
     schema = table.schema()
     for name, field in schema["properties"].items():
-        if name in DESCRIPTIONS:
+        if name in DESCRIPTIONS and field[STATUS] == "honoured":
             field.setdefault("description", DESCRIPTIONS[name])
     return schema
 

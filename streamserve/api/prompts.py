@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pickle
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +17,9 @@ from streamserve.api.chat_request import ChatRequest, parse_chat_request
 from streamserve.api.choices import Choices
 from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.extras import ExtraFields, Prompt
+from streamserve.api.responses.before import read_context
+from streamserve.api.responses.prompt import attempts
+from streamserve.api.responses.request import ResponsesRequest, Settings, parse_responses_request
 from streamserve.api.sampling import Common
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.chat_template import ChatTemplate
@@ -31,19 +34,22 @@ LONG_BODY = 16 * 2**10
 
 _TIMEOUT_S = 10.0
 
-Endpoint = Literal["chat", "completion"]
+Endpoint = Literal["chat", "completion", "response"]
 
 # What a payload begins with, and the field that a client would have to shorten.
 _ENDPOINTS: dict[Endpoint, tuple[bytes, str]] = {
     "chat": (b"c", "messages"),
     "completion": (b"p", "prompt"),
+    "response": (b"r", "input"),
 }
 TextLoader = Callable[[], tuple[Tokenizer, ChatTemplate]]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A parsed request, ready for the engine. ``parsing`` is for text that is more than content."""
+    """A parsed request, ready for the engine. ``parsing`` is for text that is more than content,
+    ``settings`` is of ``/v1/responses``.
+    """
 
     common: Common
     params: SamplingParams
@@ -51,6 +57,7 @@ class Work:
     fields: ExtraFields
     choices: Choices
     parsing: AnswerParsing | None = None
+    settings: Settings | None = None
 
     @property
     def prompts_of_streams(self) -> list[Prompt]:
@@ -70,20 +77,46 @@ def chat_work(request: ChatRequest, plan: AnswerPlan, prompt: ChatPrompt, marks:
     return replace(work, params=plan.params(text, marks), parsing=plan.parsing(text))
 
 
+def pack_response(raw: bytes, context: bytes) -> bytes:
+    """A body of ``/v1/responses`` and what it refers to, for ``unpack_response``."""
+    return len(context).to_bytes(8) + context + raw
+
+
+def unpack_response(payload: bytes | memoryview, defaults: Mapping[str, Any]) -> ResponsesRequest:
+    """The request in ``payload``. Raises ``InvalidParameterError``."""
+    start = 8 + int.from_bytes(payload[:8])
+    context = read_context(payload[8:start])
+    return parse_responses_request(parse_json_object(payload[start:]), defaults, context)
+
+
+def next_attempt(search: Generator[ChatRequest, int, None], work: Work) -> ChatRequest | None:
+    """The chat to render instead of ``work``, if there must be another."""
+    try:
+        return search.send(len(work.prompts[0].token_ids))
+    except StopIteration:
+        return None
+
+
 class PromptReader:
     """What a worker process does: from a body to ``Work``, which travels pickled."""
 
     def __init__(
-        self, load: TextLoader, sampling_defaults: Mapping[str, Any], answer_format: AnswerFormat
+        self,
+        load: TextLoader,
+        sampling_defaults: Mapping[str, Any],
+        answer_format: AnswerFormat,
+        max_model_len: int,
     ) -> None:
         self._tokenizer, template = load()
         self._encoder = PromptEncoder(self._tokenizer, template)
         self._answer_format = answer_format
         self._mark_ids = MarkIds(self._tokenizer)
         self._defaults = sampling_defaults
-        self._readers: dict[bytes, Callable[[Mapping[str, Any]], Work]] = {
+        self._max_model_len = max_model_len
+        self._readers: dict[bytes, Callable[[memoryview], Work]] = {
             b"c": self._chat,
             b"p": self._completion,
+            b"r": self._response,
         }
 
     def __call__(self, payload: bytes) -> bytes:
@@ -91,21 +124,29 @@ class PromptReader:
 
         Raises ``RequestError``.
         """
-        body = parse_json_object(memoryview(payload)[1:])
-        work = self._readers[payload[:1]](body)
+        work = self._readers[payload[:1]](memoryview(payload)[1:])
         packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in work.prompts]
         return pickle.dumps((replace(work, prompts=[]), packed), pickle.HIGHEST_PROTOCOL)
 
-    def _chat(self, body: Mapping[str, Any]) -> Work:
-        return self._rendered(parse_chat_request(body, self._defaults))
+    def _chat(self, raw: memoryview) -> Work:
+        return self._rendered(parse_chat_request(parse_json_object(raw), self._defaults))
+
+    def _response(self, payload: memoryview) -> Work:
+        request = unpack_response(payload, self._defaults)
+        search = attempts(request, self._max_model_len)
+        chat: ChatRequest | None = next(search)
+        while chat is not None:
+            work = self._rendered(chat)
+            chat = next_attempt(search, work)
+        return replace(work, settings=request.settings)
 
     def _rendered(self, request: ChatRequest) -> Work:
         plan = AnswerPlan(request, self._answer_format)
         prompt = self._encoder.chat(plan.messages, **plan.rendering)
         return chat_work(request, plan, prompt, self._mark_ids)
 
-    def _completion(self, body: Mapping[str, Any]) -> Work:
-        request = parse_completion_request(body, self._defaults)
+    def _completion(self, raw: memoryview) -> Work:
+        request = parse_completion_request(parse_json_object(raw), self._defaults)
         prompts: list[Prompt] = []
         for given in request.prompts:
             if isinstance(given, str):
@@ -121,10 +162,14 @@ class PromptWorkers:
     """The processes that read long bodies. Event-loop thread only."""
 
     def __init__(
-        self, load: TextLoader, sampling_defaults: Mapping[str, Any], answer_format: AnswerFormat
+        self,
+        load: TextLoader,
+        sampling_defaults: Mapping[str, Any],
+        answer_format: AnswerFormat,
+        max_model_len: int,
     ) -> None:
         """``load`` is pickled: each process loads the tokenizer and the template by itself."""
-        factory = partial(PromptReader, load, dict(sampling_defaults), answer_format)
+        factory = partial(PromptReader, load, dict(sampling_defaults), answer_format, max_model_len)
         self._pool = WorkerPool(factory)
 
     @property

@@ -115,7 +115,8 @@ class AnswerStream(SseResponse):
         opening = frames.role(choice.usage)  # travels with the first text
         if echo := frames.echo_at_once(choice.usage):
             await self._send(echo)
-        sink = self._sink_of(frames, delivery)
+        sink = self._sink_of(frames, delivery) if is_plain else None
+        late_sink = frames.late_sink
         while True:
             output = await get()
             if output.finish_reason is not None:
@@ -140,7 +141,9 @@ class AnswerStream(SseResponse):
                 await self._until_room(writing)
             self._num_sent += 1
             delivery.text_sent()
-            if is_plain:  # and the opening is out: while this task waits, the step loop writes
+            if late_sink is not None and sink is None:
+                sink = self._counted(late_sink(self._writer.write_now), delivery)
+            if sink is not None:  # the opening is out: while this task waits, the step loop writes
                 choice.stream.sink = sink
         check_success(output)
         choice.usage = output.usage
@@ -161,6 +164,21 @@ class AnswerStream(SseResponse):
 
         def sink(text: str) -> bool:
             if not write_now(head + dumps(text) + tail):
+                return False
+            self._num_sent += 1
+            text_sent()
+            return True
+
+        return sink
+
+    def _counted(self, write: TextSink | None, delivery: Delivery) -> TextSink | None:
+        """``write``, if there is one, as the rest expects it of a sink."""
+        if write is None:
+            return None
+        text_sent = delivery.text_sent
+
+        def sink(text: str) -> bool:
+            if not write(text):
                 return False
             self._num_sent += 1
             text_sent()

@@ -31,7 +31,8 @@ _NO_WHITESPACE = ""
 _RESPONSE_FORMATS = ("text", "json_object", "json_schema")
 
 
-def _json_schema(name: str, schema: Any) -> StructuredOutput:
+def json_schema(name: str, schema: Any) -> StructuredOutput:
+    """The grammar of JSON that follows ``schema``, the value of the field ``name``."""
     try:
         text = orjson.dumps(schema).decode()
     except (orjson.JSONEncodeError, UnicodeDecodeError) as exc:
@@ -41,8 +42,9 @@ def _json_schema(name: str, schema: Any) -> StructuredOutput:
     return StructuredOutput(kind=GrammarKind.JSON_SCHEMA, text=text, param=name)
 
 
-def _any_object(name: str) -> StructuredOutput:
-    return _json_schema(name, {"type": "object"})
+def any_object(name: str) -> StructuredOutput:
+    """A JSON object, because of the field ``name``."""
+    return json_schema(name, {"type": "object"})
 
 
 @typed({"type": ["object", "string"]})
@@ -57,7 +59,7 @@ def _read_schema(name: str, value: Any) -> StructuredOutput:
             ) from exc
     if not isinstance(value, dict):
         raise wrong_type(name, "an object or a string that holds one", value)
-    return _json_schema(name, value)
+    return json_schema(name, value)
 
 
 @typed({"type": "string", "minLength": 1})
@@ -84,7 +86,7 @@ def _read_grammar(name: str, value: Any) -> StructuredOutput:
 
 @typed({"type": "boolean"})
 def _read_json_object(name: str, value: Any) -> StructuredOutput | None:
-    return _any_object(name) if read_bool(name, value) else None
+    return any_object(name) if read_bool(name, value) else None
 
 
 def _non_empty(name: str, value: Any) -> str:
@@ -115,7 +117,7 @@ STRUCTURED_OUTPUTS_TABLE = FieldTable({**_CONSTRAINTS, **_OPTIONS})
 @typed({**STRUCTURED_OUTPUTS_TABLE.schema(), "additionalProperties": False})
 def _read_structured_outputs(name: str, value: Any) -> StructuredOutput:
     given = {key: v for key, v in read_object(name, value).items() if v is not None}
-    _check_keys(name, given, {*_CONSTRAINTS, *_OPTIONS})
+    check_keys(name, given, {*_CONSTRAINTS, *_OPTIONS})
     found = {
         key: output
         for key, reader in _CONSTRAINTS.items()
@@ -129,7 +131,7 @@ def _read_structured_outputs(name: str, value: Any) -> StructuredOutput:
     options = {key: reader(f"{name}.{key}", given[key]) for key, reader in _OPTIONS.items()
                if key in given}  # fmt: skip
     if options.get("disable_additional_properties") and "json" in found:
-        output = _json_schema(output.param, _closed(orjson.loads(output.text)))
+        output = json_schema(output.param, _closed(orjson.loads(output.text)))
     whitespace = options.get("whitespace_pattern")
     if options.get("disable_any_whitespace"):
         whitespace = _NO_WHITESPACE
@@ -191,26 +193,26 @@ def _read_response_format(name: str, value: Any) -> StructuredOutput | None:
         )
     if kind not in _RESPONSE_FORMATS:
         raise out_of_range(f"{name}.type", f"one of {', '.join(_RESPONSE_FORMATS)}", kind)
-    _check_keys(name, given, {"type", "json_schema"} if kind == "json_schema" else {"type"})
+    check_keys(name, given, {"type", "json_schema"} if kind == "json_schema" else {"type"})
     if kind == "text":
         return None
     if kind == "json_object":
-        return _any_object(name)
+        return any_object(name)
     where = f"{name}.json_schema"
     if given.get("json_schema") is None:
         raise InvalidParameterError(
             f"{where} is required", param=where, code="missing_required_parameter"
         )
     described = read_object(where, given["json_schema"])
-    _check_keys(where, described, {"description", "name", "schema", "strict"})
+    check_keys(where, described, {"description", "name", "schema", "strict"})
     # A schema is followed to the letter whether or not that is asked for.
     for key, reader in (("name", read_str), ("description", read_str), ("strict", read_bool)):
         if described.get(key) is not None:
             reader(f"{where}.{key}", described[key])
     schema = described.get("schema")
     if schema is None:
-        return _any_object(name)
-    return _json_schema(f"{where}.schema", read_object(f"{where}.schema", schema))
+        return any_object(name)
+    return json_schema(f"{where}.schema", read_object(f"{where}.schema", schema))
 
 
 @typed({"enum": list(_BACKENDS)})
@@ -225,7 +227,7 @@ def _read_backend(name: str, value: Any) -> str:
     return backend
 
 
-def _check_keys(name: str, given: Mapping[str, Any], known: set[str]) -> None:
+def check_keys(name: str, given: Mapping[str, Any], known: set[str]) -> None:
     """A constraint that nobody knows must not be passed over: the answer would be another."""
     for key in given:
         if key not in known:

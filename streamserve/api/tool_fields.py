@@ -215,7 +215,7 @@ def tool_use(values: Mapping[str, Any]) -> ToolUse:
 
 
 @typed({"type": "string"})
-def _read_arguments(name: str, value: Any) -> dict[str, Any]:
+def read_arguments(name: str, value: Any) -> dict[str, Any]:
     """The object that a call's arguments are: templates want it parsed."""
     text = read_str(name, value)
     if not text.strip():
@@ -242,7 +242,7 @@ class ToolCalls:
 # What clients leave there that put a streamed call together, or parsed it.
 _CALL_ANNOTATIONS = frozenset({"index"})
 _CALLED_ANNOTATIONS = frozenset({"parsed_arguments"})
-_CALLED_FIELDS: dict[str, Reader] = {"name": read_name, "arguments": _read_arguments}
+_CALLED_FIELDS: dict[str, Reader] = {"name": read_name, "arguments": read_arguments}
 CALLED_TABLE = FieldTable(
     _CALLED_FIELDS, annotations=_CALLED_ANNOTATIONS, required=("arguments", "name")
 )

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from streamserve.api.extras import Prompt
 from streamserve.api.whole import Choice
 from streamserve.engine.outputs import RequestOutput, Usage
 from streamserve.engine.parsers.answer import AnswerParser
+from streamserve.engine.stream import TextSink
+
+LateSink = Callable[[Callable[[bytes], bool]], TextSink | None]
+"""Makes a sink, or not yet, of a function that writes bytes now or says that there is no room."""
 
 
 class Frames(Protocol):
     """Renders one choice of a stream as bytes, any of which may be none.
 
     If ``is_plain`` a text is ``head + orjson.dumps(text) + tail`` once ``role`` is out, whoever
-    writes it; otherwise each output is held and then rendered.
+    writes it; otherwise each output is held and then rendered. ``late_sink``, if there is one, is
+    asked after a text for what the step loop may write the next ones with by itself.
     """
 
     head: bytes
     tail: bytes
+
+    @property
+    def late_sink(self) -> LateSink | None:
+        """See above."""
 
     @property
     def is_plain(self) -> bool:

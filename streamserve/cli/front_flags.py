@@ -83,6 +83,20 @@ def add_front_flags(parser: argparse.ArgumentParser) -> None:
         help="CORS: headers that a browser may send (default: *)",
     )
     group.add_argument(
+        "--max-stored-responses",
+        type=_count,
+        default=1024,
+        metavar="N",
+        help="responses of /v1/responses that are kept in memory, the oldest go first; 0: none "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--stored-responses-memory",
+        default="64MiB",
+        metavar="SIZE",
+        help="what these may take together (default: %(default)s)",
+    )
+    group.add_argument(
         "--sse-keep-alive-interval",
         type=float,
         default=15.0,

@@ -17,6 +17,7 @@ from streamserve import __version__
 from streamserve.cli.args import check_flags, model_name
 from streamserve.config import ApiConfig, TlsConfig
 from streamserve.errors import ConfigError
+from streamserve.runner.memory import parse_bytes
 
 if TYPE_CHECKING:
     from streamserve.api.app import ApiApp
@@ -171,6 +172,8 @@ def api_config(args: Namespace) -> ApiConfig:
         max_connections=args.max_connections,
         receive_timeout_s=args.receive_timeout,
         keep_alive_timeout_s=args.timeout_keep_alive,
+        max_stored_responses=args.max_stored_responses,
+        stored_responses_memory_bytes=parse_bytes(args.stored_responses_memory),
     )
 
 

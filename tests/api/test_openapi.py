@@ -10,6 +10,7 @@ from streamserve.api.completion_request import COMPLETION_TABLE, parse_completio
 from streamserve.api.descriptions import DESCRIPTIONS
 from streamserve.api.fields import STATUS, TypedReader
 from streamserve.api.openapi import ENDPOINTS, OBJECTS, openapi
+from streamserve.api.responses.request import RESPONSES_TABLE, parse_responses_request
 from streamserve.errors import InvalidParameterError
 from tests.api.harness import Api
 
@@ -99,7 +100,7 @@ def _body(table, valid):
 HI = {"role": "user", "content": "Hi"}
 _VALIDATORS = {
     id(table): jsonschema.Draft202012Validator(table.schema())
-    for table in (CHAT_TABLE, COMPLETION_TABLE)
+    for table in (CHAT_TABLE, COMPLETION_TABLE, RESPONSES_TABLE)
 }
 
 
@@ -108,6 +109,7 @@ _VALIDATORS = {
     [
         (CHAT_TABLE, parse_chat_request, {"messages": [HI], "stream": True}),
         (COMPLETION_TABLE, parse_completion_request, {"prompt": "Hi"}),
+        (RESPONSES_TABLE, parse_responses_request, {"input": [HI], "stream": True}),
     ],
 )
 def test_the_schema_excludes_nothing_that_is_taken(table, parse, valid):

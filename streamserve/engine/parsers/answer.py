@@ -38,6 +38,11 @@ class AnswerParser:
     def num_reasoning_tokens(self) -> int | None:
         return None if self._tokens is None else self._tokens.count
 
+    @property
+    def is_past_thoughts(self) -> bool:
+        """Whether the tokens that were counted include all of the thoughts, or there are none."""
+        return self._tokens is None or self._tokens.is_over
+
     def count(self, token_ids: Sequence[int]) -> None:
         """Take the ids of the next tokens, for ``num_reasoning_tokens`` alone."""
         if self._tokens is not None:

@@ -1,0 +1,187 @@
+"""``tools`` and ``tool_choice`` in the flat shape of the Responses API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamserve.api.fields import (
+    FieldTable,
+    Reader,
+    Refused,
+    out_of_range,
+    read_bool,
+    read_fields,
+    read_object,
+    read_str,
+    require_in,
+    schema_of,
+    shown,
+    typed,
+    wrong_type,
+)
+from streamserve.api.tool_fields import (
+    MAX_TOOLS,
+    NO_TOOLS,
+    Tool,
+    ToolChoice,
+    Tools,
+    ToolUse,
+    read_name,
+    tool_use,
+)
+from streamserve.errors import InvalidParameterError
+
+_WORDS = ("none", "auto", "required")
+_MODES = ("auto", "required")
+
+
+@typed({"const": "function"})
+def _read_type(name: str, value: Any) -> str:
+    kind = read_str(name, value)
+    if kind != "function":
+        raise InvalidParameterError(
+            f"{name} {shown(kind)} is not supported (only 'function' is)",
+            param=name,
+            code="unsupported_parameter",
+        )
+    return kind
+
+
+_FIELDS: dict[str, Reader] = {
+    "description": read_str,
+    "name": read_name,
+    "parameters": read_object,
+    "strict": read_bool,
+    "type": _read_type,
+}
+TOOL_TABLE = FieldTable(
+    _FIELDS,
+    {
+        "allowed_callers": Refused((["direct"],)),
+        "async": Refused((False,)),
+        "defer_loading": Refused((False,)),
+        "output_schema": Refused(),
+    },
+    required=("name", "type"),
+)
+
+
+def _read_tool(name: str, value: Any, unknown: list[str]) -> Tool:
+    given = read_object(name, value)
+    # First, because the other fields are another type's.
+    _read_type(f"{name}.type", require_in(given, "type", name))
+    values, unknown_here = read_fields(
+        given,
+        honoured=_FIELDS,
+        refused=TOOL_TABLE.refused,
+        annotations=frozenset(),
+        prefix=f"{name}.",
+    )
+    unknown += unknown_here
+    tool_name: str = require_in(values, "name", name)
+    parameters = values.get("parameters", {"type": "object", "properties": {}})
+    function = {key: values[key] for key in ("name", "description", "parameters") if key in values}
+    definition = {"type": "function", "function": function}
+    return Tool(tool_name, definition, parameters, values.get("strict", True))
+
+
+@typed({"type": "array", "maxItems": MAX_TOOLS, "items": TOOL_TABLE.schema()})
+def read_tools(name: str, value: Any) -> Tools:
+    """``tools``."""
+    if not isinstance(value, list):
+        raise wrong_type(name, "an array of tools", value)
+    if len(value) > MAX_TOOLS:
+        raise out_of_range(name, f"an array of at most {MAX_TOOLS} tools", value)
+    unknown: list[str] = []
+    items: dict[str, Tool] = {}
+    for i, raw in enumerate(value):
+        tool = _read_tool(f"{name}[{i}]", raw, unknown)
+        if tool.name in items:
+            raise out_of_range(f"{name}[{i}].name", "unlike the other tools' names", tool.name)
+        items[tool.name] = tool
+    return Tools(tuple(items.values()), tuple(unknown))
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedTools:
+    """``tool_choice`` that allows some of the tools only."""
+
+    mode: str
+    names: tuple[str, ...]
+
+
+_NAMED: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"const": "function"}, "name": schema_of(read_name)},
+    "required": ["type", "name"],
+}
+_ALLOWED: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "allowed_tools"},
+        "mode": {"enum": list(_MODES)},
+        "tools": {"type": "array", "minItems": 1, "maxItems": MAX_TOOLS, "items": _NAMED},
+    },
+    "required": ["type", "mode", "tools"],
+}
+
+
+@typed({"anyOf": [{"enum": list(_WORDS)}, _NAMED, _ALLOWED]})
+def read_tool_choice(name: str, value: Any) -> ToolChoice | AllowedTools:
+    """``tool_choice``."""
+    if isinstance(value, str):
+        if value not in _WORDS:
+            raise out_of_range(name, f"one of {', '.join(_WORDS)}, or an object", value)
+        return ToolChoice(value)
+    if not isinstance(value, dict):
+        raise wrong_type(name, "a string or an object", value)
+    if value.get("type") == "allowed_tools":
+        return _read_allowed(name, value)
+    return ToolChoice("named", _read_named(name, value))
+
+
+def _read_named(name: str, value: Any) -> str:
+    given = read_object(name, value)
+    _read_type(f"{name}.type", require_in(given, "type", name))
+    return read_name(f"{name}.name", require_in(given, "name", name))
+
+
+def _read_allowed(name: str, value: dict[str, Any]) -> AllowedTools:
+    mode = read_str(f"{name}.mode", require_in(value, "mode", name))
+    if mode not in _MODES:
+        raise out_of_range(f"{name}.mode", f"one of {', '.join(_MODES)}", mode)
+    tools = require_in(value, "tools", name)
+    if not isinstance(tools, list) or not 1 <= len(tools) <= MAX_TOOLS:
+        raise out_of_range(f"{name}.tools", f"an array of 1 to {MAX_TOOLS} tools", tools)
+    names = [_read_named(f"{name}.tools[{i}]", tool) for i, tool in enumerate(tools)]
+    return AllowedTools(mode, tuple(names))
+
+
+def use_of_tools(values: Mapping[str, Any]) -> ToolUse:
+    """Put a request's fields together. Raises ``InvalidParameterError`` if they do not agree."""
+    choice = values.get("tool_choice")
+    if not isinstance(choice, AllowedTools):
+        return tool_use(values)
+    tools: Tools = values.get("tools", NO_TOOLS)
+    known = {tool.name: tool for tool in tools.items}
+    for name in choice.names:
+        if name not in known:
+            raise out_of_range("tool_choice.tools", "among the request's tools", name)
+    allowed = tuple(tool for tool in tools.items if tool.name in choice.names)
+    return ToolUse(allowed, choice.mode, None, values.get("parallel_tool_calls", True))
+
+
+def shown_tools(tools: Tools) -> list[dict[str, Any]]:
+    """The tools as a response repeats them."""
+    return [
+        {
+            "type": "function",
+            "name": tool.name,
+            "description": tool.definition["function"].get("description"),
+            "parameters": tool.parameters,
+            "strict": tool.is_strict,
+        }
+        for tool in tools.items
+    ]

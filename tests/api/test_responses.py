@@ -1,0 +1,348 @@
+"""``/v1/responses`` over HTTP: create, look up, go on with, cancel, forget; and who may."""
+
+import asyncio
+
+import pytest
+
+from streamserve.api.prompts import LONG_BODY
+from streamserve.engine.text_source import byte_text
+from tests.api.harness import Api, BrokenRunner, Exchange, until
+from tests.api.scripted import scripted
+from tests.api.test_tools import CALL
+from tests.api.typed_events import assembled, typed_events
+
+URL = "/v1/responses"
+FLAT = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "The weather in a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+THOUGHT = "<think>\nHm.\n</think>\n\nYes."
+
+
+async def create(api, headers=None, **fields):
+    body = {"input": "Hi", "max_output_tokens": 5, **fields}
+    return await api.call("POST", URL, body, headers=headers)
+
+
+async def get(api, response_id, rest="", method="GET", headers=None):
+    return await api.call(method, f"{URL}/{response_id}{rest}", headers=headers)
+
+
+def text_of(response):
+    return "".join(
+        part["text"]
+        for item in response["output"]
+        if item["type"] == "message"
+        for part in item["content"]
+    )
+
+
+def without_ids(response):
+    """What two answers to one request have in common."""
+    changing = ("id", "completed_at", "usage", "output", "store", "status")
+    return {key: value for key, value in response.items() if key not in changing}
+
+
+async def test_streamed_and_whole_are_the_same():
+    async with Api().running() as api:
+        whole = await create(api, metadata={"a": "b"}, temperature=0.5)
+        stream = await create(api, metadata={"a": "b"}, temperature=0.5, stream=True)
+        fetched = await get(api, whole.json["id"])
+    assert whole.status == 200
+    assert whole.json["status"] == "incomplete"
+    assert whole.json["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert text_of(whole.json) == "abcde"
+    events = typed_events(stream.body)
+    assert events[-1]["type"] == "response.incomplete"
+    assert assembled(events) == events[-1]["response"]["output"]
+    assert without_ids(events[-1]["response"]) == without_ids(whole.json)
+    assert text_of(events[-1]["response"]) == "abcde"
+    assert fetched.json == whole.json
+    assert whole.json["metadata"] == {"a": "b"}
+    assert whole.json["temperature"] == 0.5
+
+
+async def test_calls_and_thoughts():
+    async with scripted("<think>Hm.</think>" + "Let me see.\n" + CALL).running() as api:
+        options = {"max_output_tokens": None, "tools": [FLAT]}
+        stream = await create(api, **options, stream=True)
+        whole = await create(api, **options, include=["reasoning.encrypted_content"])
+    for output in (assembled(typed_events(stream.body)), whole.json["output"]):
+        thoughts, message, call = output
+        assert thoughts["content"] == [{"type": "reasoning_text", "text": "Hm."}]
+        assert thoughts["summary"] == []
+        assert message["content"][0]["text"] == "Let me see.\n"
+        assert call["name"] == "get_weather"
+        assert call["arguments"] == '{"city": "Łódź"}'
+        assert call["call_id"].startswith("call_")
+        assert call["status"] == "completed"
+    assert whole.json["output"][0]["encrypted_content"] == "SG0u"
+    assert whole.json["usage"]["output_tokens_details"]["reasoning_tokens"] == 3
+    assert whole.json["tools"] == [{**FLAT, "strict": True}]
+
+
+@pytest.mark.parametrize("names_them", [False, True])
+async def test_a_response_goes_on_with_another(names_them):
+    """By id, by item, or by what was answered: the prompt is the same."""
+    async with scripted(THOUGHT).running() as api:
+        first = await create(api, max_output_tokens=None, instructions="Be short.")
+        output = first.json["output"]
+        if names_them:
+            output = [{"type": "item_reference", "id": item["id"]} for item in output]
+        await create(api, input="More", previous_response_id=first.json["id"])
+        await create(api, input=[{"role": "user", "content": "Hi"}, *output,
+                                 {"role": "user", "content": "More"}])  # fmt: skip
+        one, by_id, by_items = api.runner.prompts
+    assert one.startswith("system: Be short.user: Hiassistant: ")
+    assert by_id == by_items
+    assert by_id.startswith("user: Hiassistant: Yes.<think>Hm.</think>user: More")
+
+
+async def test_what_the_model_read_is_listed():
+    async with Api().running() as api:
+        first = await create(
+            api, input=[{"role": "developer", "content": "Hi"}], max_output_tokens=1
+        )
+        second = await create(
+            api,
+            input=[
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "3"},
+            ],
+            previous_response_id=first.json["id"],
+        )
+        listed = (await get(api, second.json["id"], "/input_items?order=asc")).json
+        page = (await get(api, second.json["id"], "/input_items?limit=2")).json
+        rest = (await get(api, second.json["id"], f"/input_items?after={page['last_id']}")).json
+        wrong = await get(api, second.json["id"], "/input_items?limit=0")
+    kinds = [(item["type"], item.get("role")) for item in listed["data"]]
+    assert kinds == [
+        ("message", "developer"),
+        ("message", "assistant"),
+        ("function_call", None),
+        ("function_call_output", None),
+    ]
+    assert listed["has_more"] is False
+    assert page["has_more"] is True
+    assert page["data"] + rest["data"] == listed["data"][::-1]
+    assert wrong.error["param"] == "limit"
+
+
+async def test_a_response_is_its_makers_alone():
+    async with Api(api_keys=("one", "two")).running() as api:
+        one, two = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
+        made = (await create(api, headers=one)).json["id"]
+        for rest, method in (("", "GET"), ("", "DELETE"), ("/cancel", "POST"),
+                             ("/input_items", "GET")):  # fmt: skip
+            answer = await get(api, made, rest, method, headers=two)
+            assert (answer.status, answer.error["code"]) == (404, "response_not_found")
+        taken = await create(api, headers=two, previous_response_id=made)
+        assert (taken.status, taken.error["param"]) == (400, "previous_response_id")
+        assert (await create(api, headers=one, previous_response_id=made)).status == 200
+        assert (await get(api, made, method="DELETE", headers=one)).json["deleted"] is True
+        assert (await get(api, made, headers=one)).status == 404
+
+
+async def test_what_is_not_stored_cannot_be_asked_for():
+    async with Api(max_stored_responses=1).running() as api:
+        unstored = await create(api, store=False)
+        assert unstored.json["store"] is False
+        assert (await get(api, unstored.json["id"])).status == 404
+        first, second = [(await create(api)).json["id"] for _ in range(2)]
+        assert (await get(api, first)).status == 404
+        assert (await get(api, second)).status == 200
+        assert (await get(api, second, "?stream=true")).error["param"] == "stream"
+        assert (await get(api, second, "/cancel", "POST")).status == 400
+    async with Api(max_stored_responses=0).running() as api:
+        assert (await create(api)).json["store"] is False
+        assert (await create(api, store=True)).error["param"] == "store"
+        assert (await create(api, background=True)).error["param"] == "background"
+
+
+async def test_in_the_background():
+    async with Api(is_held=True).running() as api:
+        created = await create(api, background=True)
+        assert created.json["status"] == "queued"
+        response_id = created.json["id"]
+        early = await create(api, input="More", previous_response_id=response_id)
+        assert "still in progress" in early.error["message"]
+        await api.pace.step()
+        follower = Exchange(api.app, "GET", f"{URL}/{response_id}?stream=true")
+        await until(lambda: b"output_text.delta" in follower.body)
+        assert (await get(api, response_id)).json["status"] == "in_progress"
+        api.pace.let_go()
+        await follower.finished()
+        finished = await get(api, response_id)
+        late = await get(api, response_id, "?stream=true&starting_after=4")
+        assert (await get(api, response_id, "/cancel", "POST")).json == finished.json
+    events = typed_events(follower.body)
+    assert [e["type"].removeprefix("response.") for e in events[:4]] == [
+        "created",
+        "queued",
+        "in_progress",
+        "output_item.added",
+    ]
+    assert events[-1]["response"] == finished.json
+    assert text_of(finished.json) == "abcde"
+    assert typed_events(late.body) == events[5:]
+    assert api.app.context.gate.num_inside == 0
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+async def test_a_cancelled_response_frees_its_request(method):
+    async with Api(is_held=True).running() as api:
+        created = await create(api, background=True, max_output_tokens=100)
+        response_id = created.json["id"]
+        follower = Exchange(api.app, "GET", f"{URL}/{response_id}?stream=true")
+        await api.pace.step()
+        await api.pace.step()
+        await until(lambda: b"output_text.delta" in follower.body)
+        rest = "/cancel" if method == "POST" else ""
+        ended = await get(api, response_id, rest, method)
+        await follower.finished()
+        api.pace.let_go()
+        await until(lambda: api.engine.is_idle)
+        assert api.num_used_blocks == 0
+        assert api.app.context.gate.num_inside == 0
+        assert api.app.context.metrics.num_finished["abort"] == 1
+        fetched = await get(api, response_id)
+    last = typed_events(follower.body)[-1]
+    assert last["response"]["status"] == "cancelled"
+    assert assembled(typed_events(follower.body)) == last["response"]["output"]
+    if method == "POST":
+        assert ended.json == fetched.json == last["response"]
+    else:
+        assert fetched.status == 404
+
+
+@pytest.mark.parametrize("is_background", [False, True])
+async def test_when_the_reader_leaves(is_background):
+    async with Api(is_held=True).running() as api:
+        body = {"input": "Hi", "max_output_tokens": 9, "stream": True, "background": is_background}
+        reader = Exchange(api.app, "POST", URL, body)
+        await api.pace.step()
+        await until(lambda: b"output_text.delta" in reader.body)
+        reader.leave()
+        await reader.finished()
+        api.pace.let_go()
+        await until(lambda: api.engine.is_idle)
+        assert api.num_used_blocks == 0
+        response_id = reader.body.split(b'"id":"')[1].split(b'"')[0].decode()
+        found = await get(api, response_id)
+    if is_background:
+        assert text_of(found.json) == "abcdefghi"
+    else:
+        assert found.status == 404
+        assert api.app.context.metrics.num_finished["abort"] == 1
+
+
+@pytest.mark.parametrize("is_background", [False, True])
+async def test_a_failure_is_an_event(is_background):
+    async with Api(runner=BrokenRunner(2)).running() as api:
+        answer = await create(api, stream=True, background=is_background)
+        events = typed_events(answer.body)
+        fetched = await get(api, events[0]["response"]["id"])
+    assert events[-1]["type"] == "response.failed"
+    response = events[-1]["response"]
+    assert response["status"] == "failed"
+    assert response["error"]["code"] == "server_error"
+    assert response["output"][0]["status"] == "incomplete"
+    assert fetched.json == response
+    assert api.app.context.metrics.num_finished["error"] == 1
+
+
+async def test_the_step_loop_writes_by_itself():
+    """All of the text is in the response, whoever wrote the events."""
+    api = Api()
+    async with api.serving() as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        body = b'{"input": "Hi", "stream": true, "max_output_tokens": 40}'
+        writer.write(
+            b"POST /v1/responses HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        raw = (await reader.read()).partition(b"\r\n\r\n")[2]
+        writer.close()
+    chunks, rest = [], raw
+    while rest and (size := int(rest.partition(b"\r\n")[0], 16)):
+        start = rest.index(b"\r\n") + 2
+        chunks.append(rest[start : start + size])
+        rest = rest[start + size + 2 :]
+    events = typed_events(b"".join(chunks))
+    assert assembled(events) == events[-1]["response"]["output"]
+    assert text_of(events[-1]["response"]) == "abcdefghij" * 4
+    assert len([e for e in events if e["type"] == "response.output_text.delta"]) == 40
+
+
+async def test_truncation_drops_whole_turns():
+    items = [
+        {"role": role, "content": f"{i}" * 100} for i in range(4) for role in ("user", "assistant")
+    ]
+    items = [{"role": "system", "content": "S"}, *items, {"role": "user", "content": "last"}]
+    async with scripted("ok").running() as api:
+        refused = await create(api, input=items)
+        assert refused.error["code"] == "context_length_exceeded"
+        assert refused.error["param"] == "input"
+        kept = await create(api, input=items, truncation="auto", instructions="I")
+        assert kept.json["truncation"] == "auto"
+        [prompt] = api.runner.prompts
+    assert prompt.startswith("system: Isystem: Suser: 2")
+    assert "user: last" in prompt
+
+
+@pytest.mark.parametrize("truncation", ["auto", "disabled"])
+async def test_a_worker_reads_as_the_server_itself(truncation):
+    padding = "x" * LONG_BODY
+    items = [{"role": "user", "content": padding}, {"role": "user", "content": "Hi"}]
+    found = []
+    for api in (Api(), Api(load_text=byte_text)):
+        async with api.running():
+            first = await create(api)
+            answer = await create(
+                api, input=items, truncation=truncation, previous_response_id=first.json["id"]
+            )
+            workers = api.app.context.prompt_workers
+            if workers is not None:
+                assert len(workers.pids) == 1
+                workers.close()
+        content = answer.json
+        for name in ("id", "output", "previous_response_id"):
+            content.pop(name, None)
+        found.append((answer.status, content))
+    assert found[0] == found[1]
+    assert found[0][0] == (200 if truncation == "auto" else 400)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"previous_response_id": "resp_0"}, "previous_response_id"),
+        ({"input": [{"type": "item_reference", "id": "msg_0"}]}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "web_search_call"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+         "input[0].content[0].type"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [FLAT]}, "tools"),
+        ({"tools": [FLAT], "tool_choice": {"type": "function", "name": "x"}},
+         "tool_choice.function.name"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"reasoning": {"summary": "concise"}}, "reasoning.summary"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"background": True, "store": False}, "background"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"max_tokens": 4}, "max_tokens"),
+        ({"include": ["everything"]}, "include[0]"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}},
+         "stream_options.include_obfuscation"),
+    ],
+)  # fmt: skip
+async def test_what_cannot_be_is_refused_by_name(fields, param):
+    async with Api().running() as api:
+        answer = await create(api, **fields)
+        assert api.engine.is_idle
+    assert answer.status == 400
+    assert answer.error["param"] == param
