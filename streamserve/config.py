@@ -113,6 +113,39 @@ class TlsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamConfig:
+    """What a streamed answer may hold for a reader that is slow, and for how long.
+
+    ``max_buffer_bytes`` is shared out: a half is the socket's ``SO_SNDBUF``, a quarter the
+    transport's high-water mark, and a quarter text that waits for room there. Past that nothing
+    more is generated. A reader that makes no room for ``stall_timeout_s`` gets an error.
+    """
+
+    max_buffer_bytes: int = 128 * 2**10
+    stall_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        _at_least("max_buffer_bytes", self.max_buffer_bytes, 8 * 2**10)
+        if self.stall_timeout_s <= 0:
+            raise ConfigError(f"stall_timeout_s must be above 0, got {self.stall_timeout_s}")
+
+    @property
+    def send_buffer_bytes(self) -> int:
+        """Of the socket."""
+        return self.max_buffer_bytes // 2
+
+    @property
+    def high_water_bytes(self) -> int:
+        """Of the transport."""
+        return self.max_buffer_bytes // 4
+
+    @property
+    def max_unread_bytes(self) -> int:
+        """Of all choices' mailboxes together."""
+        return self.max_buffer_bytes // 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ApiConfig:
     """The HTTP front."""
 
@@ -140,6 +173,7 @@ class ApiConfig:
     max_connections: int = 4096
     ping_interval_s: float = 15.0
     drain_timeout_s: float = 30.0
+    streams: StreamConfig = field(default_factory=StreamConfig)
     has_pages: bool = True
     has_docs: bool = True  # /docs, which is a page, and /openapi.json
     has_metrics: bool = True

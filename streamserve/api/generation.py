@@ -265,6 +265,9 @@ class GenerationEndpoint(ABC):
                 zip(streams, deliveries, work.prompts_of_streams, self._parsers(work), strict=True)
             )
         ]
+        limits = self._context.config.streams
+        for stream in streams:
+            stream.max_unread_bytes = limits.max_unread_bytes // len(streams)
         has_progress = work.common.stream_options.include_progress
         return AnswerStream(
             wire,
@@ -273,6 +276,7 @@ class GenerationEndpoint(ABC):
             ping_interval_s=self._context.config.ping_interval_s,
             progress_of=self._context.engine.progress if has_progress else None,
             raw_send=call.scope[RAW_SEND],
+            stall_timeout_s=limits.stall_timeout_s,
             guard=call.guard,
         )
 

@@ -153,6 +153,7 @@ class MetricsCollector(Collector):
         gauges: tuple[tuple[str, str, float], ...] = (
             ("num_requests_running", "Requests in the running batch.", stats.num_running),
             ("num_requests_waiting", "Requests that wait to be scheduled.", stats.num_waiting),
+            ("num_requests_paused", "Requests whose readers take nothing.", stats.num_paused),
             ("kv_cache_usage_perc", "Share of KV blocks in use; 1 is all.", stats.kv_usage),
             (
                 "kv_host_usage_perc",

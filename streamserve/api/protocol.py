@@ -56,6 +56,7 @@ class ServeProtocol(HttpToolsProtocol):
     max_header_bytes = 64 * 2**10  # these are set by ``protocol_class``
     receive_timeout_s = 60.0
     max_connections = 4096
+    high_water_bytes = 32 * 2**10
     on_refused: Callable[[str], None] = staticmethod(_nobody_counts)
 
     _is_in_head = False
@@ -67,6 +68,7 @@ class ServeProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=self.high_water_bytes)
         if len(self.connections) > self.max_connections and not self._is_room_made():
             message = f"The server has its limit of {self.max_connections} connections open"
             self._refuse(503, message, "too_many_connections")
@@ -211,16 +213,19 @@ def protocol_class(
     max_header_bytes: int,
     receive_timeout_s: float,
     max_connections: int,
+    high_water_bytes: int,
     on_refused: Callable[[str], None] = _nobody_counts,
 ) -> type[ServeProtocol]:
     """The protocol with limits of its own: uvicorn builds it by class, without arguments.
 
-    ``on_refused`` is called with the error code of what is refused.
+    Writers wait while more than ``high_water_bytes`` lie in front of the socket. ``on_refused`` is
+    called with the error code of what is refused.
     """
     namespace: dict[str, Any] = {
         "max_header_bytes": max_header_bytes,
         "receive_timeout_s": receive_timeout_s,
         "max_connections": max_connections,
+        "high_water_bytes": high_water_bytes,
         "on_refused": staticmethod(on_refused),
     }
     return type("ServeProtocol", (ServeProtocol,), namespace)

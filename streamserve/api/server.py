@@ -48,7 +48,10 @@ def bind_sockets(config: ApiConfig) -> list[socket.socket]:
     Separate from ``serve`` so that a port in use is known before a model is loaded. Raises
     ``ConfigError``.
     """
-    return _bind(config.host, config.port)
+    sockets = _bind(config.host, config.port)
+    for sock in sockets:  # those that are accepted inherit it; the kernel then leaves it alone
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, config.streams.send_buffer_bytes)
+    return sockets
 
 
 def bind_admin_sockets(config: ApiConfig) -> list[socket.socket]:
@@ -198,6 +201,7 @@ class ApiServer:
                 max_header_bytes=config.max_header_bytes,
                 receive_timeout_s=config.receive_timeout_s,
                 max_connections=max_connections,
+                high_water_bytes=config.streams.high_water_bytes,
                 on_refused=self._app.context.metrics.refused_connection,
             ),
             ws="none",

@@ -174,6 +174,22 @@ def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
         help="seconds after which a step that does not end makes /live answer 503 "
         "(default: %(default)s)",
     )
+    group.add_argument(
+        "--stream-buffer",
+        type=int,
+        default=128 * 2**10,
+        metavar="BYTES",
+        help="what a stream may hold for a slow reader, its socket's buffer included, before "
+        "nothing more is generated for it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--stream-stall-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds that a reader may leave its connection full before its stream ends with an "
+        "error (default: %(default)s)",
+    )
 
 
 class JsonListAction(argparse.Action):

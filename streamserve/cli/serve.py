@@ -15,7 +15,7 @@ import orjson
 
 from streamserve import __version__
 from streamserve.cli.args import check_flags, model_name
-from streamserve.config import ApiConfig, TlsConfig
+from streamserve.config import ApiConfig, StreamConfig, TlsConfig
 from streamserve.errors import ConfigError
 from streamserve.runner.memory import parse_bytes
 
@@ -152,6 +152,9 @@ def api_config(args: Namespace) -> ApiConfig:
         strict_fields=args.strict_fields,
         honours_priority=args.scheduling_policy == "priority",
         drain_timeout_s=args.drain_timeout,
+        streams=StreamConfig(
+            max_buffer_bytes=args.stream_buffer, stall_timeout_s=args.stream_stall_timeout
+        ),
         allowed_methods=tuple(args.allowed_methods),
         allowed_headers=tuple(args.allowed_headers),
         root_path=args.root_path.rstrip("/"),

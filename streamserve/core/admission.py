@@ -152,7 +152,7 @@ class Admission:
 
     def _admit_fork(self, request: Request, source: Request, step: Step) -> _Answer | None:
         """Seat a request that shares the prompt of another; ``None``: it must go its own way."""
-        if source.is_finished:
+        if source.is_finished or source.is_paused:
             request.fork_source = None
             return None
         num_left = 1  # of the prompt: what it samples is its own

@@ -68,6 +68,7 @@ class Request:
         "finish_reason",
         "fork_source",
         "is_in_runner",
+        "is_paused",
         "last_step_id",
         "matched_nodes",
         "max_num_tokens",
@@ -149,6 +150,7 @@ class Request:
         self.num_steps_in_flight = 0
         self.num_written_tokens = 0  # leading tokens whose KV was there when a step retired
         self.failed_step_id = NEVER  # what it and later ones computed counts for nothing
+        self.is_paused = False  # it has no seat, or loses it now, and asks for none
         self.is_in_runner = False  # a NewRequest was sent, and its release was not
         self.block_hashes: list[bytes] = []  # of the leading full blocks of token_ids
         self.matched_nodes: list[PrefixNode] = []  # while it waits: of its leading cached blocks

@@ -106,6 +106,11 @@ class Scheduler:
         return len(self._seats.waiting)
 
     @property
+    def num_paused(self) -> int:
+        """Requests that ask for no seat: their readers take nothing."""
+        return len(self._seats.paused)
+
+    @property
     def speculation_stats(self) -> SpeculationStats:
         """What was drafted, and how much of it was right."""
         return SpeculationStats() if self._speculator is None else self._speculator.stats
@@ -176,6 +181,20 @@ class Scheduler:
         for request in others:
             request.fork_source = source
             self._seats.queue(request)
+
+    def pause(self, request: Request) -> None:
+        """Generate nothing more for a request that has not ended, until ``resume``.
+
+        Its seat goes to others at once, or when the step in flight retires; what it has computed
+        stays cached while there is room. Idempotent.
+        """
+        if not request.is_finished:
+            self._seats.pause(request)
+
+    def resume(self, request: Request) -> None:
+        """Go on with a paused request: it waits for a seat at its old place. Idempotent."""
+        if not request.is_finished:
+            self._seats.resume(request)
 
     def choose(self, request: Request, token_id: int) -> None:
         """Go on with the token that was chosen for a request which ``chooses_on_host``."""
@@ -291,6 +310,7 @@ class Scheduler:
         if self._in_flight:
             return None
         request, running = self.recovery.suspect, self._seats.running
+        self._seats.resume(request)  # its reader pauses it again by what this step gives it
         step = Step(self._next_step_id, self.pacer.open_alone(), is_alone=True)
         while True:
             if request.status is RequestStatus.RUNNING:
@@ -307,7 +327,7 @@ class Scheduler:
         plan = step.plan
         if not step.requests and not self.kv_cache.has_loads:
             requests = self._seats.requests.values()
-            if self._in_flight or all(request.num_pending_tokens for request in requests):
+            if self._in_flight or all(r.is_paused or r.num_pending_tokens for r in requests):
                 return None
             # What waits for its token to be chosen holds what others need.
             assert self._seats.take_idle(), "live requests, none of which can run"

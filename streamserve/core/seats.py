@@ -22,11 +22,15 @@ class Seats:
     - A request that ends while a step has it keeps its blocks until that step retires.
     - A request is preempted only when no step has it. One that must yield while a step has it keeps
       its seat, is put into no further step, and leaves when its token is known.
+
+    A paused request holds neither seat nor row. Its blocks are given back too, which keeps them
+    cached until somebody needs them: so under pressure they go before those of anyone who runs.
     """
 
     def __init__(self, num_seats: int, kv_cache: KVCacheManager, policy: Policy) -> None:
         self.num_seats = num_seats
-        self.requests: dict[str, Request] = {}  # waiting and running
+        self.requests: dict[str, Request] = {}  # waiting, running and paused
+        self.paused: dict[str, Request] = {}
         self.waiting: list[Request] = []  # sorted by key, as is the next
         self.running: list[Request] = []
         self.yielding: dict[str, Request] = {}  # running, to be preempted when its step retires
@@ -89,14 +93,36 @@ class Seats:
         if request.num_steps_in_flight:
             return
         if self.yielding.pop(request.request_id, None) is not None:
-            self.preempt(request)
+            (self.unseat if request.is_paused else self.preempt)(request)
+
+    def pause(self, request: Request) -> None:
+        """Take the request out of all steps until it is resumed. Idempotent."""
+        if request.is_paused:
+            return
+        request.is_paused = True
+        if request.status is not RequestStatus.RUNNING:
+            _remove(self.waiting, request)
+            self.paused[request.request_id] = request
+        elif request.num_steps_in_flight:
+            self.yielding[request.request_id] = request
+        else:
+            self.unseat(request)
+
+    def resume(self, request: Request) -> None:
+        """Let it wait for a seat, where its arrival puts it. Idempotent."""
+        if not request.is_paused:
+            return
+        request.is_paused = False
+        if self.paused.pop(request.request_id, None) is not None:  # else it yields first
+            self.queue(request)
 
     def finish(self, request: Request) -> None:
         """The request has ended: it neither waits nor runs. It still holds what it held."""
         assert self.requests.get(request.request_id) is request
         del self.requests[request.request_id]
-        was_running = request.status is RequestStatus.RUNNING
-        _remove(self.running if was_running else self.waiting, request)
+        if self.paused.pop(request.request_id, None) is None:
+            was_running = request.status is RequestStatus.RUNNING
+            _remove(self.running if was_running else self.waiting, request)
         self.yielding.pop(request.request_id, None)
         self.claims.drop(request)
         request.status = RequestStatus.FINISHED
@@ -115,12 +141,16 @@ class Seats:
         self.unseat(request)
 
     def unseat(self, request: Request) -> None:
-        """Back to waiting; the blocks are free, but cached until somebody needs them."""
+        """Back to waiting, or paused; the blocks are free, but cached until somebody needs them."""
         assert not request.num_pending_tokens or request.chooses_on_host
         _remove(self.running, request)
+        self.yielding.pop(request.request_id, None)
         self.claims.drop(request)
         self._give_back(request)
         request.status = RequestStatus.PREEMPTED
+        if request.is_paused:
+            self.paused[request.request_id] = request
+            return
         self.queue(request)
 
     def _give_back(self, request: Request) -> None:
@@ -138,8 +168,9 @@ class Seats:
             keys = [request.sort_key for request in requests]
             assert keys == sorted(keys), "requests out of order"
         assert len(self.running) <= self.num_seats
-        assert len(self.requests) == len(self.waiting) + len(self.running)
-        for request in self.waiting:
+        assert len(self.requests) == len(self.waiting) + len(self.running) + len(self.paused)
+        for request in (*self.waiting, *self.paused.values()):
+            assert request.is_paused == (request.request_id in self.paused)
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
             assert not request.block_table
             assert not request.num_steps_in_flight

@@ -91,7 +91,9 @@ class AsyncEngine(EngineFront):
             num_tokenizer_ids=tokenizer.vocab_size,
         )
         grammars = grammars or Grammars(tokenizer, eos_token_ids, vocab_size)
-        intake = Intake(tokenizer, limits, eos_token_ids, grammars, clock, self.abort, seed)
+        intake = Intake(
+            tokenizer, limits, eos_token_ids, grammars, clock, self.abort, self.hold, seed
+        )
         masks = GrammarMasks(tokenizer.token_bytes, vocab_size)
         super().__init__(scheduler, tokenizer, grammars, intake, masks)
         self._runner = runner

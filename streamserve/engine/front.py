@@ -170,6 +170,18 @@ class EngineFront(ABC):
         self._num_beam_groups += 1
         return list(group.streams)
 
+    def hold(self, request_id: str, is_full: bool) -> None:
+        """Whether a request's reader has no room for more: nothing is generated for it then."""
+        live = self._live.get(request_id)
+        if live is None:
+            return
+        set_held = self._scheduler.pause if is_full else self._scheduler.resume
+        try:
+            set_held(live.request)
+        except Exception as error:
+            self._die("the scheduler failed to pause or resume a request", error)
+        self._wake.set()
+
     def _check_open(self, request_id: str) -> None:
         self._raise_if_dead()
         if self._is_stopping:

@@ -39,7 +39,8 @@ class Origin(TypedDict, total=False):
 class Intake:
     """Makes requests. Raises ``InvalidParameterError`` or ``ContextLengthError``, and queues none.
 
-    ``on_close`` is called with a request's id when its reader leaves. Requests without a seed draw
+    ``on_close`` is called with a request's id when its reader leaves, ``on_full`` as
+    ``RequestStream`` says. Requests without a seed draw
     theirs from ``seed``, in their order.
     """
 
@@ -51,6 +52,7 @@ class Intake:
         grammars: Grammars,
         clock: Clock,
         on_close: Callable[[str], object],
+        on_full: Callable[[str, bool], object],
         seed: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
@@ -59,6 +61,7 @@ class Intake:
         self._grammars = grammars
         self._clock = clock
         self._on_close = on_close
+        self._on_full = on_full
         self._seeds = random.Random(seed)
 
     def one(
@@ -173,4 +176,5 @@ class Intake:
             request.num_prompt_tokens,
             arrival_time=request.arrival_time,
             on_close=self._on_close,
+            on_full=self._on_full,
         )

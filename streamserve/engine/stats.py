@@ -15,6 +15,7 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
+    num_paused: int
     kv_usage: float
     kv_host_usage: float
     prefix_query_tokens: int
@@ -48,6 +49,7 @@ def stats_of(
     return EngineStats(
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
+        num_paused=scheduler.num_paused,
         kv_usage=cache.usage,
         kv_host_usage=cache.host_usage,
         prefix_query_tokens=cache.stats.num_queried_tokens,

@@ -15,6 +15,11 @@ _COMPACT_AFTER = 64
 """Unread outputs are folded into one when this many lie in the slot: memory stays that of text."""
 
 
+_TOKEN_BYTES = 40
+_LOGPROB_BYTES = 120
+"""What an unread token costs beside its text, and each logprob of one, about."""
+
+
 class TextSink(Protocol):
     """A reader's way to have its text written by the step loop itself, without being woken."""
 
@@ -49,6 +54,9 @@ class RequestStream:
 
     A reader that wants nothing but the text may set ``sink``. While it waits in ``get`` the text
     then goes straight there; it is woken for what the sink has no room for, and for the end.
+
+    With ``max_unread_bytes`` the slot is bounded: once more lies in it, ``on_full`` is called with
+    the request's id and ``True``, and with ``False`` when the reader has fetched it all.
     """
 
     __slots__ = (
@@ -57,11 +65,15 @@ class RequestStream:
         "_exhausted",
         "_is_cancelled",
         "_is_closed",
+        "_is_full",
         "_loop",
+        "_num_unread_bytes",
         "_on_close",
+        "_on_full",
         "_unread",
         "_waiter",
         "finish_reason",
+        "max_unread_bytes",
         "num_prompt_tokens",
         "ready_sink",
         "request_id",
@@ -77,13 +89,18 @@ class RequestStream:
         *,
         arrival_time: float,
         on_close: Callable[[str], object],
+        on_full: Callable[[str, bool], object] | None = None,
     ) -> None:
         self.request_id = request_id
         self.num_prompt_tokens = num_prompt_tokens
         self.timings = RequestTimings(arrival_time)
         self.finish_reason: FinishReason | None = None  # once it has ended, unless it failed
         self.usage: Usage | None = None  # once it has ended
+        self.max_unread_bytes: int | None = None
         self._on_close = on_close
+        self._on_full = on_full
+        self._is_full = False
+        self._num_unread_bytes = 0  # behind the first unread output
         self._loop = asyncio.get_running_loop()
         self._unread: list[RequestOutput] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -127,8 +144,8 @@ class RequestStream:
             return
         unread = self._unread
         unread.append(output)
-        if len(unread) >= _COMPACT_AFTER:
-            self._unread = [merge_outputs(unread)]
+        if len(unread) > 1:
+            self._grow(output)
         self._wake()
 
     def fail(self, error: EngineError, usage: Usage | None = None) -> None:
@@ -149,6 +166,9 @@ class RequestStream:
             output = unread[0] if len(unread) == 1 else merge_outputs(unread)
             self._unread = []
             self._exhausted = output.finish_reason is not None
+            self._num_unread_bytes = 0
+            if self._is_full:
+                self._set_full(False)
             return output
         if self._error is not None:
             self._exhausted = True
@@ -213,8 +233,30 @@ class RequestStream:
     ) -> None:
         self.close()
 
+    def _grow(self, output: RequestOutput) -> None:
+        """``output`` lies behind others: the reader is slow."""
+        if len(self._unread) >= _COMPACT_AFTER:
+            self._unread = [merge_outputs(self._unread)]
+        if self.max_unread_bytes is not None:
+            self._num_unread_bytes += _size_of(output)
+            if self._num_unread_bytes > self.max_unread_bytes and not self._ended:
+                self._set_full(True)  # again if it was: an engine may have to go on for a step
+
+    def _set_full(self, is_full: bool) -> None:
+        self._is_full = is_full
+        if self._on_full is not None:
+            self._on_full(self.request_id, is_full)
+
     def _wake(self) -> None:
         self.ready_sink = None  # what comes next comes behind what the reader is woken for
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+
+def _size_of(output: RequestOutput) -> int:
+    """About how many bytes an output keeps, here or as a frame."""
+    text = output.text
+    num_bytes = len(text) if text.isascii() else 4 * len(text)
+    num_logprobs = sum(1 + len(entry.top) for entry in output.logprobs)
+    return num_bytes + _TOKEN_BYTES * len(output.token_ids) + _LOGPROB_BYTES * num_logprobs

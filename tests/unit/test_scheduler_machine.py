@@ -268,6 +268,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.harness.scheduler.finish(request, FinishReason.ABORT)
         self._end(request)
 
+    @precondition(lambda self: self.live)
+    @rule(index=INDEX)
+    def pause(self, index):
+        request = self.live[index % len(self.live)]
+        if not request.chooses_on_host:
+            self.harness.scheduler.pause(request)
+
+    @precondition(lambda self: any(r.is_paused for r in self.live))
+    @rule(index=INDEX)
+    def resume(self, index):
+        paused = [r for r in self.live if r.is_paused]
+        self.harness.scheduler.resume(paused[index % len(paused)])
+
     @precondition(lambda self: any(r.num_output_tokens for r in self.live))
     @rule(index=INDEX, num_kept=st.integers(0, 20))
     def late_stop(self, index, num_kept):
@@ -284,6 +297,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def drain(self):
         """Nobody starves: whatever the state, a bounded number of steps ends everything."""
+        for request in self.live:
+            self.harness.scheduler.resume(request)
         num_tokens = sum(r.max_num_tokens for r in self.live)
         num_steps = 20 + 8 * num_tokens * (1 + len(self.live))
         while self.harness.scheduler.has_unfinished or self.harness.runner.in_flight:

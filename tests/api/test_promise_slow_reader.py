@@ -1,0 +1,135 @@
+"""Promise: a slow reader hurts nobody. Real sockets with small buffers, and readers that stall."""
+
+import asyncio
+import contextlib
+import json
+import resource
+import socket
+from pathlib import Path
+
+from streamserve.api.server import bind_sockets
+from streamserve.config import StreamConfig
+from tests.api.harness import TEXT, Api, events_of, text_of, until
+
+NUM_READERS = 200
+MAX_TOKENS = 4000
+BUFFER = 8 * 2**10
+RECEIVE_BUFFER = 4096  # the kernel doubles it
+FRAME = 256  # bytes of a token's frame, at most
+
+
+def rss_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@contextlib.asynccontextmanager
+async def asking(address, **fields):
+    """A client that has asked for a stream and reads nothing yet."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        sock.setblocking(False)
+        await loop.sock_connect(sock, address)
+        body = json.dumps({"prompt": "Hi", "stream": True, "max_tokens": MAX_TOKENS, **fields})
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        await loop.sock_sendall(sock, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        yield sock
+
+
+async def read_to_end(sock):
+    """The events of the whole response."""
+    loop = asyncio.get_running_loop()
+    raw = b""
+    async with asyncio.timeout(20):
+        while not raw.endswith(b"0\r\n\r\n"):
+            piece = await loop.sock_recv(sock, 65536)
+            if not piece:
+                break
+            raw += piece
+    body, rest = b"", raw.partition(b"\r\n\r\n")[2]
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        body += rest[: int(size, 16)]
+        rest = rest[int(size, 16) + 2 :]
+    return events_of(body)
+
+
+def slow_api(**options):
+    streams = StreamConfig(max_buffer_bytes=BUFFER, **options)
+    return Api(
+        streams=streams, max_model_len=2 * MAX_TOKENS, num_blocks=1024, max_num_waiting=NUM_READERS
+    )
+
+
+async def test_promise_memory_is_flat_with_readers_that_never_read():
+    api = slow_api()
+    async with api.serving() as address, contextlib.AsyncExitStack() as stack:
+        before = rss_bytes()
+        readers = [await stack.enter_async_context(asking(address)) for _ in range(NUM_READERS)]
+        # There are 8 seats: whoever is paused gives his to the next.
+        await until(lambda: api.engine.stats().num_paused == NUM_READERS)
+        stats = api.engine.stats()
+        num_generated, num_steps = stats.generation_tokens, api.runner.num_steps
+        assert stats.num_running == stats.num_waiting == 0
+        in_kernel = 2 * (BUFFER // 2 + RECEIVE_BUFFER)  # it takes small frames at their own size
+        held = in_kernel + BUFFER // 4 + FRAME
+        assert num_generated <= NUM_READERS * (held // 100 + BUFFER // 4 // 40 + 8)
+        assert num_generated * 3 < NUM_READERS * MAX_TOKENS
+        assert rss_bytes() - before < NUM_READERS * 2 * BUFFER + 16 * 2**20
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert api.runner.num_steps == num_steps, "somebody generates for nobody"
+        # A reader that reads is served as ever meanwhile, and one that reads again gets it all.
+        for sock in (await stack.enter_async_context(asking(address)), readers[100]):
+            events = await read_to_end(sock)
+            assert events[-1] == "[DONE]"
+            assert text_of(events).encode() == TEXT * (MAX_TOKENS // len(TEXT))
+        assert len(events) < MAX_TOKENS, "what waited came in larger pieces"
+        assert api.engine.stats().num_paused == NUM_READERS - 1
+    assert api.engine.is_idle
+    assert api.num_used_blocks == 0
+
+
+async def test_promise_several_choices_are_paused_and_come_whole():
+    api = slow_api()
+    async with api.serving() as address, asking(address, n=3, max_tokens=1000) as sock:
+        await until(lambda: api.engine.stats().num_paused == 3)
+        events = await read_to_end(sock)
+    assert events[-1] == "[DONE]"
+    for index in range(3):
+        assert text_of(events, index).encode() == TEXT * 100
+
+
+async def test_promise_a_reader_that_stalls_too_long_gets_an_error():
+    api = slow_api(stall_timeout_s=0.2)
+    async with (
+        api.serving() as address,
+        asking(address, stream_options={"include_usage": True}) as sock,
+    ):
+        await until(lambda: api.engine.stats().num_paused == 1)
+        await until(lambda: api.app.context.gate.num_inside == 0)
+        assert api.engine.is_idle
+        assert api.num_used_blocks == 0
+        *chunks, usage, error = await read_to_end(sock)
+        assert error["error"]["code"] == "reader_stalled"
+        assert error["error"]["status"] == 408
+        text = text_of(chunks)
+        assert text.encode() == (TEXT * MAX_TOKENS)[: len(text)]
+        assert len(text) <= usage["usage"]["completion_tokens"] < MAX_TOKENS
+        assert await asyncio.get_running_loop().sock_recv(sock, 1) == b"", "still open"
+    assert api.app.context.metrics.num_finished["error"] == 1
+
+
+async def test_promise_the_kernels_part_of_the_bound_is_set_and_counted():
+    api = slow_api()
+    sizes = api.config.streams
+    total = sizes.send_buffer_bytes + sizes.high_water_bytes + sizes.max_unread_bytes
+    assert total == sizes.max_buffer_bytes == BUFFER
+    for listener in bind_sockets(api.config):
+        with listener, socket.socket() as client:
+            listener.listen()
+            client.connect(listener.getsockname())
+            accepted, _ = listener.accept()
+            with accepted:
+                size = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            assert sizes.send_buffer_bytes <= size <= 2 * max(sizes.send_buffer_bytes, 2304)
