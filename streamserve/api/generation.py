@@ -260,7 +260,7 @@ class GenerationEndpoint(ABC):
         deliveries: Sequence[Delivery],
     ) -> AnswerStream:
         choices = [
-            StreamedChoice(stream, wire.frames(index, prompt, parser), delivery)
+            StreamedChoice(stream, wire.frames(index, prompt, parser), delivery, parser)
             for index, (stream, delivery, prompt, parser) in enumerate(
                 zip(streams, deliveries, work.prompts_of_streams, self._parsers(work), strict=True)
             )

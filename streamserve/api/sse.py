@@ -18,11 +18,12 @@ from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.metrics import Delivery
 from streamserve.api.progress import ProgressComments
 from streamserve.api.sse_response import SseResponse
-from streamserve.api.success import check_success
+from streamserve.api.success import check_success, end_early
 from streamserve.api.timing import TimedDelivery
 from streamserve.api.wire import Frames, Wire
 from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage
+from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.progress import RequestProgress
 from streamserve.engine.stream import RequestStream, TextSink
 
@@ -30,11 +31,19 @@ from streamserve.engine.stream import RequestStream, TextSink
 class StreamedChoice:
     """One choice on its way: its stream and its frames."""
 
-    __slots__ = ("delivery", "frames", "stream", "usage")
+    __slots__ = ("delivery", "frames", "parser", "stream", "usage")
 
-    def __init__(self, stream: RequestStream, frames: Frames, delivery: Delivery) -> None:
+    def __init__(
+        self,
+        stream: RequestStream,
+        frames: Frames,
+        delivery: Delivery,
+        parser: AnswerParser | None = None,
+    ) -> None:
+        """``parser`` is what ``frames`` reads its text through, if it does."""
         self.stream = stream
         self.frames = frames
+        self.parser = parser
         self.delivery = delivery
         self.usage = Usage(prompt_tokens=stream.num_prompt_tokens)
 
@@ -110,7 +119,7 @@ class AnswerStream(SseResponse):
     async def _pump(self, choice: StreamedChoice, ending: Callable[[], bytes] | None) -> None:
         """Send one choice to its end. ``ending``, if given, ends the response in the same write."""
         get, write = choice.stream.get, self._writer.write
-        frames, delivery = choice.frames, choice.delivery
+        frames, delivery, parser = choice.frames, choice.delivery, choice.parser
         head, tail, is_plain = frames.head, frames.tail, frames.is_plain
         opening = frames.role(choice.usage)  # travels with the first text
         if echo := frames.echo_at_once(choice.usage):
@@ -132,6 +141,11 @@ class AnswerStream(SseResponse):
                     continue
                 body = frames.text(text, output.usage)
                 choice.usage = output.usage
+                if parser is not None and parser.is_over:
+                    opening += body
+                    delivery.text_sent()
+                    output = end_early(choice.stream, output)
+                    break
                 if not body:
                     continue
             if opening:
@@ -145,17 +159,17 @@ class AnswerStream(SseResponse):
                 sink = self._counted(late_sink(self._writer.write_now), delivery)
             if sink is not None:  # the opening is out: while this task waits, the step loop writes
                 choice.stream.sink = sink
-        check_success(output)
+        finish_reason = check_success(output)
         choice.usage = output.usage
         frames.hold(output)
         body = opening
         if output.text or frames.holds_any:
             body += frames.text(output.text, output.usage)
-        body += frames.last(output.finish_reason, output.usage, choice.timing(output))
+        body += frames.last(finish_reason, output.usage, choice.timing(output))
         await (self._send(body) if ending is None else self._send_last(body + ending()))
         if output.text:
             delivery.text_sent()
-        delivery.end(output.finish_reason)
+        delivery.end(finish_reason)
 
     def _sink_of(self, frames: Frames, delivery: Delivery) -> TextSink:
         """What the step loop calls with a token's text while the socket has room."""

@@ -1,9 +1,12 @@
-"""An answer that was cut must not look like a whole one."""
+"""What counts as a whole answer: one that was cut must not look like it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput
+from streamserve.engine.stream import RequestStream
 from streamserve.errors import EngineError
 
 
@@ -19,9 +22,27 @@ class RequestAbortedError(EngineError):
         )
 
 
-def check_success(output: RequestOutput) -> None:
-    """Raise unless ``output`` is part of a success: a cut answer must not look like a whole one."""
+def check_success(output: RequestOutput) -> FinishReason:
+    """The reason of a last output. Raises unless it is that of a success."""
+    assert output.finish_reason is not None
     if output.finish_reason is FinishReason.ABORT:
         raise RequestAbortedError
     if output.finish_reason is FinishReason.ERROR:
         raise EngineError("The request failed while it was being served")
+    return output.finish_reason
+
+
+def end_early(stream: RequestStream, output: RequestOutput) -> RequestOutput:
+    """Stop a request whose reader has all that it wants with ``output``; return the last output.
+
+    That has nothing of ``output`` but its usage.
+    """
+    stream.close(FinishReason.STOP)
+    return replace(
+        output,
+        text="",
+        token_ids=[],
+        logprobs=[],
+        prompt_logprobs=None,
+        finish_reason=FinishReason.STOP,
+    )

@@ -14,13 +14,14 @@ from streamserve.api.frames import Envelope, Kind, openai_finish_reason, usage_c
 from streamserve.api.logprobs import chat_logprobs, joined, prompt_logprobs
 from streamserve.api.metrics import Delivery
 from streamserve.api.parsed_frames import parsed_message
-from streamserve.api.success import check_success
+from streamserve.api.success import check_success, end_early
 from streamserve.api.timing import TimedDelivery
 from streamserve.core.plan import TokenLogprobs
 from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage
 from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.parsers.events import Event
+from streamserve.engine.parsers.events import joined as joined_events
 from streamserve.engine.stream import RequestStream
 
 
@@ -46,27 +47,33 @@ async def collect(
     """Read a stream to its end. Raises ``EngineError`` unless it is a success."""
     times = delivery.times if isinstance(delivery, TimedDelivery) else None
     outputs: list[RequestOutput] = []
+    events: list[Event] = []
     while True:
         output = await stream.get()
         outputs.append(output)
         if times is not None and output.text:
             times.stamp()
+        if parser is not None:
+            parser.count(output.token_ids)
+            events += parser.feed(output.text)
         if output.finish_reason is not None:
             break
-    check_success(output)
+        if parser is not None and parser.is_over:
+            output = end_early(stream, output)
+            break
+    finish_reason = check_success(output)
     choice = Choice(
         prompt,
         "".join([prompt.echo, *(part.text for part in outputs)]),
         [token_id for part in outputs for token_id in part.token_ids],
-        output.finish_reason,
+        finish_reason,
         output.usage,
         [entry for part in outputs for entry in part.logprobs],
         outputs[0].prompt_logprobs,
         None if times is None else times.content(stream, output.usage),
     )
     if parser is not None:
-        parser.count(choice.token_ids)
-        choice.events = parser.feed(choice.text) + parser.finish()
+        choice.events = joined_events(events + parser.finish())
         choice.has_calls = parser.num_calls > 0
         choice.usage.reasoning_tokens = parser.num_reasoning_tokens
     return choice

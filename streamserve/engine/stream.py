@@ -208,14 +208,18 @@ class RequestStream:
         self._on_close(self.request_id)
         return True
 
-    def close(self) -> None:
-        """The reader leaves: abort the request unless it has ended. Idempotent, never waits."""
+    def close(self, finish_reason: FinishReason | None = None) -> None:
+        """The reader leaves: abort the request unless it has ended. Idempotent, never waits.
+
+        A ``finish_reason`` says that the reader has all that it wants, and why that was the end.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         self._unread = []
         if not self._ended:
             self._on_close(self.request_id)
+            self.finish_reason = finish_reason or self.finish_reason
         self._wake()
 
     async def aclose(self) -> None:

@@ -6,6 +6,7 @@ import jsonschema
 import openai
 import pytest
 
+from streamserve.api.forced_calls import closed
 from streamserve.engine.parsers.answer_format import AnswerFormat
 from tests.api.harness import MODEL, server_thread
 from tests.api.scripted import scripted, scripted_parts
@@ -75,6 +76,38 @@ async def test_what_the_model_wants_to_say_passes():
     [call] = named.json["choices"][0]["message"]["tool_calls"]
     assert call["function"]["name"] == "get_weather"
     check([call], TOOLS)
+
+
+async def test_a_call_has_only_the_arguments_that_its_tool_names():
+    says = '{"city": "Rome", "and": "so on", "and so": "on"}'
+    async with scripted(says, answer_format=HERMES).running() as api:
+        answer = await api.chat(tools=TOOLS, tool_choice=NAMED)
+    [call] = answer.json["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
+
+
+def test_only_what_says_nothing_of_other_members_is_closed():
+    point = {"type": "object", "properties": {"x": {"type": "number"}}}
+    shut = {**point, "additionalProperties": False}
+    assert closed({"properties": {"p": point}, "required": ["p"], "$defs": {"q": point}}) == {
+        "properties": {"p": shut},
+        "required": ["p"],
+        "$defs": {"q": shut},
+        "additionalProperties": False,
+    }
+    assert closed({"items": point, "anyOf": [point, {"type": "null"}]}) == {
+        "items": shut,
+        "anyOf": [shut, {"type": "null"}],
+    }
+    for open_ in (
+        {},
+        {"type": "object", "properties": {}},
+        {**point, "additionalProperties": {"type": "string"}},
+        {**point, "required": ["y"]},
+        {**point, "patternProperties": {"a": {}}},
+        {"properties": {"p": {"allOf": [point, point]}}},
+    ):
+        assert closed(open_) == open_
 
 
 async def test_a_forced_call_is_cut_by_max_tokens():

@@ -1,6 +1,7 @@
 """Tools through the API: what the template sees, what comes back, streamed and whole."""
 
 import json
+import re
 
 import openai
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from streamserve.api.prompts import LONG_BODY
 from streamserve.engine.parsers.answer_format import AnswerFormat
 from streamserve.engine.text_source import byte_text
-from tests.api.harness import MODEL, Api, server_thread
+from tests.api.harness import MODEL, Api, server_thread, until
 from tests.api.scripted import TEMPLATE, assert_refused, scripted, scripted_parts
 
 HI = {"role": "user", "content": "Hi"}
@@ -130,13 +131,34 @@ async def test_tool_choice_none_shows_no_tools_and_finds_no_calls():
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_one_call_at_a_time(stream):
-    async with scripted(CALL + OTHER).running() as api:
-        answer = await api.chat(tools=TOOLS, parallel_tool_calls=False, stream=stream)
+    """The first call ends the answer: the rest is not even generated."""
+    options = {"include_usage": True} if stream else None
+    async with scripted("Hm. " + CALL + OTHER * 5).running() as api:
+        answer = await api.chat(
+            tools=TOOLS, parallel_tool_calls=False, stream=stream, stream_options=options, n=2
+        )
+        await until(lambda: api.engine.is_idle)
+        assert api.num_used_blocks == 0
+        metrics = (await api.call("GET", "/metrics")).body.decode()
+        assert re.search(r'request_success_total{.*finished_reason="stop".*} 2.0', metrics)
+    size = len(("Hm. " + CALL).encode()) - len("\n</tool_call>")
+    for index in range(2):
+        if stream:
+            calls = [c for d in deltas_of(answer, index) for c in d.get("tool_calls", ())]
+            assert {call["index"] for call in calls} == {0}
+            message = {"content": "".join(d.get("content") or "" for d in deltas_of(answer, index))}
+            arguments = "".join(call["function"]["arguments"] for call in calls)
+        else:
+            message = answer.json["choices"][index]["message"]
+            [call] = message["tool_calls"]
+            arguments = call["function"]["arguments"]
+            assert answer.json["choices"][index]["finish_reason"] == "tool_calls"
+        assert (message["content"].strip(), arguments) == ("Hm.", '{"city": "Łódź"}')
     if stream:
-        calls = [c for d in deltas_of(answer) for c in d.get("tool_calls", ())]
-        assert {call["index"] for call in calls} == {0}
-    else:
-        assert len(answer.json["choices"][0]["message"]["tool_calls"]) == 1
+        assert finish_reasons(answer) == ["tool_calls"] * 2
+        assert answer.events[-1] == "[DONE]"
+    usage = answer.events[-2]["usage"] if stream else answer.json["usage"]
+    assert usage["completion_tokens"] < 2 * (size + len(OTHER))
 
 
 async def test_usage_and_logprobs_are_of_all_tokens():

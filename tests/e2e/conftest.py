@@ -16,6 +16,13 @@ def box() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def tools_box() -> Iterator[Server]:
+    """The same, told how calls are written: with tools in a request it may choose to call them."""
+    with running_server("--dtype", "float32", "--tool-call-parser", "hermes") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def start_server() -> Iterator[Callable[..., Server]]:
     """Start further servers; each is stopped when the test session ends."""
     with ExitStack() as stack:

@@ -35,6 +35,11 @@ class AnswerParser:
         return 0 if self._tools is None else self._tools.num_calls
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing that may follow would be shown."""
+        return self._tools is not None and self._tools.is_over
+
+    @property
     def num_reasoning_tokens(self) -> int | None:
         return None if self._tokens is None else self._tokens.count
 

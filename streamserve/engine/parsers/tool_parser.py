@@ -41,6 +41,7 @@ class ToolParser(ABC):
         self._reader: CallReader | None = None
         self._state: Callable[[], bool] = self._begin
         self.num_calls = 0
+        self.is_over = False  # the last call that counts was read: what follows is dropped
 
     @staticmethod
     def make_id() -> str:
@@ -141,6 +142,7 @@ class ToolParser(ABC):
             self._reader = None
             is_last = self._max_calls is not None and self.num_calls >= self._max_calls
             self._state = self._drop if is_last else self._after_call
+            self.is_over = is_last
         elif reader.is_broken:
             self._reader = None
             if not reader.is_shown:
