@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from streamserve.api.call_grammars import are_held, chosen, forced, may_be_free
 from streamserve.api.chat_request import ChatRequest
-from streamserve.api.forced_calls import forced
 from streamserve.api.tool_fields import ToolUse
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.thinking import Thinking
@@ -36,6 +36,7 @@ class AnswerParsing:
     use: ToolUse | None
     tool_parser: str | None
     include_reasoning: bool
+    are_calls_held: bool
 
     def new(self, token_bytes: Callable[[int], bytes]) -> AnswerParser:
         """A parser before its first character."""
@@ -54,7 +55,9 @@ class AnswerParsing:
             return NamedParser(use.name)
         if use.is_forced:
             return RequiredParser(names, max_calls=max_calls)
-        return TOOL_PARSERS[self.tool_parser or ""](names, max_calls=max_calls)
+        return TOOL_PARSERS[self.tool_parser or ""](
+            names, max_calls=max_calls, is_certain=self.are_calls_held
+        )
 
 
 class AnswerPlan:
@@ -116,13 +119,8 @@ class AnswerPlan:
         params, use = self._request.params, self._request.tools
         if use.is_forced:
             params = forced(params, use)
-        elif use.choice == "auto" and (grammar := params.structured_output) is not None:
-            raise InvalidParameterError(
-                f"{grammar.param} leaves no room for the calls of tool_choice 'auto': set"
-                " tool_choice to 'none' or 'required'",
-                param=grammar.param,
-                code="invalid_value",
-            )
+        elif use.choice == "auto":
+            params = chosen(params, use, self._format.tool_parser or "")
         state, budget = self._state(prompt), self._request.reasoning.budget
         if state is not ThinkState.OVER and not (
             budget is None and params.structured_output is None
@@ -132,6 +130,7 @@ class AnswerPlan:
                 start_token_ids=marks.ids(THINK_START),
                 end_token_ids=marks.ids(THINK_END),
                 budget=budget,
+                is_optional=may_be_free(params.structured_output),
             )
             params = replace(params, thinking=thinking)
         if params.skip_special_tokens and self._has_special_markers(marks):
@@ -156,6 +155,7 @@ class AnswerPlan:
             use=use if self._parses_calls else None,
             tool_parser=self._format.tool_parser,
             include_reasoning=self._request.reasoning.is_included,
+            are_calls_held=are_held(self._request.params, use),
         )
 
     def _state(self, prompt: str) -> ThinkState:

@@ -17,7 +17,7 @@ from streamserve.api.responses.request import RESPONSES_TABLE
 from streamserve.api.responses.tools import TOOL_TABLE as FLAT_TOOL_TABLE
 from streamserve.api.sampling import STREAM_OPTIONS_TABLE
 from streamserve.api.structured import STRUCTURED_OUTPUTS_TABLE
-from streamserve.api.tokens import DETOKENIZE_TABLE, TOKENIZE_TABLE
+from streamserve.api.token_requests import DETOKENIZE_TABLE, TOKENIZE_TABLE
 from streamserve.api.tool_fields import CALL_TABLE, CALLED_TABLE, FUNCTION_TABLE, TOOL_TABLE
 
 _JSON = "application/json"

@@ -21,6 +21,7 @@ from streamserve.api.responses.before import read_context
 from streamserve.api.responses.prompt import attempts
 from streamserve.api.responses.request import ResponsesRequest, Settings, parse_responses_request
 from streamserve.api.sampling import Common
+from streamserve.api.token_requests import TokenAnswer, detokenize, tokenize
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
@@ -33,6 +34,7 @@ LONG_BODY = 16 * 2**10
 """Bytes: shorter bodies hold the interpreter for a small part of a millisecond."""
 
 _TIMEOUT_S = 10.0
+_TOKENIZE, _DETOKENIZE = b"t", b"d"
 
 Endpoint = Literal["chat", "completion", "response"]
 
@@ -124,9 +126,17 @@ class PromptReader:
 
         Raises ``RequestError``.
         """
+        if payload[:1] in (_TOKENIZE, _DETOKENIZE):
+            return pickle.dumps(self._tokens(memoryview(payload)), pickle.HIGHEST_PROTOCOL)
         work = self._readers[payload[:1]](memoryview(payload)[1:])
         packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in work.prompts]
         return pickle.dumps((replace(work, prompts=[]), packed), pickle.HIGHEST_PROTOCOL)
+
+    def _tokens(self, payload: memoryview) -> TokenAnswer:
+        body = parse_json_object(payload[1:])
+        if payload[:1] == _DETOKENIZE:
+            return detokenize(body, self._encoder)
+        return tokenize(body, self._encoder, self._answer_format, self._max_model_len)
 
     def _chat(self, raw: memoryview) -> Work:
         return self._rendered(parse_chat_request(parse_json_object(raw), self._defaults))
@@ -188,17 +198,29 @@ class PromptWorkers:
         ``EngineError`` if the process dies.
         """
         kind, param = _ENDPOINTS[endpoint]
+        work: Work
+        work, packed = await self._call(kind + raw, param)
+        prompts = [Prompt(ids.tolist(), echo, is_ours) for ids, echo, is_ours in packed]
+        return replace(work, prompts=prompts)
+
+    async def tokenize(self, raw: bytes) -> TokenAnswer:
+        """What ``/tokenize`` answers, but for what only the server can say. Raises as ``read``."""
+        answer: TokenAnswer = await self._call(_TOKENIZE + raw, "prompt")
+        return answer
+
+    async def detokenize(self, raw: bytes) -> TokenAnswer:
+        """The same for ``/detokenize``."""
+        answer: TokenAnswer = await self._call(_DETOKENIZE + raw, "tokens")
+        return answer
+
+    async def _call(self, payload: bytes, param: str) -> Any:
         try:
-            answer = await self._pool.call(kind + raw, timeout_s=_TIMEOUT_S)
+            return pickle.loads(await self._pool.call(payload, timeout_s=_TIMEOUT_S))
         except WorkerTimeoutError:
             raise InvalidParameterError(
                 f"{param} took longer than the limit of {_TIMEOUT_S:g} s to render and tokenise",
                 param=param,
             ) from None
-        work: Work
-        work, packed = pickle.loads(answer)
-        prompts = [Prompt(ids.tolist(), echo, is_ours) for ids, echo, is_ours in packed]
-        return replace(work, prompts=prompts)
 
     def close(self) -> None:
         """Kill the processes. Idempotent."""

@@ -56,6 +56,14 @@ class StreamedChoice:
             reasoning_tokens = self.usage.reasoning_tokens
             self.usage = replace(self.stream.usage, reasoning_tokens=reasoning_tokens)
 
+    def rendered(self, output: RequestOutput) -> bytes:
+        """More of an answer whose text is not all, or does not always look the same."""
+        self.frames.hold(output)
+        if not output.text:
+            return b""
+        self.usage = output.usage
+        return self.frames.text(output.text, output.usage)
+
     def timing(self, last: RequestOutput) -> dict[str, Any] | None:
         """What the chunk after the last text says, if it was asked for."""
         if not isinstance(self.delivery, TimedDelivery):
@@ -130,17 +138,12 @@ class AnswerStream(SseResponse):
             output = await get()
             if output.finish_reason is not None:
                 break
-            text = output.text
             if is_plain:
-                if not text:
+                if not output.text:
                     continue
-                body = head + dumps(text) + tail
+                body = head + dumps(output.text) + tail
             else:
-                frames.hold(output)
-                if not text:
-                    continue
-                body = frames.text(text, output.usage)
-                choice.usage = output.usage
+                body = choice.rendered(output)
                 if parser is not None and parser.is_over:
                     opening += body
                     delivery.text_sent()

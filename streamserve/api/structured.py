@@ -6,6 +6,7 @@ Old vLLM servers took ``guided_json`` and its like, newer ones take ``structured
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -22,13 +23,15 @@ from streamserve.api.fields import (
     typed,
     wrong_type,
 )
+from streamserve.api.structural_tag import dumps, read_tree
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.errors import InvalidParameterError
 
 MAX_CHOICES = 4096
 _BACKENDS = ("auto", "guidance")
 _NO_WHITESPACE = ""
-_RESPONSE_FORMATS = ("text", "json_object", "json_schema")
+_RESPONSE_FORMATS = ("text", "json_object", "json_schema", "structural_tag")
+_OF_JSON = (GrammarKind.JSON_SCHEMA, GrammarKind.STRUCTURAL_TAG)
 
 
 def json_schema(name: str, schema: Any) -> StructuredOutput:
@@ -50,6 +53,21 @@ def any_object(name: str) -> StructuredOutput:
 @typed({"type": ["object", "string"]})
 def _read_schema(name: str, value: Any) -> StructuredOutput:
     """A schema as JSON or, as vLLM allows, as a string of JSON."""
+    return json_schema(name, _object_or_json(name, value))
+
+
+@typed({"type": ["object", "string"]})
+def _read_structural_tag(name: str, value: Any) -> StructuredOutput:
+    """Of type ``structural_tag`` as JSON or, as vLLM has it, as a string of JSON."""
+    return _structural_tag(name, _object_or_json(name, value))
+
+
+def _structural_tag(name: str, value: dict[str, Any]) -> StructuredOutput:
+    text = dumps(name, read_tree(name, value))
+    return StructuredOutput(kind=GrammarKind.STRUCTURAL_TAG, text=text, param=name)
+
+
+def _object_or_json(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = orjson.loads(value)
@@ -59,7 +77,7 @@ def _read_schema(name: str, value: Any) -> StructuredOutput:
             ) from exc
     if not isinstance(value, dict):
         raise wrong_type(name, "an object or a string that holds one", value)
-    return json_schema(name, value)
+    return value
 
 
 @typed({"type": "string", "minLength": 1})
@@ -102,6 +120,7 @@ _CONSTRAINTS: dict[str, Reader] = {
     "choice": _read_choice,
     "grammar": _read_grammar,
     "json_object": _read_json_object,
+    "structural_tag": _read_structural_tag,
 }
 _OPTIONS: dict[str, Reader] = {
     "disable_additional_properties": read_bool,
@@ -130,8 +149,8 @@ def _read_structured_outputs(name: str, value: Any) -> StructuredOutput:
         )
     options = {key: reader(f"{name}.{key}", given[key]) for key, reader in _OPTIONS.items()
                if key in given}  # fmt: skip
-    if options.get("disable_additional_properties") and "json" in found:
-        output = json_schema(output.param, _closed(orjson.loads(output.text)))
+    if options.get("disable_additional_properties") and output.kind in _OF_JSON:
+        output = replace(output, text=dumps(name, _closed(orjson.loads(output.text))))
     whitespace = options.get("whitespace_pattern")
     if options.get("disable_any_whitespace"):
         whitespace = _NO_WHITESPACE
@@ -179,20 +198,21 @@ _DESCRIBED_SCHEMA = {
                 "required": ["type", "json_schema"],
                 "additionalProperties": False,
             },
+            {
+                "type": "object",
+                "properties": {"type": {"const": "structural_tag"}},
+                "required": ["type"],
+            },
         ]
     }
 )
 def _read_response_format(name: str, value: Any) -> StructuredOutput | None:
     given = read_object(name, value)
     kind = read_str(f"{name}.type", given.get("type", ""))
-    if kind == "structural_tag":
-        raise InvalidParameterError(
-            f"{name}.type 'structural_tag' is not supported: use structured_outputs.grammar",
-            param=name,
-            code="unsupported_parameter",
-        )
     if kind not in _RESPONSE_FORMATS:
         raise out_of_range(f"{name}.type", f"one of {', '.join(_RESPONSE_FORMATS)}", kind)
+    if kind == "structural_tag":
+        return _structural_tag(name, given)
     check_keys(name, given, {"type", "json_schema"} if kind == "json_schema" else {"type"})
     if kind == "text":
         return None
@@ -280,11 +300,9 @@ def _only_one(name: str | None, found: Mapping[str, StructuredOutput]) -> Struct
 def _with_whitespace(output: StructuredOutput, name: str, pattern: str | None) -> StructuredOutput:
     if pattern is None:
         return output
-    if output.kind is not GrammarKind.JSON_SCHEMA:
+    if output.kind not in _OF_JSON:
         raise _needs_json(name)
-    return StructuredOutput(
-        kind=output.kind, text=output.text, whitespace_pattern=pattern, param=output.param
-    )
+    return replace(output, whitespace_pattern=pattern)
 
 
 def _needs_json(name: str) -> InvalidParameterError:

@@ -13,6 +13,8 @@ class GrammarKind(StrEnum):
     REGEX = "regex"  # the whole answer matches
     CHOICE = "choice"  # a JSON array of strings: the answer is one of them
     LARK = "lark"  # Lark or EBNF with a rule called start (GBNF: root)
+    STRUCTURAL_TAG = "structural_tag"  # a tree of formats as JSON, free text among them
+    TOOL_CALLS = "tool_calls"  # a parser's name and tools, as JSON: calls in free text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,14 +12,16 @@ class Thinking:
     """Where thoughts begin and end, for a grammar that holds behind them, and their budget.
 
     ``is_open``: the prompt has begun them. Otherwise the answer does if it begins with
-    ``start_token_ids``, which it must where it follows a grammar. After ``budget`` tokens of
-    thought (``None``: no limit) come ``end_token_ids``, whatever the model says.
+    ``start_token_ids``, which it must where it follows a grammar, unless ``is_optional`` says that
+    it may do without and that is one token. After ``budget`` tokens of thought (``None``: no limit)
+    come ``end_token_ids``, whatever the model says.
     """
 
     is_open: bool
     start_token_ids: tuple[int, ...]
     end_token_ids: tuple[int, ...]
     budget: int | None = None
+    is_optional: bool = False
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.budget < 0:

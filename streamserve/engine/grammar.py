@@ -91,6 +91,7 @@ class Grammars:
         self._ll_tokenizer: LLTokenizer | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._trial: GrammarTrial | None = None
+        self._special_ids: list[int] = []  # in the order of the trial's special tokens
 
     @property
     def num_cached(self) -> int:
@@ -184,8 +185,9 @@ class Grammars:
 
     async def _compile(self, output: StructuredOutput) -> _Compiled:
         if self._pool is None or self._trial is None:
-            special = [self._tokenizer.token_bytes(i) for i in self._tokenizer.all_special_ids]
-            self._trial = GrammarTrial([name for name in special if name])
+            names = {i: self._tokenizer.token_bytes(i) for i in self._tokenizer.all_special_ids}
+            self._special_ids = [i for i, name in names.items() if name]
+            self._trial = GrammarTrial([names[i] for i in self._special_ids])
             self._pool = ThreadPoolExecutor(1, "grammar", initializer=_yield_to_others)
         future = asyncio.get_running_loop().run_in_executor(
             self._pool, self._work, output, self._trial
@@ -211,9 +213,11 @@ class Grammars:
         from llguidance import LLMatcher
 
         from streamserve.engine.grammar_worker import parser_limits, short
+        from streamserve.engine.lark_writer import with_special_ids
 
         tokenizer = self._prepared()
-        matcher = LLMatcher(tokenizer, verdict.grammar, limits=parser_limits(), log_level=0)
+        grammar = with_special_ids(verdict.grammar, self._special_ids)
+        matcher = LLMatcher(tokenizer, grammar, limits=parser_limits(), log_level=0)
         matcher.compute_bitmask()  # the first is the slowest
         if matcher.is_error():
             return _Compiled(None, short(matcher.get_error()), size)

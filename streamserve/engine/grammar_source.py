@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from streamserve.core.structured_output import GrammarKind
+from streamserve.engine.lark_writer import LarkWriter
+from streamserve.engine.structural_tag import structural_tag_grammar, tool_call_grammar
 
 # A few spaces, or a line break and its indentation. Where any white space may come, a model that
 # does not know what to write next writes it for ever.
 JSON_WHITESPACE = r"[ \t]{1,4}|\r?\n[ \t]{0,40}"
 
 
-def llguidance_grammar(kind: GrammarKind, text: str, whitespace_pattern: str | None) -> str:
-    """The same grammar as text for ``LLMatcher``. Raises ``ValueError`` where it is not one."""
+def llguidance_grammar(
+    kind: GrammarKind,
+    text: str,
+    whitespace_pattern: str | None,
+    special_tokens: Sequence[str] = (),
+) -> tuple[str, list[str]]:
+    """The same grammar as text for ``LLMatcher``, and grammars of its parts, if it has any.
+
+    Special tokens stand in it as ``with_special_ids`` expects. Raises ``ValueError`` where it is no
+    grammar.
+    """
     if kind is GrammarKind.JSON_SCHEMA:
-        return _json_schema(text, whitespace_pattern)
-    return _SOURCES[kind](text)
+        return _json_schema(text, whitespace_pattern), []
+    if kind in _SOURCES:
+        return _SOURCES[kind](text), []
+    writer = LarkWriter(special_tokens, _whitespace(whitespace_pattern))
+    grammar = _WRITTEN[kind](text, writer)
+    return grammar, [writer.render(part) for part in writer.parts]
 
 
 def _json_schema(text: str, whitespace_pattern: str | None) -> str:
@@ -29,12 +44,14 @@ def _json_schema(text: str, whitespace_pattern: str | None) -> str:
         text = "{}"
     elif not isinstance(schema, dict):
         raise ValueError("a JSON schema must be an object or true")
-    options: dict[str, Any] = {
-        "whitespace_pattern": JSON_WHITESPACE if whitespace_pattern is None else whitespace_pattern
-    }
-    if whitespace_pattern == "":
-        options = {"whitespace_flexible": False}
+    options = _whitespace(whitespace_pattern)
     return LLMatcher.grammar_from_json_schema(text, overrides=options)  # type: ignore[arg-type]
+
+
+def _whitespace(pattern: str | None) -> dict[str, Any]:
+    if pattern == "":
+        return {"whitespace_flexible": False}
+    return {"whitespace_pattern": JSON_WHITESPACE if pattern is None else pattern}
 
 
 def _regex(text: str) -> str:
@@ -57,4 +74,8 @@ _SOURCES: dict[GrammarKind, Callable[[str], str]] = {
     GrammarKind.REGEX: _regex,
     GrammarKind.CHOICE: _choice,
     GrammarKind.LARK: _lark,
+}
+_WRITTEN: dict[GrammarKind, Callable[[str, LarkWriter], str]] = {
+    GrammarKind.STRUCTURAL_TAG: structural_tag_grammar,
+    GrammarKind.TOOL_CALLS: tool_call_grammar,
 }

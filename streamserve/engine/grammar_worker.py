@@ -21,6 +21,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from streamserve.core.structured_output import GrammarKind
 from streamserve.engine.grammar_source import llguidance_grammar
 from streamserve.engine.grammar_trial import Task, Verdict
+from streamserve.engine.lark_writer import with_special_ids
 
 _NUM_STEPS = 48
 _MAX_MASK_S = 0.01
@@ -55,7 +56,8 @@ def main(fd: int, cpu_limit_s: float, memory_limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = Connection(fd)
-    tokenizer = LLTokenizer(ByteVocabulary(connection.recv()))  # type: ignore[arg-type]
+    special_tokens: list[bytes] = connection.recv()
+    trier = _Trier(special_tokens)
     while True:
         try:
             task = Task(*connection.recv())
@@ -63,19 +65,34 @@ def main(fd: int, cpu_limit_s: float, memory_limit: int) -> None:
             return
         # Its default action ends the process, in whatever code it is.
         signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
-        verdict = _try(task, tokenizer)
+        verdict = trier(task)
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send(tuple(verdict))
 
 
-def _try(task: Task, tokenizer: LLTokenizer) -> Verdict:
-    try:
-        grammar = llguidance_grammar(GrammarKind(task.kind), task.text, task.whitespace_pattern)
-        matcher = LLMatcher(tokenizer, grammar, limits=parser_limits(), log_level=0)
-        error = matcher.get_error() or _walk(matcher, tokenizer)
-    except Exception as exception:  # converters fail in their own ways
-        return Verdict("", short(str(exception) or type(exception).__name__))
-    return Verdict("" if error else grammar, short(error))
+class _Trier:
+    def __init__(self, special_tokens: Sequence[bytes]) -> None:
+        vocabulary = ByteVocabulary(special_tokens)
+        self._special_ids = vocabulary.special_token_ids
+        self._special_tokens = [token.decode("utf-8", "replace") for token in special_tokens]
+        self._tokenizer = LLTokenizer(vocabulary)  # type: ignore[arg-type]
+
+    def __call__(self, task: Task) -> Verdict:
+        kind = GrammarKind(task.kind)
+        try:
+            grammar, parts = llguidance_grammar(
+                kind, task.text, task.whitespace_pattern, self._special_tokens
+            )
+            # A walk through the whole may never leave its free text.
+            error = next(filter(None, map(self._error_of, (grammar, *parts))), "")
+        except Exception as exception:  # converters fail in their own ways
+            return Verdict("", short(str(exception) or type(exception).__name__))
+        return Verdict("" if error else grammar, short(error))
+
+    def _error_of(self, grammar: str) -> str:
+        grammar = with_special_ids(grammar, self._special_ids)
+        matcher = LLMatcher(self._tokenizer, grammar, limits=parser_limits(), log_level=0)
+        return matcher.get_error() or _walk(matcher, self._tokenizer)
 
 
 def _walk(matcher: LLMatcher, tokenizer: LLTokenizer) -> str:

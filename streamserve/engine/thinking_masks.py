@@ -35,6 +35,8 @@ class ThinkingMatcher:
         "_exhausted_at",
         "_free",
         "_grammar",
+        "_has_thought",
+        "_instead",
         "_new_grammar",
         "_num_read",
         "_request",
@@ -62,6 +64,11 @@ class ThinkingMatcher:
         self._num_read = 0  # output tokens
         self._exhausted_at: int | None = None  # the output position at which the end begins
         self._grammar: MaskSource | None = None
+        self._has_thought = thinking.is_open
+        self._instead: MaskSource | None = None  # of thoughts, while they may begin or not
+        may_do_without = thinking.is_optional and len(thinking.start_token_ids) == 1
+        if new_grammar is not None and may_do_without and not thinking.is_open:
+            self._instead = new_grammar(0)
         self._free = None if new_grammar is None else self._without_ends()
 
     @property
@@ -83,12 +90,24 @@ class ThinkingMatcher:
         self._read()
         if self._grammar is not None:
             return self._grammar.mask()
+        if self._instead is not None and not self._has_thought:
+            return self._mask_without_thoughts(self._instead)
         forced = self._forced_id()
         if forced is None:
             return self._free
         mask = bytearray(-(-self._vocab_size // 8))
         mask[forced >> 3] = 1 << (forced & 7)
         return bytes(mask)
+
+    def _mask_without_thoughts(self, grammar: MaskSource) -> bytes | None:
+        """The grammar's, and at the very beginning that of thoughts as well."""
+        mask, position = grammar.mask(), self._request.num_output_tokens
+        if mask is None or position:
+            return mask
+        start = self._thinking.start_token_ids[0]
+        both = bytearray(mask)
+        both[start >> 3] |= 1 << (start & 7)
+        return bytes(both)
 
     def _without_ends(self) -> bytes:
         """Where a grammar follows, an answer must not end in its thoughts."""
@@ -106,9 +125,11 @@ class ThinkingMatcher:
             self._look_at_budget()
             tokens.feed((token_id,))
             self._num_read += 1
+            self._has_thought |= tokens.is_inside
         self._look_at_budget()
         if tokens.is_over and self._new_grammar is not None and self._grammar is None:
-            self._grammar = self._new_grammar(self._num_read)
+            is_late = self._instead is None or self._has_thought
+            self._grammar = self._new_grammar(self._num_read) if is_late else self._instead
 
     def _look_at_budget(self) -> None:
         if self._budget is None or self._exhausted_at is not None:

@@ -6,7 +6,7 @@ import jsonschema
 import openai
 import pytest
 
-from streamserve.api.forced_calls import closed
+from streamserve.api.call_grammars import closed
 from streamserve.engine.parsers.answer_format import AnswerFormat
 from tests.api.harness import MODEL, server_thread
 from tests.api.scripted import scripted, scripted_parts
@@ -76,6 +76,40 @@ async def test_what_the_model_wants_to_say_passes():
     [call] = named.json["choices"][0]["message"]["tool_calls"]
     assert call["function"]["name"] == "get_weather"
     check([call], TOOLS)
+
+
+NESTED = {
+    "type": "function",
+    "function": {
+        "name": "draw",
+        "parameters": {
+            "type": "object",
+            "properties": {"p": {"$ref": "#/$defs/Point"}},
+            "required": ["p"],
+            "$defs": {
+                "Point": {
+                    "type": "object",
+                    "properties": {"sure": {"enum": [1, 2]}, "next": {"type": "null"}},
+                    "required": ["sure", "next"],
+                }
+            },
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "draw"}}])
+async def test_a_tools_schema_may_refer_to_itself(choice):
+    """As pydantic writes the schemas of models with models in them."""
+    async with scripted("nonsense", answer_format=HERMES).running() as api:
+        answer = await api.chat(
+            tools=[ADD, NESTED][choice != "required" :],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+        )
+    [call] = answer.json["choices"][0]["message"]["tool_calls"]
+    if call["function"]["name"] == "draw":
+        check([call], [NESTED])
 
 
 async def test_a_call_has_only_the_arguments_that_its_tool_names():

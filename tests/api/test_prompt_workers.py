@@ -44,6 +44,12 @@ LONG = [
     ("/v1/completions", {"prompt": [[65, 66], [67]], "echo": True, "metadata": PADDING}),
     ("/v1/completions", {"prompt": [65, 400], "metadata": PADDING}),
     ("/v1/completions", {"prompt": PADDING}),
+    ("/tokenize", {"prompt": PADDING, "return_token_strs": True, "frobnicate": 1}),
+    ("/tokenize", {"messages": [{"role": "user", "content": PADDING}], "model": "alias"}),
+    ("/tokenize", {"prompt": PADDING, "messages": []}),
+    ("/tokenize", {"prompt": PADDING, "model": "nobody"}),
+    ("/detokenize", {"tokens": [*b"Hi"] * LONG_BODY}),
+    ("/detokenize", {"tokens": PADDING}),
 ]
 
 
@@ -56,6 +62,10 @@ async def test_a_worker_answers_as_the_server_itself(index):
 async def test_template_arguments_of_a_client_go_to_a_worker():
     body = chat_body(max_tokens=3, chat_template_kwargs={"enable_thinking": True})
     here, there = await answers("/v1/chat/completions", body)
+    assert here == there
+    assert here[0] == 200
+    tokenized = {name: body[name] for name in ("messages", "chat_template_kwargs")}
+    here, there = await answers("/tokenize", tokenized)
     assert here == there
     assert here[0] == 200
 

@@ -83,7 +83,6 @@ BAD = [
     ({"response_format": {}}, "response_format.type", "one of text"),
     ({"response_format": {"type": 5}}, "response_format.type", "a string"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "'xml'"),
-    ({"response_format": {"type": "structural_tag"}}, "response_format", "not supported"),
     ({"response_format": {"type": "text", "x": 1}}, "response_format", "only type, got 'x'"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
     (
@@ -109,7 +108,7 @@ BAD = [
     ({"structured_outputs": []}, "structured_outputs", "an object"),
     ({"structured_outputs": {}}, "structured_outputs", "one of json, regex"),
     ({"structured_outputs": {"jsn": {}}}, "structured_outputs", "'jsn'"),
-    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs", "'structural_tag'"),
+    ({"structured_outputs": {"structural": "{}"}}, "structured_outputs", "'structural'"),
     ({"structured_outputs": {"json_object": False}}, "structured_outputs", "one of json"),
     ({"structured_outputs": {"json_object": "yes"}}, "structured_outputs.json_object", "boolean"),
     ({"structured_outputs": {"json": 5}}, "structured_outputs.json", "an object or a string"),

@@ -250,11 +250,9 @@ async def test_a_template_without_tools_refuses_auto():
 @pytest.mark.parametrize("choice", ["auto", None])
 async def test_a_format_for_the_whole_answer_leaves_no_room_for_calls(choice):
     async with scripted(CALL).running() as api:
-        answer = await api.chat(
-            tools=TOOLS, tool_choice=choice, response_format={"type": "json_object"}
-        )
+        answer = await api.chat(tools=TOOLS, tool_choice=choice, structured_outputs={"regex": "a+"})
     assert answer.status == 400
-    assert answer.error["param"] == "response_format"
+    assert answer.error["param"] == "structured_outputs.regex"
     assert "tool_choice" in answer.error["message"]
 
 

@@ -73,6 +73,11 @@ def test_the_fields_of_vllm(box):
         assert ask(structured_outputs={"choice": ["Berlin", "Paris"]}) in ("Berlin", "Paris")
         assert re.fullmatch(r"[A-Z][a-z]{3,8}!", ask(guided_regex=r"[A-Z][a-z]{3,8}!"))
         assert ask(guided_grammar='root ::= "Par" ("is" | "ty")') in ("Paris", "Party")
+        tag = {"begin": "<a>", "content": {"type": "regex", "pattern": "[xy]"}, "end": "</a>"}
+        tree = {"type": "triggered_tags", "triggers": ["<a"], "tags": [tag], "at_least_one": True}
+        tree |= {"stop_after_first": True}
+        tagged = ask(response_format={"type": "structural_tag", "format": tree})
+        assert tagged in ("<a>x</a>", "<a>y</a>")
         number = json.loads(ask(guided_json={"type": "integer", "minimum": 10, "maximum": 99}))
         assert 10 <= number <= 99
         assert isinstance(json.loads(ask(response_format={"type": "json_object"})), dict)

@@ -10,6 +10,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from tests.e2e.test_structured import Place
+
 QUIZ = {"role": "user", "content": "Ask the quiz for a question, and answer it."}
 
 
@@ -74,6 +76,16 @@ def test_a_streamed_loop(client):
     with client.chat.completions.stream(messages=messages, **FIELDS) as stream:
         text = "".join(event.delta for event in stream if event.type == "content.delta")
     assert "Tokyo" in text
+
+
+def test_tools_beside_a_format_for_the_answer(client):
+    """Which of the two it is to be the model decides; either is valid."""
+    reply = client.chat.completions.parse(messages=[QUIZ], response_format=Place, **FIELDS)
+    message = reply.choices[0].message
+    if message.tool_calls:
+        assert isinstance(message.tool_calls[0].function.parsed_arguments, Quiz)
+    else:
+        assert isinstance(message.parsed, Place)
 
 
 async def test_a_loop_with_the_async_client(tools_box):

@@ -9,6 +9,7 @@ from streamserve.core.request import FinishReason
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.core.thinking import Thinking
+from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.errors import InvalidParameterError
 from tests.engine.fakes import EOS, collect, serving
 from tests.engine.random_runner import RandomRunner
@@ -99,6 +100,28 @@ async def test_an_answer_with_a_grammar_does_not_end_in_its_thoughts(steps):
     )
     assert re.fullmatch(r".*</think>(yes|no)", output.text, re.DOTALL)
     assert output.finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("thoughts", ["", "<think>aa</think>"])
+async def test_a_grammar_that_begins_with_text_does_not_ask_for_thoughts(steps, thoughts):
+    tokenizer = ByteTokenizer(("<s>", "</s>", "<think>"))
+    runner = ThinkingRunner(0)
+    runner.vocab_size = tokenizer.vocab_size
+    runner.script = tokenizer.encode(thoughts + "Hi", add_special_tokens=False)
+    text = json.dumps({"type": "const_string", "value": "Hi!"})
+    params = {
+        "structured_output": StructuredOutput(kind=GrammarKind.STRUCTURAL_TAG, text=text),
+        "thinking": Thinking(
+            is_open=False, start_token_ids=(258,), end_token_ids=END, is_optional=True
+        ),
+        "max_tokens": 60,
+        "skip_special_tokens": False,
+    }
+    async with serving(runner, tokenizer=tokenizer, max_steps_in_flight=steps) as harness:
+        await harness.engine.prepare(SamplingParams(**params))
+        output = await collect(harness.submit(**params))
+    assert output.text.removesuffix("</s>") == thoughts + "Hi!"
 
 
 async def test_others_beside_it_are_free():

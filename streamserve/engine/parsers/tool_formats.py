@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import string
+from collections.abc import Collection
 
 from streamserve.engine.parsers.tool_parser import ToolParser
 
@@ -135,7 +136,8 @@ class RequiredParser(ToolParser):
     ``{"name": …, "parameters": {…}}`` and nothing else.
     """
 
-    hold = 0
+    def __init__(self, names: Collection[str], *, max_calls: int | None = None) -> None:
+        super().__init__(names, max_calls=max_calls, is_certain=True)
 
     def _begin(self) -> bool:
         if not self._at_text():

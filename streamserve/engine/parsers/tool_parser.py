@@ -26,11 +26,16 @@ class ToolParser(ABC):
     markers: ClassVar[tuple[str, ...]] = ()
     """What the model writes around calls. Where these are special tokens, they must not be left out
     of the text."""
-    hold: ClassVar[int] = HOLD_CHARACTERS
 
-    def __init__(self, names: Collection[str], *, max_calls: int | None = None) -> None:
-        """``names`` are the tools; what comes behind ``max_calls`` calls is dropped."""
+    def __init__(
+        self, names: Collection[str], *, max_calls: int | None = None, is_certain: bool = False
+    ) -> None:
+        """``names`` are the tools; what comes behind ``max_calls`` calls is dropped.
+
+        ``is_certain``: a grammar makes the calls, so they are shown as soon as they can be.
+        """
         self._names = names
+        self._hold = 0 if is_certain else HOLD_CHARACTERS
         self._max_calls = max_calls
         self._buffer = ""
         self._raw = ""
@@ -113,7 +118,7 @@ class ToolParser(ABC):
 
     def _read_call(self, name: str | None = None) -> bool:
         """Read a call from here. Then comes ``_after_call``, or text if it is none."""
-        self._reader = CallReader(self._names, name=name, hold=self.hold)
+        self._reader = CallReader(self._names, name=name, hold=self._hold)
         self._state = self._in_call
         return True
 

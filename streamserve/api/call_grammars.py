@@ -1,4 +1,4 @@
-"""Calls that must be made: the schema that a grammar holds the answer to, as vLLM builds it."""
+"""The grammars of calls: those that must be made, and those that a model may choose to make."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import orjson
 from streamserve.api.tool_fields import Tool, ToolUse
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
+from streamserve.engine.schema_refs import moved
 from streamserve.errors import InvalidParameterError
 
 
@@ -22,7 +23,7 @@ def forced_schema(use: ToolUse) -> dict[str, Any]:
     schema: dict[str, Any] = {
         "type": "array",
         "minItems": 1,
-        "items": {"anyOf": [_call_schema(tool) for tool in use.tools]},
+        "items": {"anyOf": [_call_schema(tool, i) for i, tool in enumerate(use.tools)]},
     }
     if not use.is_parallel:
         schema["maxItems"] = 1
@@ -51,7 +52,7 @@ def closed(schema: Any) -> Any:
     names none, or says anything else of its members, stays as it is, and so does a schema with an
     ``allOf``, where one part does not know the other's.
     """
-    return schema if b'"allOf":' in orjson.dumps(schema) else _closed(schema)
+    return schema if '"allOf":' in _dumps(schema) else _closed(schema)
 
 
 def _closed(schema: Any) -> Any:
@@ -78,10 +79,11 @@ def _closed(schema: Any) -> Any:
     return result
 
 
-def _call_schema(tool: Tool) -> dict[str, Any]:
+def _call_schema(tool: Tool, index: int) -> dict[str, Any]:
+    parameters = moved(closed(tool.parameters), f"#/items/anyOf/{index}/properties/parameters")
     return {
         "type": "object",
-        "properties": {"name": {"const": tool.name}, "parameters": closed(tool.parameters)},
+        "properties": {"name": {"const": tool.name}, "parameters": parameters},
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
@@ -99,6 +101,64 @@ def forced(params: SamplingParams, use: ToolUse) -> SamplingParams:
             param="tool_choice",
             code="invalid_value",
         )
-    schema = orjson.dumps(forced_schema(use)).decode()
+    schema = _dumps(forced_schema(use))
     grammar = StructuredOutput(kind=GrammarKind.JSON_SCHEMA, text=schema, param="tools")
     return replace(params, structured_output=grammar)
+
+
+def chosen(params: SamplingParams, use: ToolUse, tool_parser: str) -> SamplingParams:
+    """The same sampling, with calls in free text held to their tools' schemas.
+
+    That is for tools that are ``strict``; arguments of others are any object. If the whole answer
+    has a JSON schema, it is that or calls. Raises ``InvalidParameterError`` for another format.
+    """
+    answer = params.structured_output
+    if answer is not None and answer.kind is not GrammarKind.JSON_SCHEMA:
+        raise InvalidParameterError(
+            f"{answer.param} leaves no room for the calls of tool_choice 'auto': set"
+            " tool_choice to 'none' or 'required'",
+            param=answer.param,
+            code="invalid_value",
+        )
+    if not are_held(params, use):
+        return params
+    task = {
+        "parser": tool_parser,
+        "tools": [
+            {
+                "name": tool.name,
+                "arguments": closed(tool.parameters) if tool.is_strict else {"type": "object"},
+            }
+            for tool in use.tools
+        ],
+        "answer": None if answer is None else orjson.loads(answer.text),
+    }
+    grammar = StructuredOutput(
+        kind=GrammarKind.TOOL_CALLS,
+        text=_dumps(task),
+        whitespace_pattern=None if answer is None else answer.whitespace_pattern,
+        param="tools" if answer is None else answer.param,
+    )
+    return replace(params, structured_output=grammar)
+
+
+def are_held(params: SamplingParams, use: ToolUse) -> bool:
+    """Whether a grammar says what calls look like: none of them can be malformed."""
+    is_held = any(tool.is_strict for tool in use.tools) or params.structured_output is not None
+    return use.is_forced or (use.choice == "auto" and is_held)
+
+
+def may_be_free(grammar: StructuredOutput | None) -> bool:
+    """Whether an answer that follows the grammar may begin with any text."""
+    return grammar is not None and grammar.kind in (
+        GrammarKind.STRUCTURAL_TAG, GrammarKind.TOOL_CALLS,
+    )  # fmt: skip
+
+
+def _dumps(value: Any) -> str:
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError as exc:  # half of a surrogate pair
+        raise InvalidParameterError(
+            f"tools cannot be written as JSON: {exc}", param="tools", code="invalid_value"
+        ) from exc

@@ -1,0 +1,182 @@
+"""The bodies of ``/tokenize`` and ``/detokenize``, and what a tokenizer makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import orjson
+
+from streamserve.api.answer_plan import with_family_ids
+from streamserve.api.chat_request import CHAT_FIELDS, CHAT_REFUSED, check_final_message
+from streamserve.api.completion_request import read_token_ids
+from streamserve.api.fields import (
+    FieldTable,
+    Reader,
+    read_bool,
+    read_fields,
+    read_str,
+    require,
+    schema_of,
+    typed,
+    wrong_type,
+)
+from streamserve.api.sampling import token_id
+from streamserve.api.tool_fields import NO_TOOLS, Tools
+from streamserve.engine.parsers.answer_format import AnswerFormat
+from streamserve.engine.preprocess import PromptEncoder
+from streamserve.errors import InvalidParameterError
+
+_OF_CHAT = (
+    "add_generation_prompt",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "messages",
+    "tools",
+)
+_ONLY_OF_CHAT = ("chat_template_kwargs", "continue_final_message", "tools")
+_REFUSED_OF_CHAT = ("chat_template", "mm_processor_kwargs")
+
+_FIELDS: dict[str, Reader] = {
+    **{name: CHAT_FIELDS[name] for name in _OF_CHAT},
+    "add_special_tokens": read_bool,
+    "model": read_str,
+    "prompt": read_str,
+    "return_token_strs": read_bool,
+}
+TOKENIZE_TABLE = FieldTable(_FIELDS, {name: CHAT_REFUSED[name] for name in _REFUSED_OF_CHAT})
+
+
+@typed({"type": "array", "items": schema_of(token_id)})
+def _read_tokens(name: str, value: Any) -> list[int]:
+    if not isinstance(value, list):
+        raise wrong_type(name, "an array of token ids", value)
+    return read_token_ids(name, value) if value else []
+
+
+DETOKENIZE_TABLE = FieldTable({"model": read_str, "tokens": _read_tokens}, required=("tokens",))
+
+
+class TokenAnswer(NamedTuple):
+    """What was asked for as JSON, and what only the server can judge."""
+
+    content: bytes
+    model: str | None
+    unknown: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeRequest:
+    """A text, or a chat and how it is rendered, whose tokens are asked for."""
+
+    model: str | None
+    unknown: list[str]
+    prompt: str | None
+    add_special_tokens: bool
+    return_token_strs: bool
+    messages: tuple[dict[str, Any], ...] = ()
+    rendering: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_template_kwargs(self) -> bool:
+        """Whether the template gets something of the client's own."""
+        return len(self.rendering) > len(_RENDERING)
+
+
+_RENDERING = ("add_generation_prompt", "continue_final_message", "tools")
+
+
+def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat) -> TokenizeRequest:
+    """Parse and check. Raises ``InvalidParameterError``."""
+    values, unknown = _read(body, TOKENIZE_TABLE)
+    for name in {"messages", "tools"} & values.keys():
+        unknown += values[name].unknown
+    if ("prompt" in values) == ("messages" in values):
+        raise InvalidParameterError(
+            "either prompt or messages must be given, and not both",
+            param="prompt",
+            code="missing_required_parameter" if "prompt" not in values else "invalid_value",
+        )
+    model, strs = values.get("model"), values.get("return_token_strs", False)
+    if "prompt" in values:
+        _check_asks_no_rendering(values)
+        special = values.get("add_special_tokens", True)
+        return TokenizeRequest(model, unknown, values["prompt"], special, strs)
+    add_prompt, continue_final = check_final_message(values)
+    tools: Tools = values.get("tools", NO_TOOLS)
+    rendering = {
+        "add_generation_prompt": add_prompt,
+        "continue_final_message": continue_final,
+        "tools": tools.definitions,
+        **values.get("chat_template_kwargs", {}),
+    }
+    messages = with_family_ids(values["messages"].items, answer_format)
+    special = values.get("add_special_tokens", False)
+    return TokenizeRequest(model, unknown, None, special, strs, messages, rendering)
+
+
+def tokenize(
+    body: Mapping[str, Any], encoder: PromptEncoder, answer_format: AnswerFormat, max_model_len: int
+) -> TokenAnswer:
+    """The whole of ``/tokenize``, on the caller's thread."""
+    request = parse_tokenize_request(body, answer_format)
+    special = request.add_special_tokens
+    if request.prompt is not None:
+        ids = encoder.encode(request.prompt, add_special_tokens=special)
+    else:
+        ids = encoder.chat(
+            request.messages, add_special_tokens=special, **request.rendering
+        ).token_ids
+    strs = encoder.id_to_token(ids) if request.return_token_strs else None
+    content = tokenized(ids, strs, max_model_len)
+    return TokenAnswer(content, request.model, request.unknown)
+
+
+def tokenized(ids: list[int], strs: list[str] | None, max_model_len: int) -> bytes:
+    """The answer of ``/tokenize``."""
+    content = {"count": len(ids), "max_model_len": max_model_len, "tokens": ids, "token_strs": strs}
+    return orjson.dumps(content)
+
+
+class DetokenizeRequest(NamedTuple):
+    """Ids whose text is asked for."""
+
+    model: str | None
+    unknown: list[str]
+    tokens: list[int]
+
+
+def parse_detokenize_request(body: Mapping[str, Any]) -> DetokenizeRequest:
+    """Parse and check. Raises ``InvalidParameterError``."""
+    values, unknown = _read(body, DETOKENIZE_TABLE)
+    return DetokenizeRequest(values.get("model"), unknown, require(values, "tokens"))
+
+
+def detokenize(body: Mapping[str, Any], encoder: PromptEncoder) -> TokenAnswer:
+    """The whole of ``/detokenize``, on the caller's thread."""
+    request = parse_detokenize_request(body)
+    return TokenAnswer(detokenized(encoder.decode(request.tokens)), request.model, request.unknown)
+
+
+def detokenized(text: str) -> bytes:
+    """The answer of ``/detokenize``."""
+    return orjson.dumps({"prompt": text})
+
+
+def _read(body: Mapping[str, Any], table: FieldTable) -> tuple[dict[str, Any], list[str]]:
+    return read_fields(
+        body,
+        honoured=table.honoured,
+        refused=table.refused,
+        annotations=table.annotations,
+    )
+
+
+def _check_asks_no_rendering(values: dict[str, Any]) -> None:
+    asked = {**values, "tools": values.get("tools", NO_TOOLS).items}
+    for name in _ONLY_OF_CHAT:
+        if asked.get(name):
+            raise InvalidParameterError(
+                f"{name} may be given only with messages", param=name, code="invalid_value"
+            )

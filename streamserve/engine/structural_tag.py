@@ -1,0 +1,180 @@
+"""Grammars of answers that are free up to a marker: structural tags, and calls of strict tools.
+
+Runs in the worker process only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llguidance.gbnf_to_lark import any_to_lark
+
+from streamserve.engine.lark_writer import EMPTY, FREE, LarkWriter
+from streamserve.engine.schema_refs import moved
+
+_BLANKS = r"/[ \t\r\n]{0,8}/"
+_SEPARATOR = r"/[ \t\r\n]{0,8}[;,]?[ \t\r\n]{0,8}/"
+_LLAMA_NAME = r'[ \t\r\n]*\{[ \t\r\n]*"name"[ \t\r\n]*:[ \t\r\n]*"%s"'
+_LLAMA_KEY = r'/[ \t\r\n]{0,8},[ \t\r\n]{0,8}"parameters"[ \t\r\n]{0,8}:[ \t\r\n]{0,8}/'
+Format = Mapping[str, Any]
+
+
+def structural_tag_grammar(text: str, writer: LarkWriter) -> str:
+    """The grammar of a tree of formats, as xgrammar and vLLM have them, checked by the API."""
+    return writer.render(_body(json.loads(text), writer))
+
+
+def _body(tree: Format, writer: LarkWriter) -> str:
+    return _KINDS[tree["type"]](tree, writer)
+
+
+def _sequence(tree: Format, writer: LarkWriter) -> str:
+    return (
+        f"({' '.join(filter(None, (_body(part, writer) for part in tree['elements']))) or EMPTY})"
+    )
+
+
+def _or(tree: Format, writer: LarkWriter) -> str:
+    return writer.either([_body(part, writer) for part in tree["elements"]])
+
+
+def _ends(tag: Format) -> Sequence[str]:
+    end = tag["end"]
+    return [end] if isinstance(end, str) else end
+
+
+def _inside(tag: Format, writer: LarkWriter) -> str:
+    """A tag behind its beginning."""
+    content, ends = tag["content"], _ends(tag)
+    if content["type"] == "any_text" and all(ends):
+        return writer.either([writer.until(end) for end in ends])
+    end = writer.either([writer.text(end) for end in ends])
+    return " ".join(part for part in (_body(content, writer), end) if part)
+
+
+def _tag(tag: Format, writer: LarkWriter) -> str:
+    begin = writer.text(tag["begin"])
+    return f"({' '.join(part for part in (begin, _inside(tag, writer)) if part) or EMPTY})"
+
+
+def _triggered_tags(tree: Format, writer: LarkWriter) -> str:
+    found: list[str] = []
+    for trigger in tree["triggers"]:
+        rests = [
+            " ".join(
+                part
+                for part in (writer.text(tag["begin"][len(trigger) :]), _inside(tag, writer))
+                if part
+            )
+            for tag in tree["tags"]
+            if tag["begin"].startswith(trigger)
+        ]
+        found.append(writer.rule(f"{writer.until(trigger)} {writer.either(rests)}"))
+    one = writer.rule(writer.either(found))
+    more = FREE if tree["stop_after_first"] else f"{one}* {FREE}"
+    if not tree["at_least_one"]:
+        return f"({one} | {FREE})" if tree["stop_after_first"] else f"({more})"
+    first = writer.either([_tag(tag, writer) for tag in tree["tags"]])
+    return first if tree["stop_after_first"] else f"({first} {more})"
+
+
+def _tags_with_separator(tree: Format, writer: LarkWriter) -> str:
+    tag = writer.rule(writer.either([_tag(tag, writer) for tag in tree["tags"]]))
+    separator = writer.text(tree["separator"])
+    several = tag if tree["stop_after_first"] else f"{tag} ({separator} {tag})*"
+    return f"({several})" if tree["at_least_one"] else f"({several})?"
+
+
+_KINDS: dict[str, Callable[[Format, LarkWriter], str]] = {
+    "any_text": lambda _tree, _writer: FREE,
+    "const_string": lambda tree, writer: writer.text(tree["value"]),
+    "grammar": lambda tree, writer: writer.grammar(any_to_lark(tree["grammar"])),
+    "json_schema": lambda tree, writer: writer.json(tree["json_schema"]),
+    "or": _or,
+    "regex": lambda tree, writer: writer.regex(tree["pattern"]),
+    "sequence": _sequence,
+    "tag": _tag,
+    "tags_with_separator": _tags_with_separator,
+    "triggered_tags": _triggered_tags,
+}
+
+
+def tool_call_grammar(text: str, writer: LarkWriter) -> str:
+    """The grammar of an answer that may call tools as the named parser reads them.
+
+    ``tools`` have a ``name`` and the schema of their ``arguments``. What is no call is free, or,
+    where there is one, JSON of the schema ``answer``.
+    """
+    task = json.loads(text)
+    return writer.render(_FAMILIES[task["parser"]](task, writer))
+
+
+def _call(tools: Sequence[Format], key: str, writer: LarkWriter) -> str:
+    """One call as JSON: a name, and under ``key`` its arguments."""
+    schemas = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool["name"]},
+                key: moved(tool["arguments"], f"#/properties/{key}"),
+            },
+            "required": ["name", key],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return writer.rule(writer.either([writer.json(schema) for schema in schemas]))
+
+
+def _hermes(task: Format, writer: LarkWriter) -> str:
+    begin = "<tool_call>"
+    call = _call(task["tools"], "arguments", writer)
+    inside = writer.rule(f"{_BLANKS} {call} {_BLANKS} {writer.text('</tool_call>')}")
+    if task["answer"] is None:
+        return f"({writer.until(begin)} {inside})* {FREE}"
+    whole = writer.rule(f"{writer.text(begin)} {inside}")
+    return f"{writer.json(task['answer'])} | {_BLANKS} {whole} ({_BLANKS} {whole})*"
+
+
+def _llama3_json(task: Format, writer: LarkWriter) -> str:
+    """A call is one from its name on: an answer may begin with other JSON."""
+    tag = "<|python_tag|>"
+    if task["answer"] is not None:
+        call = _call(task["tools"], "parameters", writer)
+        several = writer.rule(f"{call} ({_SEPARATOR} {call})*")
+        return f"{writer.json(task['answer'])} | {several} | {writer.text(tag)} {several}"
+    calls = [
+        f"{writer.until_regex(_LLAMA_NAME % re.escape(tool['name']))} {_LLAMA_KEY} "
+        f'{writer.json(tool["arguments"])} {_BLANKS} "}}"'
+        for tool in task["tools"]
+    ]
+    call = writer.rule(writer.either(calls))
+    several = writer.rule(f"{call} ({_SEPARATOR} {call})*")
+    return f"{several}? ({writer.until(tag)} {several})* {FREE}"
+
+
+def _mistral(task: Format, writer: LarkWriter) -> str:
+    begin = "[TOOL_CALLS]"
+    call = _call(task["tools"], "arguments", writer)
+    array = f'"[" {_BLANKS} {call} ({_BLANKS} "," {_BLANKS} {call})* {_BLANKS} "]"'
+    call_id = f"({writer.text('[CALL_ID]')} /[a-zA-Z0-9]{{9}}/)?"
+    named = [
+        f"{writer.text(tool['name'])} {call_id} ({writer.text('[ARGS]')})? {_BLANKS} "
+        f"{writer.json(tool['arguments'])}"
+        for tool in task["tools"]
+    ]
+    inside = writer.rule(f"{_BLANKS} {writer.either([array, *named])}")
+    if task["answer"] is None:
+        return f"({writer.until(begin)} {inside})* {FREE}"
+    whole = writer.rule(f"{writer.text(begin)} {inside}")
+    return f"{writer.json(task['answer'])} | {_BLANKS} {whole} ({_BLANKS} {whole})*"
+
+
+_FAMILIES: dict[str, Callable[[Format, LarkWriter], str]] = {
+    "hermes": _hermes,
+    "llama3_json": _llama3_json,
+    "mistral": _mistral,
+}

@@ -1,0 +1,217 @@
+"""Grammars beside free text through the API: strict tools that a model chooses, structural tags."""
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+
+from streamserve.engine.parsers.answer_format import AnswerFormat
+from tests.api.harness import Api
+from tests.api.scripted import assert_refused, scripted_parts
+from tests.api.test_forced_calls import NESTED, STRICT
+from tests.api.test_tools import ADD, deltas_of
+
+PICK = STRICT["function"]["parameters"]
+BAD = '{"colour": "green", "sure": 5, "more": 1}'
+HERMES = f'<tool_call>\n{{"name": "pick", "arguments": {BAD}}}\n</tool_call>'
+LLAMA = f'{{"name": "pick", "parameters": {BAD}}}'
+MISTRAL = f'[TOOL_CALLS] [{{"name": "pick", "arguments": {BAD}}}]'
+NAMED = f"[TOOL_CALLS]pick{BAD}"
+
+
+def saying(says, parser="hermes") -> Api:
+    """With room for the tools in the prompt. Where a mask has made the model say something else it
+    has lost its place, and says nonsense from there on.
+    """
+    parts = scripted_parts(says, answer_format=AnswerFormat(tool_parser=parser))
+    return Api(**parts, max_model_len=1024)
+
+
+@pytest.mark.parametrize(
+    ("parser", "says", "content"),
+    [
+        ("hermes", "Hm < that.\n" + HERMES, "Hm < that.\n"),
+        ("hermes", HERMES + HERMES, ""),
+        ("llama3_json", LLAMA, ""),
+        ("llama3_json", LLAMA + "; " + LLAMA, ""),
+        ("llama3_json", "Hm. <|python_tag|>" + LLAMA, "Hm. "),
+        ("mistral", "Hm. " + MISTRAL, "Hm. "),
+        ("mistral", NAMED + NAMED, ""),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_chosen_call_of_a_strict_tool_follows_its_schema(parser, says, content, stream):
+    async with saying(says, parser).running() as api:
+        answer = await api.chat(tools=[STRICT, ADD], stream=stream)
+        assert answer.status == 200
+    if stream:
+        deltas = deltas_of(answer)
+        said = "".join(delta.get("content") or "" for delta in deltas)
+        pieces = [call["function"] for d in deltas for call in d.get("tool_calls", ())
+                  if call["index"] == 0]  # fmt: skip
+        assert len(pieces) > 10  # nothing is held back
+        arguments = "".join(piece["arguments"] for piece in pieces)
+    else:
+        message = answer.json["choices"][0]["message"]
+        said = message["content"] or ""
+        arguments = message["tool_calls"][0]["function"]["arguments"]
+    assert said.startswith(content)
+    jsonschema.validate(json.loads(arguments), PICK)
+
+
+@pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral"])
+@pytest.mark.parametrize("text", ["", "Łódź, <tool [TOOL", '{"name": "nobody", "parameters": {}}'])
+async def test_text_stays_free(parser, text):
+    async with saying(text, parser).running() as api:
+        answer = await api.chat(tools=[STRICT])
+    message = answer.json["choices"][0]["message"]
+    assert (message["content"], answer.json["choices"][0]["finish_reason"]) == (text, "stop")
+    assert "tool_calls" not in message
+
+
+@pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral"])
+async def test_a_strict_tools_schema_may_refer_to_itself(parser):
+    call = {"hermes": "<tool_call>", "llama3_json": "", "mistral": "[TOOL_CALLS] ["}[parser]
+    key = "parameters" if parser == "llama3_json" else "arguments"
+    call += f'{{"name": "draw", "{key}": {{"p": {{"sure": 1, "next": null, "x": 1'
+    strict = {**NESTED, "function": {**NESTED["function"], "strict": True}}
+    async with saying(call, parser).running() as api:
+        answer = await api.chat(tools=[strict])
+    called = answer.json["choices"][0]["message"]["tool_calls"][0]["function"]
+    assert json.loads(called["arguments"]) == {"p": {"sure": 1, "next": None}}
+
+
+async def test_other_tools_are_called_with_any_object():
+    call = '<tool_call>\n{"name": "add", "arguments": {"x": [1, {"y": null}]}}\n</tool_call>'
+    async with saying(call).running() as api:
+        answer = await api.chat(tools=[STRICT, ADD])
+    [made] = answer.json["choices"][0]["message"]["tool_calls"]
+    assert made["function"] == {"name": "add", "arguments": '{"x": [1, {"y": null}]}'}
+
+
+async def test_without_strict_there_is_no_grammar():
+    loose = {**STRICT, "function": {**STRICT["function"], "strict": False}}
+    async with saying(HERMES).running() as api:
+        answer = await api.chat(tools=[loose])
+    [made] = answer.json["choices"][0]["message"]["tool_calls"]
+    assert made["function"]["arguments"] == BAD
+
+
+async def test_a_bad_schema_of_a_strict_tool_is_refused():
+    function = {"name": "f", "strict": True, "parameters": {"pattern": "("}}
+    await assert_refused({"tools": [ADD, {"type": "function", "function": function}]}, "tools", "")
+
+
+ANSWER = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "a",
+        "schema": {
+            "type": "object",
+            "properties": {"x": {"enum": ["yes", "no"]}},
+            "required": ["x"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("parser", "call"), [("hermes", HERMES), ("llama3_json", LLAMA), ("mistral", MISTRAL)]
+)
+async def test_a_format_for_the_answer_leaves_room_for_calls(parser, call):
+    """As the openai package's `parse` and the AI SDK's `Output.object` ask with tools."""
+    fields: dict[str, Any] = {"tools": [STRICT, ADD], "response_format": ANSWER}
+    async with saying(call, parser).running() as api:
+        called = (await api.chat(**fields)).json["choices"][0]
+    async with saying('{"x": "yes"}', parser).running() as api:
+        said = (await api.chat(**fields)).json["choices"][0]
+    [made] = called["message"]["tool_calls"]
+    jsonschema.validate(json.loads(made["function"]["arguments"]), PICK)
+    assert called["message"]["content"] is None
+    assert (said["message"]["content"], said["finish_reason"]) == ('{"x": "yes"}', "stop")
+    assert "tool_calls" not in said["message"]
+
+
+OLD = {
+    "type": "structural_tag",
+    "structures": [{"begin": "<pick>", "schema": PICK, "end": "</pick>"}],
+    "triggers": ["<pick"],
+}
+TAG = {"begin": "<pick>", "content": {"type": "json_schema", "json_schema": PICK}, "end": "</pick>"}
+NEW = {
+    "type": "structural_tag",
+    "format": {"type": "triggered_tags", "triggers": ["<pick"], "tags": [{"type": "tag", **TAG}]},
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": OLD},
+        {"response_format": NEW},
+        {"structured_outputs": {"structural_tag": NEW}},
+        {"structured_outputs": {"structural_tag": json.dumps(OLD), "disable_any_whitespace": True}},
+    ],
+)
+async def test_structural_tags(fields):
+    says = f"Well: <pick>{BAD}</pick> and {{5}}"
+    async with saying(says, None).running() as api:
+        whole = await api.chat(**fields)
+        streamed = await api.chat(**fields, stream=True)
+        fields |= {"add_special_tokens": False, "max_tokens": 900}
+        completion = await api.complete(prompt="Hi", **fields)
+    content = whole.json["choices"][0]["message"]["content"]
+    before, _, rest = content.partition("<pick>")
+    inside, _, _ = rest.partition("</pick>")
+    assert before == "Well: "
+    jsonschema.validate(json.loads(inside), PICK)
+    assert "".join(delta.get("content") or "" for delta in deltas_of(streamed)) == content
+    assert completion.json["choices"][0]["text"] == content
+
+
+def of_format(tree):
+    return {"response_format": {"type": "structural_tag", "format": tree}}
+
+
+def of_tags(**fields):
+    return of_format({"type": "triggered_tags", "triggers": ["<"], "tags": [TAG], **fields})
+
+
+ANY = {"type": "any_text"}
+F = "response_format.format"
+REFUSED = [
+    ({"response_format": {"type": "structural_tag"}}, "response_format", "structures is required"),
+    ({"response_format": {**OLD, "triggers": []}}, "response_format.triggers", "1 to 256, got"),
+    ({"response_format": {**OLD, "triggers": ["<", "<p"]}}, "response_format.triggers[0]", "other"),
+    ({"response_format": {**OLD, "triggers": ["x"]}}, "response_format.triggers[0]", "some tag"),
+    ({"response_format": {**OLD, "x": 1}}, "response_format", "must hold only"),
+    ({"response_format": {**OLD, "structures": [{}]}}, "response_format.structures[0]", "required"),
+    (of_format("x"), F, "an object"),
+    (of_format({"type": "qwen_xml_parameter"}), f"{F}.type", "not supported"),
+    (of_format({"type": "any_text", "excludes": ["x"]}), F, "excludes"),
+    (of_format({"type": "json_schema", "json_schema": 5}), f"{F}.json_schema", "an object or true"),
+    (of_format({"type": "regex", "pattern": ""}), f"{F}.pattern", "non-empty"),
+    (of_format({"type": "regex", "pattern": "("}), "response_format", "grammar"),
+    (of_format({"type": "sequence", "elements": [ANY, ANY]}), f"{F}.elements[0]", "follow"),
+    (of_tags(at_least_one=1), f"{F}.at_least_one", "a boolean"),
+    (of_tags(tags=[{**TAG, "begin": "x"}]), f"{F}.triggers[0]", "some tag"),
+    (of_tags(tags=[{**TAG, "content": ANY, "end": ""}]), f"{F}.tags[0]", "follow"),
+    (of_tags(triggers="<"), f"{F}.triggers", "an array"),
+    (
+        {"structured_outputs": {"structural_tag": "{"}},
+        "structured_outputs.structural_tag",
+        "hold JSON",
+    ),
+    (
+        {"response_format": NEW, "tools": [ADD]},
+        "response_format",
+        "leaves no room",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "message"), REFUSED)
+async def test_what_cannot_be_followed_is_refused_by_name(fields, param, message):
+    await assert_refused(fields, param, message)
