@@ -31,7 +31,7 @@ from streamserve.api.pages import page_routes
 from streamserve.api.prompts import PromptWorkers, TextLoader
 from streamserve.api.request_log import RequestLog
 from streamserve.api.responses.archive import Archive
-from streamserve.api.responses.endpoint import ResponsesEndpoint
+from streamserve.api.responses.endpoint import InputTokensEndpoint, ResponsesEndpoint
 from streamserve.api.responses.lookup import Retrieve, StoredResponses
 from streamserve.api.responses.store import ResponseStore
 from streamserve.api.running import cancel_routes
@@ -160,6 +160,9 @@ def _responses_routes(context: ApiContext) -> list[Route]:
     one = "/v1/responses/{response_id}"
     return [
         Route("/v1/responses", ResponsesEndpoint(context, archive), methods=["POST"]),
+        Route(
+            "/v1/responses/input_tokens", InputTokensEndpoint(context, archive), methods=["POST"]
+        ),
         Route(one, Retrieve(context, archive), methods=["GET"]),
         Route(one, stored.delete, methods=["DELETE"]),
         Route(f"{one}/cancel", stored.cancel, methods=["POST"]),

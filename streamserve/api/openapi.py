@@ -214,7 +214,13 @@ def _response_paths() -> dict[str, Any]:
     deleted = _object(id=_STRING, object=_STRING, deleted={"type": "boolean"})
     retrieve = _get("A response, or the events of one in the background", _JSON, _RESPONSE)
     retrieve["responses"]["200"]["content"]["text/event-stream"] = {"schema": _object(data=_STRING)}
+    count = _get("How long a response's prompt would be", _JSON, _object(input_tokens=_INTEGER))
+    count["requestBody"] = {
+        "required": True,
+        "content": {_JSON: {"schema": {"$ref": "#/components/schemas/ResponseRequest"}}},
+    }
     return {
+        "/v1/responses/input_tokens": {"post": count},
         one: {
             "get": {**retrieve, "parameters": [of_id, *_query(RETRIEVE_TABLE)]},
             "delete": {**_get("Forget a response", _JSON, deleted), "parameters": [of_id]},

@@ -5,6 +5,8 @@ import json
 import openai
 import pydantic
 import pytest
+from langchain_core.messages import ToolMessage
+from langchain_openai import ChatOpenAI
 from openai.types.responses import Response
 
 from streamserve.engine.parsers.answer_format import AnswerFormat
@@ -136,6 +138,28 @@ def test_in_the_background(client):
     assert client.responses.cancel(made.id).status == "completed"
     stream = client.responses.create(model=MODEL, input="Hi", background=True, stream=True)
     assert [event.type for event in stream] == [event.type for event in events]
+
+
+def test_the_prompt_is_counted(client):
+    made = client.responses.create(model=MODEL, input="Hi")
+    options = {"input": "More", "previous_response_id": made.id, "tools": [FLAT]}
+    counted = client.responses.input_tokens.count(model=MODEL, **options)
+    response = client.responses.create(model=MODEL, **options)
+    assert counted.input_tokens == response.usage.input_tokens
+
+
+def test_langchain_speaks_it(client):
+    chat = ChatOpenAI(
+        base_url=str(client.base_url), api_key="key", model=MODEL, use_responses_api=True
+    )
+    assert chat.invoke("Hi").text == "Hello."
+    assert "".join(chunk.text for chunk in chat.stream("Hi")) == "Hello."
+    asked = chat.bind_tools([FLAT]).invoke("How warm is it?")
+    [call] = asked.tool_calls
+    assert (call["name"], call["args"]) == ("get_weather", {"city": "Łódź"})
+    messages = [("user", "How warm is it?"), asked, ToolMessage("21", tool_call_id=call["id"])]
+    assert chat.bind_tools([FLAT]).invoke(messages).text == "It is 21 degrees."
+    assert chat.with_structured_output(City).invoke("JSON") == City(city="Łódź", people=670000)
 
 
 def test_forced_calls(client):

@@ -195,6 +195,30 @@ def test_a_beam_search_is_at_least_as_likely_as_greedy(box):
     assert scores[0] >= sum(greedy.choices[0].logprobs.token_logprobs) - 1e-3
 
 
+def test_responses(box):
+    """Created, streamed and gone on with, by the model in the box."""
+    asked = "What is the capital of France?"
+    with box.client() as client:
+        chat = client.chat.completions.create(model="box", messages=CAPITAL, temperature=0)
+        whole = client.responses.create(model="box", input=asked, temperature=0)
+        with client.responses.stream(model="box", input=asked, temperature=0) as stream:
+            text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+            final = stream.get_final_response()
+        items = [{"role": "user", "content": asked}, *whole.output]
+        by_items = client.responses.create(
+            model="box", input=[*items, {"role": "user", "content": "And of Italy?"}], temperature=0
+        )
+        by_id = client.responses.create(
+            model="box", input="And of Italy?", previous_response_id=whole.id, temperature=0
+        )
+        assert client.responses.retrieve(by_id.id) == by_id
+    assert whole.output_text == text == final.output_text == chat.choices[0].message.content
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens
+    assert by_id.output_text == by_items.output_text != ""
+    assert by_id.usage.input_tokens == by_items.usage.input_tokens > whole.usage.input_tokens
+    assert by_id.usage.input_tokens_details.cached_tokens > 0
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "param"),
     [

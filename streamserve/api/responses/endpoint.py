@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -48,12 +49,7 @@ class ResponsesEndpoint(ChatEndpoint):
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
         raw = await read_body(scope, receive, max_bytes=self._context.config.max_body_bytes)
         async with DisconnectGuard(receive) as guard:
-            try:
-                work = await self._read(raw, tenant_of(scope).name)
-            except InvalidParameterError as exc:
-                if exc.param == "messages":  # as a chat calls it
-                    exc.param = "input"
-                raise
+            work = await self._read(raw, tenant_of(scope).name)
             del raw
             settings = settings_of(work)
             self._check_storage(settings)
@@ -68,9 +64,18 @@ class ResponsesEndpoint(ChatEndpoint):
 
     async def _read(self, raw: bytes, owner: str) -> Work:
         """Parse, look up what is referred to, render and tokenise."""
+        try:
+            return await self._read_payload(
+                pack_response(raw, self._archive.context_of(raw, owner))
+            )
+        except InvalidParameterError as exc:
+            if exc.param == "messages":  # as a chat calls it
+                exc.param = "input"
+            raise
+
+    async def _read_payload(self, payload: bytes) -> Work:
         context = self._context
         workers = context.prompt_workers
-        payload = pack_response(raw, self._archive.context_of(raw, owner))
         if workers is not None and len(payload) > LONG_BODY:
             return await self._prepare_elsewhere(workers, payload)
         request = unpack_response(payload, context.sampling_defaults)
@@ -186,3 +191,21 @@ class ResponsesEndpoint(ChatEndpoint):
         run = BackgroundRun(stream, wire, tenant.name, turn, ended)
         archive.running[wire.id] = run
         return run
+
+
+class InputTokensEndpoint(ResponsesEndpoint):
+    """``POST /v1/responses/input_tokens``: how long the prompt of a response would be."""
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
+        raw = await read_body(scope, receive, max_bytes=self._context.config.max_body_bytes)
+        async with DisconnectGuard(receive) as guard:
+            work = await self._read(raw, tenant_of(scope).name)
+            guard.release()
+            [prompt] = work.prompts
+            content = {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
+            response = Response(
+                orjson.dumps(content),
+                headers=ignored_fields_headers(work.common.unknown_fields),
+                media_type="application/json",
+            )
+            await response(scope, receive, send)
