@@ -27,10 +27,11 @@ Made by `python tools/api_table.py` from the tables that requests are read throu
 command line's parser; a test keeps it in step. A running server shows the same at `/docs`, and as
 a schema at `/openapi.json`.
 
-**Honoured**: does what it does at OpenAI's or in vLLM. **Refused**: only the values that ask for
-nothing pass, anything else is a 400 that names the field. **No effect**: says something about the
-request, not about the answer. `null` always means "not given". A field that is in no table is
-named in the `X-Ignored-Fields` response header, or refused with `--strict-fields`.
+**Honoured**: does what it does at OpenAI's or in vLLM (`/v1/messages`: at Anthropic's).
+**Refused**: only the values that ask for nothing pass, anything else is a 400 that names the field.
+**No effect**: says something about the request, not about the answer. `null` always means "not
+given". A field that is in no table is named in the `X-Ignored-Fields` response header, or refused
+with `--strict-fields`.
 """
 
 _AFTER_FIELDS = """

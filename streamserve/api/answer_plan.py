@@ -80,13 +80,17 @@ class AnswerPlan:
         self._parses_calls = use.choice != "none"
         has_reasoning = answer_format.reasoning_parser is not None
         self.is_plain = not (self._parses_calls or has_reasoning)
-        if request.reasoning.budget is not None and not has_reasoning:
+        reasoning = request.reasoning
+        if reasoning.budget is not None and not has_reasoning:
             raise InvalidParameterError(
-                "thinking_token_budget is not supported: this model does not think, or the server"
-                " must be told --reasoning-parser",
-                param="thinking_token_budget",
+                f"{reasoning.budget_param} is not supported: this model does not think, or the"
+                " server must be told --reasoning-parser",
+                param=reasoning.budget_param,
                 code="unsupported_parameter",
             )
+        self._budget = reasoning.budget
+        if has_reasoning and reasoning.is_enabled is False:
+            self._budget = 0  # for a template that opens the thoughts all the same
         self._template_kwargs = self._merged_kwargs()
 
     @property
@@ -121,7 +125,7 @@ class AnswerPlan:
             params = forced(params, use)
         elif use.choice == "auto":
             params = chosen(params, use, self._format.tool_parser or "")
-        state, budget = self._state(prompt), self._request.reasoning.budget
+        state, budget = self._state(prompt), self._budget
         if state is not ThinkState.OVER and not (
             budget is None and params.structured_output is None
         ):
@@ -166,10 +170,11 @@ class AnswerPlan:
         return state_after_prompt(self._format.reasoning_parser, prompt, continued)
 
     def _merged_kwargs(self) -> dict[str, Any]:
-        """The request's own, and what ``reasoning_effort`` means to the template."""
-        kwargs = self._request.chat_template_kwargs
-        effort = self._request.reasoning.effort
-        variables = self._format.template_variables
+        """The request's own, and what its options of reasoning mean to the template."""
+        kwargs, reasoning = self._request.chat_template_kwargs, self._request.reasoning
+        effort, variables = reasoning.effort, self._format.template_variables
+        if reasoning.is_enabled is not None and "enable_thinking" in variables:
+            kwargs = {"enable_thinking": reasoning.is_enabled, **kwargs}
         if effort is None:
             return kwargs
         if effort == "none" and "enable_thinking" in variables:

@@ -23,6 +23,7 @@ from streamserve.api.generation import (
     CompletionEndpoint,
     check_model,
 )
+from streamserve.api.messages import CountTokensEndpoint, MessagesEndpoint
 from streamserve.api.metrics import Metrics, MetricsRegistry
 from streamserve.api.middleware import ApiKeyMiddleware, RequestIdMiddleware
 from streamserve.api.openapi import openapi
@@ -127,6 +128,8 @@ def create_app(
         Route("/v1/completions", CompletionEndpoint(context), methods=["POST"]),
         *cancel_routes(context.running),
         *_responses_routes(context),
+        Route("/v1/messages", MessagesEndpoint(context), methods=["POST"]),
+        Route("/v1/messages/count_tokens", CountTokensEndpoint(context), methods=["POST"]),
         Route("/v1/models", small.models),
         Route("/v1/models/{model:path}", small.model),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),

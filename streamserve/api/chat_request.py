@@ -314,13 +314,16 @@ CHAT_TABLE = FieldTable(CHAT_FIELDS, CHAT_REFUSED, ANNOTATIONS, ("messages",))
 class ReasoningOptions:
     """What a request says about thinking. ``budget`` is in tokens, ``None`` for no limit.
 
-    ``effort_param`` is where ``effort`` stands in the body.
+    ``is_enabled`` of ``None`` leaves it to the chat template. Errors name the fields in
+    ``effort_param`` and ``budget_param``.
     """
 
     is_included: bool = True
     effort: str | None = None
     budget: int | None = None
     effort_param: str = "reasoning_effort"
+    budget_param: str = "thinking_token_budget"
+    is_enabled: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

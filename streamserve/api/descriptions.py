@@ -13,6 +13,21 @@ DESCRIPTIONS: dict[str, str] = {
     "best_of": "So many answers, of which the likeliest `n` are shown; with a beam search its "
     "width. Not with `stream`, unless it is `n`.",
     "cache_salt": "Only requests with the same salt share cached prefixes.",
+    "budget_tokens": "The longest thought, in tokens; less than `max_tokens`.",
+    "content": "Text, or parts of it; /v1/messages: text, or blocks.",
+    "disable_parallel_tool_use": "At most one call.",
+    "display": "`omitted`: thoughts are not shown.",
+    "format": "JSON of a schema.",
+    "input_schema": "The JSON Schema of the input.",
+    "is_error": "The template sees `Error: ` before the result.",
+    "output_config": "Effort and format.",
+    "output_format": "As `output_config.format`.",
+    "stop_sequences": "Strings that end the answer; `stop_sequence` says which did.",
+    "system": "What stands before all messages.",
+    "thinking": "Of a request: whether the model thinks (left out: it does not). Of a block: what "
+    "it thought.",
+    "tool_use_id": "The call that this is the result of.",
+    "user_id": "As `user`.",
     "arguments": "A JSON object, as a string.",
     "call_id": "The call, in the words of who made it.",
     "chat_template_kwargs": "Variables for the chat template.",
@@ -46,7 +61,8 @@ DESCRIPTIONS: dict[str, str] = {
     "include_timing": "`timing` in each choice's last chunk, or in each choice of an answer that "
     "is not streamed.",
     "include_usage": "A last chunk with the whole `usage`.",
-    "input": "What the user says, or items: messages, calls, what they returned, thoughts.",
+    "input": "What the user says, or items: messages, calls, what they returned, thoughts. "
+    "/v1/messages: a call's arguments.",
     "instructions": "What the system says, before everything else. Not kept for the next response.",
     "json": "JSON of this schema.",
     "json_object": "A JSON object.",
@@ -57,7 +73,8 @@ DESCRIPTIONS: dict[str, str] = {
     "max_completion_tokens": "The longest answer (default: the rest of the context).",
     "max_output_tokens": "The longest answer, with thoughts (default: the rest of the context).",
     "max_tool_calls": "Of tools that the server itself has: there are none.",
-    "max_tokens": "The longest answer (default: chat, the rest of the context; completions, 16).",
+    "max_tokens": "The longest answer (default: chat, the rest of the "
+    "context; completions, 16). /v1/messages: at most the rest of the context.",
     "messages": "The chat so far.",
     "min_p": "Drop tokens less likely than this share of the likeliest.",
     "min_tokens": "No end before this many tokens.",

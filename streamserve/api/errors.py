@@ -1,4 +1,7 @@
-"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``.
+
+Those of ``/v1/messages`` have Anthropic's: ``{"type": "error", "error": {"type", "message"}}``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
+from streamserve.api.paths import is_for_messages
 from streamserve.errors import EngineError, QueueFullError, RequestError, StreamServeError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +56,28 @@ def error_type(status: int) -> str:
     return "server_error" if status >= 500 else "invalid_request_error"
 
 
+# Anthropic's types by status; any other 4xx is an invalid request, any other 5xx their fault.
+_MESSAGE_ERRORS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def message_error(
+    status: int, content: Mapping[str, Any], request_id: str | None = None
+) -> dict[str, Any]:
+    """An error in Anthropic's shape; ``status`` and ``content`` as of ``error_content``."""
+    kind = _MESSAGE_ERRORS.get(status)
+    if kind is None:
+        kind = "api_error" if status >= 500 else "invalid_request_error"
+    error = {"type": "error", "error": {"type": kind, "message": content["message"]}}
+    return error if request_id is None else {**error, "request_id": request_id}
+
+
 def error_content(exc: BaseException) -> tuple[int, dict[str, Any]]:
     """The status and the ``error`` object that tell a client about ``exc``.
 
@@ -66,16 +93,19 @@ def error_content(exc: BaseException) -> tuple[int, dict[str, Any]]:
     return status, {"message": message, "type": error_type(status), "param": param, "code": code}
 
 
-def error_response(exc: BaseException) -> Response:
-    """``exc`` as a whole HTTP response."""
+def error_response(exc: BaseException, scope: Scope) -> Response:
+    """``exc`` as a whole HTTP response to the request of ``scope``."""
     status, content = error_content(exc)
+    body: dict[str, Any] = {"error": content}
+    if is_for_messages(scope):
+        body = message_error(status, content, scope.get("state", {}).get("request_id"))
     headers: dict[str, str] = {}
     if isinstance(exc, HttpError):
         headers = exc.headers
     elif isinstance(exc, QueueFullError):
         headers = {"Retry-After": _retry_after(exc.retry_after_s)}
     return Response(
-        orjson.dumps({"error": content}, option=orjson.OPT_NON_STR_KEYS),
+        orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS),
         status_code=status,
         headers=headers,
         media_type="application/json",
@@ -87,9 +117,9 @@ def _retry_after(seconds: float) -> str:
     return str(max(1, math.ceil(seconds)))
 
 
-async def on_streamserve_error(_request: Request, exc: Exception) -> Response:
+async def on_streamserve_error(request: Request, exc: Exception) -> Response:
     """Starlette's exception handler for every error of ours."""
-    return error_response(exc)
+    return error_response(exc, request.scope)
 
 
 async def on_http_exception(request: Request, exc: Exception) -> Response:
@@ -106,7 +136,7 @@ async def on_http_exception(request: Request, exc: Exception) -> Response:
     else:
         error = HttpError(exc.status_code, exc.detail)
     error.headers.update(exc.headers or {})
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def on_unexpected_error(request: Request, exc: Exception) -> Response:
@@ -114,7 +144,7 @@ async def on_unexpected_error(request: Request, exc: Exception) -> Response:
 
     It stands outside of our middlewares, so the id is put on here.
     """
-    response = error_response(exc)
+    response = error_response(exc, request.scope)
     request_id = request.scope.get("state", {}).get("request_id")
     if request_id is not None:
         response.headers["X-Request-Id"] = request_id

@@ -26,12 +26,13 @@ from streamserve.api.extras import Prompt
 from streamserve.api.frames import (
     CHAT,
     COMPLETION,
+    PING,
     Envelope,
     Kind,
 )
 from streamserve.api.metrics import Delivery
 from streamserve.api.openai_wire import OpenAIWire
-from streamserve.api.prompts import LONG_BODY, Endpoint, PromptWorkers, Work, chat_work
+from streamserve.api.prompts import LONG_BODY, ChatParser, Endpoint, PromptWorkers, Work, chat_work
 from streamserve.api.running import RunningAnswer
 from streamserve.api.sampling import Common
 from streamserve.api.sse import AnswerStream, StreamedChoice
@@ -78,6 +79,7 @@ class GenerationEndpoint(ABC):
     kind: Kind
     prompt_param: str
     endpoint: Endpoint
+    ping = PING  # keeps a silent stream open
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
@@ -274,6 +276,7 @@ class GenerationEndpoint(ABC):
             choices,
             headers=ignored_fields_headers(work.common.unknown_fields),
             ping_interval_s=self._context.config.ping_interval_s,
+            ping=self.ping,
             progress_of=self._context.engine.progress if has_progress else None,
             raw_send=call.scope[RAW_SEND],
             stall_timeout_s=limits.stall_timeout_s,
@@ -311,13 +314,14 @@ class ChatEndpoint(GenerationEndpoint):
 
     prompt_param = "messages"
     endpoint: Endpoint = "chat"
+    parse: ChatParser = staticmethod(parse_chat_request)
 
     def __init__(self, context: ApiContext) -> None:
         super().__init__(context)
         self.kind = replace(CHAT, role=context.config.response_role)
 
     async def _prepare_here(self, raw: bytes) -> Work:
-        request = parse_chat_request(parse_json_object(raw), self._context.sampling_defaults)
+        request = self.parse(parse_json_object(raw), self._context.sampling_defaults)
         workers = self._context.prompt_workers
         if workers is not None and request.chat_template_kwargs:
             # A template may run away with what a client gives it: a process can be killed.

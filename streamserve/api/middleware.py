@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterator
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from streamserve.api.errors import HttpError, error_response
+from streamserve.api.paths import is_for_messages, route_path
 from streamserve.api.tenants import TENANT, KeyRing, Tenant
 
 _GUARDED = frozenset({"/v1", "/tokenize", "/detokenize"})
@@ -39,10 +41,15 @@ class RequestIdMiddleware:
             request_id = f"req-{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
 
+        # Anthropic's clients look for it under a name of their own.
+        names = (b"x-request-id", b"request-id") if is_for_messages(scope) else (b"x-request-id",)
+
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                header = (b"x-request-id", request_id.encode())
-                message["headers"] = [*message.get("headers", ()), header]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *((name, request_id.encode()) for name in names),
+                ]
             await send(message)
 
         await self._app(scope, receive, send_with_id)
@@ -71,22 +78,28 @@ class ApiKeyMiddleware:
             return
         refusal = HttpError(
             401,
-            "Missing or wrong API key: send it as 'Authorization: Bearer <key>'",
+            "Missing or wrong API key: send it as 'Authorization: Bearer <key>' or as"
+            " 'X-Api-Key: <key>'",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await error_response(refusal)(scope, receive, send)
+        await error_response(refusal, scope)(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> Tenant | None:
-        given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
-        return self._keys.find(key.strip()) if scheme.lower() == b"bearer" else None
+        found = [self._keys.find(key) for key in _given_keys(scope)]
+        return next((tenant for tenant in found if tenant is not None), None)
+
+
+def _given_keys(scope: Scope) -> Iterator[bytes]:
+    """The key as OpenAI's clients send it, then as Anthropic's do: a client may send both."""
+    headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of each counts
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        yield key.strip()
+    if b"x-api-key" in headers:
+        yield headers[b"x-api-key"].strip()
 
 
 def _is_guarded(scope: Scope) -> bool:
-    # What routing sees: a proxy's prefix must not hide what is behind it.
-    path: str = scope["path"]
-    root_path: str = scope.get("root_path", "")
-    if root_path and (path == root_path or path.startswith(root_path + "/")):
-        path = path[len(root_path) :]
+    path = route_path(scope)
     return path in _GUARDED or path.startswith("/v1/")

@@ -10,6 +10,15 @@ from streamserve.api.chat_request import CHAT_TABLE, MESSAGE_TABLE
 from streamserve.api.completion_request import COMPLETION_TABLE
 from streamserve.api.descriptions import DESCRIPTIONS
 from streamserve.api.fields import STATUS, FieldTable, Schema, schema_of
+from streamserve.api.message_fields import (
+    BLOCKS,
+    MESSAGE_CHOICE_TABLE,
+    MESSAGE_TOOL_TABLE,
+    METADATA_TABLE,
+    OUTPUT_TABLE,
+    THINKING_TABLE,
+)
+from streamserve.api.message_request import COUNT_TABLE, MESSAGES_TABLE, TURN_TABLE
 from streamserve.api.responses import fields as response_fields
 from streamserve.api.responses import items as response_items
 from streamserve.api.responses.lookup import ITEMS_TABLE, RETRIEVE_TABLE
@@ -40,6 +49,8 @@ class Endpoint:
     answer: Schema
     example: dict[str, Any]
     streams: bool = False
+    cancels: bool = False  # by a request to its own path
+    error: str = "Error"  # the name of its errors' schema
 
 
 def _object(**properties: Schema) -> Schema:
@@ -77,6 +88,26 @@ _ERROR = _object(
         code={"type": ["string", "null"]},
     )
 )
+_MESSAGE_ERROR = _object(
+    type={"const": "error"},
+    error=_object(type=_STRING, message=_STRING),
+    request_id=_STRING,
+)
+_MESSAGE = _object(
+    id=_STRING,
+    type={"const": "message"},
+    role={"const": "assistant"},
+    model=_STRING,
+    content=_array(_object(type={"enum": ["text", "thinking", "tool_use"]})),
+    stop_reason=_STRING,
+    stop_sequence={"type": ["string", "null"]},
+    usage=_object(
+        input_tokens=_INTEGER,
+        cache_creation_input_tokens=_INTEGER,
+        cache_read_input_tokens=_INTEGER,
+        output_tokens=_INTEGER,
+    ),
+)
 
 ENDPOINTS = (
     Endpoint(
@@ -87,6 +118,7 @@ ENDPOINTS = (
         _ANSWER,
         {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 64},
         streams=True,
+        cancels=True,
     ),
     Endpoint(
         "/v1/completions",
@@ -96,6 +128,26 @@ ENDPOINTS = (
         _ANSWER,
         {"prompt": "Once upon a time", "max_tokens": 16},
         streams=True,
+        cancels=True,
+    ),
+    Endpoint(
+        "/v1/messages",
+        "MessagesRequest",
+        "Answer a chat, as Anthropic's API does",
+        MESSAGES_TABLE,
+        _MESSAGE,
+        {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 64},
+        streams=True,
+        error="MessagesError",
+    ),
+    Endpoint(
+        "/v1/messages/count_tokens",
+        "CountTokensRequest",
+        "Count the tokens of a message's prompt",
+        COUNT_TABLE,
+        _object(input_tokens=_INTEGER),
+        {"messages": [{"role": "user", "content": "Tell me a story."}]},
+        error="MessagesError",
     ),
     Endpoint(
         "/v1/responses",
@@ -146,6 +198,13 @@ OBJECTS = (
     ("text (responses)", response_fields.TEXT_TABLE),
     ("reasoning (responses)", response_fields.REASONING_TABLE),
     ("stream_options (responses)", response_fields.STREAM_TABLE),
+    ("tools[] of /v1/messages", MESSAGE_TOOL_TABLE),
+    ("tool_choice of /v1/messages", MESSAGE_CHOICE_TABLE),
+    ("thinking of /v1/messages", THINKING_TABLE),
+    ("output_config of /v1/messages", OUTPUT_TABLE),
+    ("metadata of /v1/messages", METADATA_TABLE),
+    ("messages[] of /v1/messages", TURN_TABLE),
+    *((f"messages[].content[] of /v1/messages: {kind}", table) for kind, table in BLOCKS.items()),
 )
 """Objects inside of bodies that have a table of their own."""
 
@@ -174,7 +233,7 @@ def openapi(*, has_keys: bool) -> dict[str, Any]:
         }
     }
     for endpoint in ENDPOINTS:
-        if endpoint.streams and endpoint.table is not RESPONSES_TABLE:
+        if endpoint.cancels:
             paths[endpoint.path + "/{id}/cancel"] = {
                 "post": {
                     **_get("End an answer that is being made", "application/json", _CANCELLED),
@@ -186,6 +245,7 @@ def openapi(*, has_keys: bool) -> dict[str, Any]:
         "schemas": {
             **{endpoint.name: described(endpoint.table) for endpoint in ENDPOINTS},
             "Error": _ERROR,
+            "MessagesError": _MESSAGE_ERROR,
         }
     }
     document: dict[str, Any] = {
@@ -201,8 +261,11 @@ def openapi(*, has_keys: bool) -> dict[str, Any]:
         "components": components,
     }
     if has_keys:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}]
+        components["securitySchemes"] = {
+            "key": {"type": "http", "scheme": "bearer"},
+            "x-api-key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+        }
+        document["security"] = [{"key": []}, {"x-api-key": []}]
     return document
 
 
@@ -272,7 +335,10 @@ def _post(endpoint: Endpoint) -> dict[str, Any]:
                 }
             },
         },
-        "responses": {"200": {"description": "The answer", "content": content}, **_errors()},
+        "responses": {
+            "200": {"description": "The answer", "content": content},
+            **_errors(endpoint.error),
+        },
     }
 
 
@@ -286,8 +352,8 @@ def _in_path(name: str) -> dict[str, Any]:
     return {"name": name, "in": "path", "required": True, "schema": _STRING}
 
 
-def _errors() -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+def _errors(name: str = "Error") -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
     return {
         "4XX": {"description": "Refused: the message says why", "content": content},
         "5XX": {"description": "Failed", "content": content},

@@ -17,6 +17,7 @@ from streamserve.api.chat_request import ChatRequest, parse_chat_request
 from streamserve.api.choices import Choices
 from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.extras import ExtraFields, Prompt
+from streamserve.api.message_request import parse_count_request, parse_messages_request
 from streamserve.api.responses.before import read_context
 from streamserve.api.responses.prompt import attempts
 from streamserve.api.responses.request import ResponsesRequest, Settings, parse_responses_request
@@ -36,15 +37,19 @@ LONG_BODY = 16 * 2**10
 _TIMEOUT_S = 10.0
 _TOKENIZE, _DETOKENIZE = b"t", b"d"
 
-Endpoint = Literal["chat", "completion", "response"]
+Endpoint = Literal["chat", "completion", "count_tokens", "messages", "response"]
 
 # What a payload begins with, and the field that a client would have to shorten.
 _ENDPOINTS: dict[Endpoint, tuple[bytes, str]] = {
     "chat": (b"c", "messages"),
     "completion": (b"p", "prompt"),
     "response": (b"r", "input"),
+    "count_tokens": (b"n", "messages"),
+    "messages": (b"m", "messages"),
 }
 TextLoader = Callable[[], tuple[Tokenizer, ChatTemplate]]
+ChatParser = Callable[[Mapping[str, Any], Mapping[str, Any]], ChatRequest]
+"""From a body and the model's sampling defaults to a chat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,9 @@ class PromptReader:
         self._defaults = sampling_defaults
         self._max_model_len = max_model_len
         self._readers: dict[bytes, Callable[[memoryview], Work]] = {
-            b"c": self._chat,
+            b"c": partial(self._chat, parse_chat_request),
+            b"m": partial(self._chat, parse_messages_request),
+            b"n": partial(self._chat, parse_count_request),
             b"p": self._completion,
             b"r": self._response,
         }
@@ -138,8 +145,8 @@ class PromptReader:
             return detokenize(body, self._encoder)
         return tokenize(body, self._encoder, self._answer_format, self._max_model_len)
 
-    def _chat(self, raw: memoryview) -> Work:
-        return self._rendered(parse_chat_request(parse_json_object(raw), self._defaults))
+    def _chat(self, parse: ChatParser, raw: memoryview) -> Work:
+        return self._rendered(parse(parse_json_object(raw), self._defaults))
 
     def _response(self, payload: memoryview) -> Work:
         request = unpack_response(payload, self._defaults)

@@ -86,6 +86,7 @@ class AnswerStream(SseResponse):
         *,
         headers: dict[str, str],
         ping_interval_s: float,
+        ping: bytes,
         raw_send: Send,
         stall_timeout_s: float = 60.0,
         guard: DisconnectGuard | None = None,
@@ -98,6 +99,7 @@ class AnswerStream(SseResponse):
             raw_send=raw_send,
             stall_timeout_s=stall_timeout_s,
             guard=guard,
+            ping=ping,
         )
         self._wire = wire
         self._choices = choices
@@ -129,7 +131,7 @@ class AnswerStream(SseResponse):
         get, write = choice.stream.get, self._writer.write
         frames, delivery, parser = choice.frames, choice.delivery, choice.parser
         head, tail, is_plain = frames.head, frames.tail, frames.is_plain
-        opening = frames.role(choice.usage)  # travels with the first text
+        is_open, rest = False, b""
         if echo := frames.echo_at_once(choice.usage):
             await self._send(echo)
         sink = self._sink_of(frames, delivery) if is_plain else None
@@ -145,15 +147,15 @@ class AnswerStream(SseResponse):
             else:
                 body = choice.rendered(output)
                 if parser is not None and parser.is_over:
-                    opening += body
+                    rest = body
                     delivery.text_sent()
                     output = end_early(choice.stream, output)
                     break
                 if not body:
                     continue
-            if opening:
-                body = opening + body
-                opening = b""
+            if not is_open:
+                is_open = True
+                body = self._opening(choice, output) + body
             if (writing := write(body)) is not None:
                 await self._until_room(writing)
             self._num_sent += 1
@@ -163,9 +165,9 @@ class AnswerStream(SseResponse):
             if sink is not None:  # the opening is out: while this task waits, the step loop writes
                 choice.stream.sink = sink
         finish_reason = check_success(output)
-        choice.usage = output.usage
         frames.hold(output)
-        body = opening
+        body = rest if is_open else self._opening(choice, output) + rest
+        choice.usage = output.usage
         if output.text or frames.holds_any:
             body += frames.text(output.text, output.usage)
         body += frames.last(finish_reason, output.usage, choice.timing(output))
@@ -173,6 +175,12 @@ class AnswerStream(SseResponse):
         if output.text:
             delivery.text_sent()
         delivery.end(finish_reason)
+
+    def _opening(self, choice: StreamedChoice, first: RequestOutput) -> bytes:
+        """What travels with the first text: by then it is known what the prefix cache held."""
+        usage = first.usage
+        start = Usage(prompt_tokens=usage.prompt_tokens, cached_tokens=usage.cached_tokens)
+        return choice.frames.role(start)
 
     def _sink_of(self, frames: Frames, delivery: Delivery) -> TextSink:
         """What the step loop calls with a token's text while the socket has room."""

@@ -59,6 +59,7 @@ class SseResponse(EventSourceResponse):
         raw_send: Send,
         stall_timeout_s: float = 60.0,
         guard: DisconnectGuard | None = None,
+        ping: bytes = PING,
     ) -> None:
         super().__init__(
             _Nothing(), headers={"Cache-Control": "no-cache", **headers}, ping=ping_interval_s
@@ -67,6 +68,7 @@ class SseResponse(EventSourceResponse):
         self._raw_send = raw_send
         self._stall_timeout_s = stall_timeout_s
         self._guard = guard
+        self._ping_frame = ping
         self._writer: FrameWriter = AsgiWriter(raw_send)
         self._num_sent = 0  # frames; pings do not count
         self._num_sent_before = 0
@@ -159,8 +161,8 @@ class SseResponse(EventSourceResponse):
         self._start_ping_timer()
 
     async def _ping(self, send: Send) -> None:
-        """Send a comment. A write is atomic, so it never falls into the middle of a frame."""
-        if self.active and (writing := self._writer.write(PING)) is not None:
+        """Send a ping. A write is atomic, so it never falls into the middle of a frame."""
+        if self.active and (writing := self._writer.write(self._ping_frame)) is not None:
             await writing
 
     def _stop_comments(self) -> None:

@@ -37,6 +37,7 @@ class Choice:
     logprobs: list[TokenLogprobs]
     prompt_logprobs: list[TokenLogprobs] | None
     timing: dict[str, Any] | None = None
+    stop_reason: int | str | None = None  # as ``RequestOutput`` has it
     events: list[Event] | None = None  # chat's, where it is more than the text
     has_calls: bool = False
 
@@ -71,6 +72,7 @@ async def collect(
         [entry for part in outputs for entry in part.logprobs],
         outputs[0].prompt_logprobs,
         None if times is None else times.content(stream, output.usage),
+        output.stop_reason,
     )
     if parser is not None:
         choice.events = joined_events(events + parser.finish())

@@ -174,6 +174,9 @@ class Api:
     async def chat(self, **fields: Any) -> "Answer":
         return await self.call("POST", "/v1/chat/completions", chat_body(**fields))
 
+    async def message(self, **fields: Any) -> "Answer":
+        return await self.call("POST", "/v1/messages", message_body(**fields))
+
     async def complete(self, **fields: Any) -> "Answer":
         return await self.call("POST", "/v1/completions", {"prompt": "Hi", **fields})
 
@@ -275,15 +278,23 @@ class Answer:
 
     @property
     def error(self) -> dict[str, Any]:
-        content = self.json
-        assert set(content) == {"error"}
-        assert set(content["error"]) == {"message", "type", "param", "code"}
-        error: dict[str, Any] = content["error"]
-        return error
+        return error_of(self.json)
 
     @property
     def events(self) -> list[Any]:
         return events_of(self.body)
+
+
+def error_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The error in a body, in OpenAI's shape or in Anthropic's."""
+    error: dict[str, Any] = content["error"]
+    if content.get("type") == "error":
+        assert set(content) <= {"type", "error", "request_id"}
+        assert set(error) == {"type", "message"}
+    else:
+        assert set(content) == {"error"}
+        assert set(error) == {"message", "type", "param", "code"}
+    return error
 
 
 def events_of(body: bytes) -> list[Any]:
@@ -303,6 +314,14 @@ def events_of(body: bytes) -> list[Any]:
 
 def chat_body(**fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], **fields}
+
+
+HI = {"role": "user", "content": "Hi"}
+
+
+def message_body(**fields: Any) -> dict[str, Any]:
+    """A body of `/v1/messages`."""
+    return {"model": MODEL, "max_tokens": 300, "messages": [HI], **fields}
 
 
 def text_of(events: list[Any], index: int = 0) -> str:

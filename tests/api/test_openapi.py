@@ -9,6 +9,7 @@ from streamserve.api.chat_request import CHAT_TABLE, parse_chat_request
 from streamserve.api.completion_request import COMPLETION_TABLE, parse_completion_request
 from streamserve.api.descriptions import DESCRIPTIONS
 from streamserve.api.fields import STATUS, TypedReader
+from streamserve.api.message_request import MESSAGES_TABLE, parse_messages_request
 from streamserve.api.openapi import ENDPOINTS, OBJECTS, openapi
 from streamserve.api.responses.request import RESPONSES_TABLE, parse_responses_request
 from streamserve.errors import InvalidParameterError
@@ -48,7 +49,8 @@ async def test_the_document_lists_every_route():
 def test_with_keys_the_document_says_so():
     document = openapi(has_keys=True)
     assert document["components"]["securitySchemes"] == {
-        "key": {"type": "http", "scheme": "bearer"}
+        "key": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
     }
 
 
@@ -100,7 +102,7 @@ def _body(table, valid):
 HI = {"role": "user", "content": "Hi"}
 _VALIDATORS = {
     id(table): jsonschema.Draft202012Validator(table.schema())
-    for table in (CHAT_TABLE, COMPLETION_TABLE, RESPONSES_TABLE)
+    for table in (CHAT_TABLE, COMPLETION_TABLE, MESSAGES_TABLE, RESPONSES_TABLE)
 }
 
 
@@ -110,6 +112,7 @@ _VALIDATORS = {
         (CHAT_TABLE, parse_chat_request, {"messages": [HI], "stream": True}),
         (COMPLETION_TABLE, parse_completion_request, {"prompt": "Hi"}),
         (RESPONSES_TABLE, parse_responses_request, {"input": [HI], "stream": True}),
+        (MESSAGES_TABLE, parse_messages_request, {"messages": [HI], "max_tokens": 4}),
     ],
 )
 def test_the_schema_excludes_nothing_that_is_taken(table, parse, valid):

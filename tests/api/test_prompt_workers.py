@@ -5,7 +5,7 @@ import pytest
 
 from streamserve.api.prompts import LONG_BODY
 from streamserve.engine.text_source import byte_text
-from tests.api.harness import Api, chat_body
+from tests.api.harness import HI, Api, chat_body, message_body
 
 PADDING = "x" * LONG_BODY
 
@@ -26,6 +26,7 @@ async def answers(path, body):
                 workers.close()
         content = answer.json
         content.pop("id", None)
+        content.pop("request_id", None)
         found.append((answer.status, answer.headers.get("x-ignored-fields"), content))
     return found
 
@@ -50,6 +51,9 @@ LONG = [
     ("/tokenize", {"prompt": PADDING, "model": "nobody"}),
     ("/detokenize", {"tokens": [*b"Hi"] * LONG_BODY}),
     ("/detokenize", {"tokens": PADDING}),
+    ("/v1/messages", message_body(max_tokens=3, stop_sequences=["c"], x=PADDING)),
+    ("/v1/messages", message_body(system=PADDING)),
+    ("/v1/messages/count_tokens", {"messages": [HI], "system": PADDING, "x": 1}),
 ]
 
 

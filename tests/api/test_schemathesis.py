@@ -1,4 +1,4 @@
-"""Bodies made from ``/openapi.json``, right and wrong: 4xx in OpenAI's shape, or an answer.
+"""Bodies made from ``/openapi.json``, right and wrong: 4xx in its API's shape, or an answer.
 
 schemathesis tries what each field's schema allows and what it does not. After each body the server
 answers a plain request as ever.
@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from streamserve.api.openapi import ENDPOINTS, openapi
-from tests.api.harness import Api, server_thread
+from tests.api.harness import Api, error_of, server_thread
 
 CHECKS = (
     content_type_conformance,
@@ -51,9 +51,7 @@ schema = schemathesis.openapi.from_dict(openapi(has_keys=False))
 def test_only_4xx_and_it_answers_afterwards(case, server):
     response = case.call_and_validate(base_url=str(server.base_url), checks=CHECKS)
     if response.status_code >= 400:
-        error = response.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
-        assert len(error["message"]) > 10
+        assert len(error_of(response.json())["message"]) > 10
     answer = server.post("/v1/completions", json=PLAIN)
     assert answer.status_code == 200
     assert answer.json()["choices"][0]["text"] == "abcd"

@@ -10,7 +10,7 @@ from tests.e2e.servers import ROOT, environment
 from tools.make_checkpoint import write_checkpoint
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-CLIENTS = {"chat_client.py", "completion_client.py", "langchain_client.py"}
+CLIENTS = {"anthropic_client.py", "chat_client.py", "completion_client.py", "langchain_client.py"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,354 @@
+"""The objects inside of a body of Anthropic's Messages API: blocks, tools, thinking, formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamserve.api.fields import (
+    FieldTable,
+    Refused,
+    Schema,
+    TypedReader,
+    integer,
+    out_of_range,
+    read_bool,
+    read_fields,
+    read_object,
+    read_str,
+    require_in,
+    shown,
+    typed,
+    wrong_type,
+)
+from streamserve.api.sampling import COMMON_FIELDS
+from streamserve.api.structured import json_schema
+from streamserve.api.tool_fields import MAX_TOOLS, Tool, Tools, ToolUse, read_name
+from streamserve.core.structured_output import StructuredOutput
+from streamserve.errors import InvalidParameterError
+
+# Prefixes are cached in any case, and for as long as there is room.
+_CACHED = frozenset({"cache_control"})
+
+_EFFORTS = ("low", "medium", "high", "xhigh", "max")
+_TOOL_CHOICES = ("auto", "any", "none", "tool")
+
+
+def one_of(*names: str) -> TypedReader[str]:
+    """A reader of one of these strings."""
+
+    @typed({"enum": list(names)})
+    def read(name: str, value: Any) -> str:
+        text = read_str(name, value)
+        if text not in names:
+            raise out_of_range(name, f"one of {', '.join(names)}", text)
+        return text
+
+    return read
+
+
+_TEXT_TABLE = FieldTable(
+    {"text": read_str, "type": one_of("text")},
+    {"citations": Refused(([],))},
+    _CACHED,
+    ("text", "type"),
+)
+_TOOLSET = {"toolset_name": Refused()}
+_TOOL_USE_TABLE = FieldTable(
+    {"id": read_str, "input": read_object, "name": read_str, "type": one_of("tool_use")},
+    {"caller": Refused(({"type": "direct"},)), **_TOOLSET},
+    _CACHED,
+    ("id", "input", "name", "type"),
+)
+_THOUGHT_TABLE = FieldTable(
+    {"thinking": read_str, "type": one_of("thinking")},
+    annotations=_CACHED | {"signature"},
+    required=("thinking", "type"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A field's value, and the names in it that nobody knows."""
+
+    value: Any
+    unknown: tuple[str, ...] = ()
+
+
+def _read_block(
+    where: str, raw: Any, tables: Mapping[str, FieldTable], unknown: list[str]
+) -> dict[str, Any]:
+    """One content block of the kinds in ``tables``."""
+    block = read_object(where, raw)
+    kind = read_str(f"{where}.type", require_in(block, "type", where))
+    if kind not in tables:
+        raise InvalidParameterError(
+            f"{where}.type {shown(kind)} is not supported here (only {', '.join(tables)})",
+            param=f"{where}.type",
+            code="unsupported_parameter",
+        )
+    table = tables[kind]
+    values, unknown_here = read_fields(
+        block,
+        honoured=table.honoured,
+        refused=table.refused,
+        annotations=table.annotations,
+        prefix=f"{where}.",
+    )
+    for name in table.required:
+        require_in(values, name, where)
+    unknown += unknown_here
+    return values
+
+
+def read_blocks(
+    name: str, value: Any, tables: Mapping[str, FieldTable], unknown: list[str]
+) -> list[dict[str, Any]]:
+    """Content: a string, which is one block of text, or blocks of the kinds in ``tables``."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise wrong_type(name, "a string or an array of blocks", value)
+    return [_read_block(f"{name}[{i}]", raw, tables, unknown) for i, raw in enumerate(value)]
+
+
+def blocks_schema(*tables: FieldTable) -> Schema:
+    """The schema of what ``read_blocks`` takes."""
+    items = {"anyOf": [table.schema() for table in tables]}
+    return {"anyOf": [{"type": "string"}, {"type": "array", "items": items}]}
+
+
+@typed(blocks_schema(_TEXT_TABLE))
+def _read_texts(name: str, value: Any) -> Given:
+    unknown: list[str] = []
+    return Given(read_blocks(name, value, {"text": _TEXT_TABLE}, unknown), tuple(unknown))
+
+
+read_system = _read_texts
+_TOOL_RESULT_TABLE = FieldTable(
+    {
+        "content": _read_texts,
+        "is_error": read_bool,
+        "tool_use_id": read_str,
+        "type": one_of("tool_result"),
+    },
+    _TOOLSET,
+    _CACHED,
+    ("tool_use_id", "type"),
+)
+
+BLOCKS = {
+    "text": _TEXT_TABLE,
+    "thinking": _THOUGHT_TABLE,
+    "tool_result": _TOOL_RESULT_TABLE,
+    "tool_use": _TOOL_USE_TABLE,
+}
+
+MESSAGE_TOOL_TABLE = FieldTable(
+    {
+        "description": read_str,
+        "input_schema": read_object,
+        "name": read_name,
+        "strict": read_bool,
+        "type": one_of("custom"),
+    },
+    {
+        "allowed_callers": Refused((["direct"],)),
+        "defer_loading": Refused((False,)),
+        "eager_input_streaming": Refused((True,), "is not supported: input always streams"),
+        "input_examples": Refused(([],)),
+    },
+    _CACHED,
+    ("input_schema", "name"),
+)
+
+
+@typed({"type": "array", "maxItems": MAX_TOOLS, "items": MESSAGE_TOOL_TABLE.schema()})
+def read_message_tools(name: str, value: Any) -> Tools:
+    """``tools``, as the chat template will see them."""
+    if not isinstance(value, list):
+        raise wrong_type(name, "an array of tools", value)
+    if len(value) > MAX_TOOLS:
+        raise out_of_range(name, f"an array of at most {MAX_TOOLS} tools", value)
+    unknown: list[str] = []
+    items: dict[str, Tool] = {}
+    for i, raw in enumerate(value):
+        tool = _read_tool(f"{name}[{i}]", raw, unknown)
+        if tool.name in items:
+            raise out_of_range(f"{name}[{i}].name", "unlike the other tools' names", tool.name)
+        items[tool.name] = tool
+    return Tools(tuple(items.values()), tuple(unknown))
+
+
+def _read_tool(where: str, raw: Any, unknown: list[str]) -> Tool:
+    given = read_object(where, raw)
+    kind = given.get("type")
+    if isinstance(kind, str) and kind != "custom":
+        raise InvalidParameterError(
+            f"{where}.type {shown(kind)} is not supported: this server runs no tools of its own"
+            " (only 'custom')",
+            param=f"{where}.type",
+            code="unsupported_parameter",
+        )
+    values, unknown_here = read_fields(
+        given,
+        honoured=MESSAGE_TOOL_TABLE.honoured,
+        refused=MESSAGE_TOOL_TABLE.refused,
+        annotations=MESSAGE_TOOL_TABLE.annotations,
+        prefix=f"{where}.",
+    )
+    for name in MESSAGE_TOOL_TABLE.required:
+        require_in(values, name, where)
+    unknown += unknown_here
+    parameters: dict[str, Any] = values["input_schema"]
+    function = {"name": values["name"]}
+    if "description" in values:
+        function["description"] = values["description"]
+    definition = {"type": "function", "function": {**function, "parameters": parameters}}
+    return Tool(values["name"], definition, parameters, values.get("strict", False))
+
+
+def _read_all(name: str, value: Any, table: FieldTable) -> dict[str, Any]:
+    """An object that says how to answer: what nobody knows in it must not be passed over."""
+    values, unknown = read_fields(
+        read_object(name, value),
+        honoured=table.honoured,
+        refused={},
+        annotations=frozenset(),
+        prefix=f"{name}.",
+    )
+    if unknown:
+        known = ", ".join(sorted(table.honoured))
+        raise InvalidParameterError(
+            f"{name} must hold only {known}, got {shown(unknown[0])}",
+            param=name,
+            code="unsupported_parameter",
+        )
+    for field in table.required:
+        require_in(values, field, name)
+    return values
+
+
+def _closed(table: FieldTable) -> Schema:
+    return {**table.schema(), "additionalProperties": False}
+
+
+MESSAGE_CHOICE_TABLE = FieldTable(
+    {
+        "disable_parallel_tool_use": read_bool,
+        "name": read_name,
+        "type": one_of(*_TOOL_CHOICES),
+    },
+    required=("type",),
+)
+
+
+@typed(_closed(MESSAGE_CHOICE_TABLE))
+def read_message_tool_choice(name: str, value: Any) -> dict[str, Any]:
+    """``tool_choice``."""
+    choice = _read_all(name, value, MESSAGE_CHOICE_TABLE)
+    if choice["type"] == "tool":
+        require_in(choice, "name", name)
+    elif "name" in choice:
+        raise InvalidParameterError(
+            f"{name}.name may be given only with type 'tool', got {shown(choice['type'])}",
+            param=f"{name}.name",
+            code="invalid_value",
+        )
+    return choice
+
+
+def message_tool_use(tools: Tools | None, choice: dict[str, Any] | None) -> ToolUse:
+    """``tools`` and ``tool_choice`` together. Raises ``InvalidParameterError``."""
+    kind = "auto" if choice is None else choice["type"]
+    if tools is None or not tools.items:
+        if kind in ("any", "tool"):
+            raise InvalidParameterError(
+                f"tool_choice {kind!r} may be given only with tools, got none",
+                param="tool_choice",
+                code="invalid_value",
+            )
+        return ToolUse()
+    choice = choice or {}
+    tool_name = choice.get("name")
+    names = [tool.name for tool in tools.items]
+    if tool_name is not None and tool_name not in names:
+        some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+        raise out_of_range("tool_choice.name", f"one of {some}", tool_name)
+    is_parallel = not choice.get("disable_parallel_tool_use", False)
+    words = {"any": "required", "tool": "named"}
+    return ToolUse(tools.items, words.get(kind, kind), tool_name, is_parallel)
+
+
+THINKING_TABLE = FieldTable(
+    {
+        "budget_tokens": integer(1),
+        "display": one_of("summarized", "omitted"),
+        "type": one_of("enabled", "disabled", "adaptive"),
+    },
+    required=("type",),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingConfig:
+    """Whether the model thinks, for how many tokens at most, and whether that is shown."""
+
+    is_enabled: bool = False
+    budget: int | None = None
+    is_shown: bool = True
+
+
+@typed(_closed(THINKING_TABLE))
+def read_thinking(name: str, value: Any) -> ThinkingConfig:
+    """``thinking``. Adaptive has no limit: how much is the model's own choice."""
+    values = _read_all(name, value, THINKING_TABLE)
+    kind: str = values["type"]
+    if kind == "enabled":
+        require_in(values, "budget_tokens", name)
+    for field, kinds in (("budget_tokens", ("enabled",)), ("display", ("enabled", "adaptive"))):
+        if field in values and kind not in kinds:
+            raise InvalidParameterError(
+                f"{name}.{field} may be given only with type {' or '.join(kinds)}, got {kind!r}",
+                param=f"{name}.{field}",
+                code="invalid_value",
+            )
+    is_shown = values.get("display") != "omitted"
+    return ThinkingConfig(kind != "disabled", values.get("budget_tokens"), is_shown)
+
+
+_FORMAT_TABLE = FieldTable(
+    {"schema": read_object, "type": one_of("json_schema")}, required=("schema", "type")
+)
+
+
+@typed(_closed(_FORMAT_TABLE))
+def read_format(name: str, value: Any) -> StructuredOutput:
+    """A format of the answer: JSON of a schema."""
+    return json_schema(f"{name}.schema", _read_all(name, value, _FORMAT_TABLE)["schema"])
+
+
+OUTPUT_TABLE = FieldTable({"effort": one_of(*_EFFORTS), "format": read_format})
+
+
+@typed(_closed(OUTPUT_TABLE))
+def read_output_config(name: str, value: Any) -> dict[str, Any]:
+    """``output_config``."""
+    return _read_all(name, value, OUTPUT_TABLE)
+
+
+METADATA_TABLE = FieldTable({"user_id": COMMON_FIELDS["user"]})
+
+
+@typed(METADATA_TABLE.schema())
+def read_metadata(name: str, value: Any) -> Given:
+    """``metadata``: the value is the user, ``""`` for nobody."""
+    values, unknown = read_fields(
+        read_object(name, value),
+        honoured=METADATA_TABLE.honoured,
+        refused={},
+        annotations=frozenset(),
+        prefix=f"{name}.",
+    )
+    return Given(values.get("user_id", ""), tuple(unknown))
