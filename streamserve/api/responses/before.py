@@ -72,12 +72,12 @@ def find_context(
     ``before`` gives the items up to the end of a response as JSON, ``items_of`` a response's own.
     """
     previous: list[bytes] = []
-    for found in dict.fromkeys(_PREVIOUS.findall(raw)):
+    for found in _found(_PREVIOUS, b"previous_response_id", raw):
         items = before(found.decode())
         if items is None and not is_running(found.decode()):
             continue
         previous.append(b'"%b":%b' % (found, b"null" if items is None else items))
-    wanted = dict.fromkeys(found.decode() for found in _NAMED.findall(raw))
+    wanted = [found.decode() for found in _found(_NAMED, b"item_reference", raw)]
     if not previous and not wanted:
         return b""
     named = {
@@ -87,6 +87,13 @@ def find_context(
         if (item_id := item["id"]) in wanted
     }
     return b'{"previous":{%b},"items":%b}' % (b",".join(previous), orjson.dumps(named))
+
+
+def _found(pattern: re.Pattern[bytes], sign: bytes, raw: bytes) -> Iterable[bytes]:
+    """What ``pattern`` finds, each once. It is looked for only where there is a ``sign`` of it:
+    that takes a third of the time, and most bodies have none.
+    """
+    return dict.fromkeys(pattern.findall(raw)) if sign in raw else ()
 
 
 def read_context(packed: bytes | memoryview) -> Context:
