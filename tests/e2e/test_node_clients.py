@@ -47,20 +47,22 @@ def test_the_openai_package(tools_box):
     check_place(found["parsed"]["whole"])
     assert found["parsed"]["streamed"] == found["parsed"]["whole"]
     assert found["refused"] == {"name": "BadRequestError", "status": 400, "param": "temperature"}
+    assert found["responses"]["texts"] == [PARIS] * 4
+    check_place(found["responses"]["place"])
     assert found["completionTokens"] == 4
     assert found["models"] == ["box"]
 
 
 def test_the_ai_sdk(tools_box):
     found = run("ai_sdk.mjs", tools_box)
-    texts = [found["completion"], found["compatible"]["text"], found["openai"]["text"]]
-    for text in texts:
+    names = ("compatible", "openai", "responses")
+    for text in (found["completion"], *(found[name]["text"] for name in names)):
         assert text["whole"] == text["streamed"] == PARIS
         assert text["finishReason"] == text["streamedFinishReason"] == "stop"
         for name in ("usage", "streamedUsage"):
             assert text[name]["inputTokens"] > 0
             assert text[name]["outputTokens"] > 0
-    for name in ("compatible", "openai"):
+    for name in names:
         for loop in (found[name]["loop"], found[name]["streamingLoop"]):
             assert [list(given) for given in loop["asked"]] == [["is_hard"]]
             assert loop["text"] == TOKYO

@@ -17,6 +17,7 @@ const models = {
   compatible: compatible("box"),
   completion: compatible.completionModel("box"),
   openai: createOpenAI({ baseURL, apiKey: "none" }).chat("box"),
+  responses: createOpenAI({ baseURL, apiKey: "none" }).responses("box"),
 };
 const Place = z.object({ city: z.string().max(20), kind: z.enum(["capital", "village"]) });
 const ask = { prompt: "What is the capital of France?", maxOutputTokens: 300, maxRetries: 0 };
@@ -95,7 +96,7 @@ async function objects(model) {
 }
 
 const found = { completion: await text(models.completion) };
-for (const name of ["compatible", "openai"]) {
+for (const name of ["compatible", "openai", "responses"]) {
   const model = models[name];
   found[name] = {
     text: await text(model),

@@ -1,6 +1,6 @@
 // The `openai` package against the server whose URL is the first argument. Prints what came.
 import OpenAI from "openai";
-import { zodFunction, zodResponseFormat } from "openai/helpers/zod";
+import { zodFunction, zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
 
 const client = new OpenAI({ baseURL: `${process.argv[2]}/v1`, apiKey: "none", maxRetries: 0 });
@@ -67,6 +67,31 @@ async function parsed() {
   };
 }
 
+async function responses() {
+  const asked = { model: "box", temperature: 0, input: capital[0].content };
+  const whole = await client.responses.create(asked);
+  const stream = client.responses.stream(asked);
+  let text = "";
+  for await (const event of stream) {
+    if (event.type === "response.output_text.delta") text += event.delta;
+  }
+  const final = await stream.finalResponse();
+  const made = await client.responses.create({ ...asked, background: true });
+  let followed = "";
+  for await (const event of await client.responses.retrieve(made.id, { stream: true })) {
+    if (event.type === "response.output_text.delta") followed += event.delta;
+  }
+  const place = await client.responses.parse({
+    ...asked,
+    text: { format: zodTextFormat(Place, "place") },
+    max_output_tokens: 300,
+  });
+  return {
+    texts: [whole.output_text, text, final.output_text, followed],
+    place: Place.parse(place.output_parsed),
+  };
+}
+
 async function refused() {
   try {
     await client.chat.completions.create({ ...fields, temperature: 9, messages: capital });
@@ -84,6 +109,7 @@ const found = {
   streamedTools: await runTools({ stream: true }),
   parsed: await parsed(),
   refused: await refused(),
+  responses: await responses(),
   completionTokens: legacy.usage.completion_tokens,
   models: (await client.models.list()).data.map((model) => model.id),
 };
