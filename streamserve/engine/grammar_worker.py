@@ -24,6 +24,7 @@ from streamserve.engine.grammar_trial import Task, Verdict
 from streamserve.engine.lark_writer import with_special_ids
 
 _NUM_STEPS = 48
+_NUM_FEW_PARTS = 16  # more are walked through less far: all share one limit of time
 _MAX_MASK_S = 0.01
 _MAX_MESSAGE = 400
 
@@ -84,21 +85,23 @@ class _Trier:
                 kind, task.text, task.whitespace_pattern, self._special_tokens
             )
             # A walk through the whole may never leave its free text.
-            error = next(filter(None, map(self._error_of, (grammar, *parts))), "")
+            num_steps = _NUM_STEPS if len(parts) <= _NUM_FEW_PARTS else _NUM_STEPS // 4
+            errors = (self._error_of(part, num_steps) for part in (grammar, *parts))
+            error = next(filter(None, errors), "")
         except Exception as exception:  # converters fail in their own ways
             return Verdict("", short(str(exception) or type(exception).__name__))
         return Verdict("" if error else grammar, short(error))
 
-    def _error_of(self, grammar: str) -> str:
+    def _error_of(self, grammar: str, num_steps: int) -> str:
         grammar = with_special_ids(grammar, self._special_ids)
         matcher = LLMatcher(self._tokenizer, grammar, limits=parser_limits(), log_level=0)
-        return matcher.get_error() or _walk(matcher, self._tokenizer)
+        return matcher.get_error() or _walk(matcher, self._tokenizer, num_steps)
 
 
-def _walk(matcher: LLMatcher, tokenizer: LLTokenizer) -> str:
+def _walk(matcher: LLMatcher, tokenizer: LLTokenizer, num_steps: int) -> str:
     """Write a few random bytes of the language; returns why one cannot, "" if one can."""
     draw = random.Random(0).choice
-    for _ in range(_NUM_STEPS):
+    for _ in range(num_steps):
         started = time.process_time()
         mask = matcher.compute_bitmask()
         taken_s = time.process_time() - started

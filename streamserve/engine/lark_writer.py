@@ -51,10 +51,11 @@ class LarkWriter:
             bodies[0] if len(bodies) == 1 else f"({' | '.join(body or EMPTY for body in bodies)})"
         )
 
-    def json(self, schema: Any) -> str:
+    def json(self, schema: Any, *, is_part: bool = True) -> str:
         """JSON of a schema: an object, or true."""
         known = schema if isinstance(schema, dict) else {}
-        return self._part(f"%json {json.dumps({**known, 'x-guidance': self._whitespace})}")
+        body = f"%json {json.dumps({**known, 'x-guidance': self._whitespace})}"
+        return self._part(body) if is_part else body
 
     def regex(self, pattern: str) -> str:
         """Text that matches as a whole, with classes in ASCII."""
@@ -101,7 +102,8 @@ class LarkWriter:
         return json.dumps({"grammars": [{"name": "main", "lark_grammar": lark}, *self._grammars]})
 
     def _part(self, body: str) -> str:
-        self.parts.append(body)
+        if body not in self.parts:
+            self.parts.append(body)
         return body
 
     def _token(self, name: str) -> str:

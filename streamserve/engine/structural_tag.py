@@ -126,7 +126,9 @@ def _call(tools: Sequence[Format], key: str, writer: LarkWriter) -> str:
         }
         for tool in tools
     ]
-    return writer.rule(writer.either([writer.json(schema) for schema in schemas]))
+    for tool in tools:
+        writer.json(tool["arguments"])  # tried by themselves: a walk would end in the names
+    return writer.rule(writer.either([writer.json(schema, is_part=False) for schema in schemas]))
 
 
 def _hermes(task: Format, writer: LarkWriter) -> str:
@@ -163,7 +165,7 @@ def _mistral(task: Format, writer: LarkWriter) -> str:
     call_id = f"({writer.text('[CALL_ID]')} /[a-zA-Z0-9]{{9}}/)?"
     named = [
         f"{writer.text(tool['name'])} {call_id} ({writer.text('[ARGS]')})? {_BLANKS} "
-        f"{writer.json(tool['arguments'])}"
+        f"{writer.json(tool['arguments'], is_part=False)}"
         for tool in task["tools"]
     ]
     inside = writer.rule(f"{_BLANKS} {writer.either([array, *named])}")

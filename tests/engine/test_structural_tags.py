@@ -143,6 +143,24 @@ async def test_what_stands_in_a_tag_is_tried_before_it_is_taken():
     grammars.close()
 
 
+@pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral"])
+async def test_as_many_tools_as_a_request_may_have(parser):
+    grammars = Grammars(ByteTokenizer(), frozenset({EOS}), VOCAB_SIZE)
+    properties = {f"p{i}": {"type": "string", "maxLength": 9 + i} for i in range(4)}
+    tools = [
+        {
+            "name": f"f{i}",
+            "arguments": {"type": "object", "properties": {**properties, f"q{i}": {}}},
+        }
+        for i in range(128)
+    ]
+    task = {"parser": parser, "answer": None, "tools": tools}
+    await grammars.compile(
+        StructuredOutput(kind=GrammarKind.TOOL_CALLS, text=json.dumps(task), param="tools")
+    )
+    grammars.close()
+
+
 async def test_a_marker_may_be_a_special_token():
     tokenizer = ByteTokenizer(("<s>", "</s>", "[TOOL_CALLS]", "[ARGS]"))
     grammars = Grammars(tokenizer, frozenset({EOS}), tokenizer.vocab_size)
