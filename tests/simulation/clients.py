@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.stream import RequestStream
 from streamserve.errors import EngineDeadError, EngineError, QueueFullError
-from tests.simulation.expected import beam_answers, solo_answer, text_of
+from tests.simulation.expected import Answer, beam_answers, solo_answer, text_of
 
 _SINK_ROOM = 3  # texts that a sink takes before it has no room for one
 
@@ -70,8 +70,11 @@ class Client:
     was_aborted: bool = False
     refusal: Exception | None = None
 
-    async def visit(self, engine: AsyncEngine) -> None:
-        """Come, ask, read to the end or leave. Cancelling it is how a connection breaks."""
+    async def visit(self, engine: AsyncEngine, deserted: set[str]) -> None:
+        """Come, ask, read to the end or leave. Cancelling it is how a connection breaks.
+
+        Who leaves is in ``deserted`` from then on.
+        """
         self.has_come = True
         try:
             await asyncio.sleep(self.arrival)
@@ -92,6 +95,9 @@ class Client:
         except asyncio.CancelledError:
             self.has_left = True
             raise
+        finally:
+            if self.has_left:
+                deserted.add(self.request_id)
 
     def _submit(self, engine: AsyncEngine) -> list[RequestStream]:
         origin = {
@@ -133,8 +139,15 @@ class Client:
 
     # What must be true in the end.
 
-    def check(self, failed_alone: Set[str], is_dead: bool, culprits: Set[str]) -> None:
-        """Every stream has ended as it should have."""
+    def check(
+        self,
+        failed_alone: Set[str],
+        is_dead: bool,
+        culprits: Set[str],
+        ends: Mapping[str, list[int]],
+        has_drafts: bool,
+    ) -> None:
+        """Every stream has ended as it should have. ``ends``: what the scheduler had in the end."""
         beams = None
         if self.beams is not None:
             beams = beam_answers(self.prompt, self.params, self.beams, self.n)
@@ -150,6 +163,11 @@ class Client:
             elif heard.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                 assert self.request_id not in culprits, "what no step can have has an answer"
                 self._check_answer(heard, None if beams is None else beams[index])
+                # A step of several drafts may end it behind a stop string.
+                if beams is None and not has_drafts:
+                    request_id = f"{self.request_id}/{index}" if index else self.request_id
+                    kept = self.prompt + self._alone().token_ids
+                    assert ends[request_id] == kept, "tokens behind the end were kept"
             else:
                 self._check_beginning(heard)
 
@@ -157,7 +175,7 @@ class Client:
         if beam is not None:
             assert heard.token_ids == beam, f"{self.request_id}: another beam"
             return
-        answer = solo_answer(self.prompt, self.params, self.max_model_len)
+        answer = self._alone()
         who = f"{self.request_id}: not what it is alone"
         if not heard.num_sunk:
             assert heard.token_ids == answer.token_ids, who
@@ -165,12 +183,15 @@ class Client:
         assert heard.text == answer.text, who
         assert heard.finish_reason is answer.finish_reason, who
 
+    def _alone(self) -> Answer:
+        return solo_answer(self.prompt, self.params, self.max_model_len)
+
     def _check_beginning(self, heard: Heard) -> None:
         """Of an answer that was cut: it is the beginning of the whole one."""
         if self.beams is not None:
             assert not heard.token_ids
             return
-        answer = solo_answer(self.prompt, self.params, self.max_model_len)
+        answer = self._alone()
         who = f"{self.request_id}: not the beginning of what it is alone"
         if not heard.num_sunk:
             assert heard.token_ids == answer.token_ids[: len(heard.token_ids)], who

@@ -15,6 +15,8 @@ from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogpr
 from streamserve.errors import DeviceDeadError, OutOfMemoryError
 from tests.unit.simulated import VOCAB_SIZE, SimulatedRunner
 
+_MOST_STEPS = 1000  # in a world that ends there are some dozens
+
 
 class BrokenWorldError(BaseException):
     """Leaves the engine by a way on which nothing is caught."""
@@ -77,6 +79,7 @@ class SimulatedDevice:
     is_closed: bool = False
     num_ended: int = 0
     num_failed: int = 0
+    deserted: set[str] = field(default_factory=set)  # base ids that nobody reads any more
     failed_alone: set[str] = field(default_factory=set)  # base ids; "probe" for the engine's own
 
     def __post_init__(self) -> None:
@@ -90,6 +93,9 @@ class SimulatedDevice:
 
     def launch(self, plan: SchedulerOutput) -> None:
         try:
+            assert plan.step_id < _MOST_STEPS, "it goes round in circles"
+            for s in plan.scheduled:
+                assert base_of(s.request_id) not in self.deserted, "computed for nobody"
             self.runner.launch(plan)
             self._find_logprobs(plan)
         except BaseException as error:

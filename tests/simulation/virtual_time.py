@@ -78,6 +78,9 @@ class _Driven:
                 self._points.reached()
                 try:
                     yield waits_for
+                except GeneratorExit:  # nobody waits for it any more
+                    coro.close()
+                    raise
                 except BaseException as error:
                     waits_for = coro.throw(error)
                 else:

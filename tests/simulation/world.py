@@ -25,7 +25,7 @@ from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.errors import ConfigError
 from tests.simulation.clients import Client, Reading
-from tests.simulation.device import Faults, SimulatedDevice
+from tests.simulation.device import Faults, SimulatedDevice, base_of
 from tests.simulation.expected import EOS
 from tests.simulation.virtual_time import AwaitPoints, VirtualLoop
 from tests.unit.simulated import VOCAB_SIZE, drafting, guesses
@@ -201,12 +201,12 @@ class Play:
             max_model_len=MAX_MODEL_LEN,
             clock=self.loop.time,
             seed=world.seed,
-            idle_delay_s=1e9,
+            idle_delay_s=1000.0,
         )
         await self.engine.start()
         for client in world.clients:
             self.device.runner.salts[client.request_id] = client.cache_salt
-            task = asyncio.create_task(client.visit(self.engine), name=client.request_id)
+            task = asyncio.create_task(client.visit(self.engine, self.device.deserted))
             self._visits[task] = client
         if world.stop_at is not None:
             asyncio.get_running_loop().call_later(world.stop_at, self._stop)
@@ -265,7 +265,13 @@ class Play:
         is_hopeless = self.world.faults.dies_at is not None or "probe" in device.failed_alone
         assert not engine.is_dead or is_hopeless, engine.dead_reason
         for client in self.world.clients:
-            client.check(device.failed_alone, engine.is_dead, self.world.faults.culprits)
+            client.check(
+                device.failed_alone,
+                engine.is_dead,
+                self.world.faults.culprits,
+                self.scheduler.ends,
+                self.world.config.speculative is not None,
+            )
         if not engine.is_dead:
             assert engine.is_idle
             assert engine.stats().num_failed_steps == device.num_failed, "miscounted"
@@ -283,7 +289,17 @@ class Checked(Scheduler):
 
     device: SimulatedDevice
 
-    num_booked = 0
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.ends: dict[str, list[int]] = {}
+        self.num_booked = 0
+
+    def finish(self, request, reason, **kwargs):
+        is_first = super().finish(request, reason, **kwargs)
+        if is_first:
+            assert request.request_id not in self.ends, "ended twice"
+            self.ends[request.request_id] = list(request.token_ids)
+        return is_first
 
     def schedule(self):
         plan = super().schedule()
@@ -305,6 +321,10 @@ class Checked(Scheduler):
     def _check(self) -> None:
         try:
             self.check_integrity()
+            for holding in self.kv_cache._holdings.values():
+                request = holding.request
+                is_deserted = base_of(request.request_id) in self.device.deserted
+                assert not is_deserted or request.num_steps_in_flight, "held for nobody"
             if self.num_booked == self.device.num_ended and not self.num_steps_in_flight:
                 self.device.runner.check_cached(self.kv_cache)
         except AssertionError as error:
