@@ -15,6 +15,8 @@ from streamserve.errors import EngineDeadError, EngineError, QueueFullError
 from tests.simulation.expected import Answer, beam_answers, solo_answer, text_of
 
 _SINK_ROOM = 3  # texts that a sink takes before it has no room for one
+_TOKEN_BYTES = 40  # of an unread one, at least
+_TOKENS_ON_THE_WAY = 12  # when a reader is full: two steps with drafts, and what lay there before
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Reading:
     has_sink: bool = False
     leaves_after: int | None = None  # outputs
     is_aborted_at: float | None = None  # after its arrival, by somebody else
+    max_unread_bytes: int | None = None
 
 
 @dataclass
@@ -84,6 +87,8 @@ class Client:
                 self.refusal = error
                 return
             self.heard = [Heard(stream) for stream in streams]
+            for stream in streams if self.beams is None else ():
+                stream.max_unread_bytes = self.reading.max_unread_bytes
             if self.reading.is_aborted_at is not None:
                 loop = asyncio.get_running_loop()
                 loop.call_later(self.reading.is_aborted_at, self._abort, engine)
@@ -129,6 +134,9 @@ class Client:
                     await asyncio.sleep(reading.pause_s)
                 output = await heard.stream.get()
                 num_read += 1
+                if reading.max_unread_bytes is not None and self.beams is None:
+                    most = reading.max_unread_bytes // _TOKEN_BYTES + _TOKENS_ON_THE_WAY
+                    assert len(output.token_ids) <= most, "more was kept than the bound"
                 heard.token_ids += output.token_ids
                 heard.text += output.text
                 heard.num_tokens = output.usage.completion_tokens

@@ -12,7 +12,7 @@ from tests.simulation.world import play
 
 NUM_SEEDS = 1000
 CHUNK = 100
-EXHAUSTIVE = (17, 23, 40)  # each has some of everything; some hundreds of await points together
+EXHAUSTIVE = (58, 118, 161, 175)  # each has most of what there is, and some 100 await points
 
 
 @pytest.fixture(autouse=True)

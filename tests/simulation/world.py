@@ -19,6 +19,7 @@ from typing import Any
 
 from streamserve.config import CacheConfig, SchedulerConfig
 from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.policy import POLICIES
 from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
 from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import AsyncEngine
@@ -98,7 +99,7 @@ def _make_configs(rng: random.Random) -> tuple[CacheConfig, SchedulerConfig]:
         max_num_batched_tokens=rng.randint(2, 24),
         max_num_waiting=rng.choice([2, 12]),
         max_steps_in_flight=rng.choice([1, 2]),
-        policy=rng.choice(["sjf", "fcfs", "priority"]),
+        policy=rng.choice(sorted(POLICIES)),
         cascade_overhead_tokens=rng.randint(0, 5),
         speculative=drafting(rng.choice([1, 3])) if rng.random() < 0.3 else None,
     )
@@ -153,6 +154,7 @@ def _make_reading(rng: random.Random) -> Reading:
         has_sink=rng.random() < 0.3,
         leaves_after=rng.randint(0, 6) if rng.random() < 0.2 else None,
         is_aborted_at=rng.random() * 0.5 if rng.random() < 0.1 else None,
+        max_unread_bytes=rng.choice([None, 40, 100]),
     )
 
 
@@ -223,6 +225,7 @@ class Play:
         return Counter(
             {
                 "await points": self.points.num_seen,
+                "pauses": self.scheduler.num_pauses,
                 "preemptions": stats.num_preemptions,
                 "failed steps": stats.num_failed_steps,
                 "requests rolled back": stats.num_rolled_back,
@@ -293,6 +296,11 @@ class Checked(Scheduler):
         super().__init__(*args)
         self.ends: dict[str, list[int]] = {}
         self.num_booked = 0
+        self.num_pauses = 0
+
+    def pause(self, request):
+        self.num_pauses += not request.is_paused
+        super().pause(request)
 
     def finish(self, request, reason, **kwargs):
         is_first = super().finish(request, reason, **kwargs)
