@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from streamserve.errors import ConfigError
 
-POLICIES = ("sjf", "fcfs", "priority")
+POLICIES = ("sjf", "fcfs", "priority", "fair")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,7 +85,8 @@ DESCRIPTIONS: dict[str, str] = {
     "parameters": "The JSON Schema of the arguments.",
     "presence_penalty": "Lower tokens that the answer holds.",
     "previous_response_id": "The response that this one goes on with.",
-    "priority": "With --scheduling-policy priority: smaller is sooner.",
+    "priority": "With --scheduling-policy priority, or fair (among a tenant's own): smaller "
+    "is sooner.",
     "prompt": "Text, token ids, or several of either.",
     "prompt_logprobs": "Of how many alternatives to report log-probabilities for each token of "
     "the prompt. Not with `stream`.",

@@ -218,13 +218,15 @@ class GenerationEndpoint(ABC):
         """Hand all prompts to the engine, or none."""
         streams: list[RequestStream] = []
         work.choices.check_size(len(work.prompts))
+        is_heard = self._context.config.honours_priority
+        priority = tenant.priority_of(work.common.priority) if is_heard else 0
         try:
             for index, prompt in enumerate(work.prompts):
                 streams += self._submit_one(
                     prompt.token_ids,
                     work,
                     request_id=f"{request_id}-{index}" if index else request_id,
-                    priority=work.common.priority,
+                    priority=priority,
                     cache_salt=tenant.salt + work.common.cache_salt,
                     tenant=tenant.name or work.common.user,
                     weight=tenant.weight,

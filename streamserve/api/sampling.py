@@ -222,7 +222,7 @@ class Common:
     stream: bool
     stream_options: StreamOptions
     include_timing: bool
-    priority: int
+    priority: int | None
     cache_salt: str
     user: str
     unknown_fields: tuple[str, ...]
@@ -244,7 +244,7 @@ def read_common(values: Mapping[str, Any], unknown: list[str]) -> Common:
         stream=stream,
         stream_options=options,
         include_timing=options.include_timing or values.get("include_timing", False),
-        priority=values.get("priority", 0),
+        priority=values.get("priority"),
         cache_salt=values.get("cache_salt", ""),
         user=values.get("user", ""),
         unknown_fields=tuple(unknown) + (() if raw is None else raw.unknown),

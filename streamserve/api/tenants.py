@@ -28,7 +28,7 @@ from typing import Any
 from starlette.types import Scope
 
 from streamserve.core.clock import Clock, monotonic
-from streamserve.errors import ConfigError
+from streamserve.errors import ConfigError, InvalidParameterError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,20 @@ class Tenant:
     tokens_per_minute: int | None = None
     priority: int | None = None  # the smallest number that a request may ask for
     salt: str = field(default="", repr=False)
+
+    def priority_of(self, asked: int | None) -> int:
+        """The priority of a request. Raises ``InvalidParameterError`` for more than it may have."""
+        if self.priority is None:
+            return asked or 0
+        if asked is None:
+            return max(self.priority, 0)
+        if asked < self.priority:
+            raise InvalidParameterError(
+                f"priority must be at least {self.priority} with this API key, got {asked}",
+                param="priority",
+                code="invalid_value",
+            )
+        return asked
 
 
 ANONYMOUS = Tenant(name="")

@@ -167,9 +167,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scheduling-policy",
         choices=POLICIES,
-        default="sjf",
         help="sjf: shortest uncached prompt first, with ageing; fcfs: first come, first served; "
-        "priority: the request's `priority` field first, smaller is sooner (default: %(default)s)",
+        "priority: the request's `priority` field first, smaller is sooner; fair: shares per "
+        "tenant by served tokens, within them by priority and as sjf (default: fair with several "
+        "API keys, else sjf)",
     )
     group.add_argument(
         "--itl-target-ms",
@@ -405,6 +406,15 @@ def check_flags(args: Namespace) -> None:
         raise ConfigError(
             f"--gpu-memory-utilization must be above 0 and at most 1, got {utilization}"
         )
+
+
+def scheduling_policy(args: Namespace) -> str:
+    """The policy that was asked for, or that suits how many tenants there are."""
+    if args.scheduling_policy is not None:
+        return str(args.scheduling_policy)
+    keys = getattr(args, "api_key", None)
+    has_tenants = isinstance(keys, list) and len(keys) > 1
+    return "fair" if has_tenants or getattr(args, "api_key_file", None) else "sjf"
 
 
 def model_name(args: argparse.Namespace) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from streamserve.cli.args import model_name
+from streamserve.cli.args import model_name, scheduling_policy
 from streamserve.cli.device_flags import resolve_device_flags
 from streamserve.cli.model_setup import ModelBuilder, ModelSetup, Say
 from streamserve.cli.model_source import (
@@ -137,7 +137,7 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_waiting=args.max_num_waiting,
-        policy=args.scheduling_policy,
+        policy=scheduling_policy(args),
         max_steps_in_flight=2 if args.async_scheduling else 1,
         enable_cascade_attention=not args.disable_cascade_attn,
         itl_target_ms=args.itl_target_ms,

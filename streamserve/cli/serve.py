@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from streamserve import __version__
-from streamserve.cli.args import check_flags, model_name
+from streamserve.cli.args import check_flags, model_name, scheduling_policy
 from streamserve.config import ApiConfig, StreamConfig, TlsConfig
 from streamserve.errors import ConfigError
 from streamserve.runner.memory import parse_bytes
@@ -150,7 +150,7 @@ def api_config(args: Namespace) -> ApiConfig:
         allowed_origins=tuple(args.allowed_origins),
         allow_credentials=args.allow_credentials,
         strict_fields=args.strict_fields,
-        honours_priority=args.scheduling_policy == "priority",
+        honours_priority=scheduling_policy(args) in {"priority", "fair"},
         drain_timeout_s=args.drain_timeout,
         streams=StreamConfig(
             max_buffer_bytes=args.stream_buffer, stall_timeout_s=args.stream_stall_timeout

@@ -50,7 +50,7 @@ class Admission:
                 index += 1
 
     def admit_before(self, request: Request, step: Step) -> int:
-        """Seat the waiting requests that overtake ``request``; the tail yields to who outranks it.
+        """Seat the waiting requests that overtake ``request``; others yield to who outranks them.
 
         Returns by how many places ``request`` moved. It may be among those that lost their seat.
         """
@@ -65,7 +65,7 @@ class Admission:
                 num_admitted += 1
             elif answer is _Answer.AWAITS_PREFIX:
                 index += 1
-            elif not self._yield_tail_to(candidate, step):
+            elif not self._yield_to(candidate, request, step):
                 break
         return num_admitted
 
@@ -76,24 +76,30 @@ class Admission:
         """
         self._admit_alone(request, step)
 
-    def _yield_tail_to(self, candidate: Request, step: Step) -> bool:
-        """Take the tail's seat for a waiting request that outranks it; ``False`` if not now."""
+    def _yield_to(self, candidate: Request, turn: Request, step: Step) -> bool:
+        """Take a seat for a waiting request that outranks its holder; ``False`` if not now.
+
+        Not from those before ``turn``, which had theirs in this step.
+        """
         seats = self._seats
         if step.is_blocked or not seats.running or seats.awaits_blocks:
             return False
-        tail = seats.running[-1]
-        if not self._policy.outranks(candidate, tail):
+        if step.refused is candidate:
+            return False  # it is asked for at each place that it would overtake
+        victims = list(self._policy.victims(candidate, seats.running))
+        if not victims or victims[0].sort_key < turn.sort_key:
+            step.refused = candidate
             return False
         has_seat = len(seats.running) < seats.num_seats
         if has_seat and step.prefill.is_spent:
             return False  # more urgent prompts have all the tokens of this step
-        num_blocks = self._kv_cache.num_free_blocks
-        for request in seats.running:  # what yields is gained, what stays has its reserve
-            yields = self._policy.outranks(candidate, request)
-            num_blocks += len(request.block_table) if yields else -1
+        # What yields is gained, what stays has its reserve.
+        num_blocks = self._kv_cache.num_free_blocks - (len(seats.running) - len(victims))
+        num_blocks += sum([len(request.block_table) for request in victims])
         if num_blocks * self._kv_cache.block_size < candidate.num_tokens:
+            step.refused = candidate
             return False  # it would not help
-        return seats.take(tail, step)
+        return seats.take(victims[0], step)
 
     def _admit(self, request: Request, step: Step) -> _Answer:
         """Seat a waiting request and schedule its first tokens, if everything it needs is there."""

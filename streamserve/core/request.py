@@ -11,6 +11,7 @@ from streamserve.core.block_pool import PrefixNode
 from streamserve.core.ngram import NgramIndex
 from streamserve.core.plan import ModelRunnerOutput, TokenLogprobs
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.shares import Account
 
 NEVER = sys.maxsize
 """A step that there will not be."""
@@ -53,6 +54,7 @@ class Request:
     """
 
     __slots__ = (
+        "account",
         "arrival_time",
         "awaited_hash",
         "block_hashes",
@@ -75,6 +77,8 @@ class Request:
         "may_draft",
         "ngram_index",
         "num_cached_tokens",
+        "num_charged_outputs",
+        "num_charged_tokens",
         "num_computed_tokens",
         "num_draft_tokens",
         "num_free_when_refused",
@@ -169,6 +173,9 @@ class Request:
         # Its next token is not what a step samples: somebody chooses it who sees the logprobs. It
         # counts as pending until then.
         self.chooses_on_host = False
+        self.account: Account | None = None  # the tenant's, where shares are kept
+        self.num_charged_tokens = 0  # of the prompt, to the account; and of the output
+        self.num_charged_outputs = 0
         self.num_free_when_refused = -1  # spare blocks when there was last no room to admit it
 
     @property

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from streamserve.config import SchedulerConfig
 from streamserve.core.admission import MAX_NUM_HASHED, Admission
 from streamserve.core.clock import Clock
+from streamserve.core.fairness import FairShare
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.limits import ContextLimits
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
@@ -74,6 +75,7 @@ class Scheduler:
         self.prefix_grouping = PrefixGrouping(config, kv_cache.block_size)
         self._clock = clock
         self._policy = POLICIES[config.policy]
+        self._shares = FairShare(clock) if self._policy.keeps_shares else None
         num_kv_tokens = kv_cache.num_blocks * kv_cache.block_size
         self._limits = ContextLimits(config.max_model_len, num_kv_tokens)
         self._in_flight: deque[Step] = deque()
@@ -217,6 +219,7 @@ class Scheduler:
             seats.queue(child)
             return
         num_shared = self.kv_cache.fork(parent, child)
+        child.num_charged_outputs = parent.num_charged_outputs
         child.num_cached_tokens = min(num_shared, child.num_prompt_tokens)
         seats.seat(child)
 
@@ -263,6 +266,8 @@ class Scheduler:
                 f" got {request.num_tokens}"
             )
         self._seats.enter(request)
+        if self._shares is not None:
+            self._shares.enter(request)
         if self._policy.looks_up_prefix:
             num_cached = self.kv_cache.estimate_cached(request, MAX_NUM_HASHED)
             request.num_uncached_tokens = request.num_tokens - num_cached
@@ -280,6 +285,8 @@ class Scheduler:
         if self.recovery.is_active:
             return self._schedule_alone()
         seats, overtakes = self._seats, self._policy.overtakes
+        if self._shares is not None and self._shares.reorder(seats.requests.values()):
+            seats.sort()
         running, waiting = seats.running, seats.waiting
         num_free = seats.num_seats - len(running)
         drafts = None
@@ -337,6 +344,8 @@ class Scheduler:
         self.kv_cache.complete(plan)
         plan.prefix_groups.extend(self.prefix_grouping.update(step))
         self._next_step_id += 1
+        if self._shares is not None:
+            self._shares.charge(step)
         step.overlaps = bool(self._in_flight)
         self._in_flight.append(step)
         return plan

@@ -56,16 +56,20 @@ class Seats:
 
     def queue(self, request: Request) -> None:
         """A request without a seat waits at its place."""
+        if request.account is not None:
+            request.account.num_waiting += 1
         insort(self.waiting, request, key=_by_key)
 
     def seat(self, request: Request) -> None:
         """Give a seat to a request whose blocks are there and that is not queued."""
         request.status = RequestStatus.RUNNING
+        if request.account is not None:
+            request.account.num_running += 1
         insort(self.running, request, key=_by_key)
 
     def admit(self, request: Request) -> None:
         """Give a seat to a request that waits; its blocks are there."""
-        _remove(self.waiting, request)
+        self._leave(self.waiting, request)
         self.seat(request)
         self.claims.update(request)
 
@@ -122,7 +126,7 @@ class Seats:
         del self.requests[request.request_id]
         if self.paused.pop(request.request_id, None) is None:
             was_running = request.status is RequestStatus.RUNNING
-            _remove(self.running if was_running else self.waiting, request)
+            self._leave(self.running if was_running else self.waiting, request)
         self.yielding.pop(request.request_id, None)
         self.claims.drop(request)
         request.status = RequestStatus.FINISHED
@@ -143,7 +147,7 @@ class Seats:
     def unseat(self, request: Request) -> None:
         """Back to waiting, or paused; the blocks are free, but cached until somebody needs them."""
         assert not request.num_pending_tokens or request.chooses_on_host
-        _remove(self.running, request)
+        self._leave(self.running, request)
         self.yielding.pop(request.request_id, None)
         self.claims.drop(request)
         self._give_back(request)
@@ -152,6 +156,21 @@ class Seats:
             self.paused[request.request_id] = request
             return
         self.queue(request)
+
+    def sort(self) -> None:
+        """Put everybody in the order of keys that have changed."""
+        self.waiting.sort(key=_by_key)
+        self.running.sort(key=_by_key)
+
+    def _leave(self, requests: list[Request], request: Request) -> None:
+        """Out of ``waiting`` or ``running``."""
+        account = request.account
+        if account is not None:
+            if requests is self.running:
+                account.num_running -= 1
+            else:
+                account.num_waiting -= 1
+        _remove(requests, request)
 
     def _give_back(self, request: Request) -> None:
         """Return what a request that left its seat held: blocks, and its row in the runner."""
@@ -169,6 +188,10 @@ class Seats:
             assert keys == sorted(keys), "requests out of order"
         assert len(self.running) <= self.num_seats
         assert len(self.requests) == len(self.waiting) + len(self.running) + len(self.paused)
+        for request in self.requests.values():
+            if (account := request.account) is not None:
+                assert account.num_waiting == sum(r.account is account for r in self.waiting)
+                assert account.num_running == sum(r.account is account for r in self.running)
         for request in (*self.waiting, *self.paused.values()):
             assert request.is_paused == (request.request_id in self.paused)
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)

@@ -20,6 +20,7 @@ class Step:
         "plan",
         "preempted",
         "prefill",
+        "refused",
         "requests",
     )
 
@@ -38,6 +39,7 @@ class Step:
         self.is_alone = is_alone  # made for one request, which was in a step that failed
         self.overlaps = False  # another step was in flight when it was launched
         self.is_blocked = False  # somebody waits for blocks: nobody behind may take any
+        self.refused: Request | None = None  # nobody yields a seat to it in this step
         self.preempted = False  # somebody lost the seat: nobody waiting takes one in this step
 
     def add(self, request: Request, num_new_tokens: int, new_block_ids: list[int]) -> None:

@@ -8,7 +8,8 @@ import signal
 import pytest
 
 from streamserve.api.server import hangup_calls
-from streamserve.api.tenants import CHECK_INTERVAL_S, KeyRing, read_key_file
+from streamserve.api.tenants import CHECK_INTERVAL_S, KeyRing, Tenant, read_key_file
+from streamserve.cli.args import parse_args, scheduling_policy
 from streamserve.config import ApiConfig
 from streamserve.errors import ConfigError
 from tests.api.harness import Api, Exchange, chat_body, until
@@ -162,6 +163,40 @@ async def test_promise_private_what_a_tenant_cached_is_found_with_its_keys_only(
     async with Api().running() as api:
         assert await cached_tokens(api, user="a") == 0
         assert await cached_tokens(api, user="b") == warm, "without keys there is one tenant"
+
+
+@pytest.mark.parametrize(
+    ("key", "asked", "status"),
+    [("sk-alice", -2, 200), ("sk-alice", -3, 400), ("sk-bob", -99, 200), ("sk-alice", None, 200)],
+)
+async def test_a_key_bounds_the_priority(key_file, key, asked, status):
+    async with Api(api_key_file=str(key_file), honours_priority=True).running() as api:
+        body = chat_body(max_tokens=1, priority=asked)
+        answer = await api.call("POST", CHAT, body, headers=bearer(key))
+    assert answer.status == status
+    if status == 400:
+        assert answer.error["param"] == "priority"
+        assert "at least -2" in answer.error["message"]
+
+
+def test_a_request_that_asks_for_nothing_is_as_urgent_as_it_may_be():
+    assert Tenant(name="batch", priority=5).priority_of(None) == 5
+    assert Tenant(name="prompt", priority=-5).priority_of(None) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "policy"),
+    [
+        ([], "sjf"),
+        (["--api-key", "a"], "sjf"),
+        (["--api-key", "a", "b"], "fair"),
+        (["--api-key-file", "keys.toml"], "fair"),
+        (["--api-key", "a", "b", "--scheduling-policy", "fcfs"], "fcfs"),
+    ],
+)
+def test_shares_are_kept_where_there_are_several_keys(flags, policy):
+    assert scheduling_policy(parse_args(["serve", *flags])) == policy
+    assert scheduling_policy(parse_args(["chat", "--api-key", "long"])) == "sjf"
 
 
 @pytest.mark.parametrize("user", [5, "x" * 1025])

@@ -417,7 +417,14 @@ class Harness:
         self.sampled: dict[str, list[int]] = {}  # by request id, in the last step that had it
 
     def request(
-        self, prompt: list[int], *, salt: str = "", priority: int = 0, **params: object
+        self,
+        prompt: list[int],
+        *,
+        salt: str = "",
+        priority: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
+        **params: object,
     ) -> Request:
         """A request with an id of its own, not added."""
         self.num_requests += 1
@@ -430,6 +437,8 @@ class Harness:
             seed=0,
             cache_salt=salt,
             priority=priority,
+            tenant=tenant,
+            weight=weight,
             eos_token_ids=frozenset({0}) if params.get("ignore_eos") is False else frozenset(),
         )
         self.runner.salts[request.request_id] = salt

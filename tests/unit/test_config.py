@@ -28,7 +28,7 @@ from streamserve.errors import ConfigError
         ),
         (
             lambda: SchedulerConfig(max_model_len=9, policy="lottery"),
-            "policy must be one of sjf, fcfs, priority, got 'lottery'",
+            "policy must be one of sjf, fcfs, priority, fair, got 'lottery'",
         ),
         (
             lambda: SchedulerConfig(max_model_len=9, cascade_overhead_tokens=-1),

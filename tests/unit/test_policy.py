@@ -8,14 +8,19 @@ from streamserve import config
 from streamserve.core.policy import POLICIES
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.shares import Account
 
 
 def make_request(arrival_time, priority, num_tokens=1):
     params = SamplingParams()
-    return Request(
+    request = Request(
         "r", [1] * num_tokens, params, arrival_time=arrival_time, seed=0, priority=priority
     )
+    request.account = TENANT
+    return request
 
+
+TENANT = Account("")
 
 # (arrival time, priority), in the order in which they came
 REQUESTS = [(3.0, 0), (1.0, 5), (1.0, 0), (2.0, -1), (1.0, 5)]
@@ -46,6 +51,8 @@ def test_first_come_never_yields():
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_outranking_is_a_smaller_key_by_more_than_a_margin(policy):
     requests = [make_request(*args) for args in REQUESTS]
+    for seq, request in enumerate(requests):
+        request.sort_key = POLICIES[policy].key(request, seq)
     for (i, a), (j, b) in itertools.product(enumerate(requests), repeat=2):
         if POLICIES[policy].outranks(a, b):
             assert POLICIES[policy].key(a, i) < POLICIES[policy].key(b, j)

@@ -43,7 +43,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         max_num_seqs=st.integers(1, 6),
         depth=st.sampled_from([1, 2]),
-        policy=st.sampled_from(["sjf", "fcfs", "priority"]),
+        policy=st.sampled_from(["sjf", "fcfs", "priority", "fair"]),
         caching=st.sampled_from([True, True, True, False]),
         weak_hash=st.sampled_from([False, False, True]),
         cascade_overhead=st.integers(0, 5),
@@ -100,7 +100,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         }
 
     def _add(self, prompt, salt, priority, params) -> Request | None:
-        request = self.harness.request(prompt, salt=salt, priority=priority, **params)
+        tenant = str(len(self.requests) % 3)
+        request = self.harness.request(
+            prompt, salt=salt, priority=priority, tenant=tenant, weight=1 + priority, **params
+        )
         try:
             self.harness.scheduler.add(request)
         except (ContextLengthError, QueueFullError):

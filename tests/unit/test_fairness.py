@@ -1,0 +1,302 @@
+"""Fair shares per tenant: who is served next, and that nobody gets more than is due."""
+
+import itertools
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from streamserve.core import fairness
+from streamserve.core.fairness import (
+    OUTPUT_TOKEN_COST,
+    PROMPT_TOKEN_COST,
+    bound,
+)
+from tests.unit.simulated import Harness
+
+
+def full_of_one_tenant(depth, *, num_blocks=4096, block_size=16, max_num_seqs=16, count=100):
+    """Every seat and the queue hold one tenant's long requests, and all of them decode."""
+    harness = Harness(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        policy="fair",
+        max_steps_in_flight=depth,
+        max_num_seqs=max_num_seqs,
+    )
+    for i in range(count):
+        harness.add([i, 1, 2, 3, 4, 5], tenant="many", max_tokens=200)
+    for _ in range(40):
+        harness.step()
+    return harness
+
+
+def plans_until(harness, request, limit):
+    """The number of the plan, from now on, that has the request's first tokens."""
+    for number in range(1, limit + 1):
+        plan = None
+        while plan is None:
+            plan = harness.step()
+        if any(s.request_id == request.request_id for s in plan.scheduled):
+            return number
+    return None
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {},  # seats are what is short
+        {"num_blocks": 64, "block_size": 4, "max_num_seqs": 64},  # blocks are
+    ],
+)
+@pytest.mark.parametrize("weight", [0.01, 1.0, 10.0])
+def test_promise_fair_first_chunk_within_two_steps(depth, memory, weight):
+    """Of one tenant's request, while another's 100 long ones hold and want everything."""
+    harness = full_of_one_tenant(depth, **memory)
+    assert harness.scheduler.num_waiting > 30
+    request = harness.add([7] * 5, tenant="one", weight=weight, max_tokens=4)
+    assert plans_until(harness, request, 2) is not None
+    while not request.is_finished:
+        harness.step()
+    if not memory:
+        others = harness.scheduler._seats.requests.values()
+        assert sum(r.num_preemptions for r in others) == 1, "one seat was all it needed"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("policy", ["sjf", "fcfs", "priority"])
+def test_without_shares_it_waits_for_an_answer_to_end(depth, policy):
+    harness = Harness(policy=policy, max_steps_in_flight=depth, num_blocks=4096, block_size=16)
+    for i in range(100):
+        harness.add([i, 1], tenant="many", max_tokens=50)
+    for _ in range(10):
+        harness.step()
+    assert plans_until(harness, harness.add([7, 7], tenant="one"), 20) is None
+
+
+class Served:
+    """What each tenant was served, seen from outside: prompts first computed, tokens received."""
+
+    def __init__(self, harness):
+        self.harness = harness
+        self.tokens = {}
+        self._computed = {}
+        self._num_updates = 0
+
+    def observe(self, plan):
+        for s in plan.scheduled if plan is not None else ():
+            request = self.harness.requests[s.request_id]
+            end = min(s.start + len(s.token_ids), request.num_prompt_tokens)
+            first = max(s.start, self._computed.get(s.request_id, 0))
+            self._computed[s.request_id] = max(end, self._computed.get(s.request_id, 0))
+            self._add(request, PROMPT_TOKEN_COST * max(end - first, 0))
+        for update in self.harness.updates[self._num_updates :]:
+            self._add(update.request, OUTPUT_TOKEN_COST * len(update.new_token_ids))
+        self._num_updates = len(self.harness.updates)
+
+    def _add(self, request, tokens):
+        name = request.tenant
+        self.tokens[name] = self.tokens.get(name, 0.0) + tokens / request.weight
+
+
+class BusyHarness(Harness):
+    """Tenants of whom each always has requests waiting, enough for all seats."""
+
+    def __init__(self, shapes, weights, **config):
+        super().__init__(**({"policy": "fair"} | config))
+        self.shapes = shapes  # of each tenant: lengths of prompts and of answers, in turn
+        self.weights = weights
+        self.requests = {}
+        self.num_distinct = 0
+        self.served = Served(self)
+
+    def fill(self):
+        waiting = [r.tenant for r in self.scheduler._seats.waiting]
+        for tenant, (shapes, weight) in enumerate(zip(self.shapes, self.weights, strict=True)):
+            for _ in range(self.config.max_num_seqs + 1 - waiting.count(str(tenant))):
+                self.num_distinct += 1
+                prompt, answer = shapes[self.num_distinct % len(shapes)]
+                request = self.add(
+                    [1000 + self.num_distinct, *range(prompt - 1)],
+                    tenant=str(tenant),
+                    weight=weight,
+                    max_tokens=answer,
+                )
+                self.requests[request.request_id] = request
+
+    def request(self, *args, **kwargs):
+        now = self.now
+        request = super().request(*args, **kwargs)
+        self.now = request.arrival_time = now
+        return request
+
+    def run_steps(self, num_steps):
+        """Steps of 20 ms; the history of what each tenant was served."""
+        history = []
+        for _ in range(num_steps):
+            self.fill()
+            self.served.observe(self.step())
+            self.now += 0.02
+            history.append(dict(self.served.tokens))
+        return history
+
+
+SHAPES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=4)
+WEIGHTS = st.sampled_from([0.5, 1.0, 1.0, 2.0, 5.0])
+MAX_PROMPT = 30
+
+
+def largest_difference(history, first, second):
+    """Of what two tenants were served, over any stretch of time."""
+    gaps = [served.get(first, 0.0) - served.get(second, 0.0) for served in history]
+    return max(gaps) - min(gaps)
+
+
+@given(
+    tenants=st.lists(st.tuples(SHAPES, WEIGHTS), min_size=2, max_size=4),
+    max_num_seqs=st.integers(1, 8),
+    num_blocks=st.integers(30, 120),
+    budget=st.integers(8, 64),
+    depth=st.sampled_from([1, 2]),
+)
+@settings(max_examples=15)
+def test_promise_fair_served_tokens_differ_by_no_more_than_the_bound(
+    tenants, max_num_seqs, num_blocks, budget, depth
+):
+    """Theorem 4.4 of the paper, with weights: over any stretch of time, for any two tenants."""
+    shapes, weights = zip(*tenants, strict=True)
+    harness = BusyHarness(
+        shapes,
+        weights,
+        max_num_seqs=max_num_seqs,
+        num_blocks=num_blocks,
+        max_num_batched_tokens=budget,
+        max_steps_in_flight=depth,
+    )
+    history = harness.run_steps(200)
+    num_held = min(num_blocks * 4, max_num_seqs * 60)  # tokens that may run at once
+    limit = bound(MAX_PROMPT, num_held, min(weights))
+    for first, second in itertools.combinations(map(str, range(len(tenants))), 2):
+        assert largest_difference(history, first, second) <= limit
+
+
+LONG_AND_SHORT = ([(30, 30)], [(3, 5)])
+
+
+@pytest.mark.parametrize(
+    ("policy", "weights", "keeps"),
+    [
+        ("fair", (1, 1), True),
+        ("fair", (1, 3), True),
+        ("fair", (4, 1), True),
+        ("sjf", (1, 1), False),
+        ("fcfs", (1, 1), False),
+    ],
+)
+def test_shares_follow_the_weights_whatever_the_requests_are_like(policy, weights, keeps):
+    harness = BusyHarness(LONG_AND_SHORT, weights, policy=policy, max_num_seqs=4)
+    history = harness.run_steps(1500)
+    limit = bound(MAX_PROMPT, 4 * 60, min(weights))
+    assert (largest_difference(history, "0", "1") <= limit) is keeps
+    served = history[-1]["0"] / history[-1]["1"]
+    assert (0.85 < served < 1.15) is keeps
+
+
+def test_seats_do_not_go_to_and_fro():
+    harness = BusyHarness(
+        [[(5, 100)]] * 3, (1, 1, 2), max_num_seqs=12, num_blocks=1024, max_num_batched_tokens=32
+    )
+    harness.run_steps(300)
+    seats = harness.scheduler._seats.running
+    num_seats = [sum(r.tenant == str(t) for r in seats) for t in range(3)]
+    assert all(abs(num - due) <= 1 for num, due in zip(num_seats, (3, 3, 6), strict=True))
+    assert sum(r.num_preemptions for r in harness.requests.values()) <= 12
+
+
+def test_within_a_tenant_the_shortest_uncached_goes_first_and_ages():
+    harness = Harness(policy="fair", max_num_seqs=1)
+    first = harness.add([1] * 10, tenant="a", max_tokens=20)
+    harness.step()
+    long = harness.add([2] * 60, tenant="a")
+    short = harness.add([3] * 20, tenant="a")
+    urgent = harness.add([4] * 60, tenant="a", priority=-2)
+    harness.now += 1000
+    late = harness.add([5], tenant="a", priority=-2)
+    assert harness.scheduler._seats.running == [first]
+    waiting = harness.scheduler._seats.waiting
+    assert waiting == [urgent, long, short, late], "1 s apart: more than 40 tokens are worth"
+    short.arrival_time = long.arrival_time + 0.1
+    key = harness.scheduler._policy.key
+    assert key(short, 0) < key(long, 1)
+
+
+def test_an_urgent_request_takes_a_seat_of_its_own_tenant_only():
+    harness = Harness(policy="fair", max_num_seqs=2)
+    mine = [harness.add([i, 1], tenant="a", max_tokens=50) for i in (1, 2)]
+    harness.step()
+    urgent = harness.add([3, 1], tenant="a", priority=-1, max_tokens=2)
+    harness.step()
+    harness.step()
+    assert urgent.num_computed_tokens or urgent.is_finished
+    assert sum(r.num_preemptions for r in mine) == 1
+    other = harness.add([4, 1], tenant="b", max_tokens=50)
+    for _ in range(4):
+        harness.step()
+    assert other.num_computed_tokens, "its share"
+    harness.add([5, 1], tenant="b", priority=-100, max_tokens=50)
+    for _ in range(4):
+        harness.step()
+    running = [r.tenant for r in harness.scheduler._seats.running]
+    assert sorted(running) == ["a", "b"], "no urgency takes more than that"
+
+
+def test_nobody_saves_up_while_idle():
+    harness = Harness(policy="fair", max_num_seqs=2, num_blocks=1024, block_size=16)
+    early = harness.add([1], tenant="idle", max_tokens=1)
+    for i in range(6):
+        harness.add([2, i], tenant="busy", max_tokens=100)
+    while not early.is_finished or harness.scheduler.num_waiting > 3:
+        harness.step()
+    accounts = harness.scheduler._shares._accounts
+    assert accounts["busy"].counter > accounts["idle"].counter + 100
+    harness.add([3], tenant="idle")
+    assert accounts["idle"].counter == accounts["busy"].counter
+
+
+def test_promise_fair_nobody_starves_in_an_endless_row_of_new_tenants():
+    """Each new one is lifted to the lowest counter there is: below who was served before."""
+    harness = Harness(policy="fair", max_num_seqs=1)
+    old = harness.add([1] * 40, tenant="old", max_tokens=30)
+    harness.add([2], tenant="new", max_tokens=1)
+    while not old.is_finished:
+        harness.step()
+    waiting = harness.add([3], tenant="old", max_tokens=1)
+    for i in range(200):
+        if waiting.is_finished:
+            break
+        while harness.scheduler.num_waiting < 3:
+            harness.add([4], tenant=f"new {i} {harness.num_requests}", max_tokens=1)
+        harness.step()
+    assert waiting.is_finished
+    assert i > 5, "it was not its turn at first"
+
+
+def test_accounts_of_those_who_left_are_forgotten(monkeypatch):
+    monkeypatch.setattr(fairness, "MAX_ACCOUNTS", 10)
+    harness = Harness(policy="fair", max_num_seqs=2)
+    for i in range(50):
+        harness.add([1, i % 7], tenant=f"user {i}", max_tokens=2)
+        harness.run()
+    assert len(harness.scheduler._shares._accounts) <= 11
+
+
+def test_what_was_computed_before_is_not_charged_again():
+    harness = Harness(policy="fair", num_blocks=16, max_num_seqs=3)
+    harness.add([1] * 9, tenant="a", max_tokens=30)
+    harness.add([1] * 9, tenant="b", max_tokens=30)
+    account = harness.add([2] * 5, tenant="c", max_tokens=30).account
+    harness.run()
+    assert harness.scheduler._shares._accounts["a"].counter == 9 + 60
+    assert harness.scheduler._shares._accounts["b"].counter == 1 + 60, "the rest was cached"
+    assert account.counter == 5 + 60
