@@ -70,6 +70,7 @@ class SchedulerConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_num_waiting: int = 1024
+    max_num_waiting_tokens: int | None = None  # of prompts
     policy: str = "sjf"
     itl_target_ms: float | None = None  # between two tokens of a stream; None: from the decodes
     max_steps_in_flight: int = 1
@@ -93,6 +94,8 @@ class SchedulerConfig:
         _at_least("max_num_seqs", self.max_num_seqs, 1)
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _at_least("max_num_waiting", self.max_num_waiting, 1)
+        if self.max_num_waiting_tokens is not None:
+            _at_least("max_num_waiting_tokens", self.max_num_waiting_tokens, 1)
         _at_least("max_steps_in_flight", self.max_steps_in_flight, 1)
         _at_least("cascade_overhead_tokens", self.cascade_overhead_tokens, 0)
         if self.itl_target_ms is not None and not 0.0 < self.itl_target_ms < float("inf"):

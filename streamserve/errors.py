@@ -10,9 +10,12 @@ StreamServeError
 ├── RequestError                a request that is refused before any byte is sent (HTTP 4xx/503)
 │   ├── InvalidParameterError   a field's value is wrong                        (400)
 │   ├── ContextLengthError      the prompt can never fit                        (400)
-│   └── QueueFullError          too many requests wait already                  (429)
+│   ├── QueueFullError          too many requests wait already                  (429)
+│   ├── RateLimitError          a key's limit is reached                        (429)
+│   └── DeadlineUnreachableError  what it asks of time cannot be kept           (503, 400)
 └── EngineError                 a request that failed after it was accepted     (500)
     ├── RequestCancelledError   somebody else than its reader ended it          (499)
+    ├── DeadlineExceededError   what it asked of time was not kept              (504, 503)
     └── EngineDeadError         the engine has stopped and says so              (503)
 
 A message names the field, states the limit and the value that was given. Lack of room inside the
@@ -54,10 +57,12 @@ class RequestError(StreamServeError):
     """A request that is refused before any byte is sent.
 
     ``param`` is the request field at fault (``None`` when no single field is), ``code`` OpenAI's
-    machine-readable error code, ``status`` the HTTP status.
+    machine-readable error code, ``status`` the HTTP status. ``retry_after_s``, if it is known, is
+    when the same request is expected to be taken.
     """
 
     status = 400
+    retry_after_s: float | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -87,6 +92,25 @@ class QueueFullError(RequestError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimitError(RequestError):
+    """A key's limit is reached; ``retry_after_s`` is when there is enough again."""
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineUnreachableError(RequestError):
+    """What a request asks of time cannot be kept; without ``retry_after_s`` not later either."""
+
+    def __init__(self, message: str, *, param: str, retry_after_s: float | None) -> None:
+        super().__init__(message, param=param, code="deadline_unreachable")
+        self.status = 400 if retry_after_s is None else 503
+        self.retry_after_s = retry_after_s
+
+
 class EngineError(StreamServeError):
     """A request that failed after it was accepted; ``status`` is what it would have had."""
 
@@ -105,6 +129,18 @@ class RequestCancelledError(EngineError):
 
     def __init__(self) -> None:
         super().__init__("The request was cancelled", code="cancelled")
+
+
+class DeadlineExceededError(EngineError):
+    """What a request asked of time was not kept: ``field`` is the request's."""
+
+    def __init__(self, field: str, limit_ms: float) -> None:
+        is_queued = field == "max_queue_ms"
+        super().__init__(
+            f"{field} of {limit_ms:g} has passed",
+            code="queue_timeout" if is_queued else "deadline_exceeded",
+        )
+        self.status = 503 if is_queued else 504
 
 
 class EngineDeadError(EngineError):

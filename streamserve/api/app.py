@@ -30,6 +30,7 @@ from streamserve.api.openapi import openapi
 from streamserve.api.operators import OperatorEndpoints, admin_app
 from streamserve.api.pages import page_routes
 from streamserve.api.prompts import PromptWorkers, TextLoader
+from streamserve.api.rate_limits import RateLimiter
 from streamserve.api.request_log import RequestLog
 from streamserve.api.responses.archive import Archive
 from streamserve.api.responses.endpoint import InputTokensEndpoint, ResponsesEndpoint
@@ -47,7 +48,17 @@ from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
 from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.tokenizer import Tokenizer
 
-_EXPOSED_HEADERS = ("X-Request-Id", "X-Ignored-Fields", "Retry-After")
+_EXPOSED_HEADERS = (
+    "X-Request-Id",
+    "X-Ignored-Fields",
+    "Retry-After",
+    "retry-after-ms",
+    *(
+        f"x-ratelimit-{what}-{of}"
+        for of in ("requests", "tokens")
+        for what in ("limit", "remaining", "reset")
+    ),
+)
 
 
 _NO_FORMAT = AnswerFormat()
@@ -143,7 +154,7 @@ def create_app(
     routes += page_routes(has_chat=config.has_pages, has_docs=config.has_pages and config.has_docs)
     app = ApiApp(
         routes=routes,
-        middleware=_middleware(config, keys),
+        middleware=_middleware(config, keys, RateLimiter(clock)),
         exception_handlers=dict(EXCEPTION_HANDLERS),
     )
     # A redirect would make a client repeat its POST elsewhere, or drop its body: 404 is clearer.
@@ -173,7 +184,7 @@ def _responses_routes(context: ApiContext) -> list[Route]:
     ]
 
 
-def _middleware(config: ApiConfig, keys: KeyRing) -> list[Middleware]:
+def _middleware(config: ApiConfig, keys: KeyRing, limiter: RateLimiter) -> list[Middleware]:
     """From the outside in. CORS stands before the key: a browser must be able to read a 401."""
     middleware = [Middleware(RequestIdMiddleware)]
     if config.allowed_origins:
@@ -188,7 +199,7 @@ def _middleware(config: ApiConfig, keys: KeyRing) -> list[Middleware]:
             )
         )
     if not keys.is_empty:
-        middleware.append(Middleware(ApiKeyMiddleware, keys=keys))
+        middleware.append(Middleware(ApiKeyMiddleware, keys=keys, limiter=limiter))
     return middleware
 
 

@@ -40,6 +40,8 @@ DESCRIPTIONS: dict[str, str] = {
     "effort": "As `reasoning_effort`.",
     "frequency_penalty": "Lower tokens by how often the answer holds them.",
     "choice": "One of these strings.",
+    "deadline_ms": "Milliseconds from the request's arrival to the end of its answer, or it fails "
+    "(503 or 400 at the door, 504 later).",
     "disable_additional_properties": "No properties but those that the schema names.",
     "disable_any_whitespace": "JSON without whitespace.",
     "disable_fallback": "There is one backend, and nothing to fall back to.",
@@ -73,6 +75,7 @@ DESCRIPTIONS: dict[str, str] = {
     "max_completion_tokens": "The longest answer (default: the rest of the context).",
     "max_output_tokens": "The longest answer, with thoughts (default: the rest of the context).",
     "max_tool_calls": "Of tools that the server itself has: there are none.",
+    "max_queue_ms": "The longest wait for a seat, or the request fails (503).",
     "max_tokens": "The longest answer (default: chat, the rest of the "
     "context; completions, 16). /v1/messages: at most the rest of the context.",
     "messages": "The chat so far.",
@@ -127,6 +130,7 @@ DESCRIPTIONS: dict[str, str] = {
     "turns are left out.",
     "truncation_side": "Which side is cut off (default: left).",
     "user": "Without API keys: whose share of the machine this is, with --scheduling-policy fair.",
+    "ttft_ms": "As `deadline_ms`, to the first token.",
     "use_beam_search": "Search for the likeliest answer instead of drawing one. Not with `stream`.",
     "whitespace_pattern": "What may stand between JSON's tokens.",
 }

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from streamserve.api.paths import is_for_messages
-from streamserve.errors import EngineError, QueueFullError, RequestError, StreamServeError
+from streamserve.errors import EngineError, RequestError, StreamServeError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def shutting_down(retry_after_s: float) -> HttpError:
         503,
         "The server is shutting down and takes no new requests",
         code="shutting_down",
-        headers={"Retry-After": _retry_after(retry_after_s)},
+        headers=retry_headers(retry_after_s),
     )
 
 
@@ -102,8 +102,8 @@ def error_response(exc: BaseException, scope: Scope) -> Response:
     headers: dict[str, str] = {}
     if isinstance(exc, HttpError):
         headers = exc.headers
-    elif isinstance(exc, QueueFullError):
-        headers = {"Retry-After": _retry_after(exc.retry_after_s)}
+    elif isinstance(exc, RequestError) and exc.retry_after_s is not None:
+        headers = retry_headers(exc.retry_after_s)
     return Response(
         orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS),
         status_code=status,
@@ -112,9 +112,13 @@ def error_response(exc: BaseException, scope: Scope) -> Response:
     )
 
 
-def _retry_after(seconds: float) -> str:
-    # The header holds whole seconds; 0 would ask for a busy loop.
-    return str(max(1, math.ceil(seconds)))
+def retry_headers(seconds: float) -> dict[str, str]:
+    """When to come back: in whole seconds, and as OpenAI's clients prefer it."""
+    # 0 would ask for a busy loop.
+    return {
+        "Retry-After": str(max(1, math.ceil(seconds))),
+        "retry-after-ms": str(max(1, math.ceil(seconds * 1e3))),
+    }
 
 
 async def on_streamserve_error(request: Request, exc: Exception) -> Response:

@@ -10,6 +10,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Unpack
 
 from starlette.responses import Response
@@ -33,6 +34,7 @@ from streamserve.api.frames import (
 from streamserve.api.metrics import Delivery
 from streamserve.api.openai_wire import OpenAIWire
 from streamserve.api.prompts import LONG_BODY, ChatParser, Endpoint, PromptWorkers, Work, chat_work
+from streamserve.api.rate_limits import Allowance, allowance_of
 from streamserve.api.running import RunningAnswer
 from streamserve.api.sampling import Common
 from streamserve.api.sse import AnswerStream, StreamedChoice
@@ -134,6 +136,9 @@ class GenerationEndpoint(ABC):
         arrival_time = context.clock()
         try:
             with context.gate.enter():
+                allowance = allowance_of(scope)
+                if allowance is not None:
+                    allowance.take_request()
                 await self._serve(scope, receive, send, arrival_time)
         except ClientGoneError:
             return
@@ -160,7 +165,8 @@ class GenerationEndpoint(ABC):
             delivery_type(context.metrics, context.clock, call.arrival_time)
             for _ in work.prompts_of_streams
         ]
-        streams = self._submit(work, tenant, wire.id, call.arrival_time)
+        allowance = allowance_of(call.scope)
+        streams = self._submit(work, tenant, wire.id, call.arrival_time, allowance)
         context.request_log.admitted(
             wire.id,
             call.scope,
@@ -188,6 +194,8 @@ class GenerationEndpoint(ABC):
             for stream, delivery in zip(streams, deliveries, strict=True):
                 stream.close()
                 delivery.end(FinishReason.ABORT)  # unless it has ended already
+            if allowance is not None:
+                allowance.close()
             context.request_log.ended(wire.id, streams, len(work.prompts))
 
     async def _send_whole(
@@ -213,16 +221,23 @@ class GenerationEndpoint(ABC):
             delivery.end(choice.finish_reason)
 
     def _submit(
-        self, work: Work, tenant: Tenant, request_id: str, arrival_time: float
+        self,
+        work: Work,
+        tenant: Tenant,
+        request_id: str,
+        arrival_time: float,
+        allowance: Allowance | None = None,
     ) -> list[RequestStream]:
         """Hand all prompts to the engine, or none."""
         streams: list[RequestStream] = []
         work.choices.check_size(len(work.prompts))
         is_heard = self._context.config.honours_priority
         priority = tenant.priority_of(work.common.priority) if is_heard else 0
+        if allowance is not None:
+            allowance.take_tokens([len(prompt.token_ids) for prompt in work.prompts])
         try:
             for index, prompt in enumerate(work.prompts):
-                streams += self._submit_one(
+                of_prompt = self._submit_one(
                     prompt.token_ids,
                     work,
                     request_id=f"{request_id}-{index}" if index else request_id,
@@ -230,12 +245,18 @@ class GenerationEndpoint(ABC):
                     cache_salt=tenant.salt + work.common.cache_salt,
                     tenant=tenant.name or work.common.user,
                     weight=tenant.weight,
+                    time_limits=work.common.time_limits,
                     arrival_time=arrival_time,
                     is_tokenized=prompt.is_tokenized,
                 )
+                streams += of_prompt
+                if allowance is not None:  # the first computes the prompt
+                    of_prompt[0].on_scheduled = partial(allowance.settle, index)
         except BaseException as exc:
             for stream in streams:
                 stream.close()
+            if allowance is not None:
+                allowance.close()
             if isinstance(exc, EngineError):
                 self._context.metrics.refused(exc.status)
             if isinstance(exc, ContextLengthError) and exc.param == "messages":

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from streamserve.api.errors import HttpError, error_response
 from streamserve.api.paths import is_for_messages, route_path
+from streamserve.api.rate_limits import ALLOWANCE, RateLimiter
 from streamserve.api.tenants import TENANT, KeyRing, Tenant
 
 _GUARDED = frozenset({"/v1", "/tokenize", "/detokenize"})
@@ -62,9 +63,10 @@ class ApiKeyMiddleware:
     Whose key it was is left in the scope (``tenant_of``).
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, limiter: RateLimiter) -> None:
         self._app = app
         self._keys = keys
+        self._limiter = limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _is_guarded(scope):
@@ -74,6 +76,10 @@ class ApiKeyMiddleware:
         tenant = self._tenant(scope)
         if tenant is not None:
             scope[TENANT] = tenant
+            allowance = self._limiter.allowance(tenant)
+            if allowance is not None:
+                scope[ALLOWANCE] = allowance
+                send = allowance.sender(send)
             await self._app(scope, receive, send)
             return
         refusal = HttpError(

@@ -29,6 +29,7 @@ from streamserve.api.fields import (
 )
 from streamserve.api.structured import STRUCTURED_FIELDS, structured_output
 from streamserve.core.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRINGS, SamplingParams
+from streamserve.core.time_limits import TimeLimits
 from streamserve.errors import ConfigError, InvalidParameterError
 
 MAX_STOP_TOKEN_IDS = 1024
@@ -36,6 +37,8 @@ MAX_LOGIT_BIAS = 4096
 MAX_ALLOWED_TOKEN_IDS = 2**20
 MAX_CACHE_SALT = 1024
 MAX_USER = 1024
+TIME_FIELDS = ("max_queue_ms", "ttft_ms", "deadline_ms")  # as ``TimeLimits``
+MAX_MILLISECONDS = 86_400_000.0  # a day
 
 GENERATION_CONFIG_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's ``generation_config.json`` may set as defaults, as in vLLM. ``do_sample`` has no
@@ -205,11 +208,14 @@ COMMON_FIELDS: dict[str, Reader] = {
     **EXTRA_FIELDS,
     **CHOICE_FIELDS,
     "cache_salt": _read_cache_salt,
+    "deadline_ms": positive(MAX_MILLISECONDS),
     "include_timing": read_bool,
+    "max_queue_ms": positive(MAX_MILLISECONDS),
     "model": read_str,
     "priority": integer(),
     "stream": read_bool,
     "stream_options": _read_stream_options,
+    "ttft_ms": positive(MAX_MILLISECONDS),
     "user": _read_user,
 }
 
@@ -226,6 +232,7 @@ class Common:
     cache_salt: str
     user: str
     unknown_fields: tuple[str, ...]
+    time_limits: TimeLimits | None = None
 
 
 def read_common(values: Mapping[str, Any], unknown: list[str]) -> Common:
@@ -247,8 +254,17 @@ def read_common(values: Mapping[str, Any], unknown: list[str]) -> Common:
         priority=values.get("priority"),
         cache_salt=values.get("cache_salt", ""),
         user=values.get("user", ""),
+        time_limits=time_limits(values),
         unknown_fields=tuple(unknown) + (() if raw is None else raw.unknown),
     )
+
+
+def time_limits(values: Mapping[str, Any]) -> TimeLimits | None:
+    """What a request asks of time, ``None`` if nothing."""
+    given = [values.get(name) for name in TIME_FIELDS]
+    if not any(given):
+        return None
+    return TimeLimits(*(None if ms is None else ms / 1e3 for ms in given))
 
 
 def sampling_params(

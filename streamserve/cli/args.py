@@ -165,6 +165,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="requests that may queue before others get a 429 (default: %(default)s)",
     )
     group.add_argument(
+        "--max-num-queued-tokens",
+        type=positive,
+        default=2**20,
+        metavar="N",
+        help="tokens of their prompts, likewise (default: %(default)s)",
+    )
+    group.add_argument(
         "--scheduling-policy",
         choices=POLICIES,
         help="sjf: shortest uncached prompt first, with ageing; fcfs: first come, first served; "

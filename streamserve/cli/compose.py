@@ -137,6 +137,7 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_waiting=args.max_num_waiting,
+        max_num_waiting_tokens=args.max_num_queued_tokens,
         policy=scheduling_policy(args),
         max_steps_in_flight=2 if args.async_scheduling else 1,
         enable_cascade_attention=not args.disable_cascade_attn,

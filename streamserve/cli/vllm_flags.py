@@ -115,7 +115,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
     ),
     (
         _SCHEDULER,
-        "max_num_scheduled_tokens max_num_active_seqs max_num_queued_tokens "
+        "max_num_scheduled_tokens max_num_active_seqs "
         "long_prefill_token_threshold=0 long_prefill_token_threshold_adaptive! "
         "max_num_partial_prefills=1 max_long_partial_prefills=1 enable_chunked_prefill!=true "
         "scheduler_cls scheduler_reserve_full_isl!=* watermark=0 prefill_schedule_interval=1 "

@@ -12,6 +12,7 @@ from streamserve.core.ngram import NgramIndex
 from streamserve.core.plan import ModelRunnerOutput, TokenLogprobs
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.shares import Account
+from streamserve.core.time_limits import TimeLimits
 
 NEVER = sys.maxsize
 """A step that there will not be."""
@@ -85,6 +86,7 @@ class Request:
         "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_queued_tokens",
         "num_steps_in_flight",
         "num_uncached_tokens",
         "num_written_tokens",
@@ -97,6 +99,7 @@ class Request:
         "status",
         "stop_reason",
         "tenant",
+        "time_limits",
         "token_ids",
         "weight",
     )
@@ -115,6 +118,7 @@ class Request:
         cache_salt: str = "",
         tenant: str = "",
         weight: float = 1.0,
+        time_limits: TimeLimits | None = None,
     ) -> None:
         self.request_id = request_id
         self.sampling_params = sampling_params
@@ -126,6 +130,7 @@ class Request:
         self.cache_salt = cache_salt
         self.tenant = tenant  # whose share of the machine it takes, where shares are kept
         self.weight = weight
+        self.time_limits = time_limits
 
         self.token_ids: list[int] = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
@@ -174,6 +179,7 @@ class Request:
         # counts as pending until then.
         self.chooses_on_host = False
         self.account: Account | None = None  # the tenant's, where shares are kept
+        self.num_queued_tokens = 0  # what it counts for in the queue's bound, while it waits
         self.num_charged_tokens = 0  # of the prompt, to the account; and of the output
         self.num_charged_outputs = 0
         self.num_free_when_refused = -1  # spare blocks when there was last no room to admit it

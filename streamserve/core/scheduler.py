@@ -17,6 +17,7 @@ from typing import NamedTuple
 from streamserve.config import SchedulerConfig
 from streamserve.core.admission import MAX_NUM_HASHED, Admission
 from streamserve.core.clock import Clock
+from streamserve.core.door import Door
 from streamserve.core.fairness import FairShare
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.limits import ContextLimits
@@ -32,7 +33,7 @@ from streamserve.core.speculation import Propose, SpeculationStats, Speculator
 from streamserve.core.step import Step
 from streamserve.core.step_time import StepTimeModel
 from streamserve.core.stopping import append_tokens
-from streamserve.errors import QueueFullError
+from streamserve.errors import DeadlineUnreachableError
 
 
 class RequestUpdate(NamedTuple):
@@ -84,6 +85,7 @@ class Scheduler:
         self._seats = Seats(num_seats, kv_cache, self._policy)
         self.recovery = Recovery(self._seats)
         self._admission = Admission(self._seats, kv_cache, self._policy, clock, self._in_flight)
+        self._door = Door(config, self._seats, self._admission.backlog, clock, step_time)
         self._speculator = (
             None
             if config.speculative is None
@@ -139,17 +141,18 @@ class Scheduler:
         """Queue a request.
 
         Raises ``ContextLengthError`` if it can never fit, ``QueueFullError`` if too many wait,
+        ``DeadlineUnreachableError`` if its limits of time cannot be kept,
         ``ValueError`` if its id is in use (a finished request's id is, until its last step has
         retired).
         """
         self.check_fits(request.num_prompt_tokens, request.sampling_params)
-        if len(self._seats.waiting) >= self.config.max_num_waiting:
-            raise QueueFullError(
-                f"at most {self.config.max_num_waiting} requests may wait,"
-                f" {len(self._seats.waiting)} do already",
-                retry_after_s=self._admission.backlog.retry_after_s,
-            )
+        self._door.check_room(request)
         self._enter(request)
+        try:
+            self._door.check_time(request)
+        except DeadlineUnreachableError:
+            del self._seats.requests[request.request_id]
+            raise
         self._seats.queue(request)
 
     def add_probe(self, request: Request) -> None:
@@ -268,7 +271,7 @@ class Scheduler:
         self._seats.enter(request)
         if self._shares is not None:
             self._shares.enter(request)
-        if self._policy.looks_up_prefix:
+        if self._policy.looks_up_prefix or request.time_limits is not None:
             num_cached = self.kv_cache.estimate_cached(request, MAX_NUM_HASHED)
             request.num_uncached_tokens = request.num_tokens - num_cached
         request.sort_key = self._policy.key(request, next(self._arrivals))

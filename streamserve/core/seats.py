@@ -31,6 +31,7 @@ class Seats:
         self.num_seats = num_seats
         self.requests: dict[str, Request] = {}  # waiting, running and paused
         self.paused: dict[str, Request] = {}
+        self.num_waiting_tokens = 0  # of prompts
         self.waiting: list[Request] = []  # sorted by key, as is the next
         self.running: list[Request] = []
         self.yielding: dict[str, Request] = {}  # running, to be preempted when its step retires
@@ -56,6 +57,9 @@ class Seats:
 
     def queue(self, request: Request) -> None:
         """A request without a seat waits at its place."""
+        # One that shares another's prompt computes a token of it.
+        request.num_queued_tokens = 1 if request.fork_source else request.num_prompt_tokens
+        self.num_waiting_tokens += request.num_queued_tokens
         if request.account is not None:
             request.account.num_waiting += 1
         insort(self.waiting, request, key=_by_key)
@@ -105,8 +109,8 @@ class Seats:
             return
         request.is_paused = True
         if request.status is not RequestStatus.RUNNING:
-            _remove(self.waiting, request)
-            self.paused[request.request_id] = request
+            self._leave(self.waiting, request)
+            self._park(request)
         elif request.num_steps_in_flight:
             self.yielding[request.request_id] = request
         else:
@@ -117,14 +121,14 @@ class Seats:
         if not request.is_paused:
             return
         request.is_paused = False
-        if self.paused.pop(request.request_id, None) is not None:  # else it yields first
+        if self._unpark(request):  # else it yields first
             self.queue(request)
 
     def finish(self, request: Request) -> None:
         """The request has ended: it neither waits nor runs. It still holds what it held."""
         assert self.requests.get(request.request_id) is request
         del self.requests[request.request_id]
-        if self.paused.pop(request.request_id, None) is None:
+        if not self._unpark(request):
             was_running = request.status is RequestStatus.RUNNING
             self._leave(self.running if was_running else self.waiting, request)
         self.yielding.pop(request.request_id, None)
@@ -153,9 +157,22 @@ class Seats:
         self._give_back(request)
         request.status = RequestStatus.PREEMPTED
         if request.is_paused:
-            self.paused[request.request_id] = request
+            self._park(request)
             return
         self.queue(request)
+
+    def _park(self, request: Request) -> None:
+        self.paused[request.request_id] = request
+        if request.account is not None:
+            request.account.num_paused += 1
+
+    def _unpark(self, request: Request) -> bool:
+        """Whether it was paused and had no seat any more."""
+        if self.paused.pop(request.request_id, None) is None:
+            return False
+        if request.account is not None:
+            request.account.num_paused -= 1
+        return True
 
     def sort(self) -> None:
         """Put everybody in the order of keys that have changed."""
@@ -165,11 +182,12 @@ class Seats:
     def _leave(self, requests: list[Request], request: Request) -> None:
         """Out of ``waiting`` or ``running``."""
         account = request.account
-        if account is not None:
-            if requests is self.running:
-                account.num_running -= 1
-            else:
+        if requests is self.waiting:
+            self.num_waiting_tokens -= request.num_queued_tokens
+            if account is not None:
                 account.num_waiting -= 1
+        elif account is not None:
+            account.num_running -= 1
         _remove(requests, request)
 
     def _give_back(self, request: Request) -> None:
@@ -188,10 +206,13 @@ class Seats:
             assert keys == sorted(keys), "requests out of order"
         assert len(self.running) <= self.num_seats
         assert len(self.requests) == len(self.waiting) + len(self.running) + len(self.paused)
+        assert self.num_waiting_tokens == sum(r.num_queued_tokens for r in self.waiting)
         for request in self.requests.values():
             if (account := request.account) is not None:
                 assert account.num_waiting == sum(r.account is account for r in self.waiting)
                 assert account.num_running == sum(r.account is account for r in self.running)
+                num_paused = sum(r.account is account for r in self.paused.values())
+                assert account.num_paused == num_paused
         for request in (*self.waiting, *self.paused.values()):
             assert request.is_paused == (request.request_id in self.paused)
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)

@@ -11,6 +11,7 @@ class Account:
         "is_listed",
         "last_served",
         "name",
+        "num_paused",
         "num_running",
         "num_waiting",
         "rank",
@@ -24,13 +25,14 @@ class Account:
         self.last_served = 0.0  # in seconds, or when it came if that was later
         self.num_waiting = 0
         self.num_running = 0
+        self.num_paused = 0
         self.rank = 0  # what its requests' keys begin with
         self.is_listed = False  # among those that are ranked
 
     @property
     def is_idle(self) -> bool:
         """Whether it has no requests."""
-        return not (self.num_waiting or self.num_running)
+        return not (self.num_waiting or self.num_running or self.num_paused)
 
     def may_take_seat_of(self, other: Account) -> bool:
         """Whether one seat more here and one less there leaves ``other`` its share of the seats.

@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections import deque
 from concurrent.futures import Future
+from contextlib import suppress
 
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
@@ -219,6 +220,8 @@ class AsyncEngine(EngineFront):
 
     async def _step_loop(self) -> None:
         while self._dead_reason is None:
+            if self._deadlines:
+                self._fail_late()
             self._launch_steps()
             self._publish()
             if self._in_flight:
@@ -277,9 +280,12 @@ class AsyncEngine(EngineFront):
     def _stamp_first_scheduled(self, plan: SchedulerOutput) -> None:
         now = self._clock()
         for new in plan.new_requests:  # a preempted request is new to the runner again
-            for stream in self._live[new.request_id].streams:
+            live = self._live[new.request_id]
+            for stream in live.streams:
                 if stream.timings.first_scheduled is None:
                     stream.timings.first_scheduled = now
+                    if stream.on_scheduled is not None:
+                        stream.on_scheduled(live.request.num_cached_tokens)
 
     async def _retire_step(self) -> None:
         """Wait for the oldest step in flight and book what it sampled."""
@@ -371,7 +377,10 @@ class AsyncEngine(EngineFront):
         """Sleep until a request arrives or leaves; put the house in order if that takes long."""
         self._wake.clear()
         if self._live or self._is_stopping:
-            await self._wake.wait()
+            limit_s = self._deadlines.seconds_left(self._clock()) if self._deadlines else None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    await self._wake.wait()
             return
         try:
             async with asyncio.timeout(self._idle_delay_s):
@@ -415,6 +424,20 @@ class AsyncEngine(EngineFront):
             self._die("the scheduler failed to finish a request", error)
             return False
         return True
+
+    def _fail_late(self) -> None:
+        """End the requests whose limits of time have passed."""
+        now = self._clock()
+        if self._deadlines.seconds_left(now) > 0.0:
+            return
+        self._publish()  # what the step before gave them comes first
+        for live, error in self._deadlines.missed(now):
+            if live.stream.has_ended:
+                continue
+            if not self._finish(live, FinishReason.ERROR):
+                return
+            self._end(live)
+            live.fail(error)
 
     def _fail_request(self, live: Live, error: Exception) -> bool:
         """End one request whose text cannot be made. ``False``: as of ``_finish``."""

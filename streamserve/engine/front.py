@@ -9,6 +9,7 @@ from typing import Unpack
 
 from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
 from streamserve.core.scheduler import Scheduler
+from streamserve.engine.deadlines import Deadlines
 from streamserve.engine.failures import duplicate
 from streamserve.engine.grammar import Grammars
 from streamserve.engine.grammar_masks import GrammarMasks
@@ -41,6 +42,7 @@ class EngineFront(ABC):
         self._masks = masks
         self._live: dict[str, Live] = {}
         self._wake = asyncio.Event()  # there may be work again
+        self._deadlines = Deadlines()
         self._is_stopping = False
         self._num_beam_groups = 0
         self._num_generated = 0  # ids given by ``generate``
@@ -121,8 +123,8 @@ class EngineFront(ABC):
         ``is_tokenized``: the ids come from the engine's own tokenizer.
         ``params.max_tokens`` of ``None`` means the rest of the context. ``prepare`` comes first if
         there is a ``params.structured_output``. Raises ``InvalidParameterError``,
-        ``ContextLengthError``, ``QueueFullError`` or ``EngineDeadError`` (also when the engine is
-        stopping).
+        ``ContextLengthError``, ``QueueFullError``, ``DeadlineUnreachableError`` or
+        ``EngineDeadError`` (also when the engine is stopping).
         """
         self._check_open(origin["request_id"])
         live = self._intake.one(prompt_token_ids, params, choice_index, **origin)
@@ -206,5 +208,7 @@ class EngineFront(ABC):
 
     def _book(self, live: Live) -> None:
         self._live[live.request.request_id] = live
+        if live.request.time_limits is not None:
+            self._deadlines.add(live)
         if live.matcher is not None or live.request.sampling_params.thinking is not None:
             self._masks.add(live.request, live.matcher)

@@ -10,6 +10,7 @@ from typing import Required, TypedDict, Unpack
 from streamserve.core.clock import Clock
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
+from streamserve.core.time_limits import TimeLimits
 from streamserve.engine.admission import AdmissionLimits
 from streamserve.engine.bad_words import spell_bad_words
 from streamserve.engine.grammar import Grammars
@@ -32,6 +33,7 @@ class Origin(TypedDict, total=False):
     cache_salt: str
     tenant: str
     weight: float
+    time_limits: TimeLimits | None
     arrival_time: float | None
     is_tokenized: bool
 
@@ -91,6 +93,7 @@ class Intake:
                 cache_salt=source.cache_salt,
                 tenant=source.tenant,
                 weight=source.weight,
+                time_limits=source.time_limits,
                 arrival_time=source.arrival_time,
             )
             request.prompt_logprobs = source.prompt_logprobs  # one list: they are found once
@@ -162,6 +165,7 @@ class Intake:
             cache_salt=origin.get("cache_salt", ""),
             tenant=origin.get("tenant", ""),
             weight=origin.get("weight", 1.0),
+            time_limits=origin.get("time_limits"),
         )
 
     def _live(self, request: Request) -> Live:

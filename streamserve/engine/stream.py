@@ -75,6 +75,7 @@ class RequestStream:
         "finish_reason",
         "max_unread_bytes",
         "num_prompt_tokens",
+        "on_scheduled",
         "ready_sink",
         "request_id",
         "sink",
@@ -104,6 +105,7 @@ class RequestStream:
         self._loop = asyncio.get_running_loop()
         self._unread: list[RequestOutput] = []
         self._waiter: asyncio.Future[None] | None = None
+        self.on_scheduled: Callable[[int], object] | None = None  # with the cached tokens
         self.sink: TextSink | None = None
         self.ready_sink: TextSink | None = None  # ``sink`` while the reader has all and waits
         self._error: EngineError | None = None

@@ -13,7 +13,7 @@ from streamserve.api.app import ApiApp, create_app
 from streamserve.api.prompts import TextLoader
 from streamserve.api.server import ApiServer, bind_sockets
 from streamserve.config import ApiConfig, CacheConfig, SchedulerConfig, SpeculativeConfig
-from streamserve.core.clock import monotonic
+from streamserve.core.clock import Clock, monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import AsyncEngine
@@ -79,6 +79,8 @@ class Api:
         num_blocks: int = 256,
         num_host_blocks: int = 0,
         max_num_waiting: int = 64,
+        max_num_seqs: int = 8,
+        clock: Clock = monotonic,
         speculative: SpeculativeConfig | None = None,
         generation_config: dict[str, Any] | None = None,
         max_model_len: int = MAX_MODEL_LEN,
@@ -91,7 +93,7 @@ class Api:
         self.tokenizer = ByteTokenizer()
         scheduler_config = SchedulerConfig(
             max_model_len=max_model_len,
-            max_num_seqs=8,
+            max_num_seqs=max_num_seqs,
             max_num_waiting=max_num_waiting,
             speculative=speculative,
         )
@@ -100,11 +102,12 @@ class Api:
         )
         self.runner = runner or NullRunner(tuple(token_ids), pace=self.pace)
         self.engine = AsyncEngine(
-            scheduler=Scheduler(scheduler_config, self.kv_cache, clock=monotonic),
+            scheduler=Scheduler(scheduler_config, self.kv_cache, clock=clock),
             runner=self.runner,
             tokenizer=self.tokenizer,
             eos_token_ids=frozenset({257}),
             max_model_len=max_model_len,
+            clock=clock,
         )
         self.config = ApiConfig(
             **{"served_model_names": (MODEL, "alias"), "port": 0, "drain_timeout_s": 0.0, **config}
@@ -122,6 +125,7 @@ class Api:
             max_model_len=max_model_len,
             generation_config=generation_config,
             answer_format=answer_format or AnswerFormat(),
+            clock=clock,
             wall_clock=lambda: CREATED + 0.5,
             load_text=load_text,
         )

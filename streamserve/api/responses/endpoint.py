@@ -17,6 +17,7 @@ from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.generation import RAW_SEND, Call, ChatEndpoint
 from streamserve.api.metrics import Delivery
 from streamserve.api.prompts import LONG_BODY, Work, next_attempt, pack_response, unpack_response
+from streamserve.api.rate_limits import allowance_of
 from streamserve.api.responses.archive import Archive
 from streamserve.api.responses.background import BackgroundRun, LogResponse
 from streamserve.api.responses.frames import Finished
@@ -171,7 +172,8 @@ class ResponsesEndpoint(ChatEndpoint):
         wire = self._wire(work, turn.key, finished)
         with ExitStack() as cleanup:
             cleanup.enter_context(context.gate.enter())
-            streams = self._submit(work, tenant, wire.id, call.arrival_time)
+            allowance = allowance_of(call.scope)
+            streams = self._submit(work, tenant, wire.id, call.arrival_time, allowance)
             place = cleanup.pop_all()
         [stream] = streams
         delivery = Delivery(context.metrics, context.clock, call.arrival_time)
@@ -183,6 +185,8 @@ class ResponsesEndpoint(ChatEndpoint):
             reason = stream.finish_reason or FinishReason.ERROR
             delivery.end(reason if stream.has_ended else FinishReason.ABORT)
             context.request_log.ended(wire.id, streams, 1)
+            if allowance is not None:
+                allowance.close()
             del archive.running[wire.id]
             stored = Stored(tenant.name, run.response, turn, tuple(run.log.events))
             archive.store.put(wire.id, stored)

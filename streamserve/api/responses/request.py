@@ -50,9 +50,11 @@ from streamserve.api.responses.tools import (
 from streamserve.api.sampling import (
     COMMON_FIELDS,
     SAMPLING_FIELDS,
+    TIME_FIELDS,
     Common,
     StreamOptions,
     sampling_params,
+    time_limits,
 )
 from streamserve.api.structured import STRUCTURED_FIELDS
 from streamserve.api.tool_fields import NO_TOOLS, ToolChoice, Tools
@@ -67,7 +69,10 @@ def _described(reader: Reader, description: str) -> Reader:
 RESPONSES_FIELDS: dict[str, Reader] = {
     **SAMPLING_FIELDS,
     **{name: reader for name, reader in STRUCTURED_FIELDS.items() if name != "response_format"},
-    **{name: COMMON_FIELDS[name] for name in ("cache_salt", "model", "priority", "stream", "user")},
+    **{
+        name: COMMON_FIELDS[name]
+        for name in (*TIME_FIELDS, "cache_salt", "model", "priority", "stream", "user")
+    },
     "background": read_bool,
     "chat_template_kwargs": read_template_kwargs,
     "include": read_include,
@@ -228,9 +233,10 @@ def _common(values: Mapping[str, Any], unknown: list[str]) -> Common:
         stream=stream,
         stream_options=options,
         include_timing=False,
-        priority=values.get("priority", 0),
+        priority=values.get("priority"),
         cache_salt=values.get("cache_salt", ""),
         user=values.get("user", ""),
+        time_limits=time_limits(values),
         unknown_fields=(*unknown, *unknown_here),
     )
 
