@@ -243,6 +243,7 @@ class GenerationEndpoint(ABC):
                     request_id=f"{request_id}-{index}" if index else request_id,
                     priority=priority,
                     cache_salt=tenant.salt + work.common.cache_salt,
+                    shares_public_prefixes=bool(tenant.salt) and not work.common.cache_salt,
                     tenant=tenant.name or work.common.user,
                     weight=tenant.weight,
                     time_limits=work.common.time_limits,

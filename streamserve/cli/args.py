@@ -307,6 +307,13 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         "SIGHUP and when it changes",
     )
     group.add_argument(
+        "--shared-system-prompt",
+        action="append",
+        metavar="FILE",
+        help="a system prompt whose cached prefix all API keys may share; may be repeated"
+        " (default: they share nothing)",
+    )
+    group.add_argument(
         "--allowed-origins",
         nargs="+",
         action=JsonListAction,

@@ -29,9 +29,11 @@ from streamserve.core.step_time import StepTimeModel
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.grammar import Grammars
+from streamserve.engine.preprocess import PromptEncoder
+from streamserve.engine.system_prefix import system_prefix
 from streamserve.engine.text_source import TextSource
-from streamserve.engine.tokenizer import FastTokenizer
-from streamserve.errors import ConfigError
+from streamserve.engine.tokenizer import FastTokenizer, Tokenizer
+from streamserve.errors import ConfigError, InvalidParameterError
 from streamserve.models import ModelConfig, load_config, resolve_dtype, tokenizer_backend
 from streamserve.runner.devices import choose_device, visible_gpus
 from streamserve.runner.memory import MemoryPlan
@@ -91,7 +93,10 @@ def build_service(
     config, scheduler = setup.config, setup.scheduler
     engine = AsyncEngine(
         scheduler=Scheduler(
-            scheduler, KVCacheManager(cache), monotonic, StepTimeModel(built.profile)
+            scheduler,
+            KVCacheManager(cache, public_prefixes=_public_prefixes(args, tokenizer, template)),
+            monotonic,
+            StepTimeModel(built.profile),
         ),
         runner=observed(built.runner),
         tokenizer=tokenizer,
@@ -169,6 +174,20 @@ def _builder(setup: ModelSetup) -> ModelBuilder:
     from streamserve.cli.compose_cuda import CudaBuilder
 
     return CudaBuilder(setup)
+
+
+def _public_prefixes(
+    args: Namespace, tokenizer: Tokenizer, template: ChatTemplate
+) -> list[list[int]]:
+    encoder = PromptEncoder(tokenizer, template)
+    prefixes: list[list[int]] = []
+    for file in getattr(args, "shared_system_prompt", None) or ():
+        try:
+            text = Path(file).read_text(encoding="utf-8").rstrip("\n")
+            prefixes.append(system_prefix(encoder, text))
+        except (OSError, ValueError, InvalidParameterError) as error:
+            raise ConfigError(f"--shared-system-prompt {file} cannot be used: {error}") from error
+    return prefixes
 
 
 def _text_source(args: Namespace, path: Path) -> TextSource:

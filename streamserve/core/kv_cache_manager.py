@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from streamserve.config import CacheConfig
@@ -55,12 +55,19 @@ class KVCacheManager:
     go on writing: it only appends behind what the others share.
 
     ``secret`` keys the block hashes (random when ``None``), so that nobody can craft collisions.
+    The full blocks of ``public_prefixes`` are shared across salts by requests that say so.
     """
 
-    def __init__(self, config: CacheConfig, *, secret: bytes | None = None) -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        secret: bytes | None = None,
+        public_prefixes: Sequence[list[int]] = (),
+    ) -> None:
         self.block_size = config.block_size
         self.num_blocks = config.num_blocks
-        self._cache = PrefixCache(config.block_size, secret)
+        self._cache = PrefixCache(config.block_size, secret, public_prefixes)
         self._pool = BlockPool(config.num_blocks, self._evict)
         self._host = HostTier(config, self._cache, self._pool) if config.num_host_blocks else None
         self._caching = config.enable_prefix_caching
@@ -101,6 +108,10 @@ class KVCacheManager:
     def has_loads(self) -> bool:
         """Whether the plan being made must be launched for the sake of what it loads."""
         return self._host is not None and self._host.has_loads
+
+    def recognise(self, request: Request) -> None:
+        """Note how much of a new request's prompt is public. Comes before everything else."""
+        self._cache.recognise(request)
 
     def find_prefix(
         self,
@@ -192,7 +203,7 @@ class KVCacheManager:
         if num_all + num_reserved_blocks > num_free:
             return None
 
-        nodes = [self._cache.root(request.cache_salt), *match.nodes] if self._caching else []
+        nodes = [self._cache.root_of(request), *match.nodes] if self._caching else []
         if nodes:
             self._cache.pin(nodes[-1])
         self._holdings[request.request_id] = _Holding(request, nodes, len(matched))
@@ -224,9 +235,12 @@ class KVCacheManager:
         limit = min(parent.num_written_tokens, parent.num_tokens, child.num_tokens - 1)
         num_tokens = num_common_tokens(parent.token_ids, child.token_ids, limit)
         nodes = holding.nodes[: num_tokens // self.block_size + 1]
-        if parent.cache_salt != child.cache_salt:
+        if (parent.cache_salt, parent.num_public_blocks) != (
+            child.cache_salt,
+            child.num_public_blocks,
+        ):
             num_tokens = 0
-            nodes = [self._cache.root(child.cache_salt)] if self._caching else []
+            nodes = [self._cache.root_of(child)] if self._caching else []
         num_blocks = -(-num_tokens // self.block_size)
         child.block_hashes += parent.block_hashes[
             len(child.block_hashes) : num_tokens // self.block_size
@@ -254,7 +268,8 @@ class KVCacheManager:
         for i in range(first - 1, num_full):
             token_ids = request.token_ids[i * size : (i + 1) * size]
             block = self._pool.blocks[request.block_table[i]]
-            nodes.append(self._cache.insert(nodes[-1], token_ids, request.block_hashes[i], block))
+            parent = self._cache.parent(request, i, nodes[-1])
+            nodes.append(self._cache.insert(parent, token_ids, request.block_hashes[i], block))
         self._cache.pin(nodes[-1])
         self._cache.unpin(deepest)
         if self._host is not None:
@@ -290,7 +305,8 @@ class KVCacheManager:
                 self._discard(node)
         if num_tail and num_full >= holding.num_shared_blocks and blocks[num_full].node is None:
             token_ids = request.token_ids[num_full * size : num_known]
-            self._cache.insert_tail(nodes[num_full], token_ids, blocks[num_full])
+            parent = self._cache.parent(request, num_full, nodes[num_full])
+            self._cache.insert_tail(parent, token_ids, blocks[num_full])
         if self._host is not None:
             self._host.use(nodes[1 : num_full + 1])
         self._cache.unpin(nodes[num_full])
@@ -354,7 +370,7 @@ class KVCacheManager:
         assert request.num_written_tokens <= request.num_computed_tokens, f"{request}: written"
         assert len(holding.nodes) <= request.num_written_tokens // size + 1, f"{request}: cached"
         if holding.nodes:
-            assert holding.nodes[0] is self._cache.root(request.cache_salt), f"{request}: root"
+            assert holding.nodes[0] is self._cache.root_of(request), f"{request}: root"
         for i, block_id in enumerate(request.block_table):
             block = self._pool.blocks[block_id]
             if block.node is not None and i >= holding.num_shared_blocks:

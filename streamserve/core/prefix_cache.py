@@ -7,19 +7,27 @@ is found by its first token.
 
     root(salt) ── [t0 … t15] ── [t16 … t31] ─┬─ [t32 … t47]      full: in the index by its hash
                                              └─ [t32 … t36]      tail: a child only
+
+Prefixes that were declared public have a root of their own, for all who may share them. Behind the
+last full block of one stands a gate for each salt, a node without tokens: what lies there is found
+through its own gate only.
+
+    root(public) ── [t0 … t15] ── [t16 … t31] ─┬─ gate(salt 1) ── [t32 … t47]
+                                               └─ gate(salt 2) ── [t32 … t47]
 """
 
 from __future__ import annotations
 
 import secrets
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
 from streamserve.core.block_pool import KVCacheBlock, PrefixNode
 from streamserve.core.request import Request
 
+_GATE = -1  # in place of a first token
 MAX_PARTIAL_CANDIDATES = 16  # children with the right first token that a look-up compares
 _NUM_HASHED_AHEAD = 32  # blocks: one at a time costs a third more
 
@@ -55,14 +63,60 @@ NO_MATCH = PrefixMatch([], None, 0, 0, None)
 class PrefixCache:
     """Index of cached blocks by content. Knows nodes and their blocks, not reference counts."""
 
-    def __init__(self, block_size: int, secret: bytes | None = None) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        secret: bytes | None = None,
+        public_prefixes: Sequence[list[int]] = (),
+    ) -> None:
+        """``public_prefixes`` are shared across salts, as far as they fill blocks."""
         self._block_size = block_size
+        whole = [ids[: len(ids) // block_size * block_size] for ids in public_prefixes]
+        self._public = sorted(filter(None, whole), key=len, reverse=True)
+        self._public_salt = secrets.token_hex(32)  # nobody else's
         key = secrets.token_bytes(32) if secret is None else secret
         self._root_hasher = blake2b(key=key, digest_size=16, person=b"root")
         self._block_hasher = blake2b(key=key, digest_size=16, person=b"block")
+        self._gate_hasher = blake2b(key=key, digest_size=16, person=b"gate")
         self._roots: dict[str, PrefixNode] = {}
-        self._salts: dict[PrefixNode, str] = {}  # the other way round
+        self._salts: dict[PrefixNode, str] = {}  # of roots and gates
         self._index: dict[bytes, PrefixNode] = {}
+
+    def recognise(self, request: Request) -> None:
+        """Note how many leading blocks of a new request's prompt are public, for it to share."""
+        if not self._public or not request.shares_public_prefixes:
+            return
+        token_ids, limit = request.token_ids, request.num_prompt_tokens
+        for public in self._public:
+            if len(public) <= limit and token_ids[: len(public)] == public:
+                request.num_public_blocks = len(public) // self._block_size
+                return
+
+    def root_of(self, request: Request) -> PrefixNode:
+        """The root of the path that a request's blocks are cached on; made when there is none."""
+        return self.root(self._root_salt(request))
+
+    def parent(self, request: Request, index: int, node: PrefixNode) -> PrefixNode:
+        """Below which node a request's block goes that follows ``node``: maybe through a gate."""
+        if not index or index != request.num_public_blocks:
+            return node
+        gate = self._find_gate(request, node)
+        if gate is None:
+            assert node.block_hash is not None
+            gate = PrefixNode(node, [], self._gate_hash(node.block_hash, request.cache_salt))
+            assert gate.block_hash is not None
+            self._index[gate.block_hash] = gate
+            self._salts[gate] = request.cache_salt
+            _add_child(node, gate)
+        return gate
+
+    def _find_gate(self, request: Request, node: PrefixNode) -> PrefixNode | None:
+        assert node.block_hash is not None
+        gate = self._index.get(self._gate_hash(node.block_hash, request.cache_salt))
+        return gate if gate is not None and gate.parent is node and not gate.token_ids else None
+
+    def _root_salt(self, request: Request) -> str:
+        return self._public_salt if request.num_public_blocks else request.cache_salt
 
     def root(self, salt: str) -> PrefixNode:
         """The root that requests with this salt share; made when there is none."""
@@ -79,11 +133,14 @@ class PrefixCache:
         num_blocks = min(num_blocks, len(token_ids) // size)
         if len(hashes) >= num_blocks:
             return
-        block_hash = hashes[-1] if hashes else self._root_hash(request.cache_salt)
+        block_hash = hashes[-1] if hashes else self._root_hash(self._root_salt(request))
+        num_public = request.num_public_blocks
         data = array("q", token_ids[len(hashes) * size : num_blocks * size])
         block_bytes = size * data.itemsize
         raw = data.tobytes()
         for start in range(0, len(raw), block_bytes):
+            if num_public and len(hashes) == num_public:
+                block_hash = self._gate_hash(block_hash, request.cache_salt)
             block_hash = self._hash(block_hash, raw[start : start + block_bytes])
             hashes.append(block_hash)
 
@@ -99,7 +156,8 @@ class PrefixCache:
         num_full = len(token_ids) // size
         nodes = request.matched_nodes = _still_cached(request.matched_nodes, limit // size)
         end = num_full if max_num_hashed is None else len(nodes) + max_num_hashed
-        node = nodes[-1] if nodes else self._roots.get(request.cache_salt)
+        node = nodes[-1] if nodes else self._roots.get(self._root_salt(request))
+        num_public = request.num_public_blocks
         missing_hash = None
         for i in range(len(nodes), num_full):
             if i >= end:
@@ -107,6 +165,8 @@ class PrefixCache:
             if i >= len(hashes):
                 self.hash_blocks(request, min(i + _NUM_HASHED_AHEAD, end))
             block_hash = hashes[i]
+            if num_public and i == num_public and node is not None:
+                node = self._find_gate(request, node)
             child = None if node is None else self._index.get(block_hash)
             if (
                 child is None
@@ -120,9 +180,11 @@ class PrefixCache:
                 break
             nodes.append(child)
             node = child
-        if node is None:
-            return NO_MATCH._replace(missing_hash=missing_hash)
         num_matched = len(nodes) * size
+        if nodes and len(nodes) == num_public:
+            node = self._find_gate(request, nodes[-1])
+        if node is None:
+            return PrefixMatch(nodes, None, 0, num_matched, missing_hash)
         partial, num_partial = self._best_child(
             node, token_ids[num_matched : min(num_matched + size, limit)]
         )
@@ -180,10 +242,12 @@ class PrefixCache:
                 return
             if node.block_hash is not None and self._index.get(node.block_hash) is node:
                 del self._index[node.block_hash]
-            siblings = parent.children[node.token_ids[0]]
+            if not node.token_ids:
+                del self._salts[node]
+            siblings = parent.children[_place(node)]
             del siblings[node]
             if not siblings:
-                del parent.children[node.token_ids[0]]
+                del parent.children[_place(node)]
             node = parent
 
     def _best_child(self, node: PrefixNode, token_ids: list[int]) -> tuple[PrefixNode | None, int]:
@@ -204,6 +268,11 @@ class PrefixCache:
     def _root_hash(self, salt: str) -> bytes:
         hasher = self._root_hasher.copy()
         hasher.update(salt.encode("utf-8", "surrogatepass"))
+        return hasher.digest()
+
+    def _gate_hash(self, parent_hash: bytes, salt: str) -> bytes:
+        hasher = self._gate_hasher.copy()
+        hasher.update(parent_hash + salt.encode("utf-8", "surrogatepass"))
         return hasher.digest()
 
     def _hash(self, parent_hash: bytes, block: bytes) -> bytes:
@@ -240,7 +309,7 @@ class PrefixCache:
                 assert children, "an empty list of children was kept"
                 for child in children:
                     assert child.parent is node, "a node under a parent that is not its own"
-                    assert child.token_ids[0] == first, "a node under another's first token"
+                    assert _place(child) == first, "a node under another's first token"
         assert indexed == len(self._index), "the index holds a node that is not in the tree"
 
 
@@ -258,8 +327,13 @@ def _is_nowhere(node: PrefixNode) -> bool:
     return node.block is None and node.host_block_id is None
 
 
+def _place(node: PrefixNode) -> int:
+    """What a node is found under among its parent's children."""
+    return node.token_ids[0] if node.token_ids else _GATE
+
+
 def _add_child(parent: PrefixNode, node: PrefixNode) -> None:
-    parent.children.setdefault(node.token_ids[0], {})[node] = None
+    parent.children.setdefault(_place(node), {})[node] = None
 
 
 def num_common_tokens(a: list[int], b: list[int], limit: int | None = None) -> int:

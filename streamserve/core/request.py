@@ -86,6 +86,7 @@ class Request:
         "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_public_blocks",
         "num_queued_tokens",
         "num_steps_in_flight",
         "num_uncached_tokens",
@@ -95,6 +96,7 @@ class Request:
         "request_id",
         "sampling_params",
         "seed",
+        "shares_public_prefixes",
         "sort_key",
         "status",
         "stop_reason",
@@ -116,6 +118,7 @@ class Request:
         choice_index: int = 0,
         priority: int = 0,
         cache_salt: str = "",
+        shares_public_prefixes: bool = False,
         tenant: str = "",
         weight: float = 1.0,
         time_limits: TimeLimits | None = None,
@@ -128,6 +131,7 @@ class Request:
         self.choice_index = choice_index
         self.priority = priority  # smaller is served first, as in vLLM
         self.cache_salt = cache_salt
+        self.shares_public_prefixes = shares_public_prefixes  # though it has a salt
         self.tenant = tenant  # whose share of the machine it takes, where shares are kept
         self.weight = weight
         self.time_limits = time_limits
@@ -178,6 +182,7 @@ class Request:
         # Its next token is not what a step samples: somebody chooses it who sees the logprobs. It
         # counts as pending until then.
         self.chooses_on_host = False
+        self.num_public_blocks = 0  # leading ones, cached for all who may share them
         self.account: Account | None = None  # the tenant's, where shares are kept
         self.num_queued_tokens = 0  # what it counts for in the queue's bound, while it waits
         self.num_charged_tokens = 0  # of the prompt, to the account; and of the output

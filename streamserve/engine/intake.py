@@ -31,6 +31,7 @@ class Origin(TypedDict, total=False):
     request_id: Required[str]
     priority: int
     cache_salt: str
+    shares_public_prefixes: bool
     tenant: str
     weight: float
     time_limits: TimeLimits | None
@@ -91,6 +92,7 @@ class Intake:
                 request_id=f"{source.request_id}/{choice_index}",
                 priority=source.priority,
                 cache_salt=source.cache_salt,
+                shares_public_prefixes=source.shares_public_prefixes,
                 tenant=source.tenant,
                 weight=source.weight,
                 time_limits=source.time_limits,
@@ -163,6 +165,7 @@ class Intake:
             choice_index=choice_index,
             priority=origin.get("priority", 0),
             cache_salt=origin.get("cache_salt", ""),
+            shares_public_prefixes=origin.get("shares_public_prefixes", False),
             tenant=origin.get("tenant", ""),
             weight=origin.get("weight", 1.0),
             time_limits=origin.get("time_limits"),

@@ -163,6 +163,7 @@ class BeamGroup(Live):
             eos_token_ids=first.eos_token_ids,
             priority=first.priority,
             cache_salt=first.cache_salt,
+            shares_public_prefixes=first.shares_public_prefixes,
             tenant=first.tenant,
             weight=first.weight,
         )

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -81,6 +81,7 @@ class Api:
         max_num_waiting: int = 64,
         max_num_seqs: int = 8,
         clock: Clock = monotonic,
+        public_prefixes: Sequence[list[int]] = (),
         speculative: SpeculativeConfig | None = None,
         generation_config: dict[str, Any] | None = None,
         max_model_len: int = MAX_MODEL_LEN,
@@ -98,7 +99,8 @@ class Api:
             speculative=speculative,
         )
         self.kv_cache = KVCacheManager(
-            CacheConfig(num_blocks=num_blocks, num_host_blocks=num_host_blocks, block_size=16)
+            CacheConfig(num_blocks=num_blocks, num_host_blocks=num_host_blocks, block_size=16),
+            public_prefixes=public_prefixes,
         )
         self.runner = runner or NullRunner(tuple(token_ids), pace=self.pace)
         self.engine = AsyncEngine(

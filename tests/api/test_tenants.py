@@ -11,6 +11,10 @@ from streamserve.api.server import hangup_calls
 from streamserve.api.tenants import CHECK_INTERVAL_S, KeyRing, Tenant, read_key_file
 from streamserve.cli.args import parse_args, scheduling_policy
 from streamserve.config import ApiConfig
+from streamserve.engine.byte_tokenizer import ByteTokenizer
+from streamserve.engine.chat_template import ChatTemplate
+from streamserve.engine.preprocess import PromptEncoder
+from streamserve.engine.system_prefix import system_prefix
 from streamserve.errors import ConfigError
 from tests.api.harness import Api, Exchange, chat_body, until
 
@@ -163,6 +167,27 @@ async def test_promise_private_what_a_tenant_cached_is_found_with_its_keys_only(
     async with Api().running() as api:
         assert await cached_tokens(api, user="a") == 0
         assert await cached_tokens(api, user="b") == warm, "without keys there is one tenant"
+
+
+async def test_promise_private_tenants_share_a_declared_system_prompt_and_no_more(key_file):
+    tokenizer = ByteTokenizer()
+    template = ChatTemplate.builtin("plain", special_tokens=tokenizer.special_tokens)
+    system = "You are kind, and you say so at length."
+    prefix = system_prefix(PromptEncoder(tokenizer, template), system)
+    num_public = len(prefix) // 16 * 16
+    assert 0 < num_public < len(prefix)
+
+    async def cached(api, key, **fields):
+        body = chat_body(max_tokens=1, **fields)
+        body["messages"].insert(0, {"role": "system", "content": system})
+        answer = await api.call("POST", CHAT, body, headers=bearer(key))
+        return answer.json["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    async with Api(api_key_file=str(key_file), public_prefixes=[prefix]).running() as api:
+        assert await cached(api, "sk-alice") == 0
+        assert await cached(api, "sk-alice") > len(prefix)
+        assert await cached(api, "sk-bob") == num_public
+        assert await cached(api, "sk-bob", cache_salt="mine") == 0
 
 
 @pytest.mark.parametrize(

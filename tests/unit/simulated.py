@@ -11,6 +11,7 @@ it may: until then what it writes is rubbish, and what it reads must stay what i
 
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from streamserve.config import CacheConfig, SchedulerConfig, SpeculativeConfig
@@ -27,6 +28,7 @@ from streamserve.core.step_time import StepTimeModel
 from tests.unit.naive_groups import best_gain, gain_of
 
 VOCAB_SIZE = 11
+PUBLIC = "public"
 Cell = tuple[int, int, int]  # position, token, hash of the cells before
 Place = tuple[bool, int]  # on the device or in host memory; block id
 
@@ -85,6 +87,11 @@ class SimulatedRequest:
     last_sample: int | None = None
     last_step_id: int = -1
     is_spoilt: bool = False  # a step with it failed, and the host may not know yet
+    num_public: int = 0
+
+    def salt_of(self, index: int) -> str:
+        """Whose a block is: of all, or of those with its salt."""
+        return PUBLIC if index < self.num_public else self.salt
 
 
 @dataclass
@@ -116,6 +123,7 @@ class SimulatedRunner:
         self.has_cascade = config.enable_cascade_attention
         self.cascade_overhead_tokens = config.cascade_overhead_tokens
         self.salts: dict[str, str] = {}
+        self.num_public: dict[str, int] = {}  # blocks, likewise
         self.requests: dict[str, SimulatedRequest] = {}
         self.in_flight: deque[SimulatedStep] = deque()
         self.num_computed_tokens = 0
@@ -133,7 +141,9 @@ class SimulatedRunner:
         for new in plan.new_requests:
             assert new.request_id not in self.requests
             pooling = new.sampling_params.pooling
-            self.requests[new.request_id] = SimulatedRequest(self.salts[new.request_id], pooling)
+            request = SimulatedRequest(self.salts[new.request_id], pooling)
+            request.num_public = self.num_public.get(new.request_id, 0)
+            self.requests[new.request_id] = request
         step = SimulatedStep(plan, [], {}, [], {})
         self._start_transfers(step)
         self._copy(step)
@@ -192,10 +202,12 @@ class SimulatedRunner:
 
     def check_cached(self, kv: KVCacheManager) -> None:
         """Every cached block holds what it is cached as."""
-        for salt, root in kv._cache._roots.items():
-            stack = [(root, 0, 0)]
+        for root_salt, root in kv._cache._roots.items():
+            stack = [(root, 0, 0, PUBLIC if root_salt == kv._cache._public_salt else root_salt)]
             while stack:
-                node, position, context = stack.pop()
+                node, position, context, salt = stack.pop()
+                if not node.token_ids:
+                    salt = salt if node is root else kv._cache._salts[node]
                 cells = []
                 for token in node.token_ids:
                     cells.append((position, token, context))
@@ -203,7 +215,7 @@ class SimulatedRunner:
                     position += 1
                 self._check_cells(node, cells, salt)
                 for children in node.children.values():
-                    stack.extend((child, position, context) for child in children)
+                    stack.extend((child, position, context, salt) for child in children)
 
     def _check_cells(self, node: PrefixNode, cells: list[Cell], salt: str) -> None:
         if node.block is not None:
@@ -307,7 +319,8 @@ class SimulatedRunner:
         offset = position % self.block_size
         if offset == 0:
             self.salt_of_block[block_id] = set()
-        self.salt_of_block[block_id] = self.salt_of_block[block_id] | {request.salt}
+        salt = request.salt_of(position // self.block_size)
+        self.salt_of_block[block_id] = self.salt_of_block[block_id] | {salt}
         cell = None
         if not request.is_spoilt:
             cell = (position, token, self._context(request, position))
@@ -324,7 +337,8 @@ class SimulatedRunner:
             return -1
         for position in range(num_tokens):
             block_id = request.block_table[position // self.block_size]
-            assert self.salt_of_block[block_id] <= {request.salt}, "shared across salts"
+            salt = request.salt_of(position // self.block_size)
+            assert self.salt_of_block[block_id] <= {salt}, "shared across salts"
             cell = self.memory[block_id][position % self.block_size]
             assert cell is not None, "read before it was written"
             context = hash((context, cell))
@@ -390,6 +404,7 @@ class Harness:
         max_transfers_per_step: int = 2,
         step_time: StepTimeModel | None = None,
         propose: Propose | None = None,
+        public_prefixes: Sequence[list[int]] = (),
         **config: object,
     ) -> None:
         defaults = {
@@ -408,7 +423,8 @@ class Harness:
             max_transfers_per_step=max_transfers_per_step,
         )
         self.now = 0.0
-        self.kv = KVCacheManager(cache_config, secret=b"test")
+        self.kv = KVCacheManager(cache_config, secret=b"test", public_prefixes=public_prefixes)
+        self.public_prefixes = public_prefixes
         self.scheduler = Scheduler(self.config, self.kv, lambda: self.now, step_time, propose)
         self.runner = SimulatedRunner(cache_config, self.config)
         self.num_requests = 0
@@ -421,12 +437,14 @@ class Harness:
         prompt: list[int],
         *,
         salt: str = "",
+        shares: bool | None = None,  # public prefixes; None: if it has a salt
         priority: int = 0,
         tenant: str = "",
         weight: float = 1.0,
         **params: object,
     ) -> Request:
         """A request with an id of its own, not added."""
+        shares = bool(salt) if shares is None else shares
         self.num_requests += 1
         self.now += 1.0
         request = Request(
@@ -436,12 +454,18 @@ class Harness:
             arrival_time=self.now,
             seed=0,
             cache_salt=salt,
+            shares_public_prefixes=shares,
             priority=priority,
             tenant=tenant,
             weight=weight,
             eos_token_ids=frozenset({0}) if params.get("ignore_eos") is False else frozenset(),
         )
         self.runner.salts[request.request_id] = salt
+        if shares:
+            size = self.kv.block_size
+            wholes = [ids[: len(ids) // size * size] for ids in self.public_prefixes]
+            num_public = [len(ids) // size for ids in wholes if prompt[: len(ids)] == ids]
+            self.runner.num_public[request.request_id] = max(num_public, default=0)
         return request
 
     def add(self, prompt: list[int], **kwargs: object) -> Request:

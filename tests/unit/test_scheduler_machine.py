@@ -23,8 +23,12 @@ from tests.unit.simulated import (
 )
 
 TOKENS = st.integers(0, 2)  # few, so that prompts share by chance, too
-SALTS = st.sampled_from(["", "", "", "tenant"])
+SALTS = st.sampled_from(["", "", "", "tenant", "other"])
 INDEX = st.integers(0, 10**6)
+
+
+def shared_tokens(prefix, length):
+    return [(prefix * i * i + i) % VOCAB_SIZE for i in range(length)]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -51,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_transfers=st.integers(1, 4),
         num_drafts=st.sampled_from([0, 0, 1, 3, 5]),
         accuracy=st.integers(0, 4),
+        public_lengths=st.lists(st.integers(1, 12), max_size=2),
     )
     def start(
         self,
@@ -67,6 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_transfers,
         num_drafts,
         accuracy,
+        public_lengths=(),
     ):
         self.harness = Harness(
             num_blocks=num_blocks,
@@ -83,6 +89,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             cascade_overhead_tokens=cascade_overhead,
             speculative=drafting(num_drafts) if num_drafts else None,
             propose=None if accuracy == 4 else guesses(accuracy),
+            public_prefixes=[shared_tokens(1, length) for length in public_lengths],
         )
         if weak_hash:  # collisions all the time: they may cost hits, never serve a wrong one
             self.harness.kv._cache._hash = lambda parent, token_ids: bytes([sum(token_ids) % 3])
@@ -102,7 +109,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _add(self, prompt, salt, priority, params) -> Request | None:
         tenant = str(len(self.requests) % 3)
         request = self.harness.request(
-            prompt, salt=salt, priority=priority, tenant=tenant, weight=1 + priority, **params
+            prompt,
+            salt=salt,
+            priority=priority,
+            tenant=tenant,
+            weight=1 + priority,
+            **params,
         )
         try:
             self.harness.scheduler.add(request)
@@ -125,7 +137,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add(
         self, prefix, prefix_length, suffix, salt, priority, max_tokens, min_tokens, stops, copies
     ):
-        shared = [(prefix * i * i + i) % VOCAB_SIZE for i in range(prefix_length)]
+        shared = shared_tokens(prefix, prefix_length)
         params = self._params(max_tokens, min_tokens, stops)
         for _ in range(copies):
             self._add(shared + suffix, salt, priority, params)
