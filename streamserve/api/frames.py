@@ -210,7 +210,9 @@ class ChoiceFrames:
         if not self._extras.token_ids:
             return b""
         ids, self._held_ids = self._held_ids, []
-        return self._prompt_ids() + b',"token_ids":' + _dumps(ids)
+        # A chat's stand in its first chunk, which is made after the text that it travels with.
+        of_prompt = b"" if self._is_chat else self._prompt_ids()
+        return of_prompt + b',"token_ids":' + _dumps(ids)
 
     def _prompt_ids(self) -> bytes:
         """The prompt's token ids, once, if they were asked for."""
