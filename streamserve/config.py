@@ -122,15 +122,24 @@ class StreamConfig:
     ``max_buffer_bytes`` is shared out: a half is the socket's ``SO_SNDBUF``, a quarter the
     transport's high-water mark, and a quarter text that waits for room there. Past that nothing
     more is generated. A reader that makes no room for ``stall_timeout_s`` gets an error.
+
+    An answer that may be resumed is made, and what it said kept, until nobody has read it for
+    ``resume_timeout_s``; ``max_replay_bytes`` of one, ``max_kept_bytes`` of all that have ended.
     """
 
     max_buffer_bytes: int = 128 * 2**10
     stall_timeout_s: float = 60.0
+    resume_timeout_s: float = 60.0
+    max_replay_bytes: int = 2**20
+    max_kept_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
         _at_least("max_buffer_bytes", self.max_buffer_bytes, 8 * 2**10)
         if self.stall_timeout_s <= 0:
             raise ConfigError(f"stall_timeout_s must be above 0, got {self.stall_timeout_s}")
+        _at_least("max_replay_bytes", self.max_replay_bytes, 1024)
+        if self.resume_timeout_s <= 0:
+            raise ConfigError(f"resume_timeout_s must be above 0, got {self.resume_timeout_s}")
 
     @property
     def send_buffer_bytes(self) -> int:

@@ -18,14 +18,15 @@ from starlette.types import Receive, Scope, Send
 from streamserve.api.context import ApiContext, Gate
 from streamserve.api.errors import EXCEPTION_HANDLERS
 from streamserve.api.generation import (
-    RAW_SEND,
     ChatEndpoint,
     CompletionEndpoint,
     check_model,
 )
+from streamserve.api.kept import KeptAnswers
+from streamserve.api.kept_generation import StreamEndpoint
 from streamserve.api.messages import CountTokensEndpoint, MessagesEndpoint
 from streamserve.api.metrics import Metrics, MetricsRegistry
-from streamserve.api.middleware import ApiKeyMiddleware, RequestIdMiddleware
+from streamserve.api.middleware import RAW_SEND, ApiKeyMiddleware, RequestIdMiddleware
 from streamserve.api.openapi import openapi
 from streamserve.api.operators import OperatorEndpoints, admin_app
 from streamserve.api.pages import page_routes
@@ -51,6 +52,7 @@ from streamserve.engine.tokenizer import Tokenizer
 _EXPOSED_HEADERS = (
     "X-Request-Id",
     "X-Ignored-Fields",
+    "X-Stream-Id",
     "Retry-After",
     "retry-after-ms",
     *(
@@ -118,6 +120,7 @@ def create_app(
         wall_clock=wall_clock,
         created=int(wall_clock()),
         metrics=metrics,
+        kept=KeptAnswers(config.streams.max_kept_bytes),
         mark_ids=MarkIds(tokenizer),
         answer_format=answer_format,
         keys=keys,
@@ -137,6 +140,7 @@ def create_app(
     routes = [
         Route("/v1/chat/completions", ChatEndpoint(context), methods=["POST"]),
         Route("/v1/completions", CompletionEndpoint(context), methods=["POST"]),
+        Route("/v1/streams/{id}", StreamEndpoint(context), methods=["GET"]),
         *cancel_routes(context.running),
         *_responses_routes(context),
         Route("/v1/messages", MessagesEndpoint(context), methods=["POST"]),

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamserve.api.body import ignored_fields_header
 from streamserve.api.errors import shutting_down
+from streamserve.api.kept import KeptAnswers
 from streamserve.api.metrics import Metrics
 from streamserve.api.prompts import PromptWorkers
 from streamserve.api.request_log import RequestLog
@@ -109,6 +110,7 @@ class ApiContext:
     metrics: Metrics
     keys: KeyRing
     gate: Gate
+    kept: KeptAnswers
     hang_watch: HangWatch
     mark_ids: MarkIds
     request_log: RequestLog

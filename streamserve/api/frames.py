@@ -148,6 +148,11 @@ class ChoiceFrames:
         )
 
     @property
+    def is_chat(self) -> bool:
+        """Whether text stands in a delta."""
+        return self._is_chat
+
+    @property
     def is_plain(self) -> bool:
         """Whether every text frame is ``head + text + tail``."""
         return self._extras.are_none and not self._continuous_usage
@@ -193,6 +198,10 @@ class ChoiceFrames:
         if timing is not None:
             ending += b',"timing":' + _dumps(timing)
         return self._echo(usage) + self._chunk(body, b"null", ending, usage, self._ids())
+
+    def chunk_of(self, body: bytes) -> bytes:
+        """The chunk of a delta, or a text, that was rendered before; not with running usage."""
+        return self._chunk(body, b"null", b"null", Usage(0))
 
     def _echo(self, usage: Usage) -> bytes:
         """The chunk that repeats the prompt, once."""

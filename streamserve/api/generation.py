@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Unpack
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from streamserve.api.admitted import Admitted, Call
 from streamserve.api.answer_plan import AnswerPlan
 from streamserve.api.body import ignored_fields_headers, parse_json_object, read_body
 from streamserve.api.chat_request import ChatRequest, parse_chat_request
@@ -31,16 +33,19 @@ from streamserve.api.frames import (
     Envelope,
     Kind,
 )
+from streamserve.api.kept_generation import answer_kept
 from streamserve.api.metrics import Delivery
+from streamserve.api.middleware import RAW_SEND
 from streamserve.api.openai_wire import OpenAIWire
 from streamserve.api.prompts import LONG_BODY, ChatParser, Endpoint, PromptWorkers, Work, chat_work
 from streamserve.api.rate_limits import Allowance, allowance_of
+from streamserve.api.resumption import read_resumption
 from streamserve.api.running import RunningAnswer
 from streamserve.api.sampling import Common
 from streamserve.api.sse import AnswerStream, StreamedChoice
 from streamserve.api.tenants import Tenant, tenant_of
 from streamserve.api.timing import TimedDelivery
-from streamserve.api.whole import best_choices, collect_all
+from streamserve.api.whole import Choice, best_choices, collect_all
 from streamserve.api.wire import Wire
 from streamserve.core.request import FinishReason
 from streamserve.engine.intake import Origin
@@ -54,25 +59,8 @@ from streamserve.errors import (
     RequestError,
 )
 
-RAW_SEND = "streamserve.raw_send"
-"""In the scope: the server's own ``send``, which passes no middleware."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One HTTP request whose body was read. ``guard`` cancels what is done for it."""
-
-    scope: Scope
-    receive: Receive
-    send: Send
-    arrival_time: float
-    guard: DisconnectGuard
-
-    @property
-    def name(self) -> str:
-        """Its ``X-Request-Id``."""
-        name: str = self.scope.get("state", {}).get("request_id", "")
-        return name
+_KEPT: frozenset[Endpoint] = frozenset({"chat", "completion"})
+"""Endpoints whose answers may outlive their connection."""
 
 
 class GenerationEndpoint(ABC):
@@ -85,6 +73,11 @@ class GenerationEndpoint(ABC):
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
+
+    @property
+    def context(self) -> ApiContext:
+        """What all endpoints share."""
+        return self._context
 
     async def prepare(self, raw: bytes) -> Work:
         """Parse, render and tokenise. Raises ``RequestError``, ``EngineError``."""
@@ -148,18 +141,38 @@ class GenerationEndpoint(ABC):
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
         raw = await read_body(scope, receive, max_bytes=self._context.config.max_body_bytes)
+        wish = read_resumption(scope) if self.endpoint in _KEPT else None
         async with DisconnectGuard(receive) as guard:
-            work = await self.prepare(raw)
+            call = Call(scope, receive, send, arrival_time, guard)
+            if wish is not None:
+                await answer_kept(self, raw, call, wish)
+                return
+            work = await self.prepare_all(raw)
             del raw
-            if work.params.structured_output is not None:
-                await self._context.engine.prepare(work.params)
-            await self._answer(work, Call(scope, receive, send, arrival_time, guard))
+            await self._answer(work, call)
 
     async def _answer(self, work: Work, call: Call) -> None:
         """Have the answer made and send it."""
+        admitted = self.admit(work, call)
+        with self.making(admitted, call):
+            if work.common.stream:
+                answer = self._answer_stream(admitted, call)
+                await answer(call.scope, call.receive, call.send)
+            else:
+                await self._send_whole(admitted, call)
+
+    async def prepare_all(self, raw: bytes) -> Work:
+        """As ``prepare``, with what the engine needs besides."""
+        work = await self.prepare(raw)
+        if work.params.structured_output is not None:
+            await self._context.engine.prepare(work.params)
+        return work
+
+    def admit(self, work: Work, call: Call, wire: Wire | None = None) -> Admitted:
+        """Hand the request to the engine; ``making`` must follow at once."""
         context = self._context
         tenant = tenant_of(call.scope)
-        wire = self.wire(work, tenant.name)
+        wire = wire or self.wire(work, tenant.name)
         delivery_type = TimedDelivery if work.common.include_timing else Delivery
         deliveries = [
             delivery_type(context.metrics, context.clock, call.arrival_time)
@@ -174,16 +187,18 @@ class GenerationEndpoint(ABC):
             work.params,
             is_streamed=work.common.stream,
         )
-        running = RunningAnswer(
-            wire.id, self.endpoint, tenant.name, call.name, streams, work.choices.n
-        )
+        return Admitted(work, wire, streams, deliveries, self._parsers(work))
+
+    @contextmanager
+    def making(self, admitted: Admitted, call: Call) -> Iterator[None]:
+        """An admitted request's life: it is found while it lasts, and all is given back."""
+        context, work, wire = self._context, admitted.work, admitted.wire
+        streams, deliveries = admitted.streams, admitted.deliveries
+        owner, allowance = tenant_of(call.scope).name, allowance_of(call.scope)
+        running = RunningAnswer(wire.id, self.endpoint, owner, call.name, streams, work.choices.n)
         try:
             with context.running.entry(running):
-                if work.common.stream:
-                    answer = self._answer_stream(work, call, wire, streams, deliveries)
-                    await answer(call.scope, call.receive, call.send)
-                else:
-                    await self._send_whole(work, call, wire, streams, deliveries)
+                yield
         except (ClientGoneError, RequestCancelledError):
             raise
         except Exception:
@@ -198,26 +213,25 @@ class GenerationEndpoint(ABC):
                 allowance.close()
             context.request_log.ended(wire.id, streams, len(work.prompts))
 
-    async def _send_whole(
-        self,
-        work: Work,
-        call: Call,
-        wire: Wire,
-        streams: Sequence[RequestStream],
-        deliveries: Sequence[Delivery],
-    ) -> None:
+    async def collect(self, admitted: Admitted) -> tuple[bytes, list[Choice]]:
+        """Wait for an answer in one piece: its content, and all candidates."""
+        work = admitted.work
         candidates = await collect_all(
-            streams, work.prompts_of_streams, deliveries, self._parsers(work)
+            admitted.streams, work.prompts_of_streams, admitted.deliveries, admitted.parsers
         )
         choices = candidates
         if work.choices.are_compared:
             count, n = work.choices.num_candidates, work.choices.n
             choices = best_choices(candidates, count, n)
-        headers = ignored_fields_headers(work.common.unknown_fields)
-        response = Response(wire.whole(choices), headers=headers, media_type="application/json")
+        return admitted.wire.whole(choices), candidates
+
+    async def _send_whole(self, admitted: Admitted, call: Call) -> None:
+        content, candidates = await self.collect(admitted)
+        headers = ignored_fields_headers(admitted.work.common.unknown_fields)
+        response = Response(content, headers=headers, media_type="application/json")
         call.guard.release()
         await response(call.scope, call.receive, call.send)
-        for choice, delivery in zip(candidates, deliveries, strict=True):
+        for choice, delivery in zip(candidates, admitted.deliveries, strict=True):
             delivery.end(choice.finish_reason)
 
     def _submit(
@@ -277,18 +291,18 @@ class GenerationEndpoint(ABC):
             return engine.submit_choices(token_ids, params, choices.num_candidates, **origin)
         return [engine.submit(token_ids, params, **origin)]
 
-    def _answer_stream(
-        self,
-        work: Work,
-        call: Call,
-        wire: Wire,
-        streams: Sequence[RequestStream],
-        deliveries: Sequence[Delivery],
-    ) -> AnswerStream:
+    def _answer_stream(self, admitted: Admitted, call: Call) -> AnswerStream:
+        work, wire, streams = admitted.work, admitted.wire, admitted.streams
         choices = [
             StreamedChoice(stream, wire.frames(index, prompt, parser), delivery, parser)
             for index, (stream, delivery, prompt, parser) in enumerate(
-                zip(streams, deliveries, work.prompts_of_streams, self._parsers(work), strict=True)
+                zip(
+                    streams,
+                    admitted.deliveries,
+                    work.prompts_of_streams,
+                    admitted.parsers,
+                    strict=True,
+                )
             )
         ]
         limits = self._context.config.streams

@@ -8,8 +8,9 @@ from dataclasses import replace
 import orjson
 from starlette.responses import Response
 
+from streamserve.api.admitted import Call
 from streamserve.api.body import ignored_fields_headers
-from streamserve.api.generation import Call, ChatEndpoint
+from streamserve.api.generation import ChatEndpoint
 from streamserve.api.message_request import parse_count_request, parse_messages_request
 from streamserve.api.message_wire import MESSAGE_PING, MessageEnvelope, MessagesWire
 from streamserve.api.prompts import Work

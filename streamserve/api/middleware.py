@@ -14,6 +14,9 @@ from streamserve.api.paths import is_for_messages, route_path
 from streamserve.api.rate_limits import ALLOWANCE, RateLimiter
 from streamserve.api.tenants import TENANT, KeyRing, Tenant
 
+RAW_SEND = "streamserve.raw_send"
+"""In the scope: the server's own ``send``, which passes no middleware."""
+
 _GUARDED = frozenset({"/v1", "/tokenize", "/detokenize"})
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 

@@ -232,6 +232,15 @@ def openapi(*, has_keys: bool) -> dict[str, Any]:
             "parameters": [_in_path("model")],
         }
     }
+    paths["/v1/streams/{id}"] = {
+        "get": {
+            **_get("A stream that may be resumed, from Last-Event-ID on", "text/event-stream", {}),
+            "parameters": [
+                _in_path("id"),
+                {"name": "Last-Event-ID", "in": "header", "required": False, "schema": _STRING},
+            ],
+        }
+    }
     for endpoint in ENDPOINTS:
         if endpoint.cancels:
             paths[endpoint.path + "/{id}/cancel"] = {

@@ -190,6 +190,21 @@ def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
         help="seconds that a reader may leave its connection full before its stream ends with an "
         "error (default: %(default)s)",
     )
+    group.add_argument(
+        "--stream-resume-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds that an answer which may be resumed goes on, and is kept, without a reader "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--stream-replay-bytes",
+        type=int,
+        default=2**20,
+        metavar="BYTES",
+        help="what such an answer keeps of its text (default: %(default)s)",
+    )
 
 
 class JsonListAction(argparse.Action):

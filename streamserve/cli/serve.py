@@ -153,7 +153,10 @@ def api_config(args: Namespace) -> ApiConfig:
         honours_priority=scheduling_policy(args) in {"priority", "fair"},
         drain_timeout_s=args.drain_timeout,
         streams=StreamConfig(
-            max_buffer_bytes=args.stream_buffer, stall_timeout_s=args.stream_stall_timeout
+            max_buffer_bytes=args.stream_buffer,
+            stall_timeout_s=args.stream_stall_timeout,
+            resume_timeout_s=args.stream_resume_timeout,
+            max_replay_bytes=args.stream_replay_bytes,
         ),
         allowed_methods=tuple(args.allowed_methods),
         allowed_headers=tuple(args.allowed_headers),

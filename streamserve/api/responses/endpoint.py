@@ -11,11 +11,13 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from streamserve.api.admitted import Call
 from streamserve.api.body import ignored_fields_headers, read_body
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import DisconnectGuard
-from streamserve.api.generation import RAW_SEND, Call, ChatEndpoint
+from streamserve.api.generation import ChatEndpoint
 from streamserve.api.metrics import Delivery
+from streamserve.api.middleware import RAW_SEND
 from streamserve.api.prompts import LONG_BODY, Work, next_attempt, pack_response, unpack_response
 from streamserve.api.rate_limits import allowance_of
 from streamserve.api.responses.archive import Archive

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import ClientGoneError
 from streamserve.api.fields import FieldTable, Reader, Refused, integer, read_bool, read_fields
-from streamserve.api.generation import RAW_SEND
+from streamserve.api.middleware import RAW_SEND
 from streamserve.api.responses.archive import Archive
 from streamserve.api.responses.background import BackgroundRun, EventLog, LogResponse
 from streamserve.api.responses.fields import one_of, read_include
