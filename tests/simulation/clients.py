@@ -12,7 +12,7 @@ from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.stream import RequestStream
 from streamserve.errors import EngineDeadError, EngineError, QueueFullError
-from tests.simulation.expected import Answer, beam_answers, solo_answer, text_of
+from tests.simulation.expected import EOS, Answer, beam_answers, solo_answer, text_of
 
 _SINK_ROOM = 3  # texts that a sink takes before it has no room for one
 _TOKEN_BYTES = 40  # of an unread one, at least
@@ -171,11 +171,9 @@ class Client:
             elif heard.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                 assert self.request_id not in culprits, "what no step can have has an answer"
                 self._check_answer(heard, None if beams is None else beams[index])
-                # A step of several drafts may end it behind a stop string.
-                if beams is None and not has_drafts:
+                if beams is None:
                     request_id = f"{self.request_id}/{index}" if index else self.request_id
-                    kept = self.prompt + self._alone().token_ids
-                    assert ends[request_id] == kept, "tokens behind the end were kept"
+                    self._check_kept(ends[request_id], has_drafts)
             else:
                 self._check_beginning(heard)
 
@@ -190,6 +188,19 @@ class Client:
         assert heard.num_tokens == len(answer.token_ids), who
         assert heard.text == answer.text, who
         assert heard.finish_reason is answer.finish_reason, who
+
+    def _check_kept(self, token_ids: list[int], has_drafts: bool) -> None:
+        """Nothing is kept behind the end, unless a step of drafts brought its own end there."""
+        kept = self.prompt + self._alone().token_ids
+        assert token_ids[: len(kept)] == kept
+        if len(token_ids) > len(kept):
+            num_output = len(token_ids) - len(self.prompt)
+            ended = num_output == self.params.max_tokens or token_ids[-1] in self._ending_ids()
+            assert has_drafts, "tokens behind the end were kept"
+            assert ended, "tokens behind the end were kept"
+
+    def _ending_ids(self) -> Set[int]:
+        return {*self.params.stop_token_ids} | (set() if self.params.ignore_eos else {EOS})
 
     def _alone(self) -> Answer:
         return solo_answer(self.prompt, self.params, self.max_model_len)
