@@ -38,6 +38,15 @@ def test_promise_private_a_hit_ends_with_the_declared_prefix(host):
     harness.check_integrity()
 
 
+def test_promise_private_a_tail_behind_public_blocks_is_ones_own():
+    harness = Harness(public_prefixes=[SYSTEM])
+    prompt = [*SYSTEM, 1]
+    assert run_one(harness, prompt, "a")[0] == 11
+    assert run_one(harness, prompt, "b")[0] == 3
+    assert run_one(harness, prompt, "a")[0] == 1
+    assert run_one(harness, prompt, "b")[0] == 1
+
+
 def test_promise_private_without_a_declaration_nothing_is_shared():
     harness = Harness()
     for salt in "abc":
