@@ -83,6 +83,19 @@ async def test_calls_and_thoughts():
     assert whole.json["tools"] == [{**FLAT, "strict": True}]
 
 
+@pytest.mark.parametrize("says", ["Hello.", "< hm", THOUGHT, "<think></think>Yes."])
+async def test_logprobs_are_of_what_is_said(says):
+    async with scripted(says).running() as api:
+        options = {"max_output_tokens": None, "top_logprobs": 1}
+        whole = await create(api, **options)
+        stream = await create(api, **options, stream=True)
+    said = says.partition("</think>")[2] or says
+    for output in (whole.json["output"], assembled(typed_events(stream.body))):
+        [part] = output[-1]["content"]
+        assert "".join(entry["token"] for entry in part["logprobs"]) == said
+        assert part["text"] == said.lstrip()
+
+
 @pytest.mark.parametrize("names_them", [False, True])
 async def test_a_response_goes_on_with_another(names_them):
     """By id, by item, or by what was answered: the prompt is the same."""

@@ -98,6 +98,8 @@ class ResponseFrames:
         self._item: OpenItem | None = None
         self._done: list[bytes] = []  # items as JSON
         self._held: list[TokenLogprobs] = []
+        self._early: list[TokenLogprobs] = []  # as long as they may be of thoughts
+        self._has_thought = False
 
     @property
     def holds_any(self) -> bool:
@@ -114,10 +116,18 @@ class ResponseFrames:
             self._held += output.logprobs
             return
         for entry in output.logprobs:
-            is_said = parser.is_past_thoughts
+            self._has_thought |= parser.is_thinking
+            was_past = parser.is_past_thoughts
             parser.count((entry.token_id,))
-            if is_said:
+            if was_past:
                 self._held.append(entry)
+                continue
+            self._early.append(entry)
+            self._has_thought |= parser.is_thinking
+            if parser.is_past_thoughts:
+                if not self._has_thought:  # there were none after all
+                    self._held += self._early
+                self._early = []
 
     def echo_at_once(self, _usage: Usage) -> bytes:
         """A client learns the id, and that it is its turn, without waiting for text."""
@@ -235,9 +245,9 @@ class ResponseFrames:
         return f"{kind.prefix}_{self._key}_{len(self._done)}"
 
     def _take_logprobs(self, item: OpenItem) -> list[dict[str, Any]]:
-        entries, self._held = self._held, []
-        if not entries or self._names is None or not isinstance(item, MessageItem):
+        if not self._held or self._names is None or not isinstance(item, MessageItem):
             return []
+        entries, self._held = self._held, []
         content: list[dict[str, Any]] = chat_logprobs(entries, self._names)["content"]
         return content
 

@@ -48,6 +48,11 @@ class AnswerParser:
         """Whether the tokens that were counted include all of the thoughts, or there are none."""
         return self._tokens is None or self._tokens.is_over
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the tokens that were counted end in thoughts."""
+        return self._tokens is not None and self._tokens.is_inside
+
     def count(self, token_ids: Sequence[int]) -> None:
         """Take the ids of the next tokens, for ``num_reasoning_tokens`` alone."""
         if self._tokens is not None:
