@@ -104,6 +104,28 @@ class SchedulerConfig:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
 
 
+POOLING_KINDS = ("last", "mean")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingConfig:
+    """What a checkpoint says of its vectors of texts.
+
+    They have ``size`` numbers (``None``: nobody knows). A shorter one is as good as it can be only
+    where the model was trained for it: to one of the ``matryoshka`` sizes, or, ``True``, to any.
+    """
+
+    pooling: str = "last"
+    size: int | None = None
+    matryoshka: tuple[int, ...] | bool = False
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLING_KINDS:
+            raise ConfigError(
+                f"pooling must be one of {', '.join(POOLING_KINDS)}, got {self.pooling!r}"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsConfig:
     """HTTPS, as uvicorn takes it; ``cert_reqs`` is one of ``ssl.VerifyMode``."""

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from streamserve.api.context import ApiContext, Gate
+from streamserve.api.embeddings import EmbeddingEndpoint
 from streamserve.api.errors import EXCEPTION_HANDLERS
 from streamserve.api.generation import (
     ChatEndpoint,
@@ -41,7 +42,7 @@ from streamserve.api.running import cancel_routes
 from streamserve.api.sampling import sampling_defaults
 from streamserve.api.tenants import KeyRing
 from streamserve.api.tokens import TokenEndpoints
-from streamserve.config import ApiConfig
+from streamserve.config import ApiConfig, EmbeddingConfig
 from streamserve.core.clock import Clock, monotonic
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.hang_watch import HangWatch
@@ -64,6 +65,7 @@ _EXPOSED_HEADERS = (
 
 
 _NO_FORMAT = AnswerFormat()
+_EMBEDDING = EmbeddingConfig()
 
 
 class ApiApp(Starlette):
@@ -94,6 +96,7 @@ def create_app(
     max_model_len: int,
     generation_config: Mapping[str, Any] | None = None,
     answer_format: AnswerFormat = _NO_FORMAT,
+    embedding: EmbeddingConfig = _EMBEDDING,
     clock: Clock = monotonic,
     wall_clock: Callable[[], float] = time.time,
     load_text: TextLoader | None = None,
@@ -103,8 +106,8 @@ def create_app(
     ``generation_config`` is the model's own: of it ``GENERATION_CONFIG_FIELDS`` become the sampling
     defaults. ``load_text``, which must be picklable, loads the tokenizer and the template in the
     processes that read long bodies; without one they are read here. ``answer_format`` says how the
-    model writes thoughts and tool calls. Raises ``ConfigError`` if a default is out of range or
-    the file of API keys cannot be used.
+    model writes thoughts and tool calls, ``embedding`` what vectors it makes. Raises
+    ``ConfigError`` if a default is out of range or the file of API keys cannot be used.
     """
     metrics = Metrics()
     keys = KeyRing(config.api_keys, config.api_key_file, clock=clock)
@@ -123,6 +126,7 @@ def create_app(
         kept=KeptAnswers(config.streams.max_kept_bytes),
         mark_ids=MarkIds(tokenizer),
         answer_format=answer_format,
+        embedding=embedding,
         keys=keys,
         hang_watch=HangWatch(engine, clock, config.hang_timeout_s),
         gate=Gate(retry_after_s=config.drain_timeout_s),
@@ -145,6 +149,7 @@ def create_app(
         *_responses_routes(context),
         Route("/v1/messages", MessagesEndpoint(context), methods=["POST"]),
         Route("/v1/messages/count_tokens", CountTokensEndpoint(context), methods=["POST"]),
+        Route("/v1/embeddings", EmbeddingEndpoint(context), methods=["POST"]),
         Route("/v1/models", small.models),
         Route("/v1/models/{model:path}", small.model),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),

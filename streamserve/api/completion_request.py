@@ -13,6 +13,7 @@ from streamserve.api.fields import (
     FieldTable,
     Reader,
     Refused,
+    TypedReader,
     integer,
     out_of_range,
     read_bool,
@@ -49,27 +50,30 @@ def read_token_ids(name: str, value: list[Any]) -> list[int]:
     return [token_id(f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 
-@typed(
-    {
-        "anyOf": [
-            {"type": "string"},
-            {"type": "array", "minItems": 1, "items": schema_of(token_id)},
-            {
-                "type": "array",
-                "minItems": 1,
-                "maxItems": MAX_PROMPTS,
-                "items": {"type": "string"},
-            },
-            {
-                "type": "array",
-                "minItems": 1,
-                "maxItems": MAX_PROMPTS,
-                "items": {"type": "array", "minItems": 1, "items": schema_of(token_id)},
-            },
-        ]
-    }
-)
-def _read_prompts(name: str, value: Any) -> tuple[Prompt, ...]:
+def prompts_reader(max_prompts: int, what: str) -> TypedReader[tuple[Prompt, ...]]:
+    """A reader of one prompt or up to ``max_prompts``, each text or token ids."""
+    size = {"type": "array", "minItems": 1, "maxItems": max_prompts}
+
+    @typed(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "minItems": 1, "items": schema_of(token_id)},
+                {**size, "items": {"type": "string"}},
+                {
+                    **size,
+                    "items": {"type": "array", "minItems": 1, "items": schema_of(token_id)},
+                },
+            ]
+        }
+    )
+    def read(name: str, value: Any) -> tuple[Prompt, ...]:
+        return _read_prompts(name, value, max_prompts, what)
+
+    return read
+
+
+def _read_prompts(name: str, value: Any, max_prompts: int, what: str) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list):
@@ -79,8 +83,8 @@ def _read_prompts(name: str, value: Any) -> tuple[Prompt, ...]:
     first = value[0]
     if isinstance(first, (int, float)) and not isinstance(first, bool):
         return (read_token_ids(name, value),)
-    if len(value) > MAX_PROMPTS:
-        raise out_of_range(name, f"at most {MAX_PROMPTS} prompts", value)
+    if len(value) > max_prompts:
+        raise out_of_range(name, f"at most {max_prompts} {what}", value)
     if isinstance(first, str):
         return tuple(read_str(f"{name}[{i}]", item) for i, item in enumerate(value))
     prompts: list[Prompt] = []
@@ -99,7 +103,7 @@ COMPLETION_FIELDS: dict[str, Reader] = {
     "echo": read_bool,
     "logprobs": integer(0, MAX_LOGPROBS),
     "max_tokens": integer(1),
-    "prompt": _read_prompts,
+    "prompt": prompts_reader(MAX_PROMPTS, "prompts"),
 }
 
 COMPLETION_REFUSED: dict[str, Refused] = {

@@ -17,7 +17,7 @@ from streamserve.api.prompts import PromptWorkers
 from streamserve.api.request_log import RequestLog
 from streamserve.api.running import RunningAnswers
 from streamserve.api.tenants import KeyRing
-from streamserve.config import ApiConfig
+from streamserve.config import ApiConfig, EmbeddingConfig
 from streamserve.core.clock import Clock
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.hang_watch import HangWatch
@@ -114,6 +114,7 @@ class ApiContext:
     hang_watch: HangWatch
     mark_ids: MarkIds
     request_log: RequestLog
+    embedding: EmbeddingConfig
     prompt_workers: PromptWorkers | None = None  # none: everything is read in this process
     answer_format: AnswerFormat = field(default_factory=AnswerFormat)
     field_log: FieldLog = field(default_factory=FieldLog)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 DESCRIPTIONS: dict[str, str] = {
     "add_generation_prompt": "Open the assistant's turn at the end of the prompt (chat: true).",
-    "add_special_tokens": "Let the tokenizer add its own (completions: true; chat: false, as the "
+    "add_special_tokens": "Let the tokenizer add its own (default: true; chat: false, as the "
     "template writes them).",
     "allowed_token_ids": "Only these tokens.",
     "bad_words": "Strings that the answer never holds.",
@@ -33,11 +33,14 @@ DESCRIPTIONS: dict[str, str] = {
     "chat_template_kwargs": "Variables for the chat template.",
     "continue_final_message": "Go on with the last message instead of answering it.",
     "continuous_usage_stats": "`usage` in every chunk.",
+    "dimensions": "The first so many numbers of each vector, where the model was trained for it "
+    "(`matryoshka_dimensions`, `is_matryoshka` in its config); otherwise refused.",
     "early_stopping": "When a beam search ends: with `best_of` whole answers, or when nothing "
     'better is to be expected, or ("never") can come.',
     "echo": "Repeat the prompt before its continuation.",
     "encrypted_content": "Thoughts as they came with `include`: opaque, but no secret.",
     "effort": "As `reasoning_effort`.",
+    "encoding_format": "Vectors as numbers, or as float32 in base64.",
     "frequency_penalty": "Lower tokens by how often the answer holds them.",
     "choice": "One of these strings.",
     "deadline_ms": "Milliseconds from the request's arrival to the end of its answer, or it fails "
@@ -63,7 +66,8 @@ DESCRIPTIONS: dict[str, str] = {
     "include_timing": "`timing` in each choice's last chunk, or in each choice of an answer that "
     "is not streamed.",
     "include_usage": "A last chunk with the whole `usage`.",
-    "input": "What the user says, or items: messages, calls, what they returned, thoughts. "
+    "input": "Responses: what the user says, or items: messages, calls, their results, thoughts. "
+    "Embeddings: text, token ids, or arrays of either, up to the model's context each. "
     "/v1/messages: a call's arguments.",
     "instructions": "What the system says, before everything else. Not kept for the next response.",
     "json": "JSON of this schema.",
@@ -88,6 +92,7 @@ DESCRIPTIONS: dict[str, str] = {
     "parameters": "The JSON Schema of the arguments.",
     "presence_penalty": "Lower tokens that the answer holds.",
     "previous_response_id": "The response that this one goes on with.",
+    "normalize": "Scale each vector to length 1 (default: true).",
     "priority": "With --scheduling-policy priority, or fair (among a tenant's own): smaller "
     "is sooner.",
     "prompt": "Text, token ids, or several of either.",

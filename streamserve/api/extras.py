@@ -68,7 +68,7 @@ class Truncation:
     num_tokens: int | None = None  # None: all; -1: as many as leave room for the answer
     keeps_first: bool = False
 
-    def cut(self, token_ids: list[int], max_model_len: int, max_tokens: int | None) -> list[int]:
+    def cut(self, token_ids: list[int], max_model_len: int, num_answer_tokens: int) -> list[int]:
         """The tokens that are kept. Raises ``InvalidParameterError`` past the model's length."""
         size = self.num_tokens
         if size is None:
@@ -79,7 +79,7 @@ class Truncation:
                 param="truncate_prompt_tokens",
             )
         if size < 0:
-            size = max(max_model_len - (max_tokens or 1), 1)
+            size = max(max_model_len - num_answer_tokens, 1)
         return token_ids[:size] if self.keeps_first else token_ids[-size:]
 
 

@@ -116,8 +116,9 @@ class GenerationEndpoint(ABC):
             return work
         context = self._context
         prompts: list[Prompt] = []
+        num_answer_tokens = 0 if work.params.pooling is not None else work.params.max_tokens or 1
         for prompt in work.prompts:
-            ids = truncation.cut(prompt.token_ids, context.max_model_len, work.params.max_tokens)
+            ids = truncation.cut(prompt.token_ids, context.max_model_len, num_answer_tokens)
             is_cut = len(ids) < len(prompt.token_ids)
             echo = context.tokenizer.decode(ids) if is_cut and prompt.echo else prompt.echo
             prompts.append(replace(prompt, token_ids=ids, echo=echo))
@@ -246,7 +247,6 @@ class GenerationEndpoint(ABC):
         streams: list[RequestStream] = []
         work.choices.check_size(len(work.prompts))
         is_heard = self._context.config.honours_priority
-        priority = tenant.priority_of(work.common.priority) if is_heard else 0
         if allowance is not None:
             allowance.take_tokens([len(prompt.token_ids) for prompt in work.prompts])
         try:
@@ -254,15 +254,7 @@ class GenerationEndpoint(ABC):
                 of_prompt = self._submit_one(
                     prompt.token_ids,
                     work,
-                    request_id=f"{request_id}-{index}" if index else request_id,
-                    priority=priority,
-                    cache_salt=tenant.salt + work.common.cache_salt,
-                    shares_public_prefixes=bool(tenant.salt) and not work.common.cache_salt,
-                    tenant=tenant.name or work.common.user,
-                    weight=tenant.weight,
-                    time_limits=work.common.time_limits,
-                    arrival_time=arrival_time,
-                    is_tokenized=prompt.is_tokenized,
+                    **origin_of(work, index, tenant, request_id, arrival_time, is_heard=is_heard),
                 )
                 streams += of_prompt
                 if allowance is not None:  # the first computes the prompt
@@ -389,6 +381,29 @@ class CompletionEndpoint(GenerationEndpoint):
                 echo = self._context.tokenizer.decode(prompt) if request.echo else ""
                 prompts.append(Prompt(prompt, echo, is_tokenized=False))
         return Work(request.common, request.params, prompts, request.extras, request.choices)
+
+
+def origin_of(
+    work: Work,
+    index: int,
+    tenant: Tenant,
+    request_id: str,
+    arrival_time: float,
+    *,
+    is_heard: bool,
+) -> Origin:
+    """Who asks for what is made of a request's prompt; ``is_heard``: its priority counts."""
+    return {
+        "request_id": f"{request_id}-{index}" if index else request_id,
+        "priority": tenant.priority_of(work.common.priority) if is_heard else 0,
+        "cache_salt": tenant.salt + work.common.cache_salt,
+        "shares_public_prefixes": bool(tenant.salt) and not work.common.cache_salt,
+        "tenant": tenant.name or work.common.user,
+        "weight": tenant.weight,
+        "time_limits": work.common.time_limits,
+        "arrival_time": arrival_time,
+        "is_tokenized": work.prompts[index].is_tokenized,
+    }
 
 
 def check_model(model: str | None, served: Sequence[str]) -> None:

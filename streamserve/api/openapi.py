@@ -9,6 +9,7 @@ from streamserve import __version__
 from streamserve.api.chat_request import CHAT_TABLE, MESSAGE_TABLE
 from streamserve.api.completion_request import COMPLETION_TABLE
 from streamserve.api.descriptions import DESCRIPTIONS
+from streamserve.api.embedding_request import EMBEDDING_TABLE
 from streamserve.api.fields import STATUS, FieldTable, Schema, schema_of
 from streamserve.api.message_fields import (
     BLOCKS,
@@ -157,6 +158,25 @@ ENDPOINTS = (
         _RESPONSE,
         {"input": "Tell me a story.", "max_output_tokens": 64},
         streams=True,
+    ),
+    Endpoint(
+        "/v1/embeddings",
+        "EmbeddingRequest",
+        "Vectors of texts",
+        EMBEDDING_TABLE,
+        _object(
+            object=_STRING,
+            model=_STRING,
+            data=_array(
+                _object(
+                    object=_STRING,
+                    index=_INTEGER,
+                    embedding={"anyOf": [_array({"type": "number"}), _STRING]},
+                )
+            ),
+            usage=_object(prompt_tokens=_INTEGER, total_tokens=_INTEGER),
+        ),
+        {"input": ["Once upon a time", "The end"]},
     ),
     Endpoint(
         "/tokenize",

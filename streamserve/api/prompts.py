@@ -16,6 +16,7 @@ from streamserve.api.body import parse_json_object
 from streamserve.api.chat_request import ChatRequest, parse_chat_request
 from streamserve.api.choices import Choices
 from streamserve.api.completion_request import parse_completion_request
+from streamserve.api.embedding_request import EmbeddingRequest, parse_embedding_request
 from streamserve.api.extras import ExtraFields, Prompt
 from streamserve.api.message_request import parse_count_request, parse_messages_request
 from streamserve.api.responses.before import read_context
@@ -37,7 +38,7 @@ LONG_BODY = 16 * 2**10
 _TIMEOUT_S = 10.0
 _TOKENIZE, _DETOKENIZE = b"t", b"d"
 
-Endpoint = Literal["chat", "completion", "count_tokens", "messages", "response"]
+Endpoint = Literal["chat", "completion", "count_tokens", "embedding", "messages", "response"]
 
 # What a payload begins with, and the field that a client would have to shorten.
 _ENDPOINTS: dict[Endpoint, tuple[bytes, str]] = {
@@ -46,6 +47,7 @@ _ENDPOINTS: dict[Endpoint, tuple[bytes, str]] = {
     "response": (b"r", "input"),
     "count_tokens": (b"n", "messages"),
     "messages": (b"m", "messages"),
+    "embedding": (b"e", "input"),
 }
 TextLoader = Callable[[], tuple[Tokenizer, ChatTemplate]]
 ChatParser = Callable[[Mapping[str, Any], Mapping[str, Any]], ChatRequest]
@@ -55,7 +57,7 @@ ChatParser = Callable[[Mapping[str, Any], Mapping[str, Any]], ChatRequest]
 @dataclass(frozen=True, slots=True)
 class Work:
     """A parsed request, ready for the engine. ``parsing`` is for text that is more than content,
-    ``settings`` is of ``/v1/responses``.
+    ``settings`` is of ``/v1/responses``, ``encoding_format`` that of vectors.
     """
 
     common: Common
@@ -65,6 +67,7 @@ class Work:
     choices: Choices
     parsing: AnswerParsing | None = None
     settings: Settings | None = None
+    encoding_format: str = "float"
 
     @property
     def prompts_of_streams(self) -> list[Prompt]:
@@ -104,6 +107,19 @@ def next_attempt(search: Generator[ChatRequest, int, None], work: Work) -> ChatR
         return None
 
 
+def embedding_work(request: EmbeddingRequest, prompts: list[Prompt]) -> Work:
+    """Inputs that were tokenised, one request each."""
+    fields = ExtraFields(False, False, None, request.truncation)
+    return Work(
+        request.common,
+        request.params,
+        prompts,
+        fields,
+        Choices(),
+        encoding_format=request.encoding_format,
+    )
+
+
 class PromptReader:
     """What a worker process does: from a body to ``Work``, which travels pickled."""
 
@@ -126,6 +142,7 @@ class PromptReader:
             b"n": partial(self._chat, parse_count_request),
             b"p": self._completion,
             b"r": self._response,
+            b"e": self._embedding,
         }
 
     def __call__(self, payload: bytes) -> bytes:
@@ -173,6 +190,18 @@ class PromptReader:
                 echo = self._tokenizer.decode(given) if request.echo else ""
                 prompts.append(Prompt(given, echo, is_tokenized=False))
         return Work(request.common, request.params, prompts, request.extras, request.choices)
+
+    def _embedding(self, payload: memoryview) -> Work:
+        request = parse_embedding_request(parse_json_object(payload))
+        return embedding_work(
+            request,
+            [
+                Prompt(self._encoder.encode(given, add_special_tokens=request.add_special_tokens))
+                if isinstance(given, str)
+                else Prompt(given, is_tokenized=False)
+                for given in request.inputs
+            ],
+        )
 
 
 class PromptWorkers:

@@ -14,7 +14,7 @@ from streamserve.cli.front_flags import JsonListAction, add_front_flags
 from streamserve.cli.source_flags import add_seed_flag, add_source_flags
 from streamserve.cli.speculative import parse_speculative_config
 from streamserve.cli.vllm_flags import add_foreign_flags
-from streamserve.config import POLICIES
+from streamserve.config import POLICIES, POOLING_KINDS
 from streamserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
@@ -131,6 +131,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_source_flags(group)
     group.add_argument(
         "--chat-template", metavar="FILE", help="a Jinja file in place of the checkpoint's"
+    )
+    group.add_argument(
+        "--pooling",
+        choices=POOLING_KINDS,
+        help="what /v1/embeddings makes a vector of: the last token's hidden state, or the mean of "
+        "all (default: as the checkpoint's sentence-transformers files say, else last)",
     )
     group.add_argument(
         "--quantization",

@@ -20,7 +20,7 @@ from streamserve.cli.model_source import (
     tokenizer_directory,
 )
 from streamserve.cli.speculative import parse_speculative_config
-from streamserve.config import CacheConfig, SchedulerConfig
+from streamserve.config import CacheConfig, EmbeddingConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.plan import ModelRunner
@@ -34,7 +34,13 @@ from streamserve.engine.system_prefix import system_prefix
 from streamserve.engine.text_source import TextSource
 from streamserve.engine.tokenizer import FastTokenizer, Tokenizer
 from streamserve.errors import ConfigError, InvalidParameterError
-from streamserve.models import ModelConfig, load_config, resolve_dtype, tokenizer_backend
+from streamserve.models import (
+    ModelConfig,
+    load_config,
+    read_embedding_config,
+    resolve_dtype,
+    tokenizer_backend,
+)
 from streamserve.runner.devices import choose_device, visible_gpus
 from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.passing_thread import in_background
@@ -50,6 +56,7 @@ class Service:
     chat_template: ChatTemplate
     model_name: str
     sampling_defaults: Mapping[str, Any]
+    embedding: EmbeddingConfig
     max_model_len: int
     config: ModelConfig
     dtype: torch.dtype
@@ -74,6 +81,8 @@ def build_service(
     setup = _set_up(args, say, warn)
     builder = _builder(setup)
     defaults = sampling_defaults(args, setup.config)
+    hidden_size = setup.config.spec.hidden_size
+    embedding = read_embedding_config(setup.path, hidden_size, pooling=args.pooling)
     tokenizer_path = tokenizer_directory(args, setup.path, say)
     text_source = _text_source(args, tokenizer_path)
     tokenizer, template = text_source()
@@ -113,6 +122,7 @@ def build_service(
         template,
         model_name(args),
         defaults,
+        embedding,
         scheduler.max_model_len,
         config,
         setup.dtype,

@@ -92,6 +92,7 @@ def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:
         generation_config=service.sampling_defaults,
         load_text=service.text_source,
         answer_format=_answer_format(args, service.chat_template),
+        embedding=service.embedding,
     )
     freeze_gc()
     return app

@@ -156,9 +156,9 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         "tokenizer_pool_extra_config renderer_num_workers=1",
     ),
     (
-        "models here generate: pooling is not built yet",
-        "runner=auto|generate convert=auto|none task=auto|generate pooler_config "
-        "override_pooler_config enable_flash_late_interaction!",
+        "every model generates and embeds; --pooling says how, classes and scores are not built",
+        "runner=auto|generate|pooling convert=auto|none|embed task=auto|generate|embed|embedding "
+        "pooler_config override_pooler_config enable_flash_late_interaction!",
     ),
     (
         "requests carry token ids or text",

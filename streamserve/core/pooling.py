@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
 
+from streamserve.config import POOLING_KINDS, EmbeddingConfig
 from streamserve.errors import InvalidParameterError
-
-PoolingKind = Literal["last", "mean"]
-POOLING_KINDS: tuple[PoolingKind, ...] = get_args(PoolingKind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +16,7 @@ class Pooling:
     ``normalize``. Raises ``InvalidParameterError``.
     """
 
-    kind: PoolingKind = "last"
+    kind: str = "last"
     dimensions: int | None = None
     normalize: bool = True
 
@@ -38,3 +35,28 @@ class Pooling:
     def needs_every_row(self) -> bool:
         """Whether all of the prompt must be computed, though it may be cached."""
         return self.kind == "mean"
+
+    def settled(self, config: EmbeddingConfig) -> Pooling:
+        """Of the kind that the model has; raise unless it can have these ``dimensions``."""
+        if self.dimensions is not None and self.dimensions != config.size:
+            self._check_dimensions(self.dimensions, config)
+        return replace(self, kind=config.pooling)
+
+    def _check_dimensions(self, dimensions: int, config: EmbeddingConfig) -> None:
+        if not config.matryoshka:
+            raise InvalidParameterError(
+                "dimensions is not supported: the checkpoint does not say that its vectors may be"
+                f" cut (matryoshka), got {dimensions}",
+                param="dimensions",
+                code="unsupported_parameter",
+            )
+        if isinstance(config.matryoshka, tuple):
+            if dimensions not in config.matryoshka:
+                sizes = ", ".join(map(str, config.matryoshka))
+                raise InvalidParameterError(
+                    f"dimensions must be one of {sizes}, got {dimensions}", param="dimensions"
+                )
+        elif config.size is not None and dimensions > config.size:
+            raise InvalidParameterError(
+                f"dimensions must be at most {config.size}, got {dimensions}", param="dimensions"
+            )

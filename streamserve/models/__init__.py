@@ -21,6 +21,7 @@ from streamserve.models.config import ModelConfig, load_config, read_sampling_de
 from streamserve.models.decoder import Decoder
 from streamserve.models.families import supported_architectures
 from streamserve.models.loader import LoadFormat, load_model, resolve_dtype, resolve_model
+from streamserve.models.sentence_files import read_embedding_config
 from streamserve.models.spec import DecoderSpec
 from streamserve.models.tokenizer_files import tokenizer_backend
 
@@ -35,6 +36,7 @@ __all__ = [
     "kv_bytes_per_block",
     "load_config",
     "load_model",
+    "read_embedding_config",
     "read_sampling_defaults",
     "resolve_dtype",
     "resolve_model",

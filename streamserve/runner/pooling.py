@@ -88,10 +88,11 @@ class Pools:
 
     def _mean(self, part: PoolRows, hidden_states: Tensor) -> Tensor | None:
         total = hidden_states.sum(0, dtype=torch.float32)
-        if part.start:
-            total += self._sums[part.request_id]
+        before = self._sums.pop(part.request_id, None)
+        # There is none behind a step that failed: what comes of this one counts for nothing.
+        if part.start and before is not None:
+            total += before
         if part.is_last:
-            self._sums.pop(part.request_id, None)
             return total / (part.start + part.num_rows)
         self._sums[part.request_id] = total
         return None

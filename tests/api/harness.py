@@ -12,7 +12,13 @@ import orjson
 from streamserve.api.app import ApiApp, create_app
 from streamserve.api.prompts import TextLoader
 from streamserve.api.server import ApiServer, bind_sockets
-from streamserve.config import ApiConfig, CacheConfig, SchedulerConfig, SpeculativeConfig
+from streamserve.config import (
+    ApiConfig,
+    CacheConfig,
+    EmbeddingConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+)
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.scheduler import Scheduler
@@ -88,6 +94,7 @@ class Api:
         load_text: TextLoader | None = None,
         template: str | ChatTemplate = "plain",
         answer_format: AnswerFormat | None = None,
+        embedding: EmbeddingConfig | None = None,
         **config: Any,
     ) -> None:
         self.pace = HeldPace(is_held=is_held)
@@ -128,6 +135,7 @@ class Api:
             generation_config=generation_config,
             answer_format=answer_format or AnswerFormat(),
             clock=clock,
+            embedding=embedding or EmbeddingConfig(),
             wall_clock=lambda: CREATED + 0.5,
             load_text=load_text,
         )

@@ -54,6 +54,9 @@ LONG = [
     ("/v1/messages", message_body(max_tokens=3, stop_sequences=["c"], x=PADDING)),
     ("/v1/messages", message_body(system=PADDING)),
     ("/v1/messages/count_tokens", {"messages": [HI], "system": PADDING, "x": 1}),
+    ("/v1/embeddings", {"input": ["Hi", "there"], "metadata": PADDING, "normalize": False}),
+    ("/v1/embeddings", {"input": [[65], [66, 400]], "metadata": PADDING}),
+    ("/v1/embeddings", {"input": PADDING, "truncate_prompt_tokens": -1}),
 ]
 
 

@@ -1,0 +1,235 @@
+"""``POST /v1/embeddings``: a vector for each input, each a request of its own in the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+import sys
+from array import array
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import orjson
+from starlette.responses import Response
+
+from streamserve.api.body import ignored_fields_headers, parse_json_object
+from streamserve.api.disconnect import ClientGoneError
+from streamserve.api.embedding_request import parse_embedding_request
+from streamserve.api.extras import Prompt
+from streamserve.api.generation import Call, GenerationEndpoint, origin_of
+from streamserve.api.metrics import Delivery
+from streamserve.api.prompts import Work, embedding_work
+from streamserve.api.rate_limits import Allowance, allowance_of
+from streamserve.api.success import check_success
+from streamserve.api.tenants import tenant_of
+from streamserve.core.request import FinishReason
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.engine.async_engine import AsyncEngine
+from streamserve.engine.intake import Origin
+from streamserve.engine.stream import RequestStream
+from streamserve.errors import (
+    ContextLengthError,
+    EngineError,
+    InvalidParameterError,
+    QueueFullError,
+)
+
+_AT_ONCE = 64
+"""Inputs of one body that are in the engine together; the rest wait here, not in its queue."""
+
+
+class EmbeddingEndpoint(GenerationEndpoint):
+    """Reads and tokenises as those that generate, and answers with vectors."""
+
+    prompt_param = "input"
+    endpoint = "embedding"
+
+    async def _prepare_here(self, raw: bytes) -> Work:
+        request = parse_embedding_request(parse_json_object(raw))
+        self.check_common(request.common)
+        prompts: list[Prompt] = []
+        for given in request.inputs:
+            if isinstance(given, str):
+                token_ids = await self._context.preprocessor.encode(
+                    given, add_special_tokens=request.add_special_tokens
+                )
+                prompts.append(Prompt(token_ids))
+            else:
+                prompts.append(Prompt(given, is_tokenized=False))
+        return embedding_work(request, prompts)
+
+    async def _settled(self, work: Work) -> Work:
+        work = await super()._settled(work)
+        pooling = work.params.pooling
+        assert pooling is not None
+        pooling = pooling.settled(self._context.embedding)
+        work = replace(work, params=replace(work.params, pooling=pooling))
+        is_one = len(work.prompts) == 1
+        for index, prompt in enumerate(work.prompts):
+            self._check(prompt, work.params, "input" if is_one else f"input[{index}]")
+        return work
+
+    def _check(self, prompt: Prompt, params: SamplingParams, name: str) -> None:
+        """Raise what the engine has against an input, in the name that it has here."""
+        try:
+            self._context.engine.check(prompt.token_ids, params, is_tokenized=prompt.is_tokenized)
+        except ContextLengthError as error:
+            raise ContextLengthError(f"{name}: {error}", param="input") from None
+        except InvalidParameterError as error:
+            message = str(error).replace("prompt", name, 1)
+            raise InvalidParameterError(message, param="input") from None
+
+    async def _answer(self, work: Work, call: Call) -> None:
+        context = self._context
+        tenant, request_id = tenant_of(call.scope), f"embd-{secrets.token_hex(16)}"
+        delivery = Delivery(context.metrics, context.clock, call.arrival_time)
+        is_heard = context.config.honours_priority
+        allowance = allowance_of(call.scope)
+        vectors = _Vectors(
+            context.engine,
+            work,
+            lambda index: origin_of(
+                work, index, tenant, request_id, call.arrival_time, is_heard=is_heard
+            ),
+            allowance,
+        )
+        if allowance is not None:
+            allowance.take_tokens([len(prompt.token_ids) for prompt in work.prompts])
+        try:
+            vectors.start()
+        except BaseException as error:
+            vectors.close()
+            if isinstance(error, EngineError):
+                context.metrics.refused(error.status)
+            raise
+        token_ids = [prompt.token_ids for prompt in work.prompts]
+        context.request_log.admitted(
+            request_id, call.scope, token_ids, work.params, is_streamed=False
+        )
+        reason = FinishReason.ABORT
+        try:
+            await vectors.finish()
+            response = Response(
+                self._content(work, request_id, vectors.items),
+                headers=ignored_fields_headers(work.common.unknown_fields),
+                media_type="application/json",
+            )
+            call.guard.release()
+            await response(call.scope, call.receive, call.send)
+            reason = FinishReason.STOP
+        except ClientGoneError:
+            raise
+        except Exception:
+            reason = FinishReason.ERROR
+            raise
+        finally:
+            vectors.close()
+            delivery.end(reason)
+            context.request_log.ended(request_id, vectors.streams, len(vectors.streams))
+
+    def _content(self, work: Work, request_id: str, items: list[bytes]) -> bytes:
+        num_tokens = sum([len(prompt.token_ids) for prompt in work.prompts])
+        rest = orjson.dumps(
+            {
+                "id": request_id,
+                "object": "list",
+                "created": int(self._context.wall_clock()),
+                "model": work.common.model or self._context.config.served_model_names[0],
+                "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+            }
+        )
+        return b"".join([b'{"data":[', b",".join(items), b"],", rest[1:]])
+
+
+class _Vectors:
+    """The inputs of one body on their way through the engine, and what has come of them.
+
+    Each vector is written as JSON when it comes: all at once they would hold up the streams.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        work: Work,
+        origin: Callable[[int], Origin],
+        allowance: Allowance | None,
+    ) -> None:
+        self._engine = engine
+        self._work = work
+        self._origin = origin
+        self._allowance = allowance
+        self._encode = _base64_item if work.encoding_format == "base64" else _float_item
+        self._waiting = deque(range(len(work.prompts)))
+        self._live: dict[int, RequestStream] = {}
+        self.streams: list[RequestStream] = []
+        self.items = [b""] * len(work.prompts)
+
+    def start(self) -> None:
+        """Submit the first input: what it raises is the answer."""
+        self._submit()
+
+    async def finish(self) -> None:
+        """Return when all have their vectors. Raises ``EngineError`` for the first that has not."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in list(self._live):
+                    group.create_task(self._work_on(index))
+                for _ in range(min(len(self._waiting), _AT_ONCE - 1)):
+                    group.create_task(self._work_on())
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    def close(self) -> None:
+        """End what has not ended. Idempotent."""
+        for stream in self.streams:
+            stream.close()
+        if self._allowance is not None:
+            self._allowance.close()
+
+    async def _work_on(self, index: int | None = None) -> None:
+        """Read the vector of ``index``, which was submitted, then see to the next that waits."""
+        while True:
+            if index is not None:
+                await self._read(index)
+            if not self._waiting:
+                return
+            try:
+                index = self._submit()
+            except QueueFullError:
+                if self._live:
+                    return  # whoever reads one of those goes on with the rest
+                raise
+
+    def _submit(self) -> int:
+        index = self._waiting[0]
+        token_ids = self._work.prompts[index].token_ids
+        stream = self._engine.submit(token_ids, self._work.params, **self._origin(index))
+        if self._allowance is not None:
+            stream.on_scheduled = partial(self._allowance.settle, index)
+        self._waiting.popleft()
+        self._live[index] = stream
+        self.streams.append(stream)
+        return index
+
+    async def _read(self, index: int) -> None:
+        output = await self._live[index].get()
+        check_success(output)
+        assert output.embedding is not None
+        self.items[index] = self._encode(index, output.embedding)
+        del self._live[index]
+
+
+def _float_item(index: int, vector: array[float]) -> bytes:
+    return orjson.dumps({"object": "embedding", "index": index, "embedding": vector.tolist()})
+
+
+def _base64_item(index: int, vector: array[float]) -> bytes:
+    """Float32, the lowest byte first, as OpenAI's client reads it."""
+    if sys.byteorder == "big":
+        vector = array("f", vector)
+        vector.byteswap()
+    text = base64.b64encode(vector).decode()
+    return orjson.dumps({"object": "embedding", "index": index, "embedding": text})
