@@ -18,9 +18,13 @@ _HOMES = {
     "AsyncEngine": "streamserve.engine.async_engine",
     "AsyncLLM": "streamserve.llm.async_llm",
     "CompletionOutput": "streamserve.llm.outputs",
+    "EmbeddingRequestOutput": "streamserve.llm.outputs",
     "LLM": "streamserve.llm.llm",
+    "PoolingParams": "streamserve.llm.pooling_params",
+    "PoolingRequestOutput": "streamserve.llm.outputs",
     "RequestOutput": "streamserve.llm.outputs",
     "SamplingParams": "streamserve.llm.sampling_params",
+    "StructuredOutputsParams": "streamserve.llm.structured_outputs",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604  strings all

@@ -20,6 +20,8 @@ from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import ContextLengthError, EngineError, InvalidParameterError
 from streamserve.llm.outputs import (
     CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
     Logprob,
     RequestMetrics,
     RequestOutput,
@@ -75,12 +77,14 @@ class Answers:
         *,
         special_tokens: Mapping[str, str],
         max_num_requests: int,
+        max_model_len: int,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._preprocessor = Preprocessor(tokenizer, chat_template, timeout_s=_PREPROCESS_TIMEOUT_S)
         self._special_tokens = special_tokens
         self._max_num_requests = max_num_requests
+        self._max_model_len = max_model_len
         self._seats = asyncio.Semaphore(max_num_requests)
         self._line = asyncio.Lock()
 
@@ -103,9 +107,14 @@ class Answers:
                 preprocessor.close()
 
     async def all(
-        self, jobs: Sequence[Job], options: ChatOptions, put: Callable[[int, RequestOutput], None]
+        self,
+        jobs: Sequence[Job],
+        options: ChatOptions,
+        put: Callable[[int, RequestOutput | EmbeddingRequestOutput], None],
     ) -> None:
         """Answer every job and ``put`` each answer as it is complete; the first failure ends all.
+
+        A job with ``pooling`` is answered with a vector.
 
         Raises ``StreamServeError``. Cancelling ends the requests that run.
         """
@@ -113,7 +122,8 @@ class Answers:
 
         async def answer(one: Prepared) -> None:
             async with self._seated(one):
-                put(one.job.index, await self._whole(one))
+                pools = one.job.params.pooling is not None
+                put(one.job.index, await (self._vector(one) if pools else self._whole(one)))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -121,6 +131,12 @@ class Answers:
                     group.create_task(answer(one))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
+
+    async def vector(self, job: Job) -> EmbeddingRequestOutput:
+        """The vector of one prompt; cancelling ends the request."""
+        [prepared] = await self.prepare([job], ChatOptions())
+        async with self._seated(prepared):
+            return await self._vector(prepared)
 
     async def pieces(self, job: Job, options: ChatOptions) -> AsyncGenerator[str]:
         """The text of one answer as it comes; leaving early ends the request."""
@@ -152,8 +168,12 @@ class Answers:
 
     @asynccontextmanager
     async def _seated(self, prepared: Prepared) -> AsyncGenerator[None]:
-        """Hold a seat for each candidate, so that the engine's queue is never full."""
-        num_wanted, num_held = prepared.job.choices.num_candidates, 0
+        """Hold a seat for each candidate, so that the engine's queue is never full.
+
+        One that wants more than there are holds them all: those of one prompt come in together.
+        """
+        num_wanted = min(prepared.job.choices.num_candidates, self._max_num_requests)
+        num_held = 0
         try:
             async with self._line:  # two that hold a part of theirs would wait for each other
                 while num_held < num_wanted:
@@ -183,13 +203,10 @@ class Answers:
             prepared = Prepared(job, rendered.text, rendered.token_ids)
         else:
             prepared = Prepared(job, None, list(prompt))  # type: ignore[arg-type]
+        if job.truncation.num_tokens is not None:
+            kept = job.truncation.cut(prepared.token_ids, self._max_model_len, 0)
+            prepared = replace(prepared, token_ids=kept)
         choices = job.choices
-        if choices.num_candidates > self._max_num_requests:
-            raise InvalidParameterError(
-                f"n and best_of must be at most max_num_waiting ({self._max_num_requests}), "
-                f"got {choices.num_candidates}",
-                param="n",
-            )
         await self._engine.prepare(job.params)
         try:
             self._engine.check(prepared.token_ids, job.params, choices.beams, choices.n)
@@ -218,6 +235,18 @@ class Answers:
         if choices.num_candidates > 1:
             return engine.submit_choices(token_ids, params, choices.num_candidates, **origin)
         return [engine.submit(token_ids, params, **origin)]
+
+    async def _vector(self, prepared: Prepared) -> EmbeddingRequestOutput:
+        with self._submitted(prepared) as [answer]:
+            output = await answer.stream.get()
+        _check_success(output)
+        assert output.embedding is not None
+        return EmbeddingRequestOutput(
+            prepared.job.request_id,
+            EmbeddingOutput(output.embedding.tolist()),
+            prepared.token_ids,
+            output.usage.cached_tokens,
+        )
 
     async def _whole(self, prepared: Prepared) -> RequestOutput:
         with self._submitted(prepared) as answers:

@@ -12,7 +12,8 @@ from streamserve.core.sampling_params import SamplingParams as CoreSamplingParam
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.llm.answers import ChatOptions
 from streamserve.llm.build import build
-from streamserve.llm.outputs import RequestOutput
+from streamserve.llm.outputs import EmbeddingRequestOutput, RequestOutput
+from streamserve.llm.pooling_params import PoolingParams
 from streamserve.llm.prompts import Job, Message, Prompt, read_conversations, read_prompts
 from streamserve.llm.sampling_params import SamplingParams
 
@@ -34,6 +35,7 @@ class AsyncLLM:
         service, self._answers = build(model, {"seed": 0, **keywords})
         self.engine: AsyncEngine = service.engine
         self._sampling_defaults = service.sampling_defaults
+        self._embedding = service.embedding
         self._request_ids = itertools.count()
         self._is_started = False
 
@@ -73,6 +75,20 @@ class AsyncLLM:
         [read] = read_conversations(messages)
         job = self._job(read, sampling_params, request_id, priority)
         return self._growing(job, ChatOptions(kwargs=chat_template_kwargs or {}))
+
+    async def embed(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> EmbeddingRequestOutput:
+        """The vector of one prompt. Cancelling ends the request."""
+        [read] = read_prompts(prompt)
+        params = (pooling_params or PoolingParams()).request(self._embedding)
+        await self.start()
+        return await self._answers.vector(self._job(read, params, request_id, priority))
 
     def abort(self, request_id: str) -> bool:
         """End a request; whoever reads it gets ``EngineError``. Whether there was one."""

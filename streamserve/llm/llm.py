@@ -7,15 +7,18 @@ import threading
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from streamserve.api.extras import Truncation
 from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
 from streamserve.errors import ConfigError, InvalidParameterError
 from streamserve.llm.answers import Answers, ChatOptions
 from streamserve.llm.build import build
 from streamserve.llm.loop_thread import LoopThread
-from streamserve.llm.outputs import RequestOutput
+from streamserve.llm.outputs import EmbeddingRequestOutput, PoolingRequestOutput, RequestOutput
+from streamserve.llm.pooling_params import PoolingParams
 from streamserve.llm.progress import Progress, UseTqdm
 from streamserve.llm.prompts import (
     Conversations,
@@ -33,6 +36,7 @@ from streamserve.llm.tokenizer import load_transformers_tokenizer
 if TYPE_CHECKING:
     from streamserve.cli.compose import Service
 
+Pooled = PoolingParams | Sequence[PoolingParams] | None
 Params = CoreSamplingParams | Sequence[CoreSamplingParams] | None
 
 
@@ -135,6 +139,50 @@ class LLM:
 
         return self._loop.iterate(work)
 
+    def embed(
+        self,
+        prompts: Prompts,
+        *,
+        pooling_params: Pooled = None,
+        use_tqdm: UseTqdm = True,
+        truncate_prompt_tokens: int | None = None,
+        priority: int | Sequence[int] | None = None,
+        **refused: Any,
+    ) -> list[EmbeddingRequestOutput]:
+        """Return the vector of each prompt, all computed in one batch, in the prompts' order.
+
+        ``pooling_params`` are one for all or one for each. Of a longer prompt its last
+        ``truncate_prompt_tokens`` count (-1: what the model takes). As ``generate`` in all else.
+        """
+        _refuse(refused)
+        read = read_prompts(prompts)
+        given = per_prompt(
+            "pooling_params",
+            PoolingParams() if pooling_params is None else pooling_params,
+            len(read),
+        )
+        params = [one.request(self._service.embedding) for one in given]
+        truncation = Truncation(truncate_prompt_tokens)
+        jobs = [replace(job, truncation=truncation) for job in self._jobs(read, params, priority)]
+        found: list[EmbeddingRequestOutput] = self._answered(jobs, ChatOptions(), use_tqdm)
+        return found
+
+    def encode(
+        self,
+        prompts: Prompts,
+        pooling_params: Pooled = None,
+        *,
+        pooling_task: str | None = None,
+        **options: Any,
+    ) -> list[PoolingRequestOutput]:
+        """As ``embed``, with tensors in place of lists of numbers."""
+        if pooling_task not in (None, "embed"):
+            raise InvalidParameterError(
+                f"pooling_task must be embed, got {pooling_task!r}", param="pooling_task"
+            )
+        found = self.embed(prompts, pooling_params=pooling_params, **options)
+        return [PoolingRequestOutput.of(output) for output in found]
+
     def get_tokenizer(self) -> Any:
         """The model's tokenizer as transformers has it, loaded at the first call."""
         if self._tokenizer is None:
@@ -160,21 +208,13 @@ class LLM:
     ) -> None:
         self.close()
 
-    def encode(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Not built."""
-        raise NotImplementedError("LLM.encode is not built yet: models here generate")
-
-    def embed(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Not built."""
-        raise NotImplementedError("LLM.embed is not built yet: models here generate")
-
     def classify(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Not built."""
-        raise NotImplementedError("LLM.classify is not built: models here generate")
+        raise NotImplementedError("LLM.classify is not built: models here generate and embed")
 
     def score(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Not built."""
-        raise NotImplementedError("LLM.score is not built: models here generate")
+        raise NotImplementedError("LLM.score is not built: models here generate and embed")
 
     def _batch(
         self,
@@ -185,12 +225,14 @@ class LLM:
         options: ChatOptions | None = None,
     ) -> list[RequestOutput]:
         jobs = self._jobs(prompts, sampling_params, priority)
-        found: dict[int, RequestOutput] = {}
+        found: list[RequestOutput] = self._answered(jobs, options or ChatOptions(), use_tqdm)
+        return found
+
+    def _answered(self, jobs: Sequence[Job], options: ChatOptions, use_tqdm: UseTqdm) -> list[Any]:
+        found: dict[int, Any] = {}
 
         async def work(put: Any) -> None:
-            await self._answers.all(
-                jobs, options or ChatOptions(), lambda index, output: put((index, output))
-            )
+            await self._answers.all(jobs, options, lambda index, output: put((index, output)))
 
         progress = Progress(use_tqdm, len(jobs))
         with closing(progress), closing(self._loop.iterate(work)) as answers:

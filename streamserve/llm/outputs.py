@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from streamserve.core.plan import TokenLogprobs
 from streamserve.engine.stream import RequestTimings
 from streamserve.engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,60 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     num_cached_tokens: int | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """A prompt's vector."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """How many numbers it has."""
+        return len(self.embedding)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequestOutput:
+    """A prompt and its vector, as `LLM.embed` returns them."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingOutput:
+    """A prompt's vector as a tensor ``[D]`` float32 on the host."""
+
+    data: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingRequestOutput:
+    """A prompt and its vector, as `LLM.encode` returns them."""
+
+    request_id: str
+    outputs: PoolingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+    @classmethod
+    def of(cls, output: EmbeddingRequestOutput) -> PoolingRequestOutput:
+        """The same with a tensor."""
+        import torch  # as late as the model is loaded: types of results need none
+
+        data = torch.tensor(output.outputs.embedding)
+        return cls(
+            output.request_id,
+            PoolingOutput(data),
+            output.prompt_token_ids,
+            output.num_cached_tokens,
+        )
 
 
 def logprobs_by_id(

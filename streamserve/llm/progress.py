@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from streamserve.llm.outputs import RequestOutput
+from streamserve.llm.outputs import EmbeddingRequestOutput, RequestOutput
 
 _TITLE = "Processed prompts"
 
@@ -22,12 +22,13 @@ class Progress:
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
 
-    def answered(self, output: RequestOutput) -> None:
-        """A prompt has its answers."""
+    def answered(self, output: RequestOutput | EmbeddingRequestOutput) -> None:
+        """A prompt has its answers, or its vector."""
         if self._bar is None:
             return
         self._num_prompt_tokens += len(output.prompt_token_ids)
-        self._num_output_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+        if isinstance(output, RequestOutput):
+            self._num_output_tokens += sum(len(answer.token_ids) for answer in output.outputs)
         seconds = max(time.monotonic() - self._started, 1e-9)
         self._bar.set_postfix_str(
             f"tokens/s: {self._num_prompt_tokens / seconds:.0f} in, "

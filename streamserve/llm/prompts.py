@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from streamserve.api.choices import Choices
+from streamserve.api.extras import Truncation
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import InvalidParameterError
 from streamserve.llm.sampling_params import choices_of
@@ -24,6 +25,8 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: list[int]
 
 
+NO_TRUNCATION = Truncation()
+
 Prompt = str | list[int] | TextPrompt | TokensPrompt
 Prompts = Prompt | Sequence[Prompt]
 Message = Mapping[str, Any]
@@ -39,6 +42,7 @@ class Job:
     prompt: str | list[int] | Sequence[Message]
     params: SamplingParams
     priority: int = 0
+    truncation: Truncation = NO_TRUNCATION
 
     @property
     def choices(self) -> Choices:

@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 from streamserve.api.choices import CHOICE_FIELDS, Choices, read_choices
 from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
+from streamserve.core.structured_output import StructuredOutput
 from streamserve.errors import InvalidParameterError
+from streamserve.llm.structured_outputs import StructuredOutputsParams
 
-_HONOURED = frozenset(field.name for field in fields(CoreSamplingParams))
+# A vector in an answer's place is asked for by calling `embed`.
+_HONOURED = frozenset(field.name for field in fields(CoreSamplingParams)) - {"pooling"}
 
 _BEAM_FIELDS = {"use_beam_search": False, "length_penalty": 1.0, "early_stopping": False}
 
@@ -24,12 +27,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprob_token_ids": ([],),
     "output_kind": (),
     "output_text_buffer_length": (0,),
+    "pooling": (),
     "prompt_logprob_start": (0,),
     "prompt_logprob_token_ids": (),
     "repetition_detection": (),
     "skip_clone": (True, False),
     "stream_interval": (1,),
-    "structured_outputs": (),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "watermarking": (False,),
@@ -43,7 +46,8 @@ class SamplingParams(CoreSamplingParams):
     Sequences may be lists, ``stop`` one string, and what is ``None`` is as if it were not given;
     only ``max_tokens=None`` has a meaning, the rest of the context. ``n`` answers are given to each
     prompt, the likeliest of ``best_of`` (``None``: as many as ``n``); with ``use_beam_search``
-    they are those of a search that keeps ``best_of`` sequences. What cannot be done is refused by
+    they are those of a search that keeps ``best_of`` sequences. With ``structured_outputs`` they
+    follow a grammar. What cannot be done is refused by
     name. Raises ``InvalidParameterError``, and ``TypeError`` for a name nobody knows.
     """
 
@@ -52,6 +56,7 @@ class SamplingParams(CoreSamplingParams):
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __init__(self, *, n: int | None = None, best_of: int | None = None, **given: Any) -> None:
         n = 1 if n is None else n
@@ -64,6 +69,10 @@ class SamplingParams(CoreSamplingParams):
             value = given.pop(name, None)
             value = default if value is None else CHOICE_FIELDS[name](name, value)
             object.__setattr__(self, name, value)
+        structured = given.pop("structured_outputs", None)
+        object.__setattr__(self, "structured_outputs", structured)
+        # Of another's fields (`dataclasses.replace`) this one follows from that.
+        given["structured_output"] = None if structured is None else _grammar(structured)
         CoreSamplingParams.__init__(self, **_core_fields(given))
         choices_of(self)  # or why they cannot be
 
@@ -75,6 +84,15 @@ def choices_of(params: CoreSamplingParams) -> Choices:
     given = {name: getattr(params, name) for name in (*_HONOURED, *_BEAM_FIELDS)}
     given |= {"n": params.n, "best_of": params.best_of or params.n}
     return read_choices({name: value for name, value in given.items() if value is not None})
+
+
+def _grammar(given: Any) -> StructuredOutput:
+    if not isinstance(given, StructuredOutputsParams):
+        raise InvalidParameterError(
+            f"structured_outputs must be StructuredOutputsParams, got {type(given).__name__}",
+            param="structured_outputs",
+        )
+    return given.grammar_asked_for()
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

@@ -115,6 +115,18 @@ def test_several_answers_to_a_prompt(llm):
     assert alone.outputs[0].text == texts[0]
 
 
+def test_more_answers_than_may_wait(llm):
+    """Those of one prompt come in together, however many: here 8 may wait."""
+    params = [
+        SamplingParams(n=20 if i == 5 else 4, seed=i, max_tokens=1 + i % 3, ignore_eos=True)
+        for i in range(60)
+    ]
+    outputs = llm.generate([f"Number {i}" for i in range(60)], params, use_tqdm=False)
+    for i, output in enumerate(outputs):
+        assert [answer.index for answer in output.outputs] == list(range(params[i].n))
+        assert {len(answer.token_ids) for answer in output.outputs} == {1 + i % 3}
+
+
 def test_the_likeliest_of_several(llm):
     params = SamplingParams(n=6, temperature=1.0, seed=5, max_tokens=12, logprobs=0)
     every = llm.generate("Once upon", params, use_tqdm=False)[0].outputs
@@ -123,8 +135,6 @@ def test_the_likeliest_of_several(llm):
     best = llm.generate("Once upon", params, use_tqdm=False)[0].outputs
     assert [answer.text for answer in best] == [answer.text for answer in ranked[:2]]
     assert [(answer.index, answer.logprobs) for answer in best] == [(0, None), (1, None)]
-    with pytest.raises(InvalidParameterError, match=r"at most max_num_waiting \(8\), got 9"):
-        llm.generate("a", SamplingParams(n=9), use_tqdm=False)
     with pytest.raises(InvalidParameterError, match="must be 1 for a stream"):
         next(llm.stream("a", SamplingParams(n=2)))
 
@@ -207,8 +217,8 @@ def test_a_prompt_that_cannot_fit_is_refused_before_any_is_computed(llm):
             "chat_template_content_format",
         ),
         (lambda llm: llm.chat([]), InvalidParameterError, "messages"),
-        (lambda llm: llm.embed("a"), NotImplementedError, "embed"),
-        (lambda llm: llm.encode("a"), NotImplementedError, "encode"),
+        (lambda llm: llm.classify("a"), NotImplementedError, "classify"),
+        (lambda llm: llm.score("a", "b"), NotImplementedError, "score"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(llm, call, error, message):

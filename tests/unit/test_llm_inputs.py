@@ -84,7 +84,7 @@ def test_they_copy_and_travel():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("structured_outputs", {"regex": "a"}), ("watermarking", True), ("logits_processors", [len])],
+    [("guided_decoding", {"regex": "a"}), ("watermarking", True), ("logits_processors", [len])],
 )
 def test_what_is_not_built_is_refused_by_name(name, value):
     if name in {field.name for field in dataclasses.fields(CoreSamplingParams)}:
