@@ -90,7 +90,7 @@ def build_service(
         warn(f"the checkpoint has no chat template: using the {template.source} one")
     eos_token_ids = frozenset(setup.config.eos_token_ids)
     grammars = Grammars(tokenizer, eos_token_ids, setup.config.vocab_size)
-    in_background(grammars.warm)  # it would stop every stream for a moment later
+    in_background(lambda _: grammars.warm())  # it would stop every stream for a moment later
     built = builder.build()
     cache = CacheConfig(
         num_blocks=built.memory.num_blocks,

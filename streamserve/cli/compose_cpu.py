@@ -22,7 +22,7 @@ class CpuBuilder:
         self._kv_caches = new_kv_cache(
             setup.config.spec, self._memory, setup.dtype, setup.device, self._kernels
         )
-        in_background(lambda: touch_kv_cache(self._kv_caches))
+        in_background(lambda is_exiting: touch_kv_cache(self._kv_caches, is_exiting))
 
     def build(self) -> BuiltModel:
         """As in `ModelBuilder`."""

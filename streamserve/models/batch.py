@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -88,16 +88,19 @@ def zeros_in_one_piece(
     ]
 
 
-def touch_kv_cache(caches: KVCache) -> None:
+def touch_kv_cache(caches: KVCache, is_over: Callable[[], bool] = lambda: False) -> None:
     """Has the system provide the memory of caches on a CPU, the lowest blocks of all layers first.
 
     What is in them stays. Safe while steps use them: one that is ahead waits for a page at most.
+    Returns early once ``is_over()``.
     """
     num_blocks = caches[0][0].shape[0]
     for piece in range(_TOUCHED_PIECES):
         low = num_blocks * piece // _TOUCHED_PIECES
         high = num_blocks * (piece + 1) // _TOUCHED_PIECES
         for cache in (cache for pair in caches for cache in pair):
+            if is_over():
+                return
             if cache.device.type == "cpu" and high > low:
                 huge_pages.touch(cache[low:high])
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Thread
+from threading import Event, Thread
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -28,6 +29,30 @@ def on_passing_thread(work: Callable[[], _T]) -> _T:
     return result
 
 
-def in_background(work: Callable[[], object]) -> None:
-    """Call ``work`` on a thread that ends with it, and wait for it nowhere, not even at exit."""
-    Thread(target=work, name="streamserve-background", daemon=True).start()
+def in_background(work: Callable[[Callable[[], bool]], object]) -> None:
+    """Call ``work(is_exiting)`` on a thread that ends with it. Only the end of the process waits.
+
+    By then ``is_exiting()`` is true and ``work`` had better return soon. A thread that is in C++ or
+    Rust while the interpreter is taken down would be unwound through it, which aborts the process.
+    """
+
+    def run() -> None:
+        try:
+            work(_exiting.is_set)
+        finally:
+            _in_background.discard(thread)
+
+    thread = Thread(target=run, name="streamserve-background", daemon=True)
+    _in_background.add(thread)
+    thread.start()
+
+
+_exiting = Event()
+_in_background: set[Thread] = set()
+
+
+@atexit.register
+def _wait_for_background() -> None:
+    _exiting.set()
+    for thread in list(_in_background):
+        thread.join()
