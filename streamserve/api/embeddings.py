@@ -15,11 +15,12 @@ from functools import partial
 import orjson
 from starlette.responses import Response
 
+from streamserve.api.admitted import Call
 from streamserve.api.body import ignored_fields_headers, parse_json_object
 from streamserve.api.disconnect import ClientGoneError
 from streamserve.api.embedding_request import parse_embedding_request
 from streamserve.api.extras import Prompt
-from streamserve.api.generation import Call, GenerationEndpoint, origin_of
+from streamserve.api.generation import GenerationEndpoint, origin_of
 from streamserve.api.metrics import Delivery
 from streamserve.api.prompts import Work, embedding_work
 from streamserve.api.rate_limits import Allowance, allowance_of

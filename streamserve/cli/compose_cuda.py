@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from streamserve.cli.model_setup import BuiltModel, ModelSetup
-from streamserve.errors import ConfigError, KVCacheMemoryError
+from streamserve.errors import ConfigError, KVCacheMemoryError, OutOfMemoryError
 from streamserve.models import Decoder, kv_bytes_per_block
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import new_kv_cache
@@ -131,10 +131,10 @@ def _kv_dtype(setup: ModelSetup) -> torch.dtype:
 
 @contextmanager
 def _room_for(what: str, setup: ModelSetup, advice: str) -> Iterator[None]:
-    """Makes a refusal of torch's own error when there is no memory for ``what``."""
+    """Makes a refusal of the error when there is no memory for ``what``: torch's, or a step's."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, OutOfMemoryError) as error:
         free, total = torch.cuda.mem_get_info(setup.device)
         raise KVCacheMemoryError(
             f"{what} did not fit into {setup.device}: {format_bytes(free)} of "

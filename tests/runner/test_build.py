@@ -7,6 +7,7 @@ import torch
 
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
 from streamserve.core.step_time import StepShape
+from streamserve.errors import OutOfMemoryError
 from streamserve.models import kv_bytes_per_block
 from streamserve.runner.build import build_runner, step_buffer_bytes
 from streamserve.runner.memory import MemoryPlan
@@ -153,7 +154,7 @@ def test_a_warm_up_that_fails_leaves_no_thread(model, monkeypatch):
 
     monkeypatch.setattr(model, "forward", broken)
     before = set(threading.enumerate())
-    with pytest.raises(torch.OutOfMemoryError, match="too large"):
+    with pytest.raises(OutOfMemoryError, match="too large"):
         build_runner(model, memory_for(model, num_blocks=32), max_num_batched_tokens=48)
     assert set(threading.enumerate()) <= before
 
