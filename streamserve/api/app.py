@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from streamserve.api.context import ApiContext, Gate
 from streamserve.api.embeddings import EmbeddingEndpoint
 from streamserve.api.errors import EXCEPTION_HANDLERS
+from streamserve.api.faults import FaultEndpoint
 from streamserve.api.generation import (
     ChatEndpoint,
     CompletionEndpoint,
@@ -45,6 +46,7 @@ from streamserve.api.tokens import TokenEndpoints
 from streamserve.config import ApiConfig, EmbeddingConfig
 from streamserve.core.clock import Clock, monotonic
 from streamserve.engine.async_engine import AsyncEngine
+from streamserve.engine.fault_injection import FaultInjectingRunner
 from streamserve.engine.hang_watch import HangWatch
 from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
 from streamserve.engine.preprocess import Preprocessor
@@ -100,14 +102,16 @@ def create_app(
     clock: Clock = monotonic,
     wall_clock: Callable[[], float] = time.time,
     load_text: TextLoader | None = None,
+    faults: FaultInjectingRunner | None = None,
 ) -> ApiApp:
     """Build the application around a started engine (``serve`` starts it).
 
     ``generation_config`` is the model's own: of it ``GENERATION_CONFIG_FIELDS`` become the sampling
     defaults. ``load_text``, which must be picklable, loads the tokenizer and the template in the
     processes that read long bodies; without one they are read here. ``answer_format`` says how the
-    model writes thoughts and tool calls, ``embedding`` what vectors it makes. Raises
-    ``ConfigError`` if a default is out of range or the file of API keys cannot be used.
+    model writes thoughts and tool calls, ``embedding`` what vectors it makes. ``faults``, the
+    engine's runner, opens ``/debug``. Raises ``ConfigError`` if a default is out of range or the
+    file of API keys cannot be used.
     """
     metrics = Metrics()
     keys = KeyRing(config.api_keys, config.api_key_file, clock=clock)
@@ -140,6 +144,10 @@ def create_app(
     registry = MetricsRegistry(metrics, engine, config.served_model_names[0])
     small = _SmallEndpoints(context)
     operators = OperatorEndpoints(context, registry)
+    admin_routes = operators.admin_routes()
+    if faults is not None:
+        fault = FaultEndpoint(context, faults)
+        admin_routes.append(Route("/debug/inject_fault", fault.__call__, methods=["POST"]))
     tokens = TokenEndpoints(context)
     routes = [
         Route("/v1/chat/completions", ChatEndpoint(context), methods=["POST"]),
@@ -157,7 +165,7 @@ def create_app(
         *operators.health_routes(),
     ]
     if config.admin_port is None:
-        routes += operators.admin_routes()
+        routes += admin_routes
     if config.has_docs:
         routes.append(Route("/openapi.json", small.openapi))
     routes += page_routes(has_chat=config.has_pages, has_docs=config.has_pages and config.has_docs)
@@ -170,7 +178,7 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.context = context
     if config.admin_port is not None:
-        app.admin = admin_app([*operators.health_routes(), *operators.admin_routes()])
+        app.admin = admin_app([*operators.health_routes(), *admin_routes])
     return app
 
 

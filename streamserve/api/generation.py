@@ -353,7 +353,8 @@ class ChatEndpoint(GenerationEndpoint):
     async def _prepare_here(self, raw: bytes) -> Work:
         request = self.parse(parse_json_object(raw), self._context.sampling_defaults)
         workers = self._context.prompt_workers
-        if workers is not None and request.chat_template_kwargs:
+        is_wild = bool(request.chat_template_kwargs) or self._context.preprocessor.has_run_away
+        if workers is not None and is_wild:
             # A template may run away with what a client gives it: a process can be killed.
             return await self._prepare_elsewhere(workers, raw)
         self.check_common(request.common)

@@ -111,4 +111,4 @@ def _given_keys(scope: Scope) -> Iterator[bytes]:
 
 def _is_guarded(scope: Scope) -> bool:
     path = route_path(scope)
-    return path in _GUARDED or path.startswith("/v1/")
+    return path in _GUARDED or path.startswith(("/v1/", "/debug/"))

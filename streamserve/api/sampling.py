@@ -28,7 +28,12 @@ from streamserve.api.fields import (
     wrong_type,
 )
 from streamserve.api.structured import STRUCTURED_FIELDS, structured_output
-from streamserve.core.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRINGS, SamplingParams
+from streamserve.core.sampling_params import (
+    MAX_BAD_WORDS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    SamplingParams,
+)
 from streamserve.core.time_limits import TimeLimits
 from streamserve.errors import ConfigError, InvalidParameterError
 
@@ -83,13 +88,16 @@ REFUSED: dict[str, Refused] = {
 }
 
 
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+
+
 @typed(
     {
         "anyOf": [
-            {"type": "string", "minLength": 1},
+            _STOP,
             {
                 "type": "array",
-                "items": {"type": "string", "minLength": 1},
+                "items": _STOP,
                 "maxItems": MAX_STOP_STRINGS,
             },
         ]
@@ -191,7 +199,7 @@ SAMPLING_FIELDS: dict[str, Reader] = {
     "min_p": number(0.0, 1.0),
     "min_tokens": integer(0),
     "presence_penalty": number(-2.0, 2.0),
-    "repetition_penalty": positive(),
+    "repetition_penalty": number(0.01, 100.0),
     "seed": integer(-MAX_INT64 - 1, MAX_INT64),
     "skip_special_tokens": read_bool,
     "spaces_between_special_tokens": read_bool,

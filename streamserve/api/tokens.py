@@ -34,7 +34,7 @@ class TokenEndpoints:
             return self._checked(await self._tokenize(await self._body(request)))
 
     async def detokenize(self, request: Request) -> Response:
-        """Token ids to text. Ids that the vocabulary lacks add nothing to it."""
+        """Token ids to text."""
         with self._context.gate.enter():
             return self._checked(await self._detokenize(await self._body(request)))
 

@@ -167,6 +167,11 @@ def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
         help="serve neither /docs nor /openapi.json (vLLM's name)",
     )
     group.add_argument(
+        "--enable-fault-injection",
+        action="store_true",
+        help="for tests: POST /debug/inject_fault makes steps fail, hang or run out of memory",
+    )
+    group.add_argument(
         "--hang-timeout",
         type=float,
         default=60.0,

@@ -21,6 +21,7 @@ from streamserve.runner.memory import parse_bytes
 
 if TYPE_CHECKING:
     from streamserve.api.app import ApiApp
+    from streamserve.core.plan import ModelRunner
     from streamserve.engine.chat_template import ChatTemplate
     from streamserve.engine.parsers.answer_format import AnswerFormat
 
@@ -79,10 +80,20 @@ def _log_requests() -> None:
 def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:
     from streamserve.api.app import create_app
     from streamserve.cli.compose import build_service
+    from streamserve.engine.fault_injection import FaultInjectingRunner
     from streamserve.engine.garbage import freeze_gc
     from streamserve.engine.preprocess import Preprocessor
 
-    service = build_service(args, say=say, warn=warn)
+    faults: list[FaultInjectingRunner] = []
+
+    def observed(runner: ModelRunner) -> ModelRunner:
+        if not args.enable_fault_injection:
+            return runner
+        warn("faults can be injected: POST /debug/inject_fault")
+        faults.append(FaultInjectingRunner(runner))
+        return faults[0]
+
+    service = build_service(args, say=say, warn=warn, observed=observed)
     app = create_app(
         engine=service.engine,
         preprocessor=Preprocessor(service.tokenizer, service.chat_template),
@@ -93,6 +104,7 @@ def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:
         load_text=service.text_source,
         answer_format=_answer_format(args, service.chat_template),
         embedding=service.embedding,
+        faults=faults[0] if faults else None,
     )
     freeze_gc()
     return app

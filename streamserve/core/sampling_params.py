@@ -14,6 +14,7 @@ from streamserve.errors import InvalidParameterError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
@@ -90,12 +91,8 @@ class SamplingParams:
             self.top_p,
         )
         _require(self.top_k >= 0, "top_k", "at least 1, or 0 or -1 for no limit", self.top_k)
-        _require(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0,
-            "repetition_penalty",
-            "a finite number above 0",
-            self.repetition_penalty,
-        )
+        # Beyond, a logit times it, or divided by it, may be no number.
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         for token_id, bias in self.logit_bias.items():
             _require(token_id >= 0, "logit_bias", "keyed by token ids of at least 0", token_id)
             _within("logit_bias", bias, -100.0, 100.0)
@@ -119,6 +116,12 @@ class SamplingParams:
         )
         for stop in self.stop:
             _require(stop != "", "stop", "made of non-empty strings", stop)
+            _require(
+                len(stop) <= MAX_STOP_CHARACTERS,
+                "stop",
+                f"made of strings of at most {MAX_STOP_CHARACTERS} characters",
+                f"one of {len(stop)}",
+            )
         for token_id in self.stop_token_ids:
             _require(token_id >= 0, "stop_token_ids", "token ids of at least 0", token_id)
 

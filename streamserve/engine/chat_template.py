@@ -15,6 +15,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from streamserve.engine.builtin_templates import TEMPLATES, builtin_template_name
+from streamserve.engine.tame_templates import is_tame
 from streamserve.engine.tokenizer import read_json
 from streamserve.errors import ConfigError, InvalidParameterError, ModelLoadError
 
@@ -29,7 +30,8 @@ class ChatTemplate:
 
     ``source`` says where it comes from; ``is_builtin`` that the checkpoint had none, which is
     worth a warning. ``template`` may be several by name, as some checkpoints have: ``tool_use`` is
-    then taken for requests with tools. ``text`` is all of it, ``variables`` are the names it reads.
+    then taken for requests with tools. ``text`` is all of it, ``variables`` are the names it reads,
+    ``is_tame`` says that a short chat is certain to be rendered in a short time.
     """
 
     def __init__(
@@ -55,12 +57,12 @@ class ChatTemplate:
             raise ModelLoadError(
                 f"the chat template of {source} cannot be read: {error}"
             ) from error
+        parsed = [environment.parse(source_text) for source_text in named.values()]
         self.text = "\n".join(named.values())
         self.variables = frozenset(
-            name
-            for source_text in named.values()
-            for name in meta.find_undeclared_variables(environment.parse(source_text))
+            name for tree in parsed for name in meta.find_undeclared_variables(tree)
         )
+        self.is_tame = all(is_tame(tree) for tree in parsed)
         self.accepts_parts = self._probe_parts()
 
     @classmethod

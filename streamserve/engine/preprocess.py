@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.bad_words import spell_bad_words
 from streamserve.engine.chat_template import ChatTemplate, Message
+from streamserve.engine.interruptible import Interruptible
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import InvalidParameterError
 
@@ -43,7 +44,15 @@ class PromptEncoder:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of ``token_ids``, special tokens included."""
+        """Text of ``token_ids``, special tokens included.
+
+        Raises ``InvalidParameterError`` for an id that the vocabulary lacks.
+        """
+        limit, highest = self._tokenizer.vocab_size - 1, max(token_ids, default=0)
+        if highest > limit:
+            raise InvalidParameterError(
+                f"tokens must hold token ids from 0 to {limit}, got {highest}", param="tokens"
+            )
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def id_to_token(self, token_ids: Sequence[int]) -> list[str]:
@@ -81,6 +90,8 @@ class Preprocessor:
     ) -> None:
         self._tokenizer = tokenizer
         self._encoder = PromptEncoder(tokenizer, chat_template)
+        self.has_run_away = False  # whether something took longer than it may
+        self._may_render_here = chat_template is None or chat_template.is_tame
         self._timeout_s = timeout_s
         self._num_threads = num_threads
         self._pool: ThreadPoolExecutor | None = None
@@ -125,7 +136,10 @@ class Preprocessor:
             tools=tools,
             **kwargs,
         )
-        size = INLINE_CHARACTERS + 1 if tools else sum(_size_of(message) for message in messages)
+        if tools or not self._may_render_here:
+            size = INLINE_CHARACTERS + 1
+        else:
+            size = sum(_size_of(message) for message in messages)
         return await self._run(work, num_characters=size, param="messages")
 
     async def bad_words(self, params: SamplingParams) -> SamplingParams:
@@ -151,13 +165,16 @@ class Preprocessor:
             return work()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="preprocess")
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        running = Interruptible(work)
+        future = asyncio.get_running_loop().run_in_executor(self._pool, running)
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await future
         except TimeoutError:
-            # The thread cannot be stopped: leave it its pool, so that it delays nobody else.
+            # What does not let itself be interrupted keeps its pool, so that it delays nobody else.
             self.close()
+            running.interrupt()
+            self.has_run_away = True
             raise InvalidParameterError(
                 f"{param} took longer than the limit of {self._timeout_s:g} s to render and "
                 "tokenise",

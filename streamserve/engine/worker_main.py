@@ -21,6 +21,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import BinaryIO
 
 from streamserve.errors import EngineError, RequestError
@@ -45,13 +46,18 @@ def main(fd: int) -> None:
         os.nice(niceness)
         handler: Handler = factory()
         gc.freeze()
-        _answer(sock, DONE, b"")
-        while (request := _read(requests)) is not None:
-            payload, timeout_s = request
-            signal.alarm(math.ceil(timeout_s) + 1)
-            outcome, answer = _handle(handler, payload)
-            signal.alarm(0)
-            _answer(sock, outcome, answer)
+        with suppress(ConnectionError):  # the server is gone
+            _answer_all(handler, sock, requests)
+
+
+def _answer_all(handler: Handler, sock: socket.socket, requests: BinaryIO) -> None:
+    _answer(sock, DONE, b"")
+    while (request := _read(requests)) is not None:
+        payload, timeout_s = request
+        signal.alarm(math.ceil(timeout_s) + 1)
+        outcome, answer = _handle(handler, payload)
+        signal.alarm(0)
+        _answer(sock, outcome, answer)
 
 
 def _handle(handler: Handler, payload: bytes) -> tuple[int, bytes]:

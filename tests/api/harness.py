@@ -25,6 +25,7 @@ from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.chat_template import ChatTemplate
+from streamserve.engine.fault_injection import FaultInjectingRunner
 from streamserve.engine.null_runner import NullRunner
 from streamserve.engine.parsers.answer_format import AnswerFormat
 from streamserve.engine.preprocess import Preprocessor
@@ -95,6 +96,7 @@ class Api:
         template: str | ChatTemplate = "plain",
         answer_format: AnswerFormat | None = None,
         embedding: EmbeddingConfig | None = None,
+        has_faults: bool = False,
         **config: Any,
     ) -> None:
         self.pace = HeldPace(is_held=is_held)
@@ -110,9 +112,10 @@ class Api:
             public_prefixes=public_prefixes,
         )
         self.runner = runner or NullRunner(tuple(token_ids), pace=self.pace)
+        faults = FaultInjectingRunner(self.runner) if has_faults else None
         self.engine = AsyncEngine(
             scheduler=Scheduler(scheduler_config, self.kv_cache, clock=clock),
-            runner=self.runner,
+            runner=faults or self.runner,
             tokenizer=self.tokenizer,
             eos_token_ids=frozenset({257}),
             max_model_len=max_model_len,
@@ -138,6 +141,7 @@ class Api:
             embedding=embedding or EmbeddingConfig(),
             wall_clock=lambda: CREATED + 0.5,
             load_text=load_text,
+            faults=faults,
         )
 
     @property

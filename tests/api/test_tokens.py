@@ -79,11 +79,12 @@ async def test_long_texts_leave_the_event_loop():
     assert back.json == {"prompt": text}
 
 
-async def test_ids_that_the_vocabulary_lacks_are_nothing():
+async def test_ids_that_the_vocabulary_lacks_are_refused():
     async with Api().running() as api:
-        answer = await api.call("POST", "/detokenize", {"tokens": [72, 2**31 - 1, 105]})
+        answer = await api.call("POST", "/detokenize", {"tokens": [72, 258, 105]})
         empty = await api.call("POST", "/detokenize", {"tokens": []})
-    assert answer.json == {"prompt": "Hi"}
+    assert answer.status == 400
+    assert answer.error["message"] == "tokens must hold token ids from 0 to 257, got 258"
     assert empty.json == {"prompt": ""}
 
 

@@ -75,7 +75,7 @@ BAD_CHAT = [
     ({"min_p": 1.5}, "min_p", "between 0.0 and 1.0"),
     ({"presence_penalty": 3}, "presence_penalty", "between -2.0 and 2.0"),
     ({"frequency_penalty": -3}, "frequency_penalty", "between -2.0 and 2.0"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "between 0.01 and 100"),
     ({"max_tokens": 0}, "max_tokens", "between 1 and"),
     ({"max_tokens": -5}, "max_tokens", "got -5"),
     ({"max_tokens": "10"}, "max_tokens", "an integer, got a string"),
