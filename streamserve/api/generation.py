@@ -137,7 +137,7 @@ class GenerationEndpoint(ABC):
         except ClientGoneError:
             return
         except RequestError as exc:
-            context.metrics.refused(exc.status)
+            context.metrics.refused(exc.status, exc.code)
             raise
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
@@ -265,7 +265,7 @@ class GenerationEndpoint(ABC):
             if allowance is not None:
                 allowance.close()
             if isinstance(exc, EngineError):
-                self._context.metrics.refused(exc.status)
+                self._context.metrics.refused(exc.status, exc.code)
             if isinstance(exc, ContextLengthError) and exc.param == "messages":
                 exc.param = self.prompt_param
             raise

@@ -63,12 +63,16 @@ class Metrics:
         self.inter_token_latency = Counts(INTER_TOKEN_BOUNDS)
         self.e2e_latency = Counts(E2E_BOUNDS)
         self.num_finished = dict.fromkeys(FINISHED_REASONS, 0)
-        self.num_refused: dict[int, int] = {}
+        self.num_refused: dict[tuple[int, str], int] = {}
         self.num_connections_refused: dict[str, int] = {}
 
-    def refused(self, status: int) -> None:
-        """Count a request that was refused before it reached the engine's queue."""
-        self.num_refused[status] = self.num_refused.get(status, 0) + 1
+    def refused(self, status: int, code: str | None = None) -> None:
+        """Count a request that was refused before it reached the engine's queue.
+
+        ``code`` is one of our error codes: never anything that a client has sent.
+        """
+        reason = status, code or "none"
+        self.num_refused[reason] = self.num_refused.get(reason, 0) + 1
 
     def refused_connection(self, code: str) -> None:
         """Count what was refused before it was a request, by a code of ours."""
@@ -153,6 +157,11 @@ class MetricsCollector(Collector):
         gauges: tuple[tuple[str, str, float], ...] = (
             ("num_requests_running", "Requests in the running batch.", stats.num_running),
             ("num_requests_waiting", "Requests that wait to be scheduled.", stats.num_waiting),
+            (
+                "num_tokens_waiting",
+                "Tokens of these that are to be computed.",
+                stats.num_waiting_tokens,
+            ),
             ("num_requests_paused", "Requests whose readers take nothing.", stats.num_paused),
             ("kv_cache_usage_perc", "Share of KV blocks in use; 1 is all.", stats.kv_usage),
             (
@@ -221,10 +230,10 @@ class MetricsCollector(Collector):
         )
         yield self._counter(
             "request_refused",
-            "Requests refused before they were queued, by HTTP status.",
+            "Requests refused before they were queued, by HTTP status and error code.",
             [
-                ({**self._model, "status": str(status)}, count)
-                for status, count in sorted(metrics.num_refused.items())
+                ({**self._model, "status": str(status), "code": code}, count)
+                for (status, code), count in sorted(metrics.num_refused.items())
             ],
         )
         yield self._counter(

@@ -39,18 +39,26 @@ class RequestLog:
             return
         client = scope.get("client")
         limit = "the rest of the context" if params.max_tokens is None else params.max_tokens
+        http_request_id = scope.get("state", {}).get("request_id", "none")
+        num_prompt_tokens = sum(map(len, prompts))
         logger.info(
             "%s admitted: client %s, header id %s, %d prompt tokens%s, %s, max_tokens %s, "
             "temperature %g%s",
             request_id,
             f"{client[0]}:{client[1]}" if client else "unknown",
-            scope.get("state", {}).get("request_id", "none"),
-            sum(map(len, prompts)),
+            http_request_id,
+            num_prompt_tokens,
             f" in {len(prompts)} prompts" if len(prompts) > 1 else "",
             "streamed" if is_streamed else "whole",
             limit,
             params.temperature,
             self._shown(prompts[0]),
+            extra={
+                "event": "admitted",
+                "request_id": request_id,
+                "http_request_id": http_request_id,
+                "prompt_tokens": num_prompt_tokens,
+            },
         )
 
     def ended(self, request_id: str, streams: Sequence[RequestStream], num_prompts: int) -> None:
@@ -63,16 +71,25 @@ class RequestLog:
         arrival = min(times.arrival for times in timings)
         first = min((t.first_token for t in timings if t.first_token is not None), default=None)
         last = max((t.finished for t in timings if t.finished is not None), default=arrival)
+        reason = "/".join(dict.fromkeys(_reason(stream) for stream in streams))
+        numbers = {
+            "prompt_tokens": sum(stream.num_prompt_tokens for stream in of_prompts),
+            "cached_tokens": sum(s.usage.cached_tokens for s in of_prompts if s.usage is not None),
+            "output_tokens": sum(usage.completion_tokens for usage in usages),
+            "first_token_ms": None if first is None else round((first - arrival) * 1e3, 1),
+            "total_ms": round((last - arrival) * 1e3, 1),
+        }
         logger.info(
             "%s ended: %s, %d prompt tokens of which %d cached, %d output tokens, first after %s, "
             "%.0f ms in all",
             request_id,
-            "/".join(dict.fromkeys(_reason(stream) for stream in streams)),
-            sum(stream.num_prompt_tokens for stream in of_prompts),
-            sum(stream.usage.cached_tokens for stream in of_prompts if stream.usage is not None),
-            sum(usage.completion_tokens for usage in usages),
+            reason,
+            numbers["prompt_tokens"],
+            numbers["cached_tokens"],
+            numbers["output_tokens"],
             "no time" if first is None else f"{(first - arrival) * 1e3:.0f} ms",
             (last - arrival) * 1e3,
+            extra={"event": "ended", "request_id": request_id, "reason": reason, **numbers},
         )
 
     def _shown(self, prompt: list[int]) -> str:

@@ -8,6 +8,8 @@ import ssl
 from collections.abc import Sequence
 from typing import Any
 
+from streamserve.cli.logs import LOG_FORMATS
+
 UVICORN_LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
 
@@ -159,6 +161,12 @@ def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
         default="127.0.0.1",
         metavar="HOST",
         help="where --admin-port listens (default: %(default)s)",
+    )
+    group.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        default="text",
+        help="of what goes to stderr: json is one object a line (default: %(default)s)",
     )
     group.add_argument("--no-metrics", action="store_true", help="serve no /metrics")
     group.add_argument(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import ssl
 import sys
@@ -15,6 +14,7 @@ import orjson
 
 from streamserve import __version__
 from streamserve.cli.args import check_flags, model_name, scheduling_policy
+from streamserve.cli.logs import set_up_logs
 from streamserve.config import ApiConfig, StreamConfig, TlsConfig
 from streamserve.errors import ConfigError
 from streamserve.runner.memory import parse_bytes
@@ -34,8 +34,7 @@ def run_serve(args: Namespace) -> int:
 
     config = api_config(args)
     check_flags(args)
-    if config.log_requests:
-        _log_requests()
+    set_up_logs(args.log_format, log_requests=config.log_requests)
     sockets = bind_sockets(config)
     admin_sockets = bind_admin_sockets(config)
     with ExitStack() as stack:
@@ -66,15 +65,6 @@ def run_serve(args: Namespace) -> int:
         )
     say("stopped")
     return 0
-
-
-def _log_requests() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger = logging.getLogger("streamserve.requests")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:

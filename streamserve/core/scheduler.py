@@ -104,6 +104,10 @@ class Scheduler:
         """Requests with a seat."""
         return len(self._seats.running)
 
+    def count_waiting_tokens(self) -> int:
+        """Tokens to be computed for those who wait. Looks at each of them."""
+        return sum(r.num_tokens - r.num_computed_tokens for r in self._seats.waiting)
+
     @property
     def num_waiting(self) -> int:
         """Requests without a seat, preempted ones among them."""

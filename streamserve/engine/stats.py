@@ -15,6 +15,7 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
+    num_waiting_tokens: int  # to be computed for them
     num_paused: int
     kv_usage: float
     kv_host_usage: float
@@ -49,6 +50,7 @@ def stats_of(
     return EngineStats(
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
+        num_waiting_tokens=scheduler.count_waiting_tokens(),
         num_paused=scheduler.num_paused,
         kv_usage=cache.usage,
         kv_host_usage=cache.host_usage,

@@ -1,5 +1,8 @@
 """What Prometheus scrapes, and when latencies are stamped."""
 
+import re
+from pathlib import Path
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -131,3 +134,24 @@ def test_latencies_are_stamped_when_frames_have_left():
     assert metrics.inter_token_latency.total == pytest.approx(0.25)
     assert metrics.e2e_latency.total == pytest.approx(2.0)
     assert metrics.num_finished == {"stop": 1, "length": 0, "abort": 0, "error": 0}
+
+
+async def test_every_metric_of_the_dashboard_is_there():
+    page = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text(encoding="utf-8")
+    named = set(re.findall(r"streamserve:(\w+)", page))
+    assert len(named) > 15
+    async with Api().running() as api:
+        await api.complete(prompt=5)  # refused
+        api.app.context.metrics.refused_connection("receive_timeout")
+        found = {name for name, _ in await scrape(api)}
+    assert named <= found
+
+
+async def test_labels_are_never_what_a_client_has_sent():
+    async with Api().running() as api:
+        await api.chat(model="evil-model", user="evil-user")
+        await api.chat(**{"evil-field": 1, "temperature": "evil-value"})
+        await api.call("POST", "/evil-path", b"evil", headers={"x-request-id": "evil-id"})
+        answer = await api.call("GET", "/metrics")
+    assert 'code="model_not_found"' in answer.body.decode()
+    assert "evil" not in answer.body.decode()
