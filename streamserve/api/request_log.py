@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from starlette.types import Scope
 
+from streamserve.api.traces import RequestTraces
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.stream import RequestStream
 from streamserve.engine.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ class RequestLog:
         self._tokenizer = tokenizer
         self._max_characters = max_characters
         self.is_on = is_on
+        self.traces: RequestTraces | None = None
 
     def admitted(
         self,
@@ -35,6 +37,8 @@ class RequestLog:
         is_streamed: bool,
     ) -> None:
         """The engine has queued the request: one choice or more, headers not yet sent."""
+        if self.traces is not None:
+            self.traces.admitted(request_id, scope)
         if not self.is_on:
             return
         client = scope.get("client")
@@ -63,6 +67,9 @@ class RequestLog:
 
     def ended(self, request_id: str, streams: Sequence[RequestStream], num_prompts: int) -> None:
         """All of the request's streams, as many for each prompt, are closed."""
+        reason = "/".join(dict.fromkeys(_reason(stream) for stream in streams))
+        if self.traces is not None:
+            self.traces.ended(request_id, reason, streams)
         if not self.is_on:
             return
         of_prompts = streams[:: len(streams) // num_prompts]  # candidates share what they read
@@ -71,7 +78,6 @@ class RequestLog:
         arrival = min(times.arrival for times in timings)
         first = min((t.first_token for t in timings if t.first_token is not None), default=None)
         last = max((t.finished for t in timings if t.finished is not None), default=arrival)
-        reason = "/".join(dict.fromkeys(_reason(stream) for stream in streams))
         numbers = {
             "prompt_tokens": sum(stream.num_prompt_tokens for stream in of_prompts),
             "cached_tokens": sum(s.usage.cached_tokens for s in of_prompts if s.usage is not None),

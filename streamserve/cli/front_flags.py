@@ -168,6 +168,11 @@ def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
         default="text",
         help="of what goes to stderr: json is one object a line (default: %(default)s)",
     )
+    group.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send OpenTelemetry traces there, over HTTP (needs the extra otel; default: none)",
+    )
     group.add_argument("--no-metrics", action="store_true", help="serve no /metrics")
     group.add_argument(
         "--disable-fastapi-docs",

@@ -21,6 +21,7 @@ from streamserve.runner.memory import parse_bytes
 
 if TYPE_CHECKING:
     from streamserve.api.app import ApiApp
+    from streamserve.api.traces import RequestTraces
     from streamserve.core.plan import ModelRunner
     from streamserve.engine.chat_template import ChatTemplate
     from streamserve.engine.parsers.answer_format import AnswerFormat
@@ -41,7 +42,11 @@ def run_serve(args: Namespace) -> int:
         for sock in (*sockets, *admin_sockets):
             stack.callback(sock.close)
         say(f"streamserve {__version__}")
+        traces = _traces(args)
         app = _build_app(args, config)
+        app.context.request_log.traces = traces
+        if traces is not None:
+            stack.callback(traces.close)
 
         def ready(url: str) -> None:
             say(f"ready in {time.monotonic() - started:.1f} s: {url}")
@@ -65,6 +70,15 @@ def run_serve(args: Namespace) -> int:
         )
     say("stopped")
     return 0
+
+
+def _traces(args: Namespace) -> RequestTraces | None:
+    if args.otlp_traces_endpoint is None:
+        return None
+    from streamserve.api.traces import traces_to
+    from streamserve.core.clock import monotonic
+
+    return traces_to(args.otlp_traces_endpoint, monotonic, time.time)
 
 
 def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:

@@ -101,7 +101,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
     ),
     (
         _METRICS,
-        "show_hidden_metrics_for_version otlp_traces_endpoint collect_detailed_traces "
+        "show_hidden_metrics_for_version collect_detailed_traces "
         "kv_cache_metrics! kv_cache_metrics_sample custom_histogram_buckets cudagraph_metrics! "
         "enable_layerwise_nvtx_tracing! enable_mfu_metrics! enable_per_request_metrics! "
         "enable_server_load_tracking! profiler_config",
