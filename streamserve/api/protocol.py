@@ -111,8 +111,8 @@ class ServeProtocol(HttpToolsProtocol):
         self._is_in_head = False
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _TooManyPipelinedError
-        self._is_in_body = True
         super().on_headers_complete()
+        self._is_in_body = True
 
     def on_message_complete(self) -> None:
         self._is_in_body = False

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.bad_words import spell_bad_words
 from streamserve.engine.chat_template import ChatTemplate, Message
+from streamserve.engine.controls import Controls
 from streamserve.engine.interruptible import Interruptible
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import InvalidParameterError
@@ -38,6 +39,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._controls = Controls(tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``."""
@@ -64,12 +66,13 @@ class PromptEncoder:
     ) -> ChatPrompt:
         """Render ``messages`` (``options`` are ``ChatTemplate.render``'s) and tokenise the result.
 
-        Raises ``InvalidParameterError``: what the template says against the messages, or no
-        template at all.
+        Special tokens in what users and tools have said become text. Raises
+        ``InvalidParameterError``: what the template says against the messages, or no template at
+        all.
         """
         if self._chat_template is None:
             raise InvalidParameterError("this model has no chat template", param="messages")
-        text = self._chat_template.render(messages, **options)
+        text = self._chat_template.render(self._controls.defused(messages), **options)
         return ChatPrompt(text, self.encode(text, add_special_tokens=add_special_tokens))
 
 

@@ -387,6 +387,35 @@ async def test_what_is_not_http_is_a_400_in_openais_shape(raw):
         assert await client.is_closed_by_server()
 
 
+TARGETS = (
+    "/v1/models",
+    "/v1/models?x=/health",
+    "/v1/models#/health",
+    "/v1/./models",
+    "/v1/../v1/models",
+    "/v1%2fmodels",
+    "/v1;x/models",
+    "/%76%31/models",
+    "/V1/models",
+    "//v1/models",
+    "/x/../v1/models",
+    "/health/../v1/models",
+    "http://evil/v1/models",
+    "http://evil:99999999/v1/models",
+    "/tokenize?",
+    "/detokenize/",
+)
+
+
+@pytest.mark.parametrize("host", ["x", "evil/health?", "[::1", "a:b@c/../health", ""])
+async def test_no_way_of_writing_a_path_or_a_host_gets_past_the_key(host):
+    async with Api(api_keys=("k",)).serving() as address:
+        for target in TARGETS:
+            async with connected(address) as client:
+                client.writer.write(f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+                assert (await client.whole())[0] in (400, 401, 404), target
+
+
 def test_a_port_in_use_is_a_clear_error():
     taken = bind_sockets(ApiConfig(served_model_names=("m",), port=0))
     try:
