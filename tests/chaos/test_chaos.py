@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from urllib.parse import urlsplit
 
@@ -26,20 +27,23 @@ MIB = 2**20
 @contextlib.contextmanager
 def chaos_server(*flags):
     """The server's process, and its address; nothing but faults that were asked for is logged."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "tests.chaos.server", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        url = urlsplit(process.stdout.readline().strip())
-        yield process, (url.hostname, url.port)
-    finally:
-        process.kill()
-        _, errors = process.communicate()
-        if "Traceback" in errors and "InjectedError" not in errors:
-            pytest.fail(errors)
+    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would be full some day
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "tests.chaos.server", *flags],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        try:
+            url = urlsplit(process.stdout.readline().strip())
+            yield process, (url.hostname, url.port)
+        finally:
+            process.kill()
+            process.communicate()
+            log.seek(0)
+            errors = log.read()
+            if "Traceback" in errors and "InjectedError" not in errors:
+                pytest.fail(errors)
 
 
 def crowd(chaos, share=1.0):
