@@ -142,17 +142,24 @@ class HfConfig:
         if partial is None:
             partial = self.number_or(default_partial, *partial_names)
         rotary_dim = int(head_size * _number(f"{source} partial_rotary_factor", partial))
-        if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_size:
-            raise UnsupportedModelError(
-                f"{source}: {rotary_dim} rotated elements of a head of {head_size} "
-                "must be an even number between 2 and the head size"
-            )
         return RopeSpec(
             base=_number(f"{source} rope_theta", theta),
-            rotary_dim=rotary_dim,
+            rotary_dim=self._checked_rotary_dim(rotary_dim, head_size),
             interleaved=interleaved,
             scaling=self._rope_scaling(parameters, default_context),
         )
+
+    def rotary_dim(self, head_size: int, default: int) -> int:
+        """How many elements of each head turn, where the config counts them."""
+        return self._checked_rotary_dim(self.integer_or(default, "rotary_dim"), head_size)
+
+    def _checked_rotary_dim(self, rotary_dim: int, head_size: int) -> int:
+        if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_size:
+            raise UnsupportedModelError(
+                f"{self.source}: rope: {rotary_dim} rotated elements of a head of {head_size} "
+                "must be an even number between 2 and the head size"
+            )
+        return rotary_dim
 
     def _rope_parameters(self) -> Mapping[str, Any]:
         for name in ("rope_scaling", "rope_parameters"):

@@ -109,7 +109,8 @@ class Attention:
         self._sinks = weights.tensors.get("layers.sinks")
         self._alibi_slopes = None
         if spec.alibi:
-            self._alibi_slopes = torch.tensor(alibi_slopes(spec.num_heads), device=device)
+            slopes = [slope * spec.alibi_scale for slope in alibi_slopes(spec.num_heads)]
+            self._alibi_slopes = torch.tensor(slopes, device=device)
         self._q_norm = self._k_norm = None
         self._per_head_norm = True
         if spec.qk_norm is not None:

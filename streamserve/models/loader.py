@@ -142,7 +142,7 @@ def load_model(
         source = RandomSource(seed)
     else:
         files = open_tensor_files(Path(path), load_format)
-        source = CheckpointSource(files, config.family.names, config.spec)
+        source = CheckpointSource(files, config.family.weight_names(config.spec), config.spec)
     weights = build_weights(config.spec, source, kernels, dtype, device, progress, quantization)
     return Decoder(
         config.spec, weights, kernels, dtype=dtype, device=device, max_model_len=max_model_len

@@ -80,7 +80,8 @@ class AttentionSpec:
     """``num_kv_heads`` covers MHA (= heads), GQA and MQA (= 1); ``window`` counts the token itself.
 
     ``window=None`` is full attention. ``rope=None`` with ``alibi=False`` leaves order to learned
-    positions, or to nothing. ``soft_cap`` bounds the scores by ``cap * tanh(score / cap)``.
+    positions, or to nothing. ``alibi_scale`` multiplies ALiBi's slopes. ``soft_cap`` bounds the
+    scores by ``cap * tanh(score / cap)``.
     """
 
     num_heads: int
@@ -91,6 +92,7 @@ class AttentionSpec:
     window: int | None = None
     rope: RopeSpec | None = None
     alibi: bool = False
+    alibi_scale: float = 1.0
     qk_norm: QkNormSpec | None = None
     qkv_bias: bool = False
     output_bias: bool = False

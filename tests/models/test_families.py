@@ -39,6 +39,8 @@ YARN_ROPE = {
 }
 GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+FALCON = {**BASE, **ENDS, "ffn_hidden_size": 48}
+FALCON.pop("intermediate_size")
 
 CONFIGS = {
     "llama2": lambda: transformers.LlamaConfig(**BASE),
@@ -79,6 +81,20 @@ CONFIGS = {
     ),
     "phi": lambda: transformers.PhiConfig(**BASE),
     "phi-qk-norm": lambda: transformers.PhiConfig(**GQA, qk_layernorm=True),
+    "gpt-j": lambda: transformers.GPTJConfig(**GPT2, **ENDS, rotary_dim=4),
+    "falcon-7b": lambda: transformers.FalconConfig(**FALCON),
+    "falcon-11b": lambda: transformers.FalconConfig(
+        **FALCON, num_kv_heads=2, new_decoder_architecture=True, num_ln_in_parallel_attn=1
+    ),
+    "falcon-40b": lambda: transformers.FalconConfig(
+        **FALCON, num_kv_heads=2, new_decoder_architecture=True, tie_word_embeddings=False
+    ),
+    "falcon-rw": lambda: transformers.FalconConfig(
+        **FALCON, alibi=True, multi_query=False, parallel_attn=False, bias=True
+    ),
+    "starcoder2": lambda: transformers.Starcoder2Config(**GQA, **ENDS, sliding_window=7),
+    "starcoder2-unbiased": lambda: transformers.Starcoder2Config(**GQA, **ENDS, use_bias=False),
+    "olmo2": lambda: transformers.Olmo2Config(**GQA, **ENDS),
     "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4),
     "mixtral-window": lambda: transformers.MixtralConfig(
         **GQA, num_local_experts=3, num_experts_per_tok=1, sliding_window=5

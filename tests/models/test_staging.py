@@ -50,7 +50,8 @@ def source_of(request, checkpoint):
     directory, _ = checkpoint(CONFIGS[request.param]())
     config = load_config(directory)
     files = open_tensor_files(directory, "auto")
-    return config, files, CheckpointSource(files, config.family.names, config.spec)
+    names = config.family.weight_names(config.spec)
+    return config, files, CheckpointSource(files, names, config.spec)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
