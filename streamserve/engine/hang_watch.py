@@ -54,9 +54,11 @@ class HangWatch:
 
 
 def _stacks() -> str:
-    """What each thread is doing."""
+    """What each thread is doing, the main thread first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
     return "\n".join(
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in sys._current_frames().items()
+        for ident, frame in frames
     )

@@ -174,7 +174,7 @@ async def test_version_and_health():
         ("GET", "/nothing", 404),
         ("GET", "/v1", 404),
         ("POST", "/v1/chat/completions/", 404),
-        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/audio/speech", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/v1/completions", 405),
         ("POST", "/v1/models", 405),

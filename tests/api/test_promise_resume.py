@@ -27,7 +27,7 @@ ANSWERS = {
     "stop": ("one two three END four", {"stop": ["END", "two thick"]}),
     "thoughts": ("<think>Hm, 世界…</think>Hello there, 世界.", {}),
     "calls": (f"Wait.{CALL % 'Köln'}{CALL % 'Paris'}", {"tools": [TOOL]}),
-    "long call": (CALL % ("x" * 400), {"tools": [TOOL]}),
+    "long call": (CALL % ("x" * 280), {"tools": [TOOL]}),
     "broken call": ('See <tool_call>\n{"name": "wea', {"tools": [TOOL]}),
 }
 

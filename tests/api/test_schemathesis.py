@@ -19,6 +19,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from streamserve.api.openapi import ENDPOINTS, openapi
+from streamserve.api.sampling import TIME_FIELDS
 from tests.api.harness import Api, error_of, server_thread
 
 CHECKS = (
@@ -28,6 +29,7 @@ CHECKS = (
     response_schema_conformance,
     status_code_conformance,
 )
+LATE = ("deadline_exceeded", "deadline_unreachable", "queue_timeout")
 PLAIN = {"prompt": "Hi", "max_tokens": 4, "seed": 1}
 
 
@@ -49,12 +51,19 @@ schema = schemathesis.openapi.from_dict(openapi(has_keys=False))
     suppress_health_check=list(HealthCheck),
 )
 def test_only_4xx_and_it_answers_afterwards(case, server):
-    response = case.call_and_validate(base_url=str(server.base_url), checks=CHECKS)
+    response = case.call(base_url=str(server.base_url))
+    if response.status_code not in (503, 504) or not is_late(error_of(response.json())):
+        case.validate_response(response, checks=CHECKS)
     if response.status_code >= 400:
         assert len(error_of(response.json())["message"]) > 10
     answer = server.post("/v1/completions", json=PLAIN)
     assert answer.status_code == 200
     assert answer.json()["choices"][0]["text"] == "abcd"
+
+
+def is_late(error):
+    """Whether it is the deadline that the body asked for."""
+    return error.get("code") in LATE
 
 
 # JSON of every kind and size; none of them is right for every field.
@@ -90,7 +99,7 @@ async def test_every_field_alone_with_anything(endpoint):
             for value in VALUES:
                 body = {**endpoint.example, name: value}
                 answer = await api.call("POST", endpoint.path, body)
-                if answer.status == 200:
+                if answer.status == 200 or (name in TIME_FIELDS and is_late(answer.error)):
                     continue
                 assert 400 <= answer.status < 500, body
                 assert name in answer.error["message"], (body, answer.error)
