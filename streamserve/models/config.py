@@ -135,12 +135,12 @@ def _longest_sequence(family: Family, config: HfConfig, spec: DecoderSpec) -> in
     """The stated context times the stretch, where the statement is of the length before it.
 
     ``linear`` and ``dynamic`` configs state the trained length; ``yarn`` names the trained length
-    apart; ``llama3`` states the length after stretching.
+    apart; ``llama3`` and ``longrope`` state the length after stretching.
     """
     stated = family.max_positions(config)
     rope = spec.layers[0].attention.rope
     scaling = rope.scaling if rope is not None else None
-    if scaling is None or scaling.kind == "llama3":
+    if scaling is None or scaling.kind in ("llama3", "longrope"):
         return stated
     if scaling.kind == "yarn":
         return max(stated, int(scaling.original_max_position_embeddings * scaling.factor))

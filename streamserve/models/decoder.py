@@ -153,6 +153,8 @@ class Decoder:
         self.max_model_len = max_model_len
         self.nbytes = weights.nbytes()
         self._weights = weights
+        # Gemma multiplies by what is left of it in its own dtype.
+        self._embedding_scale: float = torch.tensor(spec.embedding_scale, dtype=dtype).item()
         self._cos_sin_tables: dict[RopeSpec, Tensor] = {}
         self._cache_indices = list(range(len(spec.layers)))
         self._recorded: RecordedStep | None = None
@@ -323,8 +325,8 @@ class Decoder:
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
         x = self.kernels.embedding(batch.input_ids, self._embedding)
-        if self.spec.embedding_scale != 1.0:
-            x = x * self.spec.embedding_scale
+        if self._embedding_scale != 1.0:
+            x = x * self._embedding_scale
         positions = self.spec.learned_positions
         if positions is not None:
             assert self._position_embedding is not None

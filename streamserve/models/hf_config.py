@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models.rope import yarn_attention_factor
+from streamserve.models.rope import longrope_attention_factor, yarn_attention_factor
 from streamserve.models.spec import Activation, RopeScaling, RopeSpec
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
     "quick_gelu": "quick_gelu",
 }
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 class HfConfig:
@@ -68,6 +68,11 @@ class HfConfig:
             if value is not None:
                 return _number(f"{self.source}: {name}", value)
         return default
+
+    def optional_number(self, default: float | None, name: str) -> float | None:
+        """A number that null switches off; ``default`` where the name is missing."""
+        value = self.values.get(name, default)
+        return None if value is None else _number(f"{self.source}: {name}", value)
 
     def flag_or(self, default: bool, name: str) -> bool:
         value = self.values.get(name)
@@ -131,9 +136,14 @@ class HfConfig:
         default_partial: float = 1.0,
         default_context: int = 2048,
         interleaved: bool = False,
+        layer_type: str | None = None,
     ) -> RopeSpec:
-        """The rotary settings of either generation, values inside the rope dict first."""
-        parameters = self._rope_parameters()
+        """The rotary settings of either generation, values inside the rope dict first.
+
+        Settings may differ by ``layer_type`` where a family asks for one's; settings for all are
+        those of ``full_attention`` then.
+        """
+        parameters = self._rope_parameters(layer_type)
         source = f"{self.source}: rope"
         theta = parameters.get("rope_theta")
         if theta is None:
@@ -146,7 +156,7 @@ class HfConfig:
             base=_number(f"{source} rope_theta", theta),
             rotary_dim=self._checked_rotary_dim(rotary_dim, head_size),
             interleaved=interleaved,
-            scaling=self._rope_scaling(parameters, default_context),
+            scaling=self._rope_scaling(parameters, default_context, rotary_dim // 2),
         )
 
     def rotary_dim(self, head_size: int, default: int) -> int:
@@ -161,7 +171,7 @@ class HfConfig:
             )
         return rotary_dim
 
-    def _rope_parameters(self) -> Mapping[str, Any]:
+    def _rope_parameters(self, layer_type: str | None) -> Mapping[str, Any]:
         for name in ("rope_scaling", "rope_parameters"):
             value = self.values.get(name)
             if not value:
@@ -169,6 +179,9 @@ class HfConfig:
             if not isinstance(value, dict):
                 raise ModelLoadError(f"{self.source}: {name} must be an object, got {value!r}")
             nested = [key for key, inner in value.items() if isinstance(inner, dict)]
+            if layer_type is not None:
+                flat = value if layer_type == "full_attention" else {}
+                return value.get(layer_type) or {} if nested else flat
             if nested:
                 raise UnsupportedModelError(
                     f"{self.source}: {name} differs by layer type ({', '.join(nested)}), "
@@ -177,8 +190,12 @@ class HfConfig:
             return value
         return {}
 
-    def _rope_scaling(self, given: Mapping[str, Any], default_context: int) -> RopeScaling | None:
+    def _rope_scaling(
+        self, given: Mapping[str, Any], default_context: int, num_pairs: int
+    ) -> RopeScaling | None:
         kind = given.get("rope_type", given.get("type", "default"))
+        if kind in ("su", "yarn") and "long_factor" in given:
+            kind = "longrope"  # as it was called before it had a name
         if kind == "default":
             return None
         if kind not in ROPE_KINDS:
@@ -188,7 +205,7 @@ class HfConfig:
             )
         context = self.integer_or(default_context, "max_position_embeddings")
         original = context
-        if kind in ("llama3", "yarn"):
+        if kind in ("llama3", "yarn", "longrope"):
             inner = HfConfig(given, f"{self.source}: rope")
             original = self.integer_or(
                 inner.integer_or(context, "original_max_position_embeddings"),
@@ -203,7 +220,8 @@ class HfConfig:
                 return default
             return _number(f"{self.source}: rope {name}", value)
 
-        factor = read("factor", context / original if kind == "yarn" else None)
+        implied = context / original if kind in ("yarn", "longrope") else None
+        factor = read("factor", implied)
         if factor <= 0:
             raise ModelLoadError(f"{self.source}: rope factor must be positive, got {factor}")
         if kind == "llama3":
@@ -215,7 +233,7 @@ class HfConfig:
                 high_freq_factor=read("high_freq_factor"),
             )
         if kind == "yarn":
-            implied = yarn_attention_factor(
+            magnitude = yarn_attention_factor(
                 factor, given.get("mscale"), given.get("mscale_all_dim")
             )
             return RopeScaling(
@@ -224,14 +242,34 @@ class HfConfig:
                 original_max_position_embeddings=original,
                 beta_fast=read("beta_fast", 32.0) or 32.0,
                 beta_slow=read("beta_slow", 1.0) or 1.0,
-                attention_factor=read("attention_factor", implied),
+                attention_factor=read("attention_factor", magnitude),
                 truncate=given.get("truncate", True) is not False,
+            )
+        if kind == "longrope":
+            magnitude = longrope_attention_factor(factor, original)
+            return RopeScaling(
+                kind="longrope",
+                factor=factor,
+                original_max_position_embeddings=original,
+                attention_factor=read("attention_factor", magnitude),
+                short_factors=self._pair_factors(given, "short_factor", num_pairs),
+                long_factors=self._pair_factors(given, "long_factor", num_pairs),
             )
         return RopeScaling(
             kind="linear" if kind == "linear" else "dynamic",
             factor=factor,
             original_max_position_embeddings=original,
         )
+
+    def _pair_factors(
+        self, given: Mapping[str, Any], name: str, num_pairs: int
+    ) -> tuple[float, ...]:
+        factors = given.get(name)
+        if not isinstance(factors, list) or len(factors) != num_pairs:
+            raise ModelLoadError(
+                f"{self.source}: rope {name} must list {num_pairs} numbers, got {factors!r}"
+            )
+        return tuple(_number(f"{self.source}: rope {name}", factor) for factor in factors)
 
 
 def _number(what: str, value: Any) -> float:

@@ -2,9 +2,10 @@
 
 Frequencies follow transformers' ``modeling_rope_utils`` to the last bit in float32, so that a
 checkpoint sees the angles it was trained with. One thing differs on purpose: *dynamic* NTK scaling
-there follows the longest length seen so far. Keys that are already in a paged cache cannot be
-rotated again, so here the frequencies are fixed once, for the longest length that is served
-(``max_length``). Up to the trained length that is plain rope, as in transformers.
+and *longrope* there follow the longest length seen so far. Keys that are already in a paged cache
+cannot be rotated again, so here the frequencies are fixed once, for the longest length that is
+served (``max_length``). Up to the trained length that is plain rope, or longrope's short factors,
+as in transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from streamserve.models.spec import RopeScaling, RopeSpec
 def inverse_frequencies(rope: RopeSpec, max_length: int) -> Tensor:
     """Radians per token of each rotated pair, ``[rotary_dim / 2]`` float32.
 
-    ``max_length`` is the longest sequence that will be served; only ``dynamic`` reads it.
+    ``max_length`` is the longest sequence that will be served: for ``dynamic`` and ``longrope``.
     """
     dim, base, scaling = rope.rotary_dim, rope.base, rope.scaling
     if scaling is not None and scaling.kind == "dynamic":
@@ -33,6 +34,10 @@ def inverse_frequencies(rope: RopeSpec, max_length: int) -> Tensor:
         return plain / scaling.factor
     if scaling.kind == "llama3":
         return _llama3(plain, scaling)
+    if scaling.kind == "longrope":
+        is_long = max_length > scaling.original_max_position_embeddings
+        factors = scaling.long_factors if is_long else scaling.short_factors
+        return 1.0 / (torch.tensor(factors) * base**exponents)
     return _yarn(base**exponents, base, dim, scaling)
 
 
@@ -65,6 +70,11 @@ def yarn_attention_factor(
     if mscale and mscale_all_dim:
         return magnitude(mscale) / magnitude(mscale_all_dim)
     return magnitude(1.0)
+
+
+def longrope_attention_factor(factor: float, original: int) -> float:
+    """The factor on cos and sin that LongRoPE (Ding et al. 2024) takes when a config names none."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _dynamic_ntk_base(base: float, dim: int, scaling: RopeScaling, max_length: int) -> float:

@@ -19,7 +19,7 @@ from typing import Literal
 
 NormKind = Literal["rms_norm", "layer_norm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu", "quick_gelu"]
-RopeScalingKind = Literal["linear", "dynamic", "llama3", "yarn"]
+RopeScalingKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
 Residual = Literal["sequential", "parallel"]
 RouterKind = Literal["softmax", "sigmoid"]
 
@@ -39,8 +39,9 @@ class RopeScaling:
     """How the rotary frequencies are stretched past the trained length.
 
     ``original_max_position_embeddings`` is the length trained on before stretching. The ``*_freq``
-    fields belong to ``llama3``, ``beta_*``, ``attention_factor`` and ``truncate`` to ``yarn``.
-    ``attention_factor`` multiplies cos and sin.
+    fields belong to ``llama3``, ``beta_*`` and ``truncate`` to ``yarn``, ``short_factors`` and
+    ``long_factors`` (one for each rotated pair) to ``longrope``. ``attention_factor`` multiplies
+    cos and sin.
     """
 
     kind: RopeScalingKind
@@ -52,6 +53,8 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,45 +66,6 @@ MLP = MlpSpec(intermediate_size=48, activation="silu", gated=True)
 LAYER_SPEC = LayerSpec(ATTENTION, MLP, attention_norm=RMS, mlp_norm=RMS)
 
 
-def gemma2():
-    """Norms before and after, offset weights, both soft caps, a scaled embedding, two windows."""
-    config = transformers.Gemma2Config(
-        **SIZES,
-        head_dim=8,
-        query_pre_attn_scalar=16,
-        sliding_window=6,
-        attn_logit_softcapping=2.0,
-        final_logit_softcapping=1.5,
-        attn_implementation="eager",
-    )
-    norm = NormSpec("rms_norm", 1e-6, weight_offset=1.0)
-    attention = replace(ATTENTION, scale=16**-0.5, soft_cap=2.0)
-    layer = LayerSpec(
-        attention,
-        replace(MLP, activation="gelu_tanh"),
-        attention_norm=norm,
-        mlp_norm=norm,
-        attention_post_norm=norm,
-        mlp_post_norm=norm,
-    )
-    spec = DecoderSpec(
-        vocab_size=97,
-        hidden_size=32,
-        layers=(replace(layer, attention=replace(attention, window=6)), layer),
-        final_norm=norm,
-        embedding_scale=32**0.5,
-        tied_head=True,
-        logit_soft_cap=1.5,
-    )
-    names = {
-        **LLAMA_LIKE,
-        "layers.attention_post_norm": (LAYER + "post_attention_layernorm",),
-        "layers.mlp_norm": (LAYER + "pre_feedforward_layernorm",),
-        "layers.mlp_post_norm": (LAYER + "post_feedforward_layernorm",),
-    }
-    return config, spec, WeightNames(names)
-
-
 def granite():
     """Scales on the embedding, on each residual and on the logits."""
     config = transformers.GraniteConfig(
@@ -159,7 +120,7 @@ def bloom():
     return config, spec, WeightNames(names, qkv_layout="grouped")
 
 
-@pytest.mark.parametrize("family", [gemma2, granite, bloom])
+@pytest.mark.parametrize("family", [granite, bloom])
 def test_an_axis_equals_transformers(family, checkpoint, kernels):
     config, spec, names = family()
     directory, model = checkpoint(config)

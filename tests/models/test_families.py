@@ -23,6 +23,7 @@ BASE = {
     "max_position_embeddings": 128,
 }
 GQA = {**BASE, "num_key_value_heads": 2}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -37,8 +38,16 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0, 1.1, 1.3, 1.7, 2.5, 3.0, 3.5, 4.0],
+}
+# Longer heads, of which a part can be turned, and that hold all of longrope's factors.
+PHI3 = {**BASE, **ENDS, "num_attention_heads": 2, "num_key_value_heads": 1}
+GEMMA = {**GQA, **ENDS, "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 6}
 GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
-ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 FALCON = {**BASE, **ENDS, "ffn_hidden_size": 48}
 FALCON.pop("intermediate_size")
 
@@ -95,6 +104,30 @@ CONFIGS = {
     "starcoder2": lambda: transformers.Starcoder2Config(**GQA, **ENDS, sliding_window=7),
     "starcoder2-unbiased": lambda: transformers.Starcoder2Config(**GQA, **ENDS, use_bias=False),
     "olmo2": lambda: transformers.Olmo2Config(**GQA, **ENDS),
+    "phi3": lambda: transformers.Phi3Config(**PHI3, sliding_window=7),
+    # Every sequence that is compared grows past these 32 tokens.
+    "phi3-long": lambda: transformers.Phi3Config(
+        **PHI3, rope_parameters=LONGROPE, original_max_position_embeddings=32
+    ),
+    "phi4-mini": lambda: transformers.Phi3Config(
+        **PHI3,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_theta": 10_000.0, "partial_rotary_factor": 0.75},
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **GEMMA,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+        attn_implementation="eager",
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **GEMMA,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    ),
     "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4),
     "mixtral-window": lambda: transformers.MixtralConfig(
         **GQA, num_local_experts=3, num_experts_per_tok=1, sliding_window=5

@@ -31,7 +31,7 @@ ACTIVATION_ERROR = 0.04
 def _dequantise(directory: Path, quantization: str) -> None:
     """Puts in place of each weight that is quantised the one that its codes stand for."""
     config = load_config(directory)
-    names = config.family.names
+    names = config.family.weight_names(config.spec)
     file = directory / "model.safetensors"
     tensors = load_file(file)
     for module in decoder_modules(config.spec):

@@ -102,9 +102,7 @@ def other_axes() -> dict[str, DecoderSpec]:
     }
 
 
-AXES = {
-    family.__name__: family for family in (test_axes.gemma2, test_axes.granite, test_axes.bloom)
-}
+AXES = {family.__name__: family for family in (test_axes.granite, test_axes.bloom)}
 
 
 @pytest.fixture(params=[*test_families.CONFIGS, *AXES, *other_axes()])

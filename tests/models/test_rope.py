@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.rope import alibi_slopes, cos_sin_table, inverse_frequencies
-from streamserve.models.spec import RopeSpec
+from streamserve.models.spec import RopeScaling, RopeSpec
 
 CPU = torch.device("cpu")
 LLAMA3 = {
@@ -65,6 +65,61 @@ def test_dynamic_scaling_is_fixed_for_the_longest_length_served(max_length):
     assert torch.equal(inverse_frequencies(rope, max_length), plain) == (max_length <= 131_072)
 
 
+@pytest.mark.parametrize(("max_length", "seq_len"), [(4096, 4096), (4097, 5000)])
+def test_longrope_takes_the_factors_of_the_longest_length_served(max_length, seq_len):
+    scaling = {
+        "short_factor": [1.0 + i / 100 for i in range(24)],
+        "long_factor": [1.0 + i for i in range(24)],
+    }
+    config = transformers.Phi3Config(
+        hidden_size=256,
+        num_attention_heads=4,
+        max_position_embeddings=131_072,
+        original_max_position_embeddings=4096,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+            **scaling,
+        },
+    )
+    expected, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=seq_len)
+    old = {
+        "max_position_embeddings": 131_072,
+        "original_max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": "su", **scaling},
+    }
+    for values in (config.to_dict(), old):
+        rope = HfConfig(values).rope(64)
+        torch.testing.assert_close(inverse_frequencies(rope, max_length), expected)
+        assert rope.scaling.attention_factor == pytest.approx(attention_factor)
+
+
+def test_layers_of_two_kinds_have_settings_of_their_own_in_either_generation():
+    """As Gemma 3 writes them: the stretching is for the layers without a window."""
+    new = {
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        }
+    }
+    old = {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    for values in (new, old):
+        config = HfConfig({"max_position_embeddings": 131_072, **values})
+        local = config.rope(
+            64, layer_type="sliding_attention", theta_names=("rope_local_base_freq",)
+        )
+        assert local == RopeSpec(1e4, 64)
+        everywhere = config.rope(64, layer_type="full_attention")
+        assert everywhere.base == 1e6
+        assert everywhere.scaling == RopeScaling("linear", 8.0, 131_072)
+
+
 @pytest.mark.parametrize("scaling", [None, *SCALINGS.values()], ids=["default", *SCALINGS])
 def test_both_generations_of_config_say_the_same(scaling):
     new = HfConfig(
@@ -92,7 +147,12 @@ def test_both_generations_of_config_say_the_same(scaling):
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({"rope_scaling": {"type": "longrope"}}, UnsupportedModelError, "'longrope'.*llama3, yarn"),
+        ({"rope_scaling": {"type": "mrope"}}, UnsupportedModelError, "'mrope'.*yarn, longrope"),
+        (
+            {"rope_scaling": {"type": "su", "factor": 4, "short_factor": [1.0], "long_factor": 2}},
+            ModelLoadError,
+            r"short_factor must list 32 numbers, got \[1.0\]",
+        ),
         ({"rope_scaling": {"type": "linear"}}, ModelLoadError, "needs factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, ModelLoadError, "positive, got 0"),
         ({"rope_theta": "big"}, ModelLoadError, "rope_theta must be a number, got 'big'"),

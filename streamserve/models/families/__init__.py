@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from streamserve.errors import UnsupportedModelError
-from streamserve.models.families import falcon, gpt2, gpt_neox, gptj, llama, olmo2, phi, starcoder2
+from streamserve.models.families import (
+    falcon,
+    gemma,
+    gpt2,
+    gpt_neox,
+    gptj,
+    llama,
+    olmo2,
+    phi,
+    phi3,
+    starcoder2,
+)
 from streamserve.models.families.family import Family
 from streamserve.models.hf_config import HfConfig
 
@@ -11,7 +22,7 @@ __all__ = ["FAMILIES", "Family", "find_family", "supported_architectures"]
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for module in (llama, gpt2, gptj, gpt_neox, phi, falcon, starcoder2, olmo2)
+    for module in (llama, gpt2, gptj, gpt_neox, phi, phi3, falcon, starcoder2, olmo2, gemma)
     for family in module.FAMILIES
 }
 

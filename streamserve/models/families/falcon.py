@@ -63,7 +63,8 @@ def _spec(config: HfConfig) -> DecoderSpec:
             scale=head_size**-0.5,
             rope=None if alibi else config.rope(head_size),
             alibi=alibi,
-            # The slopes are added before the scores are scaled.
+            # The slopes are added before the scores are scaled. (transformers rounds them, and
+            # their products with positions, to bfloat16; here they stay exact.)
             alibi_scale=head_size**-0.5,
             qkv_bias=bias,
             output_bias=bias,

@@ -21,36 +21,36 @@ from streamserve.models.spec import (
     QkNormSpec,
 )
 
-_LAYER = "model.layers.{layer}."
-_ATTENTION = {
+LAYER = "model.layers.{layer}."
+ATTENTION_NAMES = {
     "embedding": ("model.embed_tokens",),
     "final_norm": ("model.norm",),
     "head": ("lm_head",),
-    "layers.attention_norm": (_LAYER + "input_layernorm",),
-    "layers.mlp_norm": (_LAYER + "post_attention_layernorm",),
-    "layers.qkv": tuple(_LAYER + f"self_attn.{name}_proj" for name in "qkv"),
-    "layers.q_norm": (_LAYER + "self_attn.q_norm",),
-    "layers.k_norm": (_LAYER + "self_attn.k_norm",),
-    "layers.output": (_LAYER + "self_attn.o_proj",),
+    "layers.attention_norm": (LAYER + "input_layernorm",),
+    "layers.mlp_norm": (LAYER + "post_attention_layernorm",),
+    "layers.qkv": tuple(LAYER + f"self_attn.{name}_proj" for name in "qkv"),
+    "layers.q_norm": (LAYER + "self_attn.q_norm",),
+    "layers.k_norm": (LAYER + "self_attn.k_norm",),
+    "layers.output": (LAYER + "self_attn.o_proj",),
 }
-_MLP = {
-    "layers.gate_up": (_LAYER + "mlp.gate_proj", _LAYER + "mlp.up_proj"),
-    "layers.down": (_LAYER + "mlp.down_proj",),
+MLP_NAMES = {
+    "layers.gate_up": (LAYER + "mlp.gate_proj", LAYER + "mlp.up_proj"),
+    "layers.down": (LAYER + "mlp.down_proj",),
 }
-_EXPERT = _LAYER + "block_sparse_moe.experts.{expert}."
+_EXPERT = LAYER + "block_sparse_moe.experts.{expert}."
 _EXPERTS = {
-    "layers.router": (_LAYER + "block_sparse_moe.gate",),
+    "layers.router": (LAYER + "block_sparse_moe.gate",),
     "layers.experts.gate_up": (_EXPERT + "w1", _EXPERT + "w3"),
     "layers.experts.down": (_EXPERT + "w2",),
 }
 # Checkpoints converted before 2023 carry the rotary frequencies as a buffer of every layer.
 _IGNORED = (r"rotary_emb\.inv_freq",)
 
-LLAMA_NAMES = WeightNames({**_ATTENTION, **_MLP}, ignored=_IGNORED)
-MIXTRAL_NAMES = WeightNames({**_ATTENTION, **_EXPERTS}, ignored=_IGNORED)
+LLAMA_NAMES = WeightNames({**ATTENTION_NAMES, **MLP_NAMES}, ignored=_IGNORED)
+MIXTRAL_NAMES = WeightNames({**ATTENTION_NAMES, **_EXPERTS}, ignored=_IGNORED)
 
 
-def _decoder(
+def rotary_decoder(
     config: HfConfig,
     *,
     windows: tuple[int | None, ...],
@@ -109,7 +109,7 @@ def _mlp(config: HfConfig, *, bias: bool = False) -> MlpSpec:
 
 def _llama(config: HfConfig) -> DecoderSpec:
     bias = config.flag_or(False, "attention_bias")
-    return _decoder(
+    return rotary_decoder(
         config,
         windows=(None,) * config.integer("num_hidden_layers"),
         mlp=_mlp(config, bias=config.flag_or(False, "mlp_bias")),
@@ -120,7 +120,7 @@ def _llama(config: HfConfig) -> DecoderSpec:
 
 def _mistral(config: HfConfig) -> DecoderSpec:
     window = config.optional_integer("sliding_window")
-    return _decoder(
+    return rotary_decoder(
         config,
         windows=config.layer_windows(config.integer("num_hidden_layers"), window),
         mlp=_mlp(config),
@@ -142,7 +142,7 @@ def _qwen_windows(config: HfConfig) -> tuple[int | None, ...]:
 
 
 def _qwen2(config: HfConfig) -> DecoderSpec:
-    return _decoder(
+    return rotary_decoder(
         config,
         windows=_qwen_windows(config),
         mlp=_mlp(config),
@@ -153,7 +153,7 @@ def _qwen2(config: HfConfig) -> DecoderSpec:
 
 def _qwen3(config: HfConfig) -> DecoderSpec:
     bias = config.flag_or(False, "attention_bias")
-    return _decoder(
+    return rotary_decoder(
         config,
         windows=_qwen_windows(config),
         mlp=_mlp(config),
@@ -167,7 +167,7 @@ def _qwen3(config: HfConfig) -> DecoderSpec:
 
 def _mixtral(config: HfConfig) -> DecoderSpec:
     window = config.optional_integer("sliding_window")
-    return _decoder(
+    return rotary_decoder(
         config,
         windows=config.layer_windows(config.integer("num_hidden_layers"), window),
         mlp=ExpertsSpec(
