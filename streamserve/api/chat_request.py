@@ -54,6 +54,7 @@ _RESERVED_KWARGS = frozenset(
     {
         "add_generation_prompt",
         "add_special_tokens",
+        "chat_template",
         "continue_final_message",
         "documents",
         "messages",
@@ -273,6 +274,7 @@ CHAT_FIELDS: dict[str, Reader] = {
     **COMMON_FIELDS,
     "add_generation_prompt": read_bool,
     "add_special_tokens": read_bool,
+    "chat_template": read_str,
     "chat_template_kwargs": read_template_kwargs,
     "continue_final_message": read_bool,
     "include_reasoning": read_bool,
@@ -291,7 +293,6 @@ CHAT_FIELDS: dict[str, Reader] = {
 CHAT_REFUSED: dict[str, Refused] = {
     **{name: refused for name, refused in REFUSED.items() if name not in CHAT_FIELDS},
     "audio": Refused(),
-    "chat_template": Refused((), _NOT_BUILT),
     "documents": Refused(([],), _NOT_BUILT),
     "echo": Refused((False,), "is not supported for chat"),
     "function_call": Refused(("none", "auto"), _LEGACY),
@@ -331,7 +332,8 @@ class ChatRequest:
     """A chat request whose every field is valid.
 
     ``messages`` hold role, content (a string or text parts), maybe name; the assistant's maybe
-    tool calls and reasoning, a tool's the id of its call.
+    tool calls and reasoning, a tool's the id of its call. ``chat_template_kwargs`` hold a
+    ``chat_template`` of the request's as well.
     """
 
     common: Common
@@ -375,10 +377,16 @@ def parse_chat_request(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         add_generation_prompt=add_prompt,
         continue_final_message=continue_final,
         add_special_tokens=values.get("add_special_tokens", False),
-        chat_template_kwargs=values.get("chat_template_kwargs", {}),
+        chat_template_kwargs=template_kwargs(values),
         tools=use,
         reasoning=_reasoning(values),
     )
+
+
+def template_kwargs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the request gives the chat template, a template of its own included."""
+    own = {"chat_template": values["chat_template"]} if "chat_template" in values else {}
+    return {**values.get("chat_template_kwargs", {}), **own}
 
 
 def _reasoning(values: Mapping[str, Any]) -> ReasoningOptions:

@@ -30,6 +30,8 @@ DESCRIPTIONS: dict[str, str] = {
     "user_id": "As `user`.",
     "arguments": "A JSON object, as a string.",
     "call_id": "The call, in the words of who made it.",
+    "chat_template": "A Jinja template in place of the checkpoint's, with "
+    "--trust-request-chat-template; otherwise refused.",
     "chat_template_kwargs": "Variables for the chat template.",
     "continue_final_message": "Go on with the last message instead of answering it.",
     "continuous_usage_stats": "`usage` in every chunk.",

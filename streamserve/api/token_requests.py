@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 import orjson
 
 from streamserve.api.answer_plan import with_family_ids
-from streamserve.api.chat_request import CHAT_FIELDS, CHAT_REFUSED, check_final_message
+from streamserve.api.chat_request import (
+    CHAT_FIELDS,
+    CHAT_REFUSED,
+    check_final_message,
+    template_kwargs,
+)
 from streamserve.api.completion_request import read_token_ids
 from streamserve.api.fields import (
     FieldTable,
@@ -30,13 +35,14 @@ from streamserve.errors import InvalidParameterError
 
 _OF_CHAT = (
     "add_generation_prompt",
+    "chat_template",
     "chat_template_kwargs",
     "continue_final_message",
     "messages",
     "tools",
 )
-_ONLY_OF_CHAT = ("chat_template_kwargs", "continue_final_message", "tools")
-_REFUSED_OF_CHAT = ("chat_template", "mm_processor_kwargs")
+_ONLY_OF_CHAT = ("chat_template", "chat_template_kwargs", "continue_final_message", "tools")
+_REFUSED_OF_CHAT = ("mm_processor_kwargs",)
 
 _FIELDS: dict[str, Reader] = {
     **{name: CHAT_FIELDS[name] for name in _OF_CHAT},
@@ -109,7 +115,7 @@ def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat)
         "add_generation_prompt": add_prompt,
         "continue_final_message": continue_final,
         "tools": tools.definitions,
-        **values.get("chat_template_kwargs", {}),
+        **template_kwargs(values),
     }
     messages = with_family_ids(values["messages"].items, answer_format)
     special = values.get("add_special_tokens", False)

@@ -313,6 +313,11 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         "SIGHUP and when it changes",
     )
     group.add_argument(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="render a request's chat_template in place of the checkpoint's (default: refuse it)",
+    )
+    group.add_argument(
         "--shared-system-prompt",
         action="append",
         metavar="FILE",

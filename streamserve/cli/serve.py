@@ -154,6 +154,8 @@ def api_config(args: Namespace) -> ApiConfig:
     if keys is None:
         key = os.environ.get("STREAMSERVE_API_KEY")
         keys = [key] if key else []
+    if "" in keys:
+        raise ConfigError("--api-key must not be empty")
     if args.api_key_file is not None:
         # What is wrong with it is known before a model is loaded.
         KeyRing(keys, args.api_key_file)

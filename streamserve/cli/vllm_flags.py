@@ -195,8 +195,8 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         "enable_force_include_usage!",
     ),
     (
-        "a request says it in chat_template or chat_template_kwargs, where that is built",
-        "trust_request_chat_template! default_chat_template_kwargs",
+        "a request says it in chat_template_kwargs",
+        "default_chat_template_kwargs",
     ),
     (
         "--tool-call-parser says how the model writes calls",

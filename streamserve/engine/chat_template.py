@@ -31,7 +31,8 @@ class ChatTemplate:
     ``source`` says where it comes from; ``is_builtin`` that the checkpoint had none, which is
     worth a warning. ``template`` may be several by name, as some checkpoints have: ``tool_use`` is
     then taken for requests with tools. ``text`` is all of it, ``variables`` are the names it reads,
-    ``is_tame`` says that a short chat is certain to be rendered in a short time.
+    ``is_tame`` says that a short chat is certain to be rendered in a short time,
+    ``trusts_requests`` that a request may bring a template of its own.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         source: str,
         is_builtin: bool = False,
+        trusts_requests: bool = False,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         """Raises ``ModelLoadError`` naming ``source`` if a template is not valid Jinja."""
         self.source = source
         self.is_builtin = is_builtin
+        self.trusts_requests = trusts_requests
         self._special_tokens = dict(special_tokens or {})
         environment = _environment(now)
         named = {"default": template} if isinstance(template, str) else dict(template)
@@ -116,17 +119,27 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
         """Return the prompt; encode it without special tokens, the template writes its own.
 
         ``continue_final_message`` leaves the last message open for the model to go on. Content
         given as text parts is joined by newlines if the template expects a string. ``kwargs``
-        reach the template (``enable_thinking`` and the like).
+        reach the template (``enable_thinking`` and the like). ``chat_template`` is the request's,
+        in place of this one.
 
         Raises ``InvalidParameterError`` with the template's own message if it refuses the
-        messages.
+        messages, and for a ``chat_template`` that is not trusted or not Jinja.
         """
+        if chat_template is not None:
+            return self._of_request(chat_template).render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **kwargs,
+            )
         if add_generation_prompt and continue_final_message:
             raise InvalidParameterError(
                 "add_generation_prompt and continue_final_message cannot both be true",
@@ -145,6 +158,19 @@ class ChatTemplate:
         }
         text = self._render(self._template_for(tools is not None), context)
         return _cut_at_mark(text) if continue_final_message else text
+
+    def _of_request(self, text: str) -> ChatTemplate:
+        if not self.trusts_requests:
+            raise InvalidParameterError(
+                "chat_template is not supported: the server was started without"
+                " --trust-request-chat-template",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
+        try:
+            return ChatTemplate(text, special_tokens=self._special_tokens, source="the request")
+        except ModelLoadError as error:
+            raise InvalidParameterError(str(error), param="chat_template") from error
 
     def _template_for(self, has_tools: bool) -> jinja2.Template:
         templates = self._templates

@@ -139,7 +139,7 @@ class Preprocessor:
             tools=tools,
             **kwargs,
         )
-        if tools or not self._may_render_here:
+        if tools or "chat_template" in kwargs or not self._may_render_here:
             size = INLINE_CHARACTERS + 1
         else:
             size = sum(_size_of(message) for message in messages)

@@ -18,11 +18,13 @@ class TextSource:
     """A checkpoint's directory, and the template to take instead of its own.
 
     ``backend`` makes the tokenizer where there is no ``tokenizer.json``; it is pickled.
+    ``trusts_requests`` lets requests bring templates of their own.
     """
 
     directory: Path
     chat_template: str | None = None
     backend: Callable[[], tokenizers.Tokenizer] | None = None
+    trusts_requests: bool = False
 
     def __call__(self) -> tuple[FastTokenizer, ChatTemplate]:
         """Load both. Raises ``ModelLoadError`` or ``ConfigError``."""
@@ -33,6 +35,7 @@ class TextSource:
             special_tokens=tokenizer.special_tokens,
             has_token=lambda token: tokenizer.token_to_id(token) is not None,
         )
+        template.trusts_requests = self.trusts_requests
         return tokenizer, template
 
 

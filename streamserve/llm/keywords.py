@@ -15,7 +15,14 @@ from streamserve.cli.source_flags import add_seed_flag
 from streamserve.cli.vllm_flags import FOREIGN_FLAGS, option
 from streamserve.errors import ConfigError
 
-_OF_A_SERVER = frozenset({"reasoning_parser", "served_model_name", "shutdown_timeout"})
+_OF_A_SERVER = frozenset(
+    {
+        "reasoning_parser",
+        "served_model_name",
+        "shutdown_timeout",
+        "trust_request_chat_template",
+    }
+)
 """What vLLM takes here as well."""
 
 

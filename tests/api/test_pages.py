@@ -7,6 +7,7 @@ import pytest
 from streamserve.api.pages import PAGES
 from streamserve.cli.args import parse_args
 from streamserve.cli.serve import api_config
+from streamserve.errors import ConfigError
 from tests.api.harness import Api
 
 
@@ -32,6 +33,11 @@ async def test_a_page_has_a_strict_policy_and_nothing_from_outside(path):
 def test_the_flag_turns_them_off():
     assert api_config(parse_args(["serve"])).has_pages
     assert not api_config(parse_args(["serve", "--no-ui"])).has_pages
+
+
+def test_an_empty_key_guards_nothing_and_is_refused():
+    with pytest.raises(ConfigError, match="--api-key must not be empty"):
+        api_config(parse_args(["serve", "--api-key", "secret", ""]))
 
 
 @pytest.mark.parametrize("path", PAGES)

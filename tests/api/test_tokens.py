@@ -2,6 +2,7 @@
 
 import pytest
 
+from streamserve.engine.chat_template import ChatTemplate
 from tests.api.harness import MAX_MODEL_LEN, MODEL, Api
 from tests.api.scripted import scripted
 
@@ -45,6 +46,22 @@ async def test_messages_are_rendered_as_for_an_answer():
     assert shorter["count"] < asked["count"]
     assert special["tokens"] == [256, *asked["tokens"]]
     assert bytes(open_end["tokens"]).endswith(b"Hi")
+
+
+async def test_a_trusted_request_brings_its_own_template():
+    template = ChatTemplate("{{ messages[0].content }}", source="a test", trusts_requests=True)
+    own = "{% for m in messages %}[{{ m.content }}]{{ closing }}{% endfor %}"
+    fields = {"messages": [HI], "chat_template": own, "chat_template_kwargs": {"closing": "."}}
+    async with Api(template=template).running() as api:
+        asked = (await tokenize(api, **fields)).json
+        answer = await api.chat(**fields, max_tokens=1)
+        del fields["messages"]
+        response = await api.call("POST", "/v1/responses", {"input": "Hi", **fields})
+        broken = await api.chat(messages=[HI], chat_template="{% if %}")
+    assert bytes(asked["tokens"]) == b"[Hi]."
+    assert answer.json["usage"]["prompt_tokens"] == 5
+    assert response.json["usage"]["input_tokens"] == 5
+    assert (broken.status, broken.error["param"]) == (400, "chat_template")
 
 
 async def test_tools_and_calls_are_rendered_as_for_an_answer():
@@ -97,7 +114,7 @@ async def test_ids_that_the_vocabulary_lacks_are_refused():
         ("/tokenize", {"prompt": "a", "return_token_strs": 1}, "return_token_strs", "a boolean"),
         ("/tokenize", {"prompt": "a", "tools": [TOOL]}, "tools", "only with messages"),
         ("/tokenize", {"messages": [HI], "tools": [{}]}, "tools[0]", "type is required"),
-        ("/tokenize", {"messages": [HI], "chat_template": "x"}, "chat_template", "not supported"),
+        ("/tokenize", {"messages": [HI], "chat_template": "x"}, "chat_template", "--trust-req"),
         (
             "/tokenize",
             {"messages": [HI], "add_generation_prompt": True, "continue_final_message": True},

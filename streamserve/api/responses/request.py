@@ -8,7 +8,12 @@ from typing import Any
 
 import orjson
 
-from streamserve.api.chat_request import ChatRequest, ReasoningOptions, read_template_kwargs
+from streamserve.api.chat_request import (
+    ChatRequest,
+    ReasoningOptions,
+    read_template_kwargs,
+    template_kwargs,
+)
 from streamserve.api.choices import Choices
 from streamserve.api.extras import read_extras
 from streamserve.api.fields import (
@@ -74,6 +79,7 @@ RESPONSES_FIELDS: dict[str, Reader] = {
         for name in (*TIME_FIELDS, "cache_salt", "model", "priority", "stream", "user")
     },
     "background": read_bool,
+    "chat_template": read_str,
     "chat_template_kwargs": read_template_kwargs,
     "include": read_include,
     "include_reasoning": read_bool,
@@ -191,7 +197,7 @@ def parse_responses_request(
         add_generation_prompt=True,
         continue_final_message=False,
         add_special_tokens=False,
-        chat_template_kwargs=values.get("chat_template_kwargs", {}),
+        chat_template_kwargs=template_kwargs(values),
         tools=use_of_tools(values),
         reasoning=ReasoningOptions(
             values.get("include_reasoning", True),
