@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from streamserve.errors import UnsupportedModelError
@@ -191,18 +192,34 @@ def bind_mlp(
     spec: MlpSpec | ExpertsSpec, weights: Weights, kernels: Kernels
 ) -> Callable[[Tensor], Tensor]:
     """The MLP or experts as one function [T, H] -> [T, H]."""
-    if isinstance(spec, ExpertsSpec):
-        return _bind_experts(spec, weights, kernels)
-    down = weights.linears["layers.down"]
+    if not isinstance(spec, ExpertsSpec):
+        return _bind_plain(spec, weights, kernels, "layers.")
+    experts = _bind_experts(spec, weights, kernels)
+    if spec.shared is None:
+        return experts
+    shared = _bind_plain(spec.shared, weights, kernels, "layers.shared.")
+    gate = weights.tensors["layers.shared.gate"]
+
+    def with_shared(x: Tensor) -> Tensor:
+        chosen = experts(x)
+        return chosen + torch.sigmoid(F.linear(x, gate)) * shared(x)
+
+    return with_shared
+
+
+def _bind_plain(
+    spec: MlpSpec, weights: Weights, kernels: Kernels, prefix: str
+) -> Callable[[Tensor], Tensor]:
+    down = weights.linears[prefix + "down"]
     if spec.gated:
-        gate_up, kind = weights.linears["layers.gate_up"], _gated_kind(spec.activation)
+        gate_up, kind = weights.linears[prefix + "gate_up"], _gated_kind(spec.activation)
         gated_activation = kernels.gated_activation
 
         def gated(x: Tensor) -> Tensor:
             return down(gated_activation(gate_up(x), kind))
 
         return gated
-    up, plain_kind, activation = weights.linears["layers.up"], spec.activation, kernels.activation
+    up, plain_kind, activation = weights.linears[prefix + "up"], spec.activation, kernels.activation
 
     def plain(x: Tensor) -> Tensor:
         return down(activation(up(x), plain_kind))

@@ -9,6 +9,7 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
     layers.qkv  layers.q_norm  layers.k_norm  layers.output  layers.sinks
     layers.gate_up (or layers.up when not gated)  layers.down
     layers.router  layers.experts.gate_up  layers.experts.down
+    layers.shared.gate  layers.shared.gate_up  layers.shared.down
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec, NormSpec
+from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec, MlpSpec, NormSpec
 from streamserve_kernels.quantised import Quantization, packed_bytes
 
 Role = Literal["linear", "norm", "table", "vector"]
@@ -164,8 +164,8 @@ def _attention_modules(layer: LayerSpec, hidden_size: int, index: int) -> Iterat
 
 def _mlp_modules(layer: LayerSpec, hidden_size: int, index: int) -> Iterator[Module]:
     mlp = layer.mlp
-    size = mlp.intermediate_size
     if isinstance(mlp, ExpertsSpec):
+        size = mlp.intermediate_size
         yield Module("layers.router", "linear", (mlp.num_experts,), hidden_size, layer=index)
         for expert in range(mlp.num_experts):
             for name, rows, columns in (
@@ -173,7 +173,15 @@ def _mlp_modules(layer: LayerSpec, hidden_size: int, index: int) -> Iterator[Mod
                 ("layers.experts.down", (hidden_size,), size),
             ):
                 yield Module(name, "linear", rows, columns, layer=index, expert=expert)
+        if mlp.shared is not None:
+            yield Module("layers.shared.gate", "table", (1,), hidden_size, layer=index)
+            yield from _plain_mlp_modules("layers.shared.", mlp.shared, hidden_size, index)
         return
-    name, rows = ("layers.gate_up", (size, size)) if mlp.gated else ("layers.up", (size,))
-    yield Module(name, "linear", rows, hidden_size, bias=mlp.bias, layer=index)
-    yield Module("layers.down", "linear", (hidden_size,), size, bias=mlp.bias, layer=index)
+    yield from _plain_mlp_modules("layers.", mlp, hidden_size, index)
+
+
+def _plain_mlp_modules(prefix: str, mlp: MlpSpec, hidden_size: int, index: int) -> Iterator[Module]:
+    size = mlp.intermediate_size
+    name, rows = ("gate_up", (size, size)) if mlp.gated else ("up", (size,))
+    yield Module(prefix + name, "linear", rows, hidden_size, bias=mlp.bias, layer=index)
+    yield Module(prefix + "down", "linear", (hidden_size,), size, bias=mlp.bias, layer=index)

@@ -131,7 +131,10 @@ class MlpSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:
-    """Gated experts without biases; each token goes to its ``top_k`` by router probability."""
+    """Gated experts without biases; each token goes to its ``top_k`` by router probability.
+
+    ``shared`` is a gated MLP that every token goes to besides, times the sigmoid of a gate.
+    """
 
     num_experts: int
     top_k: int
@@ -139,6 +142,7 @@ class ExpertsSpec:
     activation: Activation
     router: RouterKind = "softmax"
     renormalise: bool = True
+    shared: MlpSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)

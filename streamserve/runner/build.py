@@ -106,6 +106,8 @@ def _layer_width(hidden_size: int, layer: LayerSpec) -> int:
     heads = attention.query_size + attention.key_size + attention.value_size
     if isinstance(mlp, ExpertsSpec):
         inside = mlp.top_k * (3 * mlp.intermediate_size + 2 * hidden_size)
+        if mlp.shared is not None:
+            inside = max(inside, hidden_size + 3 * mlp.shared.intermediate_size)
     else:
         inside = (3 if mlp.gated else 2) * mlp.intermediate_size
     return 3 * hidden_size + max(heads + attention.output_size, inside)

@@ -29,6 +29,12 @@ CONFIGS = {
     ),
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**SIZES),
     "phi": lambda: transformers.PhiConfig(**SIZES),
+    "falcon-rw": lambda: transformers.FalconConfig(
+        **SIZES, alibi=True, multi_query=False, parallel_attn=False, bias=True
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **GQA, head_dim=16, sliding_window=7, attn_implementation="eager"
+    ),
     "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4),
 }
 

@@ -128,6 +128,27 @@ CONFIGS = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         },
     ),
+    "smollm3": lambda: transformers.SmolLM3Config(**GQA, **ENDS, no_rope_layer_interval=2),
+    "smollm3-windows": lambda: transformers.SmolLM3Config(
+        **GQA, **ENDS, no_rope_layers=[0, 1, 0], use_sliding_window=True, sliding_window=6
+    ),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
+        **GQA,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        mlp_only_layers=[1],
+    ),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **GQA,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=3,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+    ),
     "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4),
     "mixtral-window": lambda: transformers.MixtralConfig(
         **GQA, num_local_experts=3, num_experts_per_tok=1, sliding_window=5

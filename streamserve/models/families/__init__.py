@@ -13,6 +13,8 @@ from streamserve.models.families import (
     olmo2,
     phi,
     phi3,
+    qwen_moe,
+    smollm3,
     starcoder2,
 )
 from streamserve.models.families.family import Family
@@ -22,7 +24,20 @@ __all__ = ["FAMILIES", "Family", "find_family", "supported_architectures"]
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for module in (llama, gpt2, gptj, gpt_neox, phi, phi3, falcon, starcoder2, olmo2, gemma)
+    for module in (
+        llama,
+        qwen_moe,
+        smollm3,
+        gpt2,
+        gptj,
+        gpt_neox,
+        phi,
+        phi3,
+        falcon,
+        starcoder2,
+        olmo2,
+        gemma,
+    )
     for family in module.FAMILIES
 }
 

@@ -98,7 +98,7 @@ def rotary_decoder(
     )
 
 
-def _mlp(config: HfConfig, *, bias: bool = False) -> MlpSpec:
+def gated_mlp(config: HfConfig, *, bias: bool = False) -> MlpSpec:
     return MlpSpec(
         intermediate_size=config.integer("intermediate_size"),
         activation=config.activation_or("silu", "hidden_act"),
@@ -112,7 +112,7 @@ def _llama(config: HfConfig) -> DecoderSpec:
     return rotary_decoder(
         config,
         windows=(None,) * config.integer("num_hidden_layers"),
-        mlp=_mlp(config, bias=config.flag_or(False, "mlp_bias")),
+        mlp=gated_mlp(config, bias=config.flag_or(False, "mlp_bias")),
         qkv_bias=bias,
         output_bias=bias,
     )
@@ -123,7 +123,7 @@ def _mistral(config: HfConfig) -> DecoderSpec:
     return rotary_decoder(
         config,
         windows=config.layer_windows(config.integer("num_hidden_layers"), window),
-        mlp=_mlp(config),
+        mlp=gated_mlp(config),
         default_kv_heads=8,
         default_context=4096 * 32,
     )
@@ -145,7 +145,7 @@ def _qwen2(config: HfConfig) -> DecoderSpec:
     return rotary_decoder(
         config,
         windows=_qwen_windows(config),
-        mlp=_mlp(config),
+        mlp=gated_mlp(config),
         default_context=32_768,
         qkv_bias=True,
     )
@@ -156,7 +156,7 @@ def _qwen3(config: HfConfig) -> DecoderSpec:
     return rotary_decoder(
         config,
         windows=_qwen_windows(config),
-        mlp=_mlp(config),
+        mlp=gated_mlp(config),
         default_context=32_768,
         head_size=config.integer_or(128, "head_dim"),
         qkv_bias=bias,

@@ -6,10 +6,16 @@ Phi 4 mini turns a part of each head only.
 from __future__ import annotations
 
 from streamserve.models.families.family import Family
-from streamserve.models.families.llama import ATTENTION_NAMES, LAYER, MLP_NAMES, rotary_decoder
+from streamserve.models.families.llama import (
+    ATTENTION_NAMES,
+    LAYER,
+    MLP_NAMES,
+    gated_mlp,
+    rotary_decoder,
+)
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
-from streamserve.models.spec import DecoderSpec, MlpSpec
+from streamserve.models.spec import DecoderSpec
 
 NAMES = WeightNames(
     {
@@ -27,11 +33,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
     return rotary_decoder(
         config,
         windows=(window,) * config.integer("num_hidden_layers"),
-        mlp=MlpSpec(
-            intermediate_size=config.integer("intermediate_size"),
-            activation=config.activation_or("silu", "hidden_act"),
-            gated=True,
-        ),
+        mlp=gated_mlp(config),
         default_eps=1e-5,
         default_context=4096,
     )
