@@ -10,6 +10,8 @@ import torch
 import transformers
 
 from streamserve.models import Decoder, load_model
+from streamserve.models.families import FAMILIES
+from streamserve.models.hf_config import HfConfig
 from streamserve_kernels import Kernels
 from tests.models.paged import PagedHarness, Sequence
 
@@ -114,6 +116,9 @@ CONFIGS = {
         tie_word_embeddings=True,
         rope_parameters={"rope_theta": 10_000.0, "partial_rotary_factor": 0.75},
     ),
+    "glm": lambda: transformers.GlmConfig(**GQA, **ENDS, head_dim=16),
+    "glm4": lambda: transformers.Glm4Config(**GQA, **ENDS, head_dim=16, attention_bias=False),
+    "gemma": lambda: transformers.GemmaConfig(**GQA, **ENDS, head_dim=16, hidden_act="gelu"),
     "gemma2": lambda: transformers.Gemma2Config(
         **GEMMA,
         attn_logit_softcapping=2.0,
@@ -236,3 +241,9 @@ def test_rows_that_nobody_asked_for_change_nothing(pair):
     assert harness.step([(sequence, 9)]).shape == (0, 97)
     logits = harness.step([(sequence, len(tokens[0]) - 9)], all_rows=True)
     torch.testing.assert_close(logits, everything[0][9:], rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_gemma_says_gelu_and_means_its_tanh_form():
+    values = transformers.GemmaConfig(**GQA, **ENDS).to_dict()
+    family = FAMILIES["GemmaForCausalLM"]
+    assert family.spec(HfConfig(values)) == family.spec(HfConfig({**values, "hidden_act": "gelu"}))

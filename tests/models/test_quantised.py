@@ -52,7 +52,7 @@ def quantization(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "mixtral"])
+@pytest.fixture(scope="module", params=[*FAMILIES, "qwen2-moe"])
 def saved(request, tmp_path_factory, build, quantization) -> tuple[Path, Callable[[], None]]:
     """A checkpoint, and transformers' model of its dequantised weights."""
     directory = tmp_path_factory.mktemp("checkpoint")

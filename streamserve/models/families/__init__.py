@@ -6,6 +6,7 @@ from streamserve.errors import UnsupportedModelError
 from streamserve.models.families import (
     falcon,
     gemma,
+    glm,
     gpt2,
     gpt_neox,
     gptj,
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Family] = {
         starcoder2,
         olmo2,
         gemma,
+        glm,
     )
     for family in module.FAMILIES
 }

@@ -1,5 +1,6 @@
-"""Gemma 2 and the text models of Gemma 3: norms before and after each half, windows in turns.
+"""Gemma 1, 2 and the text models of 3: a scaled embedding, norms whose weights are stored minus 1.
 
+Gemma 1 is Llama but for that. The others norm before and after each half and have windows in turns:
 Gemma 2 bounds scores and logits; Gemma 3 norms each query and key head instead, and turns the heads
 of its windowed layers by frequencies of their own.
 """
@@ -10,7 +11,13 @@ from dataclasses import replace
 
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
-from streamserve.models.families.llama import ATTENTION_NAMES, LAYER, MLP_NAMES
+from streamserve.models.families.llama import (
+    ATTENTION_NAMES,
+    LAYER,
+    LLAMA_NAMES,
+    MLP_NAMES,
+    rotary_decoder,
+)
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
 from streamserve.models.spec import (
@@ -35,6 +42,39 @@ NAMES = WeightNames(
 )
 
 
+def _refuse_looking_ahead(config: HfConfig) -> None:
+    if config.flag_or(False, "use_bidirectional_attention"):
+        raise UnsupportedModelError(
+            f"{config.source}: use_bidirectional_attention is not supported: a decoder looks back"
+        )
+
+
+def _gemma(config: HfConfig) -> DecoderSpec:
+    _refuse_looking_ahead(config)
+    activation = config.activation_or("gelu_tanh", "hidden_act")
+    bias = config.flag_or(False, "attention_bias")
+    spec = rotary_decoder(
+        config,
+        windows=(None,) * config.integer("num_hidden_layers"),
+        mlp=MlpSpec(
+            intermediate_size=config.integer("intermediate_size"),
+            # The first releases say "gelu" and mean its tanh form.
+            activation="gelu_tanh" if activation == "gelu" else activation,
+            gated=True,
+        ),
+        default_context=8192,
+        head_size=config.integer_or(256, "head_dim"),
+        norm_offset=1.0,
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+    return replace(
+        spec,
+        embedding_scale=spec.hidden_size**0.5,
+        tied_head=config.flag_or(True, "tie_word_embeddings"),
+    )
+
+
 def _decoder(
     config: HfConfig,
     *,
@@ -45,10 +85,7 @@ def _decoder(
     qk_norm: bool,
 ) -> DecoderSpec:
     """One layer of ``every`` has no window. ``ropes``: of layers with a window, and without."""
-    if config.flag_or(False, "use_bidirectional_attention"):
-        raise UnsupportedModelError(
-            f"{config.source}: use_bidirectional_attention is not supported: a decoder looks back"
-        )
+    _refuse_looking_ahead(config)
     hidden_size = config.integer("hidden_size")
     size = config.integer_or(256, "head_dim")
     bias = config.flag_or(False, "attention_bias")
@@ -124,6 +161,13 @@ def _gemma3(config: HfConfig) -> DecoderSpec:
 
 
 FAMILIES = (
+    Family(
+        architecture="GemmaForCausalLM",
+        model_type="gemma",
+        spec=_gemma,
+        max_positions=lambda config: config.integer_or(8192, "max_position_embeddings"),
+        names=LLAMA_NAMES,
+    ),
     Family(
         architecture="Gemma2ForCausalLM",
         model_type="gemma2",

@@ -19,6 +19,7 @@ from streamserve.models.spec import (
     MlpSpec,
     NormSpec,
     QkNormSpec,
+    RopeSpec,
 )
 
 LAYER = "model.layers.{layer}."
@@ -59,6 +60,8 @@ def rotary_decoder(
     default_eps: float = 1e-6,
     default_context: int = 2048,
     head_size: int | None = None,
+    rope: RopeSpec | None = None,
+    norm_offset: float = 0.0,
     qkv_bias: bool = False,
     output_bias: bool = False,
     qk_norm: bool = False,
@@ -67,8 +70,10 @@ def rotary_decoder(
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = config.integer_or(default_kv_heads or num_heads, "num_key_value_heads")
     size = head_size or config.head_size(hidden_size, num_heads)
-    norm = NormSpec("rms_norm", config.number_or(default_eps, "rms_norm_eps"))
-    rope = config.rope(size, default_context=default_context)
+    eps = config.number_or(default_eps, "rms_norm_eps")
+    norm = NormSpec("rms_norm", eps, weight_offset=norm_offset)
+    if rope is None:
+        rope = config.rope(size, default_context=default_context)
     layers = {
         window: LayerSpec(
             attention=AttentionSpec(
