@@ -310,6 +310,7 @@ class GenerationEndpoint(ABC):
             progress_of=self._context.engine.progress if has_progress else None,
             raw_send=call.scope[RAW_SEND],
             stall_timeout_s=limits.stall_timeout_s,
+            on_stall=self._context.metrics.reader_stalled,
             guard=call.guard,
         )
 

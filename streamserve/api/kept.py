@@ -106,7 +106,6 @@ class KeptAnswers:
         self._max_bytes = max_bytes
         self._by_id: dict[str, KeptAnswer] = {}
         self._by_key: dict[tuple[str, str], KeptAnswer] = {}
-        self.num_joined = 0  # readers that found one
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -135,7 +134,6 @@ class KeptAnswers:
                 param="Last-Event-ID",
                 code="stream_not_found",
             )
-        self.num_joined += 1
         return answer
 
     def of_key(self, origin: KeptOrigin) -> KeptAnswer | None:
@@ -145,7 +143,6 @@ class KeptAnswers:
         answer = self._by_key.get((origin.owner, origin.idempotency_key))
         if answer is not None:
             answer.origin.check_same(origin)
-            self.num_joined += 1
         return answer
 
     def forget(self, answer: KeptAnswer) -> None:

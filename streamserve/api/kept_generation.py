@@ -47,6 +47,8 @@ async def answer_kept(endpoint: Maker, raw: bytes, call: Call, wish: Resumption)
         )
         await stream(call.scope, call.receive, call.send)
     elif isinstance(answer, WholeAnswer):
+        if not is_first:
+            endpoint.context.metrics.num_joined += 1
         with answer.read():
             content = await answer.content()
         response = Response(content, headers=headers, media_type="application/json")
@@ -110,7 +112,8 @@ def _reader_of(
     *,
     is_first: bool = False,
 ) -> ReplayStream:
-    return ReplayStream(
+    metrics = context.metrics
+    stream = ReplayStream(
         answer,
         _FROM_THE_START if wish.at is None else wish.at[1],
         has_ids=wish.wants_ids or wish.at is not None,
@@ -119,8 +122,14 @@ def _reader_of(
         ping_interval_s=context.config.ping_interval_s,
         raw_send=scope[RAW_SEND],
         stall_timeout_s=context.config.streams.stall_timeout_s,
+        on_stall=metrics.reader_stalled,
         guard=guard,
     )
+    if wish.at is None and wish.idempotency_key is not None:
+        metrics.num_joined += not is_first
+    else:
+        metrics.num_resumed += not is_first
+    return stream
 
 
 class StreamEndpoint:

@@ -65,6 +65,9 @@ class Metrics:
         self.num_finished = dict.fromkeys(FINISHED_REASONS, 0)
         self.num_refused: dict[tuple[int, str], int] = {}
         self.num_connections_refused: dict[str, int] = {}
+        self.num_stalled = 0  # readers that were given up
+        self.num_resumed = 0  # readers that came back to a stream
+        self.num_joined = 0  # retries that found the answer of the first
 
     def refused(self, status: int, code: str | None = None) -> None:
         """Count a request that was refused before it reached the engine's queue.
@@ -73,6 +76,10 @@ class Metrics:
         """
         reason = status, code or "none"
         self.num_refused[reason] = self.num_refused.get(reason, 0) + 1
+
+    def reader_stalled(self) -> None:
+        """Count a reader that was given up, as it took nothing for too long."""
+        self.num_stalled += 1
 
     def refused_connection(self, code: str) -> None:
         """Count what was refused before it was a request, by a code of ours."""
@@ -202,6 +209,11 @@ class MetricsCollector(Collector):
             ),
             *_speculation_counters(stats.speculation),
             ("num_preemptions", "Requests that gave their seat up.", stats.num_preemptions),
+            (
+                "request_pauses",
+                "Times that a request left its seat as its reader took nothing.",
+                stats.num_pauses,
+            ),
             ("engine_steps", "Steps of the engine.", stats.num_steps),
             ("failed_steps", "Steps that raised and were rolled back.", stats.num_failed_steps),
             (
@@ -244,6 +256,17 @@ class MetricsCollector(Collector):
                 for code, count in sorted(metrics.num_connections_refused.items())
             ],
         )
+        of_readers = (
+            ("readers_stalled", "Readers that took nothing for too long.", metrics.num_stalled),
+            ("streams_resumed", "Readers that came back to a stream.", metrics.num_resumed),
+            (
+                "retries_joined",
+                "Requests that found the answer of an earlier one with the same key.",
+                metrics.num_joined,
+            ),
+        )
+        for name, documentation, value in of_readers:
+            yield self._counter(name, documentation, [(self._model, value)])
         yield self._histogram(
             "time_to_first_token_seconds",
             "From a request's arrival to its first token's frame on the socket.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import orjson
@@ -170,6 +170,7 @@ class ReplayStream(SseResponse):
         ping_interval_s: float,
         raw_send: Send,
         stall_timeout_s: float,
+        on_stall: Callable[[], None],
         guard: DisconnectGuard | None = None,
     ) -> None:
         if has_ids:
@@ -180,6 +181,7 @@ class ReplayStream(SseResponse):
             ping_interval_s=ping_interval_s,
             raw_send=raw_send,
             stall_timeout_s=stall_timeout_s,
+            on_stall=on_stall,
             guard=guard,
         )
         if not answer.log.first <= max(position, 0) <= answer.log.last:

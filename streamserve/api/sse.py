@@ -17,7 +17,7 @@ from starlette.types import Send
 from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.metrics import Delivery
 from streamserve.api.progress import ProgressComments
-from streamserve.api.sse_response import SseResponse
+from streamserve.api.sse_response import SseResponse, nobody_counts
 from streamserve.api.success import check_success, end_early
 from streamserve.api.timing import TimedDelivery
 from streamserve.api.wire import Frames, Wire
@@ -89,6 +89,7 @@ class AnswerStream(SseResponse):
         ping: bytes,
         raw_send: Send,
         stall_timeout_s: float = 60.0,
+        on_stall: Callable[[], None] = nobody_counts,
         guard: DisconnectGuard | None = None,
         progress_of: Callable[[str], RequestProgress | None] | None = None,
     ) -> None:
@@ -98,6 +99,7 @@ class AnswerStream(SseResponse):
             ping_interval_s=ping_interval_s,
             raw_send=raw_send,
             stall_timeout_s=stall_timeout_s,
+            on_stall=on_stall,
             guard=guard,
             ping=ping,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -31,6 +31,10 @@ class ReaderStalledError(EngineError):
         )
 
 
+def nobody_counts() -> None:
+    """Stands in for who counts readers that stall."""
+
+
 class _Nothing:
     """Stands in for the body iterator, which the token path does not use."""
 
@@ -43,7 +47,7 @@ class SseResponse(EventSourceResponse):
 
     ``raw_send`` is the server's own ``send``, past the middlewares. Raises ``ClientGoneError``;
     ``guard`` is one that the caller holds already. A reader that leaves the connection full for
-    ``stall_timeout_s`` gets an error instead of the rest.
+    ``stall_timeout_s`` gets an error instead of the rest, and ``on_stall`` is called.
 
     The base class serves a response with four tasks in a group of anyio's, which is 0.2 ms before
     the first byte; here the caller's own task sends, one more listens for the disconnect, and a
@@ -58,6 +62,7 @@ class SseResponse(EventSourceResponse):
         ping_interval_s: float,
         raw_send: Send,
         stall_timeout_s: float = 60.0,
+        on_stall: Callable[[], None] = nobody_counts,
         guard: DisconnectGuard | None = None,
         ping: bytes = PING,
     ) -> None:
@@ -67,6 +72,7 @@ class SseResponse(EventSourceResponse):
         self._name = name
         self._raw_send = raw_send
         self._stall_timeout_s = stall_timeout_s
+        self._on_stall = on_stall
         self._guard = guard
         self._ping_frame = ping
         self._writer: FrameWriter = AsgiWriter(raw_send)
@@ -118,6 +124,7 @@ class SseResponse(EventSourceResponse):
                 raise exc
             await self._send_last(body)
         except ReaderStalledError:
+            self._on_stall()
             self._end()
             self._writer.end_now(body)
         # So that no client takes the answer for complete.

@@ -119,6 +119,11 @@ class Scheduler:
         return len(self._seats.paused)
 
     @property
+    def num_pauses(self) -> int:
+        """Times that a request was paused, since the start."""
+        return self._seats.num_pauses
+
+    @property
     def speculation_stats(self) -> SpeculationStats:
         """What was drafted, and how much of it was right."""
         return SpeculationStats() if self._speculator is None else self._speculator.stats

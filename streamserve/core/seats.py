@@ -32,6 +32,7 @@ class Seats:
         self.requests: dict[str, Request] = {}  # waiting, running and paused
         self.paused: dict[str, Request] = {}
         self.num_waiting_tokens = 0  # of prompts
+        self.num_pauses = 0  # since the start
         self.waiting: list[Request] = []  # sorted by key, as is the next
         self.running: list[Request] = []
         self.yielding: dict[str, Request] = {}  # running, to be preempted when its step retires
@@ -108,6 +109,7 @@ class Seats:
         if request.is_paused:
             return
         request.is_paused = True
+        self.num_pauses += 1
         if request.status is not RequestStatus.RUNNING:
             self._leave(self.waiting, request)
             self._park(request)

@@ -27,6 +27,7 @@ class EngineStats:
     num_failed_steps: int
     num_rolled_back: int  # times that a request was in one of them, and began it again
     num_preemptions: int
+    num_pauses: int  # times that a reader took nothing and its request left its seat
     prompt_tokens: int
     generation_tokens: int
     kv_tokens_saved: int  # not read again, as requests of a step share them
@@ -62,6 +63,7 @@ def stats_of(
         num_failed_steps=num_failed_steps,
         num_rolled_back=scheduler.recovery.num_rolled_back,
         num_preemptions=num_preemptions,
+        num_pauses=scheduler.num_pauses,
         prompt_tokens=prompt_tokens,
         generation_tokens=generation_tokens,
         kv_tokens_saved=scheduler.prefix_grouping.num_saved_tokens,

@@ -187,6 +187,8 @@ async def test_promise_a_stream_is_found_by_the_key_that_owns_it_only():
         assert (again.status, again.error["code"]) == (422, "body_differs")
         beyond = await api.call("GET", path, headers={"last-event-id": f"{stream_id}.9", **mine})
         assert (beyond.status, beyond.error["param"]) == (400, "Last-Event-ID")
+        metrics = api.app.context.metrics
+        assert (metrics.num_resumed, metrics.num_joined) == (1, 0)  # who was refused is not counted
 
 
 async def test_promise_generation_goes_on_until_the_last_readers_grace_ends():

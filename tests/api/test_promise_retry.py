@@ -21,7 +21,9 @@ async def test_promise_a_retry_joins_the_running_answer(fields):
         api.pace.let_go()
         await second.finished()
         third = await api.call("POST", CHAT, body, headers=KEY)
-        assert api.app.context.metrics.num_finished["length"] == fields.get("n", 1)
+        metrics = api.app.context.metrics
+        assert metrics.num_finished["length"] == fields.get("n", 1)
+        assert (metrics.num_joined, metrics.num_resumed) == (2, 0)
     assert second.body == third.body or fields.get("stream")
     if fields.get("stream"):
         assert b"id: " not in second.body

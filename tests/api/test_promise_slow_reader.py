@@ -129,6 +129,8 @@ async def test_promise_a_reader_that_stalls_too_long_gets_an_error():
         assert len(text) <= usage["usage"]["completion_tokens"] < MAX_TOKENS
         assert await asyncio.get_running_loop().sock_recv(sock, 1) == b"", "still open"
     assert api.app.context.metrics.num_finished["error"] == 1
+    assert api.app.context.metrics.num_stalled == 1
+    assert api.engine.stats().num_pauses >= 1  # the kernel may still have taken some
 
 
 async def test_promise_the_kernels_part_of_the_bound_is_set_and_counted():

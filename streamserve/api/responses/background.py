@@ -135,6 +135,8 @@ class LogResponse(SseResponse):
         headers: dict[str, str],
         ping_interval_s: float,
         raw_send: Send,
+        stall_timeout_s: float,
+        on_stall: Callable[[], None],
         guard: DisconnectGuard | None = None,
     ) -> None:
         super().__init__(
@@ -142,6 +144,8 @@ class LogResponse(SseResponse):
             headers=headers,
             ping_interval_s=ping_interval_s,
             raw_send=raw_send,
+            stall_timeout_s=stall_timeout_s,
+            on_stall=on_stall,
             guard=guard,
         )
         self._log = log

@@ -154,6 +154,8 @@ class ResponsesEndpoint(ChatEndpoint):
                 headers=headers,
                 ping_interval_s=self._context.config.ping_interval_s,
                 raw_send=call.scope[RAW_SEND],
+                stall_timeout_s=self._context.config.streams.stall_timeout_s,
+                on_stall=self._context.metrics.reader_stalled,
                 guard=call.guard,
             )
             if work.common.stream

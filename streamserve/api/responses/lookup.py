@@ -146,6 +146,8 @@ class Retrieve:
             headers={},
             ping_interval_s=self._context.config.ping_interval_s,
             raw_send=scope[RAW_SEND],
+            stall_timeout_s=self._context.config.streams.stall_timeout_s,
+            on_stall=self._context.metrics.reader_stalled,
         )
         try:
             with self._context.gate.enter():
