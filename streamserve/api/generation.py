@@ -39,7 +39,7 @@ from streamserve.api.middleware import RAW_SEND
 from streamserve.api.openai_wire import OpenAIWire
 from streamserve.api.prompts import LONG_BODY, ChatParser, Endpoint, PromptWorkers, Work, chat_work
 from streamserve.api.rate_limits import Allowance, allowance_of
-from streamserve.api.resumption import read_resumption
+from streamserve.api.resumption import resumption_of
 from streamserve.api.running import RunningAnswer
 from streamserve.api.sampling import Common
 from streamserve.api.sse import AnswerStream, StreamedChoice
@@ -58,9 +58,6 @@ from streamserve.errors import (
     RequestCancelledError,
     RequestError,
 )
-
-_KEPT: frozenset[Endpoint] = frozenset({"chat", "completion"})
-"""Endpoints whose answers may outlive their connection."""
 
 
 class GenerationEndpoint(ABC):
@@ -142,7 +139,7 @@ class GenerationEndpoint(ABC):
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
         raw = await read_body(scope, receive, max_bytes=self._context.config.max_body_bytes)
-        wish = read_resumption(scope) if self.endpoint in _KEPT else None
+        wish = resumption_of(scope, self.endpoint)
         async with DisconnectGuard(receive) as guard:
             call = Call(scope, receive, send, arrival_time, guard)
             if wish is not None:
@@ -354,12 +351,17 @@ class ChatEndpoint(GenerationEndpoint):
     async def _prepare_here(self, raw: bytes) -> Work:
         request = self.parse(parse_json_object(raw), self._context.sampling_defaults)
         workers = self._context.prompt_workers
-        is_wild = bool(request.chat_template_kwargs) or self._context.preprocessor.has_run_away
-        if workers is not None and is_wild:
-            # A template may run away with what a client gives it: a process can be killed.
+        if workers is not None and self._is_wild(request):
             return await self._prepare_elsewhere(workers, raw)
         self.check_common(request.common)
         return await self._rendered(request)
+
+    def _is_wild(self, request: ChatRequest) -> bool:
+        """Whether its template may run away, as one has, or with what a client gives it.
+
+        Then a process should render it: that can be killed.
+        """
+        return bool(request.chat_template_kwargs) or self._context.preprocessor.has_run_away
 
 
 class CompletionEndpoint(GenerationEndpoint):

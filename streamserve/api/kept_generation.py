@@ -35,7 +35,7 @@ async def answer_kept(endpoint: Maker, raw: bytes, call: Call, wish: Resumption)
     headers: dict[str, str] = {}
     if answer is None:
         work = await endpoint.prepare_all(raw)
-        wish.check(work)
+        wish.check(work, endpoint.endpoint)
         headers = ignored_fields_headers(work.common.unknown_fields)
         answer = kept.of_key(origin)  # another may have come meanwhile
         if answer is None:

@@ -10,11 +10,16 @@ from starlette.types import Scope
 
 from streamserve.api.errors import HttpError
 from streamserve.api.kept import KeptOrigin
-from streamserve.api.prompts import Work
+from streamserve.api.prompts import Endpoint, Work
 from streamserve.api.tenants import tenant_of
 
 _MAX_KEY = 255
 _HEADERS = frozenset({b"idempotency-key", b"last-event-id", b"x-stream-resume"})
+_RESUMABLE: frozenset[Endpoint] = frozenset({"chat", "completion"})
+_RETRIABLE: frozenset[Endpoint] = _RESUMABLE | {"messages"}
+_DETERMINISTIC: frozenset[Endpoint] = frozenset({"count_tokens", "embedding"})
+"""Endpoints that say the same when they are asked again, and need not keep it."""
+
 _EVENT_ID = re.compile(r"([A-Za-z0-9_-]{1,128})\.([0-9]{1,9})")
 
 
@@ -31,13 +36,15 @@ class Resumption:
         owner = tenant_of(scope).name
         return KeptOrigin(owner, endpoint, sha256(body).digest(), self.idempotency_key)
 
-    def check(self, work: Work) -> None:
+    def check(self, work: Work, endpoint: Endpoint) -> None:
         """Raise 400 for what cannot be had together."""
         name = "X-Stream-Resume" if self.wants_ids else "Idempotency-Key"
         if not work.common.stream:
             if self.wants_ids:
                 raise _refused("stream", f"must be true with {name}")
             return
+        if endpoint not in _RESUMABLE:
+            raise _refused("stream", f"must be false with {name}")
         options = work.common.stream_options
         unwanted = {
             "n": work.choices.n > 1,
@@ -55,6 +62,29 @@ class Resumption:
                 raise _refused(field, f"{several} may not be given with {name} and stream: true")
 
 
+def resumption_of(scope: Scope, endpoint: Endpoint) -> Resumption | None:
+    """As ``read_resumption``; raises 400 too for what the endpoint cannot do."""
+    if endpoint in _DETERMINISTIC:
+        return None
+    wish = read_resumption(scope)
+    if wish is None or endpoint in _RESUMABLE:
+        return wish
+    unwanted = {
+        "X-Stream-Resume": wish.wants_ids,
+        "Last-Event-ID": wish.at is not None,
+        "Idempotency-Key": endpoint not in _RETRIABLE,
+    }
+    for name, is_wanted in unwanted.items():
+        if is_wanted:
+            raise HttpError(
+                400,
+                f"{name} is not supported for {scope['path']}",
+                param=name,
+                code="unsupported_parameter",
+            )
+    return wish
+
+
 def read_resumption(scope: Scope) -> Resumption | None:
     """What the headers ask for; ``None``: nothing, as nearly always. Raises 400."""
     given = {name: value for name, value in scope["headers"] if name in _HEADERS}
@@ -68,7 +98,8 @@ def read_resumption(scope: Scope) -> Resumption | None:
         raise _refused("Idempotency-Key", f"must have 1 to {_MAX_KEY} characters, got {len(key)}")
     event_id = _text(given, "Last-Event-ID")
     at = parse_event_id(event_id) if event_id else None
-    return Resumption(wish in {"1", "true"}, key, at)
+    found = Resumption(wish in {"1", "true"}, key, at)
+    return None if found == Resumption() else found
 
 
 def parse_event_id(event_id: str) -> tuple[str, int]:

@@ -48,7 +48,9 @@ class TokenEndpoints:
         if workers is not None and len(raw) > LONG_BODY:
             return await workers.tokenize(raw)
         asked = parse_tokenize_request(parse_json_object(raw), context.answer_format)
-        if workers is not None and asked.has_template_kwargs:
+        is_rendered = asked.prompt is None
+        has_run_away = is_rendered and context.preprocessor.has_run_away
+        if workers is not None and (asked.has_template_kwargs or has_run_away):
             # A template may run away with what a client gives it: a process can be killed.
             return await workers.tokenize(raw)
         check_model(asked.model, context.config.served_model_names)

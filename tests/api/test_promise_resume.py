@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamserve.config import StreamConfig
-from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, until
+from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, message_body, until
 from tests.api.scripted import scripted_parts
 
 CHAT = "/v1/chat/completions"
@@ -287,3 +287,29 @@ async def test_promise_a_wrong_header_is_refused_by_name(name, value):
     async with Api().running() as api:
         answer = await api.call("POST", CHAT, chat_body(), headers={name: value})
         assert (answer.status, answer.error["param"]) == (400, name)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        ("/v1/messages", "X-Stream-Resume", "1"),
+        ("/v1/messages", "Last-Event-ID", "msg_1.2"),
+        ("/v1/responses", "X-Stream-Resume", "1"),
+        ("/v1/responses", "Last-Event-ID", "resp_1.2"),
+        ("/v1/responses", "Idempotency-Key", "order-66"),
+    ],
+)
+async def test_promise_who_cannot_resume_says_so(path, name, value):
+    body = message_body(stream=True) if path == "/v1/messages" else {"input": "Hi", "stream": True}
+    async with Api().running() as api:
+        answer = await api.call("POST", path, body, headers={name: value})
+        assert answer.status == 400
+        assert f"{name} is not supported for {path}" in answer.error["message"]
+        assert api.engine.is_idle
+
+
+async def test_promise_a_stream_that_need_not_be_resumed_is_not_kept():
+    async with Api().running() as api:
+        answer = await api.call("POST", CHAT, chat_body(n=2), headers={"X-Stream-Resume": "0"})
+        assert answer.status == 200
+        assert len(api.app.context.kept) == 0

@@ -2,7 +2,16 @@
 
 import pytest
 
-from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, events_of, text_of, until
+from tests.api.harness import (
+    Api,
+    BrokenRunner,
+    Exchange,
+    chat_body,
+    events_of,
+    message_body,
+    text_of,
+    until,
+)
 
 CHAT = "/v1/chat/completions"
 KEY = {"idempotency-key": "order-66"}
@@ -95,3 +104,21 @@ async def test_promise_a_kept_answer_can_be_cancelled():
         api.pace.let_go()
         await until(lambda: api.engine.is_idle)
         assert api.num_used_blocks == 0
+
+
+async def test_promise_a_message_is_retried_and_paid_once():
+    async with Api().running() as api:
+        first, second = [
+            await api.call("POST", "/v1/messages", message_body(max_tokens=3), headers=KEY)
+            for _ in range(2)
+        ]
+        assert first.status == 200
+        assert first.body == second.body
+        assert api.app.context.metrics.num_joined == 1
+        streamed = await api.call("POST", "/v1/messages", message_body(stream=True))
+        assert streamed.status == 200
+        refused = await api.call(
+            "POST", "/v1/messages", message_body(stream=True), headers={"idempotency-key": "other"}
+        )
+        assert refused.status == 400
+        assert "stream must be false with Idempotency-Key" in refused.error["message"]

@@ -77,6 +77,26 @@ async def test_template_arguments_of_a_client_go_to_a_worker():
     assert here[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", chat_body(max_tokens=3)),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 3}),
+        ("/v1/messages", message_body(max_tokens=3)),
+        ("/v1/messages/count_tokens", {"messages": [HI]}),
+        ("/tokenize", {"messages": [HI]}),
+    ],
+)
+async def test_after_a_runaway_template_every_chat_goes_to_a_worker(path, body):
+    api = Api(load_text=byte_text)
+    async with api.running():
+        api.app.context.preprocessor.has_run_away = True
+        answer = await api.call("POST", path, body)
+        assert answer.status == 200
+        assert len(api.app.context.prompt_workers.pids) == 1
+        api.app.context.prompt_workers.close()
+
+
 async def test_short_bodies_start_no_process():
     api = Api(load_text=byte_text)
     async with api.running():

@@ -27,6 +27,7 @@ from streamserve.api.responses.prompt import attempts
 from streamserve.api.responses.request import Settings
 from streamserve.api.responses.store import Stored, Turn
 from streamserve.api.responses.wire import ResponseWire
+from streamserve.api.resumption import resumption_of
 from streamserve.api.tenants import tenant_of
 from streamserve.core.request import FinishReason
 from streamserve.engine.parsers.answer import AnswerParser
@@ -51,6 +52,7 @@ class ResponsesEndpoint(ChatEndpoint):
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
         raw = await read_body(scope, receive, max_bytes=self._context.config.max_body_bytes)
+        resumption_of(scope, self.endpoint)  # raises for whatever it finds
         async with DisconnectGuard(receive) as guard:
             work = await self._read(raw, tenant_of(scope).name)
             del raw
@@ -82,7 +84,7 @@ class ResponsesEndpoint(ChatEndpoint):
         if workers is not None and len(payload) > LONG_BODY:
             return await self._prepare_elsewhere(workers, payload)
         request = unpack_response(payload, context.sampling_defaults)
-        if workers is not None and request.chat.chat_template_kwargs:
+        if workers is not None and self._is_wild(request.chat):
             return await self._prepare_elsewhere(workers, payload)
         self.check_common(request.chat.common)
         search = attempts(request, context.max_model_len)
