@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamserve.api.body import ignored_fields_header
-from streamserve.api.errors import shutting_down
+from starlette.types import Receive, Scope
+
+from streamserve.api.body import ignored_fields_header, read_body
+from streamserve.api.errors import HttpError, shutting_down
 from streamserve.api.kept import KeptAnswers
 from streamserve.api.metrics import Metrics
 from streamserve.api.prompts import PromptWorkers
@@ -43,6 +45,7 @@ class Gate:
         self._retry_after_s = retry_after_s
         self._num_inside = 0
         self._is_open = True
+        self._arriving: set[asyncio.Timeout] = set()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -60,7 +63,7 @@ class Gate:
     def enter(self) -> Iterator[None]:
         """Hold a place while a request is served. Raises ``HttpError`` 503 when closed."""
         if not self._is_open:
-            raise shutting_down(self._retry_after_s)
+            raise self.refusal()
         self._num_inside += 1
         self._empty.clear()
         try:
@@ -70,9 +73,29 @@ class Gate:
             if self._num_inside == 0:
                 self._empty.set()
 
+    @asynccontextmanager
+    async def arriving(self) -> AsyncIterator[None]:
+        """Receive a request inside: raises ``HttpError`` 503 when the gate closes meanwhile."""
+        timeout = asyncio.timeout(None)
+        self._arriving.add(timeout)
+        try:
+            async with timeout:
+                yield
+        except TimeoutError:
+            raise self.refusal() from None
+        finally:
+            self._arriving.discard(timeout)
+
+    def refusal(self) -> HttpError:
+        """What whoever is turned away is told."""
+        return shutting_down(self._retry_after_s)
+
     def close(self) -> None:
-        """Take no new requests."""
+        """Take no new requests, nor those that are not all there."""
         self._is_open = False
+        now = asyncio.get_running_loop().time()
+        while self._arriving:
+            self._arriving.pop().reschedule(now)
 
     async def wait_empty(self) -> None:
         """Return when nobody is inside."""
@@ -119,6 +142,11 @@ class ApiContext:
     answer_format: AnswerFormat = field(default_factory=AnswerFormat)
     field_log: FieldLog = field(default_factory=FieldLog)
     running: RunningAnswers = field(default_factory=RunningAnswers)
+
+    async def read_body(self, scope: Scope, receive: Receive) -> bytes:
+        """A request's body. Raises ``HttpError`` and ``ClientGoneError``."""
+        async with self.gate.arriving():
+            return await read_body(scope, receive, max_bytes=self.config.max_body_bytes)
 
     def check_unknown(self, names: Sequence[str]) -> None:
         """Log fields that nobody knows, or refuse them: the config says which."""

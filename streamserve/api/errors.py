@@ -39,6 +39,9 @@ class HttpError(RequestError):
         self.headers = dict(headers or {})
 
 
+_RESTART_S = 1.0
+
+
 def shutting_down(retry_after_s: float) -> HttpError:
     """The refusal of a server that drains: another one, or this one restarted, may take it."""
     return HttpError(
@@ -104,6 +107,8 @@ def error_response(exc: BaseException, scope: Scope) -> Response:
         headers = exc.headers
     elif isinstance(exc, RequestError) and exc.retry_after_s is not None:
         headers = retry_headers(exc.retry_after_s)
+    elif status == 503:  # the server ends, or has to be started again
+        headers = retry_headers(_RESTART_S)
     return Response(
         orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS),
         status_code=status,

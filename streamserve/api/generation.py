@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from streamserve.api.admitted import Admitted, Call
 from streamserve.api.answer_plan import AnswerPlan
-from streamserve.api.body import ignored_fields_headers, parse_json_object, read_body
+from streamserve.api.body import ignored_fields_headers, parse_json_object
 from streamserve.api.chat_request import ChatRequest, parse_chat_request
 from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.context import ApiContext
@@ -138,7 +138,7 @@ class GenerationEndpoint(ABC):
             raise
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
-        raw = await read_body(scope, receive, max_bytes=self._context.config.max_body_bytes)
+        raw = await self._context.read_body(scope, receive)
         wish = resumption_of(scope, self.endpoint)
         async with DisconnectGuard(receive) as guard:
             call = Call(scope, receive, send, arrival_time, guard)

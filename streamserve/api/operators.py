@@ -72,7 +72,9 @@ class OperatorEndpoints:
         if context.engine.is_dead:
             return _status("dead", 503)
         if not context.gate.is_open:
-            return _status("draining", 503)
+            response = _status("draining", 503)
+            response.headers.update(context.gate.refusal().headers)
+            return response
         if context.hang_watch.is_hung:
             return _status("hung", 503)
         return _status("ok")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from streamserve.api.body import ignored_fields_headers, parse_json_object, read_body
+from streamserve.api.body import ignored_fields_headers, parse_json_object
 from streamserve.api.context import ApiContext
 from streamserve.api.generation import check_model
 from streamserve.api.prompts import LONG_BODY
@@ -39,8 +39,7 @@ class TokenEndpoints:
             return self._checked(await self._detokenize(await self._body(request)))
 
     async def _body(self, request: Request) -> bytes:
-        max_bytes = self._context.config.max_body_bytes
-        return await read_body(request.scope, request.receive, max_bytes=max_bytes)
+        return await self._context.read_body(request.scope, request.receive)
 
     async def _tokenize(self, raw: bytes) -> TokenAnswer:
         context = self._context

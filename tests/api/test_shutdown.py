@@ -80,6 +80,7 @@ def wait_until_draining(address):
         content = json.loads(response.read())
         connection.close()
         if response.status == 503:
+            assert response.headers["retry-after"]
             return content
         assert time.monotonic() < deadline
 
@@ -128,6 +129,47 @@ def test_a_stream_is_drained_and_newcomers_are_refused():
         assert events[-1] == "[DONE]"
         process.communicate(timeout=20)
         assert process.returncode == 0
+
+
+def test_a_body_that_is_half_sent_is_refused_when_the_drain_begins():
+    with server_process("--drain-timeout", "60") as (process, address):
+        newcomer = http.client.HTTPConnection(*address, timeout=20)
+        newcomer.putrequest("POST", CHAT)
+        newcomer.putheader("content-type", "application/json")
+        newcomer.putheader("content-length", "100")
+        newcomer.endheaders(b'{"messages": [')
+        # Whoever is answered on a connection made later was heard later.
+        health = http.client.HTTPConnection(*address, timeout=20)
+        health.request("GET", "/health")
+        assert health.getresponse().status == 200
+        health.close()
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        refusal = newcomer.getresponse()
+        assert (refusal.status, refusal.headers["retry-after"]) == (503, "60")
+        assert json.loads(refusal.read())["error"]["code"] == "shutting_down"
+        _, errors = process.communicate(timeout=20)
+        assert time.monotonic() - started < PROMPTLY_S
+        assert (process.returncode, errors) == (0, "")
+        newcomer.close()
+
+
+def test_a_whole_answer_that_is_cut_is_a_503_that_says_when_to_retry():
+    with server_process("--drain-timeout", "0.2", "--step-ms", "5") as (process, address):
+        connection = http.client.HTTPConnection(*address, timeout=20)
+        body = chat_body(max_tokens=100_000, model="null", ignore_eos=True)
+        connection.request("POST", CHAT, json.dumps(body), {"content-type": "application/json"})
+        health = http.client.HTTPConnection(*address, timeout=20)
+        health.request("GET", "/health")
+        health.getresponse().read()
+        process.send_signal(signal.SIGTERM)
+        refusal = connection.getresponse()
+        assert (refusal.status, refusal.headers["retry-after"]) == (503, "1")
+        refusal.read()
+        process.communicate(timeout=20)
+        assert process.returncode == 0
+        connection.close()
+        health.close()
 
 
 @pytest.mark.parametrize("flags", [("--drain-timeout", "0.2"), ("--drain-timeout", "60")])

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from streamserve.api.admitted import Call
-from streamserve.api.body import ignored_fields_headers, read_body
+from streamserve.api.body import ignored_fields_headers
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.generation import ChatEndpoint
@@ -51,7 +51,7 @@ class ResponsesEndpoint(ChatEndpoint):
         self._archive = archive
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
-        raw = await read_body(scope, receive, max_bytes=self._context.config.max_body_bytes)
+        raw = await self._context.read_body(scope, receive)
         resumption_of(scope, self.endpoint)  # raises for whatever it finds
         async with DisconnectGuard(receive) as guard:
             work = await self._read(raw, tenant_of(scope).name)
@@ -207,7 +207,7 @@ class InputTokensEndpoint(ResponsesEndpoint):
     """``POST /v1/responses/input_tokens``: how long the prompt of a response would be."""
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
-        raw = await read_body(scope, receive, max_bytes=self._context.config.max_body_bytes)
+        raw = await self._context.read_body(scope, receive)
         async with DisconnectGuard(receive) as guard:
             work = await self._read(raw, tenant_of(scope).name)
             guard.release()
