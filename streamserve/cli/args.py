@@ -318,6 +318,12 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         help="render a request's chat_template in place of the checkpoint's (default: refuse it)",
     )
     group.add_argument(
+        "--trust-message-special-tokens",
+        action="store_true",
+        help="special tokens written in messages act as such (default: only in the assistant's,"
+        " elsewhere they are text)",
+    )
+    group.add_argument(
         "--shared-system-prompt",
         action="append",
         metavar="FILE",

@@ -201,9 +201,14 @@ def _public_prefixes(
 
 
 def _text_source(args: Namespace, path: Path) -> TextSource:
-    trusts_requests = getattr(args, "trust_request_chat_template", False)
-    if (path / "tokenizer.json").is_file():
-        return TextSource(path, args.chat_template, trusts_requests=trusts_requests)
-    # Worker processes then import transformers as well.
-    backend = partial(tokenizer_backend, path, trust_remote_code=args.trust_remote_code)
-    return TextSource(path, args.chat_template, backend, trusts_requests)
+    backend = None
+    if not (path / "tokenizer.json").is_file():
+        # Worker processes then import transformers as well.
+        backend = partial(tokenizer_backend, path, trust_remote_code=args.trust_remote_code)
+    return TextSource(
+        path,
+        args.chat_template,
+        backend,
+        trusts_requests=getattr(args, "trust_request_chat_template", False),
+        trusts_messages=getattr(args, "trust_message_special_tokens", False),
+    )

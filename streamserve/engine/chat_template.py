@@ -32,7 +32,8 @@ class ChatTemplate:
     worth a warning. ``template`` may be several by name, as some checkpoints have: ``tool_use`` is
     then taken for requests with tools. ``text`` is all of it, ``variables`` are the names it reads,
     ``is_tame`` says that a short chat is certain to be rendered in a short time,
-    ``trusts_requests`` that a request may bring a template of its own.
+    ``trusts_requests`` that a request may bring a template of its own, ``trusts_messages`` that
+    special tokens in users' words are what they say.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class ChatTemplate:
         source: str,
         is_builtin: bool = False,
         trusts_requests: bool = False,
+        trusts_messages: bool = False,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         """Raises ``ModelLoadError`` naming ``source`` if a template is not valid Jinja."""
         self.source = source
         self.is_builtin = is_builtin
         self.trusts_requests = trusts_requests
+        self.trusts_messages = trusts_messages
         self._special_tokens = dict(special_tokens or {})
         environment = _environment(now)
         named = {"default": template} if isinstance(template, str) else dict(template)

@@ -1,21 +1,32 @@
-"""What a user types is text: ``<|im_end|>`` in a message must not end it."""
+"""What a user types is text: ``<|im_end|>`` in a message must not end it.
+
+Before a template runs, each special token in what users, tools and system prompts say becomes one
+private character, which no template trims, cuts in two or looks for. In the rendered text the token
+stands in its place again, encoded as text: in parts, none of which is the token.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from streamserve.engine.chat_template import Message
 from streamserve.engine.tokenizer import Tokenizer
 
-_BREAK = "\u200b"  # no width: a reader sees what was typed
-_UNTRUSTED = frozenset({"user", "tool"})
+_TRUSTED = "assistant"  # the model's own words keep their markers: templates look for them
+_PRIVATE = range(0xF0000, 0xFFFFE)
 _MIN_CHARACTERS = 3  # a shorter one is found in anybody's text
+_ANCHOR = "\n"
+
+Hidden = Mapping[str, str]
+"""Private characters, and the special token that each stands for."""
 
 
 class Controls:
-    """A vocabulary's special tokens, and messages in which nobody has typed one."""
+    """A vocabulary's special tokens. May be used from several threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         names = {tokenizer.id_to_token(i) for i in tokenizer.all_special_ids}
@@ -24,32 +35,116 @@ class Controls:
         self._beginnings = sorted({name[:2] for name in names})
         longest_first = sorted(names, key=lambda name: (-len(name), name))
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if names else None
+        self._tokenizer = tokenizer
 
-    def defused(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The same, with special tokens in users' and tools' words broken in two."""
-        if self._pattern is None:
-            return messages
-        found = [self._defused(message) for message in messages]
-        return found if any(a is not b for a, b in zip(found, messages, strict=True)) else messages
+    def hide(self, messages: Sequence[Message]) -> tuple[Sequence[Message], Hidden]:
+        """The same messages without special tokens, and what stands in their places."""
+        if self._pattern is None or not any(map(self._may_hold, messages)):
+            return messages, {}
+        free = self._free_characters(messages)
+        characters: dict[str, str] = {}
 
-    def _defused(self, message: Message) -> Message:
-        if message.get("role") not in _UNTRUSTED:
-            return message
-        content = message.get("content")
-        if isinstance(content, str):
-            text: Any = self._text(content)
-        elif isinstance(content, (list, tuple)):
-            text = [
-                {**part, "text": self._text(part["text"])} if "text" in part else part
-                for part in content
-            ]
-            text = content if list(content) == text else text
-        else:
-            return message
-        return message if text is content else {**message, "content": text}
+        def character(match: re.Match[str]) -> str:
+            if match[0] not in characters:
+                characters[match[0]] = next(free)
+            return characters[match[0]]
 
-    def _text(self, text: str) -> str:
-        if self._pattern is None or not any(start in text for start in self._beginnings):
-            return text
-        broken = self._pattern.sub(lambda m: m[0][0] + _BREAK + m[0][1:], text)
-        return text if broken == text else broken
+        pattern = self._pattern
+        found = [
+            message
+            if message.get("role") == _TRUSTED
+            else {
+                key: value if key == "role" else _replaced(value, pattern, character)
+                for key, value in message.items()
+            }
+            for message in messages
+        ]
+        return found, {character: name for name, character in characters.items()}
+
+    def encode(
+        self, rendered: str, hidden: Hidden, *, add_special_tokens: bool
+    ) -> tuple[str, list[int]]:
+        """The text that ``rendered`` stands for, and its token ids."""
+        characters = {form: name for char, name in hidden.items() for form in _forms(char)}
+        pattern = re.compile("|".join(map(re.escape, characters)), re.IGNORECASE)
+        texts: list[str] = []
+        ids: list[int] = []
+        end = 0
+        for match in pattern.finditer(rendered):
+            before = rendered[end : match.start()]
+            ids += self._inner(before) if end else self._plain(before)
+            name = characters[match[0].lower()]
+            ids += self._as_text(name)
+            texts += (before, name)
+            end = match.end()
+        ids += self._inner(rendered[end:]) if end else self._plain(rendered)
+        texts.append(rendered[end:])
+        return "".join(texts), self._wrapped(ids) if add_special_tokens else ids
+
+    def _may_hold(self, message: Message) -> bool:
+        return message.get("role") != _TRUSTED and any(
+            start in text for text in _strings(message) for start in self._beginnings
+        )
+
+    def _free_characters(self, messages: Sequence[Message]) -> Iterator[str]:
+        """Private characters that nobody has written; there are 65,534 to write, and limits."""
+        taken = {
+            c for message in messages for text in _strings(message) for c in text if c > "\ue000"
+        }
+        return (chr(code) for code in _PRIVATE if chr(code) not in taken)
+
+    def _plain(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    @cached_property
+    def _takes_for_words(self) -> bool:
+        """Whether the beginning of any text is that of a word, as SentencePiece has it."""
+        return self._tokenizer.decode([*self._plain("a"), *self._plain("b")]) != "ab"
+
+    def _inner(self, text: str) -> list[int]:
+        """Ids of a text that follows another."""
+        if not text or not self._takes_for_words:
+            return self._plain(text)
+        anchor_ids = self._plain(_ANCHOR)
+        ids = self._plain(_ANCHOR + text)
+        return ids[len(anchor_ids) :] if ids[: len(anchor_ids)] == anchor_ids else self._plain(text)
+
+    def _as_text(self, name: str) -> list[int]:
+        """Ids of a special token's name, none of which is special."""
+        assert self._pattern is not None
+        if self._pattern.search(name) is None:
+            return self._inner(name)
+        return self._inner(name[0]) + self._as_text(name[1:])
+
+    def _wrapped(self, ids: list[int]) -> list[int]:
+        """With what the tokenizer puts around a text."""
+        bare = self._plain("a")
+        whole = self._tokenizer.encode("a", add_special_tokens=True)
+        start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), len(whole))
+        return whole[:start] + ids + whole[start + len(bare) :]
+
+
+def _forms(character: str) -> tuple[str, str]:
+    """A character as it is, and as JSON escapes it."""
+    return character, json.dumps(character)[1:-1]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _replaced(value: Any, pattern: re.Pattern[str], character: Any) -> Any:
+    if isinstance(value, str):
+        return pattern.sub(character, value)
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, pattern, character) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replaced(item, pattern, character) for item in value]
+    return value

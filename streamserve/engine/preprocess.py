@@ -39,7 +39,8 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._controls = Controls(tokenizer)
+        trusts = chat_template is not None and chat_template.trusts_messages
+        self._controls = None if trusts else Controls(tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``."""
@@ -66,14 +67,18 @@ class PromptEncoder:
     ) -> ChatPrompt:
         """Render ``messages`` (``options`` are ``ChatTemplate.render``'s) and tokenise the result.
 
-        Special tokens in what users and tools have said become text. Raises
-        ``InvalidParameterError``: what the template says against the messages, or no template at
-        all.
+        Special tokens in what anybody but the assistant has said are text, unless the template
+        ``trusts_messages``. Raises ``InvalidParameterError``: what the template says against the
+        messages, or no template at all.
         """
         if self._chat_template is None:
             raise InvalidParameterError("this model has no chat template", param="messages")
-        text = self._chat_template.render(self._controls.defused(messages), **options)
-        return ChatPrompt(text, self.encode(text, add_special_tokens=add_special_tokens))
+        controls = self._controls
+        messages, hidden = (messages, None) if controls is None else controls.hide(messages)
+        text = self._chat_template.render(messages, **options)
+        if controls is None or not hidden:
+            return ChatPrompt(text, self.encode(text, add_special_tokens=add_special_tokens))
+        return ChatPrompt(*controls.encode(text, hidden, add_special_tokens=add_special_tokens))
 
 
 class Preprocessor:

@@ -18,13 +18,15 @@ class TextSource:
     """A checkpoint's directory, and the template to take instead of its own.
 
     ``backend`` makes the tokenizer where there is no ``tokenizer.json``; it is pickled.
-    ``trusts_requests`` lets requests bring templates of their own.
+    ``trusts_requests`` lets requests bring templates of their own, ``trusts_messages`` leaves the
+    special tokens that somebody typed what they are.
     """
 
     directory: Path
     chat_template: str | None = None
     backend: Callable[[], tokenizers.Tokenizer] | None = None
     trusts_requests: bool = False
+    trusts_messages: bool = False
 
     def __call__(self) -> tuple[FastTokenizer, ChatTemplate]:
         """Load both. Raises ``ModelLoadError`` or ``ConfigError``."""
@@ -36,6 +38,7 @@ class TextSource:
             has_token=lambda token: tokenizer.token_to_id(token) is not None,
         )
         template.trusts_requests = self.trusts_requests
+        template.trusts_messages = self.trusts_messages
         return tokenizer, template
 
 
