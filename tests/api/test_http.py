@@ -214,6 +214,15 @@ async def test_a_body_over_the_limit_is_refused_and_the_connection_stays():
         assert (await client.whole())[0] == 200
 
 
+async def test_a_body_that_does_not_say_how_long_it_is_has_the_same_limit():
+    async with Api(max_body_bytes=1024).serving() as address, connected(address) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        client.writer.write(head.encode() + b"400\r\n" + b" " * 1024 + b"\r\n1\r\n \r\n")
+        status, _, body = await client.whole()
+        assert status == 413
+        assert json.loads(body)["error"]["code"] == "request_too_large"
+
+
 async def test_a_client_that_asks_first_is_told_before_it_sends():
     async with Api(max_body_bytes=1024).serving() as address, connected(address) as client:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n"

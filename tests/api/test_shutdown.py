@@ -111,21 +111,25 @@ def test_an_idle_connection_does_not_hold_the_server_up():
 
 def test_a_stream_is_drained_and_newcomers_are_refused():
     with (
-        server_process("--drain-timeout", "60", "--step-ms", "5") as (process, address),
-        streaming(address, max_tokens=150) as response,
+        server_process("--drain-timeout", "60", "--step-ms", "10") as (process, address),
+        streaming(address, max_tokens=200) as response,
     ):
         process.send_signal(signal.SIGTERM)
         assert wait_until_draining(address) == {"status": "draining"}
-        newcomer = http.client.HTTPConnection(*address, timeout=10)
-        headers = {"content-type": "application/json"}
-        newcomer.request("POST", CHAT, json.dumps(chat_body(model="null")), headers)
-        refusal = newcomer.getresponse()
-        assert refusal.status == 503
-        assert refusal.headers["retry-after"] == "60"
-        assert json.loads(refusal.read())["error"]["code"] == "shutting_down"
-        newcomer.close()
-        events = events_of(b"d" + response.read())
-        assert len(text_of(events)) == 150
+        body = b"d"
+        for num_frames in (0, 50):  # the listener stays open
+            while body.count(b"data: ") < num_frames:
+                body += response.read1()
+            newcomer = http.client.HTTPConnection(*address, timeout=10)
+            headers = {"content-type": "application/json"}
+            newcomer.request("POST", CHAT, json.dumps(chat_body(model="null")), headers)
+            refusal = newcomer.getresponse()
+            assert refusal.status == 503
+            assert refusal.headers["retry-after"] == "60"
+            assert json.loads(refusal.read())["error"]["code"] == "shutting_down"
+            newcomer.close()
+        events = events_of(body + response.read())
+        assert len(text_of(events)) == 200
         assert events[-1] == "[DONE]"
         process.communicate(timeout=20)
         assert process.returncode == 0
