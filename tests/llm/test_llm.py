@@ -262,6 +262,15 @@ class InterruptingBar:
         pass
 
 
+@pytest.fixture
+def ctrl_c_interrupts():
+    """Python's own handler, whatever a test before has left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_ends_the_requests_and_the_object_stays_usable(llm):
     params = SamplingParams(max_tokens=400, ignore_eos=True)
     with pytest.raises(KeyboardInterrupt):

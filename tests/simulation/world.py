@@ -296,11 +296,6 @@ class Checked(Scheduler):
         super().__init__(*args)
         self.ends: dict[str, list[int]] = {}
         self.num_booked = 0
-        self.num_pauses = 0
-
-    def pause(self, request):
-        self.num_pauses += not request.is_paused
-        super().pause(request)
 
     def finish(self, request, reason, **kwargs):
         is_first = super().finish(request, reason, **kwargs)
