@@ -13,9 +13,9 @@ from streamserve.api.fields import (
     Reader,
     Refused,
     integer,
+    one_of,
     out_of_range,
     read_bool,
-    read_fields,
     read_object,
     read_str,
     require,
@@ -173,7 +173,7 @@ _OWNERS = {
 
 def _check_message(where: str, message: dict[str, Any], unknown: list[str]) -> None:
     """See that the fields belong to the role, and bring them into the form templates expect."""
-    role = require_in(message, "role", where)
+    role = message["role"]
     for field, owner in _OWNERS.items():
         if message.get(field) and role != owner:
             raise InvalidParameterError(
@@ -248,26 +248,13 @@ def _read_messages(name: str, value: Any) -> _Messages:
             items.append(plain)
             continue
         where = f"{name}[{i}]"
-        message, unknown_here = read_fields(
-            read_object(where, raw),
-            honoured=_MESSAGE_FIELDS,
-            refused=_MESSAGE_REFUSED,
-            annotations=_MESSAGE_ANNOTATIONS,
-            prefix=f"{where}.",
-        )
-        _check_message(where, message, unknown_here)
+        message = MESSAGE_TABLE.read_inner(where, raw, unknown)
+        _check_message(where, message, unknown)
         items.append(message)
-        unknown += unknown_here
     return _Messages(tuple(items), tuple(unknown))
 
 
-@typed({"enum": list(EFFORTS)})
-def read_effort(name: str, value: Any) -> str:
-    """How hard a model is to think."""
-    effort = read_str(name, value)
-    if effort not in EFFORTS:
-        raise out_of_range(name, f"one of {', '.join(EFFORTS)}", effort)
-    return effort
+read_effort = one_of(*EFFORTS)
 
 
 CHAT_FIELDS: dict[str, Reader] = {
@@ -354,9 +341,7 @@ def parse_chat_request(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
     Raises ``InvalidParameterError`` for the first field that is wrong or not supported.
     """
-    values, unknown = read_fields(
-        body, honoured=CHAT_FIELDS, refused=CHAT_REFUSED, annotations=ANNOTATIONS
-    )
+    values, unknown = CHAT_TABLE.read(body)
     messages: _Messages = require(values, "messages")
     add_prompt, continue_final = check_final_message(values)
     use = tool_use(values)

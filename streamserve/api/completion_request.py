@@ -17,7 +17,6 @@ from streamserve.api.fields import (
     integer,
     out_of_range,
     read_bool,
-    read_fields,
     read_str,
     require,
     schema_of,
@@ -135,9 +134,7 @@ def parse_completion_request(
 
     Raises ``InvalidParameterError`` for the first field that is wrong or not supported.
     """
-    values, unknown = read_fields(
-        body, honoured=COMPLETION_FIELDS, refused=COMPLETION_REFUSED, annotations=ANNOTATIONS
-    )
+    values, unknown = COMPLETION_TABLE.read(body)
     echo = values.get("echo", False)
     logprobs = values.get("logprobs")
     prompt_logprobs = values.get("prompt_logprobs")

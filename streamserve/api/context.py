@@ -12,12 +12,15 @@ from typing import Any
 from starlette.types import Receive, Scope
 
 from streamserve.api.body import ignored_fields_header, read_body
+from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.errors import HttpError, shutting_down
 from streamserve.api.kept import KeptAnswers
 from streamserve.api.metrics import Metrics
+from streamserve.api.middleware import RAW_SEND
 from streamserve.api.prompts import PromptWorkers
 from streamserve.api.request_log import RequestLog
 from streamserve.api.running import RunningAnswers
+from streamserve.api.sse_response import SseOptions
 from streamserve.api.tenants import KeyRing
 from streamserve.config import ApiConfig, EmbeddingConfig
 from streamserve.core.clock import Clock
@@ -147,6 +150,19 @@ class ApiContext:
         """A request's body. Raises ``HttpError`` and ``ClientGoneError``."""
         async with self.gate.arriving():
             return await read_body(scope, receive, max_bytes=self.config.max_body_bytes)
+
+    def sse_options(
+        self, scope: Scope, headers: Mapping[str, str], guard: DisconnectGuard | None = None
+    ) -> SseOptions:
+        """What the config says of a streamed response, and where it goes."""
+        return {
+            "headers": headers,
+            "ping_interval_s": self.config.ping_interval_s,
+            "raw_send": scope[RAW_SEND],
+            "stall_timeout_s": self.config.streams.stall_timeout_s,
+            "on_stall": self.metrics.reader_stalled,
+            "guard": guard,
+        }
 
     def check_unknown(self, names: Sequence[str]) -> None:
         """Log fields that nobody knows, or refuse them: the config says which."""

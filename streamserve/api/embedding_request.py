@@ -13,12 +13,9 @@ from streamserve.api.fields import (
     Reader,
     Refused,
     integer,
-    out_of_range,
+    one_of,
     read_bool,
-    read_fields,
-    read_str,
     require,
-    typed,
 )
 from streamserve.api.sampling import ANNOTATIONS, COMMON_FIELDS, REFUSED, Common, read_common
 from streamserve.core.pooling import Pooling
@@ -27,15 +24,6 @@ from streamserve.core.sampling_params import SamplingParams
 MAX_INPUTS = 2048  # OpenAI's
 
 EncodingFormat = Literal["float", "base64"]
-_FORMATS = ("float", "base64")
-
-
-@typed({"enum": list(_FORMATS)})
-def _read_format(name: str, value: Any) -> str:
-    given = read_str(name, value)
-    if given not in _FORMATS:
-        raise out_of_range(name, f"one of {', '.join(_FORMATS)}", given)
-    return given
 
 
 _OF_ALL = ("cache_salt", "model", "priority", "user")
@@ -45,7 +33,7 @@ EMBEDDING_FIELDS: dict[str, Reader] = {
     **{name: EXTRA_FIELDS[name] for name in ("truncate_prompt_tokens", "truncation_side")},
     "add_special_tokens": read_bool,
     "dimensions": integer(1),
-    "encoding_format": _read_format,
+    "encoding_format": one_of("float", "base64"),
     "input": prompts_reader(MAX_INPUTS, "inputs"),
     "normalize": read_bool,
 }
@@ -80,9 +68,7 @@ class EmbeddingRequest:
 
 def parse_embedding_request(body: Mapping[str, Any]) -> EmbeddingRequest:
     """Parse and check. Raises ``InvalidParameterError`` for the first field that is wrong."""
-    values, unknown = read_fields(
-        body, honoured=EMBEDDING_FIELDS, refused=EMBEDDING_REFUSED, annotations=ANNOTATIONS
-    )
+    values, unknown = EMBEDDING_TABLE.read(body)
     pooling = Pooling(dimensions=values.get("dimensions"), normalize=values.get("normalize", True))
     return EmbeddingRequest(
         common=read_common(values, unknown),

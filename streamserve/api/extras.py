@@ -9,9 +9,9 @@ from typing import Any
 from streamserve.api.fields import (
     Reader,
     integer,
+    one_of,
     out_of_range,
     read_bool,
-    read_str,
     schema_of,
     typed,
 )
@@ -20,16 +20,7 @@ from streamserve.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import InvalidParameterError
 
-_SIDES = ("left", "right")
 _size = integer(-1)
-
-
-@typed({"enum": list(_SIDES)})
-def _read_side(name: str, value: Any) -> str:
-    side = read_str(name, value)
-    if side not in _SIDES:
-        raise out_of_range(name, f"one of {', '.join(_SIDES)}", side)
-    return side
 
 
 @typed({**schema_of(_size), "not": {"const": 0}})
@@ -45,7 +36,7 @@ EXTRA_FIELDS: dict[str, Reader] = {
     "return_token_ids": read_bool,
     "return_tokens_as_token_ids": read_bool,
     "truncate_prompt_tokens": _read_truncation,
-    "truncation_side": _read_side,
+    "truncation_side": one_of("left", "right"),
 }
 
 

@@ -17,14 +17,11 @@ from streamserve.api.body import parse_json_object, read_body
 from streamserve.api.context import ApiContext
 from streamserve.api.fields import (
     FieldTable,
-    Reader,
     integer,
     number,
-    out_of_range,
-    read_fields,
+    one_of,
     read_str,
     require,
-    typed,
 )
 from streamserve.engine.fault_injection import FaultInjectingRunner, FaultKind
 from streamserve.errors import InvalidParameterError
@@ -37,21 +34,15 @@ _MAX_STEPS = 2**20
 _MAX_BYTES = 2**16
 
 
-@typed({"enum": list(KINDS)})
-def _read_kind(name: str, value: Any) -> str:
-    kind = read_str(name, value)
-    if kind not in KINDS:
-        raise out_of_range(name, f"one of {', '.join(KINDS)}", kind)
-    return kind
-
-
-_FIELDS: dict[str, Reader] = {
-    "delay_s": number(0.0, 60.0),
-    "kind": _read_kind,
-    "num_steps": integer(1, _MAX_STEPS),
-    "request_id": read_str,
-}
-FAULT_TABLE = FieldTable(_FIELDS, required=("kind",))
+FAULT_TABLE = FieldTable(
+    {
+        "delay_s": number(0.0, 60.0),
+        "kind": one_of(*KINDS),
+        "num_steps": integer(1, _MAX_STEPS),
+        "request_id": read_str,
+    },
+    required=("kind",),
+)
 
 
 class FaultEndpoint:
@@ -64,9 +55,7 @@ class FaultEndpoint:
     async def __call__(self, request: Request) -> Response:
         """Answers when the fault is armed, not when it has happened."""
         raw = await read_body(request.scope, request.receive, max_bytes=_MAX_BYTES)
-        values, unknown = read_fields(
-            parse_json_object(raw), honoured=_FIELDS, refused={}, annotations=frozenset()
-        )
+        values, unknown = FAULT_TABLE.read(parse_json_object(raw))
         if unknown:
             raise InvalidParameterError(f"Unknown field: {unknown[0][:64]}", param=unknown[0][:64])
         kind = require(values, "kind")

@@ -107,6 +107,19 @@ def read_str(name: str, value: Any) -> str:
     return value
 
 
+def one_of(*names: str) -> TypedReader[str]:
+    """A reader of one of these strings."""
+
+    @typed({"enum": list(names)})
+    def read(name: str, value: Any) -> str:
+        text = read_str(name, value)
+        if text not in names:
+            raise out_of_range(name, f"one of {', '.join(names)}", text)
+        return text
+
+    return read
+
+
 @typed({"type": "number"})
 def read_number(name: str, value: Any) -> float:
     """A JSON number. JSON has no NaN and no infinity, so it is finite."""
@@ -215,32 +228,6 @@ def shown_neutral(value: Any) -> str:
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
 
 
-def read_fields(
-    body: Mapping[str, Any],
-    *,
-    honoured: Mapping[str, Reader],
-    refused: Mapping[str, Refused],
-    annotations: frozenset[str],
-    prefix: str = "",
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the honoured fields that were given, and the names that nobody knows.
-
-    ``prefix`` is where the object stands in the body (``"messages[2]."``), for messages.
-    """
-    values: dict[str, Any] = {}
-    unknown: list[str] = []
-    for name, value in body.items():
-        reader = honoured.get(name)
-        if reader is not None:
-            if value is not None:
-                values[name] = reader(prefix + name, value)
-        elif name in refused:
-            refused[name].check(prefix + name, value)
-        elif name not in annotations:
-            unknown.append(prefix + name)
-    return values, unknown
-
-
 def require(values: Mapping[str, Any], name: str) -> Any:
     """The value of a field that must be given."""
     if name not in values:
@@ -261,12 +248,43 @@ def require_in(values: Mapping[str, Any], field: str, where: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class FieldTable:
-    """All fields of one kind of object: what ``read_fields`` reads it through, and its schema."""
+    """All fields of one kind of object: what it is read through, and its schema."""
 
     honoured: Mapping[str, Reader]
     refused: Mapping[str, Refused] = field(default_factory=dict)
     annotations: frozenset[str] = frozenset()
     required: tuple[str, ...] = ()
+
+    def read(
+        self, given: Mapping[str, Any], *, prefix: str = ""
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Return the honoured fields that were given, and the names that nobody knows.
+
+        ``prefix`` is where the object stands in the body (``"messages[2]."``), for messages.
+        """
+        values: dict[str, Any] = {}
+        unknown: list[str] = []
+        for name, value in given.items():
+            reader = self.honoured.get(name)
+            if reader is not None:
+                if value is not None:
+                    values[name] = reader(prefix + name, value)
+            elif name in self.refused:
+                self.refused[name].check(prefix + name, value)
+            elif name not in self.annotations:
+                unknown.append(prefix + name)
+        return values, unknown
+
+    def read_inner(self, where: str, value: Any, unknown: list[str]) -> dict[str, Any]:
+        """As ``read`` for an object inside of a body, with all that it must have.
+
+        The names that nobody knows are added to ``unknown``.
+        """
+        values, unknown_here = self.read(read_object(where, value), prefix=f"{where}.")
+        for name in self.required:
+            require_in(values, name, where)
+        unknown += unknown_here
+        return values
 
     def schema(self) -> Schema:
         """The object's schema. A field that is not required may be ``null``."""

@@ -35,7 +35,6 @@ from streamserve.api.frames import (
 )
 from streamserve.api.kept_generation import answer_kept
 from streamserve.api.metrics import Delivery
-from streamserve.api.middleware import RAW_SEND
 from streamserve.api.openai_wire import OpenAIWire
 from streamserve.api.prompts import LONG_BODY, ChatParser, Endpoint, PromptWorkers, Work, chat_work
 from streamserve.api.rate_limits import Allowance, allowance_of
@@ -301,14 +300,11 @@ class GenerationEndpoint(ABC):
         return AnswerStream(
             wire,
             choices,
-            headers=ignored_fields_headers(work.common.unknown_fields),
-            ping_interval_s=self._context.config.ping_interval_s,
-            ping=self.ping,
             progress_of=self._context.engine.progress if has_progress else None,
-            raw_send=call.scope[RAW_SEND],
-            stall_timeout_s=limits.stall_timeout_s,
-            on_stall=self._context.metrics.reader_stalled,
-            guard=call.guard,
+            ping=self.ping,
+            **self._context.sse_options(
+                call.scope, ignored_fields_headers(work.common.unknown_fields), call.guard
+            ),
         )
 
     def _parsers(self, work: Work) -> list[AnswerParser | None]:

@@ -11,7 +11,6 @@ from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import ClientGoneError, DisconnectGuard
 from streamserve.api.errors import HttpError
 from streamserve.api.kept import KeptAnswer, KeptOrigin, WholeAnswer
-from streamserve.api.middleware import RAW_SEND
 from streamserve.api.openai_wire import OpenAIWire
 from streamserve.api.prompts import Work
 from streamserve.api.resumable import ReplayStream, ResumableAnswer
@@ -118,12 +117,7 @@ def _reader_of(
         _FROM_THE_START if wish.at is None else wish.at[1],
         has_ids=wish.wants_ids or wish.at is not None,
         is_first=is_first,
-        headers=headers,
-        ping_interval_s=context.config.ping_interval_s,
-        raw_send=scope[RAW_SEND],
-        stall_timeout_s=context.config.streams.stall_timeout_s,
-        on_stall=metrics.reader_stalled,
-        guard=guard,
+        **context.sse_options(scope, headers, guard),
     )
     if wish.at is None and wish.idempotency_key is not None:
         metrics.num_joined += not is_first

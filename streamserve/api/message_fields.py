@@ -10,11 +10,9 @@ from streamserve.api.fields import (
     FieldTable,
     Refused,
     Schema,
-    TypedReader,
     integer,
-    out_of_range,
+    one_of,
     read_bool,
-    read_fields,
     read_object,
     read_str,
     require_in,
@@ -23,8 +21,8 @@ from streamserve.api.fields import (
     wrong_type,
 )
 from streamserve.api.sampling import COMMON_FIELDS
-from streamserve.api.structured import json_schema
-from streamserve.api.tool_fields import MAX_TOOLS, Tool, Tools, ToolUse, read_name
+from streamserve.api.structured import check_keys, json_schema
+from streamserve.api.tool_fields import Tool, Tools, ToolUse, read_name, tools_reader
 from streamserve.core.structured_output import StructuredOutput
 from streamserve.errors import InvalidParameterError
 
@@ -33,19 +31,6 @@ _CACHED = frozenset({"cache_control"})
 
 _EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _TOOL_CHOICES = ("auto", "any", "none", "tool")
-
-
-def one_of(*names: str) -> TypedReader[str]:
-    """A reader of one of these strings."""
-
-    @typed({"enum": list(names)})
-    def read(name: str, value: Any) -> str:
-        text = read_str(name, value)
-        if text not in names:
-            raise out_of_range(name, f"one of {', '.join(names)}", text)
-        return text
-
-    return read
 
 
 _TEXT_TABLE = FieldTable(
@@ -88,18 +73,7 @@ def _read_block(
             param=f"{where}.type",
             code="unsupported_parameter",
         )
-    table = tables[kind]
-    values, unknown_here = read_fields(
-        block,
-        honoured=table.honoured,
-        refused=table.refused,
-        annotations=table.annotations,
-        prefix=f"{where}.",
-    )
-    for name in table.required:
-        require_in(values, name, where)
-    unknown += unknown_here
-    return values
+    return tables[kind].read_inner(where, block, unknown)
 
 
 def read_blocks(
@@ -164,23 +138,6 @@ MESSAGE_TOOL_TABLE = FieldTable(
 )
 
 
-@typed({"type": "array", "maxItems": MAX_TOOLS, "items": MESSAGE_TOOL_TABLE.schema()})
-def read_message_tools(name: str, value: Any) -> Tools:
-    """``tools``, as the chat template will see them."""
-    if not isinstance(value, list):
-        raise wrong_type(name, "an array of tools", value)
-    if len(value) > MAX_TOOLS:
-        raise out_of_range(name, f"an array of at most {MAX_TOOLS} tools", value)
-    unknown: list[str] = []
-    items: dict[str, Tool] = {}
-    for i, raw in enumerate(value):
-        tool = _read_tool(f"{name}[{i}]", raw, unknown)
-        if tool.name in items:
-            raise out_of_range(f"{name}[{i}].name", "unlike the other tools' names", tool.name)
-        items[tool.name] = tool
-    return Tools(tuple(items.values()), tuple(unknown))
-
-
 def _read_tool(where: str, raw: Any, unknown: list[str]) -> Tool:
     given = read_object(where, raw)
     kind = given.get("type")
@@ -191,16 +148,7 @@ def _read_tool(where: str, raw: Any, unknown: list[str]) -> Tool:
             param=f"{where}.type",
             code="unsupported_parameter",
         )
-    values, unknown_here = read_fields(
-        given,
-        honoured=MESSAGE_TOOL_TABLE.honoured,
-        refused=MESSAGE_TOOL_TABLE.refused,
-        annotations=MESSAGE_TOOL_TABLE.annotations,
-        prefix=f"{where}.",
-    )
-    for name in MESSAGE_TOOL_TABLE.required:
-        require_in(values, name, where)
-    unknown += unknown_here
+    values = MESSAGE_TOOL_TABLE.read_inner(where, given, unknown)
     parameters: dict[str, Any] = values["input_schema"]
     function = {"name": values["name"]}
     if "description" in values:
@@ -209,25 +157,13 @@ def _read_tool(where: str, raw: Any, unknown: list[str]) -> Tool:
     return Tool(values["name"], definition, parameters, values.get("strict", False))
 
 
+read_message_tools = tools_reader(_read_tool, MESSAGE_TOOL_TABLE, "name")
+
+
 def _read_all(name: str, value: Any, table: FieldTable) -> dict[str, Any]:
     """An object that says how to answer: what nobody knows in it must not be passed over."""
-    values, unknown = read_fields(
-        read_object(name, value),
-        honoured=table.honoured,
-        refused={},
-        annotations=frozenset(),
-        prefix=f"{name}.",
-    )
-    if unknown:
-        known = ", ".join(sorted(table.honoured))
-        raise InvalidParameterError(
-            f"{name} must hold only {known}, got {shown(unknown[0])}",
-            param=name,
-            code="unsupported_parameter",
-        )
-    for field in table.required:
-        require_in(values, field, name)
-    return values
+    check_keys(name, read_object(name, value), set(table.honoured))
+    return table.read_inner(name, value, [])
 
 
 def _closed(table: FieldTable) -> Schema:
@@ -272,10 +208,8 @@ def message_tool_use(tools: Tools | None, choice: dict[str, Any] | None) -> Tool
         return ToolUse()
     choice = choice or {}
     tool_name = choice.get("name")
-    names = [tool.name for tool in tools.items]
-    if tool_name is not None and tool_name not in names:
-        some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-        raise out_of_range("tool_choice.name", f"one of {some}", tool_name)
+    if tool_name is not None:
+        tools.check_name("tool_choice.name", tool_name)
     is_parallel = not choice.get("disable_parallel_tool_use", False)
     words = {"any": "required", "tool": "named"}
     return ToolUse(tools.items, words.get(kind, kind), tool_name, is_parallel)
@@ -344,11 +278,6 @@ METADATA_TABLE = FieldTable({"user_id": COMMON_FIELDS["user"]})
 @typed(METADATA_TABLE.schema())
 def read_metadata(name: str, value: Any) -> Given:
     """``metadata``: the value is the user, ``""`` for nobody."""
-    values, unknown = read_fields(
-        read_object(name, value),
-        honoured=METADATA_TABLE.honoured,
-        refused={},
-        annotations=frozenset(),
-        prefix=f"{name}.",
-    )
+    unknown: list[str] = []
+    values = METADATA_TABLE.read_inner(name, value, unknown)
     return Given(values.get("user_id", ""), tuple(unknown))

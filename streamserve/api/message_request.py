@@ -15,13 +15,11 @@ from streamserve.api.fields import (
     Refused,
     integer,
     list_of,
+    one_of,
     out_of_range,
     read_bool,
-    read_fields,
-    read_object,
     read_str,
     require,
-    require_in,
     typed,
     wrong_type,
 )
@@ -31,7 +29,6 @@ from streamserve.api.message_fields import (
     ThinkingConfig,
     blocks_schema,
     message_tool_use,
-    one_of,
     read_blocks,
     read_format,
     read_message_tool_choice,
@@ -63,7 +60,7 @@ def _read_content(_name: str, value: Any) -> Any:
 
 
 TURN_TABLE = FieldTable(
-    {"content": _read_content, "role": one_of(*_KINDS)}, required=("content", "role")
+    {"content": _read_content, "role": one_of(*_KINDS)}, required=("role", "content")
 )
 
 
@@ -94,16 +91,9 @@ def _read_messages(name: str, value: Any) -> Given:
 
 
 def _read_turn(where: str, raw: Any, unknown: list[str]) -> tuple[str, list[dict[str, Any]]]:
-    values, unknown_here = read_fields(
-        read_object(where, raw),
-        honoured=TURN_TABLE.honoured,
-        refused={},
-        annotations=frozenset(),
-        prefix=f"{where}.",
-    )
-    role: str = require_in(values, "role", where)
-    content = require_in(values, "content", where)
-    unknown += unknown_here
+    values = TURN_TABLE.read_inner(where, raw, unknown)
+    role: str = values["role"]
+    content = values["content"]
     blocks = read_blocks(f"{where}.content", content, _BLOCKS[role], unknown)
     if not blocks and role != "assistant":
         raise out_of_range(f"{where}.content", "a string or at least one block", content)
@@ -218,7 +208,7 @@ def parse_messages_request(body: Mapping[str, Any], defaults: Mapping[str, Any])
 
     Raises ``InvalidParameterError`` for the first field that is wrong or not supported.
     """
-    values, unknown = _read(body, MESSAGES_TABLE)
+    values, unknown = MESSAGES_TABLE.read(body)
     max_tokens: int = require(values, "max_tokens")
     thinking: ThinkingConfig = values.get("thinking", ThinkingConfig())
     if thinking.budget is not None and thinking.budget >= max_tokens:
@@ -238,14 +228,8 @@ def parse_messages_request(body: Mapping[str, Any], defaults: Mapping[str, Any])
 
 def parse_count_request(body: Mapping[str, Any], _defaults: Mapping[str, Any]) -> ChatRequest:
     """As ``parse_messages_request``, for a prompt that is only counted."""
-    values, unknown = _read(body, COUNT_TABLE)
+    values, unknown = COUNT_TABLE.read(body)
     return _chat_request(values, unknown, SamplingParams(max_tokens=1))
-
-
-def _read(body: Mapping[str, Any], table: FieldTable) -> tuple[dict[str, Any], list[str]]:
-    return read_fields(
-        body, honoured=table.honoured, refused=table.refused, annotations=table.annotations
-    )
 
 
 def _chat_request(

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Unpack
 
 import orjson
 from starlette.types import Receive, Scope, Send
 
 from streamserve.api.deltas import chat_delta, content_of
-from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.errors import HttpError
 from streamserve.api.frames import ChoiceFrames, openai_finish_reason
 from streamserve.api.kept import KeptAnswer, KeptAnswers, KeptOrigin
 from streamserve.api.metrics import Delivery
 from streamserve.api.replay_log import ReplayLog
-from streamserve.api.sse_response import SseResponse
+from streamserve.api.sse_response import SseOptions, SseResponse
 from streamserve.api.success import check_success, end_early
 from streamserve.api.wire import Wire
 from streamserve.core.request import FinishReason
@@ -166,24 +166,11 @@ class ReplayStream(SseResponse):
         *,
         has_ids: bool,
         is_first: bool = False,
-        headers: dict[str, str],
-        ping_interval_s: float,
-        raw_send: Send,
-        stall_timeout_s: float,
-        on_stall: Callable[[], None],
-        guard: DisconnectGuard | None = None,
+        **options: Unpack[SseOptions],
     ) -> None:
         if has_ids:
-            headers = {**headers, "X-Stream-Id": answer.id}
-        super().__init__(
-            answer.id,
-            headers=headers,
-            ping_interval_s=ping_interval_s,
-            raw_send=raw_send,
-            stall_timeout_s=stall_timeout_s,
-            on_stall=on_stall,
-            guard=guard,
-        )
+            options["headers"] = {**options["headers"], "X-Stream-Id": answer.id}
+        super().__init__(answer.id, **options)
         if not answer.log.first <= max(position, 0) <= answer.log.last:
             raise _not_there(position, answer.log)
         self.position = position

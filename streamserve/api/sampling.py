@@ -20,7 +20,6 @@ from streamserve.api.fields import (
     out_of_range,
     positive,
     read_bool,
-    read_fields,
     read_object,
     read_str,
     schema_of,
@@ -179,13 +178,8 @@ class _RawStreamOptions:
 
 @typed(STREAM_OPTIONS_TABLE.schema())
 def _read_stream_options(name: str, value: Any) -> _RawStreamOptions:
-    values, unknown = read_fields(
-        read_object(name, value),
-        honoured=_STREAM_OPTIONS,
-        refused=_STREAM_OPTIONS_REFUSED,
-        annotations=frozenset(),
-        prefix=f"{name}.",
-    )
+    unknown: list[str] = []
+    values = STREAM_OPTIONS_TABLE.read_inner(name, value, unknown)
     return _RawStreamOptions(StreamOptions(**values), tuple(unknown))
 
 

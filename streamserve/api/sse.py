@@ -9,15 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from orjson import dumps
-from starlette.types import Send
 
-from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.metrics import Delivery
 from streamserve.api.progress import ProgressComments
-from streamserve.api.sse_response import SseResponse, nobody_counts
+from streamserve.api.sse_response import SseOptions, SseResponse
 from streamserve.api.success import check_success, end_early
 from streamserve.api.timing import TimedDelivery
 from streamserve.api.wire import Frames, Wire
@@ -84,25 +82,11 @@ class AnswerStream(SseResponse):
         wire: Wire,
         choices: Sequence[StreamedChoice],
         *,
-        headers: dict[str, str],
-        ping_interval_s: float,
         ping: bytes,
-        raw_send: Send,
-        stall_timeout_s: float = 60.0,
-        on_stall: Callable[[], None] = nobody_counts,
-        guard: DisconnectGuard | None = None,
         progress_of: Callable[[str], RequestProgress | None] | None = None,
+        **options: Unpack[SseOptions],
     ) -> None:
-        super().__init__(
-            wire.id,
-            headers=headers,
-            ping_interval_s=ping_interval_s,
-            raw_send=raw_send,
-            stall_timeout_s=stall_timeout_s,
-            on_stall=on_stall,
-            guard=guard,
-            ping=ping,
-        )
+        super().__init__(wire.id, ping=ping, **options)
         self._wire = wire
         self._choices = choices
         self._progress_of = progress_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from sse_starlette.sse import EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -31,8 +31,15 @@ class ReaderStalledError(EngineError):
         )
 
 
-def nobody_counts() -> None:
-    """Stands in for who counts readers that stall."""
+class SseOptions(TypedDict, total=False):
+    """What ``SseResponse`` is told whatever it sends: its subclasses hand it on."""
+
+    headers: Required[Mapping[str, str]]
+    ping_interval_s: Required[float]
+    raw_send: Required[Send]
+    stall_timeout_s: Required[float]
+    on_stall: Required[Callable[[], None]]
+    guard: DisconnectGuard | None
 
 
 class _Nothing:
@@ -58,11 +65,11 @@ class SseResponse(EventSourceResponse):
         self,
         name: str,
         *,
-        headers: dict[str, str],
+        headers: Mapping[str, str],
         ping_interval_s: float,
         raw_send: Send,
-        stall_timeout_s: float = 60.0,
-        on_stall: Callable[[], None] = nobody_counts,
+        stall_timeout_s: float,
+        on_stall: Callable[[], None],
         guard: DisconnectGuard | None = None,
         ping: bytes = PING,
     ) -> None:

@@ -226,9 +226,7 @@ def _read_response_format(name: str, value: Any) -> StructuredOutput | None:
     described = read_object(where, given["json_schema"])
     check_keys(where, described, {"description", "name", "schema", "strict"})
     # A schema is followed to the letter whether or not that is asked for.
-    for key, reader in (("name", read_str), ("description", read_str), ("strict", read_bool)):
-        if described.get(key) is not None:
-            reader(f"{where}.{key}", described[key])
+    check_described(where, described)
     schema = described.get("schema")
     if schema is None:
         return any_object(name)
@@ -245,6 +243,13 @@ def _read_backend(name: str, value: Any) -> str:
             code="unsupported_parameter",
         )
     return backend
+
+
+def check_described(where: str, given: Mapping[str, Any]) -> None:
+    """Check the types of what is said about a schema."""
+    for key, reader in (("name", read_str), ("description", read_str), ("strict", read_bool)):
+        if given.get(key) is not None:
+            reader(f"{where}.{key}", given[key])
 
 
 def check_keys(name: str, given: Mapping[str, Any], known: set[str]) -> None:

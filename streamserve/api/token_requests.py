@@ -20,7 +20,6 @@ from streamserve.api.fields import (
     FieldTable,
     Reader,
     read_bool,
-    read_fields,
     read_str,
     require,
     schema_of,
@@ -95,7 +94,7 @@ _RENDERING = ("add_generation_prompt", "continue_final_message", "tools")
 
 def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat) -> TokenizeRequest:
     """Parse and check. Raises ``InvalidParameterError``."""
-    values, unknown = _read(body, TOKENIZE_TABLE)
+    values, unknown = TOKENIZE_TABLE.read(body)
     for name in {"messages", "tools"} & values.keys():
         unknown += values[name].unknown
     if ("prompt" in values) == ("messages" in values):
@@ -155,7 +154,7 @@ class DetokenizeRequest(NamedTuple):
 
 def parse_detokenize_request(body: Mapping[str, Any]) -> DetokenizeRequest:
     """Parse and check. Raises ``InvalidParameterError``."""
-    values, unknown = _read(body, DETOKENIZE_TABLE)
+    values, unknown = DETOKENIZE_TABLE.read(body)
     return DetokenizeRequest(values.get("model"), unknown, require(values, "tokens"))
 
 
@@ -168,15 +167,6 @@ def detokenize(body: Mapping[str, Any], encoder: PromptEncoder) -> TokenAnswer:
 def detokenized(text: str) -> bytes:
     """The answer of ``/detokenize``."""
     return orjson.dumps({"prompt": text})
-
-
-def _read(body: Mapping[str, Any], table: FieldTable) -> tuple[dict[str, Any], list[str]]:
-    return read_fields(
-        body,
-        honoured=table.honoured,
-        refused=table.refused,
-        annotations=table.annotations,
-    )
 
 
 def _check_asks_no_rendering(values: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,9 @@ import orjson
 
 from streamserve.api.fields import (
     FieldTable,
-    Reader,
     TypedReader,
     out_of_range,
     read_bool,
-    read_fields,
     read_object,
     read_str,
     require_in,
@@ -75,8 +73,16 @@ class Tools:
         """What a chat template sees: ``None`` is no tool."""
         return [tool.definition for tool in self.items] or None
 
+    def check_name(self, param: str, name: str) -> None:
+        """Raise unless one of the tools has this name."""
+        names = [tool.name for tool in self.items]
+        if name not in names:
+            some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+            raise out_of_range(param, f"one of {some}", name)
+
 
 NO_TOOLS = Tools((), ())
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
 @typed({"type": "string", "pattern": _NAME.pattern})
@@ -89,7 +95,8 @@ def read_name(name: str, value: Any) -> str:
 
 
 @typed({"const": "function"})
-def _read_type(name: str, value: Any) -> str:
+def read_function_type(name: str, value: Any) -> str:
+    """``type`` of a tool or a call: there is one."""
     kind = read_str(name, value)
     if kind != "function":
         raise InvalidParameterError(
@@ -100,61 +107,59 @@ def _read_type(name: str, value: Any) -> str:
     return kind
 
 
-_FUNCTION_FIELDS: dict[str, Reader] = {
-    "name": read_name,
-    "description": read_str,
-    "parameters": read_object,
-    "strict": read_bool,
-}
-FUNCTION_TABLE = FieldTable(_FUNCTION_FIELDS, required=("name",))
-_TOOL_FIELDS: dict[str, Reader] = {
-    "function": TypedReader(read_object, FUNCTION_TABLE.schema()),
-    "type": _read_type,
-}
-TOOL_TABLE = FieldTable(_TOOL_FIELDS, required=("function", "type"))
+FUNCTION_TABLE = FieldTable(
+    {
+        "name": read_name,
+        "description": read_str,
+        "parameters": read_object,
+        "strict": read_bool,
+    },
+    required=("name",),
+)
+TOOL_TABLE = FieldTable(
+    {
+        "function": TypedReader(read_object, FUNCTION_TABLE.schema()),
+        "type": read_function_type,
+    },
+    required=("type", "function"),
+)
 
 
 def _read_tool(name: str, value: Any, unknown: list[str]) -> Tool:
-    values, unknown_here = read_fields(
-        read_object(name, value),
-        honoured=_TOOL_FIELDS,
-        refused={},
-        annotations=frozenset(),
-        prefix=f"{name}.",
-    )
-    require_in(values, "type", name)
-    where = f"{name}.function"
-    function, unknown_inside = read_fields(
-        require_in(values, "function", name),
-        honoured=_FUNCTION_FIELDS,
-        refused={},
-        annotations=frozenset(),
-        prefix=f"{where}.",
-    )
-    unknown += unknown_here + unknown_inside
-    tool_name: str = require_in(function, "name", where)
+    given = TOOL_TABLE.read_inner(name, value, unknown)
+    function = FUNCTION_TABLE.read_inner(f"{name}.function", given["function"], unknown)
     is_strict = function.pop("strict", False)
-    parameters = function.get("parameters", {"type": "object", "properties": {}})
-    return Tool(tool_name, {"type": "function", "function": function}, parameters, is_strict)
+    parameters = function.get("parameters", NO_PARAMETERS)
+    return Tool(function["name"], {"type": "function", "function": function}, parameters, is_strict)
 
 
-@typed({"type": "array", "maxItems": MAX_TOOLS, "items": TOOL_TABLE.schema()})
-def read_tools(name: str, value: Any) -> Tools:
-    """``tools``."""
-    if not isinstance(value, list):
-        raise wrong_type(name, "an array of tools", value)
-    if len(value) > MAX_TOOLS:
-        raise out_of_range(name, f"an array of at most {MAX_TOOLS} tools", value)
-    unknown: list[str] = []
-    items: dict[str, Tool] = {}
-    for i, raw in enumerate(value):
-        tool = _read_tool(f"{name}[{i}]", raw, unknown)
-        if tool.name in items:
-            raise out_of_range(
-                f"{name}[{i}].function.name", "unlike the other tools' names", tool.name
-            )
-        items[tool.name] = tool
-    return Tools(tuple(items.values()), tuple(unknown))
+def tools_reader(
+    read_tool: Callable[[str, Any, list[str]], Tool], table: FieldTable, name_field: str
+) -> TypedReader[Tools]:
+    """A reader of ``tools``, each read by ``read_tool``, its name standing in ``name_field``."""
+
+    @typed({"type": "array", "maxItems": MAX_TOOLS, "items": table.schema()})
+    def read(name: str, value: Any) -> Tools:
+        if not isinstance(value, list):
+            raise wrong_type(name, "an array of tools", value)
+        if len(value) > MAX_TOOLS:
+            raise out_of_range(name, f"an array of at most {MAX_TOOLS} tools", value)
+        unknown: list[str] = []
+        items: dict[str, Tool] = {}
+        for i, raw in enumerate(value):
+            where = f"{name}[{i}]"
+            tool = read_tool(where, raw, unknown)
+            if tool.name in items:
+                raise out_of_range(
+                    f"{where}.{name_field}", "unlike the other tools' names", tool.name
+                )
+            items[tool.name] = tool
+        return Tools(tuple(items.values()), tuple(unknown))
+
+    return read
+
+
+read_tools = tools_reader(_read_tool, TOOL_TABLE, "function.name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +193,7 @@ def read_tool_choice(name: str, value: Any) -> ToolChoice:
         return ToolChoice(value)
     if not isinstance(value, dict):
         raise wrong_type(name, "a string or an object", value)
-    _read_type(f"{name}.type", require_in(value, "type", name))
+    read_function_type(f"{name}.type", require_in(value, "type", name))
     function = read_object(f"{name}.function", require_in(value, "function", name))
     where = f"{name}.function"
     return ToolChoice("named", read_name(f"{where}.name", require_in(function, "name", where)))
@@ -207,10 +212,7 @@ def tool_use(values: Mapping[str, Any]) -> ToolUse:
             )
         return ToolUse()
     if choice.name is not None:
-        names = [tool.name for tool in tools.items]
-        if choice.name not in names:
-            some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-            raise out_of_range("tool_choice.function.name", f"one of {some}", choice.name)
+        tools.check_name("tool_choice.function.name", choice.name)
     return ToolUse(tools.items, choice.choice, choice.name, values.get("parallel_tool_calls", True))
 
 
@@ -240,18 +242,20 @@ class ToolCalls:
 
 
 # What clients leave there that put a streamed call together, or parsed it.
-_CALL_ANNOTATIONS = frozenset({"index"})
-_CALLED_ANNOTATIONS = frozenset({"parsed_arguments"})
-_CALLED_FIELDS: dict[str, Reader] = {"name": read_name, "arguments": read_arguments}
 CALLED_TABLE = FieldTable(
-    _CALLED_FIELDS, annotations=_CALLED_ANNOTATIONS, required=("arguments", "name")
+    {"name": read_name, "arguments": read_arguments},
+    annotations=frozenset({"parsed_arguments"}),
+    required=("name", "arguments"),
 )
-_CALL_FIELDS: dict[str, Reader] = {
-    "function": TypedReader(read_object, CALLED_TABLE.schema()),
-    "id": read_str,
-    "type": _read_type,
-}
-CALL_TABLE = FieldTable(_CALL_FIELDS, annotations=_CALL_ANNOTATIONS, required=("function", "id"))
+CALL_TABLE = FieldTable(
+    {
+        "function": TypedReader(read_object, CALLED_TABLE.schema()),
+        "id": read_str,
+        "type": read_function_type,
+    },
+    annotations=frozenset({"index"}),
+    required=("function", "id"),
+)
 
 
 @typed({"type": "array", "maxItems": MAX_CALLS, "items": CALL_TABLE.schema()})
@@ -267,22 +271,6 @@ def read_tool_calls(name: str, value: Any) -> ToolCalls:
 
 
 def _read_call(name: str, value: Any, unknown: list[str]) -> dict[str, Any]:
-    call, unknown_here = read_fields(
-        read_object(name, value),
-        honoured=_CALL_FIELDS,
-        refused={},
-        annotations=_CALL_ANNOTATIONS,
-        prefix=f"{name}.",
-    )
-    where = f"{name}.function"
-    function, unknown_inside = read_fields(
-        require_in(call, "function", name),
-        honoured=_CALLED_FIELDS,
-        refused={},
-        annotations=_CALLED_ANNOTATIONS,
-        prefix=f"{where}.",
-    )
-    unknown += unknown_here + unknown_inside
-    require_in(function, "name", where)
-    require_in(function, "arguments", where)
-    return {"id": require_in(call, "id", name), "type": "function", "function": function}
+    call = CALL_TABLE.read_inner(name, value, unknown)
+    function = CALLED_TABLE.read_inner(f"{name}.function", call["function"], unknown)
+    return {"id": call["id"], "type": "function", "function": function}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -140,7 +140,9 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _replaced(value: Any, pattern: re.Pattern[str], character: Any) -> Any:
+def _replaced(
+    value: Any, pattern: re.Pattern[str], character: Callable[[re.Match[str]], str]
+) -> Any:
     if isinstance(value, str):
         return pattern.sub(character, value)
     if isinstance(value, Mapping):

@@ -60,9 +60,14 @@ class Client:
             return await self.reader.read() == b""
 
 
+def connected(address):
+    return talking(asyncio.open_connection(*address))
+
+
 @contextlib.asynccontextmanager
-async def connected(address):
-    reader, writer = await asyncio.open_connection(*address)
+async def talking(opening):
+    """A client of a connection that is being opened, until the block ends."""
+    reader, writer = await opening
     try:
         yield Client(reader, writer)
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.api.harness import Api, chat_body, until
-from tests.api.test_http import CHAT, Client
+from tests.api.test_http import CHAT, talking
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 DOCS = Path(__file__).parents[2] / "docs" / "deployment.md"
@@ -55,15 +55,8 @@ async def behind_nginx(folder, address):
         process.communicate()
 
 
-@contextlib.asynccontextmanager
-async def connected_to(path):
-    reader, writer = await asyncio.open_unix_connection(path)
-    try:
-        yield Client(reader, writer)
-    finally:
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
+def connected_to(path):
+    return talking(asyncio.open_unix_connection(path))
 
 
 async def test_every_token_passes_when_it_is_there(tmp_path):

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+from streamserve.core.plan import ModelRunner
+
+if TYPE_CHECKING:
+    from tests.runner.against_transformers import Pair
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,3 +19,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["naive", "cpu", "naive on a device"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """transformers' model and ours, in each way of computing it."""
+    from tests.runner.against_transformers import Pair  # transformers takes seconds to import
+
+    return Pair(tmp_path_factory.mktemp("pair"), request.param)
+
+
+@pytest.fixture(scope="module")
+def runner(pair: Pair) -> Iterator[ModelRunner]:
+    """A runner of our side of the pair. Modules with another model have one of their own."""
+    runner = pair.runner()
+    yield runner
+    runner.close()

@@ -17,23 +17,11 @@ from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
 from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.byte_tokenizer import ByteTokenizer
-from tests.runner.against_transformers import BLOCK_SIZE, MAX_LEN, NUM_BLOCKS, VOCAB, Pair
+from tests.runner.against_transformers import BLOCK_SIZE, MAX_LEN, NUM_BLOCKS, VOCAB
 from tests.runner.test_end_to_end import forget
 
 _numbers = count()
 EOS = frozenset(range(1, 90, 9))  # many, so that sequences end
-
-
-@pytest.fixture(scope="module", params=["naive", "cpu", "naive on a device"])
-def pair(request, tmp_path_factory):
-    return Pair(tmp_path_factory.mktemp("pair"), request.param)
-
-
-@pytest.fixture(scope="module")
-def runner(pair):
-    runner = pair.runner()
-    yield runner
-    runner.close()
 
 
 class _Shared:

@@ -22,18 +22,6 @@ _numbers = count()
 LENGTHS = (1, 2, 5, 17, 40)
 
 
-@pytest.fixture(scope="module", params=["naive", "cpu", "naive on a device"])
-def pair(request, tmp_path_factory):
-    return Pair(tmp_path_factory.mktemp("pair"), request.param)
-
-
-@pytest.fixture(scope="module")
-def runner(pair):
-    runner = pair.runner()
-    yield runner
-    runner.close()
-
-
 @pytest.fixture(autouse=True)
 def forget_requests(runner):
     yield

@@ -17,18 +17,6 @@ from tests.runner.test_end_to_end import Loop
 _numbers = count()
 
 
-@pytest.fixture(scope="module", params=["naive", "cpu", "naive on a device"])
-def pair(request, tmp_path_factory):
-    return Pair(tmp_path_factory.mktemp("pair"), request.param)
-
-
-@pytest.fixture(scope="module")
-def runner(pair):
-    runner = pair.runner()
-    yield runner
-    runner.close()
-
-
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(2, VOCAB) for _ in range(length)]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from typing import Unpack
 
-from starlette.types import Send
-
-from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.responses.store import Owner, Turn
 from streamserve.api.responses.wire import ResponseWire
-from streamserve.api.sse_response import SseResponse
+from streamserve.api.sse_response import SseOptions, SseResponse
 from streamserve.api.success import check_success
 from streamserve.engine.outputs import Usage
 from streamserve.engine.stream import RequestStream
@@ -131,23 +129,9 @@ class LogResponse(SseResponse):
         name: str,
         log: EventLog,
         start: int,
-        *,
-        headers: dict[str, str],
-        ping_interval_s: float,
-        raw_send: Send,
-        stall_timeout_s: float,
-        on_stall: Callable[[], None],
-        guard: DisconnectGuard | None = None,
+        **options: Unpack[SseOptions],
     ) -> None:
-        super().__init__(
-            name,
-            headers=headers,
-            ping_interval_s=ping_interval_s,
-            raw_send=raw_send,
-            stall_timeout_s=stall_timeout_s,
-            on_stall=on_stall,
-            guard=guard,
-        )
+        super().__init__(name, **options)
         self._log = log
         self._position = start
 

@@ -17,7 +17,6 @@ from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.generation import ChatEndpoint
 from streamserve.api.metrics import Delivery
-from streamserve.api.middleware import RAW_SEND
 from streamserve.api.prompts import LONG_BODY, Work, next_attempt, pack_response, unpack_response
 from streamserve.api.rate_limits import allowance_of
 from streamserve.api.responses.archive import Archive
@@ -153,12 +152,7 @@ class ResponsesEndpoint(ChatEndpoint):
                 run.id,
                 run.log,
                 0,
-                headers=headers,
-                ping_interval_s=self._context.config.ping_interval_s,
-                raw_send=call.scope[RAW_SEND],
-                stall_timeout_s=self._context.config.streams.stall_timeout_s,
-                on_stall=self._context.metrics.reader_stalled,
-                guard=call.guard,
+                **self._context.sse_options(call.scope, headers, call.guard),
             )
             if work.common.stream
             else Response(run.response, headers=headers, media_type="application/json")

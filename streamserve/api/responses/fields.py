@@ -8,19 +8,18 @@ from typing import Any
 from streamserve.api.chat_request import read_effort
 from streamserve.api.fields import (
     FieldTable,
-    Reader,
     Refused,
     list_of,
+    one_of,
     out_of_range,
     read_bool,
-    read_fields,
     read_object,
     read_str,
     require_in,
     typed,
 )
 from streamserve.api.sampling import StreamOptions
-from streamserve.api.structured import any_object, check_keys, json_schema
+from streamserve.api.structured import any_object, check_described, check_keys, json_schema
 from streamserve.core.structured_output import StructuredOutput
 
 MAX_METADATA = 16
@@ -45,21 +44,8 @@ _FORMATS = ("text", "json_object", "json_schema")
 _SUMMARIES = ("auto", "detailed")
 
 
-def one_of(options: tuple[str, ...]) -> Reader:
-    """A reader of one of some words."""
-
-    @typed({"enum": list(options)})
-    def read(name: str, value: Any) -> str:
-        text = read_str(name, value)
-        if text not in options:
-            raise out_of_range(name, f"one of {', '.join(options)}", text)
-        return text
-
-    return read
-
-
-read_include = list_of(one_of(INCLUDABLE), "names of what to include", 64)
-read_truncation = one_of(("auto", "disabled"))
+read_include = list_of(one_of(*INCLUDABLE), "names of what to include", 64)
+read_truncation = one_of("auto", "disabled")
 
 
 @typed(
@@ -134,9 +120,7 @@ def _read_format(name: str, value: Any) -> tuple[dict[str, Any], StructuredOutpu
         return {"type": kind}, None
     if kind == "json_object":
         return {"type": kind}, any_object(name)
-    for key, reader in (("name", read_str), ("description", read_str), ("strict", read_bool)):
-        if given.get(key) is not None:
-            reader(f"{name}.{key}", given[key])
+    check_described(name, given)
     require_in(given, "name", name)
     where = f"{name}.schema"
     schema = read_object(where, require_in(given, "schema", name))
@@ -150,13 +134,8 @@ TEXT_TABLE = FieldTable({"format": _read_format}, {"verbosity": Refused(("medium
 @typed({**TEXT_TABLE.schema(), "description": "What the answer looks like."})
 def read_text(name: str, value: Any) -> TextFormat:
     """``text``."""
-    values, unknown = read_fields(
-        read_object(name, value),
-        honoured=TEXT_TABLE.honoured,
-        refused=TEXT_TABLE.refused,
-        annotations=frozenset(),
-        prefix=f"{name}.",
-    )
+    unknown: list[str] = []
+    values = TEXT_TABLE.read_inner(name, value, unknown)
     shown, grammar = values.get("format", (PLAIN_TEXT.shown["format"], None))
     return TextFormat({**PLAIN_TEXT.shown, "format": shown}, grammar, tuple(unknown))
 
@@ -170,7 +149,7 @@ class ReasoningFields:
     unknown: tuple[str, ...] = ()
 
 
-_read_summary = one_of(_SUMMARIES)
+_read_summary = one_of(*_SUMMARIES)
 REASONING_TABLE = FieldTable(
     {
         "effort": read_effort,
@@ -184,13 +163,8 @@ REASONING_TABLE = FieldTable(
 @typed({**REASONING_TABLE.schema(), "description": "How to think, and how to show it."})
 def read_reasoning(name: str, value: Any) -> ReasoningFields:
     """``reasoning``."""
-    values, unknown = read_fields(
-        read_object(name, value),
-        honoured=REASONING_TABLE.honoured,
-        refused=REASONING_TABLE.refused,
-        annotations=frozenset(),
-        prefix=f"{name}.",
-    )
+    unknown: list[str] = []
+    values = REASONING_TABLE.read_inner(name, value, unknown)
     summary = values.get("summary", values.get("generate_summary"))
     return ReasoningFields(values.get("effort"), summary, tuple(unknown))
 
@@ -203,11 +177,6 @@ STREAM_TABLE = FieldTable(
 @typed(STREAM_TABLE.schema())
 def read_stream_options(name: str, value: Any) -> tuple[StreamOptions, list[str]]:
     """``stream_options``."""
-    values, unknown = read_fields(
-        read_object(name, value),
-        honoured=STREAM_TABLE.honoured,
-        refused=STREAM_TABLE.refused,
-        annotations=frozenset(),
-        prefix=f"{name}.",
-    )
+    unknown: list[str] = []
+    values = STREAM_TABLE.read_inner(name, value, unknown)
     return StreamOptions(**values), unknown

@@ -14,8 +14,8 @@ from streamserve.api.fields import (
     Refused,
     Schema,
     list_of,
+    one_of,
     out_of_range,
-    read_fields,
     read_object,
     read_str,
     require_in,
@@ -57,14 +57,6 @@ def read_id(name: str, value: Any) -> str:
     if not 1 <= len(text) <= MAX_ID:
         raise out_of_range(name, f"a string of 1 to {MAX_ID} characters", text)
     return text
-
-
-@typed({"enum": list(ROLES)})
-def _read_role(name: str, value: Any) -> str:
-    role = read_str(name, value)
-    if role not in ROLES:
-        raise out_of_range(name, f"one of {', '.join(ROLES)}", role)
-    return role
 
 
 @typed({"type": "string"})
@@ -139,7 +131,7 @@ MESSAGE_TABLE = FieldTable(
     {
         "content": _text_or(_read_parts),
         "id": read_id,
-        "role": _read_role,
+        "role": one_of(*ROLES),
         "type": _const("message"),
     },
     annotations=_STATUS | {"phase"},
@@ -265,18 +257,7 @@ def _read_item(name: str, raw: Any, unknown: list[str]) -> Item:
             param=f"{name}.type",
             code="unsupported_parameter",
         )
-    values, unknown_here = read_fields(
-        item,
-        honoured=table.honoured,
-        refused=table.refused,
-        annotations=table.annotations,
-        prefix=f"{name}.",
-    )
-    unknown += unknown_here
-    for field in table.required:
-        if field != "type":
-            require_in(values, field, name)
-    return _kept(kind or "", values)
+    return _kept(kind or "", table.read_inner(name, item, unknown))
 
 
 def _schema() -> Schema:

@@ -13,11 +13,10 @@ from starlette.types import Receive, Scope, Send
 
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import ClientGoneError
-from streamserve.api.fields import FieldTable, Reader, Refused, integer, read_bool, read_fields
-from streamserve.api.middleware import RAW_SEND
+from streamserve.api.fields import FieldTable, Reader, Refused, integer, one_of, read_bool
 from streamserve.api.responses.archive import Archive
 from streamserve.api.responses.background import BackgroundRun, EventLog, LogResponse
-from streamserve.api.responses.fields import one_of, read_include
+from streamserve.api.responses.fields import read_include
 from streamserve.api.responses.items import read_id
 from streamserve.api.responses.store import Stored
 from streamserve.api.tenants import tenant_of
@@ -36,7 +35,7 @@ ITEMS_TABLE = FieldTable(
         **_INCLUDE,
         "after": read_id,
         "limit": integer(1, 100),
-        "order": one_of(("asc", "desc")),
+        "order": one_of("asc", "desc"),
     }
 )
 
@@ -53,10 +52,7 @@ def read_query(query: QueryParams, table: FieldTable) -> dict[str, Any]:
         text = given.get(name, "")
         if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 16:
             given[name] = int(text)
-    values, _unknown = read_fields(
-        given, honoured=table.honoured, refused=table.refused, annotations=table.annotations
-    )
-    return values
+    return table.read(given)[0]
 
 
 _VALUES: Mapping[str, bool] = {"true": True, "false": False}
@@ -143,11 +139,7 @@ class Retrieve:
             response_id,
             log_of(found),
             values.get("starting_after", -1) + 1,
-            headers={},
-            ping_interval_s=self._context.config.ping_interval_s,
-            raw_send=scope[RAW_SEND],
-            stall_timeout_s=self._context.config.streams.stall_timeout_s,
-            on_stall=self._context.metrics.reader_stalled,
+            **self._context.sse_options(scope, {}),
         )
         try:
             with self._context.gate.enter():

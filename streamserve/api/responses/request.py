@@ -24,7 +24,6 @@ from streamserve.api.fields import (
     integer,
     out_of_range,
     read_bool,
-    read_fields,
     read_str,
     require,
     schema_of,
@@ -163,9 +162,7 @@ def parse_responses_request(
 
     Raises ``InvalidParameterError`` for the first field that is wrong or not supported.
     """
-    values, unknown = read_fields(
-        body, honoured=RESPONSES_FIELDS, refused=_REFUSED, annotations=_ANNOTATIONS
-    )
+    values, unknown = RESPONSES_TABLE.read(body)
     given: InputItems = require(values, "input")
     tools: Tools = values.get("tools", NO_TOOLS)
     text: TextFormat = values.get("text", PLAIN_TEXT)

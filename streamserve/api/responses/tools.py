@@ -8,56 +8,42 @@ from typing import Any
 
 from streamserve.api.fields import (
     FieldTable,
-    Reader,
     Refused,
     out_of_range,
     read_bool,
-    read_fields,
     read_object,
     read_str,
     require_in,
     schema_of,
-    shown,
     typed,
     wrong_type,
 )
 from streamserve.api.tool_fields import (
     MAX_TOOLS,
+    NO_PARAMETERS,
     NO_TOOLS,
     Tool,
     ToolChoice,
     Tools,
     ToolUse,
+    read_function_type,
     read_name,
     tool_use,
+    tools_reader,
 )
-from streamserve.errors import InvalidParameterError
 
 _WORDS = ("none", "auto", "required")
 _MODES = ("auto", "required")
 
 
-@typed({"const": "function"})
-def _read_type(name: str, value: Any) -> str:
-    kind = read_str(name, value)
-    if kind != "function":
-        raise InvalidParameterError(
-            f"{name} {shown(kind)} is not supported (only 'function' is)",
-            param=name,
-            code="unsupported_parameter",
-        )
-    return kind
-
-
-_FIELDS: dict[str, Reader] = {
-    "description": read_str,
-    "name": read_name,
-    "parameters": read_object,
-    "strict": read_bool,
-    "type": _read_type,
-}
 TOOL_TABLE = FieldTable(
-    _FIELDS,
+    {
+        "description": read_str,
+        "name": read_name,
+        "parameters": read_object,
+        "strict": read_bool,
+        "type": read_function_type,
+    },
     {
         "allowed_callers": Refused((["direct"],)),
         "async": Refused((False,)),
@@ -71,37 +57,15 @@ TOOL_TABLE = FieldTable(
 def _read_tool(name: str, value: Any, unknown: list[str]) -> Tool:
     given = read_object(name, value)
     # First, because the other fields are another type's.
-    _read_type(f"{name}.type", require_in(given, "type", name))
-    values, unknown_here = read_fields(
-        given,
-        honoured=_FIELDS,
-        refused=TOOL_TABLE.refused,
-        annotations=frozenset(),
-        prefix=f"{name}.",
-    )
-    unknown += unknown_here
-    tool_name: str = require_in(values, "name", name)
-    parameters = values.get("parameters", {"type": "object", "properties": {}})
+    read_function_type(f"{name}.type", require_in(given, "type", name))
+    values = TOOL_TABLE.read_inner(name, given, unknown)
     function = {key: values[key] for key in ("name", "description", "parameters") if key in values}
     definition = {"type": "function", "function": function}
-    return Tool(tool_name, definition, parameters, values.get("strict", True))
+    parameters = values.get("parameters", NO_PARAMETERS)
+    return Tool(values["name"], definition, parameters, values.get("strict", True))
 
 
-@typed({"type": "array", "maxItems": MAX_TOOLS, "items": TOOL_TABLE.schema()})
-def read_tools(name: str, value: Any) -> Tools:
-    """``tools``."""
-    if not isinstance(value, list):
-        raise wrong_type(name, "an array of tools", value)
-    if len(value) > MAX_TOOLS:
-        raise out_of_range(name, f"an array of at most {MAX_TOOLS} tools", value)
-    unknown: list[str] = []
-    items: dict[str, Tool] = {}
-    for i, raw in enumerate(value):
-        tool = _read_tool(f"{name}[{i}]", raw, unknown)
-        if tool.name in items:
-            raise out_of_range(f"{name}[{i}].name", "unlike the other tools' names", tool.name)
-        items[tool.name] = tool
-    return Tools(tuple(items.values()), tuple(unknown))
+read_tools = tools_reader(_read_tool, TOOL_TABLE, "name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +108,7 @@ def read_tool_choice(name: str, value: Any) -> ToolChoice | AllowedTools:
 
 def _read_named(name: str, value: Any) -> str:
     given = read_object(name, value)
-    _read_type(f"{name}.type", require_in(given, "type", name))
+    read_function_type(f"{name}.type", require_in(given, "type", name))
     return read_name(f"{name}.name", require_in(given, "name", name))
 
 
