@@ -17,6 +17,7 @@ from typing import NamedTuple
 from streamserve.config import SchedulerConfig
 from streamserve.core.admission import MAX_NUM_HASHED, Admission
 from streamserve.core.clock import Clock
+from streamserve.core.continuation import Continuation
 from streamserve.core.door import Door
 from streamserve.core.fairness import FairShare
 from streamserve.core.kv_cache_manager import KVCacheManager
@@ -84,6 +85,7 @@ class Scheduler:
         num_seats = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._seats = Seats(num_seats, kv_cache, self._policy)
         self.recovery = Recovery(self._seats)
+        self._continuation = Continuation(self._seats, kv_cache)
         self._admission = Admission(self._seats, kv_cache, self._policy, clock, self._in_flight)
         self._door = Door(config, self._seats, self._admission.backlog, clock, step_time)
         self._speculator = (
@@ -299,6 +301,7 @@ class Scheduler:
         if self.recovery.is_active:
             return self._schedule_alone()
         seats, overtakes = self._seats, self._policy.overtakes
+        continue_request = self._continuation.put
         if self._shares is not None and self._shares.reorder(seats.requests.values()):
             seats.sort()
         running, waiting = seats.running, seats.waiting
@@ -319,7 +322,7 @@ class Scheduler:
                 index += self._admission.admit_before(request, step)
                 if index >= len(running) or running[index] is not request:
                     continue
-            self._continue(request, step)
+            continue_request(request, step)
             if index < len(running) and running[index] is request:
                 index += 1
         if not (step.is_blocked or step.preempted) or not step.requests:
@@ -335,7 +338,7 @@ class Scheduler:
         step = Step(self._next_step_id, self.pacer.open_alone(), is_alone=True)
         while True:
             if request.status is RequestStatus.RUNNING:
-                self._continue(request, step)
+                self._continuation.put(request, step)
             else:
                 self._admission.admit_alone(request, step)
             if step.requests or self.kv_cache.has_loads:
@@ -363,79 +366,6 @@ class Scheduler:
         step.overlaps = bool(self._in_flight)
         self._in_flight.append(step)
         return plan
-
-    def _continue(self, request: Request, step: Step) -> None:
-        """Put a running request's next tokens into the step, unless there is no room now."""
-        num_known = len(request.token_ids)
-        num_pending = request.num_pending_tokens
-        if num_pending and (
-            num_known + num_pending >= request.max_num_tokens  # its last token is in flight
-            or request.chooses_on_host
-            or request.last_step_id != step.plan.step_id - 1  # not the previous step's sample
-            or request.num_draft_tokens  # nobody knows yet where it stands
-        ):
-            return
-        yielding = self._seats.yielding
-        if yielding and request.request_id in yielding:
-            return
-        start = request.num_computed_tokens
-        num_left = num_new = num_known + num_pending - start
-        if num_left > 1:
-            num_new = 0 if step.prefill.is_spent else step.prefill.grant(start, num_left)
-            if not num_new:
-                return
-        elif step.drafts and self._continue_with_drafts(request, step):
-            return
-        num_slots = len(request.block_table) * self.kv_cache.block_size
-        new_block_ids: list[int] = []
-        if start + num_new > num_slots or not request.is_in_runner:
-            allocated = None if step.is_blocked else self._allocate(request, num_new, step)
-            if allocated is None:
-                return
-            new_block_ids = allocated
-        if num_left > 1:
-            step.prefill.take(start, num_new, samples=num_new == num_left)
-        step.add(request, num_new, new_block_ids)
-
-    def _continue_with_drafts(self, request: Request, step: Step) -> bool:
-        """As `_continue` for a request with drafts. ``False``: it has none, or no room for any.
-
-        Drafts take blocks that nobody is about to need; nobody makes room for them.
-        """
-        drafts = None if step.drafts is None else step.drafts.get(request.request_id)
-        if not drafts or not request.is_in_runner:
-            return False
-        num_slots = len(request.block_table) * self.kv_cache.block_size
-        room = num_slots - request.num_computed_tokens - 1
-        new_block_ids: list[int] = []
-        if len(drafts) > room:
-            num_spare = self.kv_cache.num_free_blocks - len(self._seats.running)
-            num_missing = -(-(len(drafts) - room) // self.kv_cache.block_size)
-            if step.is_blocked or num_missing > num_spare:
-                drafts = drafts[: max(room, 0)]
-            else:
-                allocated = self.kv_cache.allocate_slots(request, 1 + len(drafts))
-                assert allocated is not None
-                new_block_ids = allocated
-        if drafts:
-            step.add_drafts(request, drafts, new_block_ids)
-        return bool(drafts)
-
-    def _allocate(self, request: Request, num_new: int, step: Step) -> list[int] | None:
-        """Blocks for a running request, at the cost of those behind it; ``None``: not now."""
-        while (block_ids := self.kv_cache.allocate_slots(request, num_new)) is None:
-            if not self._make_room(request, step):
-                return None
-        return block_ids
-
-    def _make_room(self, request: Request, step: Step) -> bool:
-        """Preempt the last of the running. ``False``: ``request`` cannot run in this step."""
-        if self._seats.awaits_blocks:
-            step.is_blocked = True
-            return False
-        victim = self._seats.running[-1]
-        step.is_blocked = not self._seats.take(victim, step)
-        return not step.is_blocked and victim is not request
 
     def update(self, output: ModelRunnerOutput) -> list[RequestUpdate]:
         """Retire the oldest step: append its ids, end what has ended, index what is full.
