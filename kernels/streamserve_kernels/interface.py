@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels.quantised import Quantization
+from streamserve_kernels.stored import StoredWeight
 
 # Prompt attention pads its queries and keys to whole multiples and takes keys in segments. Warm-up
 # must meet the shapes that come of it.
@@ -74,9 +75,10 @@ class PackedLinear(Protocol):
 
 @runtime_checkable
 class QuantLinear(PackedLinear, Protocol):
-    """A quantised weight: see `streamserve_kernels.quantised` for what it is.
+    """A quantised weight: see `streamserve_kernels.quantised`, or `stored`, for what it is.
 
-    `dtype` is that of the weight it was made from. `unpack` gives float32, the very weight that the
+    `dtype` is that of the weight it was made from, or of the model; `quantization` of a stored one
+    is the nearest of the names. `unpack` gives float32, the very weight that the
     codes stand for.
     """
 
@@ -248,6 +250,10 @@ class Kernels(Protocol):
 
     def prepare_quantised(
         self, weight: Tensor, bias: Tensor | None, quantization: Quantization
+    ) -> QuantLinear: ...
+
+    def prepare_stored(
+        self, weight: StoredWeight, bias: Tensor | None, dtype: torch.dtype
     ) -> QuantLinear: ...
 
     def slow_quantisation(self) -> str | None:

@@ -25,6 +25,8 @@ from streamserve_kernels.interface import (
     QuantLinear,
 )
 from streamserve_kernels.quantised import NaiveQuantLinear, Quantization
+from streamserve_kernels.stored import StoredWeight
+from streamserve_kernels.stored_naive import NaiveStoredLinear
 
 name = "naive"
 
@@ -383,6 +385,15 @@ def prepare_quantised(
     if quantization == "fp8":
         return NaiveFp8Linear(weight, bias)
     return NaiveQuantLinear(weight, bias, quantization)
+
+
+def prepare_stored(weight: StoredWeight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
+    """As `prepare_linear`, but of a weight that a checkpoint holds quantised: see `stored`.
+
+    Codes stay packed; `unpack` gives the very weight that `StoredWeight.dequantise` says. `dtype`
+    is that of the model's activations. A backend may round them and tables: see its own bound.
+    """
+    return NaiveStoredLinear(weight, bias, dtype)
 
 
 def slow_quantisation() -> str | None:

@@ -21,12 +21,20 @@ from streamserve.models.parameters import Module, decoder_modules
 from streamserve.models.spec import DecoderSpec
 from streamserve.models.staging import Uploader
 from streamserve.models.tensor_files import TensorFiles
+from streamserve_kernels.stored import StoredWeight
 
 Leaf = Literal["weight", "bias"]
 _NAMED_IN_AN_ERROR = 8
 
 
 class WeightSource(Protocol):
+    def stored(self, module: Module) -> StoredWeight | None:
+        """The module's weight as the checkpoint quantised it, on the host; None: `fill` gives it.
+
+        Its bias, where it has one, is filled in either case. Asked once for each module, in order.
+        """
+        ...
+
     def fill(self, module: Module, leaf: Leaf, target: Tensor) -> None:
         """Writes the module's weight (`Module.shape`) or bias (``[num_rows]``) into ``target``."""
         ...
@@ -133,6 +141,9 @@ class CheckpointSource:
         self._files.release(embedding)
         return True
 
+    def stored(self, module: Module) -> StoredWeight | None:
+        return None
+
     def fill(self, module: Module, leaf: Leaf, target: Tensor) -> None:
         transposed = leaf == "weight" and module.name in self._names.transposed
         start = 0
@@ -181,6 +192,9 @@ class RandomSource:
         self._seed = seed
         self._std = std
         self._generators: dict[torch.device, torch.Generator] = {}
+
+    def stored(self, module: Module) -> StoredWeight | None:
+        return None
 
     def fill(self, module: Module, leaf: Leaf, target: Tensor) -> None:
         if leaf == "bias":

@@ -14,6 +14,7 @@ from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import parameters
 from streamserve.models.families import Family, find_family
 from streamserve.models.hf_config import HfConfig
+from streamserve.models.parameters import StoredQuantization
 from streamserve.models.spec import DecoderSpec
 from streamserve_kernels import Quantization
 
@@ -27,7 +28,8 @@ class ModelConfig:
 
     ``max_position_embeddings`` is the model's own longest sequence in tokens, after rotary
     stretching. ``dtype`` is the checkpoint's own, None when the config does not say.
-    ``sampling_defaults`` are the recommendations of ``generation_config.json``.
+    ``sampling_defaults`` are the recommendations of ``generation_config.json``;
+    ``stored_quantization`` is how the weights are quantised in the files, None if they are not.
     """
 
     architecture: str
@@ -38,10 +40,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype | None
     sampling_defaults: Mapping[str, float]
+    stored_quantization: StoredQuantization | None = None
 
     def weight_bytes(self, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
         """Bytes that the weights take at most in ``dtype``, or quantised."""
-        return parameters.weight_bytes(self.spec, dtype, quantization)
+        return parameters.weight_bytes(self.spec, dtype, quantization, self.stored_quantization)
 
     def resolve_max_model_len(self, requested: int | None) -> int:
         """The longest sequence to serve: the model's own, or ``requested`` if that is shorter.

@@ -174,8 +174,9 @@ class Decoder:
         if "embedding" in outer.tensors:
             self._embedding = outer.tensors["embedding"]
         else:
-            assert isinstance(self._head, QuantLinear), "a quantised tied head is the embedding too"
-            self._embedding = self._head
+            rows = outer.linears.get("embedding", self._head)
+            assert isinstance(rows, QuantLinear), "a quantised tied head is the embedding too"
+            self._embedding = rows
         self._position_embedding = outer.tensors.get("position_embedding")
         self._embedding_norm = (
             None

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec, MlpSpec, NormSpec
 from streamserve_kernels.quantised import Quantization, packed_bytes
+from streamserve_kernels.stored import StoredFormat
 
 Role = Literal["linear", "norm", "table", "vector"]
 
@@ -45,6 +46,19 @@ class Module:
     @property
     def numel(self) -> int:
         return self.num_rows * ((self.columns or 1) + (1 if self.bias else 0))
+
+
+class StoredQuantization(Protocol):
+    """How a checkpoint holds its weights, as far as its header tells."""
+
+    @property
+    def name(self) -> str:
+        """What `--quantization` calls it."""
+        ...
+
+    def format(self, module: Module) -> StoredFormat | None:
+        """What the module's weight takes; None: it is not quantised."""
+        ...
 
 
 def decoder_modules(spec: DecoderSpec) -> Iterator[Module]:
@@ -109,23 +123,31 @@ def module_quantization(
 
 
 def weight_bytes(
-    spec: DecoderSpec, dtype: torch.dtype, quantization: Quantization | None = None
+    spec: DecoderSpec,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    stored: StoredQuantization | None = None,
 ) -> int:
     """Bytes of all weights in ``dtype``, an upper bound to plan memory with before loading.
 
-    An unquantised tied head counts twice: kernels that pack linear weights keep the rows for the
-    embedding and a packed copy for the head.
+    What the checkpoint holds quantised stays so; ``quantization`` is of a plain one. An unquantised
+    tied head counts twice: kernels that pack linear weights keep the rows for the embedding and a
+    packed copy for the head.
     """
     total = 0
     for module in decoder_modules(spec):
         held = module_quantization(module, spec, quantization)
-        if held is None or module.columns is None:
+        kept = None if stored is None else stored.format(module)
+        if module.columns is None or (held is None and kept is None):
             total += module.numel * dtype.itemsize
-        else:
-            bias_bytes = module.num_rows * torch.float32.itemsize if module.bias else 0
+            if spec.tied_head and module.name == "embedding":
+                total += module.numel * dtype.itemsize
+            continue
+        bias_bytes = module.num_rows * torch.float32.itemsize if module.bias else 0
+        if kept is not None:
+            total += kept.nbytes(module.num_rows, module.columns) + bias_bytes
+        elif held is not None:
             total += packed_bytes(held, module.num_rows, module.columns) + bias_bytes
-    if spec.tied_head and quantization is None:
-        total += spec.vocab_size * spec.hidden_size * dtype.itemsize
     return total
 
 

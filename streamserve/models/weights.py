@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from streamserve.errors import ModelLoadError
 from streamserve.models.checkpoint import Leaf, WeightSource
 from streamserve.models.parameters import (
     Module,
@@ -20,6 +21,7 @@ from streamserve.models.parameters import (
 )
 from streamserve.models.spec import DecoderSpec
 from streamserve_kernels import Kernels, PackedLinear, Quantization
+from streamserve_kernels.stored import StoredWeight
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while weights load."""
@@ -75,7 +77,8 @@ def build_weights(
 ) -> DecoderWeights:
     """Reads every module into place on ``device`` and packs it: only one is ever held twice.
 
-    A quantised tied head has no embedding beside it: its own rows are the embedding.
+    A quantised tied head has no embedding beside it: its own rows are the embedding. An embedding
+    that the checkpoint holds quantised stays so, among the linear weights.
     """
     builder = _Builder(spec, source, kernels, dtype, device, progress, quantization)
     outer = Weights()
@@ -123,6 +126,10 @@ class _Builder:
                 self._progress(self._done, self.total)
 
     def _add(self, weights: Weights, module: Module) -> None:
+        stored = self._source.stored(module)
+        if stored is not None:
+            self._add_linear(weights, module, self._pack_stored(module, stored))
+            return
         weight = self._fetch(module, "weight")
         bias = self._fetch(module, "bias") if module.bias else None
         quantization = module_quantization(module, self._spec, self._quantization)
@@ -131,14 +138,25 @@ class _Builder:
         elif module.role != "linear" and quantization is None:
             weights.tensors[module.name] = weight
         else:
-            packed = self._pack(weight, bias, quantization)
-            if module.name == "layers.experts.gate_up":
-                weights.expert_gate_up.append(packed)
-            elif module.name == "layers.experts.down":
-                weights.expert_down.append(packed)
-            else:
-                name = "head" if module.name == "embedding" else module.name
-                weights.linears[name] = packed
+            self._add_linear(weights, module, self._pack(weight, bias, quantization))
+
+    def _add_linear(self, weights: Weights, module: Module, packed: PackedLinear) -> None:
+        if module.name == "layers.experts.gate_up":
+            weights.expert_gate_up.append(packed)
+        elif module.name == "layers.experts.down":
+            weights.expert_down.append(packed)
+        else:
+            is_tied = module.name == "embedding" and self._spec.tied_head
+            weights.linears["head" if is_tied else module.name] = packed
+
+    def _pack_stored(self, module: Module, stored: StoredWeight) -> PackedLinear:
+        if stored.shape != module.shape:
+            raise ModelLoadError(
+                f"{module.name} of layer {module.layer} is quantised as {list(stored.shape)}; "
+                f"the config asks for {list(module.shape)}"
+            )
+        bias = self._fetch(module, "bias") if module.bias else None
+        return self._kernels.prepare_stored(stored.to(self._device), bias, self._dtype)
 
     def _pack(
         self, weight: Tensor, bias: Tensor | None, quantization: Quantization | None

@@ -23,7 +23,7 @@ from streamserve_kernels.cpu.ops import (
 )
 from streamserve_kernels.cpu.packed_linear import linear, prepare_linear
 from streamserve_kernels.cpu.warming import warm_up
-from streamserve_kernels.naive import embedding, kv_cache_shape, recorder
+from streamserve_kernels.naive import embedding, kv_cache_shape, prepare_stored, recorder
 from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "paged_attention",
     "prepare_linear",
     "prepare_quantised",
+    "prepare_stored",
     "recorder",
     "rms_norm",
     "rotary_embedding",

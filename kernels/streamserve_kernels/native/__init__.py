@@ -14,7 +14,7 @@ instructions want them: `unpack_keys` and `unpack_values` tell how.
 
 from __future__ import annotations
 
-from streamserve_kernels.naive import compilations, embedding, warm_up
+from streamserve_kernels.naive import compilations, embedding, prepare_stored, warm_up
 from streamserve_kernels.native.layout import (
     check_head_sizes,
     kv_cache_shape,
@@ -53,6 +53,7 @@ __all__ = [
     "paged_attention",
     "prepare_linear",
     "prepare_quantised",
+    "prepare_stored",
     "recorder",
     "rms_norm",
     "rotary_embedding",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels.interface import QuantLinear
-from streamserve_kernels.naive import kv_cache_shape
+from streamserve_kernels.naive import kv_cache_shape, prepare_stored
 from streamserve_kernels.triton.attention import paged_attention
 from streamserve_kernels.triton.cache import (
     copy_blocks,
@@ -50,6 +50,7 @@ __all__ = [
     "paged_attention",
     "prepare_linear",
     "prepare_quantised",
+    "prepare_stored",
     "recorder",
     "resolve_tokens",
     "rms_norm",

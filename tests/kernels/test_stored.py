@@ -1,0 +1,161 @@
+"""Stored weights: what they are, that backends hold the very same, and their products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from streamserve_kernels import QuantLinear
+from streamserve_kernels.stored import (
+    FactoredNumbers,
+    Float8Weight,
+    GroupedWeight,
+    StoredFormat,
+    StoredWeight,
+    TableWeight,
+    concatenate,
+)
+from tests.kernels.stored_cases import CASES
+
+SHAPES = [(64, 256), (37, 384), (130, 96)]
+# Bits of a code, and what a group and an output take besides, as a checkpoint's header tells.
+FORMATS = {
+    "gptq2": StoredFormat(2, 64, 4),
+    "gptq3": StoredFormat(3, 128, 4),
+    "gptq4": StoredFormat(4, 128, 4),
+    "gptq4-symmetric": StoredFormat(4, 128, 2),
+    "gptq4-rows": StoredFormat(4, None, 4),
+    "gptq8": StoredFormat(8, 32, 4),
+    "act-order": StoredFormat(4, 32, 4, reordered=True),
+    "q4_0": StoredFormat(4, 32, 2),
+    "q8_0": StoredFormat(8, 32, 2),
+    "int8-float32": StoredFormat(8, None, 4),
+    "q4_k": StoredFormat(4, 32, 2 * (1 + 2 / 8)),
+    "q6_k": StoredFormat(6, 16, 1 + 2 / 16),
+    "nf4": StoredFormat(4, 64, 4, row_bytes=1),
+    "squeezed4": StoredFormat(4, None, 0, row_bytes=64),
+    "fp8-rows": StoredFormat(8, None, 4),
+    "fp8-blocks": StoredFormat(8, 128, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=["naive", "cpu", "native"])
+def backend(request: pytest.FixtureRequest):
+    return request.getfixturevalue(request.param)
+
+
+def by_hand(weight: StoredWeight, n: int, k: int) -> float:
+    """One weight, from the definition: column k of the codes."""
+
+    def number(numbers, group: int) -> float:
+        if isinstance(numbers, FactoredNumbers):
+            code, unit = numbers.codes[n, k // group], numbers.units[n, k // group // numbers.per]
+            return float(torch.tensor(float(unit)) * float(code))
+        return float(numbers[n, k // group])
+
+    one = torch.tensor
+    if isinstance(weight, Float8Weight):
+        rows, columns = weight.block or (1, weight.shape[1])
+        row = 0 if weight.scales.shape[0] == 1 else n // rows
+        return float(one(float(weight.values[n, k])) * weight.scales[row, k // columns])
+    code = float(weight.codes[n, k])
+    if isinstance(weight, TableWeight):
+        value = one(float(weight.table[n % weight.table.shape[0], int(code)]))
+        if weight.scales is not None:
+            value = value * one(number(weight.scales, weight.group))
+        for row, column, beside in (
+            zip(*(weight.sparse or ()), strict=True) if weight.sparse else ()
+        ):
+            if (row, column) == (n, k):
+                value = value + beside
+        return float(value)
+    scale = one(number(weight.scales, weight.group))
+    if weight.minimums is not None:
+        return float(one(code) * scale - one(number(weight.minimums, weight.group)))
+    zero = weight.zeros if isinstance(weight.zeros, float) else number(weight.zeros, weight.group)
+    return float(one(code - zero) * scale)
+
+
+def test_a_weight_is_what_its_definition_says(case: str) -> None:
+    weight = CASES[case](7, 200)
+    dense = weight.dequantise()
+    inputs = getattr(weight, "inputs", None)
+    for n in range(7):
+        for k in (0, 1, 31, 32, 63, 100, 127, 128, 192, 199):
+            assert dense[n, k if inputs is None else inputs[k]] == by_hand(weight, n, k)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_backend_holds_the_very_same_weight(backend, case: str, shape) -> None:
+    weight, bias = CASES[case](*shape), torch.randn(shape[0])
+    expected = weight.dequantise()
+    packed = backend.prepare_stored(weight, bias, torch.bfloat16)
+    assert isinstance(packed, QuantLinear)
+    assert (packed.out_features, packed.in_features) == shape
+    assert packed.dtype == torch.bfloat16
+    assert packed.unpack().equal(expected)
+    ids = torch.randint(0, shape[0], (9,))
+    assert packed.rows(ids).equal(expected[ids].bfloat16())
+    if case in FORMATS:
+        assert packed.nbytes <= FORMATS[case].nbytes(*shape) + bias.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_naive_product_is_that_of_the_weight(naive, case: str, rows: int, dtype) -> None:
+    weight, bias = CASES[case](37, 384), torch.randn(37)
+    x = torch.randn(2, rows, 384).to(dtype)
+    y = naive.linear(x, naive.prepare_stored(weight, bias, dtype))
+    expected = x.double() @ weight.dequantise().double().T + bias.double()
+    torch.testing.assert_close(y, expected.to(dtype), rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", sorted({*CASES} - {"act-order"}))
+def test_parts_become_one_weight(case: str) -> None:
+    parts = [CASES[case](n, 256) for n in (64, 128, 37)]
+    expected = torch.cat([part.dequantise() for part in parts])
+    assert concatenate(parts).dequantise().equal(expected)
+    assert concatenate(parts[:1]) is parts[0]
+
+
+def test_float8_blocks_that_end_within_a_part_become_rows() -> None:
+    parts = [CASES["fp8-blocks"](n, 256) for n in (100, 200)]
+    expected = torch.cat([part.dequantise() for part in parts])
+    assert concatenate(parts).dequantise().equal(expected)
+
+
+def test_parts_in_one_order_of_inputs_keep_it() -> None:
+    first = CASES["act-order"](8, 64)
+    assert isinstance(first, GroupedWeight)
+    assert concatenate([first, first]).dequantise().equal(first.dequantise().repeat(2, 1))
+    with pytest.raises(ValueError, match="different orders"):
+        concatenate([first, CASES["act-order"](8, 64)])
+
+
+@pytest.mark.parametrize("other", ["q8_0", "nf4", "q4_1", "gptq4"])
+def test_parts_that_are_held_otherwise_are_refused(other: str) -> None:
+    with pytest.raises(ValueError, match="parts"):
+        concatenate([CASES["q4_0"](8, 256), CASES[other](8, 256)])
+
+
+def test_numbers_that_do_not_fit_the_codes_are_refused() -> None:
+    codes = torch.zeros(4, 64, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"scales of \(4, 3\).*groups of 32"):
+        GroupedWeight(codes, 4, torch.ones(4, 3), 8.0, 32)
+    with pytest.raises(ValueError, match="7 bits"):
+        GroupedWeight(codes, 7, torch.ones(4, 2), 8.0, 32)
+    with pytest.raises(ValueError, match="either zeros or minimums"):
+        GroupedWeight(codes, 4, torch.ones(4, 2), None, 32)
+    with pytest.raises(ValueError, match="a table"):
+        TableWeight(codes, torch.ones(2, 16), 4)
