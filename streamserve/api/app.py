@@ -169,16 +169,18 @@ def create_app(
     if config.has_docs:
         routes.append(Route("/openapi.json", small.openapi))
     routes += page_routes(has_chat=config.has_pages, has_docs=config.has_pages and config.has_docs)
+    key_check = Middleware(ApiKeyMiddleware, keys=keys, limiter=RateLimiter(clock))
+    guards = [] if keys.is_empty else [key_check]
     app = ApiApp(
         routes=routes,
-        middleware=_middleware(config, keys, RateLimiter(clock)),
+        middleware=[*_outer_middleware(config), *guards],
         exception_handlers=dict(EXCEPTION_HANDLERS),
     )
     # A redirect would make a client repeat its POST elsewhere, or drop its body: 404 is clearer.
     app.router.redirect_slashes = False
     app.state.context = context
     if config.admin_port is not None:
-        app.admin = admin_app([*operators.health_routes(), *admin_routes])
+        app.admin = admin_app([*operators.health_routes(), *admin_routes], guards)
     return app
 
 
@@ -201,7 +203,7 @@ def _responses_routes(context: ApiContext) -> list[Route]:
     ]
 
 
-def _middleware(config: ApiConfig, keys: KeyRing, limiter: RateLimiter) -> list[Middleware]:
+def _outer_middleware(config: ApiConfig) -> list[Middleware]:
     """From the outside in. CORS stands before the key: a browser must be able to read a 401."""
     middleware = [Middleware(RequestIdMiddleware)]
     if config.allowed_origins:
@@ -215,8 +217,6 @@ def _middleware(config: ApiConfig, keys: KeyRing, limiter: RateLimiter) -> list[
                 expose_headers=_EXPOSED_HEADERS,
             )
         )
-    if not keys.is_empty:
-        middleware.append(Middleware(ApiKeyMiddleware, keys=keys, limiter=limiter))
     return middleware
 
 

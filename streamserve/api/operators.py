@@ -85,11 +85,14 @@ def _status(status: str, code: int = 200, **more: object) -> Response:
     return Response(content, status_code=code, media_type="application/json")
 
 
-def admin_app(routes: Sequence[Route]) -> Starlette:
-    """The application of the port that only operators reach."""
+def admin_app(routes: Sequence[Route], guards: Sequence[Middleware]) -> Starlette:
+    """The application of the port that only operators reach.
+
+    ``guards`` ask for a key where the public port would: for ``/debug``, and not for metrics.
+    """
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(RequestIdMiddleware)],
+        middleware=[Middleware(RequestIdMiddleware), *guards],
         exception_handlers=dict(EXCEPTION_HANDLERS),
     )
     app.router.redirect_slashes = False

@@ -63,6 +63,7 @@ class ServeProtocol(HttpToolsProtocol):
     _is_in_body = False
     _num_head_bytes = 0
     _num_unparsed_bytes = 0
+    _num_body_bytes = 0  # of the data at hand
     _deadline: asyncio.TimerHandle | None = None
     _linger: asyncio.TimerHandle | None = None
 
@@ -84,12 +85,16 @@ class ServeProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():  # refused: what still comes is nobody's
             return
+        self._num_body_bytes = 0
         super().data_received(data)
-        # A header that never ends shows up in no callback.
-        if self._is_in_head and not self.transport.is_closing():
-            self._num_unparsed_bytes += len(data)
-            if self._num_unparsed_bytes > self.max_header_bytes:
-                self._refuse_headers()
+        if self.transport.is_closing() or not (self._is_in_head or self._is_in_body):
+            return
+        # A header or a trailer that never ends shows up in no callback.
+        self._num_unparsed_bytes = (
+            0 if self._num_body_bytes else self._num_unparsed_bytes + len(data)
+        )
+        if self._num_unparsed_bytes > self.max_header_bytes:
+            self._refuse_headers()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -104,8 +109,9 @@ class ServeProtocol(HttpToolsProtocol):
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
         self._count(len(name) + len(value) + len(b": \r\n"))
+        if self._is_in_head:  # what follows a body is no header of the request
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
@@ -113,6 +119,10 @@ class ServeProtocol(HttpToolsProtocol):
             raise _TooManyPipelinedError
         super().on_headers_complete()
         self._is_in_body = True
+
+    def on_body(self, body: bytes) -> None:
+        self._num_body_bytes += len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._is_in_body = False

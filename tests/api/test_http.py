@@ -276,6 +276,28 @@ async def test_an_endless_header_in_pieces_is_refused():
         assert (await client.whole())[0] == 431
 
 
+CHUNKED = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n"
+
+
+async def test_an_endless_trailer_is_refused():
+    async with Api(max_header_bytes=4096).serving() as address, connected(address) as client:
+        client.writer.write(CHUNKED.encode() + b"X-Endless: ")
+        answer = asyncio.create_task(client.whole())
+        await until(lambda: client.writer.transport.get_write_buffer_size() == 0)
+        while not answer.done():
+            client.writer.write(b"x" * 1000)
+            await asyncio.sleep(0)
+        status, _, body = await answer
+        assert status == 431
+        assert json.loads(body)["error"]["code"] == "headers_too_large"
+
+
+async def test_a_trailer_is_no_header():
+    async with Api(api_keys=("k",)).serving() as address, connected(address) as client:
+        client.writer.write(CHUNKED.encode() + b"Authorization: Bearer k\r\n\r\n")
+        assert (await client.whole())[0] == 401
+
+
 @pytest.mark.parametrize("body", ["", '{"messages"'])
 async def test_a_body_that_never_ends_is_refused(body):
     api = Api(receive_timeout_s=0.05)
@@ -418,6 +440,8 @@ TARGETS = (
     "http://evil:99999999/v1/models",
     "/tokenize?",
     "/detokenize/",
+    "/tokenize%0a",
+    "/detokenize%0A?x",
 )
 
 

@@ -104,7 +104,7 @@ async def test_live_is_answered_within_a_few_steps_of_a_saturated_engine():
 
 
 async def test_operators_have_a_port_of_their_own():
-    api = Api(admin_port=0, api_keys=("k",))
+    api = Api(admin_port=0, api_keys=("k",), has_faults=True)
     sockets, admin_sockets = bind_sockets(api.config), bind_admin_sockets(api.config)
     ready = asyncio.Event()
     server = ApiServer(
@@ -122,15 +122,21 @@ async def test_operators_have_a_port_of_their_own():
             path: tuple([(await client.get(base + path)).status_code for base in (main, admin)])
             for path in ("/metrics", "/version", *HEALTH, "/v1/models", "/nothing")
         }
+        fault = f"{admin}/debug/inject_fault"
+        faults = [
+            (await client.post(fault, json={"kind": "noop"}, headers=headers)).status_code
+            for headers in ({}, {"authorization": "Bearer k"})
+        ]
     server.request_shutdown()
     await running
     assert found == {
         "/metrics": (404, 200),
         "/version": (404, 200),
         **dict.fromkeys(HEALTH, (200, 200)),
-        "/v1/models": (401, 404),
+        "/v1/models": (401, 401),
         "/nothing": (404, 404),
     }
+    assert faults == [401, 200], "whoever reaches the port may look, and no more"
 
 
 @pytest.mark.parametrize(
