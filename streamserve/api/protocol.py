@@ -5,6 +5,7 @@
     connection made    refused at the bound of connections, unless an idle one makes room
     first byte         a request's headers and body are here within one deadline, and within bytes
     its answer         made by the application
+    taken              what is written already must go on leaving, however long it is
     idle               uvicorn's own ``timeout_keep_alive``
     closed             what was written may take a while to leave, and no longer
 
@@ -20,7 +21,7 @@ from itertools import islice
 from typing import Any
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from streamserve.api.errors import error_type
 
@@ -46,18 +47,25 @@ def _nobody_counts(_code: str) -> None:
     """Stands in for who counts refusals."""
 
 
+def _nobody_cares() -> None:
+    """Stands in for who counts clients that were cut off."""
+
+
 class ServeProtocol(HttpToolsProtocol):
     """One connection. ``max_header_bytes`` bounds the request line and all headers together.
 
     A request, its body included, must be there ``receive_timeout_s`` after it has begun, the first
-    one after the connection was made.
+    one after the connection was made. A client that takes nothing of what was written for
+    ``stall_timeout_s`` is cut off; of a response that has not ended the application sees to it.
     """
 
     max_header_bytes = 64 * 2**10  # these are set by ``protocol_class``
     receive_timeout_s = 60.0
+    stall_timeout_s = 60.0
     max_connections = 4096
     high_water_bytes = 32 * 2**10
     on_refused: Callable[[str], None] = staticmethod(_nobody_counts)
+    on_stall: Callable[[], None] = staticmethod(_nobody_cares)
 
     _is_in_head = False
     _is_in_body = False
@@ -66,6 +74,9 @@ class ServeProtocol(HttpToolsProtocol):
     _num_body_bytes = 0  # of the data at hand
     _deadline: asyncio.TimerHandle | None = None
     _linger: asyncio.TimerHandle | None = None
+    _running_cycle: RequestResponseCycle | None = None  # ``cycle`` is the last one pipelined
+    _unsent_watch: asyncio.TimerHandle | None = None
+    _num_unsent = 0  # when it was last looked at
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -78,8 +89,13 @@ class ServeProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_deadline()
-        if self._linger is not None:
-            self._linger.cancel()
+        for timer in (self._linger, self._unsent_watch):
+            if timer is not None:
+                timer.cancel()
+        running = self._running_cycle
+        if running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -117,7 +133,10 @@ class ServeProtocol(HttpToolsProtocol):
         self._is_in_head = False
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _TooManyPipelinedError
+        num_waiting = len(self.pipeline)
         super().on_headers_complete()
+        if len(self.pipeline) == num_waiting:
+            self._running_cycle = self.cycle
         self._is_in_body = True
 
     def on_body(self, body: bytes) -> None:
@@ -129,6 +148,13 @@ class ServeProtocol(HttpToolsProtocol):
         self._stop_deadline()
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._running_cycle = self.pipeline[-1][0]
+        super().on_response_complete()
+        if self._unsent_watch is None:
+            self._watch_unsent()
+
     def send_400_response(self, msg: str) -> None:
         if self._num_head_bytes > self.max_header_bytes:
             self._refuse_headers()
@@ -136,13 +162,20 @@ class ServeProtocol(HttpToolsProtocol):
             self._refuse(400, msg, "invalid_http")
 
     def timeout_keep_alive_handler(self) -> None:
-        if not self.transport.is_closing():
-            self._close()
+        if self.transport.is_closing():
+            return
+        if self.transport.get_write_buffer_size():  # its client still takes the last response
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+            return
+        self._close()
 
     @property
     def is_idle(self) -> bool:
         """Whether nobody waits for anything on it."""
-        return self.timeout_keep_alive_task is not None
+        is_alive = self.timeout_keep_alive_task is not None
+        return is_alive and not self.transport.get_write_buffer_size()
 
     @property
     def _is_answering(self) -> bool:
@@ -155,6 +188,22 @@ class ServeProtocol(HttpToolsProtocol):
         if self._is_in_body:
             return not self.pipeline and not self.cycle.response_started
         return not self._is_answering
+
+    def _watch_unsent(self) -> None:
+        """Look again later whether something has left of what waits for the socket, if it does."""
+        self._num_unsent = self.transport.get_write_buffer_size()
+        self._unsent_watch = None
+        if self._num_unsent:
+            self._unsent_watch = self.loop.call_later(self.stall_timeout_s, self._on_unsent)
+
+    def _on_unsent(self) -> None:
+        # While it is not full, the next response may have added to it.
+        is_growing = self._is_answering and not self.flow.write_paused
+        if not is_growing and self.transport.get_write_buffer_size() >= self._num_unsent:
+            self.on_stall()
+            self.transport.abort()
+        else:
+            self._watch_unsent()
 
     def _is_room_made(self) -> bool:
         """Close a connection that is idle; false where none is found."""
@@ -222,20 +271,24 @@ def protocol_class(
     *,
     max_header_bytes: int,
     receive_timeout_s: float,
+    stall_timeout_s: float,
     max_connections: int,
     high_water_bytes: int,
     on_refused: Callable[[str], None] = _nobody_counts,
+    on_stall: Callable[[], None] = _nobody_cares,
 ) -> type[ServeProtocol]:
     """The protocol with limits of its own: uvicorn builds it by class, without arguments.
 
     Writers wait while more than ``high_water_bytes`` lie in front of the socket. ``on_refused`` is
-    called with the error code of what is refused.
+    called with the error code of what is refused, ``on_stall`` when a client is cut off.
     """
     namespace: dict[str, Any] = {
         "max_header_bytes": max_header_bytes,
         "receive_timeout_s": receive_timeout_s,
+        "stall_timeout_s": stall_timeout_s,
         "max_connections": max_connections,
         "high_water_bytes": high_water_bytes,
         "on_refused": staticmethod(on_refused),
+        "on_stall": staticmethod(on_stall),
     }
     return type("ServeProtocol", (ServeProtocol,), namespace)

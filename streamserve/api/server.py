@@ -200,9 +200,11 @@ class ApiServer:
             http=protocol_class(
                 max_header_bytes=config.max_header_bytes,
                 receive_timeout_s=config.receive_timeout_s,
+                stall_timeout_s=config.streams.stall_timeout_s,
                 max_connections=max_connections,
                 high_water_bytes=config.streams.high_water_bytes,
                 on_refused=self._app.context.metrics.refused_connection,
+                on_stall=self._app.context.metrics.reader_stalled,
             ),
             ws="none",
             lifespan="off",

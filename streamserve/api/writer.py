@@ -82,6 +82,7 @@ class UvicornWriter:
         cycle = self._cycle
         if cycle.disconnected or cycle.response_complete:
             return
+        assert body, "what follows would look like a success"
         self._write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
         cycle.response_complete = True  # as ``send`` would
         cycle.message_event.set()

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from tests.api.harness import Api, Exchange, chat_body, until
+from tests.api.test_http import connected
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -110,6 +111,28 @@ async def test_promise_leaving_at_any_turn_of_the_event_loop(is_streamed, num_ta
         await until(lambda: api.engine.is_idle)
         assert api.num_used_blocks == 0
         assert api.app.context.gate.num_inside == 0
+
+
+@pytest.mark.parametrize("num_answered", [0, 1])
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_promise_leaving_with_another_request_behind(is_streamed, num_answered):
+    """On the same connection: it is the one that runs which must end."""
+    api = Api(is_held=True)
+    async with api.serving() as address:
+        async with connected(address) as client:
+            body = {"prompt": "a", "stream": is_streamed, "max_tokens": 100}
+            for max_tokens in [1] * num_answered + [100] * 2:
+                await client.send("POST", COMPLETIONS, {**body, "max_tokens": max_tokens})
+            for _ in range(num_answered + 2):
+                await api.pace.step()
+            await until(lambda: bool(api.pace.waiting))
+        await until(lambda: api.app.context.gate.num_inside == 0)
+        num_steps = api.runner.num_steps
+        api.pace.let_go()
+        await until(lambda: api.engine.is_idle)
+        assert api.runner.num_steps == num_steps
+        assert api.num_used_blocks == 0
+        assert api.app.context.metrics.num_finished["abort"] == 1
 
 
 async def test_promise_a_request_is_cancelled_from_elsewhere_by_the_same_key_only():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import resource
 import socket
@@ -25,21 +26,30 @@ def rss_bytes():
 
 
 @contextlib.asynccontextmanager
-async def asking(address, **fields):
-    """A client that has asked for a stream and reads nothing yet."""
+async def silent(address, asked):
+    """A client that sends this and reads nothing yet."""
     loop = asyncio.get_running_loop()
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         sock.setblocking(False)
         await loop.sock_connect(sock, address)
-        body = json.dumps({"prompt": "Hi", "stream": True, "max_tokens": MAX_TOKENS, **fields})
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        await loop.sock_sendall(sock, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        await loop.sock_sendall(sock, asked)
         yield sock
 
 
-async def read_to_end(sock):
-    """The events of the whole response."""
+def asking(address, *more, **fields):
+    """A client that asks for a stream, and at once for ``more``."""
+    asked = ""
+    for each in (fields, *more):
+        body = json.dumps({"prompt": "Hi", "stream": True, "max_tokens": MAX_TOKENS, **each})
+        asked += (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        )
+    return silent(address, asked.encode())
+
+
+async def body_of(sock):
+    """The whole response, which has chunks."""
     loop = asyncio.get_running_loop()
     raw = b""
     async with asyncio.timeout(20):
@@ -53,7 +63,21 @@ async def read_to_end(sock):
         size, _, rest = rest.partition(b"\r\n")
         body += rest[: int(size, 16)]
         rest = rest[int(size, 16) + 2 :]
-    return events_of(body)
+    return body
+
+
+async def read_to_end(sock):
+    """The events of the whole response."""
+    return events_of(await body_of(sock))
+
+
+async def everything(sock):
+    """What comes until the server closes the connection."""
+    raw = b""
+    async with asyncio.timeout(60):
+        while piece := await asyncio.get_running_loop().sock_recv(sock, 65536):
+            raw += piece
+    return raw
 
 
 async def standstill(api):
@@ -146,3 +170,54 @@ async def test_promise_the_kernels_part_of_the_bound_is_set_and_counted():
             with accepted:
                 size = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
             assert sizes.send_buffer_bytes <= size <= 2 * max(sizes.send_buffer_bytes, 2304)
+
+
+WHOLE = {"stream": False, "n": 8}  # more than all buffers
+
+
+@pytest.mark.parametrize("more", [(), ({},), (WHOLE,)], ids=["alone", "stream", "whole"])
+async def test_promise_who_never_reads_a_whole_answer_is_cut_off(more):
+    """And what was asked for behind it is not made for nobody."""
+    api = slow_api(stall_timeout_s=0.2)
+    async with api.serving() as address, asking(address, *more, **WHOLE) as sock:
+        await until(lambda: api.app.context.metrics.num_finished["length"] >= 8)
+        await until(lambda: api.app.context.metrics.num_stalled == 1)
+        await until(lambda: api.app.context.gate.num_inside == 0)
+        assert len((await everything(sock)).partition(b"\r\n\r\n")[2]) < 8 * MAX_TOKENS
+        await until(lambda: api.engine.is_idle)
+        assert api.num_used_blocks == 0
+
+
+async def test_promise_a_whole_answer_may_take_longer_than_a_connection_may_be_idle(monkeypatch):
+    monkeypatch.setattr("streamserve.api.protocol._LINGER_S", 0.0)
+    api = slow_api()
+    api.config = dataclasses.replace(api.config, keep_alive_timeout_s=0.02)
+    async with api.serving() as address, asking(address, **WHOLE) as sock:
+        await until(lambda: api.app.context.metrics.num_finished["length"] == 8)
+        await asyncio.sleep(0.1)
+        raw = await everything(sock)
+    choices = json.loads(raw.partition(b"\r\n\r\n")[2])["choices"]
+    assert [choice["text"].encode() for choice in choices] == [TEXT * (MAX_TOKENS // len(TEXT))] * 8
+
+
+async def test_promise_of_what_was_written_in_the_background_a_reader_holds_no_more():
+    """There is all of it at once; the response is none the worse for a reader that stalls."""
+    api = slow_api(stall_timeout_s=0.2)
+    async with api.serving() as address:
+        body = {"input": "Hi", "background": True, "max_output_tokens": MAX_TOKENS}
+        made = await api.call("POST", "/v1/responses", body)
+        path = f"/v1/responses/{made.json['id']}?stream=true"
+        whole = await api.call("GET", path)
+        async with silent(address, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()) as sock:
+            await until(lambda: api.app.context.metrics.num_stalled == 1)
+            *events, error, rest = (await body_of(sock)).split(b"\n\n")
+        again = await api.call("GET", path)
+    name, data = error.split(b"\n")
+    assert name == b"event: error"
+    failure = json.loads(data.removeprefix(b"data: "))
+    assert (failure["type"], failure["code"]) == ("error", "reader_stalled")
+    assert failure["sequence_number"] == len(events)
+    assert rest == b""
+    assert whole.body.split(b"\n\n")[: len(events)] == events
+    assert sum(map(len, events)) * 4 < len(whole.body)
+    assert again.body == whole.body

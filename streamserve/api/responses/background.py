@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Unpack
 
+from streamserve.api.responses.frames import stream_error
 from streamserve.api.responses.store import Owner, Turn
 from streamserve.api.responses.wire import ResponseWire
 from streamserve.api.sse_response import SseOptions, SseResponse
@@ -16,6 +17,8 @@ from streamserve.engine.stream import RequestStream
 from streamserve.errors import EngineError
 
 logger = logging.getLogger(__name__)
+
+_MAX_PIECE_BYTES = 16 * 2**10
 
 
 class EventLog:
@@ -137,13 +140,27 @@ class LogResponse(SseResponse):
 
     async def _send_events(self) -> None:
         log = self._log
-        while not log.is_complete:
-            if new := log.events[self._position :]:
-                self._position += len(new)
-                await self._send(b"".join(new))
+        while True:
+            start, end = self._position, self._next_position()
+            piece = b"".join(log.events[start:end])
+            if log.is_complete and end >= len(log.events):
+                await self._send_last(piece)
+                return
+            if piece:
+                self._position = end
+                await self._send(piece)
             else:
                 await log.wait()
-        await self._send_last(b"".join(log.events[self._position :]))
+
+    def _next_position(self) -> int:
+        """Behind as many of the events that are there as a slow socket can take, at least one."""
+        events, end = self._log.events, self._position
+        num_bytes = 0
+        while end < len(events) and num_bytes < _MAX_PIECE_BYTES:
+            num_bytes += len(events[end])
+            end += 1
+        return end
 
     def _failure(self, exc: Exception) -> bytes:
-        return b""
+        """Of this reader only: the response goes on."""
+        return stream_error(exc, self._position)

@@ -279,3 +279,10 @@ class ResponseFrames:
 
 def _opening(name: bytes) -> bytes:
     return b'event: %b\ndata: {"type":"%b","sequence_number":' % (name, name)
+
+
+def stream_error(exc: Exception, number: int) -> bytes:
+    """The event that ends a stream of events which failed, though its response may not have."""
+    _, content = error_content(exc)
+    rest = {"code": content["code"], "message": content["message"], "param": content["param"]}
+    return b"%b%d,%b\n\n" % (_opening(b"error"), number, _dumps(rest)[1:])
