@@ -190,7 +190,7 @@ class ApiConfig:
     api_key_file: str | None = None
     allowed_origins: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
-    allowed_methods: tuple[str, ...] = ("GET", "POST")
+    allowed_methods: tuple[str, ...] = ("GET", "POST", "DELETE")
     allowed_headers: tuple[str, ...] = ("*",)
     root_path: str = ""  # the prefix under which a proxy shows the server
     tls: TlsConfig | None = None

@@ -54,6 +54,7 @@ from streamserve.engine.tokenizer import Tokenizer
 
 _EXPOSED_HEADERS = (
     "X-Request-Id",
+    "request-id",
     "X-Ignored-Fields",
     "X-Stream-Id",
     "Retry-After",

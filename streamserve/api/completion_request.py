@@ -101,7 +101,7 @@ COMPLETION_FIELDS: dict[str, Reader] = {
     "add_special_tokens": read_bool,
     "echo": read_bool,
     "logprobs": integer(0, MAX_LOGPROBS),
-    "max_tokens": integer(1),
+    "max_tokens": integer(0),
     "prompt": prompts_reader(MAX_PROMPTS, "prompts"),
 }
 

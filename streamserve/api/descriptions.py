@@ -82,8 +82,8 @@ DESCRIPTIONS: dict[str, str] = {
     "max_output_tokens": "The longest answer, with thoughts (default: the rest of the context).",
     "max_tool_calls": "Of tools that the server itself has: there are none.",
     "max_queue_ms": "The longest wait for a seat, or the request fails (503).",
-    "max_tokens": "The longest answer (default: chat, the rest of the "
-    "context; completions, 16). /v1/messages: at most the rest of the context.",
+    "max_tokens": "The longest answer (default: chat, the rest of the context; completions, 16). "
+    "Completions: 0 for the prompt alone. /v1/messages: at most the rest of the context.",
     "messages": "The chat so far.",
     "min_p": "Drop tokens less likely than this share of the likeliest.",
     "min_tokens": "No end before this many tokens.",

@@ -40,7 +40,7 @@ from streamserve.api.prompts import LONG_BODY, ChatParser, Endpoint, PromptWorke
 from streamserve.api.rate_limits import Allowance, allowance_of
 from streamserve.api.resumption import resumption_of
 from streamserve.api.running import RunningAnswer
-from streamserve.api.sampling import Common
+from streamserve.api.sampling import Common, name_length
 from streamserve.api.sse import AnswerStream, StreamedChoice
 from streamserve.api.tenants import Tenant, tenant_of
 from streamserve.api.timing import TimedDelivery
@@ -112,7 +112,7 @@ class GenerationEndpoint(ABC):
             return work
         context = self._context
         prompts: list[Prompt] = []
-        num_answer_tokens = 0 if work.params.pooling is not None else work.params.max_tokens or 1
+        num_answer_tokens = 0 if work.params.ends_with_prompt else work.params.max_tokens or 1
         for prompt in work.prompts:
             ids = truncation.cut(prompt.token_ids, context.max_model_len, num_answer_tokens)
             is_cut = len(ids) < len(prompt.token_ids)
@@ -264,6 +264,8 @@ class GenerationEndpoint(ABC):
                 self._context.metrics.refused(exc.status, exc.code)
             if isinstance(exc, ContextLengthError) and exc.param == "messages":
                 exc.param = self.prompt_param
+            if isinstance(exc, RequestError):
+                name_length(exc, work.common.length_field)
             raise
         return streams
 

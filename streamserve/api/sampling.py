@@ -34,7 +34,7 @@ from streamserve.core.sampling_params import (
     SamplingParams,
 )
 from streamserve.core.time_limits import TimeLimits
-from streamserve.errors import ConfigError, InvalidParameterError
+from streamserve.errors import ConfigError, InvalidParameterError, RequestError
 
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
@@ -66,6 +66,9 @@ ANNOTATIONS = frozenset(
 )
 
 _NOT_BUILT = "is not supported by this server yet"
+
+_LENGTH_FIELDS = ("max_completion_tokens", "max_output_tokens")
+"""What ``max_tokens`` is called besides."""
 
 REFUSED: dict[str, Refused] = {
     "data_parallel_rank": Refused(),
@@ -235,6 +238,7 @@ class Common:
     user: str
     unknown_fields: tuple[str, ...]
     time_limits: TimeLimits | None = None
+    length_field: str = "max_tokens"
 
 
 def read_common(values: Mapping[str, Any], unknown: list[str]) -> Common:
@@ -258,7 +262,22 @@ def read_common(values: Mapping[str, Any], unknown: list[str]) -> Common:
         user=values.get("user", ""),
         time_limits=time_limits(values),
         unknown_fields=tuple(unknown) + (() if raw is None else raw.unknown),
+        length_field=length_field(values),
     )
+
+
+def length_field(values: Mapping[str, Any]) -> str:
+    """The field in which a request says how long its answer may be."""
+    return next((name for name in _LENGTH_FIELDS if name in values), "max_tokens")
+
+
+def name_length(error: RequestError, field: str) -> None:
+    """Let ``error`` call the longest answer what the request calls it."""
+    if field != "max_tokens":
+        error.message = error.message.replace("max_tokens", field)
+        error.args = (error.message,)
+        if error.param == "max_tokens":
+            error.param = field
 
 
 def time_limits(values: Mapping[str, Any]) -> TimeLimits | None:
@@ -284,13 +303,18 @@ def sampling_params(
     given = {name: values[name] for name in SAMPLING_FIELDS if name in values}
     if values.get("use_beam_search", False):
         defaults = {}
-    return SamplingParams(
-        **{**defaults, **given},
-        max_tokens=max_tokens,
-        logprobs=logprobs,
-        structured_output=structured_output(values),
-        prompt_logprobs=prompt_logprobs,
-    )
+    grammar = structured_output(values)
+    try:
+        return SamplingParams(
+            **{**defaults, **given},
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            structured_output=grammar,
+            prompt_logprobs=prompt_logprobs,
+        )
+    except InvalidParameterError as error:
+        name_length(error, length_field(values))
+        raise
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from streamserve.cli.logs import LOG_FORMATS
+from streamserve.cli.values import count, integer, number, size
 
 UVICORN_LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -34,7 +35,7 @@ def add_front_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-log-len",
-        type=_count,
+        type=count,
         default=0,
         metavar="N",
         help="characters of each prompt in the request log (default: none)",
@@ -56,7 +57,7 @@ def add_front_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ssl-ca-certs", metavar="FILE", help="who may sign clients' certificates")
     group.add_argument(
         "--ssl-cert-reqs",
-        type=int,
+        type=integer,
         choices=[mode.value for mode in ssl.VerifyMode],
         default=ssl.CERT_NONE.value,
         help="clients' certificates: 0: none, 1: optional, 2: required (default: 0)",
@@ -72,9 +73,9 @@ def add_front_flags(parser: argparse.ArgumentParser) -> None:
         "--allowed-methods",
         nargs="+",
         action=JsonListAction,
-        default=["GET", "POST"],
+        default=["GET", "POST", "DELETE"],
         metavar="METHOD",
-        help="CORS: methods that a browser may use (default: GET POST)",
+        help="CORS: methods that a browser may use (default: GET POST DELETE)",
     )
     group.add_argument(
         "--allowed-headers",
@@ -86,7 +87,7 @@ def add_front_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-stored-responses",
-        type=_count,
+        type=count,
         default=1024,
         metavar="N",
         help="responses of /v1/responses that are kept in memory, the oldest go first; 0: none "
@@ -94,20 +95,21 @@ def add_front_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--stored-responses-memory",
+        type=size,
         default="64MiB",
         metavar="SIZE",
         help="what these may take together (default: %(default)s)",
     )
     group.add_argument(
         "--sse-keep-alive-interval",
-        type=float,
+        type=number,
         default=15.0,
         metavar="S",
         help="seconds of silence after which a stream gets a comment (default: %(default)s)",
     )
     group.add_argument(
         "--h11-max-incomplete-event-size",
-        type=int,
+        type=integer,
         default=64 * 2**10,
         metavar="BYTES",
         help="of a request's headers (default: %(default)s)",
@@ -119,14 +121,14 @@ def add_front_flags(parser: argparse.ArgumentParser) -> None:
 def _add_limit_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-body-bytes",
-        type=int,
+        type=integer,
         default=16 * 2**20,
         metavar="BYTES",
         help="of a request's body (default: %(default)s)",
     )
     group.add_argument(
         "--max-connections",
-        type=int,
+        type=integer,
         default=4096,
         metavar="N",
         help="open at the same time; beyond, an idle one is closed or the new one gets 503 "
@@ -134,14 +136,14 @@ def _add_limit_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--receive-timeout",
-        type=float,
+        type=number,
         default=60.0,
         metavar="S",
         help="seconds in which a request's headers and body must arrive (default: %(default)s)",
     )
     group.add_argument(
         "--timeout-keep-alive",
-        type=float,
+        type=number,
         default=75.0,
         metavar="S",
         help="seconds after which an idle connection is closed (default: %(default)s)",
@@ -151,7 +153,7 @@ def _add_limit_flags(group: argparse._ArgumentGroup) -> None:
 def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--admin-port",
-        type=int,
+        type=integer,
         metavar="PORT",
         help="serve /metrics, /version and /debug there, and no longer on --port; /health, /live "
         "and /ready are on both",
@@ -186,7 +188,7 @@ def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--hang-timeout",
-        type=float,
+        type=number,
         default=60.0,
         metavar="S",
         help="seconds after which a step that does not end makes /live answer 503 "
@@ -194,7 +196,7 @@ def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--stream-buffer",
-        type=int,
+        type=integer,
         default=128 * 2**10,
         metavar="BYTES",
         help="what a stream may hold for a slow reader, its socket's buffer included, before "
@@ -202,7 +204,7 @@ def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--stream-stall-timeout",
-        type=float,
+        type=number,
         default=60.0,
         metavar="S",
         help="seconds that a reader may leave its connection full before its stream ends with an "
@@ -210,7 +212,7 @@ def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--stream-resume-timeout",
-        type=float,
+        type=number,
         default=60.0,
         metavar="S",
         help="seconds that an answer which may be resumed goes on, and is kept, without a reader "
@@ -218,7 +220,7 @@ def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--stream-replay-bytes",
-        type=int,
+        type=integer,
         default=2**20,
         metavar="BYTES",
         help="what such an answer keeps of its text (default: %(default)s)",
@@ -244,10 +246,3 @@ class JsonListAction(argparse.Action):
             if not all(isinstance(word, str) for word in words):
                 parser.error(f"{option_string} must be an array of strings, got {values[0]}")
         setattr(namespace, self.dest, list(words))
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value

@@ -17,7 +17,7 @@ class ContextLimits:
 
     def num_tokens_at_end(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Prompt and output tokens at which an answer ends with ``LENGTH``."""
-        if params.pooling is not None:
+        if params.ends_with_prompt:
             return num_prompt_tokens + 1  # one that is never there
         if params.max_tokens is None:
             return self.max_num_tokens
@@ -29,7 +29,7 @@ class ContextLimits:
             raise ContextLengthError(
                 f"the prompt must hold at least 1 token, got {num_prompt_tokens}"
             )
-        if params.pooling is not None:
+        if params.ends_with_prompt:
             self._check_prompt(num_prompt_tokens)
             return
         num_output_tokens = 1 if params.max_tokens is None else params.max_tokens
@@ -45,9 +45,11 @@ class ContextLimits:
                 f"prompt and answer must be at most max_model_len ({self._max_model_len})"
                 f" tokens, {asked}"
             )
+        fits_with_less = num_prompt_tokens < self.max_num_tokens
         raise ContextLengthError(
             f"prompt and answer must be at most {self.max_num_tokens} tokens, which is all that"
-            f" the KV cache of {self._num_kv_tokens} tokens can serve, {asked}"
+            f" the KV cache of {self._num_kv_tokens} tokens can serve, {asked}",
+            param="max_tokens" if fits_with_less else "messages",
         )
 
     def _check_prompt(self, num_tokens: int) -> None:

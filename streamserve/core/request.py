@@ -175,7 +175,7 @@ class Request:
             sampling_params.structured_output is None
             and sampling_params.thinking is None
             and not sampling_params.bad_word_ids
-            and sampling_params.pooling is None
+            and not sampling_params.ends_with_prompt
         )
         self.ngram_index: NgramIndex | None = None  # of its own text, if it speculates
         self.fork_source: Request | None = None  # computes the prompt that this one then shares

@@ -26,7 +26,8 @@ class SamplingParams:
 
     ``temperature == 0`` is greedy: top-k, top-p, min-p and the seed then have no effect.
     ``top_k == 0`` means no limit (``-1``, vLLM's spelling, is accepted for the same).
-    ``max_tokens is None`` means up to the end of the context.
+    ``max_tokens is None`` means up to the end of the context; with 0 there is no answer, and the
+    request ends when its prompt is computed.
     ``logprobs`` is the number of alternatives reported per position (0: only the sampled token's
     own logprob; ``None``: none); ``prompt_logprobs`` is the same for the prompt's tokens.
     ``seed is None`` draws one when the request is admitted.
@@ -72,7 +73,7 @@ class SamplingParams:
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         if self.max_tokens is not None:
-            _require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+            _require(self.max_tokens >= 0, "max_tokens", "at least 0", self.max_tokens)
             _require(
                 0 <= self.min_tokens <= self.max_tokens,
                 "min_tokens",
@@ -142,6 +143,11 @@ class SamplingParams:
                 f"made of words of at most {MAX_BAD_WORD_CHARACTERS} characters",
                 f"{word[:20]}…",
             )
+
+    @property
+    def ends_with_prompt(self) -> bool:
+        """Whether nothing is generated: the prompt's own figures are all that is asked for."""
+        return self.max_tokens == 0 or self.pooling is not None
 
     @property
     def is_greedy(self) -> bool:

@@ -12,13 +12,19 @@ def append_tokens(
 
     Returns the ids that were appended, why it ended, and the stop id that ended it. EOS and stop
     ids count only behind ``min_tokens`` output tokens, which is where the sampler allows them, or a
-    grammar that nothing can be added to. A request for which nothing was sampled has its vector.
+    grammar that nothing can be added to. A request for which nothing was sampled has its vector;
+    one of no tokens ends without the one that came of computing its prompt.
     """
     known, ending_ids = request.token_ids, request.ending_ids
     if len(token_ids) == 1 and token_ids[0] not in ending_ids:  # nearly every call
         known.append(token_ids[0])
-        is_full = len(known) >= request.max_num_tokens
-        return token_ids, FinishReason.LENGTH if is_full else None, None
+        if len(known) < request.max_num_tokens:
+            return token_ids, None, None
+        if request.sampling_params.max_tokens != 0:
+            return token_ids, FinishReason.LENGTH, None
+        known.pop()
+    if request.sampling_params.max_tokens == 0:
+        return [], FinishReason.LENGTH, None
     for i, token_id in enumerate(token_ids):
         known.append(token_id)
         if token_id in ending_ids and (

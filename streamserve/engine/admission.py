@@ -33,7 +33,7 @@ class AdmissionLimits:
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         num_prompt_tokens = len(prompt_token_ids)
-        if params.pooling is not None:
+        if params.ends_with_prompt:
             self._check_length(num_prompt_tokens)
             return params
         num_left = self.max_model_len - num_prompt_tokens
@@ -41,7 +41,7 @@ class AdmissionLimits:
             raise ContextLengthError(
                 f"This model's maximum context length is {self.max_model_len} tokens. However, "
                 f"your prompt has {num_prompt_tokens} tokens, which leaves no room for an answer. "
-                "Please reduce the length of the messages."
+                "Please reduce the length of the prompt."
             )
         if params.max_tokens is None:
             if params.min_tokens > num_left:
@@ -90,6 +90,6 @@ class AdmissionLimits:
         return (
             f"This model's maximum context length is {self.max_model_len} tokens. However, you "
             f"requested {num_prompt_tokens + num_output_tokens} tokens ({num_prompt_tokens} in "
-            f"the messages, {num_output_tokens} in the completion). Please reduce the length of "
-            "the messages or completion."
+            f"the prompt, {num_output_tokens} in the completion). Please reduce the length of the "
+            "prompt or the completion."
         )

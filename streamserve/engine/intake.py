@@ -120,6 +120,11 @@ class Intake:
 
     def check_beams(self, params: SamplingParams, beams: BeamSearchParams, n: int) -> None:
         """Raise what ``beams`` would for what is particular to it."""
+        if params.max_tokens == 0:
+            raise InvalidParameterError(
+                "max_tokens must be at least 1 with use_beam_search: true, got 0",
+                param="max_tokens",
+            )
         if params.structured_output is not None:
             name = params.structured_output.param
             raise InvalidParameterError(

@@ -84,18 +84,20 @@ class OutputProcessor:
             text = self._add(token_ids)
         else:
             shown_ids = self._shown_ids(token_ids, finish_reason)
-            text = self._add(shown_ids) + self._finish()
+            text = self._add(shown_ids) + self._rest()
             logprobs = logprobs[: len(shown_ids)]
         return self._output(text, token_ids, logprobs, finish_reason, stop_reason)
 
     def abort(self) -> RequestOutput:
         """Return the last output of a request that ends between two steps."""
-        text = ""
-        if self.num_output_tokens:
-            text = self._finish()
-            if self._stop is not None:
-                text = self._stop.add(text, may_stop=False)[0] + self._stop.flush()
+        text = self._rest()
+        if self._stop is not None:
+            text = self._stop.add(text, may_stop=False)[0] + self._stop.flush()
         return self._output(text, [], [], FinishReason.ABORT, None)
+
+    def _rest(self) -> str:
+        """What the detokeniser holds back; of the prompt's own beginning of a character nothing."""
+        return self._finish() if self.num_output_tokens else ""
 
     def _process_with_stops(
         self,
@@ -126,7 +128,7 @@ class OutputProcessor:
         self.num_output_tokens += len(token_ids)
         if finish_reason is not None:
             may_stop = self.num_output_tokens > self._min_tokens
-            certain, matched = stop.add(self._finish(), may_stop=may_stop)
+            certain, matched = stop.add(self._rest(), may_stop=may_stop)
             text += certain + stop.flush()
             if matched is not None:
                 finish_reason, stop_reason = FinishReason.STOP, matched

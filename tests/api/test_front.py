@@ -1,6 +1,7 @@
 """What stands before and beside the endpoints: ids, keys, CORS, the small routes."""
 
 import asyncio
+import json
 import re
 
 import pytest
@@ -121,6 +122,39 @@ async def test_a_preflight_is_answered_without_a_key():
         refused = await api.call("POST", CHAT, chat_body(), headers=ORIGIN)
         assert refused.status == 401
         assert refused.headers["access-control-allow-origin"] == "*"
+
+
+async def test_a_browser_may_use_every_route_with_every_header_that_means_something():
+    asked = "x-api-key,anthropic-version,last-event-id,idempotency-key,x-stream-resume,x-request-id"
+    async with Api(**KEYS).running() as api:
+        for route in api.app.routes:
+            for method in sorted(route.methods or ()):
+                headers = {
+                    **ORIGIN,
+                    "access-control-request-method": method,
+                    "access-control-request-headers": asked,
+                }
+                answer = await api.call("OPTIONS", route.path, headers=headers)
+                # HEAD comes with GET by itself, and a browser sends it without asking.
+                assert method == "HEAD" or answer.status == 200, (method, route.path)
+                assert answer.headers["access-control-allow-headers"] == asked
+
+
+async def test_a_browser_may_read_every_header_that_the_api_sends():
+    resumable = {**ORIGIN, "x-stream-resume": "1"}
+    message = {"max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]}
+    async with Api().running() as api:
+        answers = [
+            await api.call("POST", CHAT, chat_body(unknown=1, stream=True), headers=resumable),
+            await api.call("POST", "/v1/messages", json.dumps(message).encode(), headers=ORIGIN),
+        ]
+        api.app.context.gate.close()
+        answers.append(await api.call("POST", CHAT, chat_body(), headers=ORIGIN))
+    ordinary = {"cache-control", "content-type", "content-length", "vary", "connection"}
+    sent = {name for answer in answers for name in answer.headers} - ordinary
+    exposed = answers[0].headers["access-control-expose-headers"].lower().split(", ")
+    assert {"x-stream-id", "x-ignored-fields", "request-id", "retry-after-ms"} <= sent
+    assert {n for n in sent if not n.startswith(("access-control-", "x-accel-"))} <= set(exposed)
 
 
 async def test_only_the_named_origins_may_read():

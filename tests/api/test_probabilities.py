@@ -82,6 +82,51 @@ async def test_echo_with_logprobs_has_the_prompt_first(is_streamed):
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("fields", [{"echo": True}, {"echo": True, "logprobs": 1}, {}])
+async def test_a_prompt_may_be_all(fields, is_streamed):
+    if is_streamed:
+        fields = {**fields, "stream": True, "stream_options": {"include_usage": True}}
+    async with Api().running() as api:
+        answer = await api.complete(prompt=["Hey", "Ho"], max_tokens=0, **fields)
+    texts = ["Hey", "Ho"] if "echo" in fields else ["", ""]
+    if is_streamed:
+        assert answer.events[-1] == "[DONE]"
+        events = answer.events[:-1]
+        assert [text_of(events, index) for index in range(2)] == texts
+        choices = [choice for event in events for choice in event["choices"]]
+        ends = [choice for choice in choices if choice["finish_reason"] is not None]
+        found = [c["logprobs"] for c in choices if c["logprobs"] and c["index"] == 0]
+        usage = events[-1]["usage"]
+    else:
+        ends = answer.json["choices"]
+        assert [choice["text"] for choice in ends] == texts
+        found = [ends[0]["logprobs"]] if ends[0]["logprobs"] else []
+        usage = answer.json["usage"]
+    assert [choice["finish_reason"] for choice in ends] == ["length", "length"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (7, 0)
+    assert len(found) == ("logprobs" in fields)
+    for logprobs in found:
+        assert logprobs["tokens"][1:] == ["H", "e", "y"]
+        assert logprobs["token_logprobs"] == [None, 0.0, 0.0, 0.0]
+        assert logprobs["text_offset"] == [0, 0, 1, 2]
+
+
+async def test_a_prompt_may_be_all_and_fill_the_context():
+    async with Api().running() as api:
+        fields = {"max_tokens": 0, "prompt_logprobs": 0, "include_timing": True}
+        answer = await api.complete(prompt="x" * 600, truncate_prompt_tokens=-1, **fields)
+        too_long = await api.complete(prompt="x" * 600, **fields)
+        beams = await api.complete(**fields, use_beam_search=True)
+        late = await api.complete(**fields, min_tokens=1)
+    [choice] = answer.json["choices"]
+    assert len(choice["prompt_logprobs"]) == answer.json["usage"]["prompt_tokens"] == 512
+    assert choice["timing"]["first_token_ms"] is None
+    assert choice["timing"]["total_ms"] is not None
+    for refused, param in ((too_long, "prompt"), (beams, "max_tokens"), (late, "min_tokens")):
+        assert (refused.status, refused.error["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
 async def test_offsets_count_characters_not_tokens(is_streamed):
     data = "é€x".encode()
     async with Api(token_ids=data).running() as api:

@@ -289,6 +289,15 @@ async def test_the_step_loop_writes_by_itself():
     assert len([e for e in events if e["type"] == "response.output_text.delta"]) == 40
 
 
+async def test_errors_of_length_name_the_responses_own_field():
+    async with scripted("ok").running() as api:
+        long = await create(api, input="x", max_output_tokens=4000)
+        short = await create(api, input="x", max_output_tokens=3, min_tokens=4)
+    assert (long.status, long.error["param"]) == (400, "max_output_tokens")
+    assert (short.status, short.error["param"]) == (400, "min_tokens")
+    assert "max_output_tokens (3)" in short.error["message"]
+
+
 async def test_truncation_drops_whole_turns():
     items = [
         {"role": role, "content": f"{i}" * 100} for i in range(4) for role in ("user", "assistant")

@@ -10,8 +10,7 @@ NAN, INFINITY = float("nan"), float("inf")
 
 REFUSED = [
     # field, value, what the message says
-    ("max_tokens", 0, "max_tokens must be at least 1, got 0"),
-    ("max_tokens", -3, "max_tokens must be at least 1, got -3"),
+    ("max_tokens", -3, "max_tokens must be at least 0, got -3"),
     ("min_tokens", -1, "min_tokens must be between 0 and max_tokens (16), got -1"),
     ("min_tokens", 17, "min_tokens must be between 0 and max_tokens (16), got 17"),
     ("temperature", -0.1, "temperature must be between 0.0 and 2.0, got -0.1"),

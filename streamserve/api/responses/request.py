@@ -57,6 +57,7 @@ from streamserve.api.sampling import (
     TIME_FIELDS,
     Common,
     StreamOptions,
+    length_field,
     sampling_params,
     time_limits,
 )
@@ -241,6 +242,7 @@ def _common(values: Mapping[str, Any], unknown: list[str]) -> Common:
         user=values.get("user", ""),
         time_limits=time_limits(values),
         unknown_fields=(*unknown, *unknown_here),
+        length_field=length_field(values),
     )
 
 
