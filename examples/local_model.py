@@ -7,6 +7,9 @@ import sys
 
 from streamserve import LLM, SamplingParams
 
+if len(sys.argv) != 2:
+    sys.exit(f"usage: python {sys.argv[0]} DIRECTORY")
+
 llm = LLM(
     model=sys.argv[1],
     trust_remote_code=False,

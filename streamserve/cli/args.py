@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NoReturn
 
 from streamserve import __version__
 from streamserve.cli.config_file import config_flags, split_config_flag
@@ -13,6 +16,7 @@ from streamserve.cli.device_flags import GPU_DEFAULTS, default_text
 from streamserve.cli.front_flags import JsonListAction, add_front_flags
 from streamserve.cli.source_flags import add_seed_flag, add_source_flags
 from streamserve.cli.speculative import parse_speculative_config
+from streamserve.cli.values import gibibytes, integer, milliseconds, number, positive, size
 from streamserve.cli.vllm_flags import add_foreign_flags
 from streamserve.config import POLICIES, POOLING_KINDS
 from streamserve.errors import ConfigError
@@ -37,15 +41,33 @@ _EXAMPLES = """examples:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """The parser of the whole command line; ``serve`` is that of its first command."""
+class CommandParser(argparse.ArgumentParser):
+    """Says what is wrong in one line: the usage of a command with a hundred flags hides it."""
 
-    serve: argparse.ArgumentParser
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists the flags\n")
+
+    def parse(self, argv: Sequence[str]) -> Namespace:
+        """As ``parse_args``, and what nobody knows is said with what may have been meant."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.commands.get(getattr(args, "command", ""), self).refuse(unknown)
+        return args
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """End the process with an error about words that are no flags."""
+        flag = words[0].partition("=")[0]
+        meant = difflib.get_close_matches(flag, self._option_string_actions, 1)
+        hint = f" (did you mean {meant[0]}?)" if meant else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+
+    commands: Mapping[str, CommandParser] = MappingProxyType({})
+    """By their names."""
 
 
-def build_parser() -> Parser:
+def build_parser() -> CommandParser:
     """Return the parser of the whole command line."""
-    parser = Parser(
+    parser = CommandParser(
         prog="streamserve",
         description="A low-latency streaming chat server for open-weight language models.",
         epilog=_EXAMPLES,
@@ -56,13 +78,12 @@ def build_parser() -> Parser:
         dest="command",
         metavar="COMMAND",
         required=True,
-        parser_class=argparse.ArgumentParser,
+        parser_class=CommandParser,
     )
 
     serve = commands.add_parser(
         "serve", help="serve a model over an OpenAI-compatible HTTP API", allow_abbrev=False
     )
-    parser.serve = serve
     add_model_flags(serve)
     add_engine_flags(serve)
     _add_http_flags(serve)
@@ -87,6 +108,7 @@ def build_parser() -> Parser:
         "latency: first tokens and decode steps of an engine in this process, without HTTP; "
         "throughput: many requests to such an engine",
     )
+    parser.commands = commands.choices
     bench.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="of the tool")
     return parser
 
@@ -187,7 +209,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--itl-target-ms",
-        type=_milliseconds,
+        type=milliseconds,
         metavar="MS",
         help="how long a step may take while answers stream: prompts get what is left of it "
         "(default: twice what the step takes without prompts; more when a prompt has waited for "
@@ -229,6 +251,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-cache-memory",
         "--kv-cache-memory-bytes",
+        type=size,
         metavar="SIZE",
         help="memory for the KV cache, like 2GiB (default: on a GPU what "
         "--gpu-memory-utilization leaves; on a CPU the least of 25%% of the free memory, 4GiB, and "
@@ -242,7 +265,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--swap-space",
-        type=_gibibytes,
+        type=gibibytes,
         metavar="SIZE",
         help="host memory for KV blocks that leave a GPU, like 16GiB (a number alone: GiB): they "
         "come back by a copy instead of being computed again (default: none); no effect on a CPU",
@@ -250,7 +273,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gpu-memory-utilization",
         "--device-memory-utilization",
-        type=float,
+        type=number,
         metavar="F",
         help="share of a GPU's memory that may be in use, by others too (default: "
         f"{GPU_DEFAULTS.gpu_memory_utilization}); no effect on a CPU",
@@ -293,7 +316,7 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 to be reachable (default: %(default)s)"
     )
-    group.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    group.add_argument("--port", type=integer, default=8000, help="(default: %(default)s)")
     group.add_argument(
         "--served-model-name",
         nargs="+",
@@ -372,7 +395,7 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drain-timeout",
         "--shutdown-timeout",
-        type=float,
+        type=number,
         default=30.0,
         metavar="S",
         help="seconds that running answers get to finish after Ctrl-C (default: %(default)s)",
@@ -391,31 +414,8 @@ def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--system", metavar="TEXT", help="a system prompt")
     group.add_argument("--max-tokens", type=positive, metavar="N", help="of one answer")
     group.add_argument(
-        "--temperature", type=float, metavar="T", help="(default: what the model recommends)"
+        "--temperature", type=number, metavar="T", help="(default: what the model recommends)"
     )
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _gibibytes(text: str) -> str | None:
-    """A size; as in vLLM a number alone is of GiB, and 0 is none."""
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return f"{text}GiB" if number else None
-
-
-def _milliseconds(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
 
 
 def check_flags(args: Namespace) -> None:
@@ -463,10 +463,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     file, argv = split_config_flag(argv)
     if file is None:
-        return parser.parse_args(argv)
-    settings = vars(parser.serve.parse_args(config_flags(file, parser.serve)))
+        return parser.parse(argv)
+    serve = parser.commands["serve"]
+    settings = vars(serve.parse(config_flags(file, serve)))
     model = settings.pop("model")
-    parser.serve.set_defaults(**settings)
-    args = parser.parse_args(argv)
+    serve.set_defaults(**settings)
+    args = parser.parse(argv)
     args.model = args.model or model
     return args

@@ -46,7 +46,7 @@ class Subject:
 
 def run_latency(flags: Sequence[str], prog: str) -> int:
     """Returns the exit code; raises ``StreamServeError``."""
-    args = latency_parser(prog).parse_args(flags)
+    args = latency_parser(prog).parse(flags)
     subject = _build(args)
     shapes = list(product(args.batch_size, args.input_len, args.output_len))
     for shape in shapes:
@@ -70,7 +70,7 @@ def run_latency(flags: Sequence[str], prog: str) -> int:
 
 def run_throughput(flags: Sequence[str], prog: str) -> int:
     """Returns the exit code; raises ``StreamServeError``."""
-    args = throughput_parser(prog).parse_args(flags)
+    args = throughput_parser(prog).parse(flags)
     subject = _build(args)
     longest = [round(n * (1.0 + args.spread)) for n in (args.input_len, args.output_len)]
     _check_shape(subject.service, 1, *longest)

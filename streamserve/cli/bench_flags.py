@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from streamserve.cli.args import add_engine_flags, add_model_flags, positive
+from streamserve.cli.args import CommandParser, add_engine_flags, add_model_flags
+from streamserve.cli.values import integer, number, positive
 
 
-def latency_parser(prog: str) -> argparse.ArgumentParser:
+def latency_parser(prog: str) -> CommandParser:
     """A batch of requests at a time, for every batch size and both lengths."""
     parser = _parser(
         prog,
@@ -47,7 +48,7 @@ def latency_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def throughput_parser(prog: str) -> argparse.ArgumentParser:
+def throughput_parser(prog: str) -> CommandParser:
     """Many requests at once."""
     parser = _parser(
         prog,
@@ -78,8 +79,8 @@ def throughput_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+def _parser(prog: str, description: str) -> CommandParser:
+    parser = CommandParser(prog=prog, description=description, allow_abbrev=False)
     add_model_flags(parser)
     add_engine_flags(parser)
     return parser
@@ -87,14 +88,14 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def _add_common(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="(default: 0, greedy)"
+        "--temperature", type=number, default=0.0, metavar="T", help="(default: 0, greedy)"
     )
-    group.add_argument("--seed", type=int, default=0, help="the same seed, the same prompts")
+    group.add_argument("--seed", type=integer, default=0, help="the same seed, the same prompts")
     group.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
     return value

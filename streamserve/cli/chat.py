@@ -8,12 +8,13 @@ import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 import orjson
 
 from streamserve.cli.args import check_flags
+from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import StreamServeError
 
 Message = dict[str, str]
@@ -216,11 +217,12 @@ def _start(args: Namespace, runner: asyncio.Runner, options: dict[str, object]) 
     return backend
 
 
-def request_options(args: Namespace) -> dict[str, object]:
+def request_options(args: Namespace) -> dict[str, Any]:
     """Return the request fields that the flags set; what is unset stays the server's default."""
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if args.max_tokens is not None:
         options["max_tokens"] = args.max_tokens
     if args.temperature is not None:
         options["temperature"] = args.temperature
+    SamplingParams(**options)  # or why not, before anything is loaded
     return options

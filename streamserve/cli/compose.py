@@ -72,11 +72,13 @@ def build_service(
     say: Say,
     warn: Say,
     observed: Callable[[ModelRunner], ModelRunner] = lambda runner: runner,
+    on_template: Callable[[ChatTemplate], None] = lambda template: None,
 ) -> Service:
     """Load the model and build the engine around it; minutes for a big one. Main thread.
 
-    The engine runs its steps on ``observed(runner)``: a bench looks on. Says what it does line by
-    line. Raises ``StreamServeError``.
+    The engine runs its steps on ``observed(runner)``: a bench looks on. ``on_template`` is called
+    before the weights are read, and may refuse. Says what it does line by line. Raises
+    ``StreamServeError``.
     """
     setup = _set_up(args, say, warn)
     builder = _builder(setup)
@@ -88,6 +90,8 @@ def build_service(
     tokenizer, template = text_source()
     if template.is_builtin:
         warn(f"the checkpoint has no chat template: using the {template.source} one")
+    on_template(template)
+    public_prefixes = _public_prefixes(args, tokenizer, template)
     eos_token_ids = frozenset(setup.config.eos_token_ids)
     grammars = Grammars(tokenizer, eos_token_ids, setup.config.vocab_size)
     in_background(lambda _: grammars.warm())  # it would stop every stream for a moment later
@@ -103,7 +107,7 @@ def build_service(
     engine = AsyncEngine(
         scheduler=Scheduler(
             scheduler,
-            KVCacheManager(cache, public_prefixes=_public_prefixes(args, tokenizer, template)),
+            KVCacheManager(cache, public_prefixes=public_prefixes),
             monotonic,
             StepTimeModel(built.profile),
         ),
@@ -140,6 +144,8 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
     args = resolve_device_flags(args, on_gpu=device != cpu, warn=warn)
     if args.quantization == "fp8" and device == cpu:
         raise ConfigError("--quantization fp8 needs a GPU; a CPU has int8 and int4")
+    if args.chat_template is not None:
+        ChatTemplate.given(args.chat_template)
     path = model_directory(args, say)
     config = load_config(path)
     dtype = resolve_dtype(args.dtype, config, device)

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from streamserve.api.sampling import sampling_defaults as checked_defaults
 from streamserve.cli.model_setup import Say
 from streamserve.errors import ConfigError
 from streamserve.models import ModelConfig, read_sampling_defaults, resolve_model
@@ -60,7 +61,7 @@ def sampling_defaults(args: Namespace, config: ModelConfig) -> Mapping[str, Any]
                 f"--override-generation-config {name} must be a number, got {value!r}"
             )
         defaults[name] = value
-    return defaults
+    return checked_defaults(defaults)
 
 
 def _resolve(

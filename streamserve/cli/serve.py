@@ -89,6 +89,7 @@ def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:
     from streamserve.engine.preprocess import Preprocessor
 
     faults: list[FaultInjectingRunner] = []
+    formats: list[AnswerFormat] = []
 
     def observed(runner: ModelRunner) -> ModelRunner:
         if not args.enable_fault_injection:
@@ -97,7 +98,13 @@ def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:
         faults.append(FaultInjectingRunner(runner))
         return faults[0]
 
-    service = build_service(args, say=say, warn=warn, observed=observed)
+    service = build_service(
+        args,
+        say=say,
+        warn=warn,
+        observed=observed,
+        on_template=lambda template: formats.append(_answer_format(args, template)),
+    )
     app = create_app(
         engine=service.engine,
         preprocessor=Preprocessor(service.tokenizer, service.chat_template),
@@ -106,7 +113,7 @@ def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:
         max_model_len=service.max_model_len,
         generation_config=service.sampling_defaults,
         load_text=service.text_source,
-        answer_format=_answer_format(args, service.chat_template),
+        answer_format=formats[0],
         embedding=service.embedding,
         faults=faults[0] if faults else None,
     )

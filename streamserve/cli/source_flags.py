@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import Any
 
+from streamserve.cli.values import integer
+
 TOKENIZER_MODES = ("auto", "hf")
 
 
@@ -61,7 +63,7 @@ def add_source_flags(group: argparse._ArgumentGroup) -> None:
 def add_seed_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
-        type=int,
+        type=integer,
         metavar="N",
         help="of requests that bring none, drawn from it in the order of their arrival, and of "
         "--load-format dummy (default: another one at every start)",

@@ -89,8 +89,7 @@ class ChatTemplate:
         """
         directory = Path(path)
         if override is not None:
-            template, source = _override(override)
-            return cls(template, special_tokens=special_tokens, source=source)
+            return cls.given(override, special_tokens=special_tokens)
         for read in (_from_jinja_files, _from_template_json, _from_tokenizer_config):
             found = read(directory)
             if found is not None:
@@ -99,6 +98,14 @@ class ChatTemplate:
         model_type = read_json(directory / "config.json").get("model_type")
         name = builtin_template_name(model_type, has_token)
         return cls.builtin(name, special_tokens=special_tokens)
+
+    @classmethod
+    def given(
+        cls, override: str | Path, *, special_tokens: Mapping[str, str] | None = None
+    ) -> ChatTemplate:
+        """A file, a built-in one's name, or the template itself. Raises as ``from_directory``."""
+        template, source = _override(override)
+        return cls(template, special_tokens=special_tokens, source=source)
 
     @classmethod
     def builtin(cls, name: str, *, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate:
@@ -285,15 +292,15 @@ def _override(override: str | Path) -> tuple[str | Mapping[str, str], str]:
         return TEMPLATES[text], f"built-in {text}"
     if isinstance(override, str) and ("{%" in text or "{{" in text):
         return text, "--chat-template"
-    file = Path(override)
+    file = Path(override).expanduser()
     if not file.is_file():
         raise ConfigError(
-            f"chat_template must be a file or one of {', '.join(TEMPLATES)}, got {text!r}"
+            f"--chat-template must be a file or one of {', '.join(TEMPLATES)}, got {text!r}"
         )
     if file.suffix == ".json":
         named = _named_templates(read_json(file).get("chat_template"))
         if named is None:
-            raise ConfigError(f'{file} holds no "chat_template"')
+            raise ConfigError(f'--chat-template {file} holds no "chat_template"')
         return named, str(file)
     return _read_text(file), str(file)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamserve.cli.environment import prepare_environment
 from streamserve.llm.answers import Answers
-from streamserve.llm.keywords import flags_of
+from streamserve.llm.keywords import flags_of, named_as_keywords
 
 if TYPE_CHECKING:
     from streamserve.cli.compose import Service
@@ -24,7 +24,8 @@ def build(model: str | None, keywords: Mapping[str, Any]) -> tuple[Service, Answ
     # Not before the keywords are known to be right: torch takes seconds to import.
     from streamserve.cli.compose import build_service
 
-    service = build_service(args, say=logger.info, warn=logger.warning)
+    with named_as_keywords():
+        service = build_service(args, say=logger.info, warn=logger.warning)
     return service, _answers(service, args)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from streamserve.cli.args import add_engine_flags, add_model_flags, check_flags
@@ -34,7 +35,21 @@ class _KeywordParser(argparse.ArgumentParser):
 
 
 def _keyword_named(match: re.Match[str]) -> str:
-    return match[2].replace("-", "_") + ":"
+    return _keyword(match[2]) + ":"
+
+
+def _keyword(flag: str) -> str:
+    return flag.replace("-", "_")
+
+
+@contextmanager
+def named_as_keywords() -> Iterator[None]:
+    """What is said of ``--a-flag`` within is said of ``a_flag``."""
+    try:
+        yield
+    except ConfigError as error:
+        message = re.sub(r"(?<!\S)--([a-z][\w-]+)", lambda m: _keyword(m[1]), str(error))
+        raise ConfigError(message) from None
 
 
 def flags_of(model: str | None, keywords: Mapping[str, Any]) -> Namespace:
@@ -51,7 +66,7 @@ def flags_of(model: str | None, keywords: Mapping[str, Any]) -> Namespace:
     for name, value in keywords.items():
         action = parser._option_string_actions.get(option(name))
         if action is not None:
-            words += _words(action, option(name), value)
+            words += _words(action, name, value)
         elif name in _OF_A_SERVER:
             if value:
                 raise ConfigError(f"{name} is for `streamserve serve`: here nothing is served")
@@ -60,31 +75,40 @@ def flags_of(model: str | None, keywords: Mapping[str, Any]) -> Namespace:
         elif (refusal := FOREIGN_FLAGS[name].refusal(value)) is not None:
             raise ConfigError(f"{name} {refusal}, got {value!r}")
     args = parser.parse_args(words)
-    args.model = model
-    check_flags(args)
+    args.model = None if model is None else _text("model", model)
+    with named_as_keywords():
+        check_flags(args)
     return args
 
 
-def _words(action: argparse.Action, flag: str, value: Any) -> Iterator[str]:
-    """How ``value`` is written on a command line."""
+def _words(action: argparse.Action, name: str, value: Any) -> Iterator[str]:
+    """How ``value`` is written on a command line; of no such type it is a ``ConfigError``."""
+    flag = option(name)
     if value is None:
         return
-    if isinstance(value, bool) and action.type is None and action.nargs in (0, "?"):
+    is_switch = action.nargs == 0
+    if isinstance(value, bool) and (is_switch or action.nargs == "?"):
         if value:
             yield flag
         elif isinstance(action, argparse.BooleanOptionalAction):
-            yield option(f"no_{flag[2:]}")
-        return
-    if isinstance(value, list | tuple) and action.nargs == "+":
+            yield option(f"no_{name}")
+    elif is_switch:
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
+    elif isinstance(value, list | tuple) and action.nargs == "+":
         yield flag
-        yield from map(_word, value)
-        return
-    yield f"{flag}={_word(value)}"
+        yield from map(str, value)
+    elif isinstance(value, Mapping) and action.metavar == "JSON":
+        yield f"{flag}={json.dumps(value)}"
+    elif action.type is None and action.choices is None:
+        yield f"{flag}={_text(name, value)}"
+    else:
+        yield f"{flag}={str(value).removeprefix('torch.')}"  # a dtype may be torch's
 
 
-def _word(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return json.dumps(value)
-    if isinstance(value, Path | str):
+def _text(name: str, value: Any) -> str:
+    """A name, a path, or what writes itself as one (torch's device)."""
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if type(value).__module__ == "torch":
         return str(value)
-    return str(value).removeprefix("torch.")  # a dtype may be torch's
+    raise ConfigError(f"{name} must be a string, got {value!r}")

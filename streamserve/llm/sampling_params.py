@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from streamserve.api.choices import CHOICE_FIELDS, Choices, read_choices
+from streamserve.api.extras import EXTRA_FIELDS
+from streamserve.api.fields import Reader, integer
+from streamserve.api.sampling import SAMPLING_FIELDS
+from streamserve.core.sampling_params import MAX_LOGPROBS
 from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
 from streamserve.core.structured_output import StructuredOutput
+from streamserve.core.thinking import Thinking
 from streamserve.errors import InvalidParameterError
 from streamserve.llm.structured_outputs import StructuredOutputsParams
 
 # A vector in an answer's place is asked for by calling `embed`.
 _HONOURED = frozenset(field.name for field in fields(CoreSamplingParams)) - {"pooling"}
+
+# What the server reads of a request is read here alike; the rest is the engine's own.
+_READERS: dict[str, Reader] = {
+    **SAMPLING_FIELDS,
+    "logprobs": integer(0, MAX_LOGPROBS),
+    "max_tokens": integer(0),
+    "prompt_logprobs": EXTRA_FIELDS["prompt_logprobs"],
+}
+
+# Of fields that follow from others: `dataclasses.replace` gives them, nobody else.
+_DERIVED = {"bad_word_ids": tuple, "structured_output": StructuredOutput, "thinking": Thinking}
 
 _BEAM_FIELDS = {"use_beam_search": False, "length_penalty": 1.0, "early_stopping": False}
 
@@ -59,16 +75,20 @@ class SamplingParams(CoreSamplingParams):
     structured_outputs: StructuredOutputsParams | None = None
 
     def __init__(self, *, n: int | None = None, best_of: int | None = None, **given: Any) -> None:
-        n = 1 if n is None else n
+        n = 1 if n is None else _plain(n)
         _check_count("n", n, 1)
         if best_of is not None:
+            best_of = _plain(best_of)
             _check_count("best_of", best_of, n)
         object.__setattr__(self, "n", n)
         object.__setattr__(self, "best_of", best_of)
         for name, default in _BEAM_FIELDS.items():
             value = given.pop(name, None)
-            value = default if value is None else CHOICE_FIELDS[name](name, value)
+            value = default if value is None else CHOICE_FIELDS[name](name, _plain(value))
             object.__setattr__(self, name, value)
+        for name, kind in _DERIVED.items():
+            if given.get(name) is not None and not isinstance(given[name], kind):
+                raise _unexpected(name)
         structured = given.pop("structured_outputs", None)
         object.__setattr__(self, "structured_outputs", structured)
         # Of another's fields (`dataclasses.replace`) this one follows from that.
@@ -106,10 +126,12 @@ def _core_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for name, value in given.items():
         if name in _HONOURED:
-            if value is not None or name == "max_tokens":
+            if value is not None:
                 known[name] = _core_value(name, value)
+            elif name == "max_tokens":
+                known[name] = None
         elif name not in _NEUTRAL:
-            raise TypeError(f"SamplingParams() got an unexpected keyword argument {name!r}")
+            raise _unexpected(name)
         elif value is not None and value not in _NEUTRAL[name]:
             raise InvalidParameterError(
                 f"{name} is not supported yet, got {value!r}",
@@ -119,9 +141,21 @@ def _core_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
+def _unexpected(name: str) -> TypeError:
+    return TypeError(f"SamplingParams() got an unexpected keyword argument {name!r}")
+
+
 def _core_value(name: str, value: Any) -> Any:
-    if name == "stop" and isinstance(value, str):
-        return (value,)
-    if name == "logit_bias":
-        return {int(token_id): bias for token_id, bias in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    read = _READERS.get(name)
+    return value if read is None else read(name, _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """``value`` in the types that JSON has."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, str | bytes | int | float):
+        return value
+    if hasattr(value, "tolist"):  # an array, or a number, of numpy's or torch's
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, Iterable) else value

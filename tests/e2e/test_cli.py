@@ -1,5 +1,6 @@
 """The command line as a person meets it."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 
 from streamserve import __version__
 from streamserve.cli.args import build_parser
+from streamserve.cli.model_source import box_path
 from tests.e2e.servers import command, environment, running_server
 
 
@@ -49,7 +51,6 @@ def test_help_names_every_flag():
         (["--device", "cpu", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype must be auto on a CPU"),
         (["/nowhere/model"], "there is no such directory"),
         (["--max-model-len", "1000000"], "1000000"),
-        (["--kv-cache-memory", "many"], "4GiB"),
         (["--kv-cache-memory", "100TiB"], "--kv-cache-memory"),
         (["--enable-auto-tool-choice"], "--enable-auto-tool-choice needs a --tool-call-parser"),
         (["--port", "70000"], "port must be between 0 and 65535, got 70000"),
@@ -63,10 +64,40 @@ def test_a_wrong_flag_is_refused_in_one_line(args, message):
     assert "Traceback" not in result.stderr
 
 
-def test_flags_of_vllm_are_refused_by_name():
-    result = run("serve", "--enable-lora")
-    assert result.returncode == 2
-    assert "--enable-lora is not supported by this server: adapters" in result.stderr
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--enable-lora"], "--enable-lora is not supported by this server: adapters"),
+        (["--kv-cache-memory", "many"], "must look like 4GiB, 512MiB or 2G, got 'many'"),
+        (["--max-num-seqs", "some"], "argument --max-num-seqs: must be a whole number, got 'some'"),
+        (["--max-model-length=9"], "--max-model-length=9 (did you mean --max-model-len?)"),
+    ],
+)
+def test_what_is_no_flag_is_said_in_one_line_too(args, message):
+    result = run("serve", *args)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+    assert "`streamserve serve --help` lists the flags" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--chat-template", "{{ messages"], "the chat template of --chat-template cannot be read"),
+        (["--chat-template", "none.jinja"], "--chat-template must be a file or one of"),
+        (["--shared-system-prompt", "none.txt"], "--shared-system-prompt none.txt cannot be used"),
+        (["--enable-auto-tool-choice"], "--enable-auto-tool-choice needs a --tool-call-parser"),
+        (["--override-generation-config", '{"temperature": 9}'], "temperature must be between"),
+        ([], "holds no weights"),
+    ],
+)
+def test_what_needs_no_weights_is_known_before_they_are_read(tmp_path, args, message):
+    """With nothing wrong but the weights, which are not there, it is they that are missed."""
+    for file in box_path().glob("*.json"):
+        shutil.copy(file, tmp_path)
+    result = run("serve", str(tmp_path), "--port", "0", "--dtype", "float32", *args)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert message in result.stderr
 
 
 def test_a_config_file_and_a_certificate_that_are_none(tmp_path):
@@ -120,6 +151,12 @@ def test_chat_against_a_server(box):
     result = run("chat", "--url", box.url, "--temperature", "0", stdin=lines)
     assert result.returncode == 0, result.stderr
     assert "Anna" in result.stdout.splitlines()[1]
+
+
+def test_chat_says_what_is_wrong_with_its_flags_at_once():
+    result = run("chat", "--temperature", "5", "/nowhere/model")
+    assert result.returncode == 1
+    assert "temperature must be between 0.0 and 2.0, got 5.0" in result.stderr
 
 
 def test_chat_says_when_there_is_no_server():

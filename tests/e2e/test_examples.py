@@ -21,6 +21,14 @@ def tiny(tmp_path_factory) -> Path:
     return directory
 
 
+def test_the_example_that_needs_a_model_says_so():
+    script = str(ROOT / "examples" / "local_model.py")
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, env=environment()
+    )
+    assert (result.returncode, result.stderr) == (1, f"usage: python {script} DIRECTORY\n")
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(name, box, tiny):
     arguments = [box.url] if name in CLIENTS else [str(tiny)] if name == "local_model.py" else []

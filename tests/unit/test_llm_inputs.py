@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 
+import numpy as np
 import pytest
 
 from streamserve import SamplingParams
@@ -94,9 +95,39 @@ def test_what_is_not_built_is_refused_by_name(name, value):
     assert caught.value.param == name
 
 
-def test_a_name_that_nobody_knows():
-    with pytest.raises(TypeError, match="'temprature'"):
-        SamplingParams(temprature=1.0)
+@pytest.mark.parametrize("name", ["temprature", "structured_output", "thinking", "bad_word_ids"])
+def test_a_name_that_nobody_knows(name):
+    with pytest.raises(TypeError, match=f"'{name}'"):
+        SamplingParams(**{name: 1.0})
+
+
+FIELDS = sorted(
+    {field.name for field in dataclasses.fields(SamplingParams)}
+    - {"bad_word_ids", "structured_output", "thinking", "pooling"}
+)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize(
+    "value", [b"x", 2.5j, object, [None], [object], {"a": 1}, float("nan"), (1, "a")], ids=repr
+)
+def test_a_value_of_no_such_type_is_refused_by_name(name, value):
+    with pytest.raises(InvalidParameterError, match=rf"^{name}\b") as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param.startswith(name)
+
+
+def test_a_single_number_is_no_stop():
+    with pytest.raises(InvalidParameterError, match="stop must be a string or an array"):
+        SamplingParams(stop=5)
+
+
+def test_numbers_may_be_numpys():
+    params = SamplingParams(
+        n=np.int64(2), temperature=np.float32(0.5), stop_token_ids=np.array([1, 2]), seed=np.int8(3)
+    )
+    assert (params.n, params.temperature, params.stop_token_ids) == (2, 0.5, (1, 2))
+    assert type(params.seed) is int
 
 
 @pytest.mark.parametrize(

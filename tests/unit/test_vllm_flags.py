@@ -1,6 +1,7 @@
 """Command lines and keywords that were written for vLLM: honoured, or refused by name."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_values_that_ask_for_nothing_are_taken():
 
 
 def test_every_foreign_flag_is_known_to_serve_and_hidden_from_its_help():
-    serve = build_parser().serve
+    serve = build_parser().commands["serve"]
     known = set(serve._option_string_actions)
     text = serve.format_help()
     for name, flag in FOREIGN_FLAGS.items():
@@ -88,6 +89,7 @@ def test_vllms_spellings_mean_the_same(flags, name, value):
         (["--override-generation-config", "{"], "must be JSON"),
         (["--override-generation-config", "[]"], "JSON object"),
         (["--max-log-len", "-1"], "at least 0"),
+        (["--gpu-memory-utilization", "nan"], "must be a number, got 'nan'"),
     ],
 )
 def test_a_wrong_value_is_named(capsys, flags, word):
@@ -120,6 +122,30 @@ def test_a_config_file_that_is_none(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         parse_args(["serve", "--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_model_len", "long", "^max_model_len: must be a whole number, got 'long'$"),
+        ("itl_target_ms", [], "^itl_target_ms: must be a number"),
+        ("enforce_eager", "yes", "^enforce_eager must be True or False, got 'yes'$"),
+        ("tokenizer", 5, "^tokenizer must be a string, got 5$"),
+        ("chat_template", {"a": 1}, "^chat_template must be a string"),
+        ("kv_cache_memory", "many", "^kv_cache_memory: must look like 4GiB"),
+        ("speculative_config", 3, "^speculative_config must be a string, got 3$"),
+        ("tensor_parallel_size", 2, "^tensor_parallel_size must be 1"),
+    ],
+)
+def test_a_keyword_of_no_such_type_is_refused_by_name(name, value, message):
+    with pytest.raises(ConfigError, match=message):
+        flags_of(None, {name: value})
+
+
+def test_a_model_is_a_name_or_a_path():
+    assert flags_of(Path("a") / "b", {}).model == "a/b"
+    with pytest.raises(ConfigError, match="model must be a string, got 5"):
+        flags_of(5, {})
 
 
 def test_keywords_are_the_flags():
