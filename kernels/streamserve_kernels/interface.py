@@ -30,7 +30,7 @@ PROMPT_QUERY_MULTIPLE = 64
 PROMPT_KEY_MULTIPLE = 128
 PROMPT_KEY_SEGMENT = 4096
 
-GatedKind = Literal["silu", "gelu", "gelu_tanh", "relu"]
+GatedKind = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
 ActivationKind = Literal[
     "silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "relu2"
 ]

@@ -326,8 +326,15 @@ def _activate(x: Tensor, kind: ActivationKind) -> Tensor:
 
 
 def gated_activation(x: Tensor, kind: GatedKind) -> Tensor:
-    """act(gate)·up for x [..., 2·I] laid out gate first, up second -> [..., I]; one rounding."""
+    """act(gate)·up for x [..., 2·I] laid out gate first, up second -> [..., I]; one rounding.
+
+    `clamped_swiglu` (gpt-oss) keeps gates below 7 and ups within ±7, and is
+    gate·sigmoid(1.702·gate)·(up + 1).
+    """
     gate, up = x.float().chunk(2, dim=-1)
+    if kind == "clamped_swiglu":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (_activate(gate, "quick_gelu") * (up + 1)).to(x.dtype)
     return (_activate(gate, kind) * up).to(x.dtype)
 
 

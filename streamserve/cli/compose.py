@@ -92,7 +92,7 @@ def build_service(
         warn(f"the checkpoint has no chat template: using the {template.source} one")
     on_template(template)
     public_prefixes = _public_prefixes(args, tokenizer, template)
-    eos_token_ids = frozenset(setup.config.eos_token_ids)
+    eos_token_ids = _eos_token_ids(setup.config, tokenizer)
     grammars = Grammars(tokenizer, eos_token_ids, setup.config.vocab_size)
     in_background(lambda _: grammars.warm())  # it would stop every stream for a moment later
     built = builder.build()
@@ -204,6 +204,11 @@ def _public_prefixes(
         except (OSError, ValueError, InvalidParameterError) as error:
             raise ConfigError(f"--shared-system-prompt {file} cannot be used: {error}") from error
     return prefixes
+
+
+def _eos_token_ids(config: ModelConfig, tokenizer: FastTokenizer) -> frozenset[int]:
+    ends = (tokenizer.token_to_id(token) for token in config.family.end_tokens)
+    return frozenset(config.eos_token_ids).union(end for end in ends if end is not None)
 
 
 def _text_source(args: Namespace, path: Path) -> TextSource:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from streamserve.errors import ModelLoadError
+from streamserve.models import mxfp4
 from streamserve.models.names import WeightNames
 from streamserve.models.parameters import Module, decoder_modules
-from streamserve.models.spec import DecoderSpec
+from streamserve.models.spec import DecoderSpec, ExpertsSpec
 from streamserve.models.staging import Uploader
 from streamserve.models.tensor_files import TensorFiles
 from streamserve_kernels.stored import StoredWeight
@@ -42,18 +43,25 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A checkpoint tensor that fills ``rows`` rows of a module; ``shape`` as the file keeps it."""
+    """A checkpoint tensor that fills ``rows`` rows of a module; ``shape`` as the file keeps it.
+
+    With ``expert`` it is that one's slice of a tensor of all experts, and of ``shape``.
+    """
 
     name: str
     rows: int
     shape: tuple[int, ...]
+    expert: int | None = None
 
 
 def module_pieces(names: WeightNames, module: Module, leaf: Leaf) -> list[Piece]:
     """The checkpoint tensors that make up a module's weight or bias, in row order."""
     stored = names.modules[module.name]
     rows = module.rows if len(stored) == len(module.rows) else (module.num_rows,)
+    is_sliced = module.name in names.sliced
     suffix = "" if module.role == "vector" else f".{leaf}"
+    if is_sliced:
+        suffix = "_bias" if leaf == "bias" else ""
     pieces = []
     for template, count in zip(stored, rows, strict=True):
         shape: tuple[int, ...] = (count,)
@@ -62,7 +70,7 @@ def module_pieces(names: WeightNames, module: Module, leaf: Leaf) -> list[Piece]
             if module.name in names.transposed:
                 shape = (module.columns, count)
         name = template.format(layer=module.layer, expert=module.expert) + suffix
-        pieces.append(Piece(name, count, shape))
+        pieces.append(Piece(name, count, shape, module.expert if is_sliced else None))
     return pieces
 
 
@@ -95,16 +103,17 @@ class CheckpointSource:
         missing: list[str] = []
         for module in decoder_modules(self._spec):
             for piece in self._all_pieces(module):
-                used.add(piece.name)
-                if piece.name not in self._stored:
-                    missing.append(piece.name)
-                    continue
-                shape = self._files.shape(self._stored[piece.name])
-                if shape != piece.shape:
-                    raise ModelLoadError(
-                        f"tensor {self._stored[piece.name]} has shape {list(shape)}; "
-                        f"the config asks for {list(piece.shape)}"
-                    )
+                for name, shape in self._tensors(module, piece):
+                    used.add(name)
+                    if name not in self._stored:
+                        missing.append(name)
+                        continue
+                    found = self._files.shape(self._stored[name])
+                    if found != shape:
+                        raise ModelLoadError(
+                            f"tensor {self._stored[name]} has shape {list(found)}; "
+                            f"the config asks for {list(shape)}"
+                        )
         ignored = re.compile("|".join(f"(?:{p})$" for p in self._names.ignored) or r"(?!)")
         surplus = [
             name
@@ -126,6 +135,25 @@ class CheckpointSource:
         if module.bias:
             yield from module_pieces(self._names, module, "bias")
 
+    def _tensors(self, module: Module, piece: Piece) -> list[tuple[str, tuple[int, ...]]]:
+        """The tensors that a piece is read from, and their shapes as the config has it."""
+        if piece.expert is None:
+            return [(piece.name, piece.shape)]
+        assert module.layer is not None
+        experts = self._spec.layers[module.layer].mlp
+        assert isinstance(experts, ExpertsSpec)
+        if self._is_mxfp4(piece):
+            assert module.columns is not None
+            blocks = (experts.num_experts, piece.rows, module.columns // mxfp4.BLOCK)
+            return [
+                (piece.name + mxfp4.CODES, (*blocks, mxfp4.BLOCK // 2)),
+                (piece.name + mxfp4.SCALES, blocks),
+            ]
+        return [(piece.name, (experts.num_experts, *piece.shape))]
+
+    def _is_mxfp4(self, piece: Piece) -> bool:
+        return piece.name not in self._stored and piece.name + mxfp4.CODES in self._stored
+
     def _is_tied_copy(self, name: str) -> bool:
         """Whether this is the head of a tied model, saved although it equals the embedding."""
         if name != f"{self._names.modules['head'][0]}.weight":
@@ -142,30 +170,49 @@ class CheckpointSource:
         return True
 
     def stored(self, module: Module) -> StoredWeight | None:
-        return None
+        piece = module_pieces(self._names, module, "weight")[0]
+        if not self._is_mxfp4(piece):
+            return None
+        names = [self._stored[piece.name + suffix] for suffix in (mxfp4.CODES, mxfp4.SCALES)]
+        blocks, scales = (self._files.read(name)[piece.expert] for name in names)
+        if module.name in self._names.interleaved:
+            blocks, scales = (torch.cat((part[0::2], part[1::2])) for part in (blocks, scales))
+        weight = mxfp4.table_weight(blocks, scales)
+        for name in names:
+            self._files.release(name)
+        return weight
 
     def fill(self, module: Module, leaf: Leaf, target: Tensor) -> None:
-        transposed = leaf == "weight" and module.name in self._names.transposed
         start = 0
         for piece in module_pieces(self._names, module, leaf):
-            name = self._stored[piece.name]
-            tensor = self._files.read(name)
-            if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
-                raise ModelLoadError(f"tensor {name} has dtype {tensor.dtype}: quantised weights")
-            part = target[start : start + piece.rows]
-            is_grouped = module.name == "layers.qkv" and self._names.qkv_layout == "grouped"
-            if not transposed and not is_grouped:
-                self._uploader.copy(part, tensor)
-            else:
-                landed = self._uploader.on_device(tensor, target.device)
-                landed = landed.t() if transposed else landed
-                if is_grouped:
-                    assert module.layer is not None
-                    self._copy_grouped(part, landed, module.layer)
-                else:
-                    part.copy_(landed)
-            self._files.release(name)
+            self._fill_piece(target[start : start + piece.rows], piece, module, leaf)
+            self._files.release(self._stored[piece.name])
             start += piece.rows
+
+    def _fill_piece(self, part: Tensor, piece: Piece, module: Module, leaf: Leaf) -> None:
+        name = self._stored[piece.name]
+        tensor = self._files.read(name)
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
+            raise ModelLoadError(f"tensor {name} has dtype {tensor.dtype}: quantised weights")
+        if piece.expert is not None:
+            tensor = tensor[piece.expert]
+        if leaf == "weight" and module.name in self._names.transposed:
+            tensor = self._uploader.on_device(tensor, part.device).t()
+        self._place(part, tensor, module)
+
+    def _place(self, part: Tensor, tensor: Tensor, module: Module) -> None:
+        """Writes ``tensor``, as the checkpoint orders its rows, into ``part`` of a module's."""
+        if module.name == "layers.qkv" and self._names.qkv_layout == "grouped":
+            assert module.layer is not None
+            landed = self._uploader.on_device(tensor, part.device)
+            self._copy_grouped(part, landed, module.layer)
+        elif module.name in self._names.interleaved:
+            half = part.shape[0] // 2
+            landed = self._uploader.on_device(tensor, part.device)
+            part[:half].copy_(landed[0::2])
+            part[half:].copy_(landed[1::2])
+        else:
+            self._uploader.copy(part, tensor)
 
     def _copy_grouped(self, target: Tensor, tensor: Tensor, layer: int) -> None:
         """``[kv heads, (queries of the group, key, value), head size]`` to all q, all k, all v."""

@@ -14,6 +14,7 @@ from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import parameters
 from streamserve.models.families import Family, find_family
 from streamserve.models.hf_config import HfConfig
+from streamserve.models.mxfp4 import Mxfp4
 from streamserve.models.parameters import StoredQuantization
 from streamserve.models.spec import DecoderSpec
 from streamserve_kernels import Quantization
@@ -27,15 +28,17 @@ class ModelConfig:
     """What is served, before it is loaded.
 
     ``max_position_embeddings`` is the model's own longest sequence in tokens, after rotary
-    stretching. ``dtype`` is the checkpoint's own, None when the config does not say.
-    ``sampling_defaults`` are the recommendations of ``generation_config.json``;
-    ``stored_quantization`` is how the weights are quantised in the files, None if they are not.
+    stretching; ``default_max_model_len`` what is served of it unless more is asked for. ``dtype``
+    is the checkpoint's own, None when the config does not say. ``sampling_defaults`` are the
+    recommendations of ``generation_config.json``; ``stored_quantization`` is how the weights are
+    quantised in the files, None if they are not.
     """
 
     architecture: str
     family: Family
     spec: DecoderSpec
     max_position_embeddings: int
+    default_max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype | None
@@ -47,12 +50,12 @@ class ModelConfig:
         return parameters.weight_bytes(self.spec, dtype, quantization, self.stored_quantization)
 
     def resolve_max_model_len(self, requested: int | None) -> int:
-        """The longest sequence to serve: the model's own, or ``requested`` if that is shorter.
+        """The longest sequence to serve: the model's default, or ``requested``.
 
         Raises ModelLoadError when ``requested`` is longer than the model can be given.
         """
         if requested is None:
-            return self.max_position_embeddings
+            return self.default_max_model_len
         if not 1 <= requested <= self.max_position_embeddings:
             raise ModelLoadError(
                 f"max_model_len {requested} must be between 1 and "
@@ -72,18 +75,22 @@ def load_config(path: Path | str) -> ModelConfig:
     generation = _read_json(directory / "generation_config.json", required=False)
     config = HfConfig(values, str(directory / "config.json"))
     family = find_family(config)
-    _refuse_quantised(config)
+    stored_quantization = _stored_quantization(config)
     spec = family.spec(config)
     _check_heads(spec, config.source)
+    longest = _longest_sequence(family, config, spec)
+    default = family.default_positions
     return ModelConfig(
         architecture=family.architecture,
         family=family,
         spec=spec,
-        max_position_embeddings=_longest_sequence(family, config, spec),
+        max_position_embeddings=longest,
+        default_max_model_len=longest if default is None else min(longest, default(config)),
         vocab_size=spec.vocab_size,
         eos_token_ids=_token_ids(generation, "eos_token_id") or _token_ids(values, "eos_token_id"),
         dtype=_checkpoint_dtype(config),
         sampling_defaults=_sampling_defaults(generation),
+        stored_quantization=stored_quantization,
     )
 
 
@@ -114,14 +121,17 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     return values
 
 
-def _refuse_quantised(config: HfConfig) -> None:
+def _stored_quantization(config: HfConfig) -> StoredQuantization | None:
     quantisation = config.values.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise UnsupportedModelError(
-            f"{config.source}: quantization_config (quant_method {method!r}) is not supported; "
-            "only unquantised weights are (--quantization quantises them on the fly)"
-        )
+    if not quantisation:
+        return None
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    if method == "mxfp4":
+        return Mxfp4()
+    raise UnsupportedModelError(
+        f"{config.source}: quantization_config (quant_method {method!r}) is not supported; "
+        "only unquantised weights are (--quantization quantises them on the fly)"
+    )
 
 
 def _check_heads(spec: DecoderSpec, source: str) -> None:
@@ -138,12 +148,12 @@ def _longest_sequence(family: Family, config: HfConfig, spec: DecoderSpec) -> in
     """The stated context times the stretch, where the statement is of the length before it.
 
     ``linear`` and ``dynamic`` configs state the trained length; ``yarn`` names the trained length
-    apart; ``llama3`` and ``longrope`` state the length after stretching.
+    apart; ``llama3``, ``longrope`` and Qwen 1's state the length after stretching.
     """
     stated = family.max_positions(config)
     rope = spec.layers[0].attention.rope
     scaling = rope.scaling if rope is not None else None
-    if scaling is None or scaling.kind in ("llama3", "longrope"):
+    if scaling is None or scaling.kind in ("llama3", "longrope", "qwen_dynamic"):
         return stated
     if scaling.kind == "yarn":
         return max(stated, int(scaling.original_max_position_embeddings * scaling.factor))

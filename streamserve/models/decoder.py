@@ -47,6 +47,7 @@ class Block:
         kernels: Kernels,
         device: torch.device,
         cos_sin: Tensor | None,
+        max_model_len: int,
     ) -> None:
         def norm(name: str) -> BoundNorm | None:
             named = getattr(spec, name)
@@ -54,7 +55,9 @@ class Block:
                 return None
             return bind_norm(named, weights.norms[f"layers.{name}"], kernels)
 
-        self._attention = Attention(spec.attention, weights, kernels, device, cos_sin)
+        self._attention = Attention(
+            spec.attention, weights, kernels, device, cos_sin, max_model_len
+        )
         self._mlp = bind_mlp(spec.mlp, weights, kernels)
         self._attention_norm = norm("attention_norm") or BoundNorm()
         self._mlp_norm = norm("mlp_norm")
@@ -166,7 +169,9 @@ class Decoder:
         spec, outer = self.spec, self._weights.outer
         self.kernels = kernels
         self._blocks = [
-            Block(layer, layer_weights, kernels, self.device, self._cos_sin(layer))
+            Block(
+                layer, layer_weights, kernels, self.device, self._cos_sin(layer), self.max_model_len
+            )
             for layer, layer_weights in zip(spec.layers, self._weights.layers, strict=True)
         ]
         self._head = outer.linears["head"]

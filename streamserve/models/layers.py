@@ -11,8 +11,8 @@ from torch import Tensor
 
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.batch import ForwardBatch
-from streamserve.models.rope import alibi_slopes
-from streamserve.models.spec import Activation, AttentionSpec, ExpertsSpec, MlpSpec, NormSpec
+from streamserve.models.rope import alibi_slopes, query_log_scales
+from streamserve.models.spec import AttentionSpec, ExpertActivation, ExpertsSpec, MlpSpec, NormSpec
 from streamserve.models.weights import NormWeights, Weights
 from streamserve_kernels import GatedKind, Kernels
 
@@ -77,11 +77,13 @@ class Attention:
         "_alibi_slopes",
         "_attend",
         "_cos_sin",
+        "_embedding",
         "_interleaved",
         "_k_norm",
         "_per_head_norm",
         "_q_norm",
         "_qkv",
+        "_query_scales",
         "_rotary_write_kv",
         "_sinks",
         "_spec",
@@ -97,17 +99,23 @@ class Attention:
         kernels: Kernels,
         device: torch.device,
         cos_sin: Tensor | None,
+        max_model_len: int,
     ) -> None:
         self._spec = spec
         self._qkv = weights.linears["layers.qkv"]
         self.output = weights.linears["layers.output"]
         self._attend = kernels.paged_attention
+        self._embedding = kernels.embedding
         self._write_kv = kernels.write_kv
         self._rotary_write_kv = kernels.rotary_write_kv
         self._cos_sin = cos_sin
         self._interleaved = spec.rope is not None and spec.rope.interleaved
         self._splits = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         self._sinks = weights.tensors.get("layers.sinks")
+        self._query_scales = None
+        if spec.log_scaled_beyond is not None and max_model_len > spec.log_scaled_beyond:
+            scales = query_log_scales(spec.log_scaled_beyond, max_model_len)
+            self._query_scales = scales[:, None].to(device, self._qkv.dtype)
         self._alibi_slopes = None
         if spec.alibi:
             slopes = [slope * spec.alibi_scale for slope in alibi_slopes(spec.num_heads)]
@@ -127,6 +135,8 @@ class Attention:
         query, key, value = self._project(normed)
         if self._q_norm is not None and self._k_norm is not None:
             query, key = self._normed(query, self._q_norm), self._normed(key, self._k_norm)
+        if self._query_scales is not None:
+            query = query * self._embedding(batch.positions, self._query_scales).view(-1, 1, 1)
         if self._cos_sin is None:
             self._write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
             return query
@@ -198,6 +208,8 @@ def bind_mlp(
     if spec.shared is None:
         return experts
     shared = _bind_plain(spec.shared, weights, kernels, "layers.shared.")
+    if not spec.shared_gate:
+        return lambda x: experts(x) + shared(x)
     gate = weights.tensors["layers.shared.gate"]
 
     def with_shared(x: Tensor) -> Tensor:
@@ -244,7 +256,7 @@ def _bind_experts(
     return experts
 
 
-def _gated_kind(activation: Activation) -> GatedKind:
+def _gated_kind(activation: ExpertActivation) -> GatedKind:
     """Both tanh forms of GELU are one formula; the kernels gate with one name for it."""
     name = "gelu_tanh" if activation == "gelu_new" else activation
     for kind in get_args(GatedKind):

@@ -31,13 +31,17 @@ class WeightNames:
     """``modules`` maps each module of ours to the checkpoint modules whose rows it stacks.
 
     A single checkpoint module for ``layers.qkv`` or ``layers.gate_up`` is already fused.
-    ``transposed`` modules keep ``[in, out]`` (GPT-2's Conv1D). ``optional_prefix`` may be absent
-    from a checkpoint's names. ``ignored`` are regular expressions, matched at the end of a name, of
+    ``transposed`` modules keep ``[in, out]`` (GPT-2's Conv1D). ``sliced`` experts share a tensor
+    ``[experts, …]``, whose name stands here whole; that of their biases ends in ``_bias`` besides.
+    ``interleaved`` gates and ups take turns, row by row. ``optional_prefix`` may be absent from a
+    checkpoint's names. ``ignored`` are regular expressions, matched at the end of a name, of
     buffers that old checkpoints carry and no decoder needs.
     """
 
     modules: Mapping[str, tuple[str, ...]]
     qkv_layout: QkvLayout = "stacked"
     transposed: frozenset[str] = field(default_factory=frozenset)
+    sliced: frozenset[str] = field(default_factory=frozenset)
+    interleaved: frozenset[str] = field(default_factory=frozenset)
     optional_prefix: str = ""
     ignored: tuple[str, ...] = ()

@@ -188,15 +188,25 @@ def _mlp_modules(layer: LayerSpec, hidden_size: int, index: int) -> Iterator[Mod
     mlp = layer.mlp
     if isinstance(mlp, ExpertsSpec):
         size = mlp.intermediate_size
-        yield Module("layers.router", "linear", (mlp.num_experts,), hidden_size, layer=index)
+        yield Module(
+            "layers.router",
+            "linear",
+            (mlp.num_experts,),
+            hidden_size,
+            bias=mlp.router_bias,
+            layer=index,
+        )
         for expert in range(mlp.num_experts):
             for name, rows, columns in (
                 ("layers.experts.gate_up", (size, size), hidden_size),
                 ("layers.experts.down", (hidden_size,), size),
             ):
-                yield Module(name, "linear", rows, columns, layer=index, expert=expert)
+                yield Module(
+                    name, "linear", rows, columns, bias=mlp.bias, layer=index, expert=expert
+                )
         if mlp.shared is not None:
-            yield Module("layers.shared.gate", "table", (1,), hidden_size, layer=index)
+            if mlp.shared_gate:
+                yield Module("layers.shared.gate", "table", (1,), hidden_size, layer=index)
             yield from _plain_mlp_modules("layers.shared.", mlp.shared, hidden_size, index)
         return
     yield from _plain_mlp_modules("layers.", mlp, hidden_size, index)

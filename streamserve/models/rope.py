@@ -2,10 +2,10 @@
 
 Frequencies follow transformers' ``modeling_rope_utils`` to the last bit in float32, so that a
 checkpoint sees the angles it was trained with. One thing differs on purpose: *dynamic* NTK scaling
-and *longrope* there follow the longest length seen so far. Keys that are already in a paged cache
-cannot be rotated again, so here the frequencies are fixed once, for the longest length that is
-served (``max_length``). Up to the trained length that is plain rope, or longrope's short factors,
-as in transformers.
+(Qwen 1's as well) and *longrope* there follow the longest length seen so far. Keys that are already
+in a paged cache cannot be rotated again, so here the frequencies are fixed once, for the longest
+length that is served (``max_length``). Up to the trained length that is plain rope, or longrope's
+short factors, as in transformers.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def inverse_frequencies(rope: RopeSpec, max_length: int) -> Tensor:
     ``max_length`` is the longest sequence that will be served: for ``dynamic`` and ``longrope``.
     """
     dim, base, scaling = rope.rotary_dim, rope.base, rope.scaling
-    if scaling is not None and scaling.kind == "dynamic":
+    if scaling is not None and scaling.kind in ("dynamic", "qwen_dynamic"):
         base = _dynamic_ntk_base(base, dim, scaling, max_length)
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
     plain = 1.0 / (base**exponents)
-    if scaling is None or scaling.kind == "dynamic":
+    if scaling is None or scaling.kind in ("dynamic", "qwen_dynamic"):
         return plain
     if scaling.kind == "linear":
         return plain / scaling.factor
@@ -59,6 +59,15 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + extra
 
 
+def query_log_scales(trained: int, max_length: int) -> Tensor:
+    """``[max_length]`` float32: log(p + 1) / log(trained) at positions p past ``trained``, else 1.
+
+    Su 2021, https://kexue.fm/archives/8823.
+    """
+    lengths = torch.arange(1, max_length + 1, dtype=torch.float64).clamp_(min=trained)
+    return (lengths.log() / math.log(trained)).float()
+
+
 def yarn_attention_factor(
     factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
 ) -> float:
@@ -81,6 +90,9 @@ def _dynamic_ntk_base(base: float, dim: int, scaling: RopeScaling, max_length: i
     trained = scaling.original_max_position_embeddings
     length = max(max_length, trained)
     stretch = scaling.factor * length / trained - (scaling.factor - 1)
+    if scaling.kind == "qwen_dynamic":
+        # In steps: 1 up to the trained length, 3 up to twice that, 7 up to four times.
+        stretch = 2 ** math.ceil(math.log2(length / trained) + 1) - 1
     return base * float(stretch ** (dim / (dim - 2)))
 
 

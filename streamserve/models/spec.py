@@ -19,7 +19,8 @@ from typing import Literal
 
 NormKind = Literal["rms_norm", "layer_norm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu", "quick_gelu"]
-RopeScalingKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
+ExpertActivation = Activation | Literal["clamped_swiglu"]
+RopeScalingKind = Literal["linear", "dynamic", "qwen_dynamic", "llama3", "yarn", "longrope"]
 Residual = Literal["sequential", "parallel"]
 RouterKind = Literal["softmax", "sigmoid"]
 
@@ -84,7 +85,8 @@ class AttentionSpec:
 
     ``window=None`` is full attention. ``rope=None`` with ``alibi=False`` leaves order to learned
     positions, or to nothing. ``alibi_scale`` multiplies ALiBi's slopes. ``soft_cap`` bounds the
-    scores by ``cap * tanh(score / cap)``.
+    scores by ``cap * tanh(score / cap)``. With ``log_scaled_beyond`` n, a query at position p >= n
+    is multiplied by log(p + 1) / log(n): attention stays as sharp among more tokens.
     """
 
     num_heads: int
@@ -101,6 +103,7 @@ class AttentionSpec:
     output_bias: bool = False
     soft_cap: float | None = None
     sinks: bool = False
+    log_scaled_beyond: int | None = None
 
     @property
     def query_size(self) -> int:
@@ -131,18 +134,22 @@ class MlpSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:
-    """Gated experts without biases; each token goes to its ``top_k`` by router probability.
+    """Gated experts; each token goes to its ``top_k`` by router probability.
 
-    ``shared`` is a gated MLP that every token goes to besides, times the sigmoid of a gate.
+    ``bias`` is that of the experts, ``router_bias`` the router's. ``shared`` is a gated MLP that
+    every token goes to besides; with ``shared_gate`` times the sigmoid of a gate of its own.
     """
 
     num_experts: int
     top_k: int
     intermediate_size: int
-    activation: Activation
+    activation: ExpertActivation
     router: RouterKind = "softmax"
     renormalise: bool = True
+    bias: bool = False
+    router_bias: bool = False
     shared: MlpSpec | None = None
+    shared_gate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +182,10 @@ class LearnedPositions:
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A whole decoder-only language model. ``logit_scale`` multiplies, then the soft cap bounds."""
+    """A whole decoder-only language model. ``logit_scale`` multiplies, then the soft cap bounds.
+
+    With ``normalised_head`` each row of the head is divided by its length (Baichuan 2).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -186,6 +196,7 @@ class DecoderSpec:
     embedding_norm: NormSpec | None = None
     tied_head: bool = False
     head_bias: bool = False
+    normalised_head: bool = False
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
 

@@ -58,8 +58,9 @@ class Uploader:
         self._stagings: dict[torch.device, Staging] = {}
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copies ``source`` on the host into ``target`` of the same shape, on any device."""
+        """Copies ``source`` into ``target`` of the same shape, on any device."""
         same = target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous()
+        same = same and source.device.type == "cpu"
         if target.device.type == "cuda" and same:
             self._staging(target.device).copy(target, source)
         elif target.device.type == "cuda":
@@ -68,8 +69,8 @@ class Uploader:
             target.copy_(source)
 
     def on_device(self, source: Tensor, device: torch.device) -> Tensor:
-        """``source`` as it is, on ``device``: on a CPU itself and no copy."""
-        if device.type != "cuda":
+        """``source`` as it is, on ``device``: itself and no copy where it is there already."""
+        if device.type != "cuda" or source.device == device:
             return source
         landed = torch.empty(source.shape, dtype=source.dtype, device=device)
         self._staging(device).copy(landed, source.contiguous())

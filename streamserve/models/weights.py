@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from streamserve.errors import ModelLoadError
@@ -131,6 +132,8 @@ class _Builder:
             self._add_linear(weights, module, self._pack_stored(module, stored))
             return
         weight = self._fetch(module, "weight")
+        if module.name == "head" and self._spec.normalised_head:
+            F.normalize(weight, dim=1, out=weight)
         bias = self._fetch(module, "bias") if module.bias else None
         quantization = module_quantization(module, self._spec, self._quantization)
         if module.role == "norm":

@@ -106,6 +106,20 @@ def test_gated_activation(
     torch.testing.assert_close(cpu.gated_activation(x, kind), expected, **TIGHT[dtype])
 
 
+@DTYPES
+def test_a_clamped_gate(naive: Kernels, cpu: Kernels, dtype: torch.dtype) -> None:
+    """As transformers' `GptOssExperts` has it: gates up to 7, ups within 7, plus one."""
+    x = normal(10, 50, 2 * 65, dtype=dtype) * 5
+    gate, up = x.float().chunk(2, dim=-1)
+    assert (gate > 7).any()
+    assert (up < -7).any()
+    gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
+    expected = naive.gated_activation(x, "clamped_swiglu")
+    theirs = (up + 1) * gate * torch.sigmoid(gate * 1.702)
+    torch.testing.assert_close(expected.float(), theirs, atol=1e-5, rtol=8e-3)
+    torch.testing.assert_close(cpu.gated_activation(x, "clamped_swiglu"), expected, **TIGHT[dtype])
+
+
 def test_activations_of_extreme_values_are_finite(cpu: Kernels) -> None:
     x = torch.tensor([[-1e30, -200.0, -90.0, -0.0, 0.0, 90.0, 200.0, 1e30]])
     for kind in ("silu", "gelu_tanh"):

@@ -117,6 +117,8 @@ def test_what_activations_cannot_take_is_refused(native: Kernels) -> None:
             call(x, "swish")
         with pytest.raises(TypeError, match="float32"):
             call(x.float(), "silu")
+    with pytest.raises(ValueError, match="'clamped_swiglu'"):
+        native.activation(x, "clamped_swiglu")
     with pytest.raises(ValueError, match="5 elements"):
         native.gated_activation(x[:, :5], "silu")
 

@@ -80,6 +80,14 @@ def test_activations(device, dtype, kind):
         close(ours.gated_activation(x, kind), naive.gated_activation(x, kind), dtype)
 
 
+def test_a_clamped_gate(device, dtype):
+    x = 5 * normal(3, 2100, device=device, dtype=dtype)
+    kind = "clamped_swiglu"
+    close(ours.gated_activation(x, kind), naive.gated_activation(x, kind), dtype)
+    with pytest.raises(ValueError, match="'clamped_swiglu' is not known"):
+        ours.activation(x, kind)
+
+
 def test_an_unknown_activation_is_refused(device, dtype):
     with pytest.raises(ValueError, match="'sine' is not known"):
         ours.activation(normal(1, 8, device=device, dtype=dtype), "sine")

@@ -71,7 +71,7 @@ def test_float32_on_a_gpu():
     Experts(1, 8, 64, 48, torch.device("cuda"), torch.float32).compare(70, 2)
 
 
-@pytest.mark.parametrize("kind", ["gelu_tanh", "relu"])
+@pytest.mark.parametrize("kind", ["gelu_tanh", "relu", "clamped_swiglu"])
 def test_other_gates_biases_and_odd_sizes(device, dtype, kind):
     """Neither the experts nor their sizes are multiples of anything, and weights lie anywhere."""
     experts = Experts(2, 5, 36, 21, device, dtype, bias=True)

@@ -39,11 +39,19 @@ def kernels() -> Kernels:
 
 @pytest.fixture(scope="session")
 def build() -> Callable[[transformers.PretrainedConfig], transformers.PreTrainedModel]:
-    """A config -> a model in float32 whose every weight matters to its logits."""
+    """A config -> a model in float32 whose every weight matters to its logits.
 
-    def build(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    A model that is there already gets such weights.
+    """
+
+    def build(
+        config: transformers.PretrainedConfig | torch.nn.Module,
+    ) -> transformers.PreTrainedModel:
         generator = torch.Generator().manual_seed(7)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval().to(torch.float32)
+        model = config
+        if not isinstance(config, torch.nn.Module):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        model = model.eval().to(torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 is_norm = parameter.dim() == 1 and name.endswith("weight")

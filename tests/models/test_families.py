@@ -1,4 +1,7 @@
-"""Every family against transformers on random weights, in float32, through a paged cache."""
+"""Every family on random weights, in float32, through a paged cache.
+
+The judge is transformers, or what `references` has for models that it does not carry.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from streamserve.models import Decoder, load_model
 from streamserve.models.families import FAMILIES
 from streamserve.models.hf_config import HfConfig
 from streamserve_kernels import Kernels
+from tests.models import references
 from tests.models.paged import PagedHarness, Sequence
 
 NUM_GREEDY = 32
@@ -52,6 +56,43 @@ GEMMA = {**GQA, **ENDS, "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_wi
 GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
 FALCON = {**BASE, **ENDS, "ffn_hidden_size": 48}
 FALCON.pop("intermediate_size")
+QWEN = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "kv_channels": 8,
+    "seq_length": 128,
+    "max_position_embeddings": 128,
+}
+BAICHUAN_13B = {**BASE, "num_attention_heads": 6, "hidden_size": 48, "model_max_length": 128}
+BAICHUAN_13B.pop("max_position_embeddings")
+CHATGLM = {
+    "padded_vocab_size": 97,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "kv_channels": 16,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "layernorm_epsilon": 1e-5,
+    "add_qkv_bias": True,
+    "seq_length": 128,
+}
+DEEPSEEK = {
+    **GQA,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 5,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+}
+# What a model serves by default is shorter than what is asked of these.
+LONGER = {"qwen1-long": 128}
 
 CONFIGS = {
     "llama2": lambda: transformers.LlamaConfig(**BASE),
@@ -154,6 +195,37 @@ CONFIGS = {
         norm_topk_prob=True,
         decoder_sparse_step=2,
     ),
+    "qwen1": lambda: references.Qwen(**QWEN),
+    "qwen1-long": lambda: references.Qwen(
+        **{**QWEN, "seq_length": 20}, served=128, use_dynamic_ntk=True, use_logn_attn=True
+    ),
+    "baichuan1-7b": lambda: references.Baichuan(
+        "BaiChuanForCausalLM", **BASE, tie_word_embeddings=False
+    ),
+    "baichuan1-13b": lambda: references.Baichuan(**BAICHUAN_13B),
+    "baichuan2-7b": lambda: references.Baichuan(**BASE, z_loss_weight=0),
+    "baichuan2-13b": lambda: references.Baichuan(**BAICHUAN_13B, z_loss_weight=0),
+    "chatglm2": lambda: references.ChatGlm(**CHATGLM),
+    "chatglm-biases": lambda: references.ChatGlm(
+        "ChatGLMForConditionalGeneration",
+        **{**CHATGLM, "multi_query_attention": False, "add_bias_linear": True, "rmsnorm": False},
+    ),
+    "glm4-remote": lambda: references.ChatGlm(
+        **{**CHATGLM, "layernorm_epsilon": 1.5625e-7}, rope_ratio=500
+    ),
+    "deepseek-moe": lambda: references.Deepseek(**DEEPSEEK),
+    "deepseek-moe-renormalised": lambda: references.Deepseek(
+        **{**DEEPSEEK, "norm_topk_prob": True, "moe_layer_freq": 2, "first_k_dense_replace": 0}
+    ),
+    "gpt-oss": lambda: transformers.GptOssConfig(
+        **GQA,
+        **ENDS,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=6,
+        rope_parameters={**YARN_ROPE, "truncate": False},
+    ),
     "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4),
     "mixtral-window": lambda: transformers.MixtralConfig(
         **GQA, num_local_experts=3, num_experts_per_tok=1, sliding_window=5
@@ -168,12 +240,16 @@ def pair(
     build: Callable[..., transformers.PreTrainedModel],
     kernels: Kernels,
 ) -> tuple[transformers.PreTrainedModel, Decoder]:
-    """The same weights twice: transformers' model and ours, loaded from what it saved."""
+    """The same weights twice: the judge's model and ours, loaded from what it saved."""
     model = build(CONFIGS[request.param]())
     directory: Path = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(directory)
     decoder = load_model(
-        directory, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels
+        directory,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        kernels=kernels,
+        max_model_len=LONGER.get(request.param),
     )
     return model, decoder
 
@@ -188,11 +264,11 @@ def prompts(shared: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("chunk", [None, 5], ids=["unchunked", "chunked"])
 @pytest.mark.parametrize("prefix_hit", [False, True], ids=["cold", "prefix-hit"])
-def test_logits_and_greedy_tokens_equal_transformers(pair, chunk, prefix_hit):
-    """A forward of transformers over prompt and answer checks each token that was drawn.
+def test_logits_and_greedy_tokens_are_the_judges(pair, chunk, prefix_hit):
+    """A forward of the judge over prompt and answer checks each token that was drawn.
 
-    If every answer token is the argmax that transformers has after what stands before it, its own
-    greedy generation is the same answer, by induction over the tokens.
+    If every answer token is the argmax that it has after what stands before it, its own greedy
+    generation is the same answer, by induction over the tokens.
     """
     model, decoder = pair
     harness = PagedHarness(decoder)

@@ -14,7 +14,7 @@ from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear, PrefixGroups
 from streamserve_kernels.native.execute import Executable, double_bits, group_fields, pack_step
 from streamserve_kernels.native.layout import check_head_sizes
-from streamserve_kernels.native.record import ACTIVATION_CODES
+from streamserve_kernels.native.record import ACTIVATION_CODES, GATED_CODES
 from streamserve_kernels.pool import pool
 
 # Elements below which a second thread costs more than it saves.
@@ -335,7 +335,8 @@ def activation(x: Tensor, kind: ActivationKind) -> Tensor:
 
 
 def _activate(operation: str, x: Tensor, kind: str, width: int) -> Tensor:
-    if (code := ACTIVATION_CODES.get(kind)) is None:
+    codes = GATED_CODES if operation == "gated" else ACTIVATION_CODES
+    if (code := codes.get(kind)) is None:
         raise ValueError(f"activation kind {kind!r} is not known")
     _bfloat16("x", x)
     if x.dim() != 2 or x.stride(1) != 1:

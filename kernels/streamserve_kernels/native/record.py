@@ -35,6 +35,7 @@ ACTIVATION_CODES = {
     "relu": 4,
     "relu2": 5,
 }
+GATED_CODES = {**ACTIVATION_CODES, "clamped_swiglu": 6}
 
 
 class _Memory:
@@ -308,7 +309,7 @@ class Recorder:
 
     def gated_activation(self, x: Symbol, kind: str) -> Symbol:
         out = self._new(x.rows, x.width // 2)
-        code = ACTIVATION_CODES[kind]
+        code = GATED_CODES[kind]
         self._add("gated", out.address, x.address, out.width, code, _kind(x), x.stride)
         return out
 

@@ -84,7 +84,9 @@ class Symbol:
     def __add__(self, other: Symbol) -> Symbol:
         return self.recorder.add(self, other)  # type: ignore[no-any-return]
 
-    def __mul__(self, factor: float) -> Symbol:
+    def __mul__(self, factor: float | Symbol) -> Symbol:
+        if isinstance(factor, Symbol):
+            raise NotRecordableError("rows scaled by their positions")
         return self.recorder.scale(self, factor)  # type: ignore[no-any-return]
 
 

@@ -23,6 +23,7 @@ KINDS: dict[str, int] = {
     "relu": 4,
     "relu2": 5,
 }
+GATED_KINDS = {**KINDS, "clamped_swiglu": 6}
 
 
 def _warps(elements: int) -> int:
@@ -162,6 +163,18 @@ def act(x, KIND: tl.constexpr):
 
 
 @jit
+def gate(x, up, KIND: tl.constexpr):
+    if KIND == 6:
+        # of a NaN neither is true, and it stays
+        x = tl.where(x > 7.0, 7.0, x)
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        y = act(x, 3) * (up + 1.0)
+    else:
+        y = act(x, KIND) * up
+    return y
+
+
+@jit
 def _activation_kernel(
     x, y, row_stride, size, KIND: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -173,14 +186,17 @@ def _activation_kernel(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     values = x + row * row_stride + at
-    out = act(tl.load(values, mask=inside, other=0.0).to(tl.float32), KIND)
+    first = tl.load(values, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        out *= tl.load(values + size, mask=inside, other=0.0).to(tl.float32)
+        out = gate(first, tl.load(values + size, mask=inside, other=0.0).to(tl.float32), KIND)
+    else:
+        out = act(first, KIND)
     tl.store(y + row * size + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 def _activate(x: Tensor, kind: str, gated: bool) -> Tensor:
-    if kind not in KINDS:
+    kinds = GATED_KINDS if gated else KINDS
+    if kind not in kinds:
         raise ValueError(f"activation kind {kind!r} is not known")
     rows = x.reshape(-1, x.shape[-1])
     size = x.shape[-1] // 2 if gated else x.shape[-1]
@@ -188,7 +204,7 @@ def _activate(x: Tensor, kind: str, gated: bool) -> Tensor:
     if y.numel():
         grid, overlap = (rows.shape[0], triton.cdiv(size, _ELEMENTS)), overlaps(x.device)
         _activation_kernel[grid](
-            rows, y, rows.stride(0), size, KIND=KINDS[kind], GATED=gated, OVERLAP=overlap,
+            rows, y, rows.stride(0), size, KIND=kinds[kind], GATED=gated, OVERLAP=overlap,
             BLOCK=_ELEMENTS, num_warps=4, launch_pdl=overlap,
         )  # fmt: skip
     return y

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from streamserve_kernels.interface import GatedKind, PackedLinear
-from streamserve_kernels.triton.elementwise import KINDS, gated_activation
+from streamserve_kernels.triton.elementwise import GATED_KINDS, gated_activation
 from streamserve_kernels.triton.linear import DenseLinear
 from streamserve_kernels.triton.moe_kernels import (
     combine_kernel,
@@ -73,7 +73,7 @@ def moe(
 
     The first call with a layer's weights tells the device where they are: not inside a capture.
     """
-    if kind not in KINDS:
+    if kind not in GATED_KINDS:
         raise ValueError(f"activation kind {kind!r} is not known")
     if x.shape[0] == 0:
         return torch.empty_like(x)
@@ -192,7 +192,7 @@ def _grouped(
         inner,
         tile.gated_n,
         top_k,
-        KINDS[kind],
+        GATED_KINDS[kind],
         gate_up[0].bias is not None,
     )
     parts = product(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from streamserve_kernels.triton.elementwise import act
+from streamserve_kernels.triton.elementwise import gate
 from streamserve_kernels.triton.runtime import jit
 
 
@@ -173,7 +173,7 @@ def grouped_product_kernel(
     out = acc.to(y.dtype.element_ty)
     if KIND >= 0:
         up = up_acc.to(y.dtype.element_ty).to(tl.float32)
-        out = (act(out.to(tl.float32), KIND) * up).to(y.dtype.element_ty)
+        out = gate(out.to(tl.float32), up, KIND).to(y.dtype.element_ty)
     y_rows = y + pairs.to(tl.int64)[:, None] * N
     tl.store(y_rows + n[None, :], out, mask=is_pair[:, None] & inside[None, :])
 

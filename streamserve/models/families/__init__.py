@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families import (
+    baichuan,
+    chatglm,
+    deepseek,
     falcon,
     gemma,
     glm,
     gpt2,
     gpt_neox,
+    gpt_oss,
     gptj,
     llama,
     olmo2,
     phi,
     phi3,
+    qwen,
     qwen_moe,
     smollm3,
     starcoder2,
@@ -27,6 +32,7 @@ FAMILIES: dict[str, Family] = {
     family.architecture: family
     for module in (
         llama,
+        qwen,
         qwen_moe,
         smollm3,
         gpt2,
@@ -39,9 +45,23 @@ FAMILIES: dict[str, Family] = {
         olmo2,
         gemma,
         glm,
+        chatglm,
+        baichuan,
+        deepseek,
+        gpt_oss,
     )
     for family in module.FAMILIES
 }
+
+
+_LATENTS = "its attention keeps latents in place of keys and values (MLA), which is not built"
+NOT_BUILT = {
+    "DeepseekV2ForCausalLM": _LATENTS,
+    "DeepseekV3ForCausalLM": _LATENTS,
+    "DeepseekV32ForCausalLM": _LATENTS,
+    "MiniCPM3ForCausalLM": _LATENTS,
+}
+"""Why some architectures that people ask for are refused."""
 
 
 def supported_architectures() -> tuple[str, ...]:
@@ -68,7 +88,8 @@ def find_family(config: HfConfig) -> Family:
     own_code = ""
     if config.values.get("auto_map"):
         own_code = " (its own model code is not run, with --trust-remote-code neither)"
+    reason = f": {NOT_BUILT[asked]}" if asked in NOT_BUILT else ""
     raise UnsupportedModelError(
-        f"{config.source}: architecture {asked} is not supported; "
+        f"{config.source}: architecture {asked} is not supported{reason}; "
         f"these are: {', '.join(supported_architectures())}{own_code}"
     )

@@ -14,7 +14,9 @@ from streamserve.models.spec import DecoderSpec
 class Family:
     """``max_positions`` is the context that the config states, before any rotary stretching.
 
-    ``names`` is a function where the names of a checkpoint depend on what it is.
+    ``default_positions`` is a shorter one, which is served unless a longer is asked for.
+    ``names`` is a function where the names of a checkpoint depend on what it is. ``end_tokens``
+    end an answer too, whatever the checkpoint's configs say: its own code says it.
     """
 
     architecture: str
@@ -22,6 +24,8 @@ class Family:
     spec: Callable[[HfConfig], DecoderSpec]
     max_positions: Callable[[HfConfig], int]
     names: WeightNames | Callable[[DecoderSpec], WeightNames]
+    default_positions: Callable[[HfConfig], int] | None = None
+    end_tokens: tuple[str, ...] = ()
 
     def weight_names(self, spec: DecoderSpec) -> WeightNames:
         return self.names if isinstance(self.names, WeightNames) else self.names(spec)

@@ -314,7 +314,10 @@ const ss_operation ss_rotary_write = {rotary_units, rotary_run, 0};
 
 // --- activations -------------------------------------------------------------------------------
 
-enum { KIND_SILU, KIND_GELU, KIND_GELU_TANH, KIND_QUICK_GELU, KIND_RELU, KIND_RELU2 };
+enum {
+    KIND_SILU, KIND_GELU, KIND_GELU_TANH, KIND_QUICK_GELU, KIND_RELU, KIND_RELU2,
+    KIND_CLAMPED_SWIGLU  // of gated activations only
+};
 enum { ACT_OUT, ACT_IN, ACT_WIDTH, ACT_KIND, ACT_ROWS_KIND, ACT_IN_STRIDE };
 
 static inline __m512 sigmoid_form(__m512 x, __m512 inner) {
@@ -355,6 +358,17 @@ static inline __m512 activate(__m512 x, int64_t kind) {
     }
 }
 
+static inline __m512 gated(__m512 gate, __m512 up, int64_t kind) {
+    if (kind == KIND_CLAMPED_SWIGLU) {
+        // A NaN is what comes second, and stays.
+        const __m512 limit = _mm512_set1_ps(7.0f), one = _mm512_set1_ps(1.0f);
+        gate = _mm512_min_ps(limit, gate);
+        up = _mm512_max_ps(_mm512_set1_ps(-7.0f), _mm512_min_ps(limit, up));
+        return _mm512_mul_ps(activate(gate, KIND_QUICK_GELU), _mm512_add_ps(up, one));
+    }
+    return _mm512_mul_ps(activate(gate, kind), up);
+}
+
 static int64_t act_units(const ss_context *context, const int64_t *args) {
     // An exponential is worth about four copies.
     return row_units(ss_rows(context, args[ACT_ROWS_KIND]), 4 * args[ACT_WIDTH],
@@ -377,9 +391,9 @@ static void gated_run(const ss_context *context, const int64_t *args, int64_t un
         const int64_t row = i / vectors, c = (i % vectors) * 16;
         const bf16 *gate = (const bf16 *)args[ACT_IN] + row * args[ACT_IN_STRIDE] + c;
         const __mmask16 mask = ss_mask(width - c);
-        const __m512 value = activate(ss_load_masked(gate, mask), args[ACT_KIND]);
-        ss_store_masked((bf16 *)args[ACT_OUT] + row * width + c,
-                        _mm512_mul_ps(value, ss_load_masked(gate + width, mask)), mask);
+        const __m512 value = gated(ss_load_masked(gate, mask), ss_load_masked(gate + width, mask),
+                                   args[ACT_KIND]);
+        ss_store_masked((bf16 *)args[ACT_OUT] + row * width + c, value, mask);
     }
 }
 

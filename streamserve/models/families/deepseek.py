@@ -1,0 +1,92 @@
+"""DeepSeek-MoE, the first generation (Dai et al. 2024; `modeling_deepseek.py`, not run here).
+
+Llama with many small experts in the MLP's place, but for the first layers. What every token goes to
+besides are several experts in one matrix, without a gate. Later generations keep latents in place
+of keys and values, which is another attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from streamserve.errors import UnsupportedModelError
+from streamserve.models.families.family import Family
+from streamserve.models.families.llama import (
+    ATTENTION_NAMES,
+    LAYER,
+    MLP_NAMES,
+    gated_mlp,
+    rotary_decoder,
+)
+from streamserve.models.hf_config import HfConfig
+from streamserve.models.names import WeightNames
+from streamserve.models.spec import DecoderSpec, ExpertsSpec, MlpSpec
+
+_EXPERT = LAYER + "mlp.experts.{expert}."
+_SHARED = LAYER + "mlp.shared_experts."
+NAMES = WeightNames(
+    {
+        **ATTENTION_NAMES,
+        **MLP_NAMES,
+        "layers.router": (LAYER + "mlp.gate",),
+        "layers.experts.gate_up": (_EXPERT + "gate_proj", _EXPERT + "up_proj"),
+        "layers.experts.down": (_EXPERT + "down_proj",),
+        "layers.shared.gate_up": (_SHARED + "gate_proj", _SHARED + "up_proj"),
+        "layers.shared.down": (_SHARED + "down_proj",),
+    },
+    ignored=(r"rotary_emb\.inv_freq",),
+)
+
+
+def _experts(config: HfConfig) -> ExpertsSpec:
+    scoring = config.values.get("scoring_func", "softmax")
+    if scoring != "softmax":
+        raise UnsupportedModelError(
+            f"{config.source}: scoring_func {scoring!r} is not supported; these are: softmax"
+        )
+    activation = config.activation_or("silu", "hidden_act")
+    size = config.integer_or(1407, "moe_intermediate_size")
+    num_shared = config.optional_integer("n_shared_experts", minimum=0) or 0
+    top_k = config.integer("num_experts_per_tok")
+    return ExpertsSpec(
+        num_experts=config.integer("n_routed_experts"),
+        top_k=top_k,
+        intermediate_size=size,
+        activation=activation,
+        renormalise=top_k > 1 and config.flag_or(False, "norm_topk_prob"),
+        shared=MlpSpec(num_shared * size, activation, gated=True) if num_shared else None,
+        shared_gate=False,
+    )
+
+
+def _spec(config: HfConfig) -> DecoderSpec:
+    num_layers = config.integer("num_hidden_layers")
+    bias = config.flag_or(False, "attention_bias")
+    spec = rotary_decoder(
+        config,
+        windows=(None,) * num_layers,
+        mlp=gated_mlp(config),
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+    if config.values.get("n_routed_experts") is None:
+        return spec
+    first = config.integer_or(0, "first_k_dense_replace", minimum=0)
+    step = config.integer_or(1, "moe_layer_freq")
+    experts = _experts(config)
+    layers = tuple(
+        replace(layer, mlp=experts) if index >= first and index % step == 0 else layer
+        for index, layer in enumerate(spec.layers)
+    )
+    return replace(spec, layers=layers)
+
+
+FAMILIES = (
+    Family(
+        architecture="DeepseekForCausalLM",
+        model_type="deepseek",
+        spec=_spec,
+        max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
+        names=NAMES,
+    ),
+)
