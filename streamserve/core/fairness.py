@@ -64,14 +64,18 @@ class FairShare:
         self._accounts.move_to_end(request.tenant)
         account.weight = request.weight
         request.account = account
-        if not account.num_waiting:
-            self._lift(account)
-        if account.is_idle:
-            account.last_served = max(account.last_served, self._clock())
+        self.begin_waiting(account)
         if not account.is_listed:
             account.is_listed = self._is_stale = True
             account.rank = len(self._order)
             self._order.append(account)
+
+    def begin_waiting(self, account: Account) -> None:
+        """A request is about to be queued: nobody has saved up by being idle, or paused."""
+        if not account.num_waiting:
+            self._lift(account)
+            if not account.num_running:
+                account.last_served = max(account.last_served, self._clock())
 
     def _lift(self, account: Account) -> None:
         others = [a for a in self._order if a is not account and a.num_waiting]

@@ -210,6 +210,8 @@ class Scheduler:
     def resume(self, request: Request) -> None:
         """Go on with a paused request: it waits for a seat at its old place. Idempotent."""
         if not request.is_finished:
+            if request.is_paused and self._shares is not None and request.account is not None:
+                self._shares.begin_waiting(request.account)
             self._seats.resume(request)
 
     def choose(self, request: Request, token_id: int) -> None:

@@ -264,6 +264,51 @@ def test_nobody_saves_up_while_idle():
     assert accounts["idle"].counter == accounts["busy"].counter
 
 
+@pytest.mark.parametrize("is_resumed_first", [True, False])
+def test_promise_fair_nobody_saves_up_while_paused(is_resumed_first):
+    """Neither tokens nor age: a reader that takes nothing asks for nothing."""
+    harness = Harness(policy="fair", max_num_seqs=1, num_blocks=1024, block_size=16)
+    paused = harness.add([1], tenant="slow", max_tokens=10)
+    while not paused.num_output_tokens:
+        harness.step()
+    harness.scheduler.pause(paused)
+    for i in range(40):
+        harness.add([2, i], tenant="busy", max_tokens=10)
+    for _ in range(200):
+        harness.now += 10.0
+        harness.step()
+    assert harness.scheduler.num_waiting == 20
+    if is_resumed_first:
+        harness.scheduler.resume(paused)
+    for i in range(20):
+        harness.add([3, i], tenant="slow", max_tokens=10)
+    served = [harness.step().scheduled[0].request_id for _ in range(200)]
+    num_slow = sum(int(request_id[1:]) > 41 or request_id == "r1" for request_id in served)
+    assert 80 <= num_slow <= 120
+
+
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_promise_fair_who_waits_comes_before_who_was_paused(is_resumed):
+    harness = Harness(policy="fair", max_num_seqs=1)
+    paused = harness.add([1], tenant="slow", max_tokens=10)
+    while not paused.num_output_tokens:
+        harness.step()
+    harness.scheduler.pause(paused)
+    harness.add([2], tenant="busy", max_tokens=20)
+    for _ in range(10):
+        harness.step()
+    patient = harness.add([3], tenant="patient", max_tokens=1)
+    harness.now += 50.0
+    if is_resumed:
+        harness.scheduler.resume(paused)
+    else:
+        paused = harness.add([1, 2], tenant="slow", max_tokens=1)
+    num_tokens = paused.num_output_tokens
+    while not patient.is_finished:
+        harness.step()
+    assert paused.num_output_tokens == num_tokens
+
+
 def test_promise_fair_nobody_starves_in_an_endless_row_of_new_tenants():
     """Each new one is lifted to the lowest counter there is: below who was served before."""
     harness = Harness(policy="fair", max_num_seqs=1)
