@@ -8,7 +8,8 @@
 Of step 8, which was in flight behind it, only d's row counts: the others were computed on top of
 what failed. Since sampling has no state, what is computed again comes out the same.
 
-A step that found no memory is made again with half of its chunk before anybody is suspected.
+A step that found no memory is made again with half of its chunk, or with half of its requests,
+before anybody is suspected.
 """
 
 from __future__ import annotations

@@ -307,7 +307,7 @@ class Scheduler:
         if self._shares is not None and self._shares.reorder(seats.requests.values()):
             seats.sort()
         running, waiting = seats.running, seats.waiting
-        num_free = seats.num_seats - len(running)
+        num_free = max(seats.num_seats - len(running), 0)
         drafts = None
         if self._speculator is not None:
             if not self._in_flight:
@@ -430,6 +430,8 @@ class Scheduler:
             take_found(self._seats.requests, output)
         if self.pacer.chunk_limit is not None:
             self.pacer.went_well()
+        if self._seats.are_fewer:
+            self._seats.went_well()
         return step
 
     def _settle_drafts(self, request: Request, num_sampled: int, num_right: int) -> int:
@@ -456,7 +458,9 @@ class Scheduler:
             raise ValueError(f"step {step_id} is not in flight")
         self._in_flight.remove(step)
         self.kv_cache.retire(step.plan, failed=True)
-        is_smaller = out_of_memory and self.pacer.shrink(step.plan)
+        is_smaller = out_of_memory and (
+            self.pacer.shrink(step.plan) or self._seats.shrink(len(step.requests))
+        )
         failed: list[Request] = []
         for request, scheduled in zip(step.requests, step.plan.scheduled, strict=True):
             request.num_steps_in_flight -= 1

@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.policy import Policy
+from streamserve.core.prefill import GOOD_STEPS_TO_DOUBLE
 from streamserve.core.prefix_claims import PrefixClaims
 from streamserve.core.request import Request, RequestStatus
 from streamserve.core.step import Step
@@ -28,7 +29,9 @@ class Seats:
     """
 
     def __init__(self, num_seats: int, kv_cache: KVCacheManager, policy: Policy) -> None:
-        self.num_seats = num_seats
+        self.num_seats = num_seats  # to be given: fewer than there are while memory is short
+        self._most = num_seats
+        self._num_good_steps = 0  # with fewer
         self.requests: dict[str, Request] = {}  # waiting, running and paused
         self.paused: dict[str, Request] = {}
         self.num_waiting_tokens = 0  # of prompts
@@ -45,6 +48,29 @@ class Seats:
     def awaits_blocks(self) -> bool:
         """Whether blocks come back when a step in flight retires: then waiting beats preempting."""
         return bool(self._leaving or self.yielding or self._kv_cache.has_returning_blocks)
+
+    @property
+    def are_fewer(self) -> bool:
+        """Whether not all seats are given, after a step that found no memory."""
+        return self.num_seats < self._most
+
+    def shrink(self, num_requests: int) -> bool:
+        """A step with so many requests found no memory: give half as many seats from now on.
+
+        ``False``: it had no two. Who has a seat beyond that keeps it.
+        """
+        if num_requests < 2:
+            return False
+        self.num_seats = min(self.num_seats, num_requests // 2)
+        self._num_good_steps = 0
+        return True
+
+    def went_well(self) -> None:
+        """A step has retired while ``are_fewer``: after many of them twice as many are given."""
+        self._num_good_steps += 1
+        if self._num_good_steps == GOOD_STEPS_TO_DOUBLE:
+            self._num_good_steps = 0
+            self.num_seats = min(2 * self.num_seats, self._most)
 
     def enter(self, request: Request) -> None:
         """A new request, to be queued or seated next.
@@ -206,7 +232,7 @@ class Seats:
         for requests in (self.waiting, self.running):
             keys = [request.sort_key for request in requests]
             assert keys == sorted(keys), "requests out of order"
-        assert len(self.running) <= self.num_seats
+        assert len(self.running) <= self._most
         assert len(self.requests) == len(self.waiting) + len(self.running) + len(self.paused)
         assert self.num_waiting_tokens == sum(r.num_queued_tokens for r in self.waiting)
         for request in self.requests.values():

@@ -276,14 +276,47 @@ def test_a_step_that_found_no_memory_is_made_again_with_half_of_its_chunk():
     assert prompt.output_token_ids == naive_output(prompt, 40)
 
 
-def test_without_a_chunk_to_halve_requests_run_alone():
+@pytest.mark.parametrize("depth", [1, 2])
+def test_without_a_chunk_to_halve_the_seats_are_halved(depth):
+    """As long as there is no memory for more, and nobody runs alone who need not."""
+    harness = Harness(max_num_seqs=8, max_steps_in_flight=depth)
+    requests = [harness.add([i] * 3, max_tokens=80) for i in range(8)]
+    sizes = []
+
+    def step():
+        plan = harness.launch()
+        if plan is not None:
+            sizes.append(len(plan.scheduled))
+            if len(plan.scheduled) > 3 and len(plan.scheduled) == sum(shares(plan).values()):
+                assert harness.fail(len(harness.runner.in_flight) - 1, out_of_memory=True) == []
+        if harness.runner.in_flight and (plan is None or len(harness.runner.in_flight) == depth):
+            harness.retire()
+        harness.check_integrity()
+
+    while max(sizes[-2:], default=8) > 2:
+        step()
+    assert sizes.count(8) <= 2, "with its prompts, and without"
+    num_steps = len(sizes)
+    while harness.scheduler.has_unfinished or harness.runner.in_flight:
+        step()
+    assert max(sizes[num_steps : num_steps + GOOD_STEPS_TO_DOUBLE - 2]) == 2
+    assert 4 in sizes[num_steps:], "once in a while it is tried with more"
+    assert 1 not in sizes[num_steps : num_steps + 100]
+    for request in requests:
+        assert request.output_token_ids == naive_output(request, 80)
+        assert request.num_preemptions == 0
+
+
+def test_who_finds_no_memory_alone_ends():
     harness = Harness()
     requests = [harness.add([i] * 3, max_tokens=5) for i in (1, 2)]
     harness.step()
     harness.launch()
     assert harness.fail(out_of_memory=True) == []
-    assert shares(harness.launch()) == {requests[0].request_id: 1}
-    assert harness.fail(out_of_memory=True) == [requests[0]]
+    for _ in range(2):  # with one seat, then alone
+        assert shares(harness.launch()) == {requests[0].request_id: 1}
+        failed = harness.fail(out_of_memory=True)
+    assert failed == [requests[0]]
     harness.run()
     assert requests[1].output_token_ids == naive_output(requests[1], 5)
 
