@@ -10,7 +10,7 @@ the table of fields in ``docs/api.md`` are made from the tables that requests ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +27,8 @@ MAX_INT = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 _MAX_EXACT = 2**53
 _MAX_SHOWN = 60
+_MAX_UNKNOWN = 1024
+_MAX_UNKNOWN_NAME = 64
 
 _JSON_NAMES = {
     str: "a string",
@@ -302,6 +304,11 @@ class FieldTable:
             "properties": dict(sorted(properties.items())),
             **({"required": list(self.required)} if self.required else {}),
         }
+
+
+def reported(unknown: Sequence[str]) -> tuple[str, ...]:
+    """Of the names that nobody knows as many, and as much of each, as are worth telling of."""
+    return tuple(name[:_MAX_UNKNOWN_NAME] for name in unknown[:_MAX_UNKNOWN])
 
 
 def nullable(schema: Schema) -> Schema:

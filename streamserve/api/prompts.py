@@ -25,12 +25,13 @@ from streamserve.api.responses.request import ResponsesRequest, Settings, parse_
 from streamserve.api.sampling import Common
 from streamserve.api.token_requests import TokenAnswer, detokenize, tokenize
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.engine.admission import check_length
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
 from streamserve.engine.preprocess import ChatPrompt, PromptEncoder
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.engine.worker_pool import WorkerPool, WorkerTimeoutError
-from streamserve.errors import InvalidParameterError
+from streamserve.errors import ContextLengthError, InvalidParameterError
 
 LONG_BODY = 16 * 2**10
 """Bytes: shorter bodies hold the interpreter for a small part of a millisecond."""
@@ -49,6 +50,8 @@ _ENDPOINTS: dict[Endpoint, tuple[bytes, str]] = {
     "messages": (b"m", "messages"),
     "embedding": (b"e", "input"),
 }
+_PARAMS = dict(_ENDPOINTS.values())
+_ANSWERED = frozenset({b"c", b"m", b"p"})  # and not only counted, or cut to fit
 TextLoader = Callable[[], tuple[Tokenizer, ChatTemplate]]
 ChatParser = Callable[[Mapping[str, Any], Mapping[str, Any]], ChatRequest]
 """From a body and the model's sampling defaults to a chat."""
@@ -153,8 +156,19 @@ class PromptReader:
         if payload[:1] in (_TOKENIZE, _DETOKENIZE):
             return pickle.dumps(self._tokens(memoryview(payload)), pickle.HIGHEST_PROTOCOL)
         work = self._readers[payload[:1]](memoryview(payload)[1:])
+        if payload[:1] in _ANSWERED and work.fields.truncation.num_tokens is None:
+            self._check_length(work, _PARAMS[payload[:1]])
         packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in work.prompts]
         return pickle.dumps((replace(work, prompts=[]), packed), pickle.HIGHEST_PROTOCOL)
+
+    def _check_length(self, work: Work, param: str) -> None:
+        """Refuse here what is too long: to hand millions of ids over takes longer than a step."""
+        for prompt in work.prompts:
+            try:
+                check_length(len(prompt.token_ids), work.params, self._max_model_len)
+            except ContextLengthError as error:
+                error.param = param
+                raise
 
     def _tokens(self, payload: memoryview) -> TokenAnswer:
         body = parse_json_object(payload[1:])

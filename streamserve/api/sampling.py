@@ -22,6 +22,7 @@ from streamserve.api.fields import (
     read_bool,
     read_object,
     read_str,
+    reported,
     schema_of,
     typed,
     wrong_type,
@@ -261,7 +262,7 @@ def read_common(values: Mapping[str, Any], unknown: list[str]) -> Common:
         cache_salt=values.get("cache_salt", ""),
         user=values.get("user", ""),
         time_limits=time_limits(values),
-        unknown_fields=tuple(unknown) + (() if raw is None else raw.unknown),
+        unknown_fields=reported([*unknown, *(() if raw is None else raw.unknown)]),
         length_field=length_field(values),
     )
 

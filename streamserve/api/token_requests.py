@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from streamserve.api.fields import (
     Reader,
     read_bool,
     read_str,
+    reported,
     require,
     schema_of,
     typed,
@@ -68,7 +69,7 @@ class TokenAnswer(NamedTuple):
 
     content: bytes
     model: str | None
-    unknown: list[str]
+    unknown: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class TokenizeRequest:
     """A text, or a chat and how it is rendered, whose tokens are asked for."""
 
     model: str | None
-    unknown: list[str]
+    unknown: Sequence[str]
     prompt: str | None
     add_special_tokens: bool
     return_token_strs: bool
@@ -107,7 +108,7 @@ def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat)
     if "prompt" in values:
         _check_asks_no_rendering(values)
         special = values.get("add_special_tokens", True)
-        return TokenizeRequest(model, unknown, values["prompt"], special, strs)
+        return TokenizeRequest(model, reported(unknown), values["prompt"], special, strs)
     add_prompt, continue_final = check_final_message(values)
     tools: Tools = values.get("tools", NO_TOOLS)
     rendering = {
@@ -118,7 +119,7 @@ def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat)
     }
     messages = with_family_ids(values["messages"].items, answer_format)
     special = values.get("add_special_tokens", False)
-    return TokenizeRequest(model, unknown, None, special, strs, messages, rendering)
+    return TokenizeRequest(model, reported(unknown), None, special, strs, messages, rendering)
 
 
 def tokenize(
@@ -148,14 +149,14 @@ class DetokenizeRequest(NamedTuple):
     """Ids whose text is asked for."""
 
     model: str | None
-    unknown: list[str]
+    unknown: Sequence[str]
     tokens: list[int]
 
 
 def parse_detokenize_request(body: Mapping[str, Any]) -> DetokenizeRequest:
     """Parse and check. Raises ``InvalidParameterError``."""
     values, unknown = DETOKENIZE_TABLE.read(body)
-    return DetokenizeRequest(values.get("model"), unknown, require(values, "tokens"))
+    return DetokenizeRequest(values.get("model"), reported(unknown), require(values, "tokens"))
 
 
 def detokenize(body: Mapping[str, Any], encoder: PromptEncoder) -> TokenAnswer:

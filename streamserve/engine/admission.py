@@ -9,6 +9,19 @@ from streamserve.core.sampling_params import MAX_LOGPROBS, BeamSearchParams, Sam
 from streamserve.errors import ContextLengthError, InvalidParameterError
 
 
+def check_length(num_tokens: int, params: SamplingParams, max_model_len: int) -> None:
+    """Raise ``ContextLengthError`` for a prompt that leaves its answer, if it has one, no room."""
+    longest = max_model_len if params.ends_with_prompt else max_model_len - 1
+    if num_tokens <= longest:
+        return
+    what = "input" if params.ends_with_prompt else "prompt"
+    no_room = "" if params.ends_with_prompt else ", which leaves no room for an answer"
+    raise ContextLengthError(
+        f"This model's maximum context length is {max_model_len} tokens. However, your {what} has"
+        f" {num_tokens} tokens{no_room}. Please reduce the length of the {what}."
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionLimits:
     """The model's limits: positions and rows of the vocabulary."""
@@ -33,16 +46,10 @@ class AdmissionLimits:
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         num_prompt_tokens = len(prompt_token_ids)
+        check_length(num_prompt_tokens, params, self.max_model_len)
         if params.ends_with_prompt:
-            self._check_length(num_prompt_tokens)
             return params
         num_left = self.max_model_len - num_prompt_tokens
-        if num_left < 1:
-            raise ContextLengthError(
-                f"This model's maximum context length is {self.max_model_len} tokens. However, "
-                f"your prompt has {num_prompt_tokens} tokens, which leaves no room for an answer. "
-                "Please reduce the length of the prompt."
-            )
         if params.max_tokens is None:
             if params.min_tokens > num_left:
                 raise ContextLengthError(
@@ -54,14 +61,6 @@ class AdmissionLimits:
                 self._message(num_prompt_tokens, params.max_tokens), param="max_tokens"
             )
         return params
-
-    def _check_length(self, num_tokens: int) -> None:
-        """Of an input without an answer."""
-        if num_tokens > self.max_model_len:
-            raise ContextLengthError(
-                f"This model's maximum context length is {self.max_model_len} tokens. However, "
-                f"your input has {num_tokens} tokens. Please reduce the length of the input."
-            )
 
     def check_beams(self, beams: BeamSearchParams, n: int, num_ending_ids: int) -> None:
         """Raise ``InvalidParameterError`` unless the likeliest tokens suffice for so many beams."""

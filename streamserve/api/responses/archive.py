@@ -43,8 +43,8 @@ class Archive:
         stored = None if previous is None else self.store.get(previous, owner)
         return Turn(key, None if stored is None else stored.turn, given, b"[]")
 
-    def context_of(self, raw: bytes, owner: Owner) -> bytes:
-        """What a body refers to, packed."""
+    async def context_of(self, raw: bytes, owner: Owner) -> bytes:
+        """What a body refers to, packed. Raises ``InvalidParameterError``."""
 
         def before(response_id: str) -> bytes | None:
             stored = self.store.get(response_id, owner)
@@ -58,4 +58,4 @@ class Archive:
             stored = self.store.get(response_id, owner)
             return [] if stored is None else stored.turn.items()
 
-        return find_context(raw, before, is_running, items_of)
+        return await find_context(raw, before, is_running, items_of)

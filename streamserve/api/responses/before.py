@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import orjson
 
-from streamserve.api.responses.items import Item
+from streamserve.api.responses.items import MAX_ITEMS, Item
 from streamserve.errors import InvalidParameterError
 
 KEY = "[0-9a-f]{32}"
 """What makes a response's id, and those of its items, unlike all others."""
 
-_PREVIOUS = re.compile(rb'"previous_response_id"\s*:\s*"(resp_%b)"' % KEY.encode())
-_NAMED = re.compile(rb'"id"\s*:\s*"([a-z]{1,8}_%b_i?[0-9]{1,6})"' % KEY.encode())
+_PREVIOUS = re.compile(rb'"previous_response_id"\s{0,64}:\s{0,64}"(resp_%b)"' % KEY.encode())
+_NAMED = re.compile(rb'"id"\s{0,64}:\s{0,64}"([a-z]{1,8}_%b_i?[0-9]{1,6})"' % KEY.encode())
+_OVERLAP = 256  # more than the longest match
+_PIECE = 64 * 2**10  # of a body, which is searched in a millisecond
+_MAX_PREVIOUS = 4  # a body has one; others may stand in what it only passes on
 _ITEM_ID = re.compile(rf"[a-z]+_({KEY})_i?[0-9]+")
 
 
@@ -60,7 +64,7 @@ class Context:
 NO_CONTEXT = Context()
 
 
-def find_context(
+async def find_context(
     raw: bytes,
     before: Callable[[str], bytes | None],
     is_running: Callable[[str], bool],
@@ -70,14 +74,16 @@ def find_context(
     long, and is then read in another process.
 
     ``before`` gives the items up to the end of a response as JSON, ``items_of`` a response's own.
+    Raises ``InvalidParameterError`` for more references than a body can need.
     """
     previous: list[bytes] = []
-    for found in _found(_PREVIOUS, b"previous_response_id", raw):
+    for found in await _found(_PREVIOUS, "previous_response_id", raw, _MAX_PREVIOUS):
         items = before(found.decode())
         if items is None and not is_running(found.decode()):
             continue
         previous.append(b'"%b":%b' % (found, b"null" if items is None else items))
-    wanted = [found.decode() for found in _found(_NAMED, b"item_reference", raw)]
+    ids = await _found(_NAMED, "item_reference", raw, MAX_ITEMS)
+    wanted = {found.decode(): None for found in ids}
     if not previous and not wanted:
         return b""
     named = {
@@ -89,11 +95,26 @@ def find_context(
     return b'{"previous":{%b},"items":%b}' % (b",".join(previous), orjson.dumps(named))
 
 
-def _found(pattern: re.Pattern[bytes], sign: bytes, raw: bytes) -> Iterable[bytes]:
+async def _found(
+    pattern: re.Pattern[bytes], sign: str, raw: bytes, max_found: int
+) -> Iterable[bytes]:
     """What ``pattern`` finds, each once. It is looked for only where there is a ``sign`` of it:
     that takes a third of the time, and most bodies have none.
     """
-    return dict.fromkeys(pattern.findall(raw)) if sign in raw else ()
+    found: dict[bytes, None] = {}
+    if sign.encode() not in raw:
+        return found
+    for start in range(0, len(raw), _PIECE):
+        if start:
+            await asyncio.sleep(0)
+        found |= dict.fromkeys(pattern.findall(raw, start, start + _PIECE + _OVERLAP))
+        if len(found) > max_found:
+            raise InvalidParameterError(
+                f"the body must hold at most {max_found} ids of the kind that {sign} needs",
+                param=sign,
+                code="invalid_value",
+            )
+    return found
 
 
 def read_context(packed: bytes | memoryview) -> Context:

@@ -70,7 +70,7 @@ class ResponsesEndpoint(ChatEndpoint):
         """Parse, look up what is referred to, render and tokenise."""
         try:
             return await self._read_payload(
-                pack_response(raw, self._archive.context_of(raw, owner))
+                pack_response(raw, await self._archive.context_of(raw, owner))
             )
         except InvalidParameterError as exc:
             if exc.param == "messages":  # as a chat calls it

@@ -25,6 +25,7 @@ from streamserve.api.fields import (
     out_of_range,
     read_bool,
     read_str,
+    reported,
     require,
     schema_of,
 )
@@ -241,7 +242,7 @@ def _common(values: Mapping[str, Any], unknown: list[str]) -> Common:
         cache_salt=values.get("cache_salt", ""),
         user=values.get("user", ""),
         time_limits=time_limits(values),
-        unknown_fields=(*unknown, *unknown_here),
+        unknown_fields=reported([*unknown, *unknown_here]),
         length_field=length_field(values),
     )
 
