@@ -12,6 +12,7 @@ A libgomp pool belongs to the thread that opens the region: call every kernel fr
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import sys
 from collections.abc import Callable
@@ -28,15 +29,15 @@ def _libgomp_path() -> str | None:
     """The libgomp that torch has mapped; None elsewhere than on Linux or with another OpenMP."""
     if not sys.platform.startswith("linux"):
         return None
-    ours = Path(torch.__file__).parent
-    mapped = {
-        line.split()[-1]
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if "libgomp" in line
-    }
-    for path in sorted(mapped, key=lambda path: not path.startswith(str(ours))):
-        return path
-    return None
+    return find_libgomp(Path("/proc/self/maps").read_bytes(), str(Path(torch.__file__).parent))
+
+
+def find_libgomp(maps: bytes, torch_directory: str) -> str | None:
+    """The libgomp in ``maps``, torch's own if there are several; its path may have spaces."""
+    lines = [os.fsdecode(line).split(maxsplit=5) for line in maps.splitlines()]
+    paths = {fields[5] for fields in lines if len(fields) == 6}
+    found = [path for path in paths if Path(path).name.startswith("libgomp")]
+    return min(found, key=lambda path: (not path.startswith(torch_directory), path), default=None)
 
 
 class Pool:

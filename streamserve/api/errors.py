@@ -14,9 +14,10 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Scope
 
-from streamserve.api.paths import is_for_messages
+from streamserve.api.paths import is_for_messages, route_path
 from streamserve.errors import EngineError, RequestError, StreamServeError
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,14 @@ def retry_headers(seconds: float) -> dict[str, str]:
     }
 
 
+def _url_meant(request: Request) -> str:
+    """The route that a client whose base URL is wrong was looking for, as a question."""
+    path = route_path(request.scope).rstrip("/")
+    known = {route.path for route in request.app.routes if isinstance(route, Route)}
+    meant = (path, f"/v1{path}", path.removeprefix("/v1"), path.removeprefix("/openai"))
+    return next((f" (did you mean {name}?)" for name in meant if name in known), "")
+
+
 async def on_streamserve_error(request: Request, exc: Exception) -> Response:
     """Starlette's exception handler for every error of ours."""
     return error_response(exc, request.scope)
@@ -136,7 +145,7 @@ async def on_http_exception(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     url = f"{request.method} {request.scope['path']}"
     if exc.status_code == 404:
-        error = HttpError(404, f"Unknown URL: {url}", code="unknown_url")
+        error = HttpError(404, f"Unknown URL: {url}{_url_meant(request)}", code="unknown_url")
     elif exc.status_code == 405:
         allow = (exc.headers or {}).get("Allow", "")
         error = HttpError(

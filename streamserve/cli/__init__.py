@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from streamserve.cli.args import parse_args
-from streamserve.cli.environment import prepare_environment
+from streamserve.cli.environment import prepare_environment, tolerate_any_encoding
 from streamserve.errors import StreamServeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 refused (with a line why), 130 Ctrl-C."""
     prepare_environment()
+    tolerate_any_encoding()
     try:
         args = parse_args(argv)
         if args.command == "serve":

@@ -13,6 +13,7 @@ from typing import NoReturn
 from streamserve import __version__
 from streamserve.cli.config_file import config_flags, split_config_flag
 from streamserve.cli.device_flags import GPU_DEFAULTS, default_text
+from streamserve.cli.environment import whole_text
 from streamserve.cli.front_flags import JsonListAction, add_front_flags
 from streamserve.cli.source_flags import add_seed_flag, add_source_flags
 from streamserve.cli.speculative import parse_speculative_config
@@ -82,7 +83,12 @@ def build_parser() -> CommandParser:
     )
 
     serve = commands.add_parser(
-        "serve", help="serve a model over an OpenAI-compatible HTTP API", allow_abbrev=False
+        "serve",
+        help="serve a model over an OpenAI-compatible HTTP API",
+        description="Serves a model over OpenAI's and Anthropic's HTTP APIs, with a page to chat"
+        " on. No flag is needed: docs/api.md lists them with what they do.",
+        usage="%(prog)s [MODEL] [flags]",
+        allow_abbrev=False,
     )
     add_model_flags(serve)
     add_engine_flags(serve)
@@ -91,7 +97,13 @@ def build_parser() -> CommandParser:
     add_seed_flag(serve)
     add_foreign_flags(serve)
 
-    chat = commands.add_parser("chat", help="chat in the terminal", allow_abbrev=False)
+    chat = commands.add_parser(
+        "chat",
+        help="chat in the terminal",
+        description="Chats in the terminal, with a model in this process or with a server's.",
+        usage="%(prog)s [MODEL] [flags]",
+        allow_abbrev=False,
+    )
     add_model_flags(chat)
     add_engine_flags(chat)
     _add_chat_flags(chat)
@@ -100,6 +112,7 @@ def build_parser() -> CommandParser:
     bench = commands.add_parser(
         "bench",
         help="load-test a server, compare servers, time an engine; `bench serve --help` says how",
+        usage="%(prog)s {serve,compare,latency,throughput} [flags]",
     )
     bench.add_argument(
         "tool",
@@ -426,6 +439,8 @@ def check_flags(args: Namespace) -> None:
     for flag, why in ONLY_ONE.items():
         if (value := getattr(args, flag)) != 1:
             raise ConfigError(f"--{flag.replace('_', '-')} must be 1 ({why}), got {value}")
+    if args.model == "":
+        raise ConfigError("MODEL must be a directory or a hub id, got ''")
     if args.quantization not in (None, *QUANTIZATIONS):
         raise ConfigError(
             f"--quantization must be one of {', '.join(QUANTIZATIONS)}, got {args.quantization!r}"
@@ -450,7 +465,7 @@ def scheduling_policy(args: Namespace) -> str:
 
 def model_name(args: argparse.Namespace) -> str:
     """What the model is called where the flags give it no other name."""
-    return args.model or "box"
+    return "box" if args.model is None else whole_text(args.model)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -461,6 +476,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     file, argv = split_config_flag(argv)
     if file is None:
         return parser.parse(argv)

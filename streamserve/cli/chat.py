@@ -14,6 +14,7 @@ import httpx
 import orjson
 
 from streamserve.cli.args import check_flags
+from streamserve.cli.environment import whole_text
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import StreamServeError
 
@@ -184,7 +185,7 @@ def _command(line: str, conversation: Conversation) -> None:
 def run_chat(args: Namespace) -> int:
     """Chat until the input ends. Returns the exit code; raises ``StreamServeError``."""
     options = request_options(args)
-    conversation = Conversation(args.system)
+    conversation = Conversation(None if args.system is None else whole_text(args.system))
     with asyncio.Runner() as runner:
         backend = runner.run(_connect(args, options)) if args.url else _start(args, runner, options)
         try:

@@ -1,8 +1,10 @@
-"""What the process's environment must say before torch is imported."""
+"""What a process must have about it: variables before torch is imported, streams, whole text."""
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 
 
 def prepare_environment() -> None:
@@ -10,3 +12,15 @@ def prepare_environment() -> None:
     # How long a compute thread spins for its next region before it sleeps: about 0.2 ms. libgomp's
     # own default, some 10 ms, takes the core from the event loop and from every other process.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+
+def tolerate_any_encoding() -> None:
+    """Read and print "?" for what the terminal's encoding lacks: nothing must end of that."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def whole_text(argument: str) -> str:
+    """An argument of the command line, with "?" for bytes that were no text."""
+    return argument.encode(errors="replace").decode()

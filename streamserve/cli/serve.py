@@ -14,6 +14,7 @@ import orjson
 
 from streamserve import __version__
 from streamserve.cli.args import check_flags, model_name, scheduling_policy
+from streamserve.cli.environment import whole_text
 from streamserve.cli.logs import set_up_logs
 from streamserve.config import ApiConfig, StreamConfig, TlsConfig
 from streamserve.errors import ConfigError
@@ -166,7 +167,7 @@ def api_config(args: Namespace) -> ApiConfig:
     if args.api_key_file is not None:
         # What is wrong with it is known before a model is loaded.
         KeyRing(keys, args.api_key_file)
-    names = args.served_model_name or [model_name(args)]
+    names = map(whole_text, args.served_model_name or [model_name(args)])
     return ApiConfig(
         served_model_names=tuple(names),
         host=args.host,

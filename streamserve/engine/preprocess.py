@@ -9,11 +9,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from streamserve.core.interruptible import Interruptible
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.bad_words import spell_bad_words
 from streamserve.engine.chat_template import ChatTemplate, Message
 from streamserve.engine.controls import Controls
-from streamserve.engine.interruptible import Interruptible
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import InvalidParameterError
 

@@ -179,6 +179,11 @@ class FastTokenizer:
                 [text], add_special_tokens=add_special_tokens
             )
         except BaseException as error:
+            if isinstance(error, TypeError) and _has_half_characters(text):
+                raise InvalidParameterError(
+                    "the text holds half of a surrogate pair, which is no character",
+                    code="invalid_value",
+                ) from None
             if not _is_panic(error):
                 raise
             raise InvalidParameterError(
@@ -204,6 +209,14 @@ class FastTokenizer:
 def _is_panic(error: BaseException) -> bool:
     """Whether a bug in the library was met: it is no Exception, and would end whoever calls."""
     return type(error).__name__ == "PanicException"
+
+
+def _has_half_characters(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 from typing import TypeVar
 
+from streamserve.core.interruptible import Interruptible
+
 _T = TypeVar("_T")
 
 
@@ -17,12 +19,15 @@ def on_passing_thread(work: Callable[[], _T]) -> _T:
     libgomp keeps a pool of workers for each thread that has opened a parallel region. When all
     pools together have more threads than there are cores, every barrier sleeps instead of spinning,
     which doubles a decode step of a small model. Only the device thread may keep one, and a thread
-    that ends takes its pool with it. An interrupt does not wait for the thread.
+    that ends takes its pool with it. An interrupt does not wait for the thread: what it does
+    ends at its next bytecode, so that the end of the process need not wait for all of it either.
     """
+    running = Interruptible(work)
     executor = ThreadPoolExecutor(1, thread_name_prefix="streamserve-passing")
     try:
-        result = executor.submit(work).result()
+        result = executor.submit(running).result()
     except BaseException:
+        running.interrupt()
         executor.shutdown(wait=False)
         raise
     executor.shutdown()

@@ -225,6 +225,18 @@ async def test_unknown_routes_and_methods_have_openais_shape(method, path, statu
         assert answer.headers["allow"]
 
 
+@pytest.mark.parametrize(
+    "path", ["/chat/completions", "/v1/v1/chat/completions", "/v1/chat/completions/"]
+)
+async def test_who_has_the_base_url_wrong_is_told_what_was_meant(path):
+    async with Api().running() as api:
+        answer = await api.call("POST", path, chat_body())
+        unknown = await api.call("POST", "/v1/nothing", chat_body())
+    assert answer.status == 404
+    assert answer.error["message"] == f"Unknown URL: POST {path} (did you mean {CHAT}?)"
+    assert "did you mean" not in unknown.error["message"]
+
+
 @pytest.mark.parametrize("host", ["[::1", "a b", "", "x:99999999"])
 async def test_a_strange_host_header_breaks_nothing(host):
     async with Api().running() as api:

@@ -35,7 +35,10 @@ def test_help_names_every_flag():
     for flag in ("--host", "--port", "--dtype", "--max-model-len", "--gpu-memory-utilization"):
         assert flag in text
     assert "(default: 256 on a GPU, 64 on a CPU)" in " ".join(text.split())
-    assert "examples:" in run("--help").stdout
+    everything = run("--help").stdout
+    assert "examples:" in everything
+    bare = run()
+    assert (bare.returncode, bare.stdout, bare.stderr) == (2, "", everything)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,7 @@ def test_help_names_every_flag():
         (["--device", "cuda:99"], "--device cuda:99 is not there: torch "),
         (["--device", "cpu", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype must be auto on a CPU"),
         (["/nowhere/model"], "there is no such directory"),
+        ([""], "MODEL must be a directory or a hub id, got ''"),
         (["--max-model-len", "1000000"], "1000000"),
         (["--kv-cache-memory", "100TiB"], "--kv-cache-memory"),
         (["--enable-auto-tool-choice"], "--enable-auto-tool-choice needs a --tool-call-parser"),
@@ -144,6 +148,24 @@ def test_chat_with_an_engine_of_its_own():
     )
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
+
+
+def test_what_the_terminal_cannot_say_ends_nothing(monkeypatch):
+    """Bytes that are no text come in, and characters that the encoding lacks go out."""
+    flags = ["--dtype", "float32", "--max-tokens", "9", "--system", b"H\xf6flich"]
+    result = subprocess.run(
+        [*command("chat"), *flags],
+        input=b"Z\xfcrich \xe4\xbd\xa0\n",
+        capture_output=True,
+        timeout=120,
+        env={**environment(), "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"},
+        check=False,
+    )
+    assert (result.returncode, b"Traceback" in result.stderr) == (0, False), result.stderr
+    assert result.stdout.strip()
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    with running_server("--served-model-name", "模型") as server:
+        assert "ready in" in server.output
 
 
 def test_chat_against_a_server(box):

@@ -153,6 +153,14 @@ def test_the_byte_tokenizer_reads_its_own_special_tokens():
     assert ByteTokenizer(()).encode("a<s>", add_special_tokens=True) == list(b"a<s>")
 
 
+@pytest.mark.parametrize("text", ["\udce4", "a\ud83d b" * 1000])
+def test_half_a_surrogate_pair_is_refused(text):
+    tokenizer = FastTokenizer(Backend.from_str(KINDS["byte_level"]()._backend.to_str()))
+    for add_special_tokens in (False, True):
+        with pytest.raises(InvalidParameterError, match="half of a surrogate pair"):
+            tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
 class Panics:
     """A backend whose library meets a bug of its own."""
 

@@ -16,6 +16,7 @@ import torch
 
 import streamserve_kernels
 from streamserve_kernels import Kernels, load
+from streamserve_kernels.pool import Pool, find_libgomp
 from tests.kernels.conftest import paged_case
 
 FUNCTIONS = [name for name in vars(Kernels) if not name.startswith("_") and name != "name"]
@@ -228,9 +229,21 @@ def test_kernels_run_on_another_thread(naive: Kernels, cpu: Kernels) -> None:
     assert errors == []
 
 
+def test_libgomp_is_found_by_its_name_whatever_its_path() -> None:
+    line = b"7f00-7f01 r-xp 00001000 fe:00 123"
+    torch_directory = "/my models/libgomp/caf\udce9/torch"
+    ours = f"{torch_directory}/lib/libgomp.so.1"
+    others = [b"/usr/lib/libgomp.so.1", b"/my models/libgomp/other.so", b"[heap]"]
+    maps = b"\n".join(
+        [line, *(line + b"      " + path for path in (*others, os.fsencode(ours), others[0])), b""]
+    )
+    assert find_libgomp(maps, torch_directory) == ours
+    assert find_libgomp(maps, "/elsewhere/torch") in {ours, "/usr/lib/libgomp.so.1"}
+    assert find_libgomp(line + b" " + others[1], torch_directory) is None
+
+
 def test_one_thread_without_libgomp(naive: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     from streamserve_kernels.cpu import attention
-    from streamserve_kernels.pool import Pool
 
     lonely = Pool(None)
     assert lonely.threads() == 1

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-PROGRAM = """
+BACKGROUND = """
 import time
 from threading import Event
 from streamserve.runner.passing_thread import in_background
@@ -23,6 +23,30 @@ begun.wait()
 
 def test_the_end_of_the_process_waits_for_work_in_the_background():
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", BACKGROUND], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "left in order\n"
+
+
+INTERRUPTED = """
+import _thread
+import time
+from streamserve.runner.passing_thread import on_passing_thread
+
+def work():
+    _thread.interrupt_main()
+    while True:
+        time.sleep(0.001)
+
+try:
+    on_passing_thread(work)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_an_interrupt_ends_the_work_and_with_it_the_process():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
