@@ -112,9 +112,13 @@ class DeadlineUnreachableError(RequestError):
 
 
 class EngineError(StreamServeError):
-    """A request that failed after it was accepted; ``status`` is what it would have had."""
+    """A request that failed after it was accepted; ``status`` is what it would have had.
+
+    ``retry_after_s`` as of ``RequestError``.
+    """
 
     status = 500
+    retry_after_s: float | None = None
 
     def __init__(self, message: str, *, code: str = "internal_error") -> None:
         super().__init__(message)

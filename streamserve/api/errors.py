@@ -106,7 +106,7 @@ def error_response(exc: BaseException, scope: Scope) -> Response:
     headers: dict[str, str] = {}
     if isinstance(exc, HttpError):
         headers = exc.headers
-    elif isinstance(exc, RequestError) and exc.retry_after_s is not None:
+    elif isinstance(exc, RequestError | EngineError) and exc.retry_after_s is not None:
         headers = retry_headers(exc.retry_after_s)
     elif status == 503:  # the server ends, or has to be started again
         headers = retry_headers(_RESTART_S)

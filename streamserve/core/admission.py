@@ -31,11 +31,10 @@ class Admission:
         self, seats: Seats, kv_cache: KVCacheManager, policy: Policy, clock: Clock, in_flight: Sized
     ) -> None:
         """``in_flight`` are the steps that were scheduled and not retired."""
-        self.backlog = Backlog()
+        self.backlog = Backlog(clock)
         self._seats = seats
         self._kv_cache = kv_cache
         self._policy = policy
-        self._clock = clock
         self._in_flight = in_flight
 
     def admit_waiting(self, step: Step) -> None:
@@ -150,7 +149,7 @@ class Admission:
         request.num_free_when_refused = -1
         if request.last_step_id < 0:
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
-            self.backlog.admitted(self._clock(), len(self._seats.waiting) - 1)
+            self.backlog.admitted(len(self._seats.waiting) - 1)
         self._seats.admit(request)
         step.prefill.take(match.num_tokens, num_new, samples=num_new == num_left)
         step.add(request, num_new, block_ids)
@@ -178,7 +177,7 @@ class Admission:
         assert block_ids is not None
         request.fork_source = None
         request.num_cached_tokens = num_shared
-        self.backlog.admitted(self._clock(), len(self._seats.waiting) - 1)
+        self.backlog.admitted(len(self._seats.waiting) - 1)
         self._seats.admit(request)
         step.prefill.take(num_shared, num_left, samples=True)
         step.add(request, num_left, block_ids)

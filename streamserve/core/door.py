@@ -40,7 +40,7 @@ class Door:
         if num_waiting >= limit:
             raise QueueFullError(
                 f"at most {limit} requests may wait, {num_waiting} do already",
-                retry_after_s=self._backlog.seconds_per_admission,
+                retry_after_s=self._backlog.seconds_until(num_waiting - limit + 1),
             )
         max_tokens = self._config.max_num_waiting_tokens
         if max_tokens is None or not num_waiting:

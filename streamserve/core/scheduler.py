@@ -116,6 +116,11 @@ class Scheduler:
         return len(self._seats.waiting)
 
     @property
+    def seconds_to_seat(self) -> float:
+        """When a request that came now would have its seat, behind all that wait."""
+        return self._admission.backlog.seconds_until(self.num_waiting + 1)
+
+    @property
     def num_paused(self) -> int:
         """Requests that ask for no seat: their readers take nothing."""
         return len(self._seats.paused)
@@ -164,6 +169,7 @@ class Scheduler:
         except DeadlineUnreachableError:
             del self._seats.requests[request.request_id]
             raise
+        self._admission.backlog.queued(len(self._seats.waiting))
         self._seats.queue(request)
 
     def add_probe(self, request: Request) -> None:

@@ -437,6 +437,8 @@ class AsyncEngine(EngineFront):
             if not self._finish(live, FinishReason.ERROR):
                 return
             self._end(live)
+            if error.status == 503:  # it was not its own work that took too long
+                error.retry_after_s = self._scheduler.seconds_to_seat
             live.fail(error)
 
     def _fail_request(self, live: Live, error: Exception) -> bool:

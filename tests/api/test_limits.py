@@ -71,6 +71,8 @@ async def test_promise_refusal_a_limit_that_passes_ends_the_request(
         assert (b"content" in late.body) is (num_ahead == 0)
     else:
         assert late.messages[0]["status"] == status
+        retry_ms = dict(late.messages[0]["headers"]).get(b"retry-after-ms")
+        assert retry_ms in ((b"1110", b"1111") if status == 503 else (None,)), "by the queue's rate"
         error = orjson.loads(late.body)["error"]
     assert error["code"] == code
     assert f"{field} of 2000" in error["message"]

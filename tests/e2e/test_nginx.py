@@ -11,6 +11,7 @@ import pytest
 
 from tests.api.harness import Api, chat_body, until
 from tests.api.test_http import CHAT, talking
+from tests.api.test_promise_resume import Client as Reader
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 DOCS = Path(__file__).parents[2] / "docs" / "deployment.md"
@@ -89,3 +90,36 @@ async def test_who_leaves_nginx_leaves_the_engine(tmp_path):
         api.pace.let_go()
         await until(lambda: api.engine.is_idle)
     assert api.num_used_blocks == 0
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+async def test_a_broken_connection_is_gone_on_with_behind_nginx(tmp_path, method):
+    api = Api(is_held=True)
+    reader = Reader()
+    body = chat_body(stream=True, max_tokens=9)
+    async with api.serving() as address, behind_nginx(tmp_path, address) as path:
+        async with connected_to(path) as client:
+            await client.send("POST", CHAT, body, headers=["X-Stream-Resume: 1"])
+            stream_id = (await client.head())[1]["x-stream-id"]
+            for letters in ("a", "ab", "abc"):
+                await api.pace.step()
+                while reader.content != letters:
+                    reader.feed(await client.chunk())
+        assert reader.last_id == f"{stream_id}.3"
+        await until(lambda: api.app.context.gate.num_inside == 0)  # the server knows that it broke
+        await api.pace.step()  # and goes on
+        async with connected_to(path) as client:
+            at = [f"Last-Event-ID: {reader.last_id}"]
+            if method == "POST":
+                await client.send("POST", CHAT, body, headers=at)
+            else:
+                await client.send("GET", f"/v1/streams/{stream_id}", headers=at)
+            assert (await client.head())[0] == 200
+            reader.feed(await client.chunk())
+            assert reader.content == "abcd"
+            api.pace.let_go()
+            reader.feed(b"".join(await client.chunks()))
+        assert reader.content == "abcdefghi"
+        assert reader.is_done
+        assert reader.ids == [*range(10), 9]
+        assert api.app.context.metrics.num_finished["length"] == 1

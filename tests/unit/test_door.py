@@ -26,6 +26,28 @@ def test_promise_refusal_the_queue_is_bounded_in_tokens():
     assert harness.scheduler._seats.num_waiting_tokens == 0
 
 
+def test_promise_refusal_says_when_to_come_back_by_the_backlog_and_its_rate():
+    harness = Harness(max_num_seqs=1, max_num_waiting=3, max_num_waiting_tokens=200)
+    harness.add([1], max_tokens=50)
+    harness.step()
+    harness.now += 1000.0  # in which nobody waits
+    source = harness.add([2] * 50)
+    harness.add([3] * 50)
+    harness.now = source.arrival_time + 60.0
+    assert harness.scheduler.seconds_to_seat == pytest.approx(3 * 6.9)  # nobody came in
+    too_long, another = [harness.request([4] * num_tokens) for num_tokens in (150, 1)]
+    harness.now = source.arrival_time + 60.0
+    with pytest.raises(QueueFullError, match="tokens of prompts") as refused:
+        harness.scheduler.add(too_long)
+    assert refused.value.retry_after_s == pytest.approx(6.9)  # half of the tokens, one of two
+    choices = [harness.request([2] * 50) for _ in range(3)]
+    harness.scheduler.add_choices(source, choices)  # five wait
+    harness.now = source.arrival_time + 60.0
+    with pytest.raises(QueueFullError, match="at most 3 requests may wait, 5 do") as refused:
+        harness.scheduler.add(another)
+    assert refused.value.retry_after_s == pytest.approx(3 * 6.9)
+
+
 def busy(harness, num_waiting):
     """Seats are full, and it is measured how fast they become free."""
     for _ in range(4 + num_waiting + 20):
@@ -61,7 +83,11 @@ def test_promise_refusal_a_hopeless_request_is_refused_before_prefill(limits, fi
     assert refused.value.status == 503
     assert refused.value.param == field
     waits_s = harness.scheduler._admission.backlog.wait_s(15)
-    assert 0.0 < refused.value.retry_after_s <= waits_s + 0.1
+    assert 0.0 < waits_s < harness.now
+    prompt_s = harness.scheduler._door._step_time.prompt_seconds(0, 100)
+    [limit_s] = [limit_s for _, limit_s in limits.by_field() if limit_s is not None]
+    needed_s = waits_s + (0.0 if field == "max_queue_ms" else prompt_s)
+    assert refused.value.retry_after_s == pytest.approx(needed_s - limit_s)
     assert harness.scheduler.num_waiting == 15
     while harness.scheduler.has_unfinished:
         harness.timed_step()
