@@ -32,7 +32,7 @@ def _to(value: object, device: torch.device) -> object:
         return value.to(device)
     if isinstance(value, FactoredNumbers):
         return FactoredNumbers(value.codes.to(device), value.units.to(device), value.per)
-    return tuple(part.to(device) for part in value) if isinstance(value, tuple) else value
+    return tuple(_to(part, device) for part in value) if isinstance(value, tuple) else value
 
 
 class _Stored:

@@ -149,6 +149,13 @@ def test_parts_that_are_held_otherwise_are_refused(other: str) -> None:
         concatenate([CASES["q4_0"](8, 256), CASES[other](8, 256)])
 
 
+def test_a_weight_goes_to_a_device_whole(case: str) -> None:
+    weight = CASES[case](37, 256)
+    moved = weight.to(torch.device("cpu"))
+    assert type(moved) is type(weight)
+    assert moved.dequantise().equal(weight.dequantise())
+
+
 def test_numbers_that_do_not_fit_the_codes_are_refused() -> None:
     codes = torch.zeros(4, 64, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"scales of \(4, 3\).*groups of 32"):
@@ -159,3 +166,66 @@ def test_numbers_that_do_not_fit_the_codes_are_refused() -> None:
         GroupedWeight(codes, 4, torch.ones(4, 2), None, 32)
     with pytest.raises(ValueError, match="a table"):
         TableWeight(codes, torch.ones(2, 16), 4)
+
+
+NATIVE = sorted(set(CASES) - {"squeezed4", "squeezed3"})
+
+
+@pytest.mark.parametrize("case", NATIVE)
+@pytest.mark.parametrize("shape", [(64, 640), (130, 96), (5, 384)])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_compiled_products_stay_within_their_bound(native, case, shape, num_threads) -> None:
+    """Each number of rows takes another way: tiles of rows, pieces that are looked up once."""
+    torch.set_num_threads(num_threads)
+    weight, bias = CASES[case](*shape), torch.randn(shape[0])
+    packed = native.prepare_stored(weight, bias, torch.bfloat16)
+    assert type(packed).__name__ == "NativeStoredLinear"
+    x = (torch.randn(101, shape[1]) * torch.logspace(-2, 2, shape[1])).bfloat16()
+    dense = weight.dequantise().double()
+    expected = x.double() @ dense.T + bias.double()
+    # NF4's table is rounded to bfloat16, the others' codes are exact and sums run in float32.
+    share = 2.0**-8 if case == "nf4" else 2.0**-18
+    bound = share * (x.abs().double() @ dense.abs().T + bias.abs().double()) + 1e-30
+    for dtype in (torch.bfloat16, torch.float32):
+        whole = packed(x.to(dtype))
+        rounding = 2.0**-8 * expected.abs() if dtype == torch.bfloat16 else 0.0
+        assert ((whole.double() - expected).abs() <= bound + rounding).all()
+        for start, end in ((0, 1), (1, 3), (3, 7), (7, 20), (20, 60)):
+            assert packed(x[start:end].to(dtype)).equal(whole[start:end])
+
+
+def test_views_and_rows_that_are_no_number(native) -> None:
+    packed = native.prepare_stored(CASES["act-order"](40, 64), None, torch.bfloat16)
+    fused = torch.randn(6, 200).bfloat16()
+    view = fused[:, 71:135]
+    expected = packed(view.contiguous())
+    assert packed(view).equal(expected)
+    assert packed(view.reshape(2, 3, 64)).equal(expected.view(2, 3, 40))
+    assert packed(view[:0]).shape == (0, 40)
+    view[2, 5] = torch.nan
+    assert packed(view)[2].isnan().all()
+    assert packed(view)[[0, 1, 3]].equal(expected[[0, 1, 3]])
+
+
+def test_float8_that_is_no_number_stays_one(native) -> None:
+    weight = CASES["fp8-rows"](40, 64)
+    assert isinstance(weight, Float8Weight)
+    weight.values.view(torch.uint8)[7, 3] = 0x7F
+    y = native.prepare_stored(weight, None, torch.bfloat16)(torch.randn(2, 64).bfloat16())
+    assert y[:, 7].isnan().all()
+    assert y[:, :7].isfinite().all()
+
+
+@pytest.mark.parametrize("bad_id", [-1, 40])
+def test_an_id_outside_a_stored_table_is_refused(native, bad_id: int) -> None:
+    packed = native.prepare_stored(CASES["q6_k"](40, 64), None, torch.bfloat16)
+    with pytest.raises(IndexError, match="outside its embedding"):
+        packed.rows(torch.tensor([3, bad_id]))
+
+
+def test_what_has_no_whole_steps_is_multiplied_by_the_twin(native) -> None:
+    weight = CASES["q4_0"](40, 100)
+    packed = native.prepare_stored(weight, None, torch.bfloat16)
+    x = torch.randn(3, 100).bfloat16()
+    expected = x.double() @ weight.dequantise().double().T
+    torch.testing.assert_close(packed(x), expected.bfloat16(), rtol=2**-7, atol=1e-4)

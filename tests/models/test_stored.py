@@ -15,6 +15,7 @@ from streamserve.models.checkpoint import RandomSource
 from streamserve.models.decoder import Decoder
 from streamserve.models.parameters import Module
 from streamserve.models.weights import build_weights
+from streamserve_kernels.native.library import why_not
 from streamserve_kernels.stored import StoredFormat, StoredWeight
 from tests.kernels.stored_cases import CASES
 from tests.models.paged import PagedHarness, Sequence
@@ -85,7 +86,10 @@ def test_logits_are_those_of_the_dequantised_model(config, backend):
         )
         for name, dense in ((backend, False), ("naive", True))
     )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # The compiled products round activations to bfloat16: half a part in 256 for each of them.
+    exact = backend == "naive" or why_not() is not None
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < (1e-5 if exact else 0.03)
 
 
 @pytest.mark.parametrize("backend", ["naive", "cpu"])
@@ -102,3 +106,41 @@ def test_a_weight_of_another_shape_is_refused_by_name(config):
     source.stored = lambda module: CASES["q4_0"](3, 64) if module.role == "linear" else None
     with pytest.raises(ModelLoadError, match=r"layers.qkv of layer 0 .*\[3, 64\]; the config asks"):
         build_weights(config.spec, source, streamserve_kernels.load(CPU), torch.float32, CPU)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("kind", ["gptq4", "act-order", "q4_k", "nf4", "fp8-blocks", "gptq8"])
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_recorded_step_computes_what_its_functions_do(
+    checkpoint, tiny_llama, kind, num_threads, tied
+):
+    """With an embedding that is held quantised, and is the head's too where they are tied."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    directory, _ = checkpoint(tiny_llama(**sizes, tie_word_embeddings=tied))
+    torch.set_num_threads(num_threads)
+    spec = load_config(directory).spec
+
+    class Source(RandomSource):
+        def stored(self, module: Module) -> StoredWeight | None:
+            if module.columns is None:
+                return None
+            return CASES["q6_k" if module.name in HEADS else kind](module.num_rows, module.columns)
+
+    kernels = streamserve_kernels.load(CPU, "native")
+    weights = build_weights(spec, Source(), kernels, torch.bfloat16, CPU)
+    decoder = Decoder(spec, weights, kernels, dtype=torch.bfloat16, device=CPU, max_model_len=128)
+    generator = torch.Generator().manual_seed(5)
+    for count in (1, 5, 37):
+        tokens = torch.randint(0, 97, (count,), generator=generator).tolist()
+        harness = PagedHarness(decoder, block_size=16)
+        batch = harness.batch([(Sequence(tokens), count)], all_rows=True)
+        with torch.inference_mode():
+            expected = decoder.forward(batch, harness.caches)
+            assert decoder.record(harness.caches, max_tokens=64, max_logits=64) > 0
+            logits = decoder.forward(batch, harness.caches).clone()
+            token_ids = decoder.greedy(batch, harness.caches).clone()
+        # The function by function logits were rounded to bfloat16.
+        torch.testing.assert_close(logits, expected, rtol=2**-8, atol=1e-6)
+        assert token_ids.equal(logits.argmax(-1))
+        decoder = decoder.one_of_each_layer()  # forgets what was recorded

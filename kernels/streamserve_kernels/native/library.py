@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 4
+ABI = 5
 MAX_ARGS = 24
 # In the order of program.c.
 OPERATIONS = (
@@ -36,6 +36,11 @@ OPERATIONS = (
     "linear_quant",
     "embedding_quant",
     "pack_quant",
+    "stored_sums",
+    "stored_linear",
+    "stored_pack",
+    "stored_rows",
+    "gather_inputs",
 )
 _NEEDED_FLAGS = frozenset(
     ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_bf16", "avx512_vnni")

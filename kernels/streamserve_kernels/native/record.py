@@ -17,11 +17,12 @@ from torch import Tensor
 
 from streamserve_kernels import huge_pages
 from streamserve_kernels.float8 import refuse_float8
-from streamserve_kernels.interface import NotRecordableError, StepTensors
+from streamserve_kernels.interface import NotRecordableError, QuantLinear, StepTensors
 from streamserve_kernels.native.execute import Executable, double_bits, group_fields, pack_step
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.linear import NativeLinear
 from streamserve_kernels.native.quant_linear import NativeQuantLinear, Scratch, done_flags
+from streamserve_kernels.native.stored_linear import GroupSums, NativeStoredLinear
 from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol
 from streamserve_kernels.pool import pool
 
@@ -85,6 +86,7 @@ class Recorder:
         self.attention: tuple[int, ...] | None = None
         self._buffers: list[Tensor] = []  # free, to be used again
         self._scratches: dict[int, Scratch] = {}  # by the width of what is quantised there
+        self._group_sums: dict[int, GroupSums] = {}  # by the groups of a weight
 
     # Memory
 
@@ -114,10 +116,10 @@ class Recorder:
 
     # The functions of a backend
 
-    def embedding(self, ids: Index, weight: Tensor | NativeQuantLinear) -> Symbol:
+    def embedding(self, ids: Index, weight: Tensor | QuantLinear) -> Symbol:
         if ids.name not in ("input_ids", "positions"):
             raise NotRecordableError(f"an embedding of {ids.name}")
-        if isinstance(weight, NativeQuantLinear):
+        if not isinstance(weight, Tensor):
             return self._quantised_embedding(ids, weight)
         _require_bfloat16(weight)
         out = self._new(TOKENS, weight.shape[1])
@@ -132,12 +134,17 @@ class Recorder:
         )
         return out
 
-    def _quantised_embedding(self, ids: Index, head: NativeQuantLinear) -> Symbol:
-        if ids.name != "input_ids" or ids.offset or head.quantization != "int8":
-            raise NotRecordableError(f"an embedding of {ids.name} by {head.quantization}")
-        out = self._new(TOKENS, head.in_features)
-        self.keep.append(head)
-        self._add("embedding_quant", *head.embedding_arguments(out.address))
+    def _quantised_embedding(self, ids: Index, table: QuantLinear) -> Symbol:
+        is_stored = isinstance(table, NativeStoredLinear)
+        is_int8 = isinstance(table, NativeQuantLinear) and table.quantization == "int8"
+        if ids.name != "input_ids" or ids.offset or not (is_stored or is_int8):
+            raise NotRecordableError(f"an embedding of {ids.name} by {type(table).__name__}")
+        out = self._new(TOKENS, table.in_features)
+        self.keep.append(table)
+        if isinstance(table, NativeStoredLinear):
+            self._add("stored_rows", *table.rows_arguments(out.address))
+        elif isinstance(table, NativeQuantLinear):
+            self._add("embedding_quant", *table.embedding_arguments(out.address))
         return out
 
     def gather(self, x: Symbol) -> Symbol:
@@ -336,9 +343,38 @@ class Recorder:
             self._add("quantise", *args)
             self._add("linear_quant", *args)
             return
+        if isinstance(packed, NativeStoredLinear):
+            self._stored_product(x, packed, y, **options)
+            return
         if not isinstance(packed, NativeLinear) or x.width % 2:
             raise NotRecordableError(f"a product with {type(packed).__name__}")
         self._add("linear", *packed.arguments(y, x.address, x.stride, **options))
+
+    def _stored_product(
+        self, x: Symbol, packed: NativeStoredLinear, y: int, **options: Any
+    ) -> None:
+        if packed.inputs_address:
+            ordered = self._new(x.rows, x.width)
+            self._add(
+                "gather_inputs",
+                ordered.address,
+                x.address,
+                x.stride,
+                packed.inputs_address,
+                x.width,
+                _kind(x),
+            )
+            x = ordered
+        sums = done = None
+        if packed.has_offsets:
+            sums = self._group_sums.get(packed.groups) or GroupSums(self.max_tokens, packed.groups)
+            self._group_sums[packed.groups] = sums
+            done = done_flags()
+            self.keep += [done, sums]
+        args = packed.arguments(y, x.address, x.stride, sums, done, **options)
+        if packed.has_offsets:
+            self._add("stored_sums", *args)
+        self._add("stored_linear", *args)
 
     def add(self, a: Symbol, b: Symbol) -> Symbol:
         if not (a.is_dense and b.is_dense):

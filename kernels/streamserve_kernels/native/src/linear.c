@@ -7,9 +7,8 @@
 // so that one 64-byte load holds two neighbours in k of 16 outputs, as the dot-product instruction
 // VDPBF16PS wants. An output is the sum over k in one order whatever the number of rows: a row's
 // result does not depend on its batch.
-#include "streamserve.h"
+#include "output.h"
 
-#include <math.h>
 #include <string.h>
 
 // Sums of 6 rows by 64 outputs live in registers. More rows take turns on a piece of the weight that
@@ -32,11 +31,6 @@ enum {
     SCALE,      // bits of a double: y is multiplied by it (float32 only)
     CAP,        // bits of a double: y = cap·tanh(y / cap), or 0 (float32 only)
 };
-
-typedef struct {
-    float value;
-    int32_t index;
-} best_entry;
 
 // A thread's range of columns is cut at the blocks' ends: units for one thread.
 static int64_t units_per_thread(int64_t outputs, int num_threads) {
@@ -109,59 +103,11 @@ typedef void (*product_function)(float *, const bf16 *, int64_t, const bf16 *, i
 static const product_function PRODUCT_OF[ROW_TILE][4] = {ROW(1), ROW(2), ROW(3),
                                                          ROW(4), ROW(5), ROW(6)};
 
-static void store_bf16(bf16 *y, const float *tile, const bf16 *bias, int64_t columns) {
-    for (int64_t c = 0; c < columns; c += LANES) {
-        const __mmask16 mask = ss_mask(columns - c);
-        __m512 value = _mm512_load_ps(tile + c);
-        if (bias) value = _mm512_add_ps(value, ss_load_masked(bias + c, mask));
-        ss_store_masked(y + c, value, mask);
-    }
-}
-
-static void finish_float(float *tile, const bf16 *bias, int64_t columns, float scale, float cap) {
-    for (int64_t c = 0; c < columns; c++) {
-        float value = tile[c] + (bias ? ss_widen(bias[c]) : 0.0f);
-        value *= scale;
-        tile[c] = cap != 0.0f ? cap * tanhf(value / cap) : value;
-    }
-}
-
-// Keeps the first of the largest; a NaN is never larger.
-static void keep_best(best_entry *best, const float *tile, int64_t columns, int64_t first) {
-    __m512 most = _mm512_set1_ps(-INFINITY);
-    for (int64_t c = 0; c < columns; c += LANES)
-        most = _mm512_max_ps(_mm512_mask_loadu_ps(most, ss_mask(columns - c), tile + c), most);
-    const float largest = _mm512_reduce_max_ps(most);
-    if (!(largest >= best->value)) return;
-    for (int64_t c = 0; c < columns; c++) {
-        if (tile[c] != largest) continue;
-        if (largest > best->value || first + c < best->index)
-            *best = (best_entry){largest, (int32_t)(first + c)};
-        return;
-    }
-}
-
 static int begin(const ss_context *context, const int64_t *args) {
-    best_entry *best = (best_entry *)args[BEST];
-    if (!best) return SS_OK;
-    const int64_t count = context->num_threads * ss_rows(context, args[ROWS_KIND]);
-    for (int64_t i = 0; i < count; i++) best[i] = (best_entry){-INFINITY, 0};
+    if (args[BEST])
+        ss_reset_best((ss_best *)args[BEST],
+                      context->num_threads * ss_rows(context, args[ROWS_KIND]));
     return SS_OK;
-}
-
-// The finished sums of one row and block go where they are wanted.
-static void put_row(const int64_t *args, best_entry *best, int stores, int64_t row, int64_t c,
-                    int64_t columns, float *sums) {
-    const bf16 *bias = args[BIAS] ? (const bf16 *)args[BIAS] + c : 0;
-    const int64_t at = row * args[OUTPUTS] + c;
-    if (!args[IS_FLOAT32]) {
-        store_bf16((bf16 *)args[Y] + at, sums, bias, columns);
-        return;
-    }
-    const float scale = (float)ss_double(args[SCALE]), cap = (float)ss_double(args[CAP]);
-    if (bias || scale != 1.0f || cap != 0.0f) finish_float(sums, bias, columns, scale, cap);
-    if (stores) memcpy((float *)args[Y] + at, sums, (size_t)columns * sizeof(float));
-    if (best) keep_best(best + row, sums, columns, c);
 }
 
 // sums [rows, BLOCK] = x [rows, K] · the weight's columns; few enough rows for their sums to stay in
@@ -200,8 +146,17 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     const int64_t x_stride = args[X_STRIDE], vectors = ss_ceil_div(columns, LANES);
     const bf16 *weight = (const bf16 *)args[WEIGHT] + (first / BLOCK) * BLOCK * args[PADDED] +
                          2 * (first % BLOCK);
-    best_entry *best = args[BEST] ? (best_entry *)args[BEST] + thread * rows : 0;
-    const int stores = !best || context->step->wants_logits;
+    ss_best *best = args[BEST] ? (ss_best *)args[BEST] + thread * rows : 0;
+    const ss_output out = {
+        .y = (void *)args[Y],
+        .bias = (const void *)args[BIAS],
+        .outputs = args[OUTPUTS],
+        .is_float32 = (int)args[IS_FLOAT32],
+        .stores = !best || context->step->wants_logits,
+        .scale = (float)ss_double(args[SCALE]),
+        .cap = (float)ss_double(args[CAP]),
+        .best = best,
+    };
     const int64_t groups = ss_ceil_div(rows, GROUP_ROWS);
     float sums[GROUP_ROWS * BLOCK] __attribute__((aligned(64)));
     for (int64_t i = 0; i < groups; i++) {
@@ -209,7 +164,7 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
         multiply_group(sums, (const bf16 *)args[X] + m * x_stride, x_stride, weight,
                        args[INPUTS] / 2, count, vectors, i == 0);
         for (int64_t j = 0; j < count; j++)
-            put_row(args, best, stores, m + j, first, columns, sums + j * BLOCK);
+            ss_put_row(&out, m + j, first, columns, sums + j * BLOCK);
     }
 }
 
@@ -227,11 +182,11 @@ static void argmax_run(const ss_context *context, const int64_t *args, int64_t u
                        int64_t num_units, int thread) {
     (void)unit, (void)num_units, (void)thread;
     const int64_t rows = context->step->num_logits;
-    const best_entry *best = (const best_entry *)args[ARGMAX_BEST];
+    const ss_best *best = (const ss_best *)args[ARGMAX_BEST];
     for (int64_t m = 0; m < rows; m++) {
-        best_entry found = best[m];
+        ss_best found = best[m];
         for (int64_t p = 1; p < context->num_threads; p++) {
-            const best_entry other = best[p * rows + m];
+            const ss_best other = best[p * rows + m];
             if (other.value > found.value ||
                 (other.value == found.value && other.index < found.index))
                 found = other;

@@ -1,0 +1,446 @@
+// y = x @ weightᵀ + bias for weights as stored.h describes them, x in bfloat16, for any number of
+// rows.
+//
+// A code is looked up: a table of up to 64 bfloat16 numbers lies in one or two registers, and VPERMW
+// turns 32 codes into 32 weights, without the scale. VDPBF16PS sums a group's products in float32,
+// and only the sum is multiplied by the group's scale: nothing is rounded but what the table rounds.
+// Zeros and minimums meet the sum of a group's inputs, which is computed once.
+//
+// Codes are looked up in the registers of the product, again for every ROW_TILE rows: the units that
+// permute and shift are not those that multiply. Where it takes more than a permutation, many rows
+// pay for looking a piece up once, into the first-level cache. An output is a sum in
+// one order whatever the number of rows: a row's result does not depend on its batch.
+#include "output.h"
+#include "stored.h"
+
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+    BLOCK = STORED_BLOCK,
+    LANES = STORED_LANES,
+    VECTORS = STORED_VECTORS,
+    LINE = STORED_LINE,
+    ROW_TILE = 6,
+    GROUP_ROWS = 48,      // rows that take turns on a piece
+    DIRECT_INPUTS = 256,  // of a piece whose codes several tiles of rows look up
+    DENSE_INPUTS = 128,   // of a piece that is looked up once
+    PIECE_GROUPS = 16,
+    STREAM_AHEAD = 4096,  // bytes
+    OWN_ROWS = 4,         // most rows of which every thread sums the groups for itself
+};
+
+enum {
+    Y,          // address of y [rows, N], bfloat16 or float32
+    X,          // address of x [rows, K], bfloat16
+    X_STRIDE,   // elements between rows of x
+    ROWS_KIND,  // see ss_rows
+    WEIGHT,     // address of a stored_weight
+    BIAS,       // address of the bias [N], float32, or 0
+    Y_FLOAT32,  // whether y is float32
+    BEST,       // address of [threads][rows] ss_best for the arg-max, or 0
+    SCALE,      // bits of a double: y is multiplied by it (float32 only)
+    CAP,        // bits of a double: y = cap·tanh(y / cap), or 0 (float32 only)
+    SUMS,       // address of [rows][G] float32: memory for the sums of groups, or 0
+    OWN,        // address of [threads][OWN_ROWS][G] of the most groups there are
+    OWN_STRIDE, // bytes of one thread's
+    DONE,       // address of [threads] int64 64 bytes apart: whether a thread has its own sums
+};
+enum { DONE_STRIDE = 8 };
+
+// --- sums of a group's inputs -------------------------------------------------------------------
+
+static void sum_groups(float *sums, const bf16 *x, const stored_weight *w) {
+    for (int64_t k = 0, g = 0; k < w->inputs; k += w->group, g++) {
+        const int64_t end = ss_min(w->inputs, k + w->group);
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = k; i < end; i += LANES)
+            sum = _mm512_add_ps(sum, ss_load_masked(x + i, ss_mask(end - i)));
+        sums[g] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+static int64_t sums_units(const ss_context *context, const int64_t *args) {
+    const int64_t rows = ss_rows(context, args[ROWS_KIND]);
+    return rows <= OWN_ROWS ? 0 : rows;
+}
+
+static void sums_run(const ss_context *context, const int64_t *args, int64_t unit,
+                     int64_t num_units, int thread) {
+    (void)context, (void)num_units, (void)thread;
+    const stored_weight *w = (const stored_weight *)args[WEIGHT];
+    sum_groups((float *)args[SUMS] + unit * stored_groups(w),
+               (const bf16 *)args[X] + unit * args[X_STRIDE], w);
+}
+
+const ss_operation ss_stored_sums = {sums_units, sums_run, 0};
+
+// --- 32 weights: 16 outputs, two inputs each ----------------------------------------------------
+
+typedef struct {
+    __m512i low, high;
+} lookup;
+
+INLINE __m512i words(const uint8_t *at, int line) { return _mm512_loadu_si512(at + LINE * line); }
+
+// Bits `from` and up of each word, at bit `to`; what lies beside them is rubbish.
+INLINE __m512i moved(__m512i word, int from, int to) {
+    return from > to ? _mm512_srli_epi16(word, (unsigned)(from - to))
+         : from < to ? _mm512_slli_epi16(word, (unsigned)(to - from))
+                     : word;
+}
+
+INLINE __m512i joined(__m512i low, __m512i high, int low_bits) {
+    const __m512i mask = _mm512_set1_epi16((short)((1 << low_bits) - 1));
+    return _mm512_ternarylogic_epi32(mask, low, high, 0xca);  // mask ? low : high
+}
+
+// The weights of pair `p` of a step; tables are periodic, so rubbish above a code does not matter.
+INLINE __m512i unpacked(int kind, const uint8_t *at, int p, lookup table) {
+    switch (kind) {
+        case CODES_2: return _mm512_permutexvar_epi16(moved(words(at, 0), 2 * p, 0), table.low);
+        case CODES_3: {
+            const __m512i low = moved(words(at, p / 8), 2 * (p % 8), 0);
+            return _mm512_permutexvar_epi16(joined(low, moved(words(at, 2), p, 2), 2), table.low);
+        }
+        case CODES_4:
+            return _mm512_permutexvar_epi16(moved(words(at, 0), 4 * p, 0), table.low);
+        case CODES_5: {
+            const __m512i low = moved(words(at, p / 4), 4 * (p % 4), 0);
+            return _mm512_permutexvar_epi16(joined(low, moved(words(at, 4), p, 4), 4), table.low);
+        }
+        case CODES_6: {
+            const __m512i low = moved(words(at, p / 4), 4 * (p % 4), 0);
+            const __m512i code = joined(low, moved(words(at, 2), 2 * p, 4), 4);
+            return _mm512_permutex2var_epi16(table.low, code, table.high);
+        }
+        case CODES_INT8: {
+            const __m128i *from = (const __m128i *)(at + 32 * p);
+            const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from)));
+            const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from + 1)));
+            return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        }
+        case CODES_FLOAT8: {
+            // As float16 with the same exponent bits it is 256 times too small: scales make up.
+            const __m512i wide =
+                _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(at + 32 * p)));
+            const __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7),
+                                                  _mm512_set1_epi16((short)0xbfff));
+            return (__m512i)_mm512_cvtne2ps_pbh(
+                _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)),
+                _mm512_cvtph_ps(_mm512_castsi512_si256(half)));
+        }
+        default: return words(at, 0);
+    }
+}
+
+INLINE lookup lookup_of(const stored_weight *w) {
+    return (lookup){_mm512_loadu_si512(w->table), _mm512_loadu_si512(w->table + 32)};
+}
+
+// --- many rows: a piece of the weight, looked up once -------------------------------------------
+
+INLINE void unpack(bf16 *dense, const uint8_t *codes, int64_t steps, lookup table, int kind) {
+    const int pairs = stored_step(kind) / 2, bytes = LINE * stored_lines(kind);
+    for (int64_t s = 0; s < steps; s++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++, codes += bytes) {
+            _mm_prefetch((const char *)codes + STREAM_AHEAD, _MM_HINT_T1);
+#pragma GCC unroll 16
+            for (int p = 0; p < pairs; p++)
+                _mm512_store_si512(dense + ((s * pairs + p) * VECTORS + v) * 32,
+                                   unpacked(kind, codes, p, table));
+        }
+}
+
+static void unpack_piece(bf16 *dense, const uint8_t *codes, int64_t steps,
+                         const stored_weight *w) {
+    const lookup table = lookup_of(w);
+    switch (w->kind) {
+        case CODES_2: unpack(dense, codes, steps, table, CODES_2); break;
+        case CODES_3: unpack(dense, codes, steps, table, CODES_3); break;
+        case CODES_4: unpack(dense, codes, steps, table, CODES_4); break;
+        case CODES_5: unpack(dense, codes, steps, table, CODES_5); break;
+        case CODES_6: unpack(dense, codes, steps, table, CODES_6); break;
+        case CODES_INT8: unpack(dense, codes, steps, table, CODES_INT8); break;
+        default: unpack(dense, codes, steps, table, CODES_FLOAT8); break;
+    }
+}
+
+// --- R rows x 64 outputs: constants wherever these are inlined ----------------------------------
+
+enum { NO_OFFSETS, ZEROS, MINIMUMS };
+
+// Adjacent groups of a block, or a part of one that is too long to be looked up at once.
+typedef struct {
+    const uint8_t *codes;
+    int64_t inputs, group;   // of a part: both its own
+    const float *scales;     // [groups][64]
+    const float *offsets;    // [groups][64]
+    int offsets_are;
+    int goes_on, ends;       // a part: whether it is not the first, and whether it is the last
+    const float *sums;       // of groups of inputs [rows][sums_stride]
+    int64_t sums_stride;
+} piece;
+
+// totals[r] += scale · (a[r] - zero · sum of inputs), or scale · a[r] - minimum · sum of inputs.
+INLINE void close_group(float *totals, __m512 a[ROW_TILE][VECTORS], const piece *p, int64_t g,
+                        int R) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) {
+        const __m512 scale = _mm512_load_ps(p->scales + g * BLOCK + LANES * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            float *to = totals + r * BLOCK + LANES * v;
+            __m512 sum = a[r][v], total = _mm512_load_ps(to);
+            if (p->offsets_are != NO_OFFSETS) {
+                const __m512 offset = _mm512_load_ps(p->offsets + g * BLOCK + LANES * v);
+                const __m512 inputs = _mm512_set1_ps(p->sums[r * p->sums_stride + g]);
+                if (p->offsets_are == ZEROS)
+                    sum = _mm512_fnmadd_ps(offset, inputs, sum);
+                else
+                    total = _mm512_fnmadd_ps(offset, inputs, total);
+            }
+            _mm512_store_ps(to, _mm512_fmadd_ps(scale, sum, total));
+        }
+    }
+}
+
+// a[r] += x[r] · weights of a step.
+INLINE void add_step(__m512 a[ROW_TILE][VECTORS], const bf16 *x, int64_t x_stride,
+                     const uint8_t *codes, lookup table, int64_t ahead, int kind, int R) {
+    const int pairs = stored_step(kind) / 2, bytes = LINE * stored_lines(kind);
+    if (ahead)
+#pragma GCC unroll 20
+        for (int line = 0; line < VECTORS * bytes; line += LINE)
+            _mm_prefetch((const char *)(codes + ahead + line), _MM_HINT_NTA);
+#pragma GCC unroll 16
+    for (int p = 0; p < pairs; p++) {
+        __m512bh weights[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++)
+            weights[v] = (__m512bh)unpacked(kind, codes + v * bytes, p, table);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            const __m512bh pair =
+                (__m512bh)_mm512_set1_epi32(*(const ss_pair *)(x + r * x_stride + 2 * p));
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++)
+                a[r][v] = _mm512_dpbf16_ps(a[r][v], pair, weights[v]);
+        }
+    }
+}
+
+INLINE void multiply(float *sums, float *totals, const bf16 *x, int64_t x_stride, const piece *p,
+                     lookup table, int64_t ahead, int kind, int R) {
+    const int step = stored_step(kind), step_bytes = VECTORS * LINE * stored_lines(kind);
+    const uint8_t *codes = p->codes;
+    for (int64_t k = 0, g = 0; k < p->inputs; g++) {
+        const int64_t end = ss_min(p->inputs, k + p->group);
+        __m512 a[ROW_TILE][VECTORS];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECTORS; v++)
+                a[r][v] = p->goes_on ? _mm512_load_ps(sums + r * BLOCK + LANES * v)
+                                     : _mm512_setzero_ps();
+        for (; k < end; k += step, codes += step_bytes)
+            add_step(a, x + k, x_stride, codes, table, ahead, kind, R);
+        if (p->ends) {
+            close_group(totals, a, p, g, R);
+            continue;
+        }
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECTORS; v++)
+                _mm512_store_ps(sums + r * BLOCK + LANES * v, a[r][v]);
+    }
+}
+
+typedef void multiply_function(float *sums, float *totals, const bf16 *x, int64_t x_stride,
+                               const piece *p, const stored_weight *w);
+
+#define MULTIPLY(kind, R, ahead)                                                                  \
+    static void multiply_##kind##_##R(float *sums, float *totals, const bf16 *x,                  \
+                                      int64_t x_stride, const piece *p, const stored_weight *w) { \
+        multiply(sums, totals, x, x_stride, p, lookup_of(w), ahead, kind, R);                     \
+    }
+#define ALL_ROWS(kind, ahead)                                                                     \
+    MULTIPLY(kind, 1, ahead)                                                                      \
+    MULTIPLY(kind, 2, ahead)                                                                      \
+    MULTIPLY(kind, 3, ahead)                                                                      \
+    MULTIPLY(kind, 4, ahead)                                                                      \
+    MULTIPLY(kind, 5, ahead)                                                                      \
+    MULTIPLY(kind, 6, ahead)
+ALL_ROWS(CODES_2, STREAM_AHEAD)
+ALL_ROWS(CODES_3, STREAM_AHEAD)
+ALL_ROWS(CODES_4, STREAM_AHEAD)
+ALL_ROWS(CODES_5, STREAM_AHEAD)
+ALL_ROWS(CODES_6, STREAM_AHEAD)
+ALL_ROWS(CODES_INT8, STREAM_AHEAD)
+ALL_ROWS(CODES_FLOAT8, STREAM_AHEAD)
+ALL_ROWS(DENSE, 0)
+#define OF(kind)                                                                                  \
+    {multiply_##kind##_1, multiply_##kind##_2, multiply_##kind##_3,                               \
+     multiply_##kind##_4, multiply_##kind##_5, multiply_##kind##_6}
+static multiply_function *const MULTIPLY_OF[NUM_KINDS + 1][ROW_TILE] = {
+    OF(CODES_2), OF(CODES_3),    OF(CODES_4),      OF(CODES_5),
+    OF(CODES_6), OF(CODES_INT8), OF(CODES_FLOAT8), OF(DENSE),
+};
+
+// --- the numbers of groups ----------------------------------------------------------------------
+
+// Number of 16 outputs in group g of a block of so many groups.
+INLINE __m512 number(const stored_numbers *numbers, int64_t block, int64_t groups, int64_t g,
+                     int v) {
+    const int64_t at = (block * groups + g) * BLOCK + LANES * v;
+    if (numbers->form == NO_NUMBERS) return _mm512_set1_ps(1.0f);
+    if (numbers->form == HALF_NUMBERS)
+        return _mm512_cvtph_ps(
+            _mm256_loadu_si256((const __m256i *)((const uint16_t *)numbers->values + at)));
+    if (numbers->form == FLOAT_NUMBERS) return _mm512_loadu_ps((const float *)numbers->values + at);
+    const int64_t units = ((groups - 1) >> numbers->shift) + 1;
+    const int64_t unit = (block * units + (g >> numbers->shift)) * BLOCK + LANES * v;
+    const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+        _mm_loadu_si128((const __m128i *)((const int8_t *)numbers->values + at))));
+    const __m512 shared =
+        numbers->form == FACTORED_HALF
+            ? _mm512_cvtph_ps(
+                  _mm256_loadu_si256((const __m256i *)((const uint16_t *)numbers->units + unit)))
+            : _mm512_loadu_ps((const float *)numbers->units + unit);
+    return _mm512_mul_ps(code, shared);
+}
+
+// --- a block of 64 outputs ----------------------------------------------------------------------
+
+typedef struct {
+    const stored_weight *w;
+    int64_t block, groups;
+    const float *inputs;  // sums of groups [rows][groups], where there are offsets
+} position;
+
+// The numbers of `count` groups from g on [count][64].
+static void read_numbers(float *to, const stored_numbers *numbers, const position *at, int64_t g,
+                         int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        for (int v = 0; v < VECTORS; v++)
+            _mm512_store_ps(to + i * BLOCK + LANES * v,
+                            number(numbers, at->block, at->groups, g + i, v));
+}
+
+// Rows up to which it is faster to look codes up again and again.
+static int64_t most_direct_rows(int kind) {
+    return kind == CODES_FLOAT8 ? 14 : kind == CODES_6 || kind == CODES_INT8 ? 24 : GROUP_ROWS;
+}
+
+// totals [rows][64] = x [rows][K] · the block's weights.
+static void multiply_block(const position *at, const bf16 *x, int64_t x_stride, int64_t rows,
+                           float *sums, float *totals) {
+    const stored_weight *w = at->w;
+    const int kind = (int)w->kind, step = stored_step(kind);
+    const int64_t step_bytes = VECTORS * LINE * stored_lines(kind);
+    const uint8_t *codes = w->codes + at->block * (w->inputs / step) * step_bytes;
+    const int64_t tiles = ss_ceil_div(rows, ROW_TILE);
+    const int is_dense = rows > most_direct_rows(kind), has_offsets = w->offsets.form != NO_NUMBERS;
+    const int64_t most = rows <= ROW_TILE ? w->inputs : is_dense ? DENSE_INPUTS : DIRECT_INPUTS;
+    bf16 dense[DENSE_INPUTS * BLOCK] __attribute__((aligned(64)));
+    float scales[PIECE_GROUPS * BLOCK] __attribute__((aligned(64)));
+    float offsets[PIECE_GROUPS * BLOCK] __attribute__((aligned(64)));
+    memset(totals, 0, (size_t)(rows * BLOCK) * sizeof(float));
+    for (int64_t k = 0; k < w->inputs;) {
+        const int64_t g = k / w->group, in_group = k - g * w->group;
+        const int64_t whole = ss_min(PIECE_GROUPS, most / w->group) * w->group;
+        // Whole groups, or what is left of one, but not too much of it.
+        const int64_t count = whole ? ss_min(whole, w->inputs - k)
+                                    : ss_min(most, ss_min(w->inputs - k, w->group - in_group));
+        const int64_t groups = ss_ceil_div(count, w->group);
+        piece p = {
+            .codes = codes + k / step * step_bytes,
+            .inputs = count,
+            .group = w->group,
+            .scales = scales,
+            .offsets = offsets,
+            .offsets_are = !has_offsets ? NO_OFFSETS : w->offsets_are_zeros ? ZEROS : MINIMUMS,
+            .goes_on = in_group > 0,
+            .ends = whole || k + count == ss_min(w->inputs, (g + 1) * w->group),
+            .sums = has_offsets ? at->inputs + g : 0,
+            .sums_stride = at->groups,
+        };
+        read_numbers(scales, &w->scales, at, g, groups);
+        if (has_offsets) read_numbers(offsets, &w->offsets, at, g, groups);
+        if (is_dense) {
+            unpack_piece(dense, p.codes, count / step, w);
+            p.codes = (const uint8_t *)dense;
+        }
+        multiply_function *const *of = MULTIPLY_OF[is_dense ? DENSE : kind];
+        for (int64_t t = 0; t < tiles; t++) {
+            const int64_t m = rows * t / tiles, tile_rows = rows * (t + 1) / tiles - m;
+            piece mine = p;
+            if (has_offsets) mine.sums += m * at->groups;
+            of[tile_rows - 1](sums + m * BLOCK, totals + m * BLOCK, x + m * x_stride + k, x_stride,
+                              &mine, w);
+        }
+        k += count;
+    }
+}
+
+// --- the operation ------------------------------------------------------------------------------
+
+static int64_t units(const ss_context *context, const int64_t *args) {
+    const stored_weight *w = (const stored_weight *)args[WEIGHT];
+    return ss_rows(context, args[ROWS_KIND]) ? ss_ceil_div(w->outputs, BLOCK) : 0;
+}
+
+static int begin(const ss_context *context, const int64_t *args) {
+    if (args[DONE])
+        for (int i = 0; i < context->num_threads; i++) ((int64_t *)args[DONE])[DONE_STRIDE * i] = 0;
+    if (args[BEST])
+        ss_reset_best((ss_best *)args[BEST],
+                      context->num_threads * ss_rows(context, args[ROWS_KIND]));
+    return SS_OK;
+}
+
+// Sums of the inputs of each row's groups: the thread's own, if rows are few.
+static const float *group_sums(const ss_context *context, const int64_t *args, int thread) {
+    const stored_weight *w = (const stored_weight *)args[WEIGHT];
+    const int64_t rows = ss_rows(context, args[ROWS_KIND]);
+    if (!args[SUMS] || rows > OWN_ROWS) return (const float *)args[SUMS];
+    float *own = (float *)((char *)args[OWN] + thread * args[OWN_STRIDE]);
+    int64_t *done = (int64_t *)args[DONE] + DONE_STRIDE * thread;
+    if (!*done)
+        for (int64_t r = 0; r < rows; r++)
+            sum_groups(own + r * stored_groups(w), (const bf16 *)args[X] + r * args[X_STRIDE], w);
+    *done = 1;
+    return own;
+}
+
+static void run(const ss_context *context, const int64_t *args, int64_t unit, int64_t num_units,
+                int thread) {
+    (void)num_units;
+    const stored_weight *w = (const stored_weight *)args[WEIGHT];
+    const int64_t rows = ss_rows(context, args[ROWS_KIND]), x_stride = args[X_STRIDE];
+    const int64_t first = unit * BLOCK, columns = ss_min(BLOCK, w->outputs - first);
+    ss_best *best = args[BEST] ? (ss_best *)args[BEST] + thread * rows : 0;
+    const ss_output out = {
+        .y = (void *)args[Y],
+        .bias = (const void *)args[BIAS],
+        .bias_float32 = 1,
+        .outputs = w->outputs,
+        .is_float32 = (int)args[Y_FLOAT32],
+        .stores = !best || context->step->wants_logits,
+        .scale = (float)ss_double(args[SCALE]),
+        .cap = (float)ss_double(args[CAP]),
+        .best = best,
+    };
+    const float *inputs = group_sums(context, args, thread);
+    const int64_t turns = ss_ceil_div(rows, GROUP_ROWS), groups = stored_groups(w);
+    float sums[GROUP_ROWS * BLOCK] __attribute__((aligned(64)));
+    float totals[GROUP_ROWS * BLOCK] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < turns; i++) {
+        const int64_t m = rows * i / turns, count = rows * (i + 1) / turns - m;
+        const position at = {w, unit, groups, inputs ? inputs + m * groups : 0};
+        multiply_block(&at, (const bf16 *)args[X] + m * x_stride, x_stride, count, sums, totals);
+        for (int64_t j = 0; j < count; j++)
+            ss_put_row(&out, m + j, first, columns, totals + j * BLOCK);
+    }
+}
+
+const ss_operation ss_stored_linear = {units, run, begin};
