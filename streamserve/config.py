@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from streamserve.errors import ConfigError
 
@@ -247,3 +249,16 @@ class ApiConfig:
 def _at_least(name: str, value: int, limit: int) -> None:
     if value < limit:
         raise ConfigError(f"{name} must be at least {limit}, got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class TextFiles:
+    """What a checkpoint that is no directory holds of a text's files, read from ``source``.
+
+    ``tokenizer`` is a ``tokenizer.json``, ``config`` what ``tokenizer_config.json`` would hold.
+    """
+
+    source: str
+    tokenizer: str
+    config: Mapping[str, Any]
+    model_type: str | None = None

@@ -23,7 +23,7 @@ from streamserve.config import POLICIES, POOLING_KINDS
 from streamserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
-LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 QUANTIZATIONS = ("int8", "int4", "fp8")
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
@@ -135,7 +135,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=argparse.SUPPRESS,
         metavar="MODEL",
-        help="a local Hugging Face directory or a hub id (default: the small model in the box)",
+        help="a local Hugging Face directory, a GGUF file or a hub id (default: the small model in "
+        "the box)",
     )
     group.add_argument(
         "--device",
@@ -161,7 +162,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--load-format",
         choices=LOAD_FORMATS,
         default="auto",
-        help="dummy: random weights from the config alone (default: auto)",
+        help="gguf: the GGUF file of a directory that holds others too; dummy: random weights from "
+        "the config alone (default: auto)",
     )
     add_source_flags(group)
     group.add_argument(

@@ -38,6 +38,7 @@ from streamserve.models import (
     ModelConfig,
     load_config,
     read_embedding_config,
+    read_text_files,
     resolve_dtype,
     tokenizer_backend,
 )
@@ -213,7 +214,8 @@ def _eos_token_ids(config: ModelConfig, tokenizer: FastTokenizer) -> frozenset[i
 
 def _text_source(args: Namespace, path: Path) -> TextSource:
     backend = None
-    if not (path / "tokenizer.json").is_file():
+    files = read_text_files(path) if path.is_file() else None
+    if files is None and not (path / "tokenizer.json").is_file():
         # Worker processes then import transformers as well.
         backend = partial(tokenizer_backend, path, trust_remote_code=args.trust_remote_code)
     return TextSource(
@@ -222,4 +224,5 @@ def _text_source(args: Namespace, path: Path) -> TextSource:
         backend,
         trusts_requests=getattr(args, "trust_request_chat_template", False),
         trusts_messages=getattr(args, "trust_message_special_tokens", False),
+        files=files,
     )

@@ -67,7 +67,7 @@ def sampling_defaults(args: Namespace, config: ModelConfig) -> Mapping[str, Any]
 def _resolve(
     args: Namespace, name: str, say: Say, *, revision: str | None, load_format: Any
 ) -> Path:
-    if not Path(name).expanduser().is_dir() and not name.startswith(("/", ".", "~")):
+    if not Path(name).expanduser().exists() and not name.startswith(("/", ".", "~")):
         say(f"looking for {name} on the hub")
     return resolve_model(
         name,

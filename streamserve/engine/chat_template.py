@@ -108,6 +108,26 @@ class ChatTemplate:
         return cls(template, special_tokens=special_tokens, source=source)
 
     @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        source: str,
+        *,
+        override: str | Path | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        model_type: str | None = None,
+        has_token: Callable[[str], bool] = lambda token: False,
+    ) -> ChatTemplate:
+        """As ``from_directory``, of a ``tokenizer_config.json`` that was read from ``source``."""
+        if override is not None:
+            return cls.given(override, special_tokens=special_tokens)
+        found = _named_templates(config.get("chat_template"))
+        if found is not None:
+            return cls(found, special_tokens=special_tokens, source=source)
+        name = builtin_template_name(model_type, has_token)
+        return cls.builtin(name, special_tokens=special_tokens)
+
+    @classmethod
     def builtin(cls, name: str, *, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate:
         """One of ``builtin_templates.TEMPLATES``. Raises ``ConfigError`` for another name."""
         if name not in TEMPLATES:

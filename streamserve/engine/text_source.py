@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tokenizers
 
+from streamserve.config import TextFiles
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.tokenizer import FastTokenizer
@@ -15,7 +16,7 @@ from streamserve.engine.tokenizer import FastTokenizer
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """A checkpoint's directory, and the template to take instead of its own.
+    """A checkpoint's directory, or ``files`` in place of it, and the template to take instead.
 
     ``backend`` makes the tokenizer where there is no ``tokenizer.json``; it is pickled.
     ``trusts_requests`` lets requests bring templates of their own, ``trusts_messages`` leaves the
@@ -27,18 +28,37 @@ class TextSource:
     backend: Callable[[], tokenizers.Tokenizer] | None = None
     trusts_requests: bool = False
     trusts_messages: bool = False
+    files: TextFiles | None = None
 
     def __call__(self) -> tuple[FastTokenizer, ChatTemplate]:
         """Load both. Raises ``ModelLoadError`` or ``ConfigError``."""
+        tokenizer, template = self._of_directory() if self.files is None else self._of_files()
+        template.trusts_requests = self.trusts_requests
+        template.trusts_messages = self.trusts_messages
+        return tokenizer, template
+
+    def _of_directory(self) -> tuple[FastTokenizer, ChatTemplate]:
         tokenizer = FastTokenizer.from_directory(self.directory, backend=self.backend)
         template = ChatTemplate.from_directory(
             self.directory,
             override=self.chat_template,
             special_tokens=tokenizer.special_tokens,
-            has_token=lambda token: tokenizer.token_to_id(token) is not None,
+            has_token=tokenizer.has_token,
         )
-        template.trusts_requests = self.trusts_requests
-        template.trusts_messages = self.trusts_messages
+        return tokenizer, template
+
+    def _of_files(self) -> tuple[FastTokenizer, ChatTemplate]:
+        assert self.files is not None
+        backend = tokenizers.Tokenizer.from_str(self.files.tokenizer)
+        tokenizer = FastTokenizer.from_config(backend, self.files.config)
+        template = ChatTemplate.from_config(
+            self.files.config,
+            self.files.source,
+            override=self.chat_template,
+            special_tokens=tokenizer.special_tokens,
+            model_type=self.files.model_type,
+            has_token=tokenizer.has_token,
+        )
         return tokenizer, template
 
 

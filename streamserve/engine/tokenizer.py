@@ -118,6 +118,11 @@ class FastTokenizer:
         special_tokens = {**_named_special_tokens(special_map), **_named_special_tokens(config)}
         return cls(found, special_tokens=special_tokens, config=config)
 
+    @classmethod
+    def from_config(cls, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> FastTokenizer:
+        """A tokenizer that was made, and what its ``tokenizer_config.json`` would hold."""
+        return cls(backend, special_tokens=_named_special_tokens(config), config=config)
+
     @property
     def vocab_size(self) -> int:
         return self._vocab_size
@@ -165,6 +170,9 @@ class FastTokenizer:
     def token_to_id(self, token: str) -> int | None:
         """The id of a token's text, ``None`` if the vocabulary lacks it."""
         return self._backend.token_to_id(token)
+
+    def has_token(self, token: str) -> bool:
+        return self._backend.token_to_id(token) is not None
 
     def pieces(self, *, skip_special_tokens: bool) -> PieceTable | None:
         return self._pieces[skip_special_tokens]

@@ -186,7 +186,9 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """The model's tokenizer as transformers has it, loaded at the first call."""
         if self._tokenizer is None:
-            self._tokenizer = load_transformers_tokenizer(self._service.tokenizer_path)
+            service = self._service
+            files = service.text_source.files
+            self._tokenizer = load_transformers_tokenizer(service.tokenizer_path, files)
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:

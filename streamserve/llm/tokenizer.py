@@ -5,9 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from streamserve.config import TextFiles
 
-def load_transformers_tokenizer(directory: Path) -> Any:
-    """Importing transformers takes seconds: nothing else here needs it."""
-    from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+def load_transformers_tokenizer(path: Path, files: TextFiles | None = None) -> Any:
+    """Of a checkpoint's directory, or of ``files`` in its place.
+
+    Importing transformers takes seconds: nothing else here needs it.
+    """
+    import transformers
+
+    if files is None:
+        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(files.tokenizer)
+    make: Any = transformers.PreTrainedTokenizerFast
+    return make(tokenizer_object=backend, **files.config)

@@ -7,7 +7,8 @@
     logits = decoder.forward(batch, kv_caches)
 
 Where things are: `spec` says what a decoder is, `families` turn configs into specs, `decoder` and
-`layers` run them, `names`, `checkpoint` and `tensor_files` find the weights, `weights` packs them.
+`layers` run them, `names`, `checkpoint` and `tensor_files` find the weights, `weights` packs them;
+`gguf` reads files of that format.
 """
 
 from streamserve.models.batch import (
@@ -17,10 +18,17 @@ from streamserve.models.batch import (
     kv_bytes_per_block,
     touch_kv_cache,
 )
-from streamserve.models.config import ModelConfig, load_config, read_sampling_defaults
+from streamserve.models.config import ModelConfig, read_sampling_defaults
 from streamserve.models.decoder import Decoder
 from streamserve.models.families import supported_architectures
-from streamserve.models.loader import LoadFormat, load_model, resolve_dtype, resolve_model
+from streamserve.models.gguf.vocabulary import read_text_files
+from streamserve.models.loader import (
+    LoadFormat,
+    load_config,
+    load_model,
+    resolve_dtype,
+    resolve_model,
+)
 from streamserve.models.sentence_files import read_embedding_config
 from streamserve.models.spec import DecoderSpec
 from streamserve.models.tokenizer_files import tokenizer_backend
@@ -38,6 +46,7 @@ __all__ = [
     "load_model",
     "read_embedding_config",
     "read_sampling_defaults",
+    "read_text_files",
     "resolve_dtype",
     "resolve_model",
     "supported_architectures",

@@ -64,7 +64,7 @@ class ModelConfig:
         return requested
 
 
-def load_config(path: Path | str) -> ModelConfig:
+def load_hf_config(path: Path | str) -> ModelConfig:
     """Parses ``config.json`` and ``generation_config.json`` of a checkpoint's directory.
 
     Raises UnsupportedModelError, naming the value and what is supported, for an architecture or a
@@ -74,6 +74,22 @@ def load_config(path: Path | str) -> ModelConfig:
     values = _read_json(directory / "config.json", required=True)
     generation = _read_json(directory / "generation_config.json", required=False)
     config = HfConfig(values, str(directory / "config.json"))
+    return parse_config(
+        config,
+        eos_token_ids=_token_ids(generation, "eos_token_id") or _token_ids(values, "eos_token_id"),
+        dtype=_checkpoint_dtype(config),
+        sampling_defaults=_sampling_defaults(generation),
+    )
+
+
+def parse_config(
+    config: HfConfig,
+    *,
+    eos_token_ids: tuple[int, ...],
+    dtype: torch.dtype | None,
+    sampling_defaults: Mapping[str, float],
+) -> ModelConfig:
+    """Raises as `load_hf_config` does."""
     family = find_family(config)
     stored_quantization = _stored_quantization(config)
     spec = family.spec(config)
@@ -87,9 +103,9 @@ def load_config(path: Path | str) -> ModelConfig:
         max_position_embeddings=longest,
         default_max_model_len=longest if default is None else min(longest, default(config)),
         vocab_size=spec.vocab_size,
-        eos_token_ids=_token_ids(generation, "eos_token_id") or _token_ids(values, "eos_token_id"),
-        dtype=_checkpoint_dtype(config),
-        sampling_defaults=_sampling_defaults(generation),
+        eos_token_ids=eos_token_ids,
+        dtype=dtype,
+        sampling_defaults=sampling_defaults,
         stored_quantization=stored_quantization,
     )
 

@@ -10,13 +10,15 @@ import torch
 
 from streamserve.errors import ModelLoadError
 from streamserve.models.checkpoint import CheckpointSource, RandomSource, WeightSource
-from streamserve.models.config import ModelConfig, load_config
+from streamserve.models.config import ModelConfig, load_hf_config
 from streamserve.models.decoder import Decoder
+from streamserve.models.gguf.config import gguf_source, load_gguf_config
+from streamserve.models.gguf.container import find_gguf
 from streamserve.models.tensor_files import open_tensor_files
 from streamserve.models.weights import Progress, build_weights
 from streamserve_kernels import Kernels, Quantization
 
-LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
+LoadFormat = Literal["auto", "safetensors", "pt", "gguf", "dummy"]
 DTYPES = {
     "float32": torch.float32,
     "float": torch.float32,
@@ -38,14 +40,14 @@ def resolve_model(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Path:
-    """The directory of ``model``: a local one, or a hub id, downloaded into the hub's cache.
+    """Where ``model`` is: a directory, a GGUF file, or a hub id, downloaded into the hub's cache.
 
     ``token`` is the hub's, ``True`` for the one that was saved at login.
     Raises ModelLoadError that says what was tried.
     """
     directory = Path(model).expanduser()
-    if directory.is_dir():
-        return directory
+    if directory.exists():
+        return _local(directory, load_format)
     looks_local = model.startswith(("/", ".", "~"))
     if looks_local or not _HUB_ID.fullmatch(model):
         raise ModelLoadError(
@@ -81,6 +83,33 @@ def resolve_model(
             f"did not give it: {type(error).__name__}: {error}"
         ) from error
     return path
+
+
+def _local(path: Path, load_format: LoadFormat) -> Path:
+    file = gguf_file(path) if load_format != "gguf" else find_gguf(path)
+    if file is not None and load_format in ("auto", "gguf", "dummy"):
+        return file
+    if path.is_dir() and load_format != "gguf":
+        return path
+    what = "is no GGUF file" if path.is_file() else "holds no GGUF file"
+    if file is not None:
+        what = f"is a GGUF file, which is not read as {load_format}"
+    raise ModelLoadError(f"{path} {what}")
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file, or its first part, that ``path`` stands for; None for other checkpoints."""
+    return find_gguf(path) if path.is_file() or not (path / "config.json").exists() else None
+
+
+def load_config(path: Path | str) -> ModelConfig:
+    """A checkpoint's config, of a directory or of a GGUF file; no weight is read.
+
+    Raises UnsupportedModelError, naming the value and what is supported, for an architecture or a
+    setting that is not built; ModelLoadError for a config that is missing or damaged.
+    """
+    file = gguf_file(Path(path))
+    return load_hf_config(path) if file is None else load_gguf_config(file)
 
 
 def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -124,7 +153,7 @@ def load_model(
     seed: int = 0,
     quantization: Quantization | None = None,
 ) -> Decoder:
-    """Loads a checkpoint's directory; ``dummy`` draws the weights from ``seed`` instead.
+    """Loads a checkpoint's directory or GGUF file; ``dummy`` draws weights from ``seed`` instead.
 
     ``quantization`` quantises the linear layers as they come: see `parameters.module_quantization`.
     Holds the resident weights and, at any time, one more matrix on ``device``; a host that is not
@@ -138,8 +167,13 @@ def load_model(
     config = load_config(path)
     max_model_len = config.resolve_max_model_len(max_model_len)
     source: WeightSource
+    file = gguf_file(Path(path))
     if load_format == "dummy":
         source = RandomSource(seed)
+    elif file is not None:
+        source = gguf_source(file, config)
+    elif load_format == "gguf":
+        raise ModelLoadError(f"{path} is no GGUF file")
     else:
         files = open_tensor_files(Path(path), load_format)
         source = CheckpointSource(files, config.family.weight_names(config.spec), config.spec)

@@ -72,7 +72,7 @@ def _matryoshka(file: Path) -> tuple[int, ...] | bool:
 def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a checkpoint may be one file
         return None
     except ValueError as error:
         raise ModelLoadError(f"{file} is no JSON: {error}") from error

@@ -97,7 +97,7 @@ def _shards(path: Path, single: str, pattern: str) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    file: _MappedFile
+    file: MappedFile
     dtype: torch.dtype | None
     dtype_name: str
     shape: tuple[int, ...]
@@ -105,7 +105,7 @@ class _Entry:
     end: int
 
 
-class _MappedFile:
+class MappedFile:
     """One file mapped privately; reading touches pages, `release` drops them."""
 
     def __init__(self, path: Path) -> None:
@@ -168,7 +168,7 @@ class SafetensorsFiles:
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, _Entry]]:
-    file = _MappedFile(path)
+    file = MappedFile(path)
     size = len(file.map)
     length = int.from_bytes(file.map[:8], "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):

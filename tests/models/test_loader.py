@@ -144,8 +144,8 @@ class TestFormats:
 
     def test_an_unknown_format(self, checkpoint, tiny_llama, load):
         directory, _ = checkpoint(tiny_llama())
-        with pytest.raises(ModelLoadError, match="'gguf' is unknown; these are: auto, safetensors"):
-            load(directory, load_format="gguf")
+        with pytest.raises(ModelLoadError, match="'ggml' is unknown; these are: auto, safetensors"):
+            load(directory, load_format="ggml")
 
 
 class TestTensors:

@@ -192,7 +192,7 @@ def test_keywords_are_the_flags():
         ({"enable_lora": True}, "^enable_lora is not supported by this server: adapters"),
         ({"hf_overrides": {"a": 1}}, "^hf_overrides is not supported"),
         ({"served_model_name": "a"}, "^served_model_name is for `streamserve serve`"),
-        ({"load_format": "gguf"}, "^load_format: invalid choice"),
+        ({"load_format": "bitsandbytes"}, "^load_format: invalid choice"),
     ],
 )
 def test_a_keyword_that_cannot_be_served_is_refused_by_name(keywords, message):

@@ -1,0 +1,80 @@
+"""What a GGUF file holds, before any weight is read: the same `ModelConfig` as of a directory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from streamserve.errors import ModelLoadError
+from streamserve.models.config import ModelConfig, parse_config
+from streamserve.models.gguf.architectures import (
+    Architecture,
+    Reading,
+    config_values,
+    find_architecture,
+)
+from streamserve.models.gguf.container import open_gguf
+from streamserve.models.gguf.names import weight_names
+from streamserve.models.gguf.source import GgufQuantization, GgufSource
+from streamserve.models.gguf.special_tokens import end_token_ids
+from streamserve.models.gguf.tensors import GgufTensors
+from streamserve.models.hf_config import HfConfig
+from streamserve.models.parameters import decoder_modules
+
+_SAMPLING = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+
+
+def load_gguf_config(path: Path) -> ModelConfig:
+    """Raises UnsupportedModelError or ModelLoadError, which name the file, key or tensor."""
+    reading, architecture = _read(path)
+    config = HfConfig(config_values(reading, architecture), str(reading.file.path))
+    tensors = GgufTensors(reading, architecture)
+    parsed = parse_config(
+        config,
+        eos_token_ids=end_token_ids(reading.file.metadata),
+        dtype=_dtype(tensors),
+        sampling_defaults=_sampling_defaults(reading),
+    )
+    quantization = GgufQuantization(tensors, weight_names(dict.fromkeys(tensors.names())))
+    packed = quantization if _is_packed(quantization, parsed) else None
+    return replace(parsed, stored_quantization=packed)
+
+
+def gguf_source(path: Path, config: ModelConfig) -> GgufSource:
+    """The weights of the file that ``config`` is of. Raises ModelLoadError."""
+    tensors = GgufTensors(*_read(path))
+    try:
+        return GgufSource(tensors, weight_names(dict.fromkeys(tensors.names())), config.spec)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> tuple[Reading, Architecture]:
+    reading = Reading(open_gguf(path))
+    return reading, find_architecture(reading)
+
+
+def _is_packed(quantization: GgufQuantization, config: ModelConfig) -> bool:
+    return any(quantization.kinds(module) is not None for module in decoder_modules(config.spec))
+
+
+def _dtype(tensors: GgufTensors) -> torch.dtype | None:
+    """What the matrices are in, if they are plain; norms are float32 whatever they were."""
+    plain = (tensors.kind(n).plain for n in tensors.names() if len(tensors.shape(n)) == 2)
+    common = Counter(dtype for dtype in plain if dtype is not None).most_common(1)
+    return common[0][0] if common else None
+
+
+def _sampling_defaults(reading: Reading) -> Mapping[str, float]:
+    values = {name: reading.file.metadata.optional_number(key) for key, name in _SAMPLING.items()}
+    return {name: value for name, value in values.items() if value is not None}

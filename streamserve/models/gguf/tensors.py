@@ -1,0 +1,182 @@
+"""The tensors of a GGUF file as the loader wants them: mapped, named, and as transformers has them.
+
+Experts, which are stacked in one tensor, are tensors of their own here: ``ffn_up_exps.7.weight``.
+What the converter changed is changed back: the rows of q and k, where neighbours turn together, and
+the 1 that Gemma's norms were given. Both hold for packed rows as well.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamserve.errors import ModelLoadError, UnsupportedModelError
+from streamserve.models.gguf.architectures import Architecture, Reading
+from streamserve.models.gguf.container import TensorEntry
+from streamserve.models.gguf.kinds import Kind, kind_of, served_kinds, unpack_rows
+from streamserve_kernels.stored import GroupedWeight, rows_of
+
+_EXPERTS = re.compile(r"(ffn_\w+_exps)\.(weight|bias)$")
+_HEADS = re.compile(r"blk\.\d+\.attn_(q|k|qkv)\.(weight|bias)$")
+_NORM = re.compile(r"norm\.weight$")
+# Rows that are dequantised at a time, by their weights.
+_SLICE_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """A tensor, or an expert's part of one."""
+
+    entry: TensorEntry
+    kind: Kind
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class GgufTensors:
+    """`TensorFiles` of a GGUF file. Raises ModelLoadError that names the file and the tensor."""
+
+    def __init__(self, reading: Reading, architecture: Architecture) -> None:
+        self._norm_offset = architecture.norm_offset
+        self._orders: dict[str, Tensor] = {}
+        if architecture.permuted:
+            self._orders = _row_orders(
+                reading.integer("attention.head_count"),
+                reading.integer_or(
+                    reading.integer("attention.head_count"), "attention.head_count_kv"
+                ),
+                reading.head_size,
+            )
+        self._slices: dict[str, _Slice] = {}
+        for entry in reading.file.tensors.values():
+            for name, part in _parts(entry):
+                self._slices[name] = part
+
+    def names(self) -> Iterator[str]:
+        return iter(self._slices)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._slices[name].shape
+
+    def kind(self, name: str) -> Kind:
+        return self._slices[name].kind
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in its own type, a view where it can be; float32 if it is packed."""
+        part = self._slices[name]
+        if part.kind.plain is not None:
+            tensor = self._bytes(part).view(part.kind.plain).view(part.shape)
+        else:
+            tensor = self._dequantise(part)
+        order = self._order(name)
+        if order is not None:
+            tensor = tensor[order]
+        if self._norm_offset and _NORM.search(name):
+            tensor = tensor - self._norm_offset
+        return tensor
+
+    def stored(self, name: str) -> GroupedWeight | None:
+        """The tensor's codes and scales; None where it is plain."""
+        part = self._slices[name]
+        if part.kind.plain is not None or len(part.shape) != 2:
+            return None
+        weight = unpack_rows(part.kind, self._bytes(part), part.shape[0])
+        order = self._order(name)
+        return weight if order is None else _in_order(weight, order)
+
+    def release(self, name: str) -> None:
+        part = self._slices[name]
+        part.entry.file.advise(part.start, part.start + part.nbytes, mmap.MADV_DONTNEED)
+
+    def _bytes(self, part: _Slice) -> Tensor:
+        file = part.entry.file
+        file.advise(part.start, part.start + part.nbytes, mmap.MADV_WILLNEED)
+        return torch.frombuffer(file.map, dtype=torch.uint8, count=part.nbytes, offset=part.start)
+
+    def _dequantise(self, part: _Slice) -> Tensor:
+        columns = part.shape[-1]
+        data = self._bytes(part).view(-1, columns // part.kind.block * part.kind.nbytes)
+        weight = torch.empty(data.shape[0], columns)
+        rows = max(1, _SLICE_ELEMENTS // columns)
+        for start in range(0, data.shape[0], rows):
+            some = data[start : start + rows]
+            unpacked = unpack_rows(part.kind, some.reshape(-1), some.shape[0])
+            weight[start : start + rows] = unpacked.dequantise()
+        return weight.view(part.shape)
+
+    def _order(self, name: str) -> Tensor | None:
+        heads = _HEADS.search(name)
+        return self._orders.get(heads[1]) if heads is not None else None
+
+
+def _parts(entry: TensorEntry) -> Iterator[tuple[str, _Slice]]:
+    """The tensor, or its experts. Raises for a kind or an extent that cannot be read."""
+    kind = kind_of(entry.kind)
+    path = entry.file.path
+    if kind.plain is None and kind.unpack is None:
+        raise UnsupportedModelError(
+            f"{path}: tensor {entry.name} is of kind {kind.name}, which is not supported; "
+            f"these are: {', '.join(served_kinds())}"
+        )
+    count = 1
+    for extent in entry.shape:
+        count *= extent
+    if not entry.shape or entry.shape[-1] % kind.block:
+        raise ModelLoadError(
+            f"{path}: tensor {entry.name} of shape {list(entry.shape)} has rows that are no "
+            f"multiple of {kind.name}'s {kind.block}"
+        )
+    nbytes = count // kind.block * kind.nbytes
+    if entry.start + nbytes > len(entry.file.map):
+        raise ModelLoadError(
+            f"{path}: tensor {entry.name} ({nbytes} bytes at {entry.start}) lies outside the file "
+            f"({len(entry.file.map)} bytes)"
+        )
+    experts = _EXPERTS.search(entry.name)
+    if experts is None:
+        shape = entry.shape
+        if entry.name.endswith("ffn_gate_inp_shexp.weight") and len(shape) == 1:
+            shape = (1, *shape)
+        yield entry.name, _Slice(entry, kind, shape, entry.start, nbytes)
+        return
+    size = nbytes // entry.shape[0]
+    for index in range(entry.shape[0]):
+        name = f"{entry.name[: experts.start()]}{experts[1]}.{index}.{experts[2]}"
+        yield name, _Slice(entry, kind, entry.shape[1:], entry.start + index * size, size)
+
+
+def _row_orders(num_heads: int, num_kv_heads: int, head_size: int) -> dict[str, Tensor]:
+    """For q, k and all three: which of the file's rows is each row of ours.
+
+    A head's rows (pair, which of two) are stored as (which, pair) by transformers:
+
+        file  a0 b0 a1 b1 a2 b2 …     ours  a0 a1 a2 … b0 b1 b2 …
+    """
+
+    def order(heads: int, start: int) -> Tensor:
+        rows = torch.arange(start, start + heads * head_size)
+        return rows.view(heads, head_size // 2, 2).transpose(1, 2).reshape(-1)
+
+    q, k = order(num_heads, 0), order(num_kv_heads, num_heads * head_size)
+    kv_size = num_kv_heads * head_size
+    v = torch.arange(kv_size) + (num_heads + num_kv_heads) * head_size
+    return {"q": q, "k": order(num_kv_heads, 0), "qkv": torch.cat((q, k, v))}
+
+
+def _in_order(weight: GroupedWeight, order: Tensor) -> GroupedWeight:
+    zeros = weight.zeros
+    return GroupedWeight(
+        weight.codes[order],
+        weight.bits,
+        rows_of(weight.scales, order),
+        zeros[order] if isinstance(zeros, Tensor) else zeros,
+        weight.group,
+        weight.inputs,
+        None if weight.minimums is None else rows_of(weight.minimums, order),
+    )

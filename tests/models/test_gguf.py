@@ -1,0 +1,412 @@
+"""GGUF files of every architecture against transformers, on the weights that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf.quants import dequantize
+
+from streamserve.models import load_config, load_model
+from streamserve.models.gguf.architectures import ARCHITECTURES
+from streamserve.models.gguf.kinds import KINDS, unpack_rows
+from streamserve.models.gguf.source import stack
+from tests.models.gguf_files import F32, Kind, write_gguf
+from tests.models.paged import PagedHarness, Sequence
+from tests.models.test_families import (
+    BASE,
+    ENDS,
+    FALCON,
+    GEMMA,
+    GPT2,
+    GQA,
+    LLAMA3_ROPE,
+    LONGROPE,
+    NUM_GREEDY,
+    PHI3,
+    YARN_ROPE,
+    prompts,
+)
+
+CPU = torch.device("cpu")
+EPS = {"attention.layer_norm_rms_epsilon": 1e-6}
+LAYER_EPS = {"attention.layer_norm_epsilon": 1e-5}
+GEMMA_VALUES = {**EPS, "attention.key_length": 16, "attention.value_length": 16}
+MOE = {**GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MOE_VALUES = {**EPS, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24}
+FALCON_KV = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    """What llama.cpp's converter writes for every model."""
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_hidden_size", None)
+    return {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": inner or 4 * config.hidden_size,
+        "attention.head_count": config.num_attention_heads,
+    }
+
+
+def _llama3_factors() -> dict[str, np.ndarray]:
+    """`LlamaModel.generate_extra_tensors`, for heads of eight."""
+    frequencies = 500_000.0 ** -(np.arange(0, 8, 2) / 8)
+    lengths = 2 * np.pi / frequencies
+    smooth = (32 / lengths - 1.0) / (4.0 - 1.0)
+    between = 1 / ((1 - smooth) / 8.0 + smooth)
+    factors = np.where(lengths < 32 / 4, 1.0, np.where(lengths > 32, 8.0, between))
+    return {"rope_freqs.weight": factors.astype(np.float32)}
+
+
+def _longrope_factors() -> dict[str, np.ndarray]:
+    return {
+        f"rope_factors_{kind}.weight": np.array(LONGROPE[f"{kind}_factor"], dtype=np.float32)
+        for kind in ("short", "long")
+    }
+
+
+# Name: (architecture, transformers' config, metadata beside the sizes, more tensors).
+CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict]]] = {
+    "llama2": ("llama", lambda: transformers.LlamaConfig(**BASE), EPS, dict),
+    "llama3": (
+        "llama",
+        lambda: transformers.LlamaConfig(
+            **GQA, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+        ),
+        {**EPS, "attention.head_count_kv": 2, "rope.freq_base": 500_000.0},
+        _llama3_factors,
+    ),
+    "llama-biases": (
+        "llama",
+        lambda: transformers.LlamaConfig(**GQA, attention_bias=True, mlp_bias=True, head_dim=16),
+        {
+            **EPS,
+            "attention.head_count_kv": 2,
+            "attention.key_length": 16,
+            "attention.value_length": 16,
+        },
+        dict,
+    ),
+    "llama-linear": (
+        "llama",
+        lambda: transformers.LlamaConfig(
+            **GQA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+        ),
+        {
+            **EPS,
+            "attention.head_count_kv": 2,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 2.0,
+        },
+        dict,
+    ),
+    "mixtral": (
+        "llama",
+        lambda: transformers.MixtralConfig(**GQA, num_local_experts=4, rms_norm_eps=1e-6),
+        {
+            **EPS,
+            "attention.head_count_kv": 2,
+            "rope.freq_base": 1e6,
+            "expert_count": 4,
+            "expert_used_count": 2,
+        },
+        dict,
+    ),
+    "qwen2": (
+        "qwen2",
+        lambda: transformers.Qwen2Config(**GQA, tie_word_embeddings=True),
+        {**EPS, "attention.head_count_kv": 2},
+        dict,
+    ),
+    "qwen2.5-yarn": (
+        "qwen2",
+        lambda: transformers.Qwen2Config(**GQA, rope_parameters=YARN_ROPE),
+        {
+            **EPS,
+            "attention.head_count_kv": 2,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+        },
+        dict,
+    ),
+    "qwen3": (
+        "qwen3",
+        lambda: transformers.Qwen3Config(**GQA, head_dim=16),
+        {**GEMMA_VALUES, "attention.head_count_kv": 2},
+        dict,
+    ),
+    "qwen2moe": (
+        "qwen2moe",
+        lambda: transformers.Qwen2MoeConfig(**MOE, shared_expert_intermediate_size=40),
+        {**MOE_VALUES, "attention.head_count_kv": 2, "expert_shared_feed_forward_length": 40},
+        dict,
+    ),
+    "qwen3moe": (
+        "qwen3moe",
+        lambda: transformers.Qwen3MoeConfig(**MOE, head_dim=16, norm_topk_prob=True),
+        {**MOE_VALUES, **GEMMA_VALUES, "attention.head_count_kv": 2},
+        dict,
+    ),
+    "smollm3": (
+        "smollm3",
+        lambda: transformers.SmolLM3Config(**{**GQA, "num_hidden_layers": 4}, **ENDS),
+        {**EPS, "attention.head_count_kv": 2, "rope.freq_base": 2_000_000.0},
+        dict,
+    ),
+    "gemma": (
+        "gemma",
+        lambda: transformers.GemmaConfig(**GQA, **ENDS, head_dim=16),
+        {**GEMMA_VALUES, "attention.head_count_kv": 2},
+        dict,
+    ),
+    "gemma2": (
+        "gemma2",
+        lambda: transformers.Gemma2Config(
+            **{**GEMMA, "query_pre_attn_scalar": 16},
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=5.0,
+            attn_implementation="eager",
+        ),
+        {
+            **GEMMA_VALUES,
+            "attention.head_count_kv": 2,
+            "attention.sliding_window": 6,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+        },
+        dict,
+    ),
+    "gemma3": (
+        "gemma3",
+        lambda: transformers.Gemma3TextConfig(
+            **{**GEMMA, "query_pre_attn_scalar": 16, "num_hidden_layers": 7},
+            layer_types=["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        ),
+        {
+            **GEMMA_VALUES,
+            "attention.head_count_kv": 2,
+            "attention.sliding_window": 6,
+            "rope.freq_base": 1e6,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        },
+        dict,
+    ),
+    "phi2": (
+        "phi2",
+        lambda: transformers.PhiConfig(**BASE),
+        {**LAYER_EPS, "attention.head_count_kv": 4, "rope.dimension_count": 4},
+        dict,
+    ),
+    "phi3": (
+        "phi3",
+        lambda: transformers.Phi3Config(**PHI3, sliding_window=7),
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.head_count_kv": 1,
+            "attention.sliding_window": 7,
+            "rope.dimension_count": 16,
+        },
+        dict,
+    ),
+    "phi3-long": (
+        "phi3",
+        lambda: transformers.Phi3Config(
+            **PHI3, rope_parameters=LONGROPE, original_max_position_embeddings=32
+        ),
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.head_count_kv": 1,
+            "attention.sliding_window": 0,
+            "rope.dimension_count": 16,
+            "rope.scaling.original_context_length": 32,
+            # As `Phi3MiniModel` computes it, for four times the trained length.
+            "rope.scaling.attn_factor": float(np.sqrt(1 + np.log(4) / np.log(32))),
+        },
+        _longrope_factors,
+    ),
+    "gpt2": ("gpt2", lambda: transformers.GPT2Config(**GPT2, **ENDS), LAYER_EPS, dict),
+    "gptneox": (
+        "gptneox",
+        lambda: transformers.GPTNeoXConfig(**BASE),
+        {**LAYER_EPS, "rope.dimension_count": 2, "use_parallel_residual": True},
+        dict,
+    ),
+    "starcoder2": (
+        "starcoder2",
+        lambda: transformers.Starcoder2Config(**GQA, **ENDS, sliding_window=None),
+        {**LAYER_EPS, "attention.head_count_kv": 2},
+        dict,
+    ),
+    "falcon-7b": (
+        "falcon",
+        lambda: transformers.FalconConfig(**FALCON),
+        {**LAYER_EPS, "attention.head_count_kv": 1},
+        dict,
+    ),
+    "falcon-40b": (
+        "falcon",
+        lambda: transformers.FalconConfig(**FALCON_KV, tie_word_embeddings=False),
+        {**LAYER_EPS, "attention.head_count_kv": 2},
+        dict,
+    ),
+    "olmo2": (
+        "olmo2",
+        lambda: transformers.Olmo2Config(**GQA, **ENDS),
+        {"attention.layer_norm_rms_epsilon": 1e-5, "attention.head_count_kv": 2},
+        dict,
+    ),
+    "glm4": (
+        "glm4",
+        lambda: transformers.Glm4Config(**GQA, **ENDS, head_dim=16, attention_bias=True),
+        {
+            "attention.layer_norm_rms_epsilon": 1.5625e-7,
+            "attention.head_count_kv": 2,
+            "attention.key_length": 16,
+            "attention.value_length": 16,
+            "rope.dimension_count": 8,
+        },
+        dict,
+    ),
+}
+
+
+def test_every_architecture_has_a_case():
+    assert {architecture for architecture, *_ in CASES.values()} == set(ARCHITECTURES)
+
+
+def _write(path: Path, case: str, build: Any, **options: Any) -> Any:
+    """Writes the case's file; returns the model that it stands for."""
+    architecture, config, values, extra = CASES[case]
+    model = build(config())
+    values = {**_sizes(model.config), **values}
+    write_gguf(path, model, architecture, values, extra=extra(), **options)
+    return model
+
+
+def _compare(path: Path, model: Any, kernels: Any, *, tolerance: float = 1e-4) -> Any:
+    """Logits of prompts in chunks, and of greedy tokens after them, by transformers' own."""
+    decoder = load_model(path, dtype=torch.float32, device=CPU, kernels=kernels)
+    harness = PagedHarness(decoder)
+    sequences = [Sequence(tokens) for tokens in prompts(shared=10)]
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    logits = harness.prefill(sequences, 5)
+    harness.decode(sequences, torch.stack([rows[-1] for rows in logits]), NUM_GREEDY)
+    for sequence, ours, length in zip(sequences, logits, lengths, strict=True):
+        with torch.inference_mode():
+            expected = model(torch.tensor([sequence.tokens])).logits[0]
+        rows = expected[:length]
+        torch.testing.assert_close(ours, rows, rtol=tolerance, atol=tolerance)
+        assert sequence.tokens[length:] == expected[length - 1 : -1].argmax(-1).tolist()
+    return decoder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_weights_are_those_of_transformers(case, tmp_path, build, kernels):
+    model = _write(tmp_path / "model.gguf", case, build)
+    config = load_config(tmp_path / "model.gguf")
+    assert config.stored_quantization is None
+    assert config.spec.vocab_size == 97
+    _compare(tmp_path / "model.gguf", model, kernels)
+
+
+# Rows of 32 and 64: whole blocks of the older kinds, in all that is a matrix.
+WIDE = {"intermediate_size": 64}
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0], ids=str)
+def test_packed_weights_stay_packed(kind, tmp_path, build, kernels):
+    config = transformers.LlamaConfig(**{**GQA, **WIDE})
+    model = build(config)
+    values = {**_sizes(config), **EPS, "attention.head_count_kv": 2}
+    write_gguf(tmp_path / "m.gguf", model, "llama", values, kind=lambda name: kind)
+    decoder = _compare(tmp_path / "m.gguf", model, kernels)
+    stored = load_config(tmp_path / "m.gguf").stored_quantization
+    assert stored is not None
+    assert stored.name == "gguf"
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    # Norms are plain; outputs are padded to whole tiles.
+    assert decoder.nbytes < 1.8 * matrices * nbytes / block
+    assert decoder.nbytes <= load_config(tmp_path / "m.gguf").weight_bytes(torch.float32)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "qwen2", "falcon-40b", "phi3"])
+def test_experts_and_fused_matrices_are_packed_too(case, tmp_path, build, kernels):
+    narrow = ("down_exps", "down_shexp", "ffn_down")  # rows of 24, 40 or 48: no whole blocks
+    model = _write(
+        tmp_path / "m.gguf",
+        case,
+        build,
+        kind=lambda name: F32 if any(part in name for part in narrow) else Kind.Q8_0,
+    )
+    _compare(tmp_path / "m.gguf", model, kernels)
+
+
+MIXES = {
+    "q4_k_m": {"attn_v": Kind.Q6_K, "ffn_down": Kind.Q6_K, "token_embd": Kind.Q6_K, "": Kind.Q4_K},
+    "q2_k": {"attn_v": Kind.Q3_K, "ffn_gate": Kind.Q3_K, "output": Kind.Q6_K, "": Kind.Q2_K},
+    "q5_k": {"attn_q": Kind.Q8_0, "attn_v": Kind.BF16, "ffn_up": Kind.Q5_0, "": Kind.Q5_K},
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_parts_of_unlike_kinds_make_one_matrix(mix, tmp_path, build, kernels):
+    config = transformers.LlamaConfig(
+        **{**GQA, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+    )
+    model = build(config)
+    for norm in (p for p in model.parameters() if p.dim() == 1):
+        norm.data.mul_(0.3)  # or logits of this width are too large to compare
+    values = {**_sizes(config), **EPS, "attention.head_count_kv": 2}
+    kinds = MIXES[mix]
+    write_gguf(
+        tmp_path / "m.gguf",
+        model,
+        "llama",
+        values,
+        kind=lambda name: next(kind for part, kind in kinds.items() if part in name),
+    )
+    decoder = _compare(tmp_path / "m.gguf", model, kernels, tolerance=1e-3)
+    assert decoder.nbytes <= load_config(tmp_path / "m.gguf").weight_bytes(torch.float32)
+
+
+@pytest.mark.parametrize("number", [n for n, kind in KINDS.items() if kind.unpack is not None])
+def test_any_block_is_dequantised_as_by_ggml(number):
+    kind = KINDS[number]
+    assert (kind.block, kind.nbytes) == gguf.GGML_QUANT_SIZES[Kind(number)]
+    assert kind.name == Kind(number).name
+    data = np.random.default_rng(number).integers(0, 256, (7, 3 * kind.nbytes), dtype=np.uint8)
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = torch.from_numpy(dequantize(data, Kind(number)))
+    ours = unpack_rows(kind, torch.from_numpy(data), 7).dequantise()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_stacking_unlike_kinds_changes_no_bit():
+    generator = np.random.default_rng(1)
+    parts = []
+    for number in (2, 3, 6, 7, 8, 10, 11, 12, 13, 14):
+        kind = KINDS[number]
+        shape = (3, 512 // kind.block * kind.nbytes)
+        data = generator.integers(0, 256, shape, dtype=np.uint8)
+        # The high byte of no float16 may be that of an infinity.
+        parts.append(unpack_rows(kind, torch.from_numpy(data & 0xBB), 3))
+    for first in parts:
+        for second in parts:
+            expected = torch.cat((first.dequantise(), second.dequantise()))
+            torch.testing.assert_close(
+                stack([first, second]).dequantise(), expected, rtol=0, atol=0, equal_nan=True
+            )

@@ -1,0 +1,187 @@
+"""How a GGUF file is found, its parts, and damaged ones: errors name file, key and tensor."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from streamserve.errors import ModelLoadError, UnsupportedModelError
+from streamserve.models import load_config, load_model, resolve_dtype, resolve_model
+from tests.models.gguf_files import Kind, write_gguf
+from tests.models.test_families import GQA
+
+CPU = torch.device("cpu")
+VALUES = {
+    "context_length": 128,
+    "embedding_length": 32,
+    "block_count": 3,
+    "feed_forward_length": 48,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+}
+
+
+@pytest.fixture
+def write(tmp_path, build):
+    """Writes a tiny llama's file, its metadata changed; returns (path, model)."""
+
+    def write(name="m.gguf", architecture="llama", **options):
+        values = {**VALUES, **options.pop("values", {})}
+        model = build(transformers.LlamaConfig(**GQA))
+        write_gguf(tmp_path / name, model, architecture, values, **options)
+        return tmp_path / name, model
+
+    return write
+
+
+def _load(path: Path, kernels):
+    return load_model(path, dtype=torch.float32, device=CPU, kernels=kernels)
+
+
+def test_a_file_a_directory_and_a_part_are_found(write, tmp_path):
+    path, _ = write()
+    assert resolve_model(str(path)) == path
+    assert resolve_model(str(tmp_path)) == path
+    assert resolve_model(str(tmp_path), load_format="gguf") == path
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == tmp_path  # what a directory was before
+    assert resolve_model(str(tmp_path), load_format="gguf") == path
+    part = tmp_path / "big-00002-of-00003.gguf"
+    part.touch()
+    assert resolve_model(str(part)).name == "big-00001-of-00003.gguf"
+    with pytest.raises(ModelLoadError, match=r"several GGUF .* name one of big-00001.*, m\.gguf"):
+        resolve_model(str(tmp_path), load_format="gguf")
+    with pytest.raises(ModelLoadError, match="is a GGUF file, which is not read as safetensors"):
+        resolve_model(str(path), load_format="safetensors")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ModelLoadError, match="empty holds no GGUF file"):
+        resolve_model(str(empty), load_format="gguf")
+
+
+def test_parts_are_read_as_one(write, tmp_path, kernels):
+    whole, _ = write()
+    # A handful of parts, as `llama-gguf-split` writes them.
+    write("split.gguf", split_max_size=40_000)
+    parts = sorted(tmp_path.glob("split-*.gguf"))
+    assert len(parts) > 2
+    expected = dict(_weights(_load(whole, kernels)))
+    for name, weight in _weights(_load(parts[1], kernels)):
+        assert torch.equal(weight, expected[name])
+    assert load_config(parts[0]).spec == load_config(whole).spec
+    parts[-1].unlink()
+    with pytest.raises(ModelLoadError, match=rf"one of {len(parts)} parts, and split-.* not there"):
+        load_config(parts[0])
+
+
+def _weights(decoder):
+    for index, linear in enumerate(decoder.linears()):
+        yield index, linear.weight
+
+
+def test_dtype_auto_on_a_gpu_is_the_files_own(write):
+    for kind, dtype in ((Kind.F16, torch.float16), (Kind.BF16, torch.bfloat16)):
+        path, _ = write(f"{kind.name}.gguf", kind=lambda name, kind=kind: kind)
+        assert resolve_dtype("auto", load_config(path), torch.device("cuda")) == dtype
+
+
+def test_recommended_sampling_and_ends_are_read(write):
+    def text(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(
+            ["a", "<|im_end|>", "<eos>", "<|endoftext|>"] + [f"t{n}" for n in range(93)]
+        )
+        writer.add_eos_token_id(2)
+        writer.add_float32("general.sampling.temp", 0.6)
+        writer.add_int32("general.sampling.top_k", 20)
+
+    config = load_config(write(text=text)[0])
+    assert config.eos_token_ids == (2, 1, 3)
+    assert config.sampling_defaults == {"temperature": 0.6, "top_k": 20}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": "mamba"}, "architecture 'mamba' is not supported in a GGUF file; these"),
+        (
+            {"values": {"attention.causal": False}},
+            r"llama\.attention\.causal False is not supported",
+        ),
+        ({"values": {"rope.scaling.type": "longrope"}}, "scaling.type 'longrope' is not supported"),
+        ({"values": {"attention.value_length": 4}}, "value_length must be 8, as keys are long"),
+        ({"values": {"attention.head_count_kv": [2, 2, 1]}}, "differs from layer to layer"),
+        (
+            {"values": {"block_count": "three"}},
+            r"llama\.block_count must be an integer, got 'three'",
+        ),
+        ({"values": {"block_count": 4}}, r"it lacks 9 tensors: blk\.3\.attn_norm\.weight"),
+        ({"values": {"block_count": 2}}, r"no use for 9 tensors: blk\.2\.attn_q\.weight"),
+        (
+            {"values": {"embedding_length": 64, "attention.key_length": 8}},
+            r"tensor token_embd\.weight has shape \[97, 32\]; the config asks for \[97, 64\]",
+        ),
+        ({"extra": {"blk.0.odd": np.zeros(3, np.float32)}}, r"no use for 1 tensor: blk\.0\.odd"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(options, message, write, kernels):
+    if options.get("architecture") == "mamba":
+        path, _ = write()
+        path.write_bytes(path.read_bytes().replace(b"llama", b"mamba"))
+    else:
+        path, _ = write(**options)
+    with pytest.raises(ModelLoadError, match=message) as raised:
+        _load(path, kernels)
+    assert "m.gguf" in str(raised.value)
+
+
+def test_a_kind_that_is_not_built_is_named(write):
+    path, _ = write(kind=lambda name: Kind.BF16 if "ffn_up" in name else Kind.F32)
+    data = path.read_bytes()
+    at = data.index(b"blk.1.ffn_up.weight") + len(b"blk.1.ffn_up.weight") + 4 + 16
+    assert data[at] == Kind.BF16
+    path.write_bytes(data[:at] + bytes([Kind.IQ4_XS]) + data[at + 1 :])
+    with pytest.raises(
+        UnsupportedModelError, match=r"tensor blk\.1\.ffn_up\.weight is of kind IQ4_XS.*Q4_K"
+    ):
+        load_config(path)
+
+
+def test_damaged_files_are_refused(write):
+    path, _ = write()
+    data = path.read_bytes()
+
+    def refused(changed: bytes, message: str) -> None:
+        other = path.with_name("damaged.gguf")
+        other.write_bytes(changed)
+        with pytest.raises(ModelLoadError, match=message) as raised:
+            load_config(other)
+        assert "damaged.gguf" in str(raised.value)
+
+    refused(b"GGML" + data[4:], "is no GGUF file: it begins with b'GGML'")
+    refused(data[:4] + struct.pack("<I", 1) + data[8:], "version 1 GGUF file, which is not")
+    refused(data[:4] + struct.pack(">I", 3) + data[8:], "big-endian GGUF file")
+    refused(data[:8] + struct.pack("<Q", 2**60) + data[16:], "damaged header: 11529")
+    refused(data[:60], "damaged header")
+    refused(data[: len(data) // 2], r"tensor \S+ \(\d+ bytes at \d+\) lies outside the file")
+    key = data.index(b"llama.context_length")
+    refused(data[: key - 8] + struct.pack("<Q", 2**62) + data[key:], "lie outside the file")
+    refused(data.replace(b"blk.1.ffn_up", b"blk.0.ffn_up"), "names a tensor twice")
+    refused(b"", "cannot be mapped")
+
+
+def test_every_cut_of_a_header_is_an_error_of_ours(write):
+    path, _ = write()
+    data = path.read_bytes()
+    header = data.index(b"blk.0.attn_q.weight")
+    for size in range(1, header, 37):
+        path.write_bytes(data[:size])
+        with pytest.raises(ModelLoadError):
+            load_config(path)
