@@ -18,6 +18,9 @@ import pytest
 import torch
 
 from device_bench.interpreted import loops_bounded_by_arguments
+from tests.hypothesis_profiles import load_profile
+
+load_profile()
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

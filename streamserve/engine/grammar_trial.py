@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -62,14 +63,16 @@ class GrammarTrial:
         self._end()
 
     def _ask(self, task: Task) -> Verdict:
+        is_silent = False
         try:
             connection = self._connection or self._start()
             connection.send(tuple(task))
             if connection.poll(self._timeout_s):
                 return Verdict(*connection.recv())
+            is_silent = True
         except (EOFError, OSError):
-            pass
-        return Verdict("", self._why_it_died())
+            pass  # it has closed its end: it is about to be dead
+        return Verdict("", self._why(is_silent=is_silent))
 
     def _end(self) -> None:
         connection, self._connection = self._connection, None
@@ -91,14 +94,12 @@ class GrammarTrial:
         self._connection.send(self._special_tokens)
         return self._connection
 
-    def _why_it_died(self) -> str:
+    def _why(self, *, is_silent: bool) -> str:
         """Clean up behind a worker that gave no answer."""
         process = self._process
-        if process is not None:
-            try:
-                process.wait(0.0 if self._connection is None else 0.2)
-            except subprocess.TimeoutExpired:
-                pass
+        if process is not None and not is_silent:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_CLOSE_S)
         status = None if process is None else process.poll()
         self._end()
         if status == -signal.SIGPROF:

@@ -251,12 +251,12 @@ class Exchange:
         self._may_write.set()
 
     async def finished(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await self.task
 
     async def until(self, condition: Callable[["Exchange"], bool]) -> None:
         """Wait for messages until ``condition``."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition(self):
                 self._changed.clear()
                 await self._changed.wait()
@@ -357,7 +357,7 @@ def text_of(events: list[Any], index: int = 0) -> str:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Give the event loop turns until ``condition`` holds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0)
 
@@ -384,9 +384,9 @@ def server_thread(**api: Any) -> Iterator[str]:
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(60)
         yield urls[0]
     finally:
         stops[0]()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()

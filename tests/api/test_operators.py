@@ -95,7 +95,7 @@ async def test_live_is_answered_within_a_few_steps_of_a_saturated_engine():
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200")
             assert await reader.readexactly(len(b'{"status":"ok"}')) == b'{"status":"ok"}'
-            assert api.engine.num_steps - before < 50
+            assert api.engine.num_steps - before < 200
         assert not api.engine.is_idle
         writer.close()
         for exchange in readers:

@@ -192,7 +192,7 @@ async def test_promise_a_stream_is_found_by_the_key_that_owns_it_only():
 
 
 async def test_promise_generation_goes_on_until_the_last_readers_grace_ends():
-    streams = StreamConfig(resume_timeout_s=0.1)
+    streams = StreamConfig(resume_timeout_s=1.0)
     async with Api(is_held=True, streams=streams).running() as api:
         body = chat_body(stream=True, max_tokens=100)
         exchange = Exchange(api.app, "POST", CHAT, body, headers=RESUME)

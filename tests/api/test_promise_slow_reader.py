@@ -52,7 +52,7 @@ async def body_of(sock):
     """The whole response, which has chunks."""
     loop = asyncio.get_running_loop()
     raw = b""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not raw.endswith(b"0\r\n\r\n"):
             piece = await loop.sock_recv(sock, 65536)
             if not piece:

@@ -35,7 +35,7 @@ PLAIN = {"prompt": "Hi", "max_tokens": 4, "seed": 1}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[httpx.Client]:
-    with server_thread() as url, httpx.Client(base_url=url, timeout=10) as client:
+    with server_thread() as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 

@@ -19,7 +19,7 @@ from streamserve.api.server import ApiServer
 from tests.api.harness import Api, Exchange, chat_body, events_of, text_of, until
 
 CHAT = "/v1/chat/completions"
-PROMPTLY_S = 5.0  # on a busy machine; it is 0.3 s on an idle one
+PROMPTLY_S = 30.0  # half of the drain that it does not wait for; it is 0.3 s on an idle machine
 
 
 @contextlib.contextmanager
@@ -42,10 +42,10 @@ def server_process(*flags):
 @contextlib.contextmanager
 def streaming(address, max_tokens):
     """A stream whose first bytes have come; yields the response."""
-    connection = http.client.HTTPConnection(*address, timeout=20)
+    connection = http.client.HTTPConnection(*address, timeout=60)
     connection.sock = socket.socket()
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full
-    connection.sock.settimeout(20)
+    connection.sock.settimeout(60)
     connection.sock.connect(address)
     body = chat_body(stream=True, max_tokens=max_tokens, model="null", ignore_eos=True)
     headers = {"content-type": "application/json"}
@@ -63,7 +63,7 @@ def wait_until_stalled(address):
     """Until the one stream there is has filled its socket: no further token is generated."""
     counts = [-1, -2]
     while len(counts) < 5 or len(set(counts[-5:])) > 1:
-        connection = http.client.HTTPConnection(*address, timeout=10)
+        connection = http.client.HTTPConnection(*address, timeout=60)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
@@ -72,9 +72,9 @@ def wait_until_stalled(address):
 
 def wait_until_draining(address):
     """Until newcomers are refused; returns the refusal."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
-        connection = http.client.HTTPConnection(*address, timeout=10)
+        connection = http.client.HTTPConnection(*address, timeout=60)
         connection.request("GET", "/health")
         response = connection.getresponse()
         content = json.loads(response.read())
@@ -90,7 +90,7 @@ def test_an_idle_server_ends_at_once_with_0(sig):
     with server_process("--drain-timeout", "60") as (process, _):
         started = time.monotonic()
         process.send_signal(sig)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
         assert time.monotonic() - started < PROMPTLY_S
         assert process.returncode == 0
         assert errors == ""
@@ -98,21 +98,22 @@ def test_an_idle_server_ends_at_once_with_0(sig):
 
 def test_an_idle_connection_does_not_hold_the_server_up():
     with server_process("--drain-timeout", "60") as (process, address):
-        connection = http.client.HTTPConnection(*address, timeout=10)
+        connection = http.client.HTTPConnection(*address, timeout=60)
         connection.request("GET", "/health")
         connection.getresponse().read()
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
         assert time.monotonic() - started < PROMPTLY_S
         assert process.returncode == 0
         connection.close()
 
 
 def test_a_stream_is_drained_and_newcomers_are_refused():
+    # The answer is more than all buffers hold: it cannot end before it is read.
     with (
-        server_process("--drain-timeout", "60", "--step-ms", "10") as (process, address),
-        streaming(address, max_tokens=200) as response,
+        server_process("--drain-timeout", "60") as (process, address),
+        streaming(address, max_tokens=4000) as response,
     ):
         process.send_signal(signal.SIGTERM)
         assert wait_until_draining(address) == {"status": "draining"}
@@ -120,7 +121,7 @@ def test_a_stream_is_drained_and_newcomers_are_refused():
         for num_frames in (0, 50):  # the listener stays open
             while body.count(b"data: ") < num_frames:
                 body += response.read1()
-            newcomer = http.client.HTTPConnection(*address, timeout=10)
+            newcomer = http.client.HTTPConnection(*address, timeout=60)
             headers = {"content-type": "application/json"}
             newcomer.request("POST", CHAT, json.dumps(chat_body(model="null")), headers)
             refusal = newcomer.getresponse()
@@ -129,21 +130,21 @@ def test_a_stream_is_drained_and_newcomers_are_refused():
             assert json.loads(refusal.read())["error"]["code"] == "shutting_down"
             newcomer.close()
         events = events_of(body + response.read())
-        assert len(text_of(events)) == 200
+        assert len(text_of(events)) == 4000
         assert events[-1] == "[DONE]"
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
         assert process.returncode == 0
 
 
 def test_a_body_that_is_half_sent_is_refused_when_the_drain_begins():
     with server_process("--drain-timeout", "60") as (process, address):
-        newcomer = http.client.HTTPConnection(*address, timeout=20)
+        newcomer = http.client.HTTPConnection(*address, timeout=60)
         newcomer.putrequest("POST", CHAT)
         newcomer.putheader("content-type", "application/json")
         newcomer.putheader("content-length", "100")
         newcomer.endheaders(b'{"messages": [')
         # Whoever is answered on a connection made later was heard later.
-        health = http.client.HTTPConnection(*address, timeout=20)
+        health = http.client.HTTPConnection(*address, timeout=60)
         health.request("GET", "/health")
         assert health.getresponse().status == 200
         health.close()
@@ -152,7 +153,7 @@ def test_a_body_that_is_half_sent_is_refused_when_the_drain_begins():
         refusal = newcomer.getresponse()
         assert (refusal.status, refusal.headers["retry-after"]) == (503, "60")
         assert json.loads(refusal.read())["error"]["code"] == "shutting_down"
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
         assert time.monotonic() - started < PROMPTLY_S
         assert (process.returncode, errors) == (0, "")
         newcomer.close()
@@ -160,17 +161,17 @@ def test_a_body_that_is_half_sent_is_refused_when_the_drain_begins():
 
 def test_a_whole_answer_that_is_cut_is_a_503_that_says_when_to_retry():
     with server_process("--drain-timeout", "0.2", "--step-ms", "5") as (process, address):
-        connection = http.client.HTTPConnection(*address, timeout=20)
+        connection = http.client.HTTPConnection(*address, timeout=60)
         body = chat_body(max_tokens=100_000, model="null", ignore_eos=True)
         connection.request("POST", CHAT, json.dumps(body), {"content-type": "application/json"})
-        health = http.client.HTTPConnection(*address, timeout=20)
+        health = http.client.HTTPConnection(*address, timeout=60)
         health.request("GET", "/health")
         health.getresponse().read()
         process.send_signal(signal.SIGTERM)
         refusal = connection.getresponse()
         assert (refusal.status, refusal.headers["retry-after"]) == (503, "1")
         refusal.read()
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
         assert process.returncode == 0
         connection.close()
         health.close()
@@ -190,7 +191,7 @@ def test_a_stream_that_is_cut_says_so(flags):
         events = events_of(body)
         assert events[-1]["error"]["status"] == 503
         assert b"[DONE]" not in body
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
         assert process.returncode == 0
 
 
@@ -203,7 +204,7 @@ def test_a_reader_who_does_not_read_does_not_hold_the_server_up():
         process.send_signal(signal.SIGINT)
         wait_until_draining(address)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 0
         assert errors == ""
 
@@ -235,7 +236,7 @@ async def test_a_shutdown_wanted_during_the_start_is_not_lost():
     ready = []
     server = ApiServer(api.app, api.config, on_ready=ready.append)
     server.request_shutdown()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await server.run()
     assert ready == []
 
@@ -273,7 +274,7 @@ def test_a_server_without_a_model_imports_no_torch():
 def test_the_frame_benchmark_counts_no_merged_frame():
     command = [sys.executable, "-m", "loadtest.frames", "--streams", "8", "--tokens", "50"]
     done = subprocess.run(
-        [*command, "--repeats", "1"], capture_output=True, text=True, check=False, timeout=60
+        [*command, "--repeats", "1"], capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stderr
     assert "8 streams, 400 tokens, 432 frames" in done.stdout

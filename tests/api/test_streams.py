@@ -196,7 +196,7 @@ async def test_a_server_whose_device_has_died_ends_and_says_so():
     api = Api(runner=DeadRunner())
 
     async def serve():
-        async with api.serving(), asyncio.timeout(10):
+        async with api.serving(), asyncio.timeout(60):
             assert (await api.chat()).status in {500, 503}
             await api.engine.wait_dead()
             assert (await api.call("GET", "/health")).status == 503

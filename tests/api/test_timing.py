@@ -131,7 +131,7 @@ async def test_the_numbers_are_those_of_the_clock():
 
 async def comment_that(reader, is_wanted):
     """The first of a response's progress comments that is wanted."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             line = await reader.readline()
             assert line, "the response has ended"

@@ -30,7 +30,7 @@ _FLAGS = (
     "--hide-scrollbars",
     "--force-color-profile=srgb",
 )
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 120.0
 
 
 class Browser:

@@ -101,9 +101,9 @@ class Chaos:
         }
         return body, solo_text(prompt, max_tokens)
 
-    async def honest(self, *, pause_s: float = 0.0) -> None:
+    async def honest(self, *, pause_s: float = 0.0, max_tokens: int | None = None) -> None:
         """Reads to the end, with a pause in the middle, and checks every byte."""
-        body, expected = self.question(self.rng.randrange(1, 200))
+        body, expected = self.question(max_tokens or self.rng.randrange(1, 200))
         async with asyncio.timeout(TIMEOUT_S):
             async with self.connected(None if not pause_s else 4096) as (reader, writer):
                 writer.write(request_bytes("/v1/completions", body))
@@ -112,7 +112,7 @@ class Chaos:
                 raw += await reader.read(-1)
         status = int(raw.split(None, 2)[1])
         if status != 200:
-            if status not in (429, 503):
+            if status not in (408, 429, 503):  # in a crowd some come to speak too late
                 raise BrokenPromiseError(raw.decode())
             self.counts[f"refused with {status}"] += 1
             return
@@ -186,7 +186,9 @@ class Chaos:
 
     async def fault(self, kind: str, **how: Any) -> None:
         """Asks the server to go wrong."""
-        status, content = await self.whole("/debug/inject_fault", {"kind": kind, **how})
+        status = 408
+        while status == 408:
+            status, content = await self.whole("/debug/inject_fault", {"kind": kind, **how})
         if status != 200:
             raise BrokenPromiseError(content.decode())
         self.counts[kind] += 1
@@ -196,6 +198,12 @@ class Chaos:
         _, content = await self.whole("/metrics", method="GET")
         rows = [line.rsplit(" ", 1) for line in content.decode().splitlines() if line[:1] != "#"]
         return {row[0].split("{")[0]: float(row[1]) for row in rows if len(row) == 2}
+
+    async def until_running(self, count: int) -> None:
+        """Wait until so many requests run at once."""
+        async with asyncio.timeout(TIMEOUT_S):
+            while (await self.samples())["streamserve:num_requests_running"] < count:
+                pass
 
     async def until_idle(self) -> dict[str, float]:
         """Wait until nothing runs; the metrics then."""

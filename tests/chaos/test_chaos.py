@@ -85,19 +85,22 @@ async def test_a_crowd_of_the_worst_clients_leaves_no_trace():
         assert chaos.counts["ended: done"] >= 20
         assert chaos.counts["dropped"] == 650
         assert resident_mib(process) - before < 32
-        assert psutil.Process(process.pid).num_fds() <= num_files + 2
+        async with asyncio.timeout(60):  # connections may still be closing
+            while psutil.Process(process.pid).num_fds() > num_files + 2:
+                await asyncio.sleep(0.05)
         assert (await chaos.whole("/ready", method="GET"))[0] == 200
         process.send_signal(signal.SIGTERM)
-        process.wait(20)
+        process.wait(60)
         assert process.returncode == 0
 
 
 async def test_sigterm_under_load_cuts_no_stream():
-    with chaos_server("--drain-timeout", "60") as (process, address):
+    # Answers long enough for all that follows, and blocks for all of them.
+    flags = ("--drain-timeout", "60", "--step-ms", "5", "--num-blocks", "1000")
+    with chaos_server(*flags) as (process, address):
         chaos = Chaos(address, random.Random(2), allowed_errors=frozenset())
-        streams = [asyncio.create_task(chaos.honest()) for _ in range(40)]
-        while (await chaos.samples())["streamserve:num_requests_running"] < 10:
-            pass
+        streams = [asyncio.create_task(chaos.honest(max_tokens=300)) for _ in range(40)]
+        await chaos.until_running(10)
         process.send_signal(signal.SIGTERM)
         while (await chaos.whole("/ready", method="GET"))[0] == 200:
             pass
@@ -114,16 +117,16 @@ async def test_sigterm_under_load_cuts_no_stream():
 
 
 async def test_sigterm_with_little_time_ends_every_stream_with_an_error():
-    with chaos_server("--drain-timeout", "0.2", "--step-ms", "20") as (process, address):
+    flags = ("--drain-timeout", "0.2", "--step-ms", "20", "--num-blocks", "2000")
+    with chaos_server(*flags) as (process, address):
         allowed = frozenset({"internal_error", "engine_dead", "aborted", "shutting_down"})
         chaos = Chaos(address, random.Random(4), allowed_errors=allowed)
-        streams = [asyncio.create_task(chaos.honest()) for _ in range(16)]
-        while (await chaos.samples())["streamserve:num_requests_running"] < 16:
-            pass
+        streams = [asyncio.create_task(chaos.honest(max_tokens=3000)) for _ in range(16)]
+        await chaos.until_running(16)
         process.send_signal(signal.SIGTERM)
         await asyncio.gather(*streams)
         assert sum(chaos.counts.values()) == 16
-        assert chaos.counts["ended: done"] < 16
+        assert not chaos.counts["ended: done"]
 
 
 async def test_after_sigkill_clients_know_and_the_next_server_is_right():
@@ -139,11 +142,10 @@ async def test_after_sigkill_clients_know_and_the_next_server_is_right():
         if end or not expected.startswith(text):
             raise BrokenPromiseError(raw.decode())
 
-    with chaos_server() as (process, address):
+    with chaos_server("--step-ms", "5", "--num-blocks", "1000") as (process, address):
         chaos = Chaos(address, random.Random(5))
         streams = [asyncio.create_task(interrupted(chaos)) for _ in range(10)]
-        while (await chaos.samples())["streamserve:num_requests_running"] < 10:
-            pass
+        await chaos.until_running(10)
         process.kill()
         await asyncio.gather(*streams)
     with chaos_server("--port", str(address[1])):

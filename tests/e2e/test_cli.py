@@ -13,7 +13,7 @@ from streamserve.cli.model_source import box_path
 from tests.e2e.servers import command, environment, running_server
 
 
-def run(*args, stdin="", timeout=120):
+def run(*args, stdin="", timeout=240):
     return subprocess.run(
         command(*args),
         input=stdin,
@@ -139,7 +139,7 @@ def test_the_memory_plan_and_a_line_to_try_are_printed(box):
 def test_ctrl_c_ends_an_idle_server_with_success():
     with running_server("--dtype", "float32") as server:
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 def test_chat_with_an_engine_of_its_own():

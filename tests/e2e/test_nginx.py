@@ -35,6 +35,17 @@ def configuration(folder, upstream):
     )
 
 
+async def is_listening(path):
+    """The socket's file is there a moment before anybody listens."""
+    try:
+        _, writer = await asyncio.open_unix_connection(path)
+    except OSError:
+        return False
+    writer.close()
+    await writer.wait_closed()
+    return True
+
+
 @contextlib.asynccontextmanager
 async def behind_nginx(folder, address):
     """Yields the path of the socket that nginx listens on."""
@@ -46,8 +57,8 @@ async def behind_nginx(folder, address):
     )
     listen = folder / "listen"
     try:
-        async with asyncio.timeout(10):
-            while not listen.exists():
+        async with asyncio.timeout(60):
+            while not await is_listening(str(listen)):
                 assert process.poll() is None, process.stderr.read().decode()
                 await asyncio.sleep(0.01)
         yield str(listen)

@@ -25,13 +25,13 @@ def chat(text):
 
 
 async def test_a_template_that_spins_is_stopped_and_delays_nobody():
-    preprocessor = Preprocessor(ByteTokenizer(), ChatTemplate(SPINS, source="x"), timeout_s=0.05)
+    preprocessor = Preprocessor(ByteTokenizer(), ChatTemplate(SPINS, source="x"), timeout_s=0.5)
     assert (await preprocessor.chat(chat("walk"))).text == "ok"
     before = threading.active_count()
-    with pytest.raises(InvalidParameterError, match=r"messages took longer than .* 0\.05 s"):
+    with pytest.raises(InvalidParameterError, match=r"messages took longer than .* 0\.5 s"):
         await preprocessor.chat(chat("spin"))
     assert preprocessor.has_run_away
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while threading.active_count() >= before:  # its thread has ended, not only been forgotten
             await asyncio.sleep(0.01)
     assert (await preprocessor.chat(chat("walk"))).text == "ok"

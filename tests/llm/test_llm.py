@@ -26,7 +26,7 @@ def wait_until_idle(llm: LLM) -> None:
     engine = llm._service.engine
 
     async def wait() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not engine.is_idle:
                 await asyncio.sleep(0)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,15 +40,19 @@ def _no_bandwidth(monkeypatch):
 
 
 def gone(pid: int) -> bool:
-    try:
-        os.killpg(pid, 0)
-    except ProcessLookupError:
-        return True
+    """Whether the group ends: a killed process is there until somebody has heard of it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
     return False
 
 
 def test_the_rest_goes_on_when_one_dies_breaks_or_hangs(checkpoint, capsys):
-    flags = ["--rounds", "2", "--timeout", "0.5", "--run-timeout", "5"]
+    flags = ["--rounds", "2", "--timeout", "2", "--run-timeout", "60"]
     args = compare.build_parser("compare").parse_args([str(checkpoint), *flags])
     catalog = Catalog((peer("good", is_ours=True), peer("dies"), peer("breaks"), peer("hangs")), {})
     comparison = compare.Comparison(args, catalog, WordPrompts())
@@ -65,7 +70,7 @@ def test_the_rest_goes_on_when_one_dies_breaks_or_hangs(checkpoint, capsys):
     assert "ended with 3" in comparison.failures["dies"]
     assert "no such model" in comparison.failures["dies"]
     assert "died in tiny" in comparison.failures["breaks"]
-    assert all(r.error == "no end within 0.5 s" for run in by_server["hangs"] for r in run.records)
+    assert all(r.error == "no end within 2 s" for run in by_server["hangs"] for r in run.records)
     assert [run.server for run in comparison.runs if run.server == "breaks"] == ["breaks"]
     assert len(comparison.floors) == 2
     printed = capsys.readouterr()

@@ -85,7 +85,7 @@ def decode_plan(step_id: int, position: int, token: int, *, request_id: str = "a
 
 def result(runner: ModelRunner, plan: SchedulerOutput, masks=None):
     runner.launch(plan)
-    return runner.sample(plan.step_id, masks).result(timeout=10)
+    return runner.sample(plan.step_id, masks).result(timeout=60)
 
 
 def greedy_after(token_ids: list[int], count: int) -> list[int]:
@@ -117,7 +117,7 @@ def test_two_steps_in_flight_resolve_pending_tokens_on_the_device(runner):
             )
         )
         futures.append(runner.sample(step_id))
-    found = [future.result(timeout=10).sampled_token_ids for future in futures]
+    found = [future.result(timeout=60).sampled_token_ids for future in futures]
     assert found == [[[token]] for token in expected]
 
 
@@ -126,8 +126,8 @@ def test_a_launch_may_come_before_the_sample_of_the_step_before(runner):
     runner.launch(prompt_plan(0))
     runner.launch(decode_plan(1, 6, PENDING_TOKEN))
     first, second = runner.sample(0), runner.sample(1)
-    assert first.result(timeout=10).sampled_token_ids == [[expected[0]]]
-    assert second.result(timeout=10).sampled_token_ids == [[expected[1]]]
+    assert first.result(timeout=60).sampled_token_ids == [[expected[0]]]
+    assert second.result(timeout=60).sampled_token_ids == [[expected[1]]]
 
 
 def test_an_entry_is_empty_where_no_sample_was_asked_for(runner):
@@ -173,7 +173,7 @@ def test_a_failed_step_fails_alone(runner, model):
     runner.launch(decode_plan(1, 6, expected[0]))
     failed = runner.sample(1)
     with pytest.raises(MemoryError, match="no room"):
-        failed.result(timeout=10)
+        failed.result(timeout=60)
     # The same tokens again, then on: blocks and requests are what the plans say.
     assert result(runner, decode_plan(2, 6, expected[0])).sampled_token_ids == [[expected[1]]]
     assert result(runner, decode_plan(3, 7, expected[1])).sampled_token_ids == [[expected[2]]]
@@ -183,7 +183,7 @@ def test_a_plan_is_booked_even_when_its_forward_fails(runner, model):
     model.fail_next = RuntimeError("once")
     runner.launch(prompt_plan(0, blocks=(7, 2)))
     with pytest.raises(RuntimeError, match="once"):
-        runner.sample(0).result(timeout=10)
+        runner.sample(0).result(timeout=60)
     # "a" entered and has its blocks; it is not announced again.
     retry = SchedulerOutput(1, scheduled=[ScheduledRequest("a", 0, PROMPT, [], True, 0)])
     assert result(runner, retry).sampled_token_ids == [greedy_after(PROMPT, 1)]
@@ -205,7 +205,7 @@ def test_a_step_in_flight_behind_a_failed_one_serves_the_others(runner, model):
         ],
     )
     runner.launch(both)
-    output = runner.sample(2).result(timeout=10)
+    output = runner.sample(2).result(timeout=60)
     assert isinstance(failed.exception(), RuntimeError)
     assert output.sampled_token_ids[1] == [expected[1]]
 
@@ -213,7 +213,7 @@ def test_a_step_in_flight_behind_a_failed_one_serves_the_others(runner, model):
 def test_a_plan_that_cannot_be_right_is_its_own_failure(runner):
     runner.launch(SchedulerOutput(0, scheduled=[ScheduledRequest("who", 0, [1], [1], True, 0)]))
     with pytest.raises(KeyError, match="who"):
-        runner.sample(0).result(timeout=10)
+        runner.sample(0).result(timeout=60)
     assert result(runner, prompt_plan(1)).sampled_token_ids == [greedy_after(PROMPT, 1)]
 
 
@@ -242,7 +242,7 @@ def test_sampling_waits_for_its_call(runner, model):
     mask[2] = 0b1000  # token 19 alone
     future = runner.sample(0, {"a": bytes(mask)})
     future.add_done_callback(lambda _: done.set())
-    assert done.wait(10)
+    assert done.wait(60)
     assert future.result().sampled_token_ids == [[19]]
     # The masked choice is what a pending token stands for.
     output = result(runner, decode_plan(1, 6, PENDING_TOKEN))
@@ -255,7 +255,7 @@ def test_steps_are_sampled_in_order(runner):
     runner.launch(prompt_plan(0))
     with pytest.raises(RuntimeError, match=r"\[0\]"):
         runner.sample(1)
-    assert runner.sample(0).result(timeout=10).step_id == 0
+    assert runner.sample(0).result(timeout=60).step_id == 0
 
 
 def test_the_model_is_replaced_only_between_steps(model):
@@ -264,7 +264,7 @@ def test_the_model_is_replaced_only_between_steps(model):
     runner.launch(prompt_plan(0))
     with pytest.raises(RuntimeError, match=r"steps are in flight: \[0\]"):
         runner.replace_model(other)
-    runner.sample(0).result(timeout=10)
+    runner.sample(0).result(timeout=60)
     runner.replace_model(other)
     assert result(runner, decode_plan(1, 6, 1)).sampled_token_ids == [
         [greedy_after([*PROMPT, 1], 1)[0]]
@@ -278,7 +278,7 @@ def test_a_cancelled_future_does_not_stop_the_device(runner, model):
     forward = model.forward
 
     def held(batch, caches, *logits):
-        gate.wait(10)
+        gate.wait(60)
         return forward(batch, caches, *logits)
 
     model.forward = held
@@ -400,7 +400,7 @@ def test_a_device_thread_that_dies_leaves_nobody_waiting(runner, model, caplog):
             futures.append(runner.sample(step_id))
     for future in futures:
         with pytest.raises(DeviceDeadError, match="Panic"):
-            future.result(timeout=10)
+            future.result(timeout=60)
     with pytest.raises(DeviceDeadError):
         runner.launch(decode_plan(3, 8, 3))
     assert "has died" in caplog.text

@@ -115,19 +115,19 @@ def test_a_mask_for_a_greedy_step_comes_too_late(runner):
     runner.launch(plan_of(1, [1, 2, 3]))
     future = runner.sample(1, {"p1": b"\xff" * (VOCAB // 8 + 1)})
     with pytest.raises(RuntimeError, match="a mask came for requests that were greedy"):
-        future.result(timeout=20)
+        future.result(timeout=60)
     runner.launch(plan_of(2, [1, 2, 3]))
-    assert len(runner.sample(2, {}).result(timeout=20).sampled_token_ids[0]) == 1
+    assert len(runner.sample(2, {}).result(timeout=60).sampled_token_ids[0]) == 1
 
 
 def test_a_step_without_samples_and_one_with_a_bad_token(runner):
     runner.launch(plan_of(3, [1, 2, 3], sample=False))
-    assert runner.sample(3).result(timeout=20).sampled_token_ids == [[]]
+    assert runner.sample(3).result(timeout=60).sampled_token_ids == [[]]
     runner.launch(plan_of(4, [1, VOCAB, 3]))
     with pytest.raises(IndexError, match="outside its embedding"):
-        runner.sample(4).result(timeout=20)
+        runner.sample(4).result(timeout=60)
     runner.launch(plan_of(5, [1, 2, 3]))
-    assert len(runner.sample(5).result(timeout=20).sampled_token_ids[0]) == 1
+    assert len(runner.sample(5).result(timeout=60).sampled_token_ids[0]) == 1
 
 
 def test_a_shared_prefix_is_close_to_solo(runner):
@@ -149,6 +149,6 @@ def test_a_shared_prefix_is_close_to_solo(runner):
 def test_a_plan_with_a_block_that_is_not_there_raises(runner):
     runner.launch(plan_of(0, [1, 2, 3], block_id=10**6))
     with pytest.raises(IndexError, match="not there"):
-        runner.sample(0).result(timeout=20)
+        runner.sample(0).result(timeout=60)
     runner.launch(plan_of(1, [1, 2, 3]))
-    assert len(runner.sample(1).result(timeout=20).sampled_token_ids[0]) == 1
+    assert len(runner.sample(1).result(timeout=60).sampled_token_ids[0]) == 1
