@@ -26,7 +26,7 @@ from streamserve_kernels.interface import (
 )
 from streamserve_kernels.quantised import NaiveQuantLinear, Quantization
 from streamserve_kernels.stored import StoredWeight
-from streamserve_kernels.stored_naive import NaiveStoredLinear
+from streamserve_kernels.stored_naive import NaiveStoredLinear, prepare_parts
 
 name = "naive"
 
@@ -400,7 +400,9 @@ def prepare_stored(weight: StoredWeight, bias: Tensor | None, dtype: torch.dtype
     Codes stay packed; `unpack` gives the very weight that `StoredWeight.dequantise` says. `dtype`
     is that of the model's activations. A backend may round them and tables: see its own bound.
     """
-    return NaiveStoredLinear(weight, bias, dtype)
+    return prepare_parts(
+        weight, bias, lambda part, part_bias: NaiveStoredLinear(part, part_bias, dtype)
+    )
 
 
 def slow_quantisation() -> str | None:

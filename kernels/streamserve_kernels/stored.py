@@ -32,6 +32,8 @@ def _to(value: object, device: torch.device) -> object:
         return value.to(device)
     if isinstance(value, FactoredNumbers):
         return FactoredNumbers(value.codes.to(device), value.units.to(device), value.per)
+    if isinstance(value, _Stored):
+        return value.to(device)
     return tuple(_to(part, device) for part in value) if isinstance(value, tuple) else value
 
 
@@ -200,7 +202,25 @@ class Float8Weight(_Stored):
         return self.values.float() * scales
 
 
-StoredWeight = GroupedWeight | TableWeight | Float8Weight
+OneWeight = GroupedWeight | TableWeight | Float8Weight
+
+
+@dataclass(frozen=True, slots=True)
+class StackedWeight(_Stored):
+    """Weights of the same inputs that are not held alike, their outputs one after the other."""
+
+    parts: tuple[OneWeight, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    def dequantise(self) -> Tensor:
+        """The weight [N, K] float32."""
+        return torch.cat([part.dequantise() for part in self.parts])
+
+
+StoredWeight = OneWeight | StackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,32 +247,38 @@ class StoredFormat:
         return math.ceil(padded * row) + (12 * inputs if self.reordered else 0)
 
 
-def concatenate(parts: Sequence[StoredWeight]) -> StoredWeight:
+def concatenate(parts: Sequence[OneWeight]) -> StoredWeight:
     """Weights of the same inputs as one, their outputs one after the other.
 
-    Raises ValueError for parts that are not held alike: other bits, groups or orders of inputs.
+    Parts that are not held alike (other kinds, bits, groups, orders of inputs: q and v of a GGUF
+    file) become a `StackedWeight`, each as it is.
     """
-    first = parts[0]
     if len(parts) == 1:
-        return first
-    if isinstance(first, GroupedWeight) and _are(parts, GroupedWeight):
-        return _concatenate_grouped(parts)  # type: ignore[arg-type]
-    if isinstance(first, TableWeight) and _are(parts, TableWeight):
-        return _concatenate_tables(parts)  # type: ignore[arg-type]
-    if isinstance(first, Float8Weight) and _are(parts, Float8Weight):
-        return _concatenate_float8(parts)  # type: ignore[arg-type]
-    raise ValueError(f"parts of {' and '.join(sorted({type(p).__name__ for p in parts}))}")
+        return parts[0]
+    grouped = [part for part in parts if isinstance(part, GroupedWeight)]
+    tables = [part for part in parts if isinstance(part, TableWeight)]
+    floats = [part for part in parts if isinstance(part, Float8Weight)]
+    if len({_form(part) for part in parts}) > 1 or not _same_order(grouped):
+        return StackedWeight(tuple(parts))
+    if grouped:
+        return _concatenate_grouped(grouped)
+    return _concatenate_tables(tables) if tables else _concatenate_float8(floats)
 
 
-def _are(parts: Sequence[object], kind: type) -> bool:
-    return all(isinstance(part, kind) for part in parts)
+def _form(part: OneWeight) -> tuple[object, ...]:
+    """What parts of one weight have in common."""
+    if isinstance(part, GroupedWeight):
+        return (GroupedWeight, part.bits, part.group, part.minimums is None)
+    if isinstance(part, TableWeight):
+        return (TableWeight, part.bits, part.group, part.scales is None)
+    return (Float8Weight, part.group, part.block is None)
 
 
-def _agreed(parts: Sequence[object], *names: str) -> None:
-    for name in names:
-        found = {getattr(part, name) for part in parts}
-        if len(found) > 1:
-            raise ValueError(f"parts of different {name}: {sorted(found, key=str)}")
+def _same_order(parts: Sequence[GroupedWeight]) -> bool:
+    orders = [part.inputs for part in parts if part.inputs is not None]
+    return not orders or (
+        len(orders) == len(parts) and all(order.equal(orders[0]) for order in orders)
+    )
 
 
 def _joined(parts: Sequence[Numbers]) -> Numbers:
@@ -264,16 +290,7 @@ def _joined(parts: Sequence[Numbers]) -> Numbers:
 
 
 def _concatenate_grouped(parts: Sequence[GroupedWeight]) -> GroupedWeight:
-    _agreed(parts, "bits", "group")
     first = parts[0]
-    for part in parts[1:]:
-        same = part.inputs is first.inputs or (
-            part.inputs is not None and first.inputs is not None and part.inputs.equal(first.inputs)
-        )
-        if not same:
-            raise ValueError("parts whose inputs are in different orders")
-        if (part.minimums is None) != (first.minimums is None):
-            raise ValueError("parts with zeros and with minimums")
     minimums = [part.minimums for part in parts if part.minimums is not None]
     zeros: Tensor | float | None = first.zeros
     if any(isinstance(part.zeros, Tensor) or part.zeros != zeros for part in parts):
@@ -297,15 +314,12 @@ def _every_zero(part: GroupedWeight) -> Tensor:
 
 
 def _concatenate_tables(parts: Sequence[TableWeight]) -> TableWeight:
-    _agreed(parts, "bits", "group")
     table = parts[0].table
     if any(part.table.shape != table.shape or not part.table.equal(table) for part in parts):
         table = torch.cat([part.table.expand(part.codes.shape[0], -1) for part in parts])
     elif table.shape[0] > 1:
         table = torch.cat([part.table for part in parts])
     scales = [part.scales for part in parts if part.scales is not None]
-    if scales and len(scales) < len(parts):
-        raise ValueError("parts with scales and without")
     sparse: list[tuple[Tensor, Tensor, Tensor]] = []
     start = 0
     for part in parts:
@@ -333,10 +347,9 @@ def _concatenate_float8(parts: Sequence[Float8Weight]) -> Float8Weight:
     # Not every operation knows float8; bytes they all do.
     values = torch.cat([part.values.view(torch.uint8) for part in parts])
     block = parts[0].block
-    if block is None and all(part.block is None for part in parts):
+    if block is None:
         scales = torch.cat([part.row_scales() for part in parts])
         return Float8Weight(values.view(parts[0].values.dtype), scales)
-    _agreed(parts, "group")
     if all(_is_whole(part, block) for part in parts[:-1]) and parts[-1].block == block:
         scales = torch.cat([part.scales for part in parts])
     else:

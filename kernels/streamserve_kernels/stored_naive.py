@@ -5,13 +5,14 @@ Codes lie in planes of whole powers of two bits, numbers are float16 where that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from streamserve_kernels.interface import QuantLinear
 from streamserve_kernels.quantised import Quantization
 from streamserve_kernels.stored import (
     PLANES,
@@ -19,6 +20,8 @@ from streamserve_kernels.stored import (
     Float8Weight,
     GroupedWeight,
     Numbers,
+    OneWeight,
+    StackedWeight,
     StoredWeight,
     TableWeight,
     rows_of,
@@ -76,7 +79,7 @@ def number_bytes(numbers: Numbers | float | None) -> int:
     return numbers.nbytes if isinstance(numbers, Tensor) else 0
 
 
-def stored_name(weight: StoredWeight) -> Quantization:
+def stored_name(weight: OneWeight) -> Quantization:
     """The nearest of the names that `--quantization` has."""
     if isinstance(weight, Float8Weight):
         return "fp8"
@@ -87,7 +90,7 @@ def stored_name(weight: StoredWeight) -> Quantization:
 class PackedStored:
     """A stored weight with its codes (or float8 values) in planes [N, bytes]; see `pack_stored`."""
 
-    kind: type[StoredWeight]
+    kind: type[OneWeight]
     planes: tuple[Tensor, ...]
     bits: int
     in_features: int
@@ -109,7 +112,7 @@ class PackedStored:
         numbers = (self.scales, self.zeros, self.minimums)
         return sum(number_bytes(one) for one in (*tensors, *numbers))
 
-    def part(self, rows: slice | Tensor) -> StoredWeight:
+    def part(self, rows: slice | Tensor) -> OneWeight:
         """Some outputs as they were given; what stands in `sparse` is left out."""
         planes = [plane[rows] for plane in self.planes]
         scales = None if self.scales is None else rows_of(self.scales, rows)
@@ -127,7 +130,7 @@ class PackedStored:
         return GroupedWeight(codes, self.bits, scales, zeros, self.group, self.inputs, minimums)
 
     def dequantise(self, rows: slice | Tensor) -> Tensor:
-        """Outputs `rows` of the weight [R, K] float32."""
+        """Outputs `rows` of the weight [R, K] float32, inputs in the layer's order."""
         weight = self.part(rows).dequantise()
         if self.sparse is not None:
             at, columns, values = self.sparse
@@ -137,7 +140,7 @@ class PackedStored:
         return weight
 
 
-def pack_stored(weight: StoredWeight) -> PackedStored:
+def pack_stored(weight: OneWeight) -> PackedStored:
     """The same weight, as small as it goes."""
     if isinstance(weight, Float8Weight):
         values = weight.values.contiguous().view(torch.uint8)
@@ -178,7 +181,7 @@ class NaiveStoredLinear:
 
     __slots__ = ("_packed", "bias", "dtype", "quantization")
 
-    def __init__(self, weight: StoredWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: OneWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         self._packed = pack_stored(weight)
         self.bias = bias
         self.dtype = dtype
@@ -216,3 +219,55 @@ class NaiveStoredLinear:
             bias = None if self.bias is None else self.bias[rows].float()
             y[..., rows] = F.linear(wide, self._packed.dequantise(rows), bias).to(x.dtype)
         return y
+
+
+class StackedLinear:
+    """Outputs one after the other, of weights that are held in different ways."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Sequence[QuantLinear]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def quantization(self) -> Quantization:
+        return self.parts[0].quantization
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def unpack(self) -> Tensor:
+        return torch.cat([part.unpack() for part in self.parts])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.unpack()[ids].to(self.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def prepare_parts(
+    weight: StoredWeight,
+    bias: Tensor | None,
+    prepare: Callable[[OneWeight, Tensor | None], QuantLinear],
+    stack: Callable[[Sequence[QuantLinear]], QuantLinear] = StackedLinear,
+) -> QuantLinear:
+    """Prepares a weight, or the parts of a stacked one, each with its own piece of the bias."""
+    if not isinstance(weight, StackedWeight):
+        return prepare(weight, bias)
+    sizes = [part.shape[0] for part in weight.parts]
+    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+    return stack([prepare(*part) for part in zip(weight.parts, biases, strict=True)])

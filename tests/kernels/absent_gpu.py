@@ -123,13 +123,15 @@ def elementwise_calls() -> Iterator[Callable[[], object]]:
 
 
 def linear_calls() -> Iterator[Callable[[], object]]:
-    from streamserve_kernels.triton.linear import prepare_awq, prepare_linear, prepare_quantised
+    from streamserve_kernels.triton.linear import prepare_linear, prepare_quantised
+    from streamserve_kernels.triton.stored import prepare_stored
+    from tests.kernels.stored_cases import CASES
 
     weight = bf16(512, HIDDEN)
     layers: list[Any] = [prepare_linear(weight, None)]
     layers += [prepare_quantised(weight, None, kind) for kind in ("int8", "int4", "fp8")]
-    grouped = ints(HIDDEN, 64), ints(HIDDEN // 128, 64), torch.zeros(HIDDEN // 128, 512).half()
-    layers.append(prepare_awq(*grouped, None, 128, torch.bfloat16))
+    for case in ("gptq4", "gptq3", "q4_k", "q6_k", "nf4", "squeezed3", "fp8-blocks"):
+        layers.append(prepare_stored(CASES[case](512, HIDDEN), None, torch.bfloat16))
     for layer in layers:
         for rows in (1, 8, 32, 64):
             for config in layer.candidates(rows):

@@ -10,6 +10,7 @@ from streamserve_kernels.stored import (
     FactoredNumbers,
     Float8Weight,
     GroupedWeight,
+    StackedWeight,
     StoredFormat,
     StoredWeight,
     TableWeight,
@@ -139,14 +140,23 @@ def test_parts_in_one_order_of_inputs_keep_it() -> None:
     first = CASES["act-order"](8, 64)
     assert isinstance(first, GroupedWeight)
     assert concatenate([first, first]).dequantise().equal(first.dequantise().repeat(2, 1))
-    with pytest.raises(ValueError, match="different orders"):
-        concatenate([first, CASES["act-order"](8, 64)])
+    assert isinstance(concatenate([first, CASES["act-order"](8, 64)]), StackedWeight)
 
 
-@pytest.mark.parametrize("other", ["q8_0", "nf4", "q4_1", "gptq4"])
-def test_parts_that_are_held_otherwise_are_refused(other: str) -> None:
-    with pytest.raises(ValueError, match="parts"):
-        concatenate([CASES["q4_0"](8, 256), CASES[other](8, 256)])
+@pytest.mark.parametrize("other", ["q8_0", "nf4", "q4_1", "gptq4", "fp8-rows", "act-order"])
+def test_parts_that_are_held_otherwise_stay_as_they_are(backend, other: str) -> None:
+    parts = [CASES[name](n, 256) for name, n in (("q4_0", 64), (other, 37), ("q4_0", 40))]
+    weight, bias = concatenate(parts), torch.randn(141)
+    assert isinstance(weight, StackedWeight)
+    assert weight.shape == (141, 256)
+    packed = backend.prepare_stored(weight.to(torch.device("cpu")), bias, torch.bfloat16)
+    assert isinstance(packed, QuantLinear)
+    dense = torch.cat([part.dequantise() for part in parts])
+    assert packed.unpack().equal(dense)
+    assert packed.rows(torch.tensor([100, 3])).equal(dense[[100, 3]].bfloat16())
+    x = torch.randn(3, 256).bfloat16()
+    expected = x.double() @ dense.double().T + bias.double()
+    torch.testing.assert_close(packed(x), expected.bfloat16(), rtol=2**-6, atol=2**-6)
 
 
 def test_a_weight_goes_to_a_device_whole(case: str) -> None:

@@ -10,16 +10,15 @@ import torch
 pytest.importorskip("triton")
 
 from streamserve_kernels import QUANTIZATIONS, QuantLinear
-from streamserve_kernels.grouped import AWQ_ORDER, NaiveGroupedLinear, unpack_awq, unpack_gptq
 from streamserve_kernels.quantised import NaiveQuantLinear, packed_bytes
 from streamserve_kernels.triton.linear import (
     PACKED_ROWS,
-    prepare_awq,
-    prepare_gptq,
     prepare_quantised,
 )
 from streamserve_kernels.triton.runtime import INTERPRETED
+from streamserve_kernels.triton.stored import prepare_stored
 from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket
+from tests.kernels.stored_cases import CASES
 
 SMALL = [(1, 1), (5, 129), (37, 100), (16, 64), (48, 896)]
 LLAMA = [(6144, 4096), (4096, 14336)]
@@ -175,110 +174,50 @@ def test_a_large_weight_is_dequantised_in_pieces(device, quantization, monkeypat
         check(packed(x), x, packed.unpack(), bias, LIBRARY)
 
 
-def words_of(fields: torch.Tensor, bits: int) -> torch.Tensor:
-    """Fields [A, B, 32 / bits], lowest first -> words [A, B] int32, one by one in Python."""
-    rows = []
-    for row in fields.tolist():
-        words = [sum(field << (bits * i) for i, field in enumerate(word)) for word in row]
-        rows.append([word - 2**32 if word >= 2**31 else word for word in words])
-    return torch.tensor(rows, dtype=torch.int32)
-
-
-def awq_case(n: int, k: int, group: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """(qweight, qzeros, scales) and the weight [N, K] in float64 that they mean."""
-    codes, zeros = torch.randint(0, 16, (k, n)), torch.randint(0, 16, (k // group, n))
-    scales = (torch.rand(k // group, n) / 50).half()
-    order = torch.tensor(AWQ_ORDER)
-    qweight, qzeros = (words_of(t.view(t.shape[0], -1, 8)[..., order], 4) for t in (codes, zeros))
-    index = torch.arange(k) // group
-    return (qweight, qzeros, scales), ((codes - zeros[index]) * scales.double()[index]).T
-
-
-def gptq_case(
-    n: int, k: int, group: int, bits: int, offset: int, act_order: bool
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """(qweight, qzeros, scales, g_idx) and the weight [N, K] in float64 that they mean."""
-    codes = torch.randint(0, 2**bits, (k, n))
-    zeros = torch.randint(offset, 2**bits, (k // group, n))
-    scales = (torch.rand(k // group, n) / 50).half()
-    index = torch.arange(k) // group
-    if act_order:
-        index = index[torch.randperm(k)]
-    per = 32 // bits
-    qweight = words_of(codes.view(-1, per, n).permute(0, 2, 1), bits)
-    qzeros = words_of((zeros - offset).view(k // group, -1, per), bits)
-    weight = ((codes - zeros[index]) * scales.double()[index]).T
-    return (qweight, qzeros, scales, index.int()), weight
-
-
-def check_grouped(packed, twin, weight, device, dtype):
-    assert isinstance(packed, QuantLinear)
-    assert isinstance(twin, QuantLinear)
-    assert packed.unpack().cpu().double().sub(weight).abs().max() < 1e-7
-    assert twin.unpack().equal(packed.unpack().cpu())
-    ids = torch.tensor([3, 0, 3])
-    torch.testing.assert_close(packed.rows(ids.to(device)).cpu(), twin.rows(ids))
-    bias = None if packed.bias is None else packed.bias.cpu()
-    for rows in (1, 3, 40, PACKED_ROWS + 1):
-        x = torch.randn(rows, weight.shape[1]).to(dtype)
-        config = packed.candidates(bucket(rows))[0]
-        check(packed(x.to(device)).cpu(), x, weight, bias, config)
-    exact = x.double() @ weight.T + (0.0 if bias is None else bias.double())
-    torch.testing.assert_close(twin(x).double(), exact, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize(("k", "group"), [(96, 32), (256, 128), (192, 64), (160, -1)])
-def test_awq(device, k, group):
-    n = 40
-    args, weight = awq_case(n, k, k if group == -1 else group)
+@pytest.mark.parametrize("case", CASES)
+def test_stored_weights_and_their_products(device, case):
+    """Every kind in the layout it gets, against what its definition says."""
     dtype = dtype_for(device)
-    bias = torch.randn(n).to(dtype)
-    packed = prepare_awq(*(t.to(device) for t in (*args, bias)), group, dtype)
-    twin = NaiveGroupedLinear(unpack_awq(*args, group), bias, dtype)
-    check_grouped(packed, twin, weight, device, dtype)
+    stored, bias = CASES[case](40, 320), torch.randn(40).to(dtype)
+    weight = stored.dequantise()
+    packed = prepare_stored(stored.to(device), bias.to(device), dtype)
+    assert isinstance(packed, QuantLinear)
+    assert packed.unpack().cpu().equal(weight)
+    ids = torch.tensor([3, 0, 39])
+    assert packed.rows(ids.to(device)).cpu().equal(weight[ids].to(dtype))
+    for rows in (1, 3, 40, PACKED_ROWS + 1):
+        x = torch.randn(rows, 320).to(dtype)
+        for config in packed.candidates(bucket(rows)) if rows > 1 else [packed.candidates(1)[0]]:
+            check(packed.run(x.to(device), config).cpu(), x, weight, bias, config)
+    assert packed(x.to(device)).cpu().isfinite().all()
+
+
+def test_stored_weights_of_ragged_shapes(device):
+    for case in ("q4_k", "gptq3", "q8_0", "squeezed4"):
+        stored = CASES[case](37, 100)
+        packed = prepare_stored(stored.to(device), None, torch.float32)
+        assert packed.unpack().cpu().equal(stored.dequantise())
+        for rows in (1, 3):
+            x = torch.randn(rows, 100)
+            config = packed.candidates(bucket(rows))[0]
+            check(packed(x.to(device)).cpu(), x, stored.dequantise(), None, config)
 
 
 @pytest.mark.parametrize(
-    ("k", "group", "bits", "offset", "act_order"),
+    ("case", "bits"),
     [
-        (96, 32, 4, 1, False),
-        (256, 128, 4, 1, True),
-        (192, 64, 4, 0, True),
-        (160, 160, 4, 1, False),
-        (128, 32, 8, 1, True),
-        (256, 128, 8, 0, False),
+        ("gptq2", 2.5),
+        ("gptq3", 3.25),
+        ("gptq4", 4.25),
+        ("q4_0", 4.5),
+        ("gptq8", 9.0),
+        ("q4_k", 4.5 + 1),
+        ("q6_k", 6.6),
+        ("nf4", 4.5),
+        ("fp8-blocks", 8.25),
     ],
 )
-def test_gptq(device, k, group, bits, offset, act_order):
-    n = 40
-    args, weight = gptq_case(n, k, group, bits, offset, act_order)
-    options = {"bits": bits, "zero_offset": offset}
-    dtype = dtype_for(device)
-    bias = torch.randn(n).to(dtype)
-    packed = prepare_gptq(*(t.to(device) for t in (*args, bias)), dtype=dtype, **options)
-    assert (packed.columns is not None) == act_order
-    twin = NaiveGroupedLinear(unpack_gptq(*args, **options), bias, dtype)
-    check_grouped(packed, twin, weight, device, dtype)
-
-
-def test_a_zero_point_past_the_largest_code(device):
-    """A stored 15 means 16 in the first version of GPTQ's format."""
-    args, _ = gptq_case(8, 32, 32, 4, 1, False)
-    args = (args[0], torch.full_like(args[1], -1), *args[2:])
-    packed = prepare_gptq(*(t.to(device) for t in args), None, dtype=torch.float32)
-    grouped = unpack_gptq(*args)
-    assert grouped.zeros.eq(16).all()
-    assert packed.unpack().cpu().equal(grouped.dequantise())
-
-
-def test_what_cannot_be_a_layer_is_refused():
-    (qweight, qzeros, scales, index), _ = gptq_case(8, 96, 32, 4, 1, False)
-    with pytest.raises(ValueError, match="not of 3"):
-        unpack_gptq(qweight, qzeros, scales, bits=3)
-    with pytest.raises(ValueError, match="g_idx does not make 3 groups of 32 inputs"):
-        unpack_gptq(qweight, qzeros, scales, torch.zeros_like(index))
-    with pytest.raises(ValueError, match="a group must be 32 times a power of two"):
-        prepare_gptq(*gptq_case(8, 96, 48, 4, 1, False)[0], None)
-    awq, _ = awq_case(8, 96, 32)
-    with pytest.raises(ValueError, match="3 groups of 64 are not 96 inputs"):
-        prepare_awq(*awq, None, 64)
+def test_stored_weights_stay_packed(device, case, bits):
+    stored = CASES[case](64, 1024)
+    packed = prepare_stored(stored.to(device), None, torch.bfloat16)
+    assert packed.nbytes * 8 <= (bits + 0.02) * 64 * 1024

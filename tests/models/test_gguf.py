@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 from streamserve.models import load_config, load_model
 from streamserve.models.gguf.architectures import ARCHITECTURES
 from streamserve.models.gguf.kinds import KINDS, unpack_rows
-from streamserve.models.gguf.source import stack
+from streamserve_kernels.stored import concatenate
 from tests.models.gguf_files import F32, Kind, write_gguf
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.test_families import (
@@ -408,5 +408,5 @@ def test_stacking_unlike_kinds_changes_no_bit():
         for second in parts:
             expected = torch.cat((first.dequantise(), second.dequantise()))
             torch.testing.assert_close(
-                stack([first, second]).dequantise(), expected, rtol=0, atol=0, equal_nan=True
+                concatenate([first, second]).dequantise(), expected, rtol=0, atol=0, equal_nan=True
             )

@@ -16,7 +16,7 @@ from streamserve.models.decoder import Decoder
 from streamserve.models.parameters import Module
 from streamserve.models.weights import build_weights
 from streamserve_kernels.native.library import why_not
-from streamserve_kernels.stored import StoredFormat, StoredWeight
+from streamserve_kernels.stored import StoredFormat, StoredWeight, concatenate
 from tests.kernels.stored_cases import CASES
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.test_families import CONFIGS
@@ -109,7 +109,7 @@ def test_a_weight_of_another_shape_is_refused_by_name(config):
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-@pytest.mark.parametrize("kind", ["gptq4", "act-order", "q4_k", "nf4", "fp8-blocks", "gptq8"])
+@pytest.mark.parametrize("kind", ["gptq4", "act-order", "q4_k", "nf4", "fp8-blocks", "mixed"])
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_recorded_step_computes_what_its_functions_do(
@@ -125,7 +125,13 @@ def test_a_recorded_step_computes_what_its_functions_do(
         def stored(self, module: Module) -> StoredWeight | None:
             if module.columns is None:
                 return None
-            return CASES["q6_k" if module.name in HEADS else kind](module.num_rows, module.columns)
+            if kind == "mixed" and len(module.rows) > 1:
+                kinds = ("q4_k", "gptq8", "act-order")
+                return concatenate(
+                    [CASES[k](n, module.columns) for k, n in zip(kinds, module.rows, strict=False)]
+                )
+            name = "q6_k" if module.name in HEADS or kind == "mixed" else kind
+            return CASES[name](module.num_rows, module.columns)
 
     kernels = streamserve_kernels.load(CPU, "native")
     weights = build_weights(spec, Source(), kernels, torch.bfloat16, CPU)

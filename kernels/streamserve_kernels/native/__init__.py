@@ -6,7 +6,8 @@ execute         instructions in C's layout, run on torch's threads
 layout          the order of the elements in a cache block
 ops, linear, quant_linear, stored_linear
                 the functions of the contract on tensors, one or two instructions each
-record, symbol  a decoder's forward written down once as instructions
+record, symbol, recorded
+                a decoder's forward written down once as instructions, and run
 
 Caches have the shape of `naive`'s, but the elements inside a block lie as the dot-product
 instructions want them: `unpack_keys` and `unpack_values` tell how.

@@ -17,12 +17,17 @@ from torch import Tensor
 
 from streamserve_kernels import huge_pages
 from streamserve_kernels.float8 import refuse_float8
-from streamserve_kernels.interface import NotRecordableError, QuantLinear, StepTensors
-from streamserve_kernels.native.execute import Executable, double_bits, group_fields, pack_step
+from streamserve_kernels.interface import NotRecordableError, QuantLinear
+from streamserve_kernels.native.execute import Executable, double_bits
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.linear import NativeLinear
 from streamserve_kernels.native.quant_linear import NativeQuantLinear, Scratch, done_flags
-from streamserve_kernels.native.stored_linear import GroupSums, NativeStoredLinear
+from streamserve_kernels.native.recorded import RecordedProgram
+from streamserve_kernels.native.stored_linear import (
+    GroupSums,
+    NativeStackedLinear,
+    NativeStoredLinear,
+)
 from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol
 from streamserve_kernels.pool import pool
 
@@ -346,6 +351,13 @@ class Recorder:
         if isinstance(packed, NativeStoredLinear):
             self._stored_product(x, packed, y, **options)
             return
+        if isinstance(packed, NativeStackedLinear) and not options.get("is_float32"):
+            for part in packed.parts:
+                if not isinstance(part, NativeStoredLinear):
+                    raise NotRecordableError(f"a product with {type(part).__name__}")
+                self._stored_product(x, part, y, y_stride=packed.out_features, **options)
+                y += 2 * part.out_features
+            return
         if not isinstance(packed, NativeLinear) or x.width % 2:
             raise NotRecordableError(f"a product with {type(packed).__name__}")
         self._add("linear", *packed.arguments(y, x.address, x.stride, **options))
@@ -422,68 +434,6 @@ class Recorder:
             (x.address - x.memory.tensor.data_ptr()) // x.memory.tensor.itemsize,
         )
         return RecordedProgram(executable, self.max_tokens, states, logits, token_ids, self.keep)
-
-
-class RecordedProgram:
-    """Runs steps of up to ``max_tokens`` tokens, each in one call. One thread at a time.
-
-    What it returns is overwritten by the next step.
-    """
-
-    def __init__(
-        self,
-        executable: Executable,
-        max_tokens: int,
-        states: Tensor,
-        logits: Tensor,
-        token_ids: Tensor,
-        keep: list[object],
-    ) -> None:
-        self.max_tokens = max_tokens
-        self.max_logits = logits.shape[0]
-        self._executable = executable
-        self._states = states
-        self._logits = logits
-        self._token_ids = token_ids
-        self._keep = keep
-        self._threads = pool().threads()
-
-    def logits(self, batch: StepTensors) -> Tensor:
-        """Logits [L, V] float32 of the rows that need them; keys and values are written."""
-        return self._run(batch, self._logits, wants_logits=True)
-
-    def greedy(self, batch: StepTensors) -> Tensor:
-        """The arg-max [L] int64 of the same rows, the first of equals: no logits are stored."""
-        return self._run(batch, self._token_ids, wants_logits=False)
-
-    def hidden_states(self, num_rows: int) -> Tensor:
-        """What the head was given [num_rows, H] bfloat16 in the step that ran last."""
-        return self._states[:num_rows]
-
-    def _run(self, batch: StepTensors, result: Tensor, *, wants_logits: bool) -> Tensor:
-        num_tokens, num_logits = batch.input_ids.shape[0], batch.logits_indices.shape[0]
-        if num_tokens > self.max_tokens or num_logits > self.max_logits:
-            raise ValueError(
-                f"a recorded step takes at most {self.max_tokens} tokens and"
-                f" {self.max_logits} logits, got {num_tokens} and {num_logits}"
-            )
-        step = pack_step(
-            num_tokens,
-            num_logits,
-            batch.seq_lens.shape[0],
-            batch.block_table.stride(0),
-            batch.input_ids.data_ptr(),
-            batch.positions.data_ptr(),
-            batch.slot_mapping.data_ptr(),
-            batch.logits_indices.data_ptr(),
-            batch.query_start_loc.data_ptr(),
-            batch.seq_lens.data_ptr(),
-            batch.block_table.data_ptr(),
-            *group_fields(batch.prefix_groups),
-            int(wants_logits),
-        )
-        self._executable.run(step, self._threads)
-        return result[:num_logits]
 
 
 def _kind(x: Symbol) -> int:

@@ -34,15 +34,18 @@ from streamserve_kernels.stored import (
     Float8Weight,
     GroupedWeight,
     Numbers,
+    OneWeight,
     StoredWeight,
     TableWeight,
     expand,
 )
 from streamserve_kernels.stored_naive import (
     NaiveStoredLinear,
+    StackedLinear,
     narrowed,
     narrowed_tensor,
     number_bytes,
+    prepare_parts,
     stored_name,
 )
 
@@ -127,7 +130,7 @@ def _plan_grouped(weight: GroupedWeight) -> _Plan:
     )
 
 
-def _plan(weight: StoredWeight) -> _Plan | None:
+def _plan(weight: OneWeight) -> _Plan | None:
     """How the C side would take it; None: it does not."""
     if isinstance(weight, Float8Weight):
         values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -305,9 +308,11 @@ class NativeStoredLinear:
         best: int = 0,
         scale: float = 1.0,
         cap: float = 0.0,
+        y_stride: int | None = None,
     ) -> tuple[int, ...]:
         """What `stored_sums` and `stored_linear` take: see stored_linear.c.
 
+        Rows of y are `y_stride` elements apart, those of a weight of its own one after the other.
         x has its inputs in the weight's order. `sums` are given if there are offsets, and `done`
         are flags that no other instruction of the program has.
         """
@@ -326,6 +331,7 @@ class NativeStoredLinear:
             0 if sums is None else sums.own.data_ptr(),
             0 if sums is None else sums.own_stride,
             0 if done is None else done.data_ptr(),
+            self.out_features if y_stride is None else y_stride,
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -357,9 +363,28 @@ class NativeStoredLinear:
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
-def prepare_stored(weight: StoredWeight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
-    """See `naive.prepare_stored`; the naive twin itself for what the C kernels do not take."""
+class NativeStackedLinear(StackedLinear):
+    """Parts that a recorded step multiplies one after the other."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if (symbol := as_symbol(x)) is not None:
+            return cast(Tensor, symbol.recorder.linear(symbol, self))
+        return super().__call__(x)
+
+
+def _prepare(weight: OneWeight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
     plan = None if why_not() is not None else _plan(weight)
     if plan is None:
         return NaiveStoredLinear(weight, bias, dtype)
     return NativeStoredLinear(plan, bias, dtype, stored_name(weight))
+
+
+def prepare_stored(weight: StoredWeight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
+    """See `naive.prepare_stored`; the naive twin itself for what the C kernels do not take."""
+
+    def prepare(part: OneWeight, part_bias: Tensor | None) -> QuantLinear:
+        return _prepare(part, part_bias, dtype)
+
+    return prepare_parts(weight, bias, prepare, NativeStackedLinear)

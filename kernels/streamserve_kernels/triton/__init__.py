@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels.interface import QuantLinear
-from streamserve_kernels.naive import kv_cache_shape, prepare_stored
+from streamserve_kernels.naive import kv_cache_shape
 from streamserve_kernels.triton.attention import paged_attention
 from streamserve_kernels.triton.cache import (
     copy_blocks,
@@ -35,6 +35,7 @@ from streamserve_kernels.triton.linear import (
 )
 from streamserve_kernels.triton.moe import moe
 from streamserve_kernels.triton.runtime import compilations
+from streamserve_kernels.triton.stored import prepare_stored
 
 __all__ = [
     "activation",

@@ -10,11 +10,12 @@ best for a shape, `tuning.tune` measures before any graph is captured; without i
 
 from __future__ import annotations
 
+from typing import Generic, Protocol, TypeVar
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from streamserve_kernels.grouped import GroupedWeight, unpack_awq, unpack_gptq
 from streamserve_kernels.interface import PackedLinear, QuantLinear
 from streamserve_kernels.quantised import Quantization, quantise
 from streamserve_kernels.triton.fp8 import Fp8Linear
@@ -194,23 +195,46 @@ class DenseLinear:
         return y
 
 
-class PackedQuantLinear:
-    """Integer weights; x in any float dtype. `columns` is the order of inputs they are held in."""
+class HeldWeight(Protocol):
+    """A quantised weight [N, K] in memory."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def nbytes(self) -> int: ...
+    def unpack(self, dtype: torch.dtype, rows: slice | Tensor | None = None) -> Tensor:
+        """The weights of all rows, of a run of them or of those with ids [R] -> [R, K]."""
+        ...
+
+
+Held = TypeVar("Held", bound=HeldWeight)
+
+
+class DequantisedLinear(Generic[Held]):
+    """Products with a weight that is dequantised on the way; x in any float dtype.
+
+    `columns` is the order of inputs it is held in. A subclass says which kernels there are.
+    """
 
     __slots__ = ("bias", "choices", "columns", "dtype", "packed", "quantization")
 
     def __init__(
         self,
-        packed: PackedWeight,
+        packed: Held,
         bias: Tensor | None,
         dtype: torch.dtype,
+        quantization: Quantization,
         columns: Tensor | None = None,
     ) -> None:
         self.packed = packed
         self.bias = None if bias is None else bias.contiguous()
         self.dtype = dtype
         self.columns = columns
-        self.quantization: Quantization = "int4" if packed.bits == 4 else "int8"
+        self.quantization: Quantization = quantization
         self.choices: dict[int, Config] = {}  # by bucket of rows
 
     @property
@@ -223,7 +247,7 @@ class PackedQuantLinear:
 
     @property
     def device(self) -> torch.device:
-        return self.packed.words.device
+        return self.packed.device
 
     @property
     def nbytes(self) -> int:
@@ -244,24 +268,13 @@ class PackedQuantLinear:
         ordered[:, self.columns] = weight
         return ordered
 
-    def tuning_key(self, rows: int) -> str:
-        packed = self.packed
-        extras = "" if packed.zeros is None else ",zeros"
-        extras += "" if self.bias is None else f",{self.bias.dtype} bias"
-        shape = f"{self.out_features}x{self.in_features}"
-        kind = f"{self.quantization},{packed.scales.dtype} per {packed.group_shift}"
-        return f"{kind},{shape},{self.dtype}{extras},{rows}{_alignment(self.bias)}"
-
     def candidates(self, rows: int) -> tuple[Config, ...]:
-        if rows == 1:
-            return usable(_PACKED_GEMV, self.device)
-        if rows > PACKED_ROWS:
-            return (LIBRARY,)
-        if self.dtype == torch.float32:
-            return _PACKED_FLOAT32
-        if rows <= FEW_ROWS:
-            return _PACKED_FEW
-        return _PACKED_32 if rows == 32 else _PACKED_MANY
+        """The kernels for a bucket of rows."""
+        raise NotImplementedError
+
+    def _launch(self, rows: Tensor, config: Config, y: Tensor) -> None:
+        """Writes the product by a candidate other than the library into y."""
+        raise NotImplementedError
 
     def __call__(self, x: Tensor) -> Tensor:
         count = x.numel() // self.in_features
@@ -285,6 +298,51 @@ class PackedQuantLinear:
         if config == LIBRARY:
             return self._through_scratch(rows).view(shape)
         y = torch.empty(shape, dtype=x.dtype, device=x.device)
+        self._launch(rows, config, y)
+        return y
+
+    def _through_scratch(self, rows: Tensor) -> Tensor:
+        """Dequantised in x's dtype, a piece at a time: a copy of a head would not fit beside it."""
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        piece = max(1, _SCRATCH_ELEMENTS // self.in_features)
+        if self.out_features <= piece:
+            return F.linear(rows, self.packed.unpack(rows.dtype), bias)
+        y = rows.new_empty(rows.shape[0], self.out_features)
+        for start in range(0, self.out_features, piece):
+            here = slice(start, min(start + piece, self.out_features))
+            weight = self.packed.unpack(rows.dtype, here).t()
+            if bias is None:
+                torch.mm(rows, weight, out=y[:, here])
+            else:
+                torch.addmm(bias[here], rows, weight, out=y[:, here])
+        return y
+
+
+class PackedQuantLinear(DequantisedLinear[PackedWeight]):
+    """Integer weights in words."""
+
+    __slots__ = ()
+
+    def tuning_key(self, rows: int) -> str:
+        packed = self.packed
+        extras = "" if packed.zeros is None else ",zeros"
+        extras += "" if self.bias is None else f",{self.bias.dtype} bias"
+        shape = f"{self.out_features}x{self.in_features}"
+        kind = f"{self.quantization},{packed.scales.dtype} per {packed.group_shift}"
+        return f"{kind},{shape},{self.dtype}{extras},{rows}{_alignment(self.bias)}"
+
+    def candidates(self, rows: int) -> tuple[Config, ...]:
+        if rows == 1:
+            return usable(_PACKED_GEMV, self.device)
+        if rows > PACKED_ROWS:
+            return (LIBRARY,)
+        if self.dtype == torch.float32:
+            return _PACKED_FLOAT32
+        if rows <= FEW_ROWS:
+            return _PACKED_FEW
+        return _PACKED_32 if rows == 32 else _PACKED_MANY
+
+    def _launch(self, rows: Tensor, config: Config, y: Tensor) -> None:
         packed, count = self.packed, rows.shape[0]
         zeros = packed.scales if packed.zeros is None else packed.zeros
         bias = packed.scales if self.bias is None else self.bias
@@ -311,7 +369,7 @@ class PackedQuantLinear:
                 num_warps=config.num_warps,
                 launch_pdl=config.overlap,
             )
-            return y
+            return
         grid = -(-self.out_features // config.block_n), -(-count // config.block_m)
         packed_gemm_kernel[grid](
             *tensors,
@@ -328,23 +386,6 @@ class PackedQuantLinear:
             INTERPRETED=INTERPRETED,
             num_warps=config.num_warps,
         )
-        return y
-
-    def _through_scratch(self, rows: Tensor) -> Tensor:
-        """Dequantised in x's dtype, a piece at a time: a copy of a head would not fit beside it."""
-        bias = None if self.bias is None else self.bias.to(rows.dtype)
-        piece = max(1, _SCRATCH_ELEMENTS // self.in_features)
-        if self.out_features <= piece:
-            return F.linear(rows, self.packed.unpack(rows.dtype), bias)
-        y = rows.new_empty(rows.shape[0], self.out_features)
-        for start in range(0, self.out_features, piece):
-            here = slice(start, min(start + piece, self.out_features))
-            weight = self.packed.unpack(rows.dtype, here).t()
-            if bias is None:
-                torch.mm(rows, weight, out=y[:, here])
-            else:
-                torch.addmm(bias[here], rows, weight, out=y[:, here])
-        return y
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
@@ -376,50 +417,7 @@ def prepare_quantised(
         group_size=group,
         in_features=quantised.in_features,
     )
-    return PackedQuantLinear(packed, bias, weight.dtype)
-
-
-def prepare_awq(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-    dtype: torch.dtype = torch.float16,
-) -> QuantLinear:
-    """A checkpoint's AWQ layer, for activations of `dtype`; see `grouped.unpack_awq`."""
-    return _prepare_grouped(unpack_awq(qweight, qzeros, scales, group_size), bias, dtype)
-
-
-def prepare_gptq(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor | None,
-    bias: Tensor | None,
-    *,
-    bits: int = 4,
-    zero_offset: int = 1,
-    dtype: torch.dtype = torch.float16,
-) -> QuantLinear:
-    """A checkpoint's GPTQ layer, for activations of `dtype`; see `grouped.unpack_gptq`."""
-    grouped = unpack_gptq(qweight, qzeros, scales, g_idx, bits=bits, zero_offset=zero_offset)
-    return _prepare_grouped(grouped, bias, dtype)
-
-
-def _prepare_grouped(
-    grouped: GroupedWeight, bias: Tensor | None, dtype: torch.dtype
-) -> PackedQuantLinear:
-    whole_row = grouped.scales.shape[1] == 1
-    packed = pack(
-        grouped.codes,
-        grouped.scales,
-        grouped.zeros,
-        bits=grouped.bits,
-        group_size=None if whole_row else grouped.group_size,
-        in_features=grouped.codes.shape[1],
-    )
-    return PackedQuantLinear(packed, bias, dtype, grouped.columns)
+    return PackedQuantLinear(packed, bias, weight.dtype, quantization)
 
 
 def slow_quantisation() -> str | None:

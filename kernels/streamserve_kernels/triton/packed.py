@@ -43,6 +43,10 @@ class PackedWeight:
         return self.words.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    @property
     def nbytes(self) -> int:
         parts = (self.words, self.scales, self.zeros)
         return sum(part.nbytes for part in parts if part is not None)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from streamserve.models.checkpoint import CheckpointSource, module_pieces
 from streamserve.models.gguf.kinds import Kind
@@ -14,15 +11,7 @@ from streamserve.models.gguf.tensors import GgufTensors
 from streamserve.models.names import WeightNames
 from streamserve.models.parameters import Module
 from streamserve.models.spec import DecoderSpec
-from streamserve_kernels.stored import (
-    FactoredNumbers,
-    GroupedWeight,
-    Numbers,
-    StoredFormat,
-    StoredWeight,
-    concatenate,
-    expand,
-)
+from streamserve_kernels.stored import StoredFormat, StoredWeight, concatenate
 
 # These decide, or are read in another way than by products and rows.
 _NEVER_PACKED = ("layers.router", "layers.shared.gate", "position_embedding")
@@ -54,17 +43,11 @@ class GgufQuantization:
         kinds = self.kinds(module)
         if kinds is None:
             return None
+        # Parts of unlike kinds are held each on its own: none takes more than this.
         group = math.gcd(*(kind.group for kind in kinds))
-        # A kind whose groups are divided has its numbers as often as it has groups then.
         return StoredFormat(
-            max(kind.bits for kind in kinds),
-            group,
-            max(kind.group_bytes for kind in kinds) * (1 if _alike(kinds) else 2),
+            max(kind.bits for kind in kinds), group, max(kind.group_bytes for kind in kinds)
         )
-
-
-def _alike(kinds: Sequence[Kind]) -> bool:
-    return len({kind.name for kind in kinds}) == 1
 
 
 class GgufSource(CheckpointSource):
@@ -78,51 +61,8 @@ class GgufSource(CheckpointSource):
             return None
         pieces = module_pieces(self._names, module, "weight")
         parts = [self._gguf.stored(piece.name) for piece in pieces]
-        weight = stack([part for part in parts if part is not None])
+        # Q4_K_M has q and k in Q4_K and v in Q6_K, in half of its layers.
+        weight = concatenate([part for part in parts if part is not None])
         for piece in pieces:
             self._gguf.release(piece.name)
         return weight
-
-
-def stack(parts: Sequence[GroupedWeight]) -> StoredWeight:
-    """Parts as one weight, of unlike kinds too: the widest codes, the shortest groups.
-
-    A Q4_K_M file has q and k in Q4_K and v in Q6_K, in half of its layers. Exact: a scale of ggml
-    has at most 18 significant bits and a code 6 (Q8_0: 11 and 8), so code · scale fits a float32,
-    and (code - zero) · scale may be had as code · scale - zero · scale.
-    """
-    if len({(part.bits, part.group, part.minimums is None) for part in parts}) == 1:
-        return concatenate(parts)
-    bits, group = max(part.bits for part in parts), math.gcd(*(part.group for part in parts))
-    has_minimums = any(part.minimums is not None for part in parts)
-    return concatenate([_widened(part, bits, group, has_minimums) for part in parts])
-
-
-def _widened(part: GroupedWeight, bits: int, group: int, has_minimums: bool) -> GroupedWeight:
-    times = part.group // group
-    minimums, zeros = part.minimums, part.zeros
-    if has_minimums and minimums is None:
-        assert zeros is not None
-        minimums, zeros = _scaled(part.scales, zeros), None
-    return GroupedWeight(
-        part.codes,
-        bits,
-        _repeated(part.scales, times),
-        zeros.repeat_interleave(times, dim=1) if isinstance(zeros, Tensor) else zeros,
-        group,
-        None,
-        None if minimums is None else _repeated(minimums, times),
-    )
-
-
-def _scaled(numbers: Numbers, factor: Tensor | float) -> Numbers:
-    if isinstance(numbers, FactoredNumbers) and not isinstance(factor, Tensor):
-        return FactoredNumbers(numbers.codes, numbers.units * factor, numbers.per)
-    return expand(numbers) * factor
-
-
-def _repeated(numbers: Numbers, times: int) -> Numbers:
-    if isinstance(numbers, FactoredNumbers):
-        codes = numbers.codes.repeat_interleave(times, dim=1)
-        return FactoredNumbers(codes, numbers.units, numbers.per * times)
-    return numbers.repeat_interleave(times, dim=1)

@@ -150,7 +150,7 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     const ss_output out = {
         .y = (void *)args[Y],
         .bias = (const void *)args[BIAS],
-        .outputs = args[OUTPUTS],
+        .stride = args[OUTPUTS],
         .is_float32 = (int)args[IS_FLOAT32],
         .stores = !best || context->step->wants_logits,
         .scale = (float)ss_double(args[SCALE]),

@@ -33,7 +33,7 @@ static void keep_best(ss_best *best, const float *sums, int64_t columns, int64_t
 }
 
 void ss_put_row(const ss_output *out, int64_t row, int64_t first, int64_t columns, float *sums) {
-    const int64_t at = row * out->outputs + first;
+    const int64_t at = row * out->stride + first;
     for (int64_t c = 0; c < columns; c += 16) {
         const __mmask16 mask = ss_mask(columns - c);
         __m512 value = _mm512_loadu_ps(sums + c);

@@ -10,9 +10,9 @@ typedef struct {
 } ss_best;
 
 typedef struct {
-    void *y;                // [rows][outputs], bfloat16 or float32
-    const void *bias;       // [outputs], or none
-    int64_t outputs;
+    void *y;                // [rows], bfloat16 or float32
+    int64_t stride;         // elements between its rows
+    const void *bias;       // for each output, or none
     int bias_float32, is_float32;
     int stores;             // whether float32 results are stored
     float scale, cap;       // y = cap·tanh(scale·y / cap); cap 0: none (float32 only)

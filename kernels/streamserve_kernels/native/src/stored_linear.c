@@ -32,7 +32,7 @@ enum {
 };
 
 enum {
-    Y,          // address of y [rows, N], bfloat16 or float32
+    Y,          // address of y [rows], bfloat16 or float32
     X,          // address of x [rows, K], bfloat16
     X_STRIDE,   // elements between rows of x
     ROWS_KIND,  // see ss_rows
@@ -46,6 +46,7 @@ enum {
     OWN,        // address of [threads][OWN_ROWS][G] of the most groups there are
     OWN_STRIDE, // bytes of one thread's
     DONE,       // address of [threads] int64 64 bytes apart: whether a thread has its own sums
+    Y_STRIDE,   // elements between rows of y
 };
 enum { DONE_STRIDE = 8 };
 
@@ -423,7 +424,7 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
         .y = (void *)args[Y],
         .bias = (const void *)args[BIAS],
         .bias_float32 = 1,
-        .outputs = w->outputs,
+        .stride = args[Y_STRIDE],
         .is_float32 = (int)args[Y_FLOAT32],
         .stores = !best || context->step->wants_logits,
         .scale = (float)ss_double(args[SCALE]),

@@ -1,0 +1,249 @@
+"""Products with stored weights of any kind, dequantised on their way to the matrix units.
+
+Codes are read from the planes of `streamserve_kernels.stored_naive`, a byte for each of them (its
+neighbours come from the first-level cache), and what they stand for from a table or as they are.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from streamserve_kernels.triton.runtime import jit
+
+
+@jit
+def _numbers(
+    values,  # [N, G]
+    units,  # [N, ceil(G / PER)], where PER is not 0
+    n,
+    g,
+    G,
+    mask,
+    PER: tl.constexpr,
+):
+    number = tl.load(values + n * G + g, mask=mask, other=0).to(tl.float32)
+    if PER:
+        shared = (G + PER - 1) // PER
+        number *= tl.load(units + n * shared + g // PER, mask=mask, other=0.0).to(tl.float32)
+    return number
+
+
+@jit
+def _codes(plane, n, k, P, mask, BITS: tl.constexpr):
+    PER: tl.constexpr = 8 // BITS
+    byte = tl.load(plane + n * P + k // PER, mask=mask, other=0).to(tl.int32)
+    return (byte >> (k % PER * BITS)) & (2**BITS - 1)
+
+
+@jit
+def _weights(
+    n,  # int64, against k
+    k,
+    N,
+    K,
+    low,
+    high,
+    table,
+    scales,
+    scale_units,
+    offsets,
+    offset_units,
+    zero,
+    group,
+    G,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    TABLE_ROW: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    SCALES_PER: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    OFFSETS_PER: tl.constexpr,
+):
+    """The weights of outputs n and columns k, float32, step by step as `dequantise` has them."""
+    mask = (n < N) & (k < K)
+    LOW_PER: tl.constexpr = 8 // LOW_BITS
+    code = _codes(low, n, k, (K + LOW_PER - 1) // LOW_PER, mask, LOW_BITS)
+    if HIGH_BITS:
+        HIGH_PER: tl.constexpr = 8 // HIGH_BITS
+        code |= _codes(high, n, k, (K + HIGH_PER - 1) // HIGH_PER, mask, HIGH_BITS) << LOW_BITS
+    if TABLE_ROW >= 0:
+        weight = tl.load(table + n * TABLE_ROW + code, mask=mask, other=0.0)
+    else:
+        weight = code.to(tl.float32)
+    g = k // group
+    if OFFSETS == 1:
+        weight -= zero
+    elif OFFSETS == 2:
+        weight -= _numbers(offsets, offset_units, n, g, G, mask, OFFSETS_PER)
+    if HAS_SCALES:
+        weight *= _numbers(scales, scale_units, n, g, G, mask, SCALES_PER)
+    if OFFSETS == 3:
+        weight -= _numbers(offsets, offset_units, n, g, G, mask, OFFSETS_PER)
+    return tl.where(mask, weight, 0.0)
+
+
+@jit(do_not_specialize=["M", "zero", "group", "G"])
+def stored_product_kernel(
+    x,  # [M, K]
+    bias,  # [N], or anything without HAS_BIAS
+    y,  # [M, N]
+    M,
+    N,
+    K,
+    low,  # [N, P] uint8: the low bits of codes
+    high,  # [N, P'] uint8: their high bits, where HIGH_BITS is not 0
+    table,  # [N or 1, 2**bits] float32, where TABLE_ROW is not -1
+    scales,  # [N, G]
+    scale_units,
+    offsets,  # [N, G]
+    offset_units,
+    zero,
+    group,
+    G,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    TABLE_ROW: tl.constexpr,  # elements between the tables of two outputs; -1: no table
+    HAS_SCALES: tl.constexpr,
+    SCALES_PER: tl.constexpr,  # numbers that share a unit; 0: they have none
+    OFFSETS: tl.constexpr,  # 0: none, 1: `zero`, 2: zeros, 3: minimums
+    OFFSETS_PER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # 1: a row without the matrix units
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = n.to(tl.int64)[None, :]
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        weight = _weights(
+            rows,
+            k[:, None],
+            N,
+            K,
+            low,
+            high,
+            table,
+            scales,
+            scale_units,
+            offsets,
+            offset_units,
+            zero,
+            group,
+            G,
+            LOW_BITS,
+            HIGH_BITS,
+            TABLE_ROW,
+            HAS_SCALES,
+            SCALES_PER,
+            OFFSETS,
+            OFFSETS_PER,
+        )
+        if BLOCK_M == 1:
+            values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+            acc += tl.sum(weight * values[:, None], axis=0)[None, :]
+        else:
+            values = tl.load(
+                x + m.to(tl.int64)[:, None] * K + k[None, :],
+                mask=(m < M)[:, None] & (k < K)[None, :],
+                other=0.0,
+            )
+            weight = weight.to(values.dtype)
+            if INTERPRETED:
+                weight, values = weight.to(tl.float32), values.to(tl.float32)
+            acc = tl.dot(values, weight, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y + m.to(tl.int64)[:, None] * N + n[None, :],
+        acc.to(y.dtype.element_ty),
+        mask=(m < M)[:, None] & (n < N)[None, :],
+    )
+
+
+@jit(do_not_specialize=["first_row", "zero", "group", "G"])
+def stored_rows_kernel(
+    ids,  # [R] int64: rows to unpack; anything without HAS_IDS
+    out,  # [R, K]
+    first_row,  # of the R adjacent ones, without HAS_IDS
+    N,
+    K,
+    low,
+    high,
+    table,
+    scales,
+    scale_units,
+    offsets,
+    offset_units,
+    zero,
+    group,
+    G,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    TABLE_ROW: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    SCALES_PER: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    OFFSETS_PER: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The weights of some outputs, rounded to the dtype of `out`."""
+    row = tl.program_id(0).to(tl.int64)
+    if HAS_IDS:
+        n = tl.load(ids + row)
+    else:
+        n = first_row + row
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    weight = _weights(
+        n,
+        k,
+        N,
+        K,
+        low,
+        high,
+        table,
+        scales,
+        scale_units,
+        offsets,
+        offset_units,
+        zero,
+        group,
+        G,
+        LOW_BITS,
+        HIGH_BITS,
+        TABLE_ROW,
+        HAS_SCALES,
+        SCALES_PER,
+        OFFSETS,
+        OFFSETS_PER,
+    )
+    tl.store(out + row * K + k, weight.to(out.dtype.element_ty), mask=k < K)
+
+
+@jit
+def sparse_kernel(
+    x,  # [M, K]
+    starts,  # [N + 1] int32: where an output's values begin
+    columns,  # int32
+    values,
+    y,  # [M, N]: their products are added
+    N,
+    K,
+    BLOCK: tl.constexpr,
+):
+    """What a few outputs have beside their table: one program an output and row, in one order."""
+    n = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1).to(tl.int64)
+    start, end = tl.load(starts + n), tl.load(starts + n + 1)
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        column = tl.load(columns + at, mask=at < end, other=0)
+        value = tl.load(values + at, mask=at < end, other=0.0).to(tl.float32)
+        acc += value * tl.load(x + m * K + column, mask=at < end, other=0.0).to(tl.float32)
+    to = y + m * N + n
+    tl.store(to, (tl.load(to).to(tl.float32) + tl.sum(acc, axis=0)).to(y.dtype.element_ty))
