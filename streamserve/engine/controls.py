@@ -2,7 +2,8 @@
 
 Before a template runs, each special token in what users, tools and system prompts say becomes one
 private character, which no template trims, cuts in two or looks for. In the rendered text the token
-stands in its place again, encoded as text: in parts, none of which is the token.
+stands in its place again, encoded as text: in parts, none of which is the token. So does the
+beginning of one at the end of a text, if the beginning of another text would complete it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ _TRUSTED = "assistant"  # the model's own words keep their markers: templates lo
 _PRIVATE = range(0xF0000, 0xFFFFE)
 _MIN_CHARACTERS = 3  # a shorter one is found in anybody's text
 _ANCHOR = "\n"
+_NOTHING: tuple[set[str], set[str]] = (set(), set())
 
 Hidden = Mapping[str, str]
-"""Private characters, and the special token that each stands for."""
+"""Private characters, and the special token, or the beginning of one, that each stands for."""
 
 
 class Controls:
@@ -35,6 +37,15 @@ class Controls:
         self._beginnings = sorted({name[:2] for name in names})
         longest_first = sorted(names, key=lambda name: (-len(name), name))
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if names else None
+        # What a token begins with -> what it goes on with: all of the rest, and parts of it.
+        self._rests: dict[str, tuple[set[str], set[str]]] = {}
+        for name in longest_first:
+            for size in range(1, len(name)):
+                rests, parts = self._rests.setdefault(name[:size], (set(), set()))
+                rests.add(name[size:])
+                parts.update(name[size:end] for end in range(size + 1, len(name)))
+        self._longest = max(map(len, names), default=0)
+        self._first_characters = tuple({name[0] for name in names})
         self._tokenizer = tokenizer
 
     def hide(self, messages: Sequence[Message]) -> tuple[Sequence[Message], Hidden]:
@@ -42,19 +53,27 @@ class Controls:
         if self._pattern is None or not any(map(self._may_hold, messages)):
             return messages, {}
         free = self._free_characters(messages)
+        heads = {text.lstrip()[: self._longest] for m in messages for text in _strings(m)}
+        begun = {head[:size] for head in heads for size in range(1, len(head) + 1)}
         characters: dict[str, str] = {}
-
-        def character(match: re.Match[str]) -> str:
-            if match[0] not in characters:
-                characters[match[0]] = next(free)
-            return characters[match[0]]
-
         pattern = self._pattern
+
+        def character(name: str) -> str:
+            if name not in characters:
+                characters[name] = next(free)
+            return characters[name]
+
+        def hidden(text: str) -> str:
+            text = pattern.sub(lambda match: character(match[0]), text)
+            body = text.rstrip()  # a template may trim it
+            tail = self._open_end(body, heads, begun)
+            return body.removesuffix(tail) + character(tail) + text[len(body) :] if tail else text
+
         found = [
             message
             if message.get("role") == _TRUSTED
             else {
-                key: value if key == "role" else _replaced(value, pattern, character)
+                key: value if key == "role" else _replaced(value, hidden)
                 for key, value in message.items()
             }
             for message in messages
@@ -83,8 +102,21 @@ class Controls:
 
     def _may_hold(self, message: Message) -> bool:
         return message.get("role") != _TRUSTED and any(
-            start in text for text in _strings(message) for start in self._beginnings
+            text.rstrip().endswith(self._first_characters)
+            or any(start in text for start in self._beginnings)
+            for text in _strings(message)
         )
+
+    def _open_end(self, text: str, heads: set[str], begun: set[str]) -> str:
+        """The beginning of a special token that ``text`` ends with and one of ``heads`` goes on.
+
+        ``begun`` is what these begin with.
+        """
+        for size in range(min(self._longest - 1, len(text)), 0, -1):
+            rests, parts = self._rests.get(text[-size:], _NOTHING)
+            if not (rests.isdisjoint(begun) and parts.isdisjoint(heads)):
+                return text[-size:]
+        return ""
 
     def _free_characters(self, messages: Sequence[Message]) -> Iterator[str]:
         """Private characters that nobody has written; there are 65,534 to write, and limits."""
@@ -140,13 +172,11 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _replaced(
-    value: Any, pattern: re.Pattern[str], character: Callable[[re.Match[str]], str]
-) -> Any:
+def _replaced(value: Any, hidden: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return pattern.sub(character, value)
+        return hidden(value)
     if isinstance(value, Mapping):
-        return {key: _replaced(item, pattern, character) for key, item in value.items()}
+        return {key: _replaced(item, hidden) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_replaced(item, pattern, character) for item in value]
+        return [_replaced(item, hidden) for item in value]
     return value

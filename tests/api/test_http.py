@@ -351,6 +351,8 @@ async def test_beyond_the_bound_newcomers_are_told():
         fourth = await stack.enter_async_context(connected(address))
         await fourth.send("GET", "/health")
         assert (await fourth.whole())[0] == 200
+        await until(lambda: any(client.reader.at_eof() for client in clients))
+        assert not all(client.reader.at_eof() for client in clients)
 
 
 async def test_an_idle_connection_is_closed():
