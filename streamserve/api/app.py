@@ -142,7 +142,13 @@ def create_app(
             tokenizer, is_on=config.log_requests, max_characters=config.max_logged_characters
         ),
     )
-    registry = MetricsRegistry(metrics, engine, config.served_model_names[0])
+    registry = MetricsRegistry(
+        metrics,
+        engine,
+        config.served_model_names[0],
+        # On the public port anybody could read who the others are.
+        shows_tenants=config.admin_port is not None,
+    )
     small = _SmallEndpoints(context)
     operators = OperatorEndpoints(context, registry)
     admin_routes = operators.admin_routes()
@@ -170,7 +176,9 @@ def create_app(
     if config.has_docs:
         routes.append(Route("/openapi.json", small.openapi))
     routes += page_routes(has_chat=config.has_pages, has_docs=config.has_pages and config.has_docs)
-    key_check = Middleware(ApiKeyMiddleware, keys=keys, limiter=RateLimiter(clock))
+    key_check = Middleware(
+        ApiKeyMiddleware, keys=keys, limiter=RateLimiter(clock), on_refused=metrics.refused
+    )
     guards = [] if keys.is_empty else [key_check]
     app = ApiApp(
         routes=routes,

@@ -129,7 +129,9 @@ class EmbeddingEndpoint(GenerationEndpoint):
         finally:
             vectors.close()
             delivery.end(reason)
-            context.request_log.ended(request_id, vectors.streams, len(vectors.streams))
+            num_prompts = len(vectors.streams)
+            context.request_log.ended(request_id, vectors.streams, num_prompts)
+            context.metrics.tenants.ended(tenant.name, vectors.streams, num_prompts)
 
     def _content(self, work: Work, request_id: str, items: list[bytes]) -> bytes:
         num_tokens = sum([len(prompt.token_ids) for prompt in work.prompts])

@@ -133,7 +133,7 @@ class GenerationEndpoint(ABC):
         except ClientGoneError:
             return
         except RequestError as exc:
-            context.metrics.refused(exc.status, exc.code)
+            context.metrics.refused(exc.status, exc.code, tenant_of(scope).name)
             raise
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
@@ -209,6 +209,7 @@ class GenerationEndpoint(ABC):
             if allowance is not None:
                 allowance.close()
             context.request_log.ended(wire.id, streams, len(work.prompts))
+            context.metrics.tenants.ended(owner, streams, len(work.prompts))
 
     async def collect(self, admitted: Admitted) -> tuple[bytes, list[Choice]]:
         """Wait for an answer in one piece: its content, and all candidates."""

@@ -19,6 +19,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from streamserve.api.tenant_metrics import FAMILIES, TenantMetrics
 from streamserve.core.clock import Clock
 from streamserve.core.histogram import Counts
 from streamserve.core.pacing_stats import PacingStats
@@ -68,12 +69,15 @@ class Metrics:
         self.num_stalled = 0  # readers that were given up
         self.num_resumed = 0  # readers that came back to a stream
         self.num_joined = 0  # retries that found the answer of the first
+        self.tenants = TenantMetrics()
 
-    def refused(self, status: int, code: str | None = None) -> None:
+    def refused(self, status: int, code: str | None = None, tenant: str = "") -> None:
         """Count a request that was refused before it reached the engine's queue.
 
-        ``code`` is one of our error codes: never anything that a client has sent.
+        ``code`` is one of our error codes, ``tenant`` one of the operator's names: never anything
+        that a client has sent.
         """
+        self.tenants.refused(tenant)
         reason = status, code or "none"
         self.num_refused[reason] = self.num_refused.get(reason, 0) + 1
 
@@ -128,12 +132,17 @@ class Delivery:
 class MetricsCollector(Collector):
     """Turns ``Metrics`` and the engine's statistics into Prometheus's families at each scrape."""
 
-    def __init__(self, metrics: Metrics, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(
+        self, metrics: Metrics, engine: AsyncEngine, model_name: str, *, shows_tenants: bool
+    ) -> None:
         self._metrics = metrics
         self._engine = engine
         self._model = {"model_name": model_name}
+        self._shows_tenants = shows_tenants
 
     def collect(self) -> Iterator[Metric]:
+        if self._shows_tenants:
+            yield from self._tenant_families()
         yield from self._engine_families()
         yield from self._api_families()
         yield from self._pacing_families(self._engine.stats().pacing)
@@ -283,6 +292,14 @@ class MetricsCollector(Collector):
             metrics.e2e_latency,
         )
 
+    def _tenant_families(self) -> Iterator[Metric]:
+        samples = self._metrics.tenants.samples()
+        for index, (name, documentation) in enumerate(FAMILIES):
+            values = [
+                ({**self._model, "tenant": tenant}, numbers[index]) for tenant, numbers in samples
+            ]
+            yield self._counter(name, documentation, values)
+
     def _gauge(self, name: str, documentation: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(PREFIX + name, documentation, labels=list(self._model))
         family.add_metric(list(self._model.values()), value)
@@ -322,9 +339,12 @@ def _speculation_counters(stats: SpeculationStats) -> tuple[tuple[str, str, floa
 class MetricsRegistry:
     """A registry of our own: importing or embedding the server touches no global state."""
 
-    def __init__(self, metrics: Metrics, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(
+        self, metrics: Metrics, engine: AsyncEngine, model_name: str, *, shows_tenants: bool
+    ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(MetricsCollector(metrics, engine, model_name))
+        collector = MetricsCollector(metrics, engine, model_name, shows_tenants=shows_tenants)
+        self._registry.register(collector)
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +20,7 @@ RAW_SEND = "streamserve.raw_send"
 _GUARDED = ("/v1", "/tokenize", "/detokenize", "/debug")
 """How guarded paths begin. Routing is kinder than equality: it takes ``/tokenize\\n``, too."""
 
+_WRONG_KEY = "invalid_api_key"
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -68,8 +69,16 @@ class ApiKeyMiddleware:
     Whose key it was is left in the scope (``tenant_of``).
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, limiter: RateLimiter) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: KeyRing,
+        limiter: RateLimiter,
+        on_refused: Callable[[int, str], None],
+    ) -> None:
+        """``on_refused`` is called with the status and the code of every refusal."""
         self._app = app
+        self._on_refused = on_refused
         self._keys = keys
         self._limiter = limiter
 
@@ -87,11 +96,12 @@ class ApiKeyMiddleware:
                 send = allowance.sender(send)
             await self._app(scope, receive, send)
             return
+        self._on_refused(401, _WRONG_KEY)
         refusal = HttpError(
             401,
             "Missing or wrong API key: send it as 'Authorization: Bearer <key>' or as"
             " 'X-Api-Key: <key>'",
-            code="invalid_api_key",
+            code=_WRONG_KEY,
             headers={"WWW-Authenticate": "Bearer"},
         )
         await error_response(refusal, scope)(scope, receive, send)

@@ -5,6 +5,9 @@ Long bodies go to a worker process as they came, and come back as the bytes of t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -12,6 +15,7 @@ from streamserve.api.body import ignored_fields_headers, parse_json_object
 from streamserve.api.context import ApiContext
 from streamserve.api.generation import check_model
 from streamserve.api.prompts import LONG_BODY
+from streamserve.api.tenants import tenant_of
 from streamserve.api.token_requests import (
     TokenAnswer,
     TokenizeRequest,
@@ -20,6 +24,7 @@ from streamserve.api.token_requests import (
     parse_tokenize_request,
     tokenized,
 )
+from streamserve.errors import RequestError
 
 
 class TokenEndpoints:
@@ -30,13 +35,24 @@ class TokenEndpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """Text, or messages as the chat template renders them, to token ids."""
-        with self._context.gate.enter():
+        with self._entered(request):
             return self._checked(await self._tokenize(await self._body(request)))
 
     async def detokenize(self, request: Request) -> Response:
         """Token ids to text."""
-        with self._context.gate.enter():
+        with self._entered(request):
             return self._checked(await self._detokenize(await self._body(request)))
+
+    @contextmanager
+    def _entered(self, request: Request) -> Iterator[None]:
+        """A place, and a refusal counted."""
+        context = self._context
+        try:
+            with context.gate.enter():
+                yield
+        except RequestError as exc:
+            context.metrics.refused(exc.status, exc.code, tenant_of(request.scope).name)
+            raise
 
     async def _body(self, request: Request) -> bytes:
         return await self._context.read_body(request.scope, request.receive)

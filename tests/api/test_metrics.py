@@ -13,6 +13,8 @@ from streamserve.core.request import FinishReason
 from streamserve.engine.null_runner import NullRunner
 from tests.api.harness import MODEL, Api, Exchange, chat_body
 
+CHAT = "/v1/chat/completions"
+
 
 async def scrape(api):
     answer = await api.call("GET", "/metrics")
@@ -155,3 +157,39 @@ async def test_labels_are_never_what_a_client_has_sent():
         answer = await api.call("GET", "/metrics")
     assert 'code="model_not_found"' in answer.body.decode()
     assert "evil" not in answer.body.decode()
+
+
+async def test_tenants_are_counted_by_the_operators_names_and_on_the_operators_port_only():
+    alice, bob = ({"authorization": f"Bearer sk-{name}"} for name in "ab")
+    for admin_port in (None, 0):
+        api = Api(api_keys=("sk-a", "sk-b"), admin_port=admin_port)
+        async with api.running():
+            body = chat_body(max_tokens=3, n=2, user="evil-user")
+            await api.call("POST", CHAT, body, headers=alice)
+            await api.call("POST", CHAT, body, headers=alice)
+            await api.call("POST", CHAT, chat_body(n=1000), headers=alice)
+            await api.call("POST", "/tokenize", {"prompt": 5}, headers=bob)
+            await api.call("POST", CHAT, body, headers={"authorization": "Bearer evil-key"})
+            app = api.app if admin_port is None else api.app.admin
+            exchange = Exchange(app, "GET", "/metrics")
+            await exchange.finished()
+            text = exchange.body.decode()
+        assert 'code="invalid_api_key"' in text
+        assert "evil" not in text
+        found = {
+            (s.labels["tenant"], s.name.removeprefix("streamserve:tenant_")): s.value
+            for family in text_string_to_metric_families(text)
+            for s in family.samples
+            if "tenant" in s.labels
+        }
+        if admin_port is None:
+            assert not found
+    length = found.pop(("key-1", "prompt_tokens_total")) / 2
+    cached = found.pop(("key-1", "prompt_tokens_cached_total"))
+    assert 0 < length - cached <= 16
+    assert {key: value for key, value in found.items() if value} == {
+        ("key-1", "requests_total"): 2,
+        ("key-1", "requests_refused_total"): 1,
+        ("key-1", "generation_tokens_total"): 12,
+        ("key-2", "requests_refused_total"): 1,
+    }

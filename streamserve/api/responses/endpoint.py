@@ -185,6 +185,7 @@ class ResponsesEndpoint(ChatEndpoint):
             reason = stream.finish_reason or FinishReason.ERROR
             delivery.end(reason if stream.has_ended else FinishReason.ABORT)
             context.request_log.ended(wire.id, streams, 1)
+            context.metrics.tenants.ended(tenant.name, streams, 1)
             if allowance is not None:
                 allowance.close()
             del archive.running[wire.id]
