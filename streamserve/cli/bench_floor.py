@@ -8,7 +8,6 @@ import torch
 
 from streamserve.cli.compose import Service
 from streamserve.models import ModelConfig
-from streamserve.models.spec import ExpertsSpec
 from streamserve.runner.passing_thread import on_passing_thread
 from streamserve_kernels import Quantization
 from streamserve_kernels.ceilings import Ceilings, measure_ceilings
@@ -45,8 +44,7 @@ def model_costs(service: Service, quantization: Quantization | None) -> ModelCos
     for the bytes, and as many as a token takes for the FLOPs.
     """
     config, memory = service.config, service.memory
-    spec = config.spec
-    attention = [layer.attention for layer in spec.layers]
+    attention = config.spec.attentions()
     return ModelCosts(
         weight_bytes=step_weight_bytes(config, service.dtype, quantization),
         kv_bytes_per_token=memory.kv_bytes_per_block / memory.block_size,
@@ -73,11 +71,7 @@ def _weights_per_token(config: ModelConfig) -> int:
     table = spec.vocab_size * spec.hidden_size
     # In one byte a weight; tied or not, table and head are both counted.
     total = config.weight_bytes(torch.int8) - 2 * table
-    for layer in spec.layers:
-        if isinstance(layer.mlp, ExpertsSpec):
-            unused = layer.mlp.num_experts - layer.mlp.top_k
-            total -= unused * 3 * layer.mlp.intermediate_size * spec.hidden_size
-    return total
+    return total - spec.idle_weights()
 
 
 def measured_ceilings(service: Service) -> Ceilings:

@@ -148,7 +148,7 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
     if args.chat_template is not None:
         ChatTemplate.given(args.chat_template)
     path = model_directory(args, say)
-    config = load_config(path)
+    config = load_config(path, model_impl=args.model_impl, trust_remote_code=args.trust_remote_code)
     dtype = resolve_dtype(args.dtype, config, device)
     max_model_len = config.resolve_max_model_len(args.max_model_len)
     quantised = f" with {args.quantization} weights" if args.quantization else ""
@@ -208,7 +208,7 @@ def _public_prefixes(
 
 
 def _eos_token_ids(config: ModelConfig, tokenizer: FastTokenizer) -> frozenset[int]:
-    ends = (tokenizer.token_to_id(token) for token in config.family.end_tokens)
+    ends = (tokenizer.token_to_id(token) for token in config.end_tokens)
     return frozenset(config.eos_token_ids).union(end for end in ends if end is not None)
 
 

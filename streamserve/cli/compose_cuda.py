@@ -10,7 +10,7 @@ import torch
 
 from streamserve.cli.model_setup import BuiltModel, ModelSetup
 from streamserve.errors import ConfigError, KVCacheMemoryError, OutOfMemoryError
-from streamserve.models import Decoder, kv_bytes_per_block
+from streamserve.models import LanguageModel, kv_bytes_per_block
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
@@ -50,6 +50,9 @@ class CudaBuilder:
         setup, args = self._setup, self._setup.args
         with _room_for("the weights", setup, "a smaller model or dtype is needed"):
             model = setup.load(self._kernels)
+        self._has_graphs = model.is_capturable and not args.enforce_eager
+        if not (model.is_capturable or args.enforce_eager):
+            setup.warn("steps are not recorded as CUDA graphs: transformers' experts cannot be")
         with _room_for("the largest step", setup, "lower --max-num-batched-tokens"):
             memory = self._plan(model)
         setup.say_plan(memory)
@@ -69,7 +72,7 @@ class CudaBuilder:
                 self._ladder,
                 max_num_batched_tokens=setup.scheduler.max_num_batched_tokens,
                 kv_caches=kv_caches,
-                enforce_eager=args.enforce_eager,
+                enforce_eager=not self._has_graphs,
                 transfer=transfer,
             )
             built = BuiltModel(runner, profile, memory, finish_warm_up=runner.capture_graphs)
@@ -86,9 +89,9 @@ class CudaBuilder:
             return 0
         return plan_host_blocks(parse_bytes(swap_space), self._block_bytes, available_cpu_memory())
 
-    def _plan(self, model: Decoder) -> MemoryPlan:
+    def _plan(self, model: LanguageModel) -> MemoryPlan:
         setup, args, scheduler = self._setup, self._setup.args, self._setup.scheduler
-        graphs = [] if args.enforce_eager else list(self._ladder.graphs())
+        graphs = list(self._ladder.graphs()) if self._has_graphs else []
         step = profile_step_bytes(
             model,
             ladder=self._ladder,

@@ -15,7 +15,7 @@ import streamserve_kernels
 from streamserve.config import SchedulerConfig
 from streamserve.core.plan import ModelRunner
 from streamserve.core.step_time import StepProfile
-from streamserve.models import Decoder, ModelConfig, load_model
+from streamserve.models import LanguageModel, ModelConfig, load_model
 from streamserve.runner.memory import MemoryPlan, format_bytes
 from streamserve_kernels import Kernels
 
@@ -46,7 +46,7 @@ class ModelSetup:
         self.say(f"  kernels       {kernels.name}")
         return kernels
 
-    def load(self, kernels: Kernels) -> Decoder:
+    def load(self, kernels: Kernels) -> LanguageModel:
         """The model on its device; minutes for a big one. Raises ``ModelLoadError``."""
         quantization = self.args.quantization
         if quantization is not None and (reason := kernels.slow_quantisation()) is not None:
@@ -56,6 +56,7 @@ class ModelSetup:
             dtype=self.dtype,
             device=self.device,
             kernels=kernels,
+            config=self.config,
             load_format=self.args.load_format,
             max_model_len=self.scheduler.max_model_len,
             progress=Progress(self.say),

@@ -75,4 +75,5 @@ def _resolve(
         cache_dir=None if args.download_dir is None else Path(args.download_dir).expanduser(),
         load_format=load_format,
         token=args.hf_token,
+        with_code=args.trust_remote_code,
     )

@@ -9,11 +9,21 @@ from typing import Any
 from streamserve.cli.values import integer
 
 TOKENIZER_MODES = ("auto", "hf")
+MODEL_IMPLS = ("auto", "native", "transformers")
 
 
 def add_source_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model", default=argparse.SUPPRESS, metavar="MODEL", help="the same as MODEL"
+    )
+    group.add_argument(
+        "--model-impl",
+        type=_model_impl,
+        metavar="auto|native|transformers",
+        default="auto",
+        help="native: this server's own decoder; transformers: the model as transformers builds "
+        "it, on this server's cache and kernels; auto: native where the family is there, else "
+        "transformers (default: auto)",
     )
     group.add_argument(
         "--tokenizer", metavar="NAME", help="a directory or a hub id (default: the model's)"
@@ -42,8 +52,8 @@ def add_source_flags(group: argparse._ArgumentGroup) -> None:
         "--trust-remote-code",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="run the checkpoint's own tokenizer code, if it has some; its model code is never run "
-        "(default: off)",
+        help="run the checkpoint's own code, if it has some: its tokenizer's, and its model's "
+        "where --model-impl comes to transformers (default: off)",
     )
     group.add_argument(
         "--generation-config",
@@ -68,6 +78,13 @@ def add_seed_flag(parser: argparse.ArgumentParser) -> None:
         help="of requests that bring none, drawn from it in the order of their arrival, and of "
         "--load-format dummy (default: another one at every start)",
     )
+
+
+def _model_impl(text: str) -> str:
+    name = "native" if text == "vllm" else text  # whose own models are native there
+    if name not in MODEL_IMPLS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(MODEL_IMPLS)}, got {text!r}")
+    return name
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         _KERNELS,
         "attention_backend attention_config moe_backend=auto linear_backend=auto "
         "sparse_indexer_topk_backend=auto ir_op_priority enable_flashinfer_autotune! kernel_config "
-        "use_fp64_gumbel! model_impl=auto|vllm model_class_overrides optimization_level=* "
+        "use_fp64_gumbel! model_class_overrides optimization_level=* "
         "performance_mode=balanced jit_monitor_mode=off jit_monitor_verbose! engram_config",
     ),
     (

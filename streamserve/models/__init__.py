@@ -18,7 +18,7 @@ from streamserve.models.batch import (
     kv_bytes_per_block,
     touch_kv_cache,
 )
-from streamserve.models.config import ModelConfig, read_sampling_defaults
+from streamserve.models.config import read_sampling_defaults
 from streamserve.models.decoder import Decoder
 from streamserve.models.families import supported_architectures
 from streamserve.models.gguf.vocabulary import read_text_files
@@ -29,6 +29,8 @@ from streamserve.models.loader import (
     resolve_dtype,
     resolve_model,
 )
+from streamserve.models.model import LanguageModel
+from streamserve.models.model_config import ModelConfig
 from streamserve.models.sentence_files import read_embedding_config
 from streamserve.models.spec import DecoderSpec
 from streamserve.models.tokenizer_files import tokenizer_backend
@@ -38,6 +40,7 @@ __all__ = [
     "DecoderSpec",
     "ForwardBatch",
     "KVCache",
+    "LanguageModel",
     "LoadFormat",
     "ModelConfig",
     "allocate_kv_cache",

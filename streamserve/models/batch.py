@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from streamserve.models.spec import DecoderSpec
+from streamserve.models.spec import ModelShape
 from streamserve_kernels import Kernels, PrefixGroups, huge_pages
 
 KVCache: TypeAlias = list[tuple[Tensor, Tensor]]
@@ -45,7 +45,7 @@ class ForwardBatch:
 
 
 def allocate_kv_cache(
-    spec: DecoderSpec,
+    spec: ModelShape,
     num_blocks: int,
     block_size: int,
     dtype: torch.dtype,
@@ -61,9 +61,9 @@ def allocate_kv_cache(
     `kv_bytes_per_block`.
     """
     shapes = [
-        kernels.kv_cache_shape(num_blocks, block_size, layer.attention.num_kv_heads, head_size)
-        for layer in spec.layers
-        for head_size in (layer.attention.query_key_head_size, layer.attention.value_head_size)
+        kernels.kv_cache_shape(num_blocks, block_size, attention.num_kv_heads, head_size)
+        for attention in spec.attentions()
+        for head_size in (attention.query_key_head_size, attention.value_head_size)
     ]
     # On a CPU in huge pages where the system has them. A page is cleared when it is first written:
     # 4 GiB in small pages are a million faults, seconds before the server is ready. Attention,
@@ -105,7 +105,7 @@ def touch_kv_cache(caches: KVCache, is_over: Callable[[], bool] = lambda: False)
                 huge_pages.touch(cache[low:high])
 
 
-def kv_bytes_per_block(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
+def kv_bytes_per_block(spec: ModelShape, block_size: int, dtype: torch.dtype) -> int:
     """Bytes that one block takes in all layers together, in a cache of ``dtype``."""
-    elements = sum(layer.attention.key_size + layer.attention.value_size for layer in spec.layers)
+    elements = sum(attention.key_size + attention.value_size for attention in spec.attentions())
     return elements * block_size * dtype.itemsize

@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import parameters
-from streamserve.models.families import Family, find_family
+from streamserve.models.families import Family, find_family, has_family, unknown_family
 from streamserve.models.hf_config import HfConfig
+from streamserve.models.model_config import ModelConfig
 from streamserve.models.mxfp4 import Mxfp4
 from streamserve.models.parameters import StoredQuantization
 from streamserve.models.spec import DecoderSpec
@@ -23,63 +24,43 @@ from streamserve_kernels import Quantization
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """What is served, before it is loaded.
+ModelImpl = Literal["auto", "native", "transformers"]
 
-    ``max_position_embeddings`` is the model's own longest sequence in tokens, after rotary
-    stretching; ``default_max_model_len`` what is served of it unless more is asked for. ``dtype``
-    is the checkpoint's own, None when the config does not say. ``sampling_defaults`` are the
-    recommendations of ``generation_config.json``; ``stored_quantization`` is how the weights are
-    quantised in the files, None if they are not.
-    """
 
-    architecture: str
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeConfig(ModelConfig):
+    """Of a family that our decoder runs."""
+
     family: Family
     spec: DecoderSpec
-    max_position_embeddings: int
-    default_max_model_len: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-    dtype: torch.dtype | None
-    sampling_defaults: Mapping[str, float]
-    stored_quantization: StoredQuantization | None = None
 
     def weight_bytes(self, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
-        """Bytes that the weights take at most in ``dtype``, or quantised."""
         return parameters.weight_bytes(self.spec, dtype, quantization, self.stored_quantization)
 
-    def resolve_max_model_len(self, requested: int | None) -> int:
-        """The longest sequence to serve: the model's default, or ``requested``.
 
-        Raises ModelLoadError when ``requested`` is longer than the model can be given.
-        """
-        if requested is None:
-            return self.default_max_model_len
-        if not 1 <= requested <= self.max_position_embeddings:
-            raise ModelLoadError(
-                f"max_model_len {requested} must be between 1 and "
-                f"{self.max_position_embeddings}, the longest sequence of {self.architecture}"
-            )
-        return requested
-
-
-def load_hf_config(path: Path | str) -> ModelConfig:
+def load_hf_config(
+    path: Path | str, *, model_impl: ModelImpl = "auto", trust_remote_code: bool = False
+) -> ModelConfig:
     """Parses ``config.json`` and ``generation_config.json`` of a checkpoint's directory.
 
-    Raises UnsupportedModelError, naming the value and what is supported, for an architecture or a
-    setting that is not built; ModelLoadError for a config that is missing or damaged.
+    ``auto`` takes our decoder where it has the family, else transformers' model, whose code may be
+    the checkpoint's own with ``trust_remote_code``. Raises UnsupportedModelError, naming the value
+    and what is supported, for an architecture or a setting that is not built; ModelLoadError for a
+    config that is missing or damaged.
     """
     directory = Path(path)
     values = _read_json(directory / "config.json", required=True)
     generation = _read_json(directory / "generation_config.json", required=False)
     config = HfConfig(values, str(directory / "config.json"))
-    return parse_config(
-        config,
-        eos_token_ids=_token_ids(generation, "eos_token_id") or _token_ids(values, "eos_token_id"),
-        dtype=_checkpoint_dtype(config),
-        sampling_defaults=_sampling_defaults(generation),
-    )
+    stated: dict[str, Any] = {
+        "eos_token_ids": _token_ids(generation, "eos_token_id")
+        or _token_ids(values, "eos_token_id"),
+        "dtype": _checkpoint_dtype(config),
+        "sampling_defaults": _sampling_defaults(generation),
+    }
+    if model_impl != "transformers" and (model_impl == "native" or has_family(config)):
+        return parse_config(config, **stated)
+    return _transformers_config(directory, config, stated, model_impl, trust_remote_code)
 
 
 def parse_config(
@@ -88,15 +69,15 @@ def parse_config(
     eos_token_ids: tuple[int, ...],
     dtype: torch.dtype | None,
     sampling_defaults: Mapping[str, float],
-) -> ModelConfig:
-    """Raises as `load_hf_config` does."""
+) -> NativeConfig:
+    """Of one of our families. Raises as `load_hf_config` does."""
     family = find_family(config)
     stored_quantization = _stored_quantization(config)
     spec = family.spec(config)
     _check_heads(spec, config.source)
     longest = _longest_sequence(family, config, spec)
     default = family.default_positions
-    return ModelConfig(
+    return NativeConfig(
         architecture=family.architecture,
         family=family,
         spec=spec,
@@ -107,7 +88,33 @@ def parse_config(
         dtype=dtype,
         sampling_defaults=sampling_defaults,
         stored_quantization=stored_quantization,
+        end_tokens=family.end_tokens,
     )
+
+
+def _transformers_config(
+    directory: Path,
+    config: HfConfig,
+    stated: Mapping[str, Any],
+    model_impl: ModelImpl,
+    trust_remote_code: bool,
+) -> ModelConfig:
+    # It takes seconds to import, which the native families do not pay.
+    from streamserve.models.transformers_backend import read_config
+
+    try:
+        return read_config(
+            directory,
+            stated,
+            own_code=bool(config.values.get("auto_map")),
+            trust_remote_code=trust_remote_code,
+        )
+    except UnsupportedModelError as error:
+        if model_impl == "auto":
+            raise unknown_family(config, f"transformers' model cannot run here: {error}") from error
+        raise UnsupportedModelError(
+            f"{config.source}: transformers' model cannot run here: {error}"
+        ) from error
 
 
 def read_sampling_defaults(directory: Path) -> Mapping[str, float]:

@@ -155,6 +155,7 @@ class Decoder:
         self.device = device
         self.max_model_len = max_model_len
         self.nbytes = weights.nbytes()
+        self.is_capturable = True
         self._weights = weights
         # Gemma multiplies by what is left of it in its own dtype.
         self._embedding_scale: float = torch.tensor(spec.embedding_scale, dtype=dtype).item()

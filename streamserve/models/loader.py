@@ -8,12 +8,14 @@ from typing import Literal, get_args
 
 import torch
 
-from streamserve.errors import ModelLoadError
+from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.checkpoint import CheckpointSource, RandomSource, WeightSource
-from streamserve.models.config import ModelConfig, load_hf_config
+from streamserve.models.config import ModelImpl, NativeConfig, load_hf_config
 from streamserve.models.decoder import Decoder
 from streamserve.models.gguf.config import gguf_source, load_gguf_config
 from streamserve.models.gguf.container import find_gguf
+from streamserve.models.model import LanguageModel
+from streamserve.models.model_config import ModelConfig
 from streamserve.models.tensor_files import open_tensor_files
 from streamserve.models.weights import Progress, build_weights
 from streamserve_kernels import Kernels, Quantization
@@ -27,7 +29,7 @@ DTYPES = {
     "half": torch.float16,
 }
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Code, other frameworks' weights and training leftovers stay where they are.
+# Other frameworks' weights and training leftovers stay where they are.
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
@@ -39,10 +41,12 @@ def resolve_model(
     load_format: LoadFormat = "auto",
     local_files_only: bool = False,
     token: str | bool | None = None,
+    with_code: bool = False,
 ) -> Path:
     """Where ``model`` is: a directory, a GGUF file, or a hub id, downloaded into the hub's cache.
 
-    ``token`` is the hub's, ``True`` for the one that was saved at login.
+    ``token`` is the hub's, ``True`` for the one that was saved at login. ``with_code`` brings the
+    checkpoint's own code along.
     Raises ModelLoadError that says what was tried.
     """
     directory = Path(model).expanduser()
@@ -66,7 +70,7 @@ def resolve_model(
                 model,
                 revision=revision,
                 cache_dir=cache_dir,
-                allow_patterns=[*_HUB_FILES, *patterns],
+                allow_patterns=[*_HUB_FILES, *patterns, *(("*.py",) if with_code else ())],
                 ignore_patterns=["consolidated*", "original/*"],
                 local_files_only=local_files_only,
                 token=token,
@@ -102,14 +106,22 @@ def gguf_file(path: Path) -> Path | None:
     return find_gguf(path) if path.is_file() or not (path / "config.json").exists() else None
 
 
-def load_config(path: Path | str) -> ModelConfig:
+def load_config(
+    path: Path | str, *, model_impl: ModelImpl = "auto", trust_remote_code: bool = False
+) -> ModelConfig:
     """A checkpoint's config, of a directory or of a GGUF file; no weight is read.
 
-    Raises UnsupportedModelError, naming the value and what is supported, for an architecture or a
-    setting that is not built; ModelLoadError for a config that is missing or damaged.
+    ``auto`` takes our decoder where it has the family, else transformers' model, whose code may be
+    the checkpoint's own with ``trust_remote_code``. Raises UnsupportedModelError, naming the value
+    and what is supported, for an architecture or a setting that is not built; ModelLoadError for a
+    config that is missing or damaged.
     """
     file = gguf_file(Path(path))
-    return load_hf_config(path) if file is None else load_gguf_config(file)
+    if file is None:
+        return load_hf_config(path, model_impl=model_impl, trust_remote_code=trust_remote_code)
+    if model_impl == "transformers":
+        raise UnsupportedModelError(f"{file}: a GGUF file is read by the native decoder only")
+    return load_gguf_config(file)
 
 
 def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -147,14 +159,16 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     kernels: Kernels,
+    config: ModelConfig | None = None,
     load_format: LoadFormat = "auto",
     max_model_len: int | None = None,
     progress: Progress | None = None,
     seed: int = 0,
     quantization: Quantization | None = None,
-) -> Decoder:
+) -> LanguageModel:
     """Loads a checkpoint's directory or GGUF file; ``dummy`` draws weights from ``seed`` instead.
 
+    ``config`` is what `load_config` made of it, and says whose model it is.
     ``quantization`` quantises the linear layers as they come: see `parameters.module_quantization`.
     Holds the resident weights and, at any time, one more matrix on ``device``; a host that is not
     the device holds a few dozen megabytes of the files at a time. ``max_model_len`` is the longest
@@ -164,8 +178,24 @@ def load_model(
         raise ModelLoadError(
             f"load format {load_format!r} is unknown; these are: {', '.join(get_args(LoadFormat))}"
         )
-    config = load_config(path)
+    config = load_config(path) if config is None else config
     max_model_len = config.resolve_max_model_len(max_model_len)
+    if not isinstance(config, NativeConfig):
+        # Imported, with seconds of transformers, when its config was read.
+        from streamserve.models.transformers_backend import TransformersConfig
+
+        assert isinstance(config, TransformersConfig)
+        return config.load(
+            Path(path),
+            dtype=dtype,
+            device=device,
+            kernels=kernels,
+            load_format=load_format,
+            max_model_len=max_model_len,
+            progress=progress,
+            seed=seed,
+            quantization=quantization,
+        )
     source: WeightSource
     file = gguf_file(Path(path))
     if load_format == "dummy":

@@ -14,8 +14,9 @@ are in elements, windows and positions in tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 NormKind = Literal["rms_norm", "layer_norm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu", "quick_gelu"]
@@ -180,6 +181,33 @@ class LearnedPositions:
     offset: int = 0
 
 
+class ModelShape(Protocol):
+    """What planning memory and making a KV cache need to know of a model, whatever runs it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def tied_head(self) -> bool: ...
+
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        """One for each pair of caches, in their order."""
+        ...
+
+    def head_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes of (query and key, value) heads that its layers have."""
+        ...
+
+    def row_width(self) -> int:
+        """Elements alive per token at the widest layer's widest place, the residual among them."""
+        ...
+
+    def idle_weights(self) -> int:
+        """Weights of experts that a token does not go to."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
     """A whole decoder-only language model. ``logit_scale`` multiplies, then the soft cap bounds.
@@ -200,7 +228,33 @@ class DecoderSpec:
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
 
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        return tuple(layer.attention for layer in self.layers)
+
     def head_sizes(self) -> tuple[tuple[int, int], ...]:
-        """The sizes of (query and key, value) heads that its layers have."""
-        attentions = (layer.attention for layer in self.layers)
-        return tuple(sorted({(a.query_key_head_size, a.value_head_size) for a in attentions}))
+        return head_sizes(self.attentions())
+
+    def row_width(self) -> int:
+        return max(_row_width(self.hidden_size, layer) for layer in self.layers)
+
+    def idle_weights(self) -> int:
+        experts = [layer.mlp for layer in self.layers if isinstance(layer.mlp, ExpertsSpec)]
+        idle = sum((e.num_experts - e.top_k) * 3 * e.intermediate_size for e in experts)
+        return idle * self.hidden_size
+
+
+def head_sizes(attentions: Iterable[AttentionSpec]) -> tuple[tuple[int, int], ...]:
+    """See `ModelShape.head_sizes`."""
+    return tuple(sorted({(a.query_key_head_size, a.value_head_size) for a in attentions}))
+
+
+def _row_width(hidden_size: int, layer: LayerSpec) -> int:
+    attention, mlp = layer.attention, layer.mlp
+    heads = attention.query_size + attention.key_size + attention.value_size
+    if isinstance(mlp, ExpertsSpec):
+        inside = mlp.top_k * (3 * mlp.intermediate_size + 2 * hidden_size)
+        if mlp.shared is not None:
+            inside = max(inside, hidden_size + 3 * mlp.shared.intermediate_size)
+    else:
+        inside = (3 if mlp.gated else 2) * mlp.intermediate_size
+    return 3 * hidden_size + max(heads + attention.output_size, inside)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from streamserve.core.step_time import StepProfile
-from streamserve.models import Decoder, KVCache, allocate_kv_cache, touch_kv_cache
-from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec
+from streamserve.models import KVCache, LanguageModel, allocate_kv_cache, touch_kv_cache
+from streamserve.models.spec import ModelShape
 from streamserve.runner.allocator import keep_freed_memory
 from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.memory import MemoryPlan
@@ -21,7 +21,7 @@ from streamserve_kernels import Kernels
 
 
 def new_kv_cache(
-    spec: DecoderSpec,
+    spec: ModelShape,
     memory: MemoryPlan,
     dtype: torch.dtype,
     device: torch.device,
@@ -32,7 +32,7 @@ def new_kv_cache(
 
 
 def build_runner(
-    model: Decoder,
+    model: LanguageModel,
     memory: MemoryPlan,
     *,
     max_num_batched_tokens: int,
@@ -90,24 +90,10 @@ def build_runner(
 
 
 def step_buffer_bytes(
-    spec: DecoderSpec, dtype: torch.dtype, max_num_batched_tokens: int, max_num_seqs: int
+    spec: ModelShape, dtype: torch.dtype, max_num_batched_tokens: int, max_num_seqs: int
 ) -> int:
     """About what one step needs beside weights and KV: activations, logits, the sampler's copy."""
     num_rows = step_sizes(max_num_batched_tokens, max_num_seqs)[-1]
-    widest = max(_layer_width(spec.hidden_size, layer) for layer in spec.layers)
-    activations = num_rows * widest * dtype.itemsize
+    activations = num_rows * spec.row_width() * dtype.itemsize
     logits = max_num_seqs * spec.vocab_size * (dtype.itemsize + torch.float32.itemsize)
     return activations + logits + Sampler.work_bytes(spec.vocab_size, max_num_seqs)
-
-
-def _layer_width(hidden_size: int, layer: LayerSpec) -> int:
-    """Elements alive per token at a layer's widest place, the residual stream among them."""
-    attention, mlp = layer.attention, layer.mlp
-    heads = attention.query_size + attention.key_size + attention.value_size
-    if isinstance(mlp, ExpertsSpec):
-        inside = mlp.top_k * (3 * mlp.intermediate_size + 2 * hidden_size)
-        if mlp.shared is not None:
-            inside = max(inside, hidden_size + 3 * mlp.shared.intermediate_size)
-    else:
-        inside = (3 if mlp.gated else 2) * mlp.intermediate_size
-    return 3 * hidden_size + max(heads + attention.output_size, inside)

@@ -15,6 +15,7 @@ import transformers
 
 import streamserve_kernels
 from streamserve_kernels import Kernels
+from tests.models.random_model import random_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -39,27 +40,7 @@ def kernels() -> Kernels:
 
 @pytest.fixture(scope="session")
 def build() -> Callable[[transformers.PretrainedConfig], transformers.PreTrainedModel]:
-    """A config -> a model in float32 whose every weight matters to its logits.
-
-    A model that is there already gets such weights.
-    """
-
-    def build(
-        config: transformers.PretrainedConfig | torch.nn.Module,
-    ) -> transformers.PreTrainedModel:
-        generator = torch.Generator().manual_seed(7)
-        model = config
-        if not isinstance(config, torch.nn.Module):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        model = model.eval().to(torch.float32)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                is_norm = parameter.dim() == 1 and name.endswith("weight")
-                mean, std = (1.0, 0.3) if is_norm else (0.0, 0.15)
-                parameter.normal_(mean, std, generator=generator)
-        return model
-
-    return build
+    return random_model
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 
 from streamserve.core.prefix_groups import find_groups
-from streamserve.models import Decoder, ForwardBatch, allocate_kv_cache
+from streamserve.models import ForwardBatch, LanguageModel, allocate_kv_cache
 from streamserve_kernels import PrefixGroups
 
 
@@ -27,7 +27,7 @@ class PagedHarness:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: LanguageModel,
         *,
         num_blocks: int = 128,
         block_size: int = 4,

@@ -19,6 +19,7 @@ from streamserve.models.gguf.kinds import KINDS, unpack_rows
 from streamserve_kernels.stored import concatenate
 from tests.models.gguf_files import F32, Kind, write_gguf
 from tests.models.paged import PagedHarness, Sequence
+from tests.models.parity import NUM_GREEDY, prompts
 from tests.models.test_families import (
     BASE,
     ENDS,
@@ -28,10 +29,8 @@ from tests.models.test_families import (
     GQA,
     LLAMA3_ROPE,
     LONGROPE,
-    NUM_GREEDY,
     PHI3,
     YARN_ROPE,
-    prompts,
 )
 
 CPU = torch.device("cpu")

@@ -103,8 +103,8 @@ def test_no_tokenizer_at_all(tmp_path):
         tokenizer_backend(tmp_path, trust_remote_code=False)
 
 
-def test_a_models_own_code_is_never_run(tmp_path):
+def test_a_models_own_code_is_not_run_unless_it_is_trusted(tmp_path):
     config = {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="with --trust-remote-code neither"):
+    with pytest.raises(UnsupportedModelError, match="which runs with --trust-remote-code only"):
         load_config(tmp_path)

@@ -28,8 +28,6 @@ def write_config(directory, architecture: str, **values) -> None:
 @pytest.mark.parametrize(
     ("architecture", "values", "message"),
     [
-        ("DeepseekV2ForCausalLM", {}, r"not supported: .*\(MLA\).*; these are:"),
-        ("DeepseekV3ForCausalLM", {}, r"not supported: .*\(MLA\).*; these are:"),
         ("QWenLMHeadModel", {**QWEN, "visual": {"layers": 48}}, "Qwen-VL's pictures"),
         ("ChatGLMModel", {**CHATGLM, "position_encoding_2d": True}, "the first ChatGLM"),
         ("ChatGLMModel", {**CHATGLM, "pre_seq_len": 128}, "trained prefixes"),

@@ -18,7 +18,8 @@ from streamserve_kernels import QUANTIZATIONS
 from streamserve_kernels.native.library import why_not
 from streamserve_kernels.quantised import quantise
 from tests.models.paged import PagedHarness, Sequence
-from tests.models.test_families import CONFIGS, prompts
+from tests.models.parity import prompts
+from tests.models.test_families import CONFIGS
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama3", "llama-biases", "mistral", "qwen2", "qwen3", "gpt2", "gpt-neox", "phi")

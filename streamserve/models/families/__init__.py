@@ -26,7 +26,14 @@ from streamserve.models.families import (
 from streamserve.models.families.family import Family
 from streamserve.models.hf_config import HfConfig
 
-__all__ = ["FAMILIES", "Family", "find_family", "supported_architectures"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "find_family",
+    "has_family",
+    "supported_architectures",
+    "unknown_family",
+]
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -54,16 +61,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-_LATENTS = "its attention keeps latents in place of keys and values (MLA), which is not built"
-NOT_BUILT = {
-    "DeepseekV2ForCausalLM": _LATENTS,
-    "DeepseekV3ForCausalLM": _LATENTS,
-    "DeepseekV32ForCausalLM": _LATENTS,
-    "MiniCPM3ForCausalLM": _LATENTS,
-}
-"""Why some architectures that people ask for are refused."""
-
-
 def supported_architectures() -> tuple[str, ...]:
     return tuple(sorted(FAMILIES))
 
@@ -73,23 +70,33 @@ def find_family(config: HfConfig) -> Family:
 
     Raises UnsupportedModelError, which names what was asked for and what works.
     """
+    family = _find_family(config)
+    if family is None:
+        raise unknown_family(config)
+    return family
+
+
+def has_family(config: HfConfig) -> bool:
+    """Whether `find_family` finds one."""
+    return _find_family(config) is not None
+
+
+def _find_family(config: HfConfig) -> Family | None:
     named = config.values.get("architectures")
     if isinstance(named, list) and named:
-        for architecture in named:
-            if architecture in FAMILIES:
-                return FAMILIES[architecture]
+        return next((FAMILIES[name] for name in named if name in FAMILIES), None)
+    model_type = config.values.get("model_type")
+    return next((f for f in FAMILIES.values() if f.model_type == model_type), None)
+
+
+def unknown_family(config: HfConfig, also: str = "") -> UnsupportedModelError:
+    """Says what was asked for and what there is; ``also``: what else was tried."""
+    named = config.values.get("architectures")
+    if isinstance(named, list) and named:
         asked = ", ".join(map(str, named))
     else:
-        model_type = config.values.get("model_type")
-        for family in FAMILIES.values():
-            if family.model_type == model_type:
-                return family
-        asked = f"(none named; model_type {model_type!r})"
-    own_code = ""
-    if config.values.get("auto_map"):
-        own_code = " (its own model code is not run, with --trust-remote-code neither)"
-    reason = f": {NOT_BUILT[asked]}" if asked in NOT_BUILT else ""
-    raise UnsupportedModelError(
-        f"{config.source}: architecture {asked} is not supported{reason}; "
-        f"these are: {', '.join(supported_architectures())}{own_code}"
+        asked = f"(none named; model_type {config.values.get('model_type')!r})"
+    return UnsupportedModelError(
+        f"{config.source}: architecture {asked} is not supported; "
+        f"these are: {', '.join(supported_architectures())}" + (f". {also}" if also else "")
     )

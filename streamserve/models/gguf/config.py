@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from streamserve.errors import ModelLoadError
-from streamserve.models.config import ModelConfig, parse_config
+from streamserve.models.config import NativeConfig, parse_config
 from streamserve.models.gguf.architectures import (
     Architecture,
     Reading,
@@ -34,7 +34,7 @@ _SAMPLING = {
 }
 
 
-def load_gguf_config(path: Path) -> ModelConfig:
+def load_gguf_config(path: Path) -> NativeConfig:
     """Raises UnsupportedModelError or ModelLoadError, which name the file, key or tensor."""
     reading, architecture = _read(path)
     config = HfConfig(config_values(reading, architecture), str(reading.file.path))
@@ -50,7 +50,7 @@ def load_gguf_config(path: Path) -> ModelConfig:
     return replace(parsed, stored_quantization=packed)
 
 
-def gguf_source(path: Path, config: ModelConfig) -> GgufSource:
+def gguf_source(path: Path, config: NativeConfig) -> GgufSource:
     """The weights of the file that ``config`` is of. Raises ModelLoadError."""
     tensors = GgufTensors(*_read(path))
     try:
@@ -64,7 +64,7 @@ def _read(path: Path) -> tuple[Reading, Architecture]:
     return reading, find_architecture(reading)
 
 
-def _is_packed(quantization: GgufQuantization, config: ModelConfig) -> bool:
+def _is_packed(quantization: GgufQuantization, config: NativeConfig) -> bool:
     return any(quantization.kinds(module) is not None for module in decoder_modules(config.spec))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from streamserve.core.clock import monotonic
 from streamserve.core.step_time import StepProfile
-from streamserve.models import Decoder, KVCache
+from streamserve.models import KVCache, LanguageModel
 from streamserve.runner.cuda.graphs import DeviceModel, StepExecutor
 from streamserve.runner.cuda.input_batch import DeviceInputBatch
 from streamserve.runner.cuda.model_runner import CudaModelRunner
@@ -29,7 +29,7 @@ _SWITCH_INTERVAL_S = 0.0005
 
 
 def build_cuda_runner(
-    model: Decoder,
+    model: LanguageModel,
     memory: MemoryPlan,
     ladder: StepLadder,
     *,
@@ -68,7 +68,7 @@ def build_cuda_runner(
     return runner, profile
 
 
-def tune_linears(model: Decoder, ladder: StepLadder) -> None:
+def tune_linears(model: LanguageModel, ladder: StepLadder) -> None:
     """Chooses the kernels of the linear layers, where the backend has a choice; once per device.
 
     What was measured is kept on disk. Decodes of every size matter, and so do steps of a few
@@ -120,7 +120,7 @@ def assemble(
 def _warm_up(
     runner: CudaModelRunner,
     executor: StepExecutor,
-    model: Decoder,
+    model: LanguageModel,
     memory: MemoryPlan,
     ladder: StepLadder,
     max_num_batched_tokens: int,

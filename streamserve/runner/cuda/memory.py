@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from streamserve.models import Decoder, ForwardBatch, KVCache, allocate_kv_cache
+from streamserve.models import ForwardBatch, KVCache, LanguageModel, allocate_kv_cache
 from streamserve.runner.cuda.step_key import StepKey, StepLadder
 from streamserve.runner.memory import MIB, AvailableMemory, MemoryPlan, plan_memory
 from streamserve_kernels import PrefixGroups
@@ -75,7 +75,7 @@ def read_gpu(device: torch.device) -> GpuReading:
 
 
 def profile_step_bytes(
-    model: Decoder,
+    model: LanguageModel,
     *,
     ladder: StepLadder,
     graphs: list[StepKey],
@@ -100,7 +100,7 @@ def profile_step_bytes(
     return StepBytes(peak(ladder.largest.num_tokens), peak(graphed) if graphed else 0)
 
 
-def _peak_bytes(model: Decoder, batch: ForwardBatch, caches: KVCache) -> int:
+def _peak_bytes(model: LanguageModel, batch: ForwardBatch, caches: KVCache) -> int:
     """What a step takes at its peak, the pieces that torch's allocator makes of it included."""
     device = model.device
     with torch.inference_mode():

@@ -1,0 +1,131 @@
+"""Models of transformers through the real scheduler, cache and runner, against themselves plain."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import transformers
+
+import streamserve_kernels
+from streamserve.core.plan import ModelRunner
+from streamserve.core.pooling import Pooling
+from streamserve.core.request import Request
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.models import LanguageModel, allocate_kv_cache, load_config, load_model
+from streamserve.runner.model_runner import TorchModelRunner
+from tests.models.foreign import FOREIGN
+from tests.models.random_model import random_model
+from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop
+from tests.runner.tiny_llama import CPU, memory_for, runner_of
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+VOCAB, MAX_LEN, MAX_TOKENS = 97, 128, 32
+GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
+
+Pair = tuple[transformers.PreTrainedModel, LanguageModel]
+
+
+def pair_of(name: str, directory: Path, backend: str = "cpu") -> Pair:
+    theirs = random_model(FOREIGN[name]())
+    theirs.save_pretrained(directory)
+    config = load_config(directory, model_impl="transformers")
+    kernels = streamserve_kernels.load(CPU, backend)
+    ours = load_model(directory, dtype=torch.float32, device=CPU, kernels=kernels, config=config)
+    return theirs, ours
+
+
+@pytest.fixture(scope="module", params=FOREIGN)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return pair_of(request.param, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def runner(pair: Pair) -> Iterator[ModelRunner]:
+    _, ours = pair
+    caches = allocate_kv_cache(ours.spec, NUM_BLOCKS, BLOCK_SIZE, ours.dtype, CPU, ours.kernels)
+    runner = TorchModelRunner(
+        ours,
+        caches,
+        vocab_size=VOCAB,
+        block_size=BLOCK_SIZE,
+        max_model_len=MAX_LEN,
+        max_num_seqs=8,
+        max_num_batched_tokens=MAX_TOKENS,
+    )
+    yield runner
+    runner.close()
+
+
+def requests(name: str, params: SamplingParams = GREEDY) -> list[Request]:
+    """Ragged prompts, some with a long beginning in common."""
+    rng = random.Random(3)
+    shared = [rng.randrange(3, VOCAB) for _ in range(30)]
+    own = [[rng.randrange(3, VOCAB) for _ in range(count)] for count in (1, 9, 40, 17, 5)]
+    token_ids = [shared[:cut] + tail for cut, tail in zip((0, 30, 0, 30, 27), own, strict=True)]
+    return [
+        Request(f"{name}{i}", ids, params, arrival_time=0.0, seed=i)
+        for i, ids in enumerate(token_ids)
+    ]
+
+
+def assert_greedy(model: transformers.PreTrainedModel, answered: list[Request]) -> None:
+    """Each token is the likeliest one after those before it."""
+    for request in answered:
+        with torch.inference_mode():
+            logits = model(torch.tensor([request.token_ids])).logits[0]
+        start = request.num_prompt_tokens - 1
+        assert request.output_token_ids == logits[start:-1].argmax(-1).tolist()
+
+
+def test_greedy_answers_are_transformers_own(pair, runner):
+    """In ragged batches, chunks, behind shared prefixes, with preemptions, and after a hit."""
+    theirs, _ = pair
+    loop = Loop(runner, num_blocks=50, max_num_batched_tokens=20)
+    first = requests("first")
+    loop.run(first)
+    assert_greedy(theirs, first)
+    assert sum(request.num_preemptions for request in first) > 0
+    again = requests("again")
+    loop.run(again)
+    assert [r.output_token_ids for r in again] == [r.output_token_ids for r in first]
+    assert sum(request.num_cached_tokens for request in again) > 50
+
+
+@pytest.mark.parametrize("kind", ["last", "mean"])
+def test_vectors_are_the_trunks_own_states(pair, runner, kind):
+    theirs, _ = pair
+    params = SamplingParams(max_tokens=1, pooling=Pooling(kind=kind, normalize=False))
+    loop = Loop(runner, max_num_batched_tokens=20)
+    pooled = requests("pooled", params)
+    loop.run(pooled)
+    trunk = theirs.get_submodule(pair[1].spec.trunk)
+    for request in pooled:
+        with torch.inference_mode():
+            states = trunk(input_ids=torch.tensor([request.token_ids])).last_hidden_state[0]
+        expected = states[-1] if kind == "last" else states.mean(0)
+        torch.testing.assert_close(torch.tensor(request.embedding), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "as-on-a-device"])
+@pytest.mark.parametrize("name", ["exaone4", "granite-moe"])
+def test_a_runner_that_is_built_as_a_server_builds_it(tmp_path, name, on_device):
+    """Planned, warmed up with few layers, padded: and right afterwards."""
+    theirs, ours = pair_of(name, tmp_path, "naive" if on_device else "cpu")
+    memory = memory_for(ours, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    runner = runner_of(ours, memory, MAX_TOKENS, 64, on_device=on_device)
+    try:
+        answered = requests("r")
+        Loop(runner, max_num_batched_tokens=MAX_TOKENS).run(answered)
+    finally:
+        runner.close()
+    assert_greedy(theirs, answered)
