@@ -56,7 +56,7 @@ class Maker(Protocol):
     def context(self) -> ApiContext:
         """What all endpoints share."""
 
-    async def prepare_all(self, raw: bytes) -> Work:
+    async def prepare_all(self, raw: bytes, salt: str) -> Work:
         """Parse, render, tokenise, compile."""
 
     def wire(self, work: Work, owner: str) -> Wire:

@@ -48,14 +48,14 @@ class EmbeddingEndpoint(GenerationEndpoint):
     prompt_param = "input"
     endpoint = "embedding"
 
-    async def _prepare_here(self, raw: bytes) -> Work:
+    async def _prepare_here(self, raw: bytes, salt: str) -> Work:
         request = parse_embedding_request(parse_json_object(raw))
         self.check_common(request.common)
         prompts: list[Prompt] = []
         for given in request.inputs:
             if isinstance(given, str):
                 token_ids = await self._context.preprocessor.encode(
-                    given, add_special_tokens=request.add_special_tokens
+                    given, add_special_tokens=request.add_special_tokens, salt=salt
                 )
                 prompts.append(Prompt(token_ids))
             else:

@@ -75,17 +75,20 @@ class GenerationEndpoint(ABC):
         """What all endpoints share."""
         return self._context
 
-    async def prepare(self, raw: bytes) -> Work:
-        """Parse, render and tokenise. Raises ``RequestError``, ``EngineError``."""
+    async def prepare(self, raw: bytes, salt: str) -> Work:
+        """Parse, render and tokenise, apart from what has another ``salt``.
+
+        Raises ``RequestError``, ``EngineError``.
+        """
         workers = self._context.prompt_workers
         if workers is not None and len(raw) > LONG_BODY:
-            work = await self._prepare_elsewhere(workers, raw)
+            work = await self._prepare_elsewhere(workers, raw, salt)
         else:
-            work = await self._prepare_here(raw)
+            work = await self._prepare_here(raw, salt)
         return await self._settled(work)
 
     @abstractmethod
-    async def _prepare_here(self, raw: bytes) -> Work:
+    async def _prepare_here(self, raw: bytes, salt: str) -> Work:
         """As ``prepare``, for what is short."""
 
     def wire(self, work: Work, owner: str) -> Wire:
@@ -100,8 +103,8 @@ class GenerationEndpoint(ABC):
         extras = work.fields.extras(work.params, context.tokenizer)
         return OpenAIWire(envelope, work.common.stream_options, extras, work.choices.n)
 
-    async def _prepare_elsewhere(self, workers: PromptWorkers, raw: bytes) -> Work:
-        work = await workers.read(self.endpoint, raw)
+    async def _prepare_elsewhere(self, workers: PromptWorkers, raw: bytes, salt: str) -> Work:
+        work = await workers.read(self.endpoint, raw, salt)
         self.check_common(work.common)
         return work
 
@@ -144,7 +147,7 @@ class GenerationEndpoint(ABC):
             if wish is not None:
                 await answer_kept(self, raw, call, wish)
                 return
-            work = await self.prepare_all(raw)
+            work = await self.prepare_all(raw, tenant_of(scope).salt)
             del raw
             await self._answer(work, call)
 
@@ -158,12 +161,18 @@ class GenerationEndpoint(ABC):
             else:
                 await self._send_whole(admitted, call)
 
-    async def prepare_all(self, raw: bytes) -> Work:
+    async def prepare_all(self, raw: bytes, salt: str) -> Work:
         """As ``prepare``, with what the engine needs besides."""
-        work = await self.prepare(raw)
-        if work.params.structured_output is not None:
-            await self._context.engine.prepare(work.params)
-        return work
+        return await self.compiled(await self.prepare(raw, salt), salt)
+
+    async def compiled(self, work: Work, salt: str) -> Work:
+        """``work`` with its grammar ready, if it has one: for its tenant only."""
+        grammar = work.params.structured_output
+        if grammar is None:
+            return work
+        params = replace(work.params, structured_output=replace(grammar, salt=salt))
+        await self._context.engine.prepare(params)
+        return replace(work, params=params)
 
     def admit(self, work: Work, call: Call, wire: Wire | None = None) -> Admitted:
         """Hand the request to the engine; ``making`` must follow at once."""
@@ -317,10 +326,10 @@ class GenerationEndpoint(ABC):
             None if parsing is None else parsing.new(token_bytes) for _ in work.prompts_of_streams
         ]
 
-    async def _rendered(self, request: ChatRequest) -> Work:
+    async def _rendered(self, request: ChatRequest, salt: str) -> Work:
         """A chat as the template writes it, tokenised."""
         plan = AnswerPlan(request, self._context.answer_format)
-        prompt = await self._context.preprocessor.chat(plan.messages, **plan.rendering)
+        prompt = await self._context.preprocessor.chat(plan.messages, salt, **plan.rendering)
         return chat_work(request, plan, prompt, self._context.mark_ids)
 
     def check_common(self, common: Common) -> None:
@@ -347,13 +356,13 @@ class ChatEndpoint(GenerationEndpoint):
         super().__init__(context)
         self.kind = replace(CHAT, role=context.config.response_role)
 
-    async def _prepare_here(self, raw: bytes) -> Work:
+    async def _prepare_here(self, raw: bytes, salt: str) -> Work:
         request = self.parse(parse_json_object(raw), self._context.sampling_defaults)
         workers = self._context.prompt_workers
         if workers is not None and self._is_wild(request):
-            return await self._prepare_elsewhere(workers, raw)
+            return await self._prepare_elsewhere(workers, raw, salt)
         self.check_common(request.common)
-        return await self._rendered(request)
+        return await self._rendered(request, salt)
 
     def _is_wild(self, request: ChatRequest) -> bool:
         """Whether its template may run away, as one has, or with what a client gives it.
@@ -370,14 +379,14 @@ class CompletionEndpoint(GenerationEndpoint):
     prompt_param = "prompt"
     endpoint = "completion"
 
-    async def _prepare_here(self, raw: bytes) -> Work:
+    async def _prepare_here(self, raw: bytes, salt: str) -> Work:
         request = parse_completion_request(parse_json_object(raw), self._context.sampling_defaults)
         self.check_common(request.common)
         prompts: list[Prompt] = []
         for prompt in request.prompts:
             if isinstance(prompt, str):
                 token_ids = await self._context.preprocessor.encode(
-                    prompt, add_special_tokens=request.add_special_tokens
+                    prompt, add_special_tokens=request.add_special_tokens, salt=salt
                 )
                 prompts.append(Prompt(token_ids, prompt if request.echo else ""))
             else:

@@ -33,7 +33,7 @@ async def answer_kept(endpoint: Maker, raw: bytes, call: Call, wish: Resumption)
     is_first = False
     headers: dict[str, str] = {}
     if answer is None:
-        work = await endpoint.prepare_all(raw)
+        work = await endpoint.prepare_all(raw, tenant_of(call.scope).salt)
         wish.check(work, endpoint.endpoint)
         headers = ignored_fields_headers(work.common.unknown_fields)
         answer = kept.of_key(origin)  # another may have come meanwhile

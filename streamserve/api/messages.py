@@ -23,12 +23,12 @@ class MessagesEndpoint(ChatEndpoint):
     parse = staticmethod(parse_messages_request)
     ping = MESSAGE_PING
 
-    async def prepare(self, raw: bytes) -> Work:
+    async def prepare(self, raw: bytes, salt: str) -> Work:
         """As for a chat, but ``max_tokens`` is at most what the context has left.
 
         It must be given, so that clients say more than a small model has.
         """
-        work = await super().prepare(raw)
+        work = await super().prepare(raw, salt)
         params, [prompt] = work.params, work.prompts
         num_left = self._context.max_model_len - len(prompt.token_ids)
         if params.max_tokens is None or not 1 <= num_left < params.max_tokens:

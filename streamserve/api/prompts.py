@@ -123,6 +123,11 @@ def embedding_work(request: EmbeddingRequest, prompts: list[Prompt]) -> Work:
     )
 
 
+def payload_of(kind: bytes, raw: bytes, salt: str = "") -> bytes:
+    """What a worker is sent: a letter for the endpoint, whose body it is, and the body."""
+    return b"".join((kind, bytes((len(salt),)), salt.encode(), raw))
+
+
 class PromptReader:
     """What a worker process does: from a body to ``Work``, which travels pickled."""
 
@@ -134,7 +139,8 @@ class PromptReader:
         max_model_len: int,
     ) -> None:
         self._tokenizer, template = load()
-        self._encoder = PromptEncoder(self._tokenizer, template)
+        self._encoders = PromptEncoder(self._tokenizer, template)
+        self._encoder = self._encoders  # of the body at hand
         self._answer_format = answer_format
         self._mark_ids = MarkIds(self._tokenizer)
         self._defaults = sampling_defaults
@@ -149,15 +155,15 @@ class PromptReader:
         }
 
     def __call__(self, payload: bytes) -> bytes:
-        """``payload``: a letter for the endpoint, then the body.
-
-        Raises ``RequestError``.
-        """
-        if payload[:1] in (_TOKENIZE, _DETOKENIZE):
-            return pickle.dumps(self._tokens(memoryview(payload)), pickle.HIGHEST_PROTOCOL)
-        work = self._readers[payload[:1]](memoryview(payload)[1:])
-        if payload[:1] in _ANSWERED and work.fields.truncation.num_tokens is None:
-            self._check_length(work, _PARAMS[payload[:1]])
+        """``payload`` is what ``payload_of`` makes. Raises ``RequestError``."""
+        kind, size = payload[:1], payload[1]
+        self._encoder = self._encoders.of(payload[2 : 2 + size].decode())
+        body = memoryview(payload)[2 + size :]
+        if kind in (_TOKENIZE, _DETOKENIZE):
+            return pickle.dumps(self._tokens(kind, body), pickle.HIGHEST_PROTOCOL)
+        work = self._readers[kind](body)
+        if kind in _ANSWERED and work.fields.truncation.num_tokens is None:
+            self._check_length(work, _PARAMS[kind])
         packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in work.prompts]
         return pickle.dumps((replace(work, prompts=[]), packed), pickle.HIGHEST_PROTOCOL)
 
@@ -170,9 +176,9 @@ class PromptReader:
                 error.param = param
                 raise
 
-    def _tokens(self, payload: memoryview) -> TokenAnswer:
-        body = parse_json_object(payload[1:])
-        if payload[:1] == _DETOKENIZE:
+    def _tokens(self, kind: bytes, raw: memoryview) -> TokenAnswer:
+        body = parse_json_object(raw)
+        if kind == _DETOKENIZE:
             return detokenize(body, self._encoder)
         return tokenize(body, self._encoder, self._answer_format, self._max_model_len)
 
@@ -241,26 +247,26 @@ class PromptWorkers:
         """Begin to warm a process; bodies may come before it is ready."""
         self._pool.start()
 
-    async def read(self, endpoint: Endpoint, raw: bytes) -> Work:
-        """Parse, render and tokenise.
+    async def read(self, endpoint: Endpoint, raw: bytes, salt: str) -> Work:
+        """Parse, render and tokenise; ``salt`` as of ``Preprocessor.encode``.
 
         Raises ``RequestError`` for what the client did, the time limit included, and
         ``EngineError`` if the process dies.
         """
         kind, param = _ENDPOINTS[endpoint]
         work: Work
-        work, packed = await self._call(kind + raw, param)
+        work, packed = await self._call(payload_of(kind, raw, salt), param)
         prompts = [Prompt(ids.tolist(), echo, is_ours) for ids, echo, is_ours in packed]
         return replace(work, prompts=prompts)
 
-    async def tokenize(self, raw: bytes) -> TokenAnswer:
+    async def tokenize(self, raw: bytes, salt: str) -> TokenAnswer:
         """What ``/tokenize`` answers, but for what only the server can say. Raises as ``read``."""
-        answer: TokenAnswer = await self._call(_TOKENIZE + raw, "prompt")
+        answer: TokenAnswer = await self._call(payload_of(_TOKENIZE, raw, salt), "prompt")
         return answer
 
     async def detokenize(self, raw: bytes) -> TokenAnswer:
         """The same for ``/detokenize``."""
-        answer: TokenAnswer = await self._call(_DETOKENIZE + raw, "tokens")
+        answer: TokenAnswer = await self._call(payload_of(_DETOKENIZE, raw), "tokens")
         return answer
 
     async def _call(self, payload: bytes, param: str) -> Any:

@@ -36,7 +36,9 @@ class TokenEndpoints:
     async def tokenize(self, request: Request) -> Response:
         """Text, or messages as the chat template renders them, to token ids."""
         with self._entered(request):
-            return self._checked(await self._tokenize(await self._body(request)))
+            return self._checked(
+                await self._tokenize(await self._body(request), tenant_of(request.scope).salt)
+            )
 
     async def detokenize(self, request: Request) -> Response:
         """Token ids to text."""
@@ -57,30 +59,30 @@ class TokenEndpoints:
     async def _body(self, request: Request) -> bytes:
         return await self._context.read_body(request.scope, request.receive)
 
-    async def _tokenize(self, raw: bytes) -> TokenAnswer:
+    async def _tokenize(self, raw: bytes, salt: str) -> TokenAnswer:
         context = self._context
         workers = context.prompt_workers
         if workers is not None and len(raw) > LONG_BODY:
-            return await workers.tokenize(raw)
+            return await workers.tokenize(raw, salt)
         asked = parse_tokenize_request(parse_json_object(raw), context.answer_format)
         is_rendered = asked.prompt is None
         has_run_away = is_rendered and context.preprocessor.has_run_away
         if workers is not None and (asked.has_template_kwargs or has_run_away):
             # A template may run away with what a client gives it: a process can be killed.
-            return await workers.tokenize(raw)
+            return await workers.tokenize(raw, salt)
         check_model(asked.model, context.config.served_model_names)
         context.check_unknown(asked.unknown)
-        ids = await self._ids(asked)
+        ids = await self._ids(asked, salt)
         strs = await context.preprocessor.id_to_token(ids) if asked.return_token_strs else None
         content = tokenized(ids, strs, context.max_model_len)
         return TokenAnswer(content, asked.model, asked.unknown)
 
-    async def _ids(self, asked: TokenizeRequest) -> list[int]:
+    async def _ids(self, asked: TokenizeRequest, salt: str) -> list[int]:
         preprocessor, special = self._context.preprocessor, asked.add_special_tokens
         if asked.prompt is not None:
-            return await preprocessor.encode(asked.prompt, add_special_tokens=special)
+            return await preprocessor.encode(asked.prompt, add_special_tokens=special, salt=salt)
         prompt = await preprocessor.chat(
-            asked.messages, add_special_tokens=special, **asked.rendering
+            asked.messages, salt, add_special_tokens=special, **asked.rendering
         )
         return prompt.token_ids
 

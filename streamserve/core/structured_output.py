@@ -24,10 +24,11 @@ class StructuredOutput:
     The whole answer is a sentence of the grammar unless ``max_tokens`` or a stop string cuts it.
     ``whitespace_pattern`` is a regex for what may stand between the tokens of JSON, ``""`` for
     nothing; ``None`` allows a few spaces, and line breaks with their indentation. ``param`` is the
-    request field that errors name.
+    request field that errors name. Those of another ``salt`` are others.
     """
 
     kind: GrammarKind
     text: str
     whitespace_pattern: str | None = None
+    salt: str = field(default="", repr=False)
     param: str = field(default="structured_outputs", compare=False)

@@ -41,7 +41,7 @@ class ByteTokenizer:
         named = {"bos_token": "<s>", "eos_token": "</s>"}
         return {name: token for name, token in named.items() if token in self._special}
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool, salt: str | None = None) -> list[int]:
         ids = list(self._prefix) if add_special_tokens else []
         for part in self._split.split(text) if self._special else [text]:
             if part in self._special:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -41,10 +42,17 @@ class PromptEncoder:
         self._chat_template = chat_template
         trusts = chat_template is not None and chat_template.trusts_messages
         self._controls = None if trusts else Controls(tokenizer)
+        self._salt = ""
+
+    def of(self, salt: str) -> PromptEncoder:
+        """The same, which remembers long texts apart from those of others."""
+        encoder = copy(self)
+        encoder._salt = salt
+        return encoder
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, salt=self._salt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ``token_ids``, special tokens included.
@@ -104,9 +112,15 @@ class Preprocessor:
         self._num_threads = num_threads
         self._pool: ThreadPoolExecutor | None = None
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``. Raises ``InvalidParameterError`` past the time limit."""
-        work = partial(self._encoder.encode, text, add_special_tokens=add_special_tokens)
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, salt: str = ""
+    ) -> list[int]:
+        """Token ids of ``text``. Raises ``InvalidParameterError`` past the time limit.
+
+        Texts with another ``salt`` have no part in how long it takes.
+        """
+        encoder = self._encoder.of(salt)
+        work = partial(encoder.encode, text, add_special_tokens=add_special_tokens)
         return await self._run(work, num_characters=len(text), param="prompt")
 
     async def decode(self, token_ids: Sequence[int]) -> str:
@@ -122,6 +136,7 @@ class Preprocessor:
     async def chat(
         self,
         messages: Sequence[Message],
+        salt: str = "",
         /,
         *,
         add_generation_prompt: bool = True,
@@ -130,13 +145,13 @@ class Preprocessor:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> ChatPrompt:
-        """Render ``messages`` and tokenise the result.
+        """Render ``messages`` and tokenise the result; ``salt`` as of ``encode``.
 
         Raises ``InvalidParameterError``: what the template says against the messages, no template
         at all, or the time limit.
         """
         work = partial(
-            self._encoder.chat,
+            self._encoder.of(salt).chat,
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,

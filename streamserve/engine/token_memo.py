@@ -44,37 +44,45 @@ class TokenMemo:
         self._cut = re.compile("|".join(map(re.escape, cut_tokens)))
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        # What a text must begin with -> (where its cut is, ids up to there); oldest use first.
-        self._entries: OrderedDict[str, tuple[int, array[int]]] = OrderedDict()
+        # Whose text, and what it must begin with -> (where its cut is, ids up to there); oldest use
+        # first.
+        self._entries: OrderedDict[tuple[str, str], tuple[int, array[int]]] = OrderedDict()
         self._lock = Lock()
 
-    def encode(self, text: str) -> list[int]:
-        """Equal to ``encode(text)`` of the tokenizer."""
-        start, ids = self._find(text)
+    def encode(self, text: str, salt: str = "") -> list[int]:
+        """Equal to ``encode(text)`` of the tokenizer.
+
+        What was remembered with another ``salt`` makes it no faster.
+        """
+        start, ids = self._find(text, salt)
         cut = self._last_cut(text)
         if cut is not None and cut.start() > start:
             ids = ids + array("I", self._encode(text[start : cut.start()]))
             start = cut.start()
-            self._remember(text[: cut.end()], start, ids)
+            self._remember((salt, text[: cut.end()]), start, ids)
         return ids.tolist() + self._encode(text[start:])
 
-    def _find(self, text: str) -> tuple[int, array[int]]:
+    def _find(self, text: str, salt: str) -> tuple[int, array[int]]:
         """The longest beginning that is remembered."""
         with self._lock:
-            known = max(filter(text.startswith, self._entries), key=len, default=None)
+            known = max(
+                (key for key in self._entries if key[0] == salt and text.startswith(key[1])),
+                key=lambda key: len(key[1]),
+                default=None,
+            )
             if known is None:
                 return 0, array("I")
             self._entries.move_to_end(known)
             return self._entries[known]
 
-    def _remember(self, beginning: str, cut: int, ids: array[int]) -> None:
+    def _remember(self, key: tuple[str, str], cut: int, ids: array[int]) -> None:
         with self._lock:
-            if beginning in self._entries:  # another thread was faster
+            if key in self._entries:  # another thread was faster
                 return
-            self._entries[beginning] = (cut, ids)
-            self._num_bytes += _size_of(beginning, ids)
+            self._entries[key] = (cut, ids)
+            self._num_bytes += _size_of(key[1], ids)
             while self._num_bytes > self._max_bytes or len(self._entries) > _MAX_ENTRIES:
-                oldest, (_, oldest_ids) = self._entries.popitem(last=False)
+                (_, oldest), (_, oldest_ids) = self._entries.popitem(last=False)
                 self._num_bytes -= _size_of(oldest, oldest_ids)
 
     def _last_cut(self, text: str) -> re.Match[str] | None:

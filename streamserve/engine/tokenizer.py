@@ -35,8 +35,11 @@ class Tokenizer(Protocol):
     def all_special_ids(self) -> frozenset[int]:
         """The ids that ``skip_special_tokens`` leaves out."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of ``text``; special tokens written out in it become their ids."""
+    def encode(self, text: str, *, add_special_tokens: bool, salt: str | None = None) -> list[int]:
+        """Token ids of ``text``; special tokens written out in it become their ids.
+
+        With a ``salt`` long texts may be remembered, for texts with the same one.
+        """
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; incomplete characters become U+FFFD, unknown ids nothing."""
@@ -131,12 +134,12 @@ class FastTokenizer:
     def all_special_ids(self) -> frozenset[int]:
         return self._all_special_ids
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool, salt: str | None = None) -> list[int]:
         if add_special_tokens:
             return self._encode(text, add_special_tokens=True)
-        if self._memo is None or len(text) < MIN_CHARACTERS:
+        if self._memo is None or salt is None or len(text) < MIN_CHARACTERS:
             return self._encode_plain(text)
-        return self._memo.encode(text)
+        return self._memo.encode(text, salt)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         try:

@@ -9,7 +9,7 @@ from streamserve.api.chat_request import CHAT_TABLE
 from streamserve.api.completion_request import COMPLETION_TABLE
 from streamserve.api.embedding_request import EMBEDDING_TABLE
 from streamserve.api.message_request import COUNT_TABLE, MESSAGES_TABLE
-from streamserve.api.prompts import PromptReader
+from streamserve.api.prompts import PromptReader, payload_of
 from streamserve.api.responses.before import find_context
 from streamserve.api.responses.request import RESPONSES_TABLE
 from streamserve.api.token_requests import DETOKENIZE_TABLE, TOKENIZE_TABLE
@@ -151,7 +151,7 @@ async def test_names_that_nobody_knows_are_told_of_only_so_far():
     unknown = {f"unknown-{i}-{'x' * 100}": 1 for i in range(5000)}
     reader = PromptReader(byte_text, {}, AnswerFormat(), 512)
     for letter, body in ((b"c", chat_body()), (b"p", {"prompt": "Hi"}), (b"e", {"input": "Hi"})):
-        assert len(reader(letter + json.dumps({**body, **unknown}).encode())) < 200_000
+        assert len(reader(payload_of(letter, json.dumps({**body, **unknown}).encode()))) < 200_000
     async with Api().running() as api:
         for path, (_, body) in PATHS.items():
             answer = await api.call("POST", path, {**body, **unknown})
@@ -171,10 +171,11 @@ async def test_names_that_nobody_knows_are_told_of_only_so_far():
 def test_what_is_too_long_stays_with_the_worker(letter, body, param):
     reader = PromptReader(byte_text, {}, AnswerFormat(), 512)
     with pytest.raises(ContextLengthError, match="maximum context length is 512") as refused:
-        reader(letter + json.dumps(body).encode())
+        reader(payload_of(letter, json.dumps(body).encode()))
     assert refused.value.param == param
     if letter != b"m":
-        assert reader(letter + json.dumps({**body, "truncate_prompt_tokens": 9}).encode())
+        raw = json.dumps({**body, "truncate_prompt_tokens": 9}).encode()
+        assert reader(payload_of(letter, raw))
 
 
 KEY = "0123456789abcdef" * 2

@@ -7,16 +7,22 @@ import signal
 
 import pytest
 
+from streamserve.api import generation, tokens
+from streamserve.api.prompts import PromptReader
+from streamserve.api.responses import endpoint
 from streamserve.api.server import hangup_calls
 from streamserve.api.tenants import CHECK_INTERVAL_S, KeyRing, Tenant, read_key_file
 from streamserve.cli.args import parse_args, scheduling_policy
 from streamserve.config import ApiConfig
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.chat_template import ChatTemplate
+from streamserve.engine.parsers.answer_format import AnswerFormat
 from streamserve.engine.preprocess import PromptEncoder
 from streamserve.engine.system_prefix import system_prefix
+from streamserve.engine.text_source import byte_text
+from streamserve.engine.worker_pool import WorkerPool
 from streamserve.errors import ConfigError
-from tests.api.harness import Api, Exchange, chat_body, until
+from tests.api.harness import HI, Api, Exchange, chat_body, message_body, until
 
 CHAT = "/v1/chat/completions"
 FILE = """
@@ -188,6 +194,68 @@ async def test_promise_private_tenants_share_a_declared_system_prompt_and_no_mor
         assert await cached(api, "sk-alice") > len(prefix)
         assert await cached(api, "sk-bob") == num_public
         assert await cached(api, "sk-bob", cache_salt="mine") == 0
+
+
+EVERY_WAY_IN = {
+    CHAT: chat_body(max_tokens=1),
+    "/v1/completions": {"prompt": "Hi", "max_tokens": 1},
+    "/v1/messages": message_body(max_tokens=1),
+    "/v1/messages/count_tokens": {"messages": [HI]},
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
+    "/v1/responses/input_tokens": {"input": "Hi"},
+    "/v1/embeddings": {"input": "Hi"},
+    "/tokenize": {"prompt": "Hi"},
+}
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+async def test_promise_private_no_tenant_tokenises_faster_for_what_another_sent(
+    key_file, monkeypatch, is_elsewhere
+):
+    """Long texts are remembered by salt (tests/engine/test_token_memo.py), and each has its own."""
+    salts = []
+
+    def encode(tokenizer, text, *, add_special_tokens, salt=None):
+        salts.append(salt)
+        return list(text.encode())
+
+    async def call(_pool, payload, *, timeout_s):
+        return PromptReader(byte_text, {}, AnswerFormat(), 512)(payload)
+
+    monkeypatch.setattr(WorkerPool, "call", call)
+    if is_elsewhere:
+        monkeypatch.setattr(generation, "LONG_BODY", 0)
+        monkeypatch.setattr(endpoint, "LONG_BODY", 0)
+        monkeypatch.setattr(tokens, "LONG_BODY", 0)
+    api = Api(api_key_file=str(key_file), load_text=byte_text if is_elsewhere else None)
+    async with api.running():
+        monkeypatch.setattr(ByteTokenizer, "encode", encode)
+        for path, body in EVERY_WAY_IN.items():
+            for key in ("sk-alice", "sk-bob"):
+                salts.clear()
+                answer = await api.call("POST", path, body, headers=bearer(key))
+                assert answer.status == 200
+                own = api.app.context.keys.find(key.encode()).salt
+                assert own in salts, path
+                assert {*salts} <= {own, None}, path
+        given = {**chat_body(max_tokens=1), "chat_template_kwargs": {"salt": "mine"}}
+        salts.clear()
+        assert (await api.call("POST", CHAT, given, headers=bearer("sk-bob"))).status == 200
+        assert {*salts} <= {own, None}
+
+
+async def test_promise_private_no_tenant_compiles_faster_for_what_another_sent(key_file):
+    async with Api(api_key_file=str(key_file)).running() as api:
+        grammars = api.engine._grammars
+        for path, body in (
+            (CHAT, chat_body(max_tokens=1, guided_regex="[ab]+")),
+            ("/v1/completions", {"prompt": "Hi", "guided_regex": "[ab]+", "max_tokens": 1}),
+            ("/v1/responses", {"input": "Hi", "guided_regex": "[ab]+", "max_output_tokens": 1}),
+        ):
+            for key in ("sk-alice", "sk-bob", "sk-alice-old"):
+                answer = await api.call("POST", path, body, headers=bearer(key))
+                assert answer.status == 200
+        assert grammars.num_cached == 2
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ class RecordingTokenizer(ByteTokenizer):
         self.threads = []
         self.gate = gate
 
-    def encode(self, text, *, add_special_tokens):
+    def encode(self, text, *, add_special_tokens, salt=None):
         self.threads.append(threading.current_thread())
         if self.gate is not None and len(text) > INLINE_CHARACTERS:
             self.gate.wait()

@@ -128,6 +128,29 @@ def test_the_next_turn_tokenises_what_is_new():
     assert encode.num_characters == len("<s>assistant")
 
 
+def test_with_another_salt_nothing_is_remembered():
+    encode = Counting()
+    memo = TokenMemo(encode, ["<s>"])
+    text = "<s>" + "user " * 1000 + "<s>assistant"
+    memo.encode(text, "alice")
+    for salt, num_characters in (
+        ("bob", len(text)),
+        ("", len(text)),
+        ("alice", len("<s>assistant")),
+    ):
+        encode.num_characters = 0
+        assert memo.encode(text, salt) == list(text.encode())
+        assert encode.num_characters == num_characters
+
+
+def test_without_a_salt_a_tokenizer_remembers_nothing():
+    tokenizer = KINDS["byte_level"]()
+    text = "<|im_start|>" + "hello " * MIN_CHARACTERS + "<|im_end|>"
+    for salt, num_entries in ((None, 0), ("bob", 1), ("alice", 2), ("bob", 2)):
+        tokenizer.encode(text, add_special_tokens=False, salt=salt)
+        assert len(tokenizer._memo._entries) == num_entries
+
+
 def test_what_was_used_longest_ago_is_forgotten():
     encode = Counting()
     memo = TokenMemo(encode, ["<s>"], max_bytes=15_000)  # two of them
@@ -149,5 +172,7 @@ def test_a_tokenizer_remembers_long_texts():
     for more in ("", "x", "<|im_start|>", "<|im_start|>yes"):
         for add_special_tokens in (False, True):
             expected = tokenizer._backend.encode(text + more, add_special_tokens=add_special_tokens)
-            got = tokenizer.encode(text + more, add_special_tokens=add_special_tokens)
+            got = tokenizer.encode(
+                text + more, add_special_tokens=add_special_tokens, salt="its owner's"
+            )
             assert got == expected.ids

@@ -27,7 +27,7 @@ from streamserve.api.responses.request import Settings
 from streamserve.api.responses.store import Stored, Turn
 from streamserve.api.responses.wire import ResponseWire
 from streamserve.api.resumption import resumption_of
-from streamserve.api.tenants import tenant_of
+from streamserve.api.tenants import Tenant, tenant_of
 from streamserve.core.request import FinishReason
 from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.errors import InvalidParameterError
@@ -53,43 +53,42 @@ class ResponsesEndpoint(ChatEndpoint):
         raw = await self._context.read_body(scope, receive)
         resumption_of(scope, self.endpoint)  # raises for whatever it finds
         async with DisconnectGuard(receive) as guard:
-            work = await self._read(raw, tenant_of(scope).name)
+            tenant = tenant_of(scope)
+            work = await self._read(raw, tenant)
             del raw
             settings = settings_of(work)
             self._check_storage(settings)
-            work = await self._settled(work)
-            if work.params.structured_output is not None:
-                await self._context.engine.prepare(work.params)
+            work = await self.compiled(await self._settled(work), tenant.salt)
             call = Call(scope, receive, send, arrival_time, guard)
             if settings.is_background:
                 await self._in_background(work, call)
             else:
                 await self._answer(work, call)
 
-    async def _read(self, raw: bytes, owner: str) -> Work:
+    async def _read(self, raw: bytes, tenant: Tenant) -> Work:
         """Parse, look up what is referred to, render and tokenise."""
         try:
             return await self._read_payload(
-                pack_response(raw, await self._archive.context_of(raw, owner))
+                pack_response(raw, await self._archive.context_of(raw, tenant.name)), tenant.salt
             )
         except InvalidParameterError as exc:
             if exc.param == "messages":  # as a chat calls it
                 exc.param = "input"
             raise
 
-    async def _read_payload(self, payload: bytes) -> Work:
+    async def _read_payload(self, payload: bytes, salt: str) -> Work:
         context = self._context
         workers = context.prompt_workers
         if workers is not None and len(payload) > LONG_BODY:
-            return await self._prepare_elsewhere(workers, payload)
+            return await self._prepare_elsewhere(workers, payload, salt)
         request = unpack_response(payload, context.sampling_defaults)
         if workers is not None and self._is_wild(request.chat):
-            return await self._prepare_elsewhere(workers, payload)
+            return await self._prepare_elsewhere(workers, payload, salt)
         self.check_common(request.chat.common)
         search = attempts(request, context.max_model_len)
-        work = await self._rendered(next(search))
+        work = await self._rendered(next(search), salt)
         while (chat := next_attempt(search, work)) is not None:
-            work = await self._rendered(chat)
+            work = await self._rendered(chat, salt)
         return replace(work, settings=request.settings)
 
     def _check_storage(self, settings: Settings) -> None:
@@ -204,7 +203,7 @@ class InputTokensEndpoint(ResponsesEndpoint):
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
         raw = await self._context.read_body(scope, receive)
         async with DisconnectGuard(receive) as guard:
-            work = await self._read(raw, tenant_of(scope).name)
+            work = await self._read(raw, tenant_of(scope))
             guard.release()
             [prompt] = work.prompts
             content = {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
