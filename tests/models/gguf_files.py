@@ -6,8 +6,10 @@ model is given the weights that the file stands for, so that it is the reference
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -17,6 +19,7 @@ import transformers
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
+_PERMUTED = ("llama", "smollm3", "baichuan", "deepseek")
 F32 = gguf.GGMLQuantizationType.F32
 Kind = gguf.GGMLQuantizationType
 # What the package can read but not write: random blocks stand for weights, with scales in measure.
@@ -26,7 +29,24 @@ _K_SCALES = {
     Kind.Q4_K: (0, 4),
     Kind.Q5_K: (0, 4),
     Kind.Q6_K: (208, 210),
+    Kind.IQ4_XS: (0, 2),
+    Kind.IQ4_NL: (0, 2),
 }
+
+
+def settings_of(model: Any) -> Any:
+    """The model's config; that of a reference of our own by transformers' names."""
+    config = model.config
+    if not isinstance(config, dict):
+        return config
+    layers, inner = config.get("num_layers"), config.get("ffn_hidden_size")
+    defaults = {
+        "tie_word_embeddings": False,
+        "num_hidden_layers": layers,
+        "intermediate_size": inner,
+        "max_position_embeddings": config.get("seq_length", config.get("model_max_length")),
+    }
+    return SimpleNamespace(**{**defaults, **config})
 
 
 def neighbours_together(rows: int, heads: int) -> np.ndarray:
@@ -62,12 +82,13 @@ def write_gguf(
     if text is not None:
         text(writer)
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
+    config = settings_of(model)
+    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     generator = np.random.default_rng(3)
     for name, tensor in _tensors(model, architecture):
         held = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert held is not None, name
-        _write(writer, held, tensor, model.config, architecture, kind, generator)
+        _write(writer, held, tensor, config, architecture, kind, generator)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -90,37 +111,62 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
+_EXPERT = re.compile(r"(.*mlp\.experts)\.\d+\.(\w+\.weight)$")
+
+
 def _tensors(
     model: transformers.PreTrainedModel, architecture: str
 ) -> list[tuple[str, list[Tensor]]]:
     """Names with transformers' tensors, experts of one layer together; a tied head is left out."""
     found: dict[str, list[Tensor]] = {}
-    tied = model.config.tie_word_embeddings
+    tied = settings_of(model).tie_word_embeddings
     for name, parameter in model.named_parameters():
+        data = parameter.data
+        base, _, leaf = name.rpartition(".")
         if tied and name == "lm_head.weight":
             continue
-        if name.endswith("mlp.experts.gate_up_proj"):
-            gate, up = parameter.data.chunk(2, dim=1)
-            base = name.removesuffix("gate_up_proj")
-            found[f"{base}gate_proj.weight"] = list(gate)
-            found[f"{base}up_proj.weight"] = list(up)
+        if architecture == "gpt-oss" and base.endswith("experts"):
+            found |= _clamped_experts(base, leaf, data)
+        elif leaf == "gate_up_proj":
+            gate, up = data.chunk(2, dim=1)
+            found[f"{base}.gate_proj.weight"] = list(gate)
+            found[f"{base}.up_proj.weight"] = list(up)
         elif name.endswith("mlp.experts.down_proj"):
-            found[name + ".weight"] = list(parameter.data)
+            found[name + ".weight"] = list(data)
+        elif (expert := _EXPERT.match(name)) is not None:
+            found.setdefault(f"{expert[1]}.{expert[2]}", []).append(data)
+        elif name.endswith("W_pack.weight"):
+            for part, rows in zip("qkv", data.chunk(3), strict=True):
+                found[name.replace("W_pack", f"{part}_proj")] = [rows]
+        elif leaf == "sinks":
+            found[name + ".weight"] = [data]
         elif architecture == "gpt2" and name.endswith(
             ("c_attn.weight", "c_proj.weight", "c_fc.weight")
         ):
-            found[name] = [parameter.data.t()]
+            found[name] = [data.t()]
         else:
-            found[name] = [parameter.data]
+            found[name.removeprefix("transformer.") if architecture == "chatglm" else name] = [data]
     return list(found.items())
+
+
+def _clamped_experts(base: str, leaf: str, data: Tensor) -> dict[str, list[Tensor]]:
+    """gpt-oss keeps ``[in, out]``, gates and ups in turns."""
+    suffix = "bias" if leaf.endswith("_bias") else "weight"
+    rows = data if suffix == "bias" else data.transpose(1, 2)
+    if leaf.startswith("down"):
+        return {f"{base}.down_proj.{suffix}": list(rows)}
+    return {
+        f"{base}.gate_proj.{suffix}": list(rows[:, ::2]),
+        f"{base}.up_proj.{suffix}": list(rows[:, 1::2]),
+    }
 
 
 def _order(held: str, rows: int, config: Any, architecture: str) -> np.ndarray | None:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", heads)
-    if architecture in ("llama", "smollm3") and ".attn_q." in held:
+    if architecture in _PERMUTED and ".attn_q." in held:
         return neighbours_together(rows, heads)
-    if architecture in ("llama", "smollm3") and ".attn_k." in held:
+    if architecture in _PERMUTED and ".attn_k." in held:
         return neighbours_together(rows, kv_heads)
     if architecture == "falcon" and ".attn_qkv." in held:
         kv_heads = config.num_kv_heads if config.new_decoder_architecture else 1
@@ -146,7 +192,7 @@ def _write(
         array = array + np.float32(1)
     if held.endswith("ffn_gate_inp_shexp.weight"):
         array = array[0]
-    chosen = kind(held) if array.ndim > 1 else F32
+    chosen = kind(held) if array.ndim > 1 and held.endswith("weight") else F32
     if chosen == F32:
         writer.add_tensor(held, np.ascontiguousarray(array, dtype=np.float32))
         return
@@ -164,8 +210,8 @@ def _quantised(array: np.ndarray, kind: Kind, generator: np.random.Generator) ->
     count = array.size // block
     data = generator.integers(0, 256, (count, nbytes), dtype=np.uint8)
     start, end = _K_SCALES[kind]
-    # Q6_K's and Q3_K's scales are larger integers, so that a unit is smaller.
-    unit = 2e-4 if kind in (Kind.Q6_K, Kind.Q3_K) else 2e-3
+    # Some kinds' codes and scales are larger integers, so that a unit is smaller.
+    unit = {Kind.Q6_K: 2e-4, Kind.Q3_K: 2e-4, Kind.IQ4_XS: 1e-4}.get(kind, 2e-3)
     scales = (unit * generator.random((count, (end - start) // 2))).astype(np.float16)
     data[:, start:end] = scales.view(np.uint8)
     return data.reshape(*array.shape[:-1], -1)

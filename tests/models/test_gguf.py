@@ -17,11 +17,16 @@ from streamserve.models import load_config, load_model
 from streamserve.models.gguf.architectures import ARCHITECTURES
 from streamserve.models.gguf.kinds import KINDS, unpack_rows
 from streamserve_kernels.stored import concatenate
-from tests.models.gguf_files import F32, Kind, write_gguf
+from tests.models import references
+from tests.models.gguf_files import F32, Kind, settings_of, write_gguf
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.parity import NUM_GREEDY, prompts
 from tests.models.test_families import (
+    BAICHUAN_13B,
     BASE,
+    CHATGLM,
+    CONFIGS,
+    DEEPSEEK,
     ENDS,
     FALCON,
     GEMMA,
@@ -30,6 +35,7 @@ from tests.models.test_families import (
     LLAMA3_ROPE,
     LONGROPE,
     PHI3,
+    QWEN,
     YARN_ROPE,
 )
 
@@ -279,6 +285,82 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict
         },
         dict,
     ),
+    "chatglm": (
+        "chatglm",
+        lambda: references.ChatGlm(**CHATGLM, rope_ratio=50),
+        {
+            "attention.layer_norm_rms_epsilon": CHATGLM["layernorm_epsilon"],
+            "attention.head_count_kv": CHATGLM["multi_query_group_num"],
+            "attention.key_length": CHATGLM["kv_channels"],
+            "attention.value_length": CHATGLM["kv_channels"],
+            "rope.dimension_count": CHATGLM["kv_channels"] // 2,
+            "rope.freq_base": 500_000.0,
+        },
+        dict,
+    ),
+    "glm": (
+        "chatglm",
+        lambda: transformers.GlmConfig(**GQA, **ENDS, head_dim=8),
+        {
+            "attention.layer_norm_rms_epsilon": 1.5625e-7,
+            "attention.head_count_kv": 2,
+            "rope.dimension_count": 4,
+        },
+        dict,
+    ),
+    "qwen": (
+        "qwen",
+        lambda: references.Qwen(**QWEN),
+        {"attention.layer_norm_epsilon": 1e-6, "rope.freq_base": 10_000.0},
+        dict,
+    ),
+    "baichuan": (
+        "baichuan",
+        lambda: references.Baichuan("BaiChuanForCausalLM", **BASE),
+        EPS,
+        dict,
+    ),
+    "baichuan-13b": (
+        "baichuan",
+        lambda: references.Baichuan(**{**BAICHUAN_13B, "num_hidden_layers": 40}),
+        EPS,
+        dict,
+    ),
+    "deepseek": (
+        "deepseek",
+        lambda: references.Deepseek(**DEEPSEEK),
+        {
+            **EPS,
+            "attention.head_count_kv": 2,
+            "expert_count": 5,
+            "expert_used_count": 3,
+            "expert_shared_count": 2,
+            "expert_feed_forward_length": 24,
+            "expert_weights_scale": 1.0,
+            "leading_dense_block_count": 1,
+        },
+        dict,
+    ),
+    "gpt-oss": (
+        "gpt-oss",
+        CONFIGS["gpt-oss"],
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.head_count_kv": 2,
+            "attention.key_length": 16,
+            "attention.value_length": 16,
+            "attention.sliding_window": 6,
+            "expert_count": 4,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 48,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+        },
+        dict,
+    ),
 }
 
 
@@ -290,7 +372,7 @@ def _write(path: Path, case: str, build: Any, **options: Any) -> Any:
     """Writes the case's file; returns the model that it stands for."""
     architecture, config, values, extra = CASES[case]
     model = build(config())
-    values = {**_sizes(model.config), **values}
+    values = {**_sizes(settings_of(model)), **values}
     write_gguf(path, model, architecture, values, extra=extra(), **options)
     return model
 
@@ -342,7 +424,9 @@ def test_packed_weights_stay_packed(kind, tmp_path, build, kernels):
     assert decoder.nbytes <= load_config(tmp_path / "m.gguf").weight_bytes(torch.float32)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "qwen2", "falcon-40b", "phi3"])
+@pytest.mark.parametrize(
+    "case", ["mixtral", "qwen2moe", "qwen2", "falcon-40b", "phi3", "gpt-oss", "baichuan"]
+)
 def test_experts_and_fused_matrices_are_packed_too(case, tmp_path, build, kernels):
     narrow = ("down_exps", "down_shexp", "ffn_down")  # rows of 24, 40 or 48: no whole blocks
     model = _write(
@@ -357,6 +441,7 @@ def test_experts_and_fused_matrices_are_packed_too(case, tmp_path, build, kernel
 MIXES = {
     "q4_k_m": {"attn_v": Kind.Q6_K, "ffn_down": Kind.Q6_K, "token_embd": Kind.Q6_K, "": Kind.Q4_K},
     "q2_k": {"attn_v": Kind.Q3_K, "ffn_gate": Kind.Q3_K, "output": Kind.Q6_K, "": Kind.Q2_K},
+    "tables": {"attn_v": Kind.IQ4_NL, "ffn_down": Kind.MXFP4, "attn_k": Kind.Q4_0, "": Kind.IQ4_XS},
     "q5_k": {"attn_q": Kind.Q8_0, "attn_v": Kind.BF16, "ffn_up": Kind.Q5_0, "": Kind.Q5_K},
 }
 
@@ -397,8 +482,9 @@ def test_any_block_is_dequantised_as_by_ggml(number):
 def test_stacking_unlike_kinds_changes_no_bit():
     generator = np.random.default_rng(1)
     parts = []
-    for number in (2, 3, 6, 7, 8, 10, 11, 12, 13, 14):
-        kind = KINDS[number]
+    for kind in KINDS.values():
+        if kind.unpack is None:
+            continue
         shape = (3, 512 // kind.block * kind.nbytes)
         data = generator.integers(0, 256, shape, dtype=np.uint8)
         # The high byte of no float16 may be that of an infinity.

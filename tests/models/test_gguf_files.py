@@ -147,9 +147,9 @@ def test_a_kind_that_is_not_built_is_named(write):
     data = path.read_bytes()
     at = data.index(b"blk.1.ffn_up.weight") + len(b"blk.1.ffn_up.weight") + 4 + 16
     assert data[at] == Kind.BF16
-    path.write_bytes(data[:at] + bytes([Kind.IQ4_XS]) + data[at + 1 :])
+    path.write_bytes(data[:at] + bytes([Kind.IQ3_S]) + data[at + 1 :])
     with pytest.raises(
-        UnsupportedModelError, match=r"tensor blk\.1\.ffn_up\.weight is of kind IQ4_XS.*Q4_K"
+        UnsupportedModelError, match=r"tensor blk\.1\.ffn_up\.weight is of kind IQ3_S.*Q4_K"
     ):
         load_config(path)
 

@@ -101,9 +101,7 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "embedding_scale": (),
     "expert_gating_func": (1,),
     "expert_group_count": (0, 1),
-    "expert_shared_count": (0, 1),
     "expert_weights_scale": (0.0, 1.0),
-    "leading_dense_block_count": (0,),
     "logit_scale": (1.0,),
     "nextn_predict_layers": (0,),
     "residual_scale": (1.0,),
@@ -359,6 +357,74 @@ def _starcoder2(reading: Reading) -> Values:
     return {"use_bias": _has_bias(reading, "ffn_up"), "hidden_act": "gelu_pytorch_tanh"}
 
 
+def _qwen(reading: Reading) -> Values:
+    """Its ``intermediate_size`` counts both halves of what is gated together, here as there."""
+    eps = reading.optional_number("attention.layer_norm_rms_epsilon")
+    if eps is None:
+        eps = reading.optional_number("attention.layer_norm_epsilon")
+    return {
+        "kv_channels": reading.head_size,
+        "rotary_emb_base": reading.number_or(10_000.0, "rope.freq_base"),
+        "layer_norm_epsilon": eps,
+        "seq_length": reading.integer("context_length"),
+    }
+
+
+_BAICHUAN_13B = 40
+
+
+def _baichuan(reading: Reading) -> Values:
+    """The 13B models, which llama.cpp tells by their layers, have ALiBi."""
+    context = reading.integer("context_length")
+    if reading.integer("block_count") == _BAICHUAN_13B:
+        return {"max_position_embeddings": None, "model_max_length": context}
+    return {"architectures": ["BaiChuanForCausalLM"]}
+
+
+def _chatglm(reading: Reading) -> Values:
+    """GLM 4 in transformers' layout is a file of this architecture too, and the same decoder."""
+    num_kv_heads = reading.integer("attention.head_count_kv")
+    base = reading.number_or(10_000.0, "rope.freq_base")
+    bias = _has_bias(reading, "attn_qkv") or _has_bias(reading, "attn_q")
+    return {
+        "kv_channels": reading.head_size,
+        "multi_query_attention": True,
+        "multi_query_group_num": num_kv_heads,
+        "add_qkv_bias": bias,
+        "ffn_hidden_size": reading.integer("feed_forward_length"),
+        "layernorm_epsilon": reading.optional_number("attention.layer_norm_rms_epsilon"),
+        "rope_ratio": base / 10_000.0,
+        "rotary_dim": reading.integer_or(reading.head_size // 2, "rope.dimension_count"),
+        "seq_length": reading.integer("context_length"),
+    }
+
+
+def _deepseek(reading: Reading) -> Values:
+    used = reading.integer("expert_used_count")
+    stated = reading.file.metadata.optional_flag(reading.key("expert_weights_norm"))
+    return {
+        "n_routed_experts": reading.integer("expert_count"),
+        "n_shared_experts": reading.integer_or(0, "expert_shared_count"),
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": reading.integer("expert_feed_forward_length"),
+        "first_k_dense_replace": reading.integer_or(0, "leading_dense_block_count"),
+        "norm_topk_prob": stated is True,
+    }
+
+
+def _gpt_oss(reading: Reading) -> Values:
+    scaling = _rope_scaling(reading)
+    return {
+        "num_local_experts": reading.integer("expert_count"),
+        "num_experts_per_tok": reading.integer("expert_used_count"),
+        "intermediate_size": reading.integer("expert_feed_forward_length"),
+        "sliding_window": reading.integer("attention.sliding_window"),
+        "layer_types": _layer_types(reading),
+        # Its frequencies are stretched from fractions of pairs on, which no key says.
+        "rope_scaling": None if scaling is None else {**scaling, "truncate": False},
+    }
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("LlamaForCausalLM", _llama, permuted=True, windows=True),
     "qwen2": Architecture("Qwen2ForCausalLM"),
@@ -379,4 +445,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "falcon": Architecture("FalconForCausalLM", _falcon),
     "olmo2": Architecture("Olmo2ForCausalLM"),
     "glm4": Architecture("Glm4ForCausalLM"),
+    "chatglm": Architecture("ChatGLMModel", _chatglm),
+    "qwen": Architecture("QWenLMHeadModel", _qwen),
+    "baichuan": Architecture("BaichuanForCausalLM", _baichuan, permuted=True),
+    "deepseek": Architecture("DeepseekForCausalLM", _deepseek, permuted=True),
+    "gpt-oss": Architecture("GptOssForCausalLM", _gpt_oss, windows=True),
 }

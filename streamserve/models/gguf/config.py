@@ -45,7 +45,8 @@ def load_gguf_config(path: Path) -> NativeConfig:
         dtype=_dtype(tensors),
         sampling_defaults=_sampling_defaults(reading),
     )
-    quantization = GgufQuantization(tensors, weight_names(dict.fromkeys(tensors.names())))
+    names = weight_names(dict.fromkeys(tensors.names()))
+    quantization = GgufQuantization.of(tensors, names, parsed.spec)
     packed = quantization if _is_packed(quantization, parsed) else None
     return replace(parsed, stored_quantization=packed)
 

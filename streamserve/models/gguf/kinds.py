@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamserve_kernels.stored import FactoredNumbers, GroupedWeight, Numbers
+from streamserve_kernels.stored import FactoredNumbers, GroupedWeight, Numbers, TableWeight
+
+GgufWeight = GroupedWeight | TableWeight
 
 SUPER_BLOCK = 256
 
@@ -21,6 +23,8 @@ SUPER_BLOCK = 256
 @dataclass(frozen=True, slots=True)
 class Kind:
     """``nbytes`` hold ``block`` weights. ``plain`` is torch's type of what is no code.
+
+    Codes of kinds with a ``table`` are places in it.
 
     A kind that has neither ``plain`` nor ``unpack`` is not served.
     """
@@ -34,6 +38,7 @@ class Kind:
     group: int = 0
     # Bytes of a group's scale and minimum, held as `Blocks` has them.
     group_bytes: float = 4.0
+    table: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +51,8 @@ class Blocks:
     minimums: Numbers | None = None
 
 
-def unpack_rows(kind: Kind, data: Tensor, rows: int) -> GroupedWeight:
-    """The bytes of ``rows`` whole rows (uint8) as codes, scales and zeros or minimums."""
+def unpack_rows(kind: Kind, data: Tensor, rows: int) -> GgufWeight:
+    """The bytes of ``rows`` whole rows (uint8) as codes, scales and what belongs to them."""
     assert kind.unpack is not None
     blocks = kind.unpack(data.view(-1, kind.nbytes))
 
@@ -57,6 +62,10 @@ def unpack_rows(kind: Kind, data: Tensor, rows: int) -> GroupedWeight:
             return FactoredNumbers(codes, units, numbers.per)
         return numbers.view(rows, -1)
 
+    if kind.table:
+        table = torch.tensor([kind.table], dtype=torch.float32)
+        codes = blocks.codes.view(rows, -1)
+        return TableWeight(codes, table, kind.bits, by_row(blocks.scales), kind.group)
     return GroupedWeight(
         blocks.codes.view(rows, -1),
         kind.bits,
@@ -173,6 +182,28 @@ def _q6_k(data: Tensor) -> Blocks:
     )
 
 
+def _iq4_xs(data: Tensor) -> Blocks:
+    high = data[:, 2:4].contiguous().view(torch.int16).to(torch.int32)
+    high = (high >> torch.arange(0, 16, 2, dtype=torch.int32)) & 3
+    low = _shifted_inside(data[:, 4:8])
+    factors = (low | (high << 4).to(torch.uint8)).to(torch.int8) - 32
+    codes = _shifted(data[:, 8:].reshape(-1, 8, 16), (0, 4), 15)
+    return Blocks(codes, FactoredNumbers(factors, _half(data[:, :2]), 8))
+
+
+def _shifted_inside(data: Tensor) -> Tensor:
+    """[n, a] -> [n, 2a]: each byte's lower half, then its upper one."""
+    return torch.stack((data & 15, data >> 4), dim=2).flatten(1)
+
+
+def _mxfp4(data: Tensor) -> Blocks:
+    """A scale is a power of two; the table's numbers are doubled, so that it is halved."""
+    exponent = data[:, :1].to(torch.int32)
+    # The two least are no normal numbers.
+    bits = torch.where(exponent < 2, 0x200000 << exponent, (exponent - 1) << 23)
+    return Blocks(_nibbles(data[:, 1:]), bits.view(torch.float32))
+
+
 def _super(
     name: str, nbytes: int, unpack: Callable[[Tensor], Blocks], bits: int, group: int, columns: int
 ) -> Kind:
@@ -197,6 +228,13 @@ KINDS: dict[int, Kind] = {
     13: _super("Q5_K", 176, _q5_k, 5, 32, 2),
     14: _super("Q6_K", 210, _q6_k, 6, 16, 1),
 }
+_NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+KINDS |= {
+    20: Kind("IQ4_NL", 32, 18, None, _q4_0, 4, 32, 4.0, _NON_LINEAR),
+    23: Kind("IQ4_XS", SUPER_BLOCK, 136, None, _iq4_xs, 4, 32, 1.5, _NON_LINEAR),
+    39: Kind("MXFP4", 32, 17, None, _mxfp4, 4, 32, 4.0, _E2M1),
+}
 # Kinds that are named when they are refused.
 _OTHERS = {
     9: "Q8_1",
@@ -205,10 +243,8 @@ _OTHERS = {
     17: "IQ2_XS",
     18: "IQ3_XXS",
     19: "IQ1_S",
-    20: "IQ4_NL",
     21: "IQ3_S",
     22: "IQ2_S",
-    23: "IQ4_XS",
     24: "I8",
     25: "I16",
     26: "I32",
@@ -216,7 +252,6 @@ _OTHERS = {
     29: "IQ1_M",
     34: "TQ1_0",
     35: "TQ2_0",
-    39: "MXFP4",
     40: "NVFP4",
 }
 

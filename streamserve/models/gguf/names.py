@@ -27,7 +27,12 @@ _ALTERNATIVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     # Falcon 40B's attention has the second of two.
     "layers.attention_norm": (_block("attn_norm_2"), _block("attn_norm")),
     "layers.attention_post_norm": (_block("post_attention_norm"),),
-    "layers.mlp_norm": (_block("ffn_norm"), _block("attn_norm")),
+    # Where there is none of its own, gpt-oss's follows the attention, Falcon 40B's goes before it.
+    "layers.mlp_norm": (
+        _block("ffn_norm"),
+        _block("post_attention_norm"),
+        _block("attn_norm"),
+    ),
     "layers.mlp_post_norm": (_block("post_ffw_norm"),),
     "layers.qkv": (_block("attn_qkv"), _block("attn_q", "attn_k", "attn_v")),
     "layers.q_norm": (_block("attn_q_norm"),),

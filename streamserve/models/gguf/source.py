@@ -19,18 +19,26 @@ _NEVER_PACKED = ("layers.router", "layers.shared.gate", "position_embedding")
 
 @dataclass(frozen=True, slots=True)
 class GgufQuantization:
-    """Which modules of a file are packed, and what they take."""
+    """Which modules of a file are packed, and what they take.
+
+    ``plain`` are modules that the decoder does more with than multiply.
+    """
 
     tensors: GgufTensors
     names: WeightNames
+    plain: tuple[str, ...] = ()
     name: str = "gguf"
+
+    @classmethod
+    def of(cls, tensors: GgufTensors, names: WeightNames, spec: DecoderSpec) -> GgufQuantization:
+        return cls(tensors, names, ("head",) if spec.normalised_head else ())
 
     def kinds(self, module: Module) -> list[Kind] | None:
         """The kinds of the parts of a module that stays packed; None for any other.
 
         Packed parts beside a plain one are dequantised: it would lose something if it were packed.
         """
-        if module.columns is None or module.name in _NEVER_PACKED:
+        if module.columns is None or module.name in (*_NEVER_PACKED, *self.plain):
             return None
         held = set(self.tensors.names())
         pieces = module_pieces(self.names, module, "weight")
@@ -45,8 +53,13 @@ class GgufQuantization:
             return None
         # Parts of unlike kinds are held each on its own: none takes more than this.
         group = math.gcd(*(kind.group for kind in kinds))
+        # Rows of several tables have each its own.
+        row_bytes = 4.0 * 16 if len({kind.table for kind in kinds if kind.table}) > 1 else 0.0
         return StoredFormat(
-            max(kind.bits for kind in kinds), group, max(kind.group_bytes for kind in kinds)
+            max(kind.bits for kind in kinds),
+            group,
+            max(kind.group_bytes for kind in kinds),
+            row_bytes,
         )
 
 
@@ -54,7 +67,7 @@ class GgufSource(CheckpointSource):
     def __init__(self, tensors: GgufTensors, names: WeightNames, spec: DecoderSpec) -> None:
         super().__init__(tensors, names, spec)
         self._gguf = tensors
-        self._quantization = GgufQuantization(tensors, names)
+        self._quantization = GgufQuantization.of(tensors, names, spec)
 
     def stored(self, module: Module) -> StoredWeight | None:
         if self._quantization.kinds(module) is None:

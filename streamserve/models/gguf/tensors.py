@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from torch import Tensor
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.gguf.architectures import Architecture, Reading
 from streamserve.models.gguf.container import TensorEntry
-from streamserve.models.gguf.kinds import Kind, kind_of, served_kinds, unpack_rows
-from streamserve_kernels.stored import GroupedWeight, rows_of
+from streamserve.models.gguf.kinds import GgufWeight, Kind, kind_of, served_kinds, unpack_rows
+from streamserve_kernels.stored import GroupedWeight, TableWeight, rows_of
 
 _EXPERTS = re.compile(r"(ffn_\w+_exps)\.(weight|bias)$")
 _HEADS = re.compile(r"blk\.\d+\.attn_(q|k|qkv)\.(weight|bias)$")
@@ -81,7 +81,7 @@ class GgufTensors:
             tensor = tensor - self._norm_offset
         return tensor
 
-    def stored(self, name: str) -> GroupedWeight | None:
+    def stored(self, name: str) -> GgufWeight | None:
         """The tensor's codes and scales; None where it is plain."""
         part = self._slices[name]
         if part.kind.plain is not None or len(part.shape) != 2:
@@ -169,14 +169,17 @@ def _row_orders(num_heads: int, num_kv_heads: int, head_size: int) -> dict[str, 
     return {"q": q, "k": order(num_kv_heads, 0), "qkv": torch.cat((q, k, v))}
 
 
-def _in_order(weight: GroupedWeight, order: Tensor) -> GroupedWeight:
-    zeros = weight.zeros
-    return GroupedWeight(
-        weight.codes[order],
-        weight.bits,
-        rows_of(weight.scales, order),
-        zeros[order] if isinstance(zeros, Tensor) else zeros,
-        weight.group,
-        weight.inputs,
-        None if weight.minimums is None else rows_of(weight.minimums, order),
+def _in_order(weight: GgufWeight, order: Tensor) -> GgufWeight:
+    codes, scales = weight.codes[order], weight.scales
+    if isinstance(weight, TableWeight):
+        assert scales is not None
+        return replace(weight, codes=codes, scales=rows_of(scales, order))
+    assert isinstance(weight, GroupedWeight)
+    assert not isinstance(weight.zeros, Tensor)
+    minimums = weight.minimums
+    return replace(
+        weight,
+        codes=codes,
+        scales=rows_of(weight.scales, order),
+        minimums=None if minimums is None else rows_of(minimums, order),
     )
