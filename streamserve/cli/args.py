@@ -15,6 +15,7 @@ from streamserve.cli.config_file import config_flags, split_config_flag
 from streamserve.cli.device_flags import GPU_DEFAULTS, default_text
 from streamserve.cli.environment import whole_text
 from streamserve.cli.front_flags import JsonListAction, add_front_flags
+from streamserve.cli.quantization import QUANTIZATIONS, STORED_METHODS, check_quantization
 from streamserve.cli.source_flags import add_seed_flag, add_source_flags
 from streamserve.cli.speculative import parse_speculative_config
 from streamserve.cli.values import gibibytes, integer, milliseconds, number, positive, size
@@ -24,7 +25,6 @@ from streamserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
-QUANTIZATIONS = ("int8", "int4", "fp8")
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 KV_CACHE_DTYPES = ("auto", "fp8")
@@ -180,7 +180,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "-q",
         metavar="METHOD",
         help=f"quantise the weights while they are loaded: {', '.join(QUANTIZATIONS)} "
-        "(fp8: on a GPU; default: leave them as they are)",
+        "(fp8: on a GPU; default: leave them as they are); a checkpoint that is quantised already "
+        f"needs no flag, or its own: {', '.join(STORED_METHODS)}",
     )
 
 
@@ -443,10 +444,7 @@ def check_flags(args: Namespace) -> None:
             raise ConfigError(f"--{flag.replace('_', '-')} must be 1 ({why}), got {value}")
     if args.model == "":
         raise ConfigError("MODEL must be a directory or a hub id, got ''")
-    if args.quantization not in (None, *QUANTIZATIONS):
-        raise ConfigError(
-            f"--quantization must be one of {', '.join(QUANTIZATIONS)}, got {args.quantization!r}"
-        )
+    check_quantization(args.quantization)
     if args.speculative_config is not None:
         parse_speculative_config(args.speculative_config)
     utilization = args.gpu_memory_utilization

@@ -23,6 +23,7 @@ from streamserve.cli.bench_report import (
 )
 from streamserve.cli.bench_steps import Spread, StepProbe, decode_steps
 from streamserve.cli.compose import Service, build_service
+from streamserve.cli.quantization import agreed_quantization
 from streamserve.core.clock import monotonic
 from streamserve.core.plan import ModelRunner
 from streamserve.engine.garbage import freeze_gc
@@ -103,7 +104,9 @@ def _build(args: Namespace) -> Subject:
         f" {ceilings.product / 1e12:.2f} TFLOP/s of bfloat16"
     )
     freeze_gc()
-    return Subject(service, probes[-1], model_costs(service, args.quantization), ceilings)
+    stored = service.config.stored_quantization
+    quantization = agreed_quantization(args.quantization, stored.name if stored else None)
+    return Subject(service, probes[-1], model_costs(service, quantization), ceilings)
 
 
 def _check_shape(service: Service, batch_size: int, input_len: int, output_len: int) -> None:

@@ -19,6 +19,7 @@ from streamserve.cli.model_source import (
     sampling_defaults,
     tokenizer_directory,
 )
+from streamserve.cli.quantization import agreed_quantization
 from streamserve.cli.speculative import parse_speculative_config
 from streamserve.config import CacheConfig, EmbeddingConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
@@ -143,15 +144,20 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
     cpu = torch.device("cpu")
     device = cpu if args.device == "cpu" else choose_device(args.device, visible_gpus())
     args = resolve_device_flags(args, on_gpu=device != cpu, warn=warn)
-    if args.quantization == "fp8" and device == cpu:
-        raise ConfigError("--quantization fp8 needs a GPU; a CPU has int8 and int4")
     if args.chat_template is not None:
         ChatTemplate.given(args.chat_template)
     path = model_directory(args, say)
     config = load_config(path, model_impl=args.model_impl, trust_remote_code=args.trust_remote_code)
+    stored = None if config.stored_quantization is None else config.stored_quantization.name
+    if stored is not None and args.load_format == "dummy":
+        raise ConfigError(f"--load-format dummy draws plain weights, and {path} says {stored}")
+    quantization = agreed_quantization(args.quantization, stored)
+    if quantization == "fp8" and device == cpu:
+        raise ConfigError("--quantization fp8 needs a GPU; a CPU has int8 and int4")
     dtype = resolve_dtype(args.dtype, config, device)
     max_model_len = config.resolve_max_model_len(args.max_model_len)
-    quantised = f" with {args.quantization} weights" if args.quantization else ""
+    method = stored or quantization
+    quantised = f" with {method} weights" if method else ""
     dtype_name = str(dtype).removeprefix("torch.")
     say(f"model {model_name(args)}: {config.architecture}, {dtype_name}{quantised}, on {device}")
     scheduler = SchedulerConfig(
@@ -177,6 +183,7 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
         dtype=dtype,
         device=device,
         scheduler=scheduler,
+        quantization=quantization,
         say=say,
         warn=warn,
     )

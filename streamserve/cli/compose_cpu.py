@@ -41,7 +41,7 @@ def _plan(setup: ModelSetup) -> MemoryPlan:
     args, config, scheduler = setup.args, setup.config, setup.scheduler
     return plan_memory(
         available=available_cpu_memory(),
-        weight_bytes=config.weight_bytes(setup.dtype, args.quantization),
+        weight_bytes=config.weight_bytes(setup.dtype, setup.quantization),
         step_buffer_bytes=step_buffer_bytes(
             config.spec, setup.dtype, scheduler.max_num_batched_tokens, scheduler.max_num_sampled
         ),

@@ -17,14 +17,17 @@ from streamserve.core.plan import ModelRunner
 from streamserve.core.step_time import StepProfile
 from streamserve.models import LanguageModel, ModelConfig, load_model
 from streamserve.runner.memory import MemoryPlan, format_bytes
-from streamserve_kernels import Kernels
+from streamserve_kernels import Kernels, Quantization
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSetup:
-    """The flags with the device's defaults, and all that follows from them and the config."""
+    """The flags with the device's defaults, and all that follows from them and the config.
+
+    ``quantization`` is of plain weights, while they are loaded.
+    """
 
     args: Namespace
     path: Path
@@ -32,6 +35,7 @@ class ModelSetup:
     dtype: torch.dtype
     device: torch.device
     scheduler: SchedulerConfig
+    quantization: Quantization | None
     say: Say
     warn: Say
 
@@ -48,9 +52,10 @@ class ModelSetup:
 
     def load(self, kernels: Kernels) -> LanguageModel:
         """The model on its device; minutes for a big one. Raises ``ModelLoadError``."""
-        quantization = self.args.quantization
-        if quantization is not None and (reason := kernels.slow_quantisation()) is not None:
-            self.warn(f"--quantization {quantization} will be slow: {reason}")
+        stored = self.config.stored_quantization
+        method = self.quantization if stored is None else stored.name
+        if method is not None and (reason := kernels.slow_quantisation()) is not None:
+            self.warn(f"{method} weights will be slow: {reason}")
         return load_model(
             self.path,
             dtype=self.dtype,
@@ -61,7 +66,7 @@ class ModelSetup:
             max_model_len=self.scheduler.max_model_len,
             progress=Progress(self.say),
             seed=self.args.seed or 0,
-            quantization=quantization,
+            quantization=self.quantization,
         )
 
     def say_plan(self, memory: MemoryPlan) -> None:

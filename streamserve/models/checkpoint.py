@@ -8,23 +8,22 @@ host never holds more than a part of one matrix, and the device no more than the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from streamserve.errors import ModelLoadError
-from streamserve.models import mxfp4
 from streamserve.models.names import WeightNames
 from streamserve.models.parameters import Module, decoder_modules
-from streamserve.models.spec import DecoderSpec, ExpertsSpec
+from streamserve.models.pieces import Leaf, Piece, full_names, module_pieces, num_experts
+from streamserve.models.quantised.modules import StoredModules
+from streamserve.models.quantised.reader import FormatReader, Tensors
+from streamserve.models.spec import DecoderSpec
 from streamserve.models.staging import Uploader
 from streamserve.models.tensor_files import TensorFiles
 from streamserve_kernels.stored import StoredWeight
 
-Leaf = Literal["weight", "bias"]
 _NAMED_IN_AN_ERROR = 8
 
 
@@ -41,80 +40,77 @@ class WeightSource(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A checkpoint tensor that fills ``rows`` rows of a module; ``shape`` as the file keeps it.
-
-    With ``expert`` it is that one's slice of a tensor of all experts, and of ``shape``.
-    """
-
-    name: str
-    rows: int
-    shape: tuple[int, ...]
-    expert: int | None = None
-
-
-def module_pieces(names: WeightNames, module: Module, leaf: Leaf) -> list[Piece]:
-    """The checkpoint tensors that make up a module's weight or bias, in row order."""
-    stored = names.modules[module.name]
-    rows = module.rows if len(stored) == len(module.rows) else (module.num_rows,)
-    is_sliced = module.name in names.sliced
-    suffix = "" if module.role == "vector" else f".{leaf}"
-    if is_sliced:
-        suffix = "_bias" if leaf == "bias" else ""
-    pieces = []
-    for template, count in zip(stored, rows, strict=True):
-        shape: tuple[int, ...] = (count,)
-        if leaf == "weight" and module.columns is not None:
-            shape = (count, module.columns)
-            if module.name in names.transposed:
-                shape = (module.columns, count)
-        name = template.format(layer=module.layer, expert=module.expert) + suffix
-        pieces.append(Piece(name, count, shape, module.expert if is_sliced else None))
-    return pieces
-
-
 class CheckpointSource:
     """Weights from files, checked as a whole before the first byte is copied.
 
-    Raises ModelLoadError that names the tensors that are missing, left over or of a wrong shape.
+    ``reader`` knows the quantised ones. Raises ModelLoadError that names the tensors that are
+    missing, left over or of a wrong shape.
     """
 
-    def __init__(self, files: TensorFiles, names: WeightNames, spec: DecoderSpec) -> None:
+    def __init__(
+        self,
+        files: TensorFiles,
+        names: WeightNames,
+        spec: DecoderSpec,
+        reader: FormatReader | None = None,
+    ) -> None:
         self._files = files
         self._names = names
         self._spec = spec
         self._uploader = Uploader()
-        self._stored = self._index(files, names)
+        self._stored = full_names(files, names)
+        self._unused = names.ignored if reader is None else (*names.ignored, *reader.unused)
+        self._quantised: StoredModules | None = None
+        if reader is not None:
+            tensors = Tensors(files, self._stored)
+            self._quantised = StoredModules(reader, tensors, names, spec)
         self._check()
-
-    @staticmethod
-    def _index(files: TensorFiles, names: WeightNames) -> dict[str, str]:
-        """Full names to names as stored: a checkpoint may leave the optional prefix out."""
-        stored = list(files.names())
-        prefix = names.optional_prefix
-        if not prefix or any(name.startswith(prefix) for name in stored):
-            return {name: name for name in stored}
-        head = names.modules["head"][0] + "."
-        return {name if name.startswith(head) else prefix + name: name for name in stored}
 
     def _check(self) -> None:
         used: set[str] = set()
         missing: list[str] = []
         for module in decoder_modules(self._spec):
-            for piece in self._all_pieces(module):
-                for name, shape in self._tensors(module, piece):
-                    used.add(name)
-                    if name not in self._stored:
-                        missing.append(name)
-                        continue
-                    found = self._files.shape(self._stored[name])
-                    if found != shape:
-                        raise ModelLoadError(
-                            f"tensor {self._stored[name]} has shape {list(found)}; "
-                            f"the config asks for {list(shape)}"
-                        )
-        ignored = re.compile("|".join(f"(?:{p})$" for p in self._names.ignored) or r"(?!)")
+            for piece in module_pieces(self._names, module, "weight"):
+                if self._quantised is not None and self._quantised.holds(module, piece):
+                    found, absent = self._quantised.check(module, piece)
+                    used.update(found, self._needless_bias(module, piece))
+                    missing += absent
+                else:
+                    self._check_plain(module, piece, used, missing)
+            for piece in module_pieces(self._names, module, "bias") if module.bias else ():
+                self._check_plain(module, piece, used, missing)
+        self._refuse(missing, self._surplus(used))
+
+    def _check_plain(
+        self, module: Module, piece: Piece, used: set[str], missing: list[str]
+    ) -> None:
+        used.add(piece.name)
+        if piece.name not in self._stored:
+            missing.append(piece.name)
+            return
+        shape = piece.shape
+        if piece.expert is not None:
+            shape = (num_experts(self._spec, module), *shape)
+        found = self._files.shape(self._stored[piece.name])
+        if found != shape:
+            raise ModelLoadError(
+                f"tensor {self._stored[piece.name]} has shape {list(found)}; "
+                f"the config asks for {list(shape)}"
+            )
+
+    def _needless_bias(self, module: Module, piece: Piece) -> list[str]:
+        """Packers give layers a bias that have none: zeros, which change nothing."""
+        name = f"{piece.base}.bias"
+        if module.bias or name not in self._stored:
+            return []
+        if self._files.read(self._stored[name]).any():
+            raise ModelLoadError(
+                f"tensor {self._stored[name]} is not all zeros, and this layer has no bias"
+            )
+        return [name]
+
+    def _surplus(self, used: set[str]) -> list[str]:
+        ignored = re.compile("|".join(f"(?:{p})$" for p in self._unused) or r"(?!)")
         surplus = [
             name
             for full, name in self._stored.items()
@@ -122,6 +118,10 @@ class CheckpointSource:
         ]
         if self._spec.tied_head:
             surplus = [name for name in surplus if not self._is_tied_copy(name)]
+        return surplus
+
+    @staticmethod
+    def _refuse(missing: list[str], surplus: list[str]) -> None:
         problems = [
             f"{what} {len(found)} tensor{'s' if len(found) > 1 else ''}: {_listing(found)}"
             for what, found in (("it lacks", missing), ("it has no use for", surplus))
@@ -129,30 +129,6 @@ class CheckpointSource:
         ]
         if problems:
             raise ModelLoadError(f"the checkpoint does not fit the config: {'; '.join(problems)}")
-
-    def _all_pieces(self, module: Module) -> Iterator[Piece]:
-        yield from module_pieces(self._names, module, "weight")
-        if module.bias:
-            yield from module_pieces(self._names, module, "bias")
-
-    def _tensors(self, module: Module, piece: Piece) -> list[tuple[str, tuple[int, ...]]]:
-        """The tensors that a piece is read from, and their shapes as the config has it."""
-        if piece.expert is None:
-            return [(piece.name, piece.shape)]
-        assert module.layer is not None
-        experts = self._spec.layers[module.layer].mlp
-        assert isinstance(experts, ExpertsSpec)
-        if self._is_mxfp4(piece):
-            assert module.columns is not None
-            blocks = (experts.num_experts, piece.rows, module.columns // mxfp4.BLOCK)
-            return [
-                (piece.name + mxfp4.CODES, (*blocks, mxfp4.BLOCK // 2)),
-                (piece.name + mxfp4.SCALES, blocks),
-            ]
-        return [(piece.name, (experts.num_experts, *piece.shape))]
-
-    def _is_mxfp4(self, piece: Piece) -> bool:
-        return piece.name not in self._stored and piece.name + mxfp4.CODES in self._stored
 
     def _is_tied_copy(self, name: str) -> bool:
         """Whether this is the head of a tied model, saved although it equals the embedding."""
@@ -170,30 +146,28 @@ class CheckpointSource:
         return True
 
     def stored(self, module: Module) -> StoredWeight | None:
-        piece = module_pieces(self._names, module, "weight")[0]
-        if not self._is_mxfp4(piece):
-            return None
-        names = [self._stored[piece.name + suffix] for suffix in (mxfp4.CODES, mxfp4.SCALES)]
-        blocks, scales = (self._files.read(name)[piece.expert] for name in names)
-        if module.name in self._names.interleaved:
-            blocks, scales = (torch.cat((part[0::2], part[1::2])) for part in (blocks, scales))
-        weight = mxfp4.table_weight(blocks, scales)
-        for name in names:
-            self._files.release(name)
-        return weight
+        return None if self._quantised is None else self._quantised.read(module)
 
     def fill(self, module: Module, leaf: Leaf, target: Tensor) -> None:
         start = 0
         for piece in module_pieces(self._names, module, leaf):
-            self._fill_piece(target[start : start + piece.rows], piece, module, leaf)
-            self._files.release(self._stored[piece.name])
+            part = target[start : start + piece.rows]
+            kept = self._quantised if leaf == "weight" else None
+            if kept is not None and kept.holds(module, piece):
+                self._place(part, kept.read_piece(module, piece).dequantise(), module)
+            else:
+                self._fill_piece(part, piece, module, leaf)
+                self._files.release(self._stored[piece.name])
             start += piece.rows
 
     def _fill_piece(self, part: Tensor, piece: Piece, module: Module, leaf: Leaf) -> None:
         name = self._stored[piece.name]
         tensor = self._files.read(name)
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
-            raise ModelLoadError(f"tensor {name} has dtype {tensor.dtype}: quantised weights")
+            raise ModelLoadError(
+                f"tensor {name} has dtype {tensor.dtype}: quantised weights, "
+                "of which the config says nothing that is understood"
+            )
         if piece.expert is not None:
             tensor = tensor[piece.expert]
         if leaf == "weight" and module.name in self._names.transposed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,7 @@ from streamserve.models import parameters
 from streamserve.models.families import Family, find_family, has_family, unknown_family
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.model_config import ModelConfig
-from streamserve.models.mxfp4 import Mxfp4
-from streamserve.models.parameters import StoredQuantization
+from streamserve.models.quantised.stored import stored_quantization
 from streamserve.models.spec import DecoderSpec
 from streamserve_kernels import Quantization
 
@@ -58,9 +57,12 @@ def load_hf_config(
         "dtype": _checkpoint_dtype(config),
         "sampling_defaults": _sampling_defaults(generation),
     }
-    if model_impl != "transformers" and (model_impl == "native" or has_family(config)):
-        return parse_config(config, **stated)
-    return _transformers_config(directory, config, stated, model_impl, trust_remote_code)
+    if model_impl == "transformers" or (model_impl == "auto" and not has_family(config)):
+        return _transformers_config(directory, config, stated, model_impl, trust_remote_code)
+    parsed = parse_config(config, **stated)
+    names = parsed.family.weight_names(parsed.spec)
+    stored = stored_quantization(values, directory, names, parsed.spec)
+    return replace(parsed, stored_quantization=stored)
 
 
 def parse_config(
@@ -72,7 +74,6 @@ def parse_config(
 ) -> NativeConfig:
     """Of one of our families. Raises as `load_hf_config` does."""
     family = find_family(config)
-    stored_quantization = _stored_quantization(config)
     spec = family.spec(config)
     _check_heads(spec, config.source)
     longest = _longest_sequence(family, config, spec)
@@ -87,7 +88,6 @@ def parse_config(
         eos_token_ids=eos_token_ids,
         dtype=dtype,
         sampling_defaults=sampling_defaults,
-        stored_quantization=stored_quantization,
         end_tokens=family.end_tokens,
     )
 
@@ -142,19 +142,6 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelLoadError(f"{path} must hold an object, not {type(values).__name__}")
     return values
-
-
-def _stored_quantization(config: HfConfig) -> StoredQuantization | None:
-    quantisation = config.values.get("quantization_config")
-    if not quantisation:
-        return None
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if method == "mxfp4":
-        return Mxfp4()
-    raise UnsupportedModelError(
-        f"{config.source}: quantization_config (quant_method {method!r}) is not supported; "
-        "only unquantised weights are (--quantization quantises them on the fly)"
-    )
 
 
 def _check_heads(spec: DecoderSpec, source: str) -> None:

@@ -16,6 +16,7 @@ from streamserve.models.gguf.config import gguf_source, load_gguf_config
 from streamserve.models.gguf.container import find_gguf
 from streamserve.models.model import LanguageModel
 from streamserve.models.model_config import ModelConfig
+from streamserve.models.quantised.stored import CheckpointQuantization
 from streamserve.models.tensor_files import open_tensor_files
 from streamserve.models.weights import Progress, build_weights
 from streamserve_kernels import Kernels, Quantization
@@ -170,6 +171,7 @@ def load_model(
 
     ``config`` is what `load_config` made of it, and says whose model it is.
     ``quantization`` quantises the linear layers as they come: see `parameters.module_quantization`.
+    A checkpoint that is quantised already stays as it is.
     Holds the resident weights and, at any time, one more matrix on ``device``; a host that is not
     the device holds a few dozen megabytes of the files at a time. ``max_model_len`` is the longest
     sequence to serve, the model's own by default. Raises ModelLoadError or UnsupportedModelError.
@@ -179,6 +181,11 @@ def load_model(
             f"load format {load_format!r} is unknown; these are: {', '.join(get_args(LoadFormat))}"
         )
     config = load_config(path) if config is None else config
+    stored = config.stored_quantization
+    if stored is not None and quantization is not None:
+        raise ModelLoadError(f"{path} is quantised with {stored.name}, not on the fly")
+    if stored is not None and load_format == "dummy":
+        raise ModelLoadError(f"dummy weights are plain, and {path} says {stored.name}")
     max_model_len = config.resolve_max_model_len(max_model_len)
     if not isinstance(config, NativeConfig):
         # Imported, with seconds of transformers, when its config was read.
@@ -206,7 +213,9 @@ def load_model(
         raise ModelLoadError(f"{path} is no GGUF file")
     else:
         files = open_tensor_files(Path(path), load_format)
-        source = CheckpointSource(files, config.family.weight_names(config.spec), config.spec)
+        reader = stored.reader if isinstance(stored, CheckpointQuantization) else None
+        names = config.family.weight_names(config.spec)
+        source = CheckpointSource(files, names, config.spec, reader)
     weights = build_weights(config.spec, source, kernels, dtype, device, progress, quantization)
     return Decoder(
         config.spec, weights, kernels, dtype=dtype, device=device, max_model_len=max_model_len

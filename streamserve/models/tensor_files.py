@@ -29,6 +29,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -48,6 +49,10 @@ class TensorFiles(Protocol):
     def names(self) -> Iterator[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """None for one that has no name here."""
+        ...
 
     def read(self, name: str) -> Tensor:
         """The tensor, perhaps a view of a mapped file: copy it before `release`."""
@@ -149,6 +154,9 @@ class SafetensorsFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        return self._entries[name].dtype
+
     def read(self, name: str) -> Tensor:
         entry = self._entries[name]
         if entry.dtype is None:
@@ -216,6 +224,9 @@ class PickledFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        return self._tensors[name].dtype
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]

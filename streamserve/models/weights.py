@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from streamserve.errors import ModelLoadError
-from streamserve.models.checkpoint import Leaf, WeightSource
+from streamserve.models.checkpoint import WeightSource
 from streamserve.models.parameters import (
     Module,
     embedding_module,
@@ -20,6 +20,7 @@ from streamserve.models.parameters import (
     position_modules,
     weight_bytes,
 )
+from streamserve.models.pieces import Leaf
 from streamserve.models.spec import DecoderSpec
 from streamserve_kernels import Kernels, PackedLinear, Quantization
 from streamserve_kernels.stored import StoredWeight

@@ -46,7 +46,8 @@ def test_help_names_every_flag():
     [
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size must be 1"),
         (["--pipeline-parallel-size", "4"], "--pipeline-parallel-size must be 1"),
-        (["--quantization", "awq"], "must be one of int8, int4, fp8, got 'awq'"),
+        (["--quantization", "int3"], "must be one of int8, int4, fp8, or what the checkpoint is"),
+        (["--quantization", "awq_marlin"], "--quantization awq_marlin: the checkpoint is not"),
         (["--quantization", "fp8"], "fp8 needs a GPU; a CPU has int8 and int4"),
         (["--gpu-memory-utilization", "1.5"], "at most 1, got 1.5"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),

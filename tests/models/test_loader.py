@@ -324,9 +324,9 @@ class TestConfig:
         [
             ({"hidden_act": "mish"}, UnsupportedModelError, "hidden_act 'mish' is not supported"),
             (
-                {"quantization_config": {"quant_method": "awq"}},
+                {"quantization_config": {"quant_method": "hqq"}},
                 UnsupportedModelError,
-                "quant_method 'awq'",
+                "quant_method 'hqq'",
             ),
             ({"hidden_size": ...}, ModelLoadError, "lacks hidden_size"),
             ({"num_hidden_layers": "two"}, ModelLoadError, "at least 1, got 'two'"),

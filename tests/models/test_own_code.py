@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models import load_config, load_model, mxfp4
+from streamserve.models import load_config, load_model
+from streamserve.models.quantised import mxfp4
 from tests.models import references
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.test_families import BASE, CHATGLM, DEEPSEEK, ENDS, GQA, QWEN

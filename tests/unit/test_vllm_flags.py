@@ -187,7 +187,7 @@ def test_keywords_are_the_flags():
         ({"dtype": "int3"}, "^dtype: invalid choice"),
         ({"max_model_len": 0}, "^max_model_len: must be at least 1, got 0"),
         ({"tensor_parallel_size": 2}, "must be 1"),
-        ({"quantization": "awq"}, "must be one of int8, int4, fp8, got 'awq'"),
+        ({"quantization": "int3"}, "must be one of int8, int4, fp8, or what the checkpoint"),
         ({"skip_tokenizer_init": True}, "^skip_tokenizer_init is not supported .*got True"),
         ({"enable_lora": True}, "^enable_lora is not supported by this server: adapters"),
         ({"hf_overrides": {"a": 1}}, "^hf_overrides is not supported"),

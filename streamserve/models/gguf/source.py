@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from streamserve.models.checkpoint import CheckpointSource, module_pieces
+from streamserve.models.checkpoint import CheckpointSource
 from streamserve.models.gguf.kinds import Kind
 from streamserve.models.gguf.tensors import GgufTensors
 from streamserve.models.names import WeightNames
 from streamserve.models.parameters import Module
+from streamserve.models.pieces import module_pieces
 from streamserve.models.spec import DecoderSpec
 from streamserve_kernels.stored import StoredFormat, StoredWeight, concatenate
 

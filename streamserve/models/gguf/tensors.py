@@ -64,6 +64,10 @@ class GgufTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._slices[name].shape
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """None for one that is packed."""
+        return self.kind(name).plain
+
     def kind(self, name: str) -> Kind:
         return self._slices[name].kind
 
