@@ -1,4 +1,4 @@
-"""Products with int8 and int4 weights, timed: `python kernels/bench/cpu.py --only quantised`.
+"""Products with quantised weights, timed: `python kernels/bench/cpu.py --only quantised`.
 
 Beside ours stand, in the same interleaved rounds, ours and `F.linear` in bfloat16, and torch's own
 `_weight_int8pack_mm`. The floor is the bytes of the packed weight at the bandwidth measured first;
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamserve_kernels import QUANTIZATIONS, Kernels
+from stored_weights import STORED
+from streamserve_kernels import QUANTIZATIONS, Kernels, QuantLinear
 
 Timed = Callable[[list[Callable[[], object]], float], list[float]]
 
@@ -27,13 +28,23 @@ def copies(weight: Tensor) -> int:
     return min(MOST_COPIES, max(1, -(-ROUND_BYTES // weight.numel())))
 
 
+OURS = (*QUANTIZATIONS, *STORED)
+
+
+def prepared(kernels: Kernels, weight: Tensor, kind: str) -> QuantLinear:
+    """A weight quantised here, or a random one of a checkpoint's kind and the same shape."""
+    if kind in STORED:
+        return kernels.prepare_stored(STORED[kind](*weight.shape), None, weight.dtype)
+    return kernels.prepare_quantised(weight, None, kind)
+
+
 def products(
     kernels: Kernels, weight: Tensor, quantization: str
 ) -> tuple[Callable[[Tensor], list[Tensor]], int]:
     """A function that multiplies x by every copy of a weight, and the bytes of one."""
     count = copies(weight)
-    if quantization in QUANTIZATIONS:
-        packed = [kernels.prepare_quantised(weight, None, quantization) for _ in range(count)]
+    if quantization in OURS:
+        packed = [prepared(kernels, weight, quantization) for _ in range(count)]
         return lambda x: [kernels.linear(x, one) for one in packed], packed[0].nbytes
     if quantization == "torch int8":
         scale = weight.abs().amax(1) / 127
@@ -51,8 +62,8 @@ def products(
 def check(kernels: Kernels, weight: Tensor, rows: int) -> None:
     """Ours against the float64 product with the very weight that the codes stand for."""
     x = torch.randn(rows, weight.shape[1]).bfloat16()
-    for quantization in QUANTIZATIONS:
-        packed = kernels.prepare_quantised(weight, None, quantization)
+    for quantization in OURS:
+        packed = prepared(kernels, weight, quantization)
         expected = x.double() @ packed.unpack().double().T
         error = (kernels.linear(x, packed) - expected).norm() / expected.norm()
         assert error < 0.01, f"{quantization}, {rows} rows: an error of {error:.2%}"
@@ -75,7 +86,7 @@ def bench_quantised(
     print(f"{'GOP/s':>8}" + "".join(f"{'vs ' + other:>15}" for other in against))
     for name, (n, k) in linears.items():
         weight = (torch.randn(n, k) / k**0.5).bfloat16()
-        kinds = {kind: products(kernels, weight, kind) for kind in (*QUANTIZATIONS, *against)}
+        kinds = {kind: products(kernels, weight, kind) for kind in (*OURS, *against)}
         for count in rows:
             if name == "lm_head" and count > 64:
                 continue  # only sampled rows reach the vocabulary
@@ -83,7 +94,7 @@ def bench_quantised(
             x = torch.randn(count, k).bfloat16()
             calls = [lambda x=x, f=f: f(x) for f, _ in kinds.values()]
             each = dict(zip(kinds, (t / copies(weight) for t in timed(calls, 0.15)), strict=True))
-            for quantization in QUANTIZATIONS:
+            for quantization in OURS:
                 ours = each[quantization]
                 floor = kinds[quantization][1] / bandwidth
                 print(

@@ -10,7 +10,7 @@ The scale is the smallest with which every weight of its row or group lies withi
 code. The code furthest from zero is a negative one, so a scale takes the sign that gives this code
 to the larger extreme.
 
-The third kind, `fp8`, is for GPUs and has a module of its own.
+The third kind, `fp8`, has a module of its own.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from torch import Tensor
 
 IntegerQuantization = Literal["int8", "int4"]
 Quantization = Literal["int8", "int4", "fp8"]
-# What every backend offers; those for GPUs, and the naive one, have fp8 too.
+# Of integers: what every backend quantises bit for bit alike.
 QUANTIZATIONS: tuple[IntegerQuantization, ...] = get_args(IntegerQuantization)
 BITS: dict[IntegerQuantization, int] = {"int8": 8, "int4": 4}
 INT4_GROUP = 32
 # Inputs are padded to whole tiles of the compiled kernels; int4's groups divide them.
 TILE_INPUTS = 64
 TILE_OUTPUTS = 16
-# Outputs and inputs of an fp8 weight are padded to whole multiples, which matrix units ask for.
+# Outputs and inputs of an fp8 weight are padded to whole multiples, which matrix units ask for; a
+# CPU's blocks are of more outputs.
 FP8_TILE = 16
+FP8_BLOCK = 64
 # Elements that are quantised at a time: float32 copies of a large weight would not fit beside it.
 _SLICE_ELEMENTS = 2**22
 
@@ -96,7 +98,8 @@ def _smallest_scale(groups: Tensor, quantization: IntegerQuantization) -> Tensor
 def packed_bytes(quantization: Quantization, out_features: int, in_features: int) -> int:
     """Bytes that a quantised weight takes, padding included."""
     if quantization == "fp8":
-        outputs, inputs = (-(-n // FP8_TILE) * FP8_TILE for n in (out_features, in_features))
+        outputs = -(-out_features // FP8_BLOCK) * FP8_BLOCK
+        inputs = -(-in_features // FP8_TILE) * FP8_TILE
         return outputs * (inputs + torch.float32.itemsize)
     outputs = -(-out_features // TILE_OUTPUTS) * TILE_OUTPUTS
     inputs = -(-in_features // TILE_INPUTS) * TILE_INPUTS

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from streamserve_kernels import QuantLinear, load
+from streamserve_kernels import QuantLinear
 from streamserve_kernels.fp8 import FP8, FP8_MAX, NaiveFp8Linear, quantise_fp8
 from streamserve_kernels.quantised import packed_bytes
 from streamserve_kernels.triton.fp8 import Fp8Linear
@@ -56,12 +56,22 @@ def test_the_twin_is_a_quant_linear(naive):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "native"])
-def test_backends_for_a_cpu_refuse_it(request, backend):
+@pytest.mark.parametrize("shape", [(130, 96), (37, 100), (5, 129)])
+def test_a_cpu_holds_the_weight_of_the_twin(request, backend, shape):
     kernels = request.getfixturevalue(backend)
-    with pytest.raises(ValueError, match="fp8 products need a GPU; a CPU has int8 and int4"):
-        kernels.prepare_quantised(torch.randn(4, 64), None, "fp8")
-    with pytest.raises(ValueError, match="cannot serve device"):
-        load("cuda", backend)
+    weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()
+    packed, twin = kernels.prepare_quantised(weight, bias, "fp8"), NaiveFp8Linear(weight, bias)
+    assert isinstance(packed, QuantLinear)
+    assert packed.quantization == "fp8"
+    # A scale times 256 over 256 is the scale: not a bit is lost.
+    assert packed.unpack().equal(twin.unpack())
+    assert packed.nbytes <= packed_bytes("fp8", *shape) + 4 * shape[0]
+    x = torch.randn(9, shape[1]).bfloat16()
+    expected = x.double() @ packed.unpack().double().T + bias.double()
+    # What is no multiple of four inputs is left to the twin, which quantises activations.
+    share = 2**-8 if shape[1] % 4 == 0 else 2**-3
+    bound = share * (x.abs().double() @ packed.unpack().abs().double().T) + 0.02
+    assert ((packed(x).double() - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -109,7 +109,9 @@ def test_a_weight_of_another_shape_is_refused_by_name(config):
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-@pytest.mark.parametrize("kind", ["gptq4", "act-order", "q4_k", "nf4", "fp8-blocks", "mixed"])
+@pytest.mark.parametrize(
+    "kind", ["gptq4", "act-order", "q4_k", "nf4", "fp8-blocks", "squeezed3", "mixed"]
+)
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_recorded_step_computes_what_its_functions_do(
@@ -126,7 +128,7 @@ def test_a_recorded_step_computes_what_its_functions_do(
             if module.columns is None:
                 return None
             if kind == "mixed" and len(module.rows) > 1:
-                kinds = ("q4_k", "gptq8", "act-order")
+                kinds = ("q4_k", "squeezed4", "act-order")
                 return concatenate(
                     [CASES[k](n, module.columns) for k, n in zip(kinds, module.rows, strict=False)]
                 )
@@ -136,17 +138,17 @@ def test_a_recorded_step_computes_what_its_functions_do(
     kernels = streamserve_kernels.load(CPU, "native")
     weights = build_weights(spec, Source(), kernels, torch.bfloat16, CPU)
     decoder = Decoder(spec, weights, kernels, dtype=torch.bfloat16, device=CPU, max_model_len=128)
+    functions = decoder.one_of_each_layer()  # shares the weights, and nothing that is recorded
+    harness = PagedHarness(decoder, block_size=16)
+    assert decoder.record(harness.caches, max_tokens=64, max_logits=64) > 0
     generator = torch.Generator().manual_seed(5)
-    for count in (1, 5, 37):
+    for count in (1, 5, 37, 3):
         tokens = torch.randint(0, 97, (count,), generator=generator).tolist()
-        harness = PagedHarness(decoder, block_size=16)
         batch = harness.batch([(Sequence(tokens), count)], all_rows=True)
         with torch.inference_mode():
-            expected = decoder.forward(batch, harness.caches)
-            assert decoder.record(harness.caches, max_tokens=64, max_logits=64) > 0
+            expected = functions.forward(batch, harness.caches)
             logits = decoder.forward(batch, harness.caches).clone()
             token_ids = decoder.greedy(batch, harness.caches).clone()
         # The function by function logits were rounded to bfloat16.
         torch.testing.assert_close(logits, expected, rtol=2**-8, atol=1e-6)
         assert token_ids.equal(logits.argmax(-1))
-        decoder = decoder.one_of_each_layer()  # forgets what was recorded

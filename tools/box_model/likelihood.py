@@ -81,7 +81,7 @@ def main() -> None:
     print(f"{len(dialogues)} dialogues, {tokens} tokens of answers")
     print("weights   weight MB  NLL/token  perplexity  same best token  mean |logit error|")
     reference: list[Tensor] = []
-    for quantization in (None, *QUANTIZATIONS):
+    for quantization in (None, *QUANTIZATIONS, "fp8"):
         decoder = load_model(
             options.model,
             dtype=torch.bfloat16,

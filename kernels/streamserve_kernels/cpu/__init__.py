@@ -25,7 +25,7 @@ from streamserve_kernels.cpu.packed_linear import linear, prepare_linear
 from streamserve_kernels.cpu.warming import warm_up
 from streamserve_kernels.naive import embedding, kv_cache_shape, recorder
 from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
-from streamserve_kernels.native.stored_linear import prepare_stored
+from streamserve_kernels.native.stored import prepare_stored
 
 __all__ = [
     "activation",

@@ -4,7 +4,7 @@ src/            the C sources: operations, and the program that runs a row of th
 library         finds the compiled library and says why it cannot serve, if so
 execute         instructions in C's layout, run on torch's threads
 layout          the order of the elements in a cache block
-ops, linear, quant_linear, stored_linear
+ops, linear, quant_linear, stored*
                 the functions of the contract on tensors, one or two instructions each
 record, symbol, recorded
                 a decoder's forward written down once as instructions, and run
@@ -38,7 +38,7 @@ from streamserve_kernels.native.ops import (
 )
 from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 from streamserve_kernels.native.record import Recorder
-from streamserve_kernels.native.stored_linear import prepare_stored
+from streamserve_kernels.native.stored import prepare_stored
 
 __all__ = [
     "activation",

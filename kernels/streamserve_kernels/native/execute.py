@@ -50,6 +50,11 @@ def group_fields(groups: PrefixGroups | None) -> tuple[int, int, int, int]:
     return num_blocks.shape[0], members.data_ptr(), starts.data_ptr(), num_blocks.data_ptr()
 
 
+def done_flags() -> torch.Tensor:
+    """Whether each thread has prepared its own rows, a line of the cache for each."""
+    return torch.zeros(pool().threads(), 64, dtype=torch.uint8)
+
+
 class Executable:
     """A row of instructions and the handle of the program that runs them.
 

@@ -17,15 +17,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from streamserve_kernels.fp8 import NaiveFp8Linear, quantise_fp8
 from streamserve_kernels.huge_pages import Arena
 from streamserve_kernels.interface import QuantLinear
-from streamserve_kernels.native.execute import Executable, double_bits, pack_step
+from streamserve_kernels.native.execute import Executable, done_flags, double_bits, pack_step
 from streamserve_kernels.native.library import why_not
+from streamserve_kernels.native.stored import prepare_stored
 from streamserve_kernels.native.symbol import as_symbol
 from streamserve_kernels.pool import pool
 from streamserve_kernels.quantised import (
     BITS,
-    QUANTIZATIONS,
     TILE_INPUTS,
     TILE_OUTPUTS,
     IntegerQuantization,
@@ -33,6 +34,7 @@ from streamserve_kernels.quantised import (
     QuantisedWeight,
     Quantization,
 )
+from streamserve_kernels.stored import Float8Weight
 
 # Weight bytes below which one thread is enough.
 _PARALLEL_BYTES = 65536
@@ -57,11 +59,6 @@ class Scratch:
         self.own_stride = -(-_OWN_ROWS * groups * _GROUP_BYTES // _LINE) * _LINE
         self.work = torch.empty(rows * groups * _GROUP_BYTES, dtype=torch.uint8)
         self.own = torch.empty(pool().threads() * self.own_stride, dtype=torch.uint8)
-
-
-def done_flags() -> Tensor:
-    """Whether each thread has quantised its own rows, a line of the cache for each."""
-    return torch.zeros(pool().threads(), _LINE, dtype=torch.uint8)
 
 
 @lru_cache(maxsize=2)
@@ -243,10 +240,13 @@ def prepare_quantised(
 ) -> QuantLinear:
     """See `naive.prepare_quantised`; the naive twin itself where the C kernels cannot run.
 
-    Raises ValueError for fp8.
+    A GPU quantises activations for fp8; here the weight alone is quantised.
     """
     if quantization == "fp8":
-        raise ValueError(f"fp8 products need a GPU; a CPU has {' and '.join(QUANTIZATIONS)}")
+        if why_not() is not None:
+            return NaiveFp8Linear(weight, bias)
+        codes, scales = quantise_fp8(weight)
+        return prepare_stored(Float8Weight(codes, scales[:, None]), bias, weight.dtype)
     if why_not() is not None:
         return NaiveQuantLinear(weight, bias, quantization)
     return NativeQuantLinear(weight, bias, quantization)

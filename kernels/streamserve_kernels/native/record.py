@@ -18,16 +18,13 @@ from torch import Tensor
 from streamserve_kernels import huge_pages
 from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import NotRecordableError, QuantLinear
-from streamserve_kernels.native.execute import Executable, double_bits
+from streamserve_kernels.native.execute import Executable, done_flags, double_bits
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.linear import NativeLinear
-from streamserve_kernels.native.quant_linear import NativeQuantLinear, Scratch, done_flags
+from streamserve_kernels.native.quant_linear import NativeQuantLinear, Scratch
 from streamserve_kernels.native.recorded import RecordedProgram
-from streamserve_kernels.native.stored_linear import (
-    GroupSums,
-    NativeStackedLinear,
-    NativeStoredLinear,
-)
+from streamserve_kernels.native.stored import NativeStackedLinear
+from streamserve_kernels.native.stored_linear import GroupSums, LookupLinear, NativeStoredLinear
 from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol
 from streamserve_kernels.pool import pool
 
@@ -348,12 +345,12 @@ class Recorder:
             self._add("quantise", *args)
             self._add("linear_quant", *args)
             return
-        if isinstance(packed, NativeStoredLinear):
+        if isinstance(packed, LookupLinear):
             self._stored_product(x, packed, y, **options)
             return
         if isinstance(packed, NativeStackedLinear) and not options.get("is_float32"):
             for part in packed.parts:
-                if not isinstance(part, NativeStoredLinear):
+                if not isinstance(part, LookupLinear):
                     raise NotRecordableError(f"a product with {type(part).__name__}")
                 self._stored_product(x, part, y, y_stride=packed.out_features, **options)
                 y += 2 * part.out_features
@@ -362,9 +359,7 @@ class Recorder:
             raise NotRecordableError(f"a product with {type(packed).__name__}")
         self._add("linear", *packed.arguments(y, x.address, x.stride, **options))
 
-    def _stored_product(
-        self, x: Symbol, packed: NativeStoredLinear, y: int, **options: Any
-    ) -> None:
+    def _stored_product(self, x: Symbol, packed: LookupLinear, y: int, **options: Any) -> None:
         if packed.inputs_address:
             ordered = self._new(x.rows, x.width)
             self._add(
@@ -386,7 +381,7 @@ class Recorder:
         args = packed.arguments(y, x.address, x.stride, sums, done, **options)
         if packed.has_offsets:
             self._add("stored_sums", *args)
-        self._add("stored_linear", *args)
+        self._add(packed.operation, *args)
 
     def add(self, a: Symbol, b: Symbol) -> Symbol:
         if not (a.is_dense and b.is_dense):

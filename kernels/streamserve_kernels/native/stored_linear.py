@@ -21,10 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from streamserve_kernels.huge_pages import Arena
-from streamserve_kernels.interface import QuantLinear
-from streamserve_kernels.native.execute import Executable, double_bits, pack_step
-from streamserve_kernels.native.library import why_not
-from streamserve_kernels.native.quant_linear import done_flags
+from streamserve_kernels.native.execute import Executable, done_flags, double_bits, pack_step
 from streamserve_kernels.native.symbol import as_symbol
 from streamserve_kernels.pool import pool
 from streamserve_kernels.quantised import Quantization
@@ -35,17 +32,13 @@ from streamserve_kernels.stored import (
     GroupedWeight,
     Numbers,
     OneWeight,
-    StoredWeight,
     TableWeight,
     expand,
 )
 from streamserve_kernels.stored_naive import (
-    NaiveStoredLinear,
-    StackedLinear,
     narrowed,
     narrowed_tensor,
     number_bytes,
-    prepare_parts,
     stored_name,
 )
 
@@ -198,102 +191,38 @@ class _Numbers:
         return (self.form, *addresses, self.shift)
 
 
-class NativeStoredLinear:
-    """A stored weight in lines; x may be of any float dtype, in rows at any stride."""
+class LookupLinear:
+    """What products with weights that are looked up have in common; x of any float dtype.
+
+    Rows of x may be at any stride.
+    """
 
     __slots__ = (
         "_codes",
         "_descriptor",
-        "_inputs",
-        "_offsets",
-        "_scales",
-        "_table",
-        "_values",
         "bias",
         "dtype",
         "groups",
+        "has_offsets",
         "in_features",
         "inputs",
+        "inputs_address",
         "out_features",
         "quantization",
     )
 
-    def __init__(
-        self, plan: _Plan, bias: Tensor | None, dtype: torch.dtype, quantization: Quantization
-    ) -> None:
-        self.out_features, self.in_features = plan.codes.shape
-        self.dtype = dtype
-        self.quantization: Quantization = quantization
-        self.bias = None if bias is None else bias.float().contiguous()
-        group = min(plan.group, self.in_features)
-        self.groups = -(-self.in_features // group)
-        self.inputs = plan.inputs
-        self._inputs = None if plan.inputs is None else plan.inputs.to(torch.int32).contiguous()
-        self._values = plan.values.float().repeat(256)[:256].contiguous()
-        self._table = self._values[:64].bfloat16()
-        self._scales, self._offsets = _Numbers(plan.scales), _Numbers(plan.offsets)
-        step_bytes = STEP_BYTES[plan.kind] * BLOCK
-        blocks, steps = -(-self.out_features // BLOCK), self.in_features // STEPS[plan.kind]
-        self._codes = _arena.empty((blocks, steps, step_bytes), torch.uint8).zero_()
-        self._descriptor = torch.tensor(
-            (
-                plan.kind,
-                self.out_features,
-                self.in_features,
-                group,
-                self._codes.data_ptr(),
-                self._table.data_ptr(),
-                self._values.data_ptr(),
-                *self._scales.fields(),
-                *self._offsets.fields(),
-                int(plan.offsets_are_zeros),
-            ),
-            dtype=torch.int64,
-        )
-        codes = plan.codes if plan.codes.stride(1) == 1 else plan.codes.contiguous()
-        executable = _executable(1)
-        executable.set(
-            0, "stored_pack", codes.data_ptr(), codes.stride(0), self._descriptor.data_ptr()
-        )
-        executable.run(pack_step(0), pool().threads())
-
-    @property
-    def has_offsets(self) -> bool:
-        return self._offsets.form != _NO_NUMBERS
-
-    @property
-    def nbytes(self) -> int:
-        parts = (self._codes, self.inputs, self._inputs, self.bias)
-        return (
-            sum(number_bytes(part) for part in parts) + self._scales.nbytes + self._offsets.nbytes
-        )
-
-    def _rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        ids = ids.contiguous()
-        out = torch.empty(ids.shape[0], self.in_features, dtype=dtype)
-        executable = _executable(1)
-        arguments = self.rows_arguments(out.data_ptr(), is_float32=dtype == torch.float32)
-        executable.set(0, "stored_rows", *arguments)
-        executable.run(pack_step(ids.shape[0], 0, 0, 0, ids.data_ptr()), pool().threads())
-        return out
-
-    def unpack(self) -> Tensor:
-        """The weight [N, K] float32, inputs in the layer's order."""
-        return self._rows(torch.arange(self.out_features), torch.float32)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        if self.dtype != torch.bfloat16:
-            return self._rows(ids, torch.float32).to(self.dtype)
-        return self._rows(ids, torch.bfloat16)
-
-    def rows_arguments(self, out: int, *, is_float32: bool = False) -> tuple[int, ...]:
-        """What `stored_rows` takes: the address of its result, and how."""
-        return (out, self._descriptor.data_ptr(), int(is_float32), self.inputs_address)
-
-    @property
-    def inputs_address(self) -> int:
-        """Where [K] int32 lies that tells each column's input; 0: their order is the layer's."""
-        return 0 if self._inputs is None else self._inputs.data_ptr()
+    operation: str
+    bias: Tensor | None
+    dtype: torch.dtype
+    groups: int
+    has_offsets: bool  # whether sums of the groups' inputs are needed
+    in_features: int
+    inputs: Tensor | None  # [K] int64: the input of each column; None: their order is the layer's
+    inputs_address: int  # where the same lies as int32, or 0
+    out_features: int
+    quantization: Quantization
+    _codes: Tensor
+    _descriptor: Tensor
 
     def arguments(
         self,
@@ -357,34 +286,93 @@ class NativeStoredLinear:
         executable = _executable(2 if self.has_offsets else 1)
         if self.has_offsets:
             executable.set(0, "stored_sums", *args)
-        executable.set(int(self.has_offsets), "stored_linear", *args)
+        executable.set(int(self.has_offsets), self.operation, *args)
         threads = 1 if self._codes.nbytes < _PARALLEL_BYTES else pool().threads()
         executable.run(pack_step(rows.shape[0]), threads)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
-class NativeStackedLinear(StackedLinear):
-    """Parts that a recorded step multiplies one after the other."""
+class NativeStoredLinear(LookupLinear):
+    """A stored weight in lines."""
 
-    __slots__ = ()
+    operation = "stored_linear"
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if (symbol := as_symbol(x)) is not None:
-            return cast(Tensor, symbol.recorder.linear(symbol, self))
-        return super().__call__(x)
+    __slots__ = ("_inputs", "_offsets", "_scales", "_table", "_values")
+
+    def __init__(
+        self, plan: _Plan, bias: Tensor | None, dtype: torch.dtype, quantization: Quantization
+    ) -> None:
+        self.out_features, self.in_features = plan.codes.shape
+        self.dtype = dtype
+        self.quantization: Quantization = quantization
+        self.bias = None if bias is None else bias.float().contiguous()
+        group = min(plan.group, self.in_features)
+        self.groups = -(-self.in_features // group)
+        self.inputs = plan.inputs
+        self._inputs = None if plan.inputs is None else plan.inputs.to(torch.int32).contiguous()
+        self._values = plan.values.float().repeat(256)[:256].contiguous()
+        self._table = self._values[:64].bfloat16()
+        self.inputs_address = 0 if self._inputs is None else self._inputs.data_ptr()
+        self._scales, self._offsets = _Numbers(plan.scales), _Numbers(plan.offsets)
+        self.has_offsets = self._offsets.form != _NO_NUMBERS
+        step_bytes = STEP_BYTES[plan.kind] * BLOCK
+        blocks, steps = -(-self.out_features // BLOCK), self.in_features // STEPS[plan.kind]
+        self._codes = _arena.empty((blocks, steps, step_bytes), torch.uint8).zero_()
+        self._descriptor = torch.tensor(
+            (
+                plan.kind,
+                self.out_features,
+                self.in_features,
+                group,
+                self._codes.data_ptr(),
+                self._table.data_ptr(),
+                self._values.data_ptr(),
+                *self._scales.fields(),
+                *self._offsets.fields(),
+                int(plan.offsets_are_zeros),
+            ),
+            dtype=torch.int64,
+        )
+        codes = plan.codes if plan.codes.stride(1) == 1 else plan.codes.contiguous()
+        executable = _executable(1)
+        executable.set(
+            0, "stored_pack", codes.data_ptr(), codes.stride(0), self._descriptor.data_ptr()
+        )
+        executable.run(pack_step(0), pool().threads())
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self._codes, self.inputs, self._inputs, self.bias)
+        return (
+            sum(number_bytes(part) for part in parts) + self._scales.nbytes + self._offsets.nbytes
+        )
+
+    def _rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        ids = ids.contiguous()
+        out = torch.empty(ids.shape[0], self.in_features, dtype=dtype)
+        executable = _executable(1)
+        arguments = self.rows_arguments(out.data_ptr(), is_float32=dtype == torch.float32)
+        executable.set(0, "stored_rows", *arguments)
+        executable.run(pack_step(ids.shape[0], 0, 0, 0, ids.data_ptr()), pool().threads())
+        return out
+
+    def unpack(self) -> Tensor:
+        """The weight [N, K] float32, inputs in the layer's order."""
+        return self._rows(torch.arange(self.out_features), torch.float32)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        if self.dtype != torch.bfloat16:
+            return self._rows(ids, torch.float32).to(self.dtype)
+        return self._rows(ids, torch.bfloat16)
+
+    def rows_arguments(self, out: int, *, is_float32: bool = False) -> tuple[int, ...]:
+        """What `stored_rows` takes: the address of its result, and how."""
+        return (out, self._descriptor.data_ptr(), int(is_float32), self.inputs_address)
 
 
-def _prepare(weight: OneWeight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
-    plan = None if why_not() is not None else _plan(weight)
-    if plan is None:
-        return NaiveStoredLinear(weight, bias, dtype)
-    return NativeStoredLinear(plan, bias, dtype, stored_name(weight))
-
-
-def prepare_stored(weight: StoredWeight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
-    """See `naive.prepare_stored`; the naive twin itself for what the C kernels do not take."""
-
-    def prepare(part: OneWeight, part_bias: Tensor | None) -> QuantLinear:
-        return _prepare(part, part_bias, dtype)
-
-    return prepare_parts(weight, bias, prepare, NativeStackedLinear)
+def prepare_lookup(
+    weight: OneWeight, bias: Tensor | None, dtype: torch.dtype
+) -> NativeStoredLinear | None:
+    """The weight in lines; None: they do not take it."""
+    plan = _plan(weight)
+    return None if plan is None else NativeStoredLinear(plan, bias, dtype, stored_name(weight))

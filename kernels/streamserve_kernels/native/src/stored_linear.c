@@ -31,23 +31,6 @@ enum {
     OWN_ROWS = 4,         // most rows of which every thread sums the groups for itself
 };
 
-enum {
-    Y,          // address of y [rows], bfloat16 or float32
-    X,          // address of x [rows, K], bfloat16
-    X_STRIDE,   // elements between rows of x
-    ROWS_KIND,  // see ss_rows
-    WEIGHT,     // address of a stored_weight
-    BIAS,       // address of the bias [N], float32, or 0
-    Y_FLOAT32,  // whether y is float32
-    BEST,       // address of [threads][rows] ss_best for the arg-max, or 0
-    SCALE,      // bits of a double: y is multiplied by it (float32 only)
-    CAP,        // bits of a double: y = cap·tanh(y / cap), or 0 (float32 only)
-    SUMS,       // address of [rows][G] float32: memory for the sums of groups, or 0
-    OWN,        // address of [threads][OWN_ROWS][G] of the most groups there are
-    OWN_STRIDE, // bytes of one thread's
-    DONE,       // address of [threads] int64 64 bytes apart: whether a thread has its own sums
-    Y_STRIDE,   // elements between rows of y
-};
 enum { DONE_STRIDE = 8 };
 
 // --- sums of a group's inputs -------------------------------------------------------------------
@@ -419,18 +402,7 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     const stored_weight *w = (const stored_weight *)args[WEIGHT];
     const int64_t rows = ss_rows(context, args[ROWS_KIND]), x_stride = args[X_STRIDE];
     const int64_t first = unit * BLOCK, columns = ss_min(BLOCK, w->outputs - first);
-    ss_best *best = args[BEST] ? (ss_best *)args[BEST] + thread * rows : 0;
-    const ss_output out = {
-        .y = (void *)args[Y],
-        .bias = (const void *)args[BIAS],
-        .bias_float32 = 1,
-        .stride = args[Y_STRIDE],
-        .is_float32 = (int)args[Y_FLOAT32],
-        .stores = !best || context->step->wants_logits,
-        .scale = (float)ss_double(args[SCALE]),
-        .cap = (float)ss_double(args[CAP]),
-        .best = best,
-    };
+    const ss_output out = stored_output(context, args, thread);
     const float *inputs = group_sums(context, args, thread);
     const int64_t turns = ss_ceil_div(rows, GROUP_ROWS), groups = stored_groups(w);
     float sums[GROUP_ROWS * BLOCK] __attribute__((aligned(64)));
