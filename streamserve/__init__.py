@@ -20,6 +20,7 @@ _HOMES = {
     "CompletionOutput": "streamserve.llm.outputs",
     "EmbeddingRequestOutput": "streamserve.llm.outputs",
     "LLM": "streamserve.llm.llm",
+    "LoRARequest": "streamserve.llm.lora_request",
     "PoolingParams": "streamserve.llm.pooling_params",
     "PoolingRequestOutput": "streamserve.llm.outputs",
     "RequestOutput": "streamserve.llm.outputs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from streamserve.errors import ConfigError
@@ -40,6 +41,22 @@ class CacheConfig:
     def num_tokens(self) -> int:
         """Tokens that fit."""
         return self.num_blocks * self.block_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """LoRA adapters: how many may be loaded at a time, of which rank at most.
+
+    ``modules`` are the names and directories of those that are there from the start.
+    """
+
+    num_adapters: int
+    max_rank: int
+    modules: tuple[tuple[str, Path], ...] = ()
+
+    def __post_init__(self) -> None:
+        _at_least("num_adapters", self.num_adapters, 1)
+        _at_least("max_rank", self.max_rank, 1)
 
 
 MAX_DRAFTING_ROWS = 64
@@ -216,6 +233,7 @@ class ApiConfig:
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # where /metrics, /version and /debug are then, and only there
     hang_timeout_s: float = 60.0  # a step takes longer: /live says that the engine hangs
+    updates_adapters: bool = False  # /v1/load_lora_adapter and /v1/unload_lora_adapter
     max_stored_responses: int = 1024
     stored_responses_memory_bytes: int = 64 * 2**20
 

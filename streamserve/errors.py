@@ -3,7 +3,8 @@
 StreamServeError
 ├── ConfigError                 a flag or config value that cannot be served
 ├── ModelLoadError              a checkpoint that cannot be loaded
-│   └── UnsupportedModelError   an architecture or feature that is not built
+│   ├── UnsupportedModelError   an architecture or feature that is not built
+│   └── AdapterError            an adapter that cannot be loaded beside the model
 ├── KVCacheMemoryError          the KV cache does not fit into the memory there is
 ├── OutOfMemoryError            a step found no memory: a smaller one may
 ├── DeviceDeadError             the thread that runs the steps has died: none will run again
@@ -39,6 +40,10 @@ class ModelLoadError(StreamServeError):
 
 class UnsupportedModelError(ModelLoadError):
     """An architecture or feature that is not built; the message lists what is."""
+
+
+class AdapterError(ModelLoadError):
+    """An adapter that cannot be loaded beside the model."""
 
 
 class KVCacheMemoryError(StreamServeError):

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from streamserve_kernels.adapters import AdapterRows, AdapterTable, StepAdapters
 from streamserve_kernels.quantised import Quantization
 from streamserve_kernels.stored import StoredWeight
 
@@ -113,6 +114,8 @@ class StepTensors(Protocol):
     def logits_indices(self) -> Tensor: ...
     @property
     def prefix_groups(self) -> PrefixGroups | None: ...
+    @property
+    def adapters(self) -> StepAdapters | None: ...
 
 
 class RecordedStep(Protocol):
@@ -263,6 +266,22 @@ class Kernels(Protocol):
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor: ...
 
     def embedding(self, ids: Tensor, weight: Tensor | QuantLinear) -> Tensor: ...
+
+    def adapter_table(
+        self,
+        num_slots: int,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_rank: int,
+    ) -> AdapterTable: ...
+
+    def add_adapters(
+        self, y: Tensor, x: Tensor, table: AdapterTable, rows: AdapterRows | None
+    ) -> Tensor:
+        """`rows` is None only while a step is recorded."""
+        ...
 
     def moe(
         self,

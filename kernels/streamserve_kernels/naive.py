@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from streamserve_kernels import adapters
 from streamserve_kernels.float8 import FLOAT8
 from streamserve_kernels.fp8 import NaiveFp8Linear
 from streamserve_kernels.interface import (
@@ -29,6 +30,9 @@ from streamserve_kernels.stored import StoredWeight
 from streamserve_kernels.stored_naive import NaiveStoredLinear, prepare_parts
 
 name = "naive"
+
+adapter_table = adapters.adapter_table
+add_adapters = adapters.add_adapters
 
 
 def kv_cache_shape(

@@ -15,15 +15,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from streamserve.api.adapters import AdapterEndpoints
 from streamserve.api.context import ApiContext, Gate
 from streamserve.api.embeddings import EmbeddingEndpoint
 from streamserve.api.errors import EXCEPTION_HANDLERS
 from streamserve.api.faults import FaultEndpoint
-from streamserve.api.generation import (
-    ChatEndpoint,
-    CompletionEndpoint,
-    check_model,
-)
+from streamserve.api.generation import ChatEndpoint, CompletionEndpoint
 from streamserve.api.kept import KeptAnswers
 from streamserve.api.kept_generation import StreamEndpoint
 from streamserve.api.messages import CountTokensEndpoint, MessagesEndpoint
@@ -41,10 +38,12 @@ from streamserve.api.responses.lookup import Retrieve, StoredResponses
 from streamserve.api.responses.store import ResponseStore
 from streamserve.api.running import cancel_routes
 from streamserve.api.sampling import sampling_defaults
+from streamserve.api.served_models import ServedModels
 from streamserve.api.tenants import KeyRing
 from streamserve.api.tokens import TokenEndpoints
 from streamserve.config import ApiConfig, EmbeddingConfig
 from streamserve.core.clock import Clock, monotonic
+from streamserve.engine.adapters import Adapter, Adapters
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.fault_injection import FaultInjectingRunner
 from streamserve.engine.hang_watch import HangWatch
@@ -104,6 +103,7 @@ def create_app(
     wall_clock: Callable[[], float] = time.time,
     load_text: TextLoader | None = None,
     faults: FaultInjectingRunner | None = None,
+    adapters: Adapters | None = None,
 ) -> ApiApp:
     """Build the application around a started engine (``serve`` starts it).
 
@@ -111,8 +111,8 @@ def create_app(
     defaults. ``load_text``, which must be picklable, loads the tokenizer and the template in the
     processes that read long bodies; without one they are read here. ``answer_format`` says how the
     model writes thoughts and tool calls, ``embedding`` what vectors it makes. ``faults``, the
-    engine's runner, opens ``/debug``. Raises ``ConfigError`` if a default is out of range or the
-    file of API keys cannot be used.
+    engine's runner, opens ``/debug``. ``adapters`` are served as models of their names. Raises
+    ``ConfigError`` if a default is out of range or the file of API keys cannot be used.
     """
     metrics = Metrics()
     keys = KeyRing(config.api_keys, config.api_key_file, clock=clock)
@@ -132,6 +132,7 @@ def create_app(
         mark_ids=MarkIds(tokenizer),
         answer_format=answer_format,
         embedding=embedding,
+        models=ServedModels(config.served_model_names, adapters),
         keys=keys,
         hang_watch=HangWatch(engine, clock, config.hang_timeout_s),
         gate=Gate(retry_after_s=config.drain_timeout_s),
@@ -155,6 +156,8 @@ def create_app(
     if faults is not None:
         fault = FaultEndpoint(context, faults)
         admin_routes.append(Route("/debug/inject_fault", fault.__call__, methods=["POST"]))
+    if adapters is not None and config.updates_adapters:
+        admin_routes += AdapterEndpoints(context, adapters).routes()
     tokens = TokenEndpoints(context)
     routes = [
         Route("/v1/chat/completions", ChatEndpoint(context), methods=["POST"]),
@@ -237,18 +240,24 @@ class _SmallEndpoints:
         self._openapi: bytes | None = None  # made when first asked for
 
     async def models(self, _request: Request) -> Response:
-        names = self._context.config.served_model_names
-        return _json({"object": "list", "data": [self._card(name) for name in names]})
+        models = self._context.models
+        cards = [self._card(name) for name in models.names]
+        cards += [self._adapter_card(adapter) for adapter in models.adapters or ()]
+        return _json({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
         name: str = request.path_params["model"]
-        check_model(name, self._context.config.served_model_names)
-        return _json(self._card(name))
+        adapter = self._context.models.adapter_of(name)
+        return _json(self._card(name) if adapter is None else self._adapter_card(adapter))
 
     async def openapi(self, _request: Request) -> Response:
         if self._openapi is None:
             self._openapi = orjson.dumps(openapi(has_keys=not self._context.keys.is_empty))
         return Response(self._openapi, media_type="application/json")
+
+    def _adapter_card(self, adapter: Adapter) -> dict[str, Any]:
+        base = self._context.models.names[0]
+        return self._card(adapter.name) | {"root": str(adapter.path), "parent": base}
 
     def _card(self, name: str) -> dict[str, Any]:
         return {

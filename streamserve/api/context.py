@@ -20,6 +20,7 @@ from streamserve.api.middleware import RAW_SEND
 from streamserve.api.prompts import PromptWorkers
 from streamserve.api.request_log import RequestLog
 from streamserve.api.running import RunningAnswers
+from streamserve.api.served_models import ServedModels
 from streamserve.api.sse_response import SseOptions
 from streamserve.api.tenants import KeyRing
 from streamserve.config import ApiConfig, EmbeddingConfig
@@ -141,6 +142,7 @@ class ApiContext:
     mark_ids: MarkIds
     request_log: RequestLog
     embedding: EmbeddingConfig
+    models: ServedModels
     prompt_workers: PromptWorkers | None = None  # none: everything is read in this process
     answer_format: AnswerFormat = field(default_factory=AnswerFormat)
     field_log: FieldLog = field(default_factory=FieldLog)

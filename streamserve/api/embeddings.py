@@ -88,12 +88,13 @@ class EmbeddingEndpoint(GenerationEndpoint):
         tenant, request_id = tenant_of(call.scope), f"embd-{secrets.token_hex(16)}"
         delivery = Delivery(context.metrics, context.clock, call.arrival_time)
         is_heard = context.config.honours_priority
+        adapter = context.models.adapter_of(work.common.model)
         allowance = allowance_of(call.scope)
         vectors = _Vectors(
             context.engine,
             work,
             lambda index: origin_of(
-                work, index, tenant, request_id, call.arrival_time, is_heard=is_heard
+                work, index, tenant, adapter, request_id, call.arrival_time, is_heard=is_heard
             ),
             allowance,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,6 @@ from streamserve.api.chat_request import ChatRequest, parse_chat_request
 from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import ClientGoneError, DisconnectGuard
-from streamserve.api.errors import HttpError
 from streamserve.api.extras import Prompt
 from streamserve.api.frames import (
     CHAT,
@@ -47,6 +46,7 @@ from streamserve.api.timing import TimedDelivery
 from streamserve.api.whole import Choice, best_choices, collect_all
 from streamserve.api.wire import Wire
 from streamserve.core.request import FinishReason
+from streamserve.engine.adapters import Adapter
 from streamserve.engine.intake import Origin
 from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.stream import RequestStream
@@ -253,6 +253,7 @@ class GenerationEndpoint(ABC):
         streams: list[RequestStream] = []
         work.choices.check_size(len(work.prompts))
         is_heard = self._context.config.honours_priority
+        adapter = self._context.models.adapter_of(work.common.model)
         if allowance is not None:
             allowance.take_tokens([len(prompt.token_ids) for prompt in work.prompts])
         try:
@@ -260,7 +261,9 @@ class GenerationEndpoint(ABC):
                 of_prompt = self._submit_one(
                     prompt.token_ids,
                     work,
-                    **origin_of(work, index, tenant, request_id, arrival_time, is_heard=is_heard),
+                    **origin_of(
+                        work, index, tenant, adapter, request_id, arrival_time, is_heard=is_heard
+                    ),
                 )
                 streams += of_prompt
                 if allowance is not None:  # the first computes the prompt
@@ -335,7 +338,7 @@ class GenerationEndpoint(ABC):
     def check_common(self, common: Common) -> None:
         """Check what only the server's config can say."""
         config = self._context.config
-        check_model(common.model, config.served_model_names)
+        self._context.models.adapter_of(common.model)
         if common.priority and not config.honours_priority:
             raise InvalidParameterError(
                 f"priority must be 0 unless requests are scheduled by it, got {common.priority}",
@@ -399,6 +402,7 @@ def origin_of(
     work: Work,
     index: int,
     tenant: Tenant,
+    adapter: Adapter | None,
     request_id: str,
     arrival_time: float,
     *,
@@ -408,22 +412,14 @@ def origin_of(
     return {
         "request_id": f"{request_id}-{index}" if index else request_id,
         "priority": tenant.priority_of(work.common.priority) if is_heard else 0,
-        "cache_salt": tenant.salt + work.common.cache_salt,
-        "shares_public_prefixes": bool(tenant.salt) and not work.common.cache_salt,
+        "cache_salt": (adapter.salt if adapter else "") + tenant.salt + work.common.cache_salt,
+        "shares_public_prefixes": bool(tenant.salt)
+        and not work.common.cache_salt
+        and adapter is None,
+        "adapter": None if adapter is None else adapter.slot,
         "tenant": tenant.name or work.common.user,
         "weight": tenant.weight,
         "time_limits": work.common.time_limits,
         "arrival_time": arrival_time,
         "is_tokenized": work.prompts[index].is_tokenized,
     }
-
-
-def check_model(model: str | None, served: Sequence[str]) -> None:
-    """Raise 404 unless ``model`` is one of ours. Naming none means the only one there is."""
-    if model is not None and model not in served:
-        raise HttpError(
-            404,
-            f"The model {model[:256]!r} does not exist; this server has {', '.join(served)}",
-            param="model",
-            code="model_not_found",
-        )

@@ -13,7 +13,6 @@ from starlette.responses import Response
 
 from streamserve.api.body import ignored_fields_headers, parse_json_object
 from streamserve.api.context import ApiContext
-from streamserve.api.generation import check_model
 from streamserve.api.prompts import LONG_BODY
 from streamserve.api.tenants import tenant_of
 from streamserve.api.token_requests import (
@@ -70,7 +69,7 @@ class TokenEndpoints:
         if workers is not None and (asked.has_template_kwargs or has_run_away):
             # A template may run away with what a client gives it: a process can be killed.
             return await workers.tokenize(raw, salt)
-        check_model(asked.model, context.config.served_model_names)
+        context.models.adapter_of(asked.model)
         context.check_unknown(asked.unknown)
         ids = await self._ids(asked, salt)
         strs = await context.preprocessor.id_to_token(ids) if asked.return_token_strs else None
@@ -92,14 +91,14 @@ class TokenEndpoints:
         if workers is not None and len(raw) > LONG_BODY:
             return await workers.detokenize(raw)
         asked = parse_detokenize_request(parse_json_object(raw))
-        check_model(asked.model, context.config.served_model_names)
+        context.models.adapter_of(asked.model)
         context.check_unknown(asked.unknown)
         text = await context.preprocessor.decode(asked.tokens)
         return TokenAnswer(detokenized(text), asked.model, asked.unknown)
 
     def _checked(self, answer: TokenAnswer) -> Response:
         context = self._context
-        check_model(answer.model, context.config.served_model_names)
+        context.models.adapter_of(answer.model)
         context.check_unknown(answer.unknown)
         return Response(
             answer.content,

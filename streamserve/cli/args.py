@@ -15,6 +15,7 @@ from streamserve.cli.config_file import config_flags, split_config_flag
 from streamserve.cli.device_flags import GPU_DEFAULTS, default_text
 from streamserve.cli.environment import whole_text
 from streamserve.cli.front_flags import JsonListAction, add_front_flags
+from streamserve.cli.lora_flags import adapter_config, add_lora_flags, add_lora_serving_flags
 from streamserve.cli.quantization import QUANTIZATIONS, STORED_METHODS, check_quantization
 from streamserve.cli.source_flags import add_seed_flag, add_source_flags
 from streamserve.cli.speculative import parse_speculative_config
@@ -94,6 +95,7 @@ def build_parser() -> CommandParser:
     add_engine_flags(serve)
     _add_http_flags(serve)
     add_front_flags(serve)
+    add_lora_serving_flags(serve)
     add_seed_flag(serve)
     add_foreign_flags(serve)
 
@@ -186,6 +188,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    add_lora_flags(parser)
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--max-num-seqs",
@@ -445,6 +448,7 @@ def check_flags(args: Namespace) -> None:
     if args.model == "":
         raise ConfigError("MODEL must be a directory or a hub id, got ''")
     check_quantization(args.quantization)
+    adapter_config(args)
     if args.speculative_config is not None:
         parse_speculative_config(args.speculative_config)
     utilization = args.gpu_memory_utilization

@@ -13,7 +13,8 @@ import torch
 
 from streamserve.cli.args import model_name, scheduling_policy
 from streamserve.cli.device_flags import resolve_device_flags
-from streamserve.cli.model_setup import ModelBuilder, ModelSetup, Say
+from streamserve.cli.lora_flags import adapter_config
+from streamserve.cli.model_setup import BuiltModel, ModelBuilder, ModelSetup, Say
 from streamserve.cli.model_source import (
     model_directory,
     sampling_defaults,
@@ -27,6 +28,7 @@ from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.plan import ModelRunner
 from streamserve.core.scheduler import Scheduler
 from streamserve.core.step_time import StepTimeModel
+from streamserve.engine.adapters import Adapters
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.grammar import Grammars
@@ -37,6 +39,7 @@ from streamserve.engine.tokenizer import FastTokenizer, Tokenizer
 from streamserve.errors import ConfigError, InvalidParameterError
 from streamserve.models import (
     ModelConfig,
+    NativeConfig,
     load_config,
     read_embedding_config,
     read_text_files,
@@ -66,6 +69,7 @@ class Service:
     memory: MemoryPlan
     finish_warm_up: Callable[[], None]
     text_source: TextSource
+    adapters: Adapters | None = None
 
 
 def build_service(
@@ -98,6 +102,7 @@ def build_service(
     grammars = Grammars(tokenizer, eos_token_ids, setup.config.vocab_size)
     in_background(lambda _: grammars.warm())  # it would stop every stream for a moment later
     built = builder.build()
+    adapters = _load_adapters(setup, built)
     cache = CacheConfig(
         num_blocks=built.memory.num_blocks,
         block_size=built.memory.block_size,
@@ -121,6 +126,8 @@ def build_service(
         grammars=grammars,
         seed=args.seed,
     )
+    if adapters is not None:
+        adapters.serve(engine.uses_adapter)
     return Service(
         engine,
         tokenizer,
@@ -136,7 +143,19 @@ def build_service(
         built.memory,
         built.finish_warm_up,
         text_source,
+        adapters,
     )
+
+
+def _load_adapters(setup: ModelSetup, built: BuiltModel) -> Adapters | None:
+    if setup.adapters is None:
+        return None
+    assert built.adapters is not None
+    adapters = Adapters(built.adapters)
+    for name, path in setup.adapters.modules:
+        adapters.load_now(name, path)
+        setup.say(f"adapter {name}: {path}")
+    return adapters
 
 
 def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
@@ -146,6 +165,8 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
     args = resolve_device_flags(args, on_gpu=device != cpu, warn=warn)
     if args.chat_template is not None:
         ChatTemplate.given(args.chat_template)
+    if device != cpu and adapter_config(args) is not None:
+        raise ConfigError("--enable-lora needs --device cpu: adapters on a GPU are not built yet")
     path = model_directory(args, say)
     config = load_config(path, model_impl=args.model_impl, trust_remote_code=args.trust_remote_code)
     stored = None if config.stored_quantization is None else config.stored_quantization.name
@@ -154,6 +175,12 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
     quantization = agreed_quantization(args.quantization, stored)
     if quantization == "fp8" and device == cpu:
         raise ConfigError("--quantization fp8 needs a GPU; a CPU has int8 and int4")
+    adapters = adapter_config(args)
+    if adapters is not None and not isinstance(config, NativeConfig):
+        raise ConfigError(
+            f"--enable-lora: adapters are for the families with a decoder of ours, "
+            f"not for {config.architecture}"
+        )
     dtype = resolve_dtype(args.dtype, config, device)
     max_model_len = config.resolve_max_model_len(args.max_model_len)
     method = stored or quantization
@@ -184,6 +211,7 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
         device=device,
         scheduler=scheduler,
         quantization=quantization,
+        adapters=adapters,
         say=say,
         warn=warn,
     )

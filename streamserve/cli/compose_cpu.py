@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from streamserve.cli.model_setup import BuiltModel, ModelSetup
-from streamserve.models import kv_bytes_per_block, touch_kv_cache
+from streamserve.models import (
+    Decoder,
+    NativeConfig,
+    adapter_bytes,
+    kv_bytes_per_block,
+    touch_kv_cache,
+)
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import build_runner, new_kv_cache, step_buffer_bytes
 from streamserve.runner.memory import MemoryPlan, parse_bytes, plan_memory
@@ -34,14 +40,25 @@ class CpuBuilder:
             kv_caches=self._kv_caches,
             max_num_sampled=self._setup.scheduler.max_num_sampled,
         )
-        return BuiltModel(runner, profile, self._memory)
+        return BuiltModel(
+            runner,
+            profile,
+            self._memory,
+            adapters=model.adapters if isinstance(model, Decoder) else None,
+        )
 
 
 def _plan(setup: ModelSetup) -> MemoryPlan:
     args, config, scheduler = setup.args, setup.config, setup.scheduler
+    weight_bytes = config.weight_bytes(setup.dtype, setup.quantization)
+    if (adapters := setup.adapters) is not None:
+        assert isinstance(config, NativeConfig), "others were refused"
+        weight_bytes += adapter_bytes(
+            config.spec, setup.dtype, adapters.num_adapters, adapters.max_rank
+        )
     return plan_memory(
         available=available_cpu_memory(),
-        weight_bytes=config.weight_bytes(setup.dtype, setup.quantization),
+        weight_bytes=weight_bytes,
         step_buffer_bytes=step_buffer_bytes(
             config.spec, setup.dtype, scheduler.max_num_batched_tokens, scheduler.max_num_sampled
         ),

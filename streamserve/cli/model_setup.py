@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 
 import streamserve_kernels
-from streamserve.config import SchedulerConfig
+from streamserve.config import AdapterConfig, SchedulerConfig
 from streamserve.core.plan import ModelRunner
 from streamserve.core.step_time import StepProfile
-from streamserve.models import LanguageModel, ModelConfig, load_model
+from streamserve.models import AdapterTables, LanguageModel, ModelConfig, load_model
 from streamserve.runner.memory import MemoryPlan, format_bytes
 from streamserve_kernels import Kernels, Quantization
 
@@ -36,6 +36,7 @@ class ModelSetup:
     device: torch.device
     scheduler: SchedulerConfig
     quantization: Quantization | None
+    adapters: AdapterConfig | None
     say: Say
     warn: Say
 
@@ -67,6 +68,7 @@ class ModelSetup:
             progress=Progress(self.say),
             seed=self.args.seed or 0,
             quantization=self.quantization,
+            adapters=self.adapters,
         )
 
     def say_plan(self, memory: MemoryPlan) -> None:
@@ -77,13 +79,17 @@ class ModelSetup:
 
 @dataclass(frozen=True, slots=True)
 class BuiltModel:
-    """A warm runner, what its steps took, and the memory that it works in."""
+    """A warm runner, what its steps took, and the memory that it works in.
+
+    ``adapters`` are the places for them, where adapters are served.
+    """
 
     runner: ModelRunner
     profile: StepProfile
     memory: MemoryPlan
     num_host_blocks: int = 0
     max_transfers_per_step: int = 1
+    adapters: AdapterTables | None = None
     finish_warm_up: Callable[[], None] = lambda: None
     """Does at once what a server leaves for when it is idle."""
 

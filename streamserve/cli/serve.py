@@ -117,6 +117,7 @@ def _build_app(args: Namespace, config: ApiConfig) -> ApiApp:
         answer_format=formats[0],
         embedding=service.embedding,
         faults=faults[0] if faults else None,
+        adapters=service.adapters,
     )
     freeze_gc()
     return app
@@ -205,6 +206,7 @@ def api_config(args: Namespace) -> ApiConfig:
         max_connections=args.max_connections,
         receive_timeout_s=args.receive_timeout,
         keep_alive_timeout_s=args.timeout_keep_alive,
+        updates_adapters=args.allow_runtime_lora_updating,
         max_stored_responses=args.max_stored_responses,
         stored_responses_memory_bytes=parse_bytes(args.stored_responses_memory),
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 _DEVICES = "one device serves, several are not built yet"
 _MULTIMODAL = "models here read and write text only"
-_LORA = "adapters are not built yet"
+_LORA = "adapters are loaded in one way, beside the linear layers"
 _SPECULATION = "--speculative-config drafts by prompt lookup, no other way is built"
 _MAMBA = "no such layers are served"
 _KERNELS = "kernels are chosen by the device and the dtype, in one way"
@@ -63,8 +63,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
     ),
     (
         _LORA,
-        "enable_lora! lora_modules max_loras=* max_lora_rank=* lora_dtype=* max_cpu_loras=* "
-        "fully_sharded_loras! lora_target_modules enable_tower_connector_lora! "
+        "lora_dtype=* fully_sharded_loras! lora_target_modules enable_tower_connector_lora! "
         "specialize_active_lora! enable_mixed_moe_lora_format! enable_moe_shared_loras! "
         "max_lora_cls_labels enable_prompt_adapter! lora_extra_vocab_size=*",
     ),

@@ -43,6 +43,7 @@ class NewRequest:
     seed: int
     choice_index: int
     eos_token_ids: frozenset[int] = frozenset()  # masked out until min_tokens
+    adapter: int | None = None  # the slot of the one that its rows have
 
 
 class ScheduledRequest(NamedTuple):

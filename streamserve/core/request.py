@@ -56,6 +56,7 @@ class Request:
 
     __slots__ = (
         "account",
+        "adapter",
         "arrival_time",
         "awaited_hash",
         "block_hashes",
@@ -122,6 +123,7 @@ class Request:
         tenant: str = "",
         weight: float = 1.0,
         time_limits: TimeLimits | None = None,
+        adapter: int | None = None,
     ) -> None:
         self.request_id = request_id
         self.sampling_params = sampling_params
@@ -135,6 +137,7 @@ class Request:
         self.tenant = tenant  # whose share of the machine it takes, where shares are kept
         self.weight = weight
         self.time_limits = time_limits
+        self.adapter = adapter  # the slot in which the runner has it; its salt is the adapter's
 
         self.token_ids: list[int] = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)

@@ -149,6 +149,10 @@ class Scheduler:
         """The request that waits or runs under this id."""
         return self._seats.requests.get(request_id)
 
+    def uses_adapter(self, slot: int) -> bool:
+        """Whether a request has it, or had it in a step in flight. Looks at each of them."""
+        return any(request.adapter == slot for request in self._seats.everyone())
+
     def check_fits(self, num_prompt_tokens: int, params: SamplingParams) -> None:
         """Raise ``ContextLengthError`` unless the request, alone, could run to its full length."""
         self._limits.check(num_prompt_tokens, params)

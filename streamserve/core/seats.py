@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
+from itertools import chain
 from operator import attrgetter
 
 from streamserve.core.kv_cache_manager import KVCacheManager
@@ -43,6 +45,10 @@ class Seats:
         self.released_ids: list[str] = []  # for the next plan
         self._leaving: dict[str, Request] = {}  # finished, a step still has it
         self._kv_cache = kv_cache
+
+    def everyone(self) -> Iterator[Request]:
+        """The live requests, and those that a step still has."""
+        return chain(self.requests.values(), self._leaving.values())
 
     @property
     def awaits_blocks(self) -> bool:

@@ -110,4 +110,5 @@ def _new_request(request: Request) -> NewRequest:
         seed=request.seed,
         choice_index=request.choice_index,
         eos_token_ids=request.eos_token_ids,
+        adapter=request.adapter,
     )

@@ -90,6 +90,10 @@ class EngineFront(ABC):
             async for output in stream:
                 yield output
 
+    def uses_adapter(self, slot: int) -> bool:
+        """Whether a request has this adapter, or a step in flight."""
+        return self._scheduler.uses_adapter(slot)
+
     def check(
         self,
         prompt_token_ids: list[int],

@@ -25,6 +25,7 @@ class Origin(TypedDict, total=False):
     """Who asks: ``arrival_time`` is now and ``priority`` is 0 unless given; see ``Request``.
 
     ``tenant`` and ``weight``: whose share of the machine it is, where shares are kept.
+    ``adapter``: its slot; the salt begins with its own.
     ``is_tokenized``: the prompt's ids come from the engine's own tokenizer.
     """
 
@@ -37,6 +38,7 @@ class Origin(TypedDict, total=False):
     time_limits: TimeLimits | None
     arrival_time: float | None
     is_tokenized: bool
+    adapter: int | None
 
 
 class Intake:
@@ -96,6 +98,7 @@ class Intake:
                 tenant=source.tenant,
                 weight=source.weight,
                 time_limits=source.time_limits,
+                adapter=source.adapter,
                 arrival_time=source.arrival_time,
             )
             request.prompt_logprobs = source.prompt_logprobs  # one list: they are found once
@@ -174,6 +177,7 @@ class Intake:
             tenant=origin.get("tenant", ""),
             weight=origin.get("weight", 1.0),
             time_limits=origin.get("time_limits"),
+            adapter=origin.get("adapter"),
         )
 
     def _live(self, request: Request) -> Live:

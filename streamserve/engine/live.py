@@ -166,6 +166,7 @@ class BeamGroup(Live):
             shares_public_prefixes=first.shares_public_prefixes,
             tenant=first.tenant,
             weight=first.weight,
+            adapter=first.adapter,
         )
         child.token_ids = [*parent.token_ids, token_id]
         child.block_hashes = list(parent.block_hashes)

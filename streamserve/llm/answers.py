@@ -10,6 +10,7 @@ from typing import Any
 
 from streamserve.core.request import FinishReason
 from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
+from streamserve.engine.adapters import Adapter, Adapters
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.intake import Origin
@@ -18,6 +19,7 @@ from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.stream import RequestStream
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import ContextLengthError, EngineError, InvalidParameterError
+from streamserve.llm.lora_request import LoRARequest
 from streamserve.llm.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -51,6 +53,7 @@ class Prepared:
     job: Job
     text: str | None
     token_ids: list[int]
+    adapter: Adapter | None = None
 
     def output(self, answers: Sequence[_Answer]) -> RequestOutput:
         """What has come of ``answers``."""
@@ -78,6 +81,7 @@ class Answers:
         special_tokens: Mapping[str, str],
         max_num_requests: int,
         max_model_len: int,
+        adapters: Adapters | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -87,6 +91,8 @@ class Answers:
         self._max_model_len = max_model_len
         self._seats = asyncio.Semaphore(max_num_requests)
         self._line = asyncio.Lock()
+        self._adapters = adapters
+        self._loading = asyncio.Lock()
 
     def close(self) -> None:
         """Let go of the threads that tokenise."""
@@ -121,9 +127,9 @@ class Answers:
         prepared = await self.prepare(jobs, options)
 
         async def answer(one: Prepared) -> None:
-            async with self._seated(one):
-                pools = one.job.params.pooling is not None
-                put(one.job.index, await (self._vector(one) if pools else self._whole(one)))
+            async with self._seated(one) as seated:
+                answered = self._whole if one.job.params.pooling is None else self._vector
+                put(one.job.index, await answered(seated))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -135,16 +141,16 @@ class Answers:
     async def vector(self, job: Job) -> EmbeddingRequestOutput:
         """The vector of one prompt; cancelling ends the request."""
         [prepared] = await self.prepare([job], ChatOptions())
-        async with self._seated(prepared):
-            return await self._vector(prepared)
+        async with self._seated(prepared) as seated:
+            return await self._vector(seated)
 
     async def pieces(self, job: Job, options: ChatOptions) -> AsyncGenerator[str]:
         """The text of one answer as it comes; leaving early ends the request."""
         if job.choices.num_candidates > 1:
             raise InvalidParameterError("n and best_of must be 1 for a stream of text", param="n")
         [prepared] = await self.prepare([job], options)
-        async with self._seated(prepared):
-            with self._submitted(prepared) as [answer]:
+        async with self._seated(prepared) as seated:
+            with self._submitted(seated) as [answer]:
                 async for output in answer.stream:
                     _check_success(output)
                     if output.text:
@@ -160,15 +166,17 @@ class Answers:
                 param="best_of",
             )
         [prepared] = await self.prepare([job], options)
-        async with self._seated(prepared):
-            with self._submitted(prepared) as answers:
+        async with self._seated(prepared) as seated:
+            with self._submitted(seated) as answers:
                 async with aclosing(_interleaved(answers)) as turns:
                     async for _ in turns:
                         yield prepared.output(answers)
 
     @asynccontextmanager
-    async def _seated(self, prepared: Prepared) -> AsyncGenerator[None]:
+    async def _seated(self, prepared: Prepared) -> AsyncGenerator[Prepared]:
         """Hold a seat for each candidate, so that the engine's queue is never full.
+
+        It yields the prompt with its adapter, which is there if it is submitted before any await.
 
         One that wants more than there are holds them all: those of one prompt come in together.
         """
@@ -179,7 +187,8 @@ class Answers:
                 while num_held < num_wanted:
                     await self._seats.acquire()
                     num_held += 1
-            yield
+            asked = prepared.job.lora_request
+            yield prepared if asked is None else replace(prepared, adapter=await self._load(asked))
         finally:
             for _ in range(num_held):
                 self._seats.release()
@@ -214,6 +223,26 @@ class Answers:
             raise ContextLengthError(f"prompt {job.index}: {error}", param=error.param) from None
         return prepared
 
+    async def _load(self, asked: LoRARequest) -> Adapter:
+        """The adapter, loaded if need be."""
+        adapters = self._adapters
+        if adapters is None:
+            raise InvalidParameterError(
+                "lora_request needs LLM(…, enable_lora=True)", param="lora_request"
+            )
+        async with self._loading:
+            found, path = adapters.find(asked.lora_name), asked.path
+            if found is None:
+                adapters.make_room()
+                return await adapters.load(asked.lora_name, path)
+        if found.path != path:
+            raise InvalidParameterError(
+                f"lora_request: {asked.lora_name!r} is {str(found.path)!r} already, "
+                f"got {asked.lora_path!r}",
+                param="lora_request",
+            )
+        return found
+
     @contextmanager
     def _submitted(self, prepared: Prepared) -> Iterator[list[_Answer]]:
         """The prompt's candidates in the engine; those that have not ended leave it at the end."""
@@ -229,6 +258,8 @@ class Answers:
         job, token_ids, engine = prepared.job, prepared.token_ids, self._engine
         choices = job.choices
         origin: Origin = {"request_id": job.request_id, "priority": job.priority}
+        if (adapter := prepared.adapter) is not None:
+            origin |= {"adapter": adapter.slot, "cache_salt": adapter.salt}
         if choices.beams is not None:
             return engine.submit_beams(token_ids, job.params, choices.beams, choices.n, **origin)
         params = choices.engine_params(job.params)

@@ -12,6 +12,7 @@ from streamserve.core.sampling_params import SamplingParams as CoreSamplingParam
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.llm.answers import ChatOptions
 from streamserve.llm.build import build
+from streamserve.llm.lora_request import LoRARequest
 from streamserve.llm.outputs import EmbeddingRequestOutput, RequestOutput
 from streamserve.llm.pooling_params import PoolingParams
 from streamserve.llm.prompts import Job, Message, Prompt, read_conversations, read_prompts
@@ -51,6 +52,7 @@ class AsyncLLM:
         sampling_params: CoreSamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput]:
         """Yield the answer so far whenever there is more of it, the last one ``finished``.
@@ -59,7 +61,7 @@ class AsyncLLM:
         and ``EngineError`` if the request fails.
         """
         [read] = read_prompts(prompt)
-        job = self._job(read, sampling_params, request_id, priority)
+        job = self._job(read, sampling_params, request_id, priority, lora_request)
         return self._growing(job, ChatOptions())
 
     def chat(
@@ -68,12 +70,13 @@ class AsyncLLM:
         sampling_params: CoreSamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Continue a conversation by the model's chat template. As ``generate`` in all else."""
         [read] = read_conversations(messages)
-        job = self._job(read, sampling_params, request_id, priority)
+        job = self._job(read, sampling_params, request_id, priority, lora_request)
         return self._growing(job, ChatOptions(kwargs=chat_template_kwargs or {}))
 
     async def embed(
@@ -82,13 +85,16 @@ class AsyncLLM:
         pooling_params: PoolingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
     ) -> EmbeddingRequestOutput:
         """The vector of one prompt. Cancelling ends the request."""
         [read] = read_prompts(prompt)
         params = (pooling_params or PoolingParams()).request(self._embedding)
         await self.start()
-        return await self._answers.vector(self._job(read, params, request_id, priority))
+        return await self._answers.vector(
+            self._job(read, params, request_id, priority, lora_request)
+        )
 
     def abort(self, request_id: str) -> bool:
         """End a request; whoever reads it gets ``EngineError``. Whether there was one."""
@@ -112,10 +118,16 @@ class AsyncLLM:
         await self.close()
 
     def _job(
-        self, prompt: Any, params: CoreSamplingParams | None, request_id: str | None, priority: int
+        self,
+        prompt: Any,
+        params: CoreSamplingParams | None,
+        request_id: str | None,
+        priority: int,
+        lora_request: LoRARequest | None,
     ) -> Job:
         params = params or SamplingParams(**self._sampling_defaults)
-        return Job(0, request_id or str(next(self._request_ids)), prompt, params, priority)
+        request_id = request_id or str(next(self._request_ids))
+        return Job(0, request_id, prompt, params, priority, lora_request=lora_request)
 
     async def _growing(self, job: Job, options: ChatOptions) -> AsyncGenerator[RequestOutput]:
         await self.start()

@@ -37,4 +37,5 @@ def _answers(service: Service, args: Namespace) -> Answers:
         special_tokens=service.tokenizer.special_tokens,
         max_num_requests=args.max_num_waiting,
         max_model_len=service.max_model_len,
+        adapters=service.adapters,
     )

@@ -18,6 +18,7 @@ from streamserve.errors import ConfigError
 
 _OF_A_SERVER = frozenset(
     {
+        "lora_modules",
         "reasoning_parser",
         "served_model_name",
         "shutdown_timeout",

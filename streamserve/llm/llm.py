@@ -17,6 +17,7 @@ from streamserve.errors import ConfigError, InvalidParameterError
 from streamserve.llm.answers import Answers, ChatOptions
 from streamserve.llm.build import build
 from streamserve.llm.loop_thread import LoopThread
+from streamserve.llm.lora_request import LoRARequest
 from streamserve.llm.outputs import EmbeddingRequestOutput, PoolingRequestOutput, RequestOutput
 from streamserve.llm.pooling_params import PoolingParams
 from streamserve.llm.progress import Progress, UseTqdm
@@ -26,6 +27,7 @@ from streamserve.llm.prompts import (
     Message,
     Prompt,
     Prompts,
+    lora_requests,
     per_prompt,
     read_conversations,
     read_prompts,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 Pooled = PoolingParams | Sequence[PoolingParams] | None
 Params = CoreSamplingParams | Sequence[CoreSamplingParams] | None
+Adapted = LoRARequest | Sequence[LoRARequest | None] | None
 
 
 class LLM:
@@ -72,6 +75,7 @@ class LLM:
         sampling_params: Params = None,
         *,
         use_tqdm: UseTqdm = True,
+        lora_request: Adapted = None,
         priority: int | Sequence[int] | None = None,
         **refused: Any,
     ) -> list[RequestOutput]:
@@ -80,12 +84,14 @@ class LLM:
         A prompt is a string, a list of token ids, or a dict with one of the two under ``prompt``
         or ``prompt_token_ids``. ``sampling_params`` are one for all or one for each; without them
         the model's own recommendations count, with 16 tokens to an answer. ``use_tqdm`` may be a
-        class or function in tqdm's place.
+        class or function in tqdm's place. ``lora_request`` is one for all or one for
+        each, ``None`` the model itself; it needs ``LLM(…, enable_lora=True)``.
 
         Raises ``RequestError`` before anything is computed, and ``EngineError`` if a step fails.
         """
         _refuse(refused)
-        return self._batch(read_prompts(prompts), sampling_params, priority, use_tqdm)
+        jobs = self._jobs(read_prompts(prompts), sampling_params, priority, lora_request)
+        return self._answered(jobs, ChatOptions(), use_tqdm)
 
     def chat(
         self,
@@ -93,6 +99,7 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: UseTqdm = True,
         *,
+        lora_request: Adapted = None,
         priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
@@ -118,12 +125,15 @@ class LLM:
             kwargs=chat_template_kwargs or {},
         )
         conversations = read_conversations(messages)
-        return self._batch(conversations, sampling_params, priority, use_tqdm, options)
+        jobs = self._jobs(conversations, sampling_params, priority, lora_request)
+        return self._answered(jobs, options, use_tqdm)
 
     def stream(
         self,
         prompt: Prompt | Sequence[Message],
         sampling_params: CoreSamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> Generator[str]:
         """Yield the text of one answer as it comes; ``prompt`` may be a conversation.
 
@@ -131,7 +141,7 @@ class LLM:
         """
         is_conversation = isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping)
         [read] = (read_conversations if is_conversation else read_prompts)(prompt)
-        [job] = self._jobs([read], sampling_params, None)
+        [job] = self._jobs([read], sampling_params, None, lora_request)
 
         async def work(put: Any) -> None:
             async for piece in self._answers.pieces(job, ChatOptions()):
@@ -146,6 +156,7 @@ class LLM:
         pooling_params: Pooled = None,
         use_tqdm: UseTqdm = True,
         truncate_prompt_tokens: int | None = None,
+        lora_request: Adapted = None,
         priority: int | Sequence[int] | None = None,
         **refused: Any,
     ) -> list[EmbeddingRequestOutput]:
@@ -163,7 +174,10 @@ class LLM:
         )
         params = [one.request(self._service.embedding) for one in given]
         truncation = Truncation(truncate_prompt_tokens)
-        jobs = [replace(job, truncation=truncation) for job in self._jobs(read, params, priority)]
+        jobs = [
+            replace(job, truncation=truncation)
+            for job in self._jobs(read, params, priority, lora_request)
+        ]
         found: list[EmbeddingRequestOutput] = self._answered(jobs, ChatOptions(), use_tqdm)
         return found
 
@@ -218,18 +232,6 @@ class LLM:
         """Not built."""
         raise NotImplementedError("LLM.score is not built: models here generate and embed")
 
-    def _batch(
-        self,
-        prompts: Sequence[Any],
-        sampling_params: Params,
-        priority: int | Sequence[int] | None,
-        use_tqdm: UseTqdm,
-        options: ChatOptions | None = None,
-    ) -> list[RequestOutput]:
-        jobs = self._jobs(prompts, sampling_params, priority)
-        found: list[RequestOutput] = self._answered(jobs, options or ChatOptions(), use_tqdm)
-        return found
-
     def _answered(self, jobs: Sequence[Job], options: ChatOptions, use_tqdm: UseTqdm) -> list[Any]:
         found: dict[int, Any] = {}
 
@@ -248,6 +250,7 @@ class LLM:
         prompts: Sequence[Any],
         sampling_params: Params,
         priority: int | Sequence[int] | None,
+        lora_request: Adapted,
     ) -> list[Job]:
         if not self._close.alive:
             raise ConfigError("this LLM is closed")
@@ -255,8 +258,16 @@ class LLM:
             sampling_params = self.get_default_sampling_params()
         params = per_prompt("sampling_params", sampling_params, len(prompts))
         priorities = per_prompt("priority", priority or 0, len(prompts))
+        adapters = lora_requests(lora_request, len(prompts))
         return [
-            Job(index, str(next(self._request_ids)), prompt, params[index], priorities[index])
+            Job(
+                index,
+                str(next(self._request_ids)),
+                prompt,
+                params[index],
+                priorities[index],
+                lora_request=adapters[index],
+            )
             for index, prompt in enumerate(prompts)
         ]
 
@@ -279,7 +290,6 @@ def _refuse(keywords: Mapping[str, Any]) -> None:
     """Raises for what vLLM's methods take besides, unless it asks for nothing."""
     known = {
         "chat_template_content_format",
-        "lora_request",
         "mm_processor_kwargs",
         "tokenization_kwargs",
     }

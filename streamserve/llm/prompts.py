@@ -10,6 +10,7 @@ from streamserve.api.choices import Choices
 from streamserve.api.extras import Truncation
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import InvalidParameterError
+from streamserve.llm.lora_request import LoRARequest
 from streamserve.llm.sampling_params import choices_of
 
 
@@ -43,6 +44,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     truncation: Truncation = NO_TRUNCATION
+    lora_request: LoRARequest | None = None
 
     @property
     def choices(self) -> Choices:
@@ -112,6 +114,18 @@ def per_prompt(name: str, value: Any, count: int) -> list[Any]:
             f"{name} must be one or as many as prompts ({count}), got {len(value)}", param=name
         )
     return list(value)
+
+
+def lora_requests(value: Any, count: int) -> list[LoRARequest | None]:
+    """Each prompt's adapter. Raises ``InvalidParameterError``."""
+    found = per_prompt("lora_request", value, count)
+    for one in found:
+        if one is not None and not isinstance(one, LoRARequest):
+            raise InvalidParameterError(
+                f"lora_request must be a LoRARequest, got {type(one).__name__}",
+                param="lora_request",
+            )
+    return found
 
 
 def _wrong(name: str, value: Any) -> InvalidParameterError:

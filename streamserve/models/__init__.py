@@ -11,6 +11,7 @@ Where things are: `spec` says what a decoder is, `families` turn configs into sp
 `gguf` reads files of that format.
 """
 
+from streamserve.models.adapters import AdapterTables, adapter_bytes
 from streamserve.models.batch import (
     ForwardBatch,
     KVCache,
@@ -18,7 +19,7 @@ from streamserve.models.batch import (
     kv_bytes_per_block,
     touch_kv_cache,
 )
-from streamserve.models.config import read_sampling_defaults
+from streamserve.models.config import NativeConfig, read_sampling_defaults
 from streamserve.models.decoder import Decoder
 from streamserve.models.families import supported_architectures
 from streamserve.models.gguf.vocabulary import read_text_files
@@ -36,6 +37,7 @@ from streamserve.models.spec import DecoderSpec
 from streamserve.models.tokenizer_files import tokenizer_backend
 
 __all__ = [
+    "AdapterTables",
     "Decoder",
     "DecoderSpec",
     "ForwardBatch",
@@ -43,6 +45,8 @@ __all__ = [
     "LanguageModel",
     "LoadFormat",
     "ModelConfig",
+    "NativeConfig",
+    "adapter_bytes",
     "allocate_kv_cache",
     "kv_bytes_per_block",
     "load_config",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from streamserve.models.spec import ModelShape
 from streamserve_kernels import Kernels, PrefixGroups, huge_pages
+from streamserve_kernels.adapters import StepAdapters
 
 KVCache: TypeAlias = list[tuple[Tensor, Tensor]]
 """Per layer, the key cache and the value cache, in the shape that the kernels asked for."""
@@ -38,6 +39,7 @@ class ForwardBatch:
     block_table: Tensor  # [R, M] int32
     logits_indices: Tensor  # [L] int64 into T, strictly increasing: rows that need logits
     prefix_groups: PrefixGroups | None = None  # sequences that share leading blocks
+    adapters: StepAdapters | None = None  # None: no sequence has one
     # What the host knows, so that no device is asked: bounds of a sequence's tokens in this step,
     # and of seq_lens.
     max_query_len: int | None = None

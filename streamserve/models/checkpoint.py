@@ -19,7 +19,7 @@ from streamserve.models.parameters import Module, decoder_modules
 from streamserve.models.pieces import Leaf, Piece, full_names, module_pieces, num_experts
 from streamserve.models.quantised.modules import StoredModules
 from streamserve.models.quantised.reader import FormatReader, Tensors
-from streamserve.models.spec import DecoderSpec
+from streamserve.models.spec import AttentionSpec, DecoderSpec
 from streamserve.models.staging import Uploader
 from streamserve.models.tensor_files import TensorFiles
 from streamserve_kernels.stored import StoredWeight
@@ -179,7 +179,7 @@ class CheckpointSource:
         if module.name == "layers.qkv" and self._names.qkv_layout == "grouped":
             assert module.layer is not None
             landed = self._uploader.on_device(tensor, part.device)
-            self._copy_grouped(part, landed, module.layer)
+            copy_grouped(self._spec.layers[module.layer].attention, part, landed)
         elif module.name in self._names.interleaved:
             half = part.shape[0] // 2
             landed = self._uploader.on_device(tensor, part.device)
@@ -188,19 +188,19 @@ class CheckpointSource:
         else:
             self._uploader.copy(part, tensor)
 
-    def _copy_grouped(self, target: Tensor, tensor: Tensor, layer: int) -> None:
-        """``[kv heads, (queries of the group, key, value), head size]`` to all q, all k, all v."""
-        attention = self._spec.layers[layer].attention
-        groups = attention.num_kv_heads
-        heads = attention.num_heads // groups
-        head_size = attention.query_key_head_size
-        grouped = tensor.reshape(groups, heads + 2, head_size, *tensor.shape[1:])
-        parts = (grouped[:, :heads], grouped[:, heads : heads + 1], grouped[:, heads + 1 :])
-        start = 0
-        for part in parts:
-            rows = part.shape[0] * part.shape[1] * part.shape[2]
-            target[start : start + rows].view(part.shape).copy_(part)
-            start += rows
+
+def copy_grouped(attention: AttentionSpec, target: Tensor, tensor: Tensor) -> None:
+    """``[kv heads, (queries of the group, key, value), head size]`` to all q, all k, all v."""
+    groups = attention.num_kv_heads
+    heads = attention.num_heads // groups
+    head_size = attention.query_key_head_size
+    grouped = tensor.reshape(groups, heads + 2, head_size, *tensor.shape[1:])
+    parts = (grouped[:, :heads], grouped[:, heads : heads + 1], grouped[:, heads + 1 :])
+    start = 0
+    for part in parts:
+        rows = part.shape[0] * part.shape[1] * part.shape[2]
+        target[start : start + rows].view(part.shape).copy_(part)
+        start += rows
 
 
 class RandomSource:

@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
 from streamserve.models.layers import Attention, BoundNorm, bind_mlp, bind_norm
 from streamserve.models.rope import cos_sin_table
@@ -149,6 +150,7 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         max_model_len: int,
+        adapters: AdapterTables | None = None,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
@@ -156,12 +158,14 @@ class Decoder:
         self.max_model_len = max_model_len
         self.nbytes = weights.nbytes()
         self.is_capturable = True
+        self.adapters = adapters
         self._weights = weights
         # Gemma multiplies by what is left of it in its own dtype.
         self._embedding_scale: float = torch.tensor(spec.embedding_scale, dtype=dtype).item()
         self._cos_sin_tables: dict[RopeSpec, Tensor] = {}
         self._cache_indices = list(range(len(spec.layers)))
         self._recorded: RecordedStep | None = None
+        self._recorded_adapted: RecordedStep | None = None  # for steps with adapters
         self._recorded_caches: KVCache | None = None
         self._bind(kernels)
 
@@ -169,12 +173,12 @@ class Decoder:
         """Makes every part of the forward call the functions of ``kernels``."""
         spec, outer = self.spec, self._weights.outer
         self.kernels = kernels
-        self._blocks = [
-            Block(
-                layer, layer_weights, kernels, self.device, self._cos_sin(layer), self.max_model_len
-            )
-            for layer, layer_weights in zip(spec.layers, self._weights.layers, strict=True)
-        ]
+        self._blocks = self._assemble(self._weights.layers)
+        # The same once more, for steps in which rows have adapters.
+        self._adapted_blocks: list[Block] = []
+        if self.adapters is not None:
+            adapted = self.adapters.adapted(self._weights.layers, kernels)
+            self._adapted_blocks = self._assemble(adapted)
         self._head = outer.linears["head"]
         self._embedding: Tensor | QuantLinear
         if "embedding" in outer.tensors:
@@ -194,6 +198,14 @@ class Decoder:
             if spec.final_norm is None
             else bind_norm(spec.final_norm, outer.norms["final_norm"], kernels)
         )
+
+    def _assemble(self, layers: list[Weights]) -> list[Block]:
+        return [
+            Block(
+                layer, weights, self.kernels, self.device, self._cos_sin(layer), self.max_model_len
+            )
+            for layer, weights in zip(self.spec.layers, layers, strict=True)
+        ]
 
     def linears(self) -> Iterator[PackedLinear]:
         """Every product of the forward, layer by layer, experts one by one; the head last."""
@@ -223,14 +235,27 @@ class Decoder:
         nothing was recorded), run what was written down. Larger ones, and those that need more
         logits, run function by function.
         """
+        recorded = self._record(kv_caches, max_tokens, max_logits, adapted=False)
+        if recorded is None:
+            return 0
+        self._recorded, self._recorded_caches = recorded, kv_caches
+        if self.adapters is not None:
+            self._recorded_adapted = self._record(kv_caches, max_tokens, max_logits, adapted=True)
+        return recorded.max_tokens
+
+    def _record(
+        self, kv_caches: KVCache, max_tokens: int, max_logits: int, *, adapted: bool
+    ) -> RecordedStep | None:
         recorder = self.kernels.recorder(max_tokens, max_logits)
         if recorder is None:
-            return 0
+            return None
         twin = copy(self)
         twin._bind(cast(Kernels, recorder))
+        if adapted:
+            twin._blocks = twin._adapted_blocks
         try:
             hidden_states = twin.hidden_states(recorder.batch, kv_caches)
-            recorded = recorder.finish(
+            return recorder.finish(
                 hidden_states,
                 self._head,
                 self.spec.logit_scale,
@@ -238,12 +263,10 @@ class Decoder:
             )
         except NotRecordableError as error:
             logger.info("the forward runs function by function: it has %s", error)
-            return 0
-        self._recorded, self._recorded_caches = recorded, kv_caches
-        return recorded.max_tokens
+            return None
 
     def _recorded_for(self, batch: ForwardBatch, kv_caches: KVCache) -> RecordedStep | None:
-        recorded = self._recorded
+        recorded = self._recorded if batch.adapters is None else self._recorded_adapted
         if recorded is None or self._recorded_caches is not kv_caches:
             return None
         fits = (
@@ -291,8 +314,12 @@ class Decoder:
         rows = batch.logits_indices
         # Strictly increasing rows that are as many as the tokens are all of them.
         last_rows = None if rows.shape[0] == x.shape[0] else rows
-        last = len(self._blocks) - 1
-        for index, block in enumerate(self._blocks):
+        blocks = self._blocks
+        if batch.adapters is not None and self.adapters is not None:
+            self.adapters.current.adapters = batch.adapters
+            blocks = self._adapted_blocks
+        last = len(blocks) - 1
+        for index, block in enumerate(blocks):
             key_cache, value_cache = kv_caches[self._cache_indices[index]]
             x, residual = block.forward(
                 x, residual, batch, key_cache, value_cache, last_rows if index == last else None

@@ -8,7 +8,9 @@ from typing import Literal, get_args
 
 import torch
 
+from streamserve.config import AdapterConfig
 from streamserve.errors import ModelLoadError, UnsupportedModelError
+from streamserve.models.adapters import AdapterTables
 from streamserve.models.checkpoint import CheckpointSource, RandomSource, WeightSource
 from streamserve.models.config import ModelImpl, NativeConfig, load_hf_config
 from streamserve.models.decoder import Decoder
@@ -166,6 +168,7 @@ def load_model(
     progress: Progress | None = None,
     seed: int = 0,
     quantization: Quantization | None = None,
+    adapters: AdapterConfig | None = None,
 ) -> LanguageModel:
     """Loads a checkpoint's directory or GGUF file; ``dummy`` draws weights from ``seed`` instead.
 
@@ -174,7 +177,8 @@ def load_model(
     A checkpoint that is quantised already stays as it is.
     Holds the resident weights and, at any time, one more matrix on ``device``; a host that is not
     the device holds a few dozen megabytes of the files at a time. ``max_model_len`` is the longest
-    sequence to serve, the model's own by default. Raises ModelLoadError or UnsupportedModelError.
+    sequence to serve, the model's own by default. With ``adapters``, there is room for as many
+    beside it. Raises ModelLoadError or UnsupportedModelError.
     """
     if load_format not in get_args(LoadFormat):
         raise ModelLoadError(
@@ -217,6 +221,23 @@ def load_model(
         names = config.family.weight_names(config.spec)
         source = CheckpointSource(files, names, config.spec, reader)
     weights = build_weights(config.spec, source, kernels, dtype, device, progress, quantization)
+    beside = None
+    if adapters is not None:
+        beside = AdapterTables(
+            config.spec,
+            config.family.weight_names(config.spec),
+            kernels,
+            dtype=dtype,
+            device=device,
+            num_slots=adapters.num_adapters,
+            max_rank=adapters.max_rank,
+        )
     return Decoder(
-        config.spec, weights, kernels, dtype=dtype, device=device, max_model_len=max_model_len
+        config.spec,
+        weights,
+        kernels,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        adapters=beside,
     )

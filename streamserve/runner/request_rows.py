@@ -38,6 +38,7 @@ class RequestRows:
         self._row_of: dict[str, int] = {}
         self._allocate(num_rows)
         self._free = list(range(num_rows - 1, -1, -1))
+        self.num_adapted = 0  # requests with an adapter
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -79,6 +80,8 @@ class RequestRows:
         self.min_p[row] = params.min_p
         self.seed[row] = (request.seed + 2**63) % 2**64 - 2**63  # any integer, as 64 bits
         self.choice_index[row] = request.choice_index
+        self.adapter[row] = -1 if request.adapter is None else request.adapter
+        self.num_adapted += request.adapter is not None
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.is_plain[row] = (
             params.is_greedy
@@ -94,6 +97,7 @@ class RequestRows:
         row = self._row_of.pop(request_id, None)
         if row is not None:
             self._free.append(row)
+            self.num_adapted -= int(self.adapter[row] >= 0)
         return row
 
     def append_blocks(self, request_id: str, block_ids: list[int]) -> None:
@@ -147,6 +151,7 @@ class RequestRows:
         self.choice_index = np.zeros(num_rows, dtype=np.int64)
         self.num_logprobs = np.full(num_rows, -1, dtype=np.int64)
         self.is_plain = np.ones(num_rows, dtype=np.bool_)
+        self.adapter = np.full(num_rows, -1, dtype=np.int32)
 
     def _grow(self) -> None:
         num_old = self.num_rows
@@ -155,7 +160,7 @@ class RequestRows:
             raise RuntimeError(f"more than {num_old} requests are live in the model runner")
         names = (
             "block_table", "num_blocks", "temperature", "top_k", "top_p", "min_p", "seed",
-            "choice_index", "num_logprobs", "is_plain",
+            "choice_index", "num_logprobs", "is_plain", "adapter",
         )  # fmt: skip
         old = {name: getattr(self, name) for name in names}
         self._allocate(num_new)

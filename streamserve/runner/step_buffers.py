@@ -19,8 +19,19 @@ from numpy.typing import NDArray
 from streamserve.core.plan import PrefixGroup
 from streamserve.models.batch import ForwardBatch
 from streamserve_kernels import PrefixGroups
+from streamserve_kernels.adapters import AdapterRows, StepAdapters
 
 _SMALL_SIZES = (1, 2, 4)
+
+
+def adapter_rows(slots: NDArray[np.int32], device: torch.device) -> AdapterRows:
+    """Rows grouped by their adapter's slot, of which -1 is none."""
+    groups = tuple(
+        (slot, torch.from_numpy(np.flatnonzero(slots == slot)).to(device))
+        for slot in np.unique(slots).tolist()
+        if slot >= 0
+    )
+    return AdapterRows(torch.from_numpy(slots).to(device), groups)
 
 
 def step_sizes(
@@ -72,6 +83,7 @@ class StepBuffers:
         self._num_blocks = 1
         self._num_rows = 0
         self._num_logits = 0
+        self._adapters: NDArray[np.int32] | None = None
 
     def set_sequences(
         self,
@@ -131,6 +143,14 @@ class StepBuffers:
         self._logits_indices[:num_logits] = logits_indices
         self._logits_indices[num_logits : self._num_logits] = np.arange(count, count + extra)
 
+    def set_adapters(self, slots: NDArray[np.int32] | None) -> None:
+        """Sets each token's adapter ``[T]``, -1 for none, after `set_tokens`; None: all -1."""
+        if slots is None:
+            self._adapters = None
+            return
+        padding = self._num_rows - len(slots)
+        self._adapters = np.pad(slots, (0, padding), constant_values=-1)
+
     def tensors(self, device: torch.device) -> ForwardBatch:
         """The step as the model takes it: views on a CPU, copies on another device."""
         num_rows, num_seqs = self._num_rows, self._num_seqs
@@ -156,9 +176,16 @@ class StepBuffers:
             block_table=tensor(table.reshape(num_seqs, self._num_blocks)),
             logits_indices=tensor(self._logits_indices[: self._num_logits]),
             prefix_groups=prefix_groups,
+            adapters=self._step_adapters(device),
             max_query_len=self._max_query_len,
             max_seq_len=self._max_seq_len,
         )
+
+    def _step_adapters(self, device: torch.device) -> StepAdapters | None:
+        if self._adapters is None:
+            return None
+        of_logits = self._adapters[self._logits_indices[: self._num_logits]]
+        return StepAdapters(*(adapter_rows(slots, device) for slots in (self._adapters, of_logits)))
 
     def _padded(self, count: int) -> int:
         place = int(np.searchsorted(self._padded_sizes, count))

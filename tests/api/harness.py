@@ -22,6 +22,7 @@ from streamserve.config import (
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.scheduler import Scheduler
+from streamserve.engine.adapters import AdapterBank, Adapters
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.chat_template import ChatTemplate
@@ -97,6 +98,7 @@ class Api:
         answer_format: AnswerFormat | None = None,
         embedding: EmbeddingConfig | None = None,
         has_faults: bool = False,
+        adapter_bank: AdapterBank | None = None,
         **config: Any,
     ) -> None:
         self.pace = HeldPace(is_held=is_held)
@@ -121,6 +123,9 @@ class Api:
             max_model_len=max_model_len,
             clock=clock,
         )
+        self.adapters = None if adapter_bank is None else Adapters(adapter_bank)
+        if self.adapters is not None:
+            self.adapters.serve(self.engine.uses_adapter)
         self.config = ApiConfig(
             **{"served_model_names": (MODEL, "alias"), "port": 0, "drain_timeout_s": 0.0, **config}
         )
@@ -142,6 +147,7 @@ class Api:
             wall_clock=lambda: CREATED + 0.5,
             load_text=load_text,
             faults=faults,
+            adapters=self.adapters,
         )
 
     @property

@@ -72,7 +72,10 @@ def test_a_wrong_flag_is_refused_in_one_line(args, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--enable-lora"], "--enable-lora is not supported by this server: adapters"),
+        (
+            ["--fully-sharded-loras"],
+            "--fully-sharded-loras is not supported by this server: adapters",
+        ),
         (["--kv-cache-memory", "many"], "must look like 4GiB, 512MiB or 2G, got 'many'"),
         (["--max-num-seqs", "some"], "argument --max-num-seqs: must be a whole number, got 'some'"),
         (["--max-model-length=9"], "--max-model-length=9 (did you mean --max-model-len?)"),

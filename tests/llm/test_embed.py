@@ -79,7 +79,7 @@ def test_long_prompts_are_cut_or_refused(llm):
         (lambda llm: llm.embed(["a"], pooling_params=[]), "pooling_params|as many as prompts"),
         (lambda llm: llm.embed([[10**6]]), "token ids from 0"),
         (lambda llm: llm.embed("a", truncate_prompt_tokens=10**6), "truncate_prompt_tokens"),
-        (lambda llm: llm.embed("a", lora_request=object()), "lora_request is not supported"),
+        (lambda llm: llm.embed("a", lora_request=object()), "must be a LoRARequest"),
     ],
 )
 def test_what_cannot_be_is_named(llm, call, message):

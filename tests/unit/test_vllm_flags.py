@@ -25,7 +25,7 @@ def refused(capsys, *flags: str) -> str:
     [
         (["--data-parallel-size", "2"], ["--data-parallel-size is not supported", "one device"]),
         (["-dp", "2"], ["-dp is not supported", "one device"]),
-        (["--enable-lora"], ["--enable-lora is not supported", "adapters"]),
+        (["--fully-sharded-loras"], ["--fully-sharded-loras is not supported", "adapters"]),
         (["--no-enable-chunked-prefill"], ["--no-enable-chunked-prefill is not", "--itl-target"]),
         (["--cpu-offload-gb", "4"], ["--cpu-offload-gb is not supported", "--swap-space"]),
         (["--num-gpu-blocks-override", "9"], ["--kv-cache-memory"]),
@@ -40,7 +40,7 @@ def test_what_is_not_built_is_refused_by_name_with_what_to_use_instead(capsys, f
 
 
 def test_values_that_ask_for_nothing_are_taken():
-    given = ["--data-parallel-size", "1", "--enable-chunked-prefill", "--no-enable-lora"]
+    given = ["--data-parallel-size", "1", "--enable-chunked-prefill", "--no-fully-sharded-loras"]
     given += ["--disable-log-stats", "--disable-custom-all-reduce", "--cpu-offload-gb", "0"]
     given += ["--worker-cls", "auto", "--distributed-executor-backend", "mp"]
     args = parse_args(["serve", "a-model", *given])
@@ -189,7 +189,10 @@ def test_keywords_are_the_flags():
         ({"tensor_parallel_size": 2}, "must be 1"),
         ({"quantization": "int3"}, "must be one of int8, int4, fp8, or what the checkpoint"),
         ({"skip_tokenizer_init": True}, "^skip_tokenizer_init is not supported .*got True"),
-        ({"enable_lora": True}, "^enable_lora is not supported by this server: adapters"),
+        (
+            {"fully_sharded_loras": True},
+            "^fully_sharded_loras is not supported by this server: adapters",
+        ),
         ({"hf_overrides": {"a": 1}}, "^hf_overrides is not supported"),
         ({"served_model_name": "a"}, "^served_model_name is for `streamserve serve`"),
         ({"load_format": "bitsandbytes"}, "^load_format: invalid choice"),

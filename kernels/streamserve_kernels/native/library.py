@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 7
+ABI = 8
 MAX_ARGS = 24
 # In the order of program.c.
 OPERATIONS = (
@@ -42,6 +42,8 @@ OPERATIONS = (
     "stored_rows",
     "gather_inputs",
     "table_linear",
+    "adapt_down",
+    "adapt_up",
 )
 _NEEDED_FLAGS = frozenset(
     ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_bf16", "avx512_vnni")

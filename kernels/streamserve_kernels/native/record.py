@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels import huge_pages
+from streamserve_kernels.adapters import AdapterRows
 from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import NotRecordableError, QuantLinear
+from streamserve_kernels.native.adapters import AdapterTable
 from streamserve_kernels.native.execute import Executable, done_flags, double_bits
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.linear import NativeLinear
@@ -68,6 +70,7 @@ class RecordedBatch:
         # A step's own are read when it runs; a layer's window is heeded there as well.
         self.prefix_groups = None
         self.max_query_len = self.max_seq_len = None
+        self.adapters = None
 
 
 class Recorder:
@@ -89,6 +92,8 @@ class Recorder:
         self._buffers: list[Tensor] = []  # free, to be used again
         self._scratches: dict[int, Scratch] = {}  # by the width of what is quantised there
         self._group_sums: dict[int, GroupSums] = {}  # by the groups of a weight
+        self._slots: tuple[Tensor, Tensor] | None = None  # of tokens and logits, with adapters
+        self._low: dict[int, Tensor] = {}  # what adapters make between their products, by width
 
     # Memory
 
@@ -383,6 +388,29 @@ class Recorder:
             self._add("stored_sums", *args)
         self._add(packed.operation, *args)
 
+    def add_adapters(
+        self, y: Symbol, x: Symbol, table: AdapterTable, rows: AdapterRows | None
+    ) -> Symbol:
+        """Whose the rows are a step says when it runs."""
+        if not y.is_dense:
+            raise NotRecordableError("adapters of rows with gaps")
+        if self._slots is None:
+            sizes = (self.max_tokens, self.max_logits)
+            tokens, logits = (torch.full((size,), -1, dtype=torch.int32) for size in sizes)
+            self._slots = (tokens, logits)
+        low = self._low.get(table.max_rank)
+        if low is None:
+            shape = (max(self.max_tokens, self.max_logits), table.max_rank)
+            low = self._low[table.max_rank] = torch.zeros(shape, dtype=torch.bfloat16)
+            self.keep.append(low)
+        kind = _kind(x)
+        slots = self._slots[kind].data_ptr()
+        args = table.arguments(slots, x.address, x.stride, low.data_ptr(), y.address, kind)
+        self.keep.append(table)
+        self._add("adapt_down", *args)
+        self._add("adapt_up", *args)
+        return y
+
     def add(self, a: Symbol, b: Symbol) -> Symbol:
         if not (a.is_dense and b.is_dense):
             raise NotRecordableError("a sum of rows with gaps")
@@ -428,7 +456,9 @@ class Recorder:
             (x.stride, 1),
             (x.address - x.memory.tensor.data_ptr()) // x.memory.tensor.itemsize,
         )
-        return RecordedProgram(executable, self.max_tokens, states, logits, token_ids, self.keep)
+        return RecordedProgram(
+            executable, self.max_tokens, states, logits, token_ids, self.keep, self._slots
+        )
 
 
 def _kind(x: Symbol) -> int:

@@ -23,6 +23,7 @@ class RecordedProgram:
         logits: Tensor,
         token_ids: Tensor,
         keep: list[object],
+        slots: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.max_tokens = max_tokens
         self.max_logits = logits.shape[0]
@@ -31,6 +32,7 @@ class RecordedProgram:
         self._logits = logits
         self._token_ids = token_ids
         self._keep = keep
+        self._slots = slots
         self._threads = pool().threads()
 
     def logits(self, batch: StepTensors) -> Tensor:
@@ -52,6 +54,10 @@ class RecordedProgram:
                 f"a recorded step takes at most {self.max_tokens} tokens and"
                 f" {self.max_logits} logits, got {num_tokens} and {num_logits}"
             )
+        if self._slots is not None:
+            assert batch.adapters is not None, "recorded with adapters"
+            self._slots[0][:num_tokens] = batch.adapters.tokens.slots
+            self._slots[1][:num_logits] = batch.adapters.logits.slots
         step = pack_step(
             num_tokens,
             num_logits,

@@ -14,6 +14,7 @@ static const ss_operation *const OPERATIONS[] = {
     &ss_quantise,  &ss_linear_quant, &ss_embedding_quant, &ss_pack_quant,
     &ss_stored_sums, &ss_stored_linear, &ss_stored_pack, &ss_stored_rows, &ss_gather_inputs,
     &ss_table_linear,
+    &ss_adapt_down, &ss_adapt_up,
 };
 enum { NUM_OPERATIONS = sizeof(OPERATIONS) / sizeof(OPERATIONS[0]) };
 
@@ -43,7 +44,7 @@ typedef struct {
 } region;
 
 // Changes with every change of a structure or of an operation's arguments: library.py checks it.
-int ss_abi(void) { return 7; }
+int ss_abi(void) { return 8; }
 
 void ss_program_free(ss_program *program) {
     if (!program) return;

@@ -73,7 +73,7 @@ extern const ss_operation ss_embedding, ss_gather_rows, ss_rms_norm, ss_layer_no
     ss_gated, ss_activation, ss_add, ss_scale, ss_linear, ss_argmax, ss_attend, ss_attend_merge,
     ss_copy_blocks, ss_quantise, ss_linear_quant, ss_embedding_quant,
     ss_pack_quant, ss_stored_sums, ss_stored_linear, ss_stored_pack, ss_stored_rows,
-    ss_gather_inputs, ss_table_linear;
+    ss_gather_inputs, ss_table_linear, ss_adapt_down, ss_adapt_up;
 
 static inline double ss_double(int64_t bits) {
     union {
