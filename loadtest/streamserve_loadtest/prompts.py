@@ -45,7 +45,7 @@ class ExactPrompts:
         template = ChatTemplate.from_directory(
             path,
             special_tokens=tokenizer.special_tokens,
-            has_token=lambda token: tokenizer.token_to_id(token) is not None,
+            token_id=tokenizer.token_to_id,
         )
         return cls(tokenizer, template)
 

@@ -55,6 +55,15 @@ CHATML = """\
 {% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
+# Qwen 1's own code says this where nobody has said anything.
+QWEN = (
+    """\
+{% if messages and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}\
+{% endif %}"""
+    + CHATML
+)
+
 PHI3 = """\
 {% for message in messages %}\
 {{ '<|' ~ message['role'] ~ '|>\\n' ~ message['content'] ~ '<|end|>\\n' }}\
@@ -69,10 +78,29 @@ PHI = """\
 {% endfor %}\
 {% if add_generation_prompt %}{{ 'Output:' }}{% endif %}"""
 
+CHATGLM2 = """\
+{{ '[gMASK]sop' }}\
+{% set counter = namespace(rounds=0) %}\
+{% for message in messages %}\
+{% if message['role'] == 'user' %}\
+{% set counter.rounds = counter.rounds + 1 %}\
+{{ '[Round ' ~ counter.rounds ~ ']\\n\\n问：' ~ message['content'] ~ '\\n\\n答：' }}\
+{% else %}{{ message['content'] ~ '\\n\\n' }}{% endif %}\
+{% endfor %}"""
+
 CHATGLM3 = """\
 {{ '[gMASK]sop' }}\
 {% for message in messages %}\
-{{ '<|' ~ message['role'] ~ '|>\\n ' ~ message['content'] }}\
+{% set role = 'observation' if message['role'] == 'tool' else message['role'] %}\
+{{ '<|' ~ role ~ '|>\\n ' ~ message['content'] }}\
+{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+GLM4 = """\
+{{ '[gMASK]<sop>' }}\
+{% for message in messages %}\
+{% set role = 'observation' if message['role'] == 'tool' else message['role'] %}\
+{{ '<|' ~ role ~ '|>\\n' ~ message['content'] }}\
 {% endfor %}\
 {% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
 
@@ -83,6 +111,9 @@ BAICHUAN = """\
 {% else %}{{ message['content'] }}{% endif %}\
 {% endfor %}\
 {% if add_generation_prompt %}{{ '<reserved_107>' }}{% endif %}"""
+
+# The same turns under other numbers: the tokens are 195 and 196 of either vocabulary.
+BAICHUAN1 = BAICHUAN.replace("reserved_106", "reserved_102").replace("reserved_107", "reserved_103")
 
 PLAIN = """\
 {% for message in messages %}\
@@ -97,10 +128,14 @@ TEMPLATES = {
     "llama3": LLAMA3,
     "mistral": MISTRAL,
     "chatml": CHATML,
+    "qwen": QWEN,
     "phi3": PHI3,
     "phi": PHI,
+    "chatglm2": CHATGLM2,
     "chatglm3": CHATGLM3,
+    "glm4": GLM4,
     "baichuan": BAICHUAN,
+    "baichuan1": BAICHUAN1,
     "plain": PLAIN,
 }
 
@@ -109,20 +144,32 @@ _BY_CONTROL_TOKEN = (
     ("<|im_start|>", "chatml"),
     ("<|start_header_id|>", "llama3"),
     ("<|end|>", "phi3"),
-    ("<reserved_106>", "baichuan"),
 )
 _BY_MODEL_TYPE = {
     "llama": "llama2",
     "mistral": "mistral",
     "mixtral": "mistral",
     "phi": "phi",
-    "chatglm": "chatglm3",
 }
+_BAICHUAN_USER = 195
+"""The id of who asks: `user_token_id` in the generation configs of both generations."""
 
 
-def builtin_template_name(model_type: str | None, has_token: Callable[[str], bool]) -> str:
+def builtin_template_name(model_type: str | None, token_id: Callable[[str], int | None]) -> str:
     """Choose one of ``TEMPLATES`` for a checkpoint's ``model_type`` and vocabulary."""
+
+    def has(token: str) -> bool:
+        return token_id(token) is not None
+
+    if model_type == "qwen" and has("<|im_start|>"):
+        return "qwen"
+    if model_type == "chatglm":
+        return "glm4" if has("<sop>") else "chatglm3" if has("<|user|>") else "chatglm2"
+    if model_type == "baichuan" and token_id("<reserved_102>") == _BAICHUAN_USER:
+        return "baichuan1"
+    if has("<reserved_106>"):
+        return "baichuan"
     for token, name in _BY_CONTROL_TOKEN:
-        if has_token(token):
+        if has(token):
             return name
     return _BY_MODEL_TYPE.get(model_type or "", "plain")

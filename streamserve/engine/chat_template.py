@@ -78,13 +78,13 @@ class ChatTemplate:
         *,
         override: str | Path | None = None,
         special_tokens: Mapping[str, str] | None = None,
-        has_token: Callable[[str], bool] = lambda token: False,
+        token_id: Callable[[str], int | None] = lambda token: None,
     ) -> ChatTemplate:
         """Find a checkpoint's template: ``override`` (a file, a built-in's name, or the template
         itself), ``chat_template.jinja``, ``chat_template.json``, ``tokenizer_config.json``, or the
         built-in one of its family.
 
-        ``special_tokens`` and ``has_token`` are the tokenizer's. Raises ``ModelLoadError`` or,
+        ``special_tokens`` and ``token_id`` are the tokenizer's. Raises ``ModelLoadError`` or,
         for ``override``, ``ConfigError``.
         """
         directory = Path(path)
@@ -96,7 +96,7 @@ class ChatTemplate:
                 template_found, source = found
                 return cls(template_found, special_tokens=special_tokens, source=source)
         model_type = read_json(directory / "config.json").get("model_type")
-        name = builtin_template_name(model_type, has_token)
+        name = builtin_template_name(model_type, token_id)
         return cls.builtin(name, special_tokens=special_tokens)
 
     @classmethod
@@ -116,7 +116,7 @@ class ChatTemplate:
         override: str | Path | None = None,
         special_tokens: Mapping[str, str] | None = None,
         model_type: str | None = None,
-        has_token: Callable[[str], bool] = lambda token: False,
+        token_id: Callable[[str], int | None] = lambda token: None,
     ) -> ChatTemplate:
         """As ``from_directory``, of a ``tokenizer_config.json`` that was read from ``source``."""
         if override is not None:
@@ -124,7 +124,7 @@ class ChatTemplate:
         found = _named_templates(config.get("chat_template"))
         if found is not None:
             return cls(found, special_tokens=special_tokens, source=source)
-        name = builtin_template_name(model_type, has_token)
+        name = builtin_template_name(model_type, token_id)
         return cls.builtin(name, special_tokens=special_tokens)
 
     @classmethod

@@ -35,8 +35,10 @@ class Controls:
         names = {name for name in names if len(name) >= _MIN_CHARACTERS}
         # Hundreds of names begin in a few ways: nearly every text is known to hold none by these.
         self._beginnings = sorted({name[:2] for name in names})
+        self._tokenizer = tokenizer
         longest_first = sorted(names, key=lambda name: (-len(name), name))
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if names else None
+        forms = [self._pattern_of(name) for name in longest_first]
+        self._pattern = re.compile("|".join(forms)) if names else None
         # What a token begins with -> what it goes on with: all of the rest, and parts of it.
         self._rests: dict[str, tuple[set[str], set[str]]] = {}
         for name in longest_first:
@@ -46,7 +48,6 @@ class Controls:
                 parts.update(name[size:end] for end in range(size + 1, len(name)))
         self._longest = max(map(len, names), default=0)
         self._first_characters = tuple({name[0] for name in names})
-        self._tokenizer = tokenizer
 
     def hide(self, messages: Sequence[Message]) -> tuple[Sequence[Message], Hidden]:
         """The same messages without special tokens, and what stands in their places."""
@@ -99,6 +100,15 @@ class Controls:
         ids += self._inner(rendered[end:]) if end else self._plain(rendered)
         texts.append(rendered[end:])
         return "".join(texts), self._wrapped(ids) if add_special_tokens else ids
+
+    def _pattern_of(self, name: str) -> str:
+        """Where a special token is found; one that is a word ("sop") maybe not inside another."""
+        pattern = re.escape(name)
+        if name.isalnum():
+            special = self._tokenizer.all_special_ids
+            if special.isdisjoint(self._plain(f"a{name}a")):
+                return rf"(?<!\w){pattern}(?!\w)"
+        return pattern
 
     def _may_hold(self, message: Message) -> bool:
         return message.get("role") != _TRUSTED and any(

@@ -43,7 +43,7 @@ class TextSource:
             self.directory,
             override=self.chat_template,
             special_tokens=tokenizer.special_tokens,
-            has_token=tokenizer.has_token,
+            token_id=tokenizer.token_to_id,
         )
         return tokenizer, template
 
@@ -57,7 +57,7 @@ class TextSource:
             override=self.chat_template,
             special_tokens=tokenizer.special_tokens,
             model_type=self.files.model_type,
-            has_token=tokenizer.has_token,
+            token_id=tokenizer.token_to_id,
         )
         return tokenizer, template
 

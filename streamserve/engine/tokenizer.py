@@ -174,9 +174,6 @@ class FastTokenizer:
         """The id of a token's text, ``None`` if the vocabulary lacks it."""
         return self._backend.token_to_id(token)
 
-    def has_token(self, token: str) -> bool:
-        return self._backend.token_to_id(token) is not None
-
     def pieces(self, *, skip_special_tokens: bool) -> PieceTable | None:
         return self._pieces[skip_special_tokens]
 

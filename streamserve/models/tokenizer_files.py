@@ -9,14 +9,20 @@ from typing import Any
 import tokenizers
 
 from streamserve.errors import ModelLoadError
+from streamserve.models.vocabularies import own_tokenizer
 
 
 def tokenizer_backend(directory: Path, *, trust_remote_code: bool) -> tokenizers.Tokenizer:
-    """What transformers makes of the directory's vocabulary; importing it takes a second.
+    """A tokenizer of the directory's vocabulary, if its files are of a kind that is read here.
 
-    Code that the checkpoint brings runs only if it is trusted. Raises ModelLoadError.
+    Else what transformers makes of them; importing it takes a second. Code that the checkpoint
+    brings runs only if it is trusted, and only there. Raises ModelLoadError.
     """
-    code = _own_code(directory)
+    config = _config(directory)
+    own = own_tokenizer(directory, config)
+    if own is not None:
+        return own
+    code = _own_code(config)
     if code is not None and not trust_remote_code:
         raise ModelLoadError(
             f"{directory} holds no tokenizer.json, and its tokenizer is code of its own ({code}), "
@@ -42,12 +48,19 @@ def tokenizer_backend(directory: Path, *, trust_remote_code: bool) -> tokenizers
     return backend
 
 
-def _own_code(directory: Path) -> str | None:
-    """The class that the checkpoint's own code defines, if its tokenizer is one."""
+def _config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads((directory / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _own_code(config: dict[str, Any]) -> str | None:
+    """The class that the checkpoint's own code defines, if its tokenizer is one."""
+    try:
         entry = config["auto_map"]["AutoTokenizer"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
     names = entry if isinstance(entry, list) else [entry]
     return next((str(name) for name in names if name), None)

@@ -294,9 +294,14 @@ BUILTIN_SHORT = {
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "mistral": "<s>[INST] Hi [/INST]",
     "chatml": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
     "phi3": "<|user|>\nHi<|end|>\n<|assistant|>\n",
     "phi": "Instruct: Hi\nOutput:",
     "chatglm3": "[gMASK]sop<|user|>\n Hi<|assistant|>",
+    "chatglm2": "[gMASK]sop[Round 1]\n\n问：Hi\n\n答：",
+    "glm4": "[gMASK]<sop><|user|>\nHi<|assistant|>",
+    "baichuan1": "<reserved_102>Hi<reserved_103>",
     "baichuan": "<reserved_106>Hi<reserved_107>",
     "plain": "User: Hi\nAssistant:",
 }
@@ -312,6 +317,15 @@ def test_builtin_templates(name):
     opened = template.render(OPEN, add_generation_prompt=False, continue_final_message=True)
     assert opened.endswith(("Yes, because ", "Yes, because"))
     assert "\\n" not in text
+
+
+def test_chatglm2_counts_its_rounds():
+    template = ChatTemplate.builtin("chatglm2")
+    said = [message["content"] for message in WITH_SYSTEM]
+    assert template.render(WITH_SYSTEM) == (
+        f"[gMASK]sop{said[0]}\n\n[Round 1]\n\n问：{said[1]}\n\n答：{said[2]}\n\n"
+        f"[Round 2]\n\n问：{said[3]}\n\n答："
+    )
 
 
 def test_llama2_puts_the_system_message_into_the_first_turn():
@@ -330,10 +344,16 @@ def test_llama2_puts_the_system_message_into_the_first_turn():
         ("qwen2", ["<|im_start|>"], "chatml"),
         ("mixtral", [], "mistral"),
         ("phi", [], "phi"),
-        ("baichuan", ["<reserved_106>"], "baichuan"),
+        ("baichuan", {"<reserved_106>": 195, "<reserved_102>": 191}, "baichuan"),
+        ("baichuan", {"<reserved_106>": 199, "<reserved_102>": 195}, "baichuan1"),
+        ("qwen", ["<|im_start|>"], "qwen"),
+        ("chatglm", ["sop"], "chatglm2"),
+        ("chatglm", ["sop", "<|user|>"], "chatglm3"),
+        ("chatglm", ["<sop>", "<|user|>"], "glm4"),
         ("gpt2", [], "plain"),
         (None, [], "plain"),
     ],
 )
 def test_the_family_chooses(model_type, tokens, name):
-    assert builtin_template_name(model_type, tokens.__contains__) == name
+    ids = tokens if isinstance(tokens, dict) else dict.fromkeys(tokens, 7)
+    assert builtin_template_name(model_type, ids.get) == name
