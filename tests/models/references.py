@@ -40,6 +40,7 @@ class Reference(nn.Module):
             "auto_map": {"AutoModelForCausalLM": "modeling_it.ItForCausalLM"},
             **self.config,
         }
+        directory.mkdir(exist_ok=True)
         (directory / "config.json").write_text(json.dumps(config))
         save_file(self.state_dict(), directory / "model.safetensors")
 
