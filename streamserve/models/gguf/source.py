@@ -41,11 +41,12 @@ class GgufQuantization:
         """
         if module.columns is None or module.name in (*_NEVER_PACKED, *self.plain):
             return None
-        held = set(self.tensors.names())
-        pieces = module_pieces(self.names, module, "weight")
-        kinds = [self.tensors.kind(piece.name) for piece in pieces if piece.name in held]
-        if len(kinds) < len(pieces) or any(kind.unpack is None for kind in kinds):
-            return None
+        kinds = []
+        for piece in module_pieces(self.names, module, "weight"):
+            kind = self.tensors.kind_or_none(piece.name)
+            if kind is None or kind.unpack is None:
+                return None
+            kinds.append(kind)
         return kinds
 
     def format(self, module: Module) -> StoredFormat | None:

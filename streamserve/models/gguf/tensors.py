@@ -71,6 +71,11 @@ class GgufTensors:
     def kind(self, name: str) -> Kind:
         return self._slices[name].kind
 
+    def kind_or_none(self, name: str) -> Kind | None:
+        """None for a tensor that is not there."""
+        part = self._slices.get(name)
+        return None if part is None else part.kind
+
     def read(self, name: str) -> Tensor:
         """The tensor in its own type, a view where it can be; float32 if it is packed."""
         part = self._slices[name]
