@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One token's natural logarithm; ``rank`` from 1, ``None`` where it is not among the top."""
+    """One token's natural logarithm; ``rank`` from 1, ``None`` where nobody counted so far."""
 
     logprob: float
     rank: int | None = None
@@ -157,5 +157,5 @@ def _position(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
     }
     if entry.token_id in ranked:
         return ranked
-    sampled = Logprob(entry.logprob, None, tokenizer.token_text(entry.token_id))
+    sampled = Logprob(entry.logprob, entry.rank or None, tokenizer.token_text(entry.token_id))
     return {entry.token_id: sampled, **ranked}

@@ -238,7 +238,8 @@ def test_bad_requests_name_the_field(box, fields, error, param):
     with box.client() as client, pytest.raises(error) as caught:
         client.chat.completions.create(**{"model": "box", "messages": CAPITAL, **fields})
     assert caught.value.param == param
-    assert param in caught.value.message
+    # Of a length the message tells the tokens of the prompt, which the template makes of a field.
+    assert param in caught.value.message or caught.value.code == "context_length_exceeded"
 
 
 async def test_a_reader_who_leaves_frees_everything(box):

@@ -213,6 +213,20 @@ def test_nothing_compiles_after_warm_up(naive: Kernels, cpu: Kernels, dtype: tor
     assert cpu.compilations() == before
 
 
+def test_where_nothing_may_be_written_kernels_are_compiled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caching = pytest.importorskip("numba.core.caching")
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    from streamserve_kernels.cpu.jit import compile_body
+
+    def body(_args: int) -> None:
+        pass
+
+    with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR"):
+        assert compile_body(body).address
+
+
 def test_kernels_run_on_another_thread(naive: Kernels, cpu: Kernels) -> None:
     """The device thread is not the one that loaded the backend."""
     errors: list[BaseException] = []

@@ -164,8 +164,19 @@ def test_prompt_logprobs_begin_with_none(llm, asked):
     none, second, third = output.prompt_logprobs
     assert none is None
     assert second[6].logprob < 0
+    assert second[6].rank >= 1
     assert third[7].decoded_token == llm._service.tokenizer.token_text(7)
     assert llm.generate([[5]], GREEDY, use_tqdm=False)[0].prompt_logprobs is None
+
+
+def test_a_prompt_may_be_scored_without_an_answer(llm):
+    whole, scored = (
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=n, prompt_logprobs=1), use_tqdm=False)
+        for n in (1, 0)
+    )
+    assert scored[0].prompt_logprobs == whole[0].prompt_logprobs
+    [answer] = scored[0].outputs
+    assert (answer.text, answer.token_ids, answer.finish_reason) == ("", [], "length")
 
 
 def test_words_and_ids_that_do_not_come(llm):

@@ -12,6 +12,7 @@ Numba knows no bfloat16: elements are read as uint16 and widened by a shift.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ from numba.core import cgutils, errors
 from streamserve_kernels.cpu.vector import bf16_to_f32, exp_f32, f32_to_bf16
 
 I32 = ir.IntType(32)
+
+_UNCACHED = (
+    "compiled kernels cannot be kept for the next start: neither their folder nor the user's cache "
+    "may be written to (NUMBA_CACHE_DIR names another place)"
+)
 
 # Sums may be reordered and fused (the vectoriser needs that); infinities and NaNs keep their
 # meaning, since masks are built from them.
@@ -66,7 +72,14 @@ def compile_body(body: Callable[..., None]) -> Any:
     _compiled.value += 1
     body.__qualname__ += f"_{_toolkit_fingerprint()}"
     signature = types.void(pointer_to(types.int64))
-    return numba.cfunc(signature, fastmath=FASTMATH, cache=True, error_model="numpy")(body)
+    options: dict[str, Any] = {"fastmath": FASTMATH, "error_model": "numpy"}
+    try:
+        return numba.cfunc(signature, cache=True, **options)(body)
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        warnings.warn(_UNCACHED, stacklevel=2)
+        return numba.cfunc(signature, **options)(body)
 
 
 @literal_intrinsic
