@@ -116,11 +116,12 @@ class KeptAnswers:
         key = answer.origin.idempotency_key
         if key is not None:
             self._by_key[answer.origin.owner, key] = answer
-        num_bytes = sum(kept.num_bytes for kept in self._by_id.values())
-        for kept in list(self._by_id.values()):
+        ended = [kept for kept in self._by_id.values() if kept.has_ended]
+        num_bytes = sum([kept.num_bytes for kept in ended])
+        for kept in ended:
             if num_bytes <= self._max_bytes:
                 return
-            if kept.has_ended and not kept.is_read:
+            if not kept.is_read:
                 num_bytes -= kept.num_bytes
                 kept.expire()
 

@@ -1,8 +1,11 @@
 """Limits of time that a request sets itself, and limits of rate that its key has."""
 
+from pathlib import Path
+
 import orjson
 import pytest
 
+from streamserve.api.tenants import CHECK_INTERVAL_S
 from tests.api.harness import Api, Exchange, chat_body, events_of, until
 
 CHAT = "/v1/chat/completions"
@@ -191,6 +194,35 @@ async def test_promise_refusal_what_the_cache_held_costs_no_tokens(limited):
         missing = refused.error["message"].rsplit(" were", 1)[0].rsplit(" ", 1)[1]
         clock.now += (int(missing) - left(second)) * 60 / 200 + 0.01
         assert (await call(api, "short", "b" * 150)).status == 200
+
+
+async def test_promise_refusal_vectors_cost_tokens_as_answers_do(limited):
+    api, _ = limited
+    async with api.running():
+        headers = {"authorization": "Bearer short"}
+        body = {"input": ["a" * 50, "b" * 20], "model": "alias"}
+        first, second = [
+            await api.call("POST", "/v1/embeddings", body, headers=headers) for _ in range(2)
+        ]
+        assert first.status == 200
+        assert 200 - 72 <= left(first) <= 200 - 70, "and what begins every text"
+        assert left(first) - 24 <= left(second) < left(first), "most of it was cached"
+        third = await api.call("POST", "/v1/embeddings", {"input": "c" * 150}, headers=headers)
+        assert (third.status, third.error["code"]) == (429, "rate_limit_exceeded")
+
+
+async def test_promise_refusal_a_changed_limit_forgets_nothing_that_was_taken(limited):
+    api, clock = limited
+    async with api.running():
+        before = left(await call(api, "short", "a" * 70))
+        assert before < 200 - 70
+        file = Path(api.config.api_key_file)
+        for limit, now in ((500, before + 300), (100, max(before - 100, 0))):
+            file.write_text(KEYS.replace("_minute = 200", f"_minute = {limit}"))
+            clock.now += CHECK_INTERVAL_S  # in which the bucket fills by less than ten
+            answer = await api.call("GET", "/v1/models", headers={"authorization": "Bearer short"})
+            assert answer.headers["x-ratelimit-limit-tokens"] == str(limit)
+            assert now <= left(answer) <= now + 12
 
 
 async def test_what_was_not_computed_costs_no_tokens(limited):

@@ -148,21 +148,34 @@ async def test_promise_a_request_is_cancelled_from_elsewhere_by_the_same_key_onl
         await api.pace.step()
         await until(lambda: bool(api.pace.waiting))
         path = f"{CHAT}/turn-7/cancel"
+        [own_id] = api.app.context.running._answers
         assert (await api.call("POST", path)).status == 401
         for wrong in (
             await api.call("POST", path, headers=keys["other"]),
+            await api.call("POST", f"{CHAT}/{own_id}/cancel", headers=keys["other"]),
             await api.call("POST", f"{CHAT}/turn-8/cancel", headers=keys["mine"]),
             await api.call("POST", f"{COMPLETIONS}/turn-7/cancel", headers=keys["mine"]),
         ):
             assert (wrong.status, wrong.error["code"]) == (404, "answer_not_found")
         assert api.num_used_blocks > 0
-        answer = await api.call("POST", path, headers=keys["mine"])
+        namesake = Exchange(  # whoever else calls theirs the same is not in the way
+            api.app,
+            "POST",
+            CHAT,
+            chat_body(),
+            headers={"x-request-id": "turn-7", **keys["other"]},
+        )
+        await until(lambda: len(api.app.context.running._answers) == 2)
+        answer, again = await asyncio.gather(
+            *[api.call("POST", path, headers=keys["mine"]) for _ in range(2)]
+        )
+        assert again.status == 404
+        namesake.leave()
+        await namesake.finished()
         assert answer.status == 200
         assert answer.json["usage"]["completion_tokens"] == 1
-        await assert_all_is_free(api, exchange, 3)
+        await assert_all_is_free(api, exchange, 3 + 1)
         assert exchange.messages[0]["status"] == 499
-        again = await api.call("POST", path, headers=keys["mine"])
-        assert again.status == 404
 
 
 async def test_promise_a_beam_search_is_cancelled_whole():

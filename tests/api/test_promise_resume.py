@@ -6,7 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from streamserve.api.replay_log import ReplayLog
 from streamserve.config import StreamConfig
+from streamserve.engine.parsers.events import Content
 from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, message_body, until
 from tests.api.scripted import scripted_parts
 
@@ -235,6 +237,74 @@ async def test_promise_the_log_is_bounded_and_what_is_not_read_waits():
         assert client.is_done
         gone = await api.call("POST", CHAT, body, headers={"last-event-id": f"{kept.id}.1"})
         assert (gone.status, gone.error["code"]) == (410, "stream_position_gone")
+
+
+async def test_promise_what_the_last_reader_has_makes_room_for_more():
+    streams = StreamConfig(max_buffer_bytes=8192, max_replay_bytes=4096)  # 21 tokens
+    async with Api(is_held=True, streams=streams, max_model_len=2048).running() as api:
+        body = chat_body(stream=True, max_tokens=1000)
+        exchange = Exchange(api.app, "POST", CHAT, body, headers=RESUME)
+        for n in range(1, 19):
+            await api.pace.step()
+            await exchange.until(lambda e, n=n: b".%d\n" % n in e.body)
+        exchange.leave()
+        await exchange.finished()
+        api.pace.let_go()
+        await until(lambda: api.engine.stats().num_paused == 1)
+        [kept] = api.app.context.kept._by_id.values()
+        assert kept.log.last >= 18 + 4096 // 200
+        path, client = f"/v1/streams/{kept.id}", Client().feed(exchange.body)
+        client.feed((await api.call("GET", path, headers={"last-event-id": client.last_id})).body)
+        assert client.content == "abcdefghij" * 100
+
+
+async def test_promise_a_slow_reader_misses_nothing_of_what_another_has():
+    streams = StreamConfig(max_buffer_bytes=8192, max_replay_bytes=4096)
+    async with Api(streams=streams, max_model_len=2048).running() as api:
+        body = chat_body(stream=True, max_tokens=1000)
+        fast = Exchange(api.app, "POST", CHAT, body, headers=RESUME)
+        await fast.until(lambda e: bool(e.messages))
+        [kept] = api.app.context.kept._by_id.values()
+        slow = Exchange(api.app, "GET", f"/v1/streams/{kept.id}")
+        await slow.until(lambda e: len(e.messages) > 2)
+        slow.stall()
+        await until(lambda: api.engine.stats().num_paused == 1)
+        slow.read_on()
+        for reader in (fast, slow):
+            await reader.finished()
+            assert Client().feed(reader.body).content == "abcdefghij" * 100
+
+
+async def test_promise_of_what_has_ended_the_oldest_that_nobody_reads_is_forgotten_first():
+    streams = StreamConfig(max_kept_bytes=5000)  # 10 tokens take 2,010
+    async with Api(streams=streams).running() as api:
+        body, kept = chat_body(stream=True, max_tokens=10), api.app.context.kept
+        long = chat_body(stream=True, max_tokens=400)
+        first = Exchange(api.app, "POST", CHAT, long, headers=RESUME)  # is being made
+        await first.until(lambda e: len(e.messages) > 1)
+        ids = [(await api.call("POST", CHAT, body, headers=RESUME)).headers["x-stream-id"]]
+        reader = Exchange(api.app, "GET", f"/v1/streams/{ids[0]}")
+        reader.stall()  # and reads for as long as it takes
+        await until(lambda: kept._by_id[ids[0]].is_read)
+        for _ in range(5):
+            answer = await api.call("POST", CHAT, body, headers=RESUME)
+            ids.append(answer.headers["x-stream-id"])
+        assert [name in kept._by_id for name in ids] == [True, *[False] * 3, True, True]
+        reader.read_on()
+        for exchange, count in ((first, 40), (reader, 1)):
+            await exchange.finished()
+            assert Client().feed(exchange.body).content == "abcdefghij" * count
+
+
+def test_promise_a_log_gives_no_more_than_was_asked_for_and_keeps_what_it_can():
+    log = ReplayLog(max_bytes=1000)
+    for n in range(1, 6):
+        log.add(n, [Content("x" * 100)])
+    assert log.is_full
+    assert [len(events) for events, _ in [log.after(0, 1), log.after(0, 150)]] == [1, 2]
+    assert log.after(1, 10**6)[1] == 5
+    log.drop(4)
+    assert (log.first, log.last, log.is_full) == (2, 5, False)
 
 
 async def test_promise_a_failure_reaches_whoever_comes_back():
