@@ -255,28 +255,30 @@ class PromptWorkers:
         """
         kind, param = _ENDPOINTS[endpoint]
         work: Work
-        work, packed = await self._call(payload_of(kind, raw, salt), param)
+        work, packed = await self._call(kind, raw, salt, param)
         prompts = [Prompt(ids.tolist(), echo, is_ours) for ids, echo, is_ours in packed]
         return replace(work, prompts=prompts)
 
     async def tokenize(self, raw: bytes, salt: str) -> TokenAnswer:
         """What ``/tokenize`` answers, but for what only the server can say. Raises as ``read``."""
-        answer: TokenAnswer = await self._call(payload_of(_TOKENIZE, raw, salt), "prompt")
+        answer: TokenAnswer = await self._call(_TOKENIZE, raw, salt, "prompt")
         return answer
 
-    async def detokenize(self, raw: bytes) -> TokenAnswer:
+    async def detokenize(self, raw: bytes, salt: str) -> TokenAnswer:
         """The same for ``/detokenize``."""
-        answer: TokenAnswer = await self._call(payload_of(_DETOKENIZE, raw), "tokens")
+        answer: TokenAnswer = await self._call(_DETOKENIZE, raw, salt, "tokens")
         return answer
 
-    async def _call(self, payload: bytes, param: str) -> Any:
+    async def _call(self, kind: bytes, raw: bytes, salt: str, param: str) -> Any:
+        payload = payload_of(kind, raw, salt)
         try:
-            return pickle.loads(await self._pool.call(payload, timeout_s=_TIMEOUT_S))
+            answer = await self._pool.call(payload, timeout_s=_TIMEOUT_S, owner=salt)
         except WorkerTimeoutError:
             raise InvalidParameterError(
                 f"{param} took longer than the limit of {_TIMEOUT_S:g} s to render and tokenise",
                 param=param,
             ) from None
+        return pickle.loads(answer)
 
     def close(self) -> None:
         """Kill the processes. Idempotent."""

@@ -42,7 +42,9 @@ class TokenEndpoints:
     async def detokenize(self, request: Request) -> Response:
         """Token ids to text."""
         with self._entered(request):
-            return self._checked(await self._detokenize(await self._body(request)))
+            return self._checked(
+                await self._detokenize(await self._body(request), tenant_of(request.scope).salt)
+            )
 
     @contextmanager
     def _entered(self, request: Request) -> Iterator[None]:
@@ -85,11 +87,11 @@ class TokenEndpoints:
         )
         return prompt.token_ids
 
-    async def _detokenize(self, raw: bytes) -> TokenAnswer:
+    async def _detokenize(self, raw: bytes, salt: str) -> TokenAnswer:
         context = self._context
         workers = context.prompt_workers
         if workers is not None and len(raw) > LONG_BODY:
-            return await workers.detokenize(raw)
+            return await workers.detokenize(raw, salt)
         asked = parse_detokenize_request(parse_json_object(raw))
         context.models.adapter_of(asked.model)
         context.check_unknown(asked.unknown)

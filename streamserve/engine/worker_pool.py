@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 
 from streamserve.engine.child import start_child
+from streamserve.engine.turns import Turns
 from streamserve.engine.worker_main import ANSWER_HEAD, DONE, REQUEST_HEAD, Handler
 from streamserve.errors import EngineError
 
@@ -108,7 +109,7 @@ class WorkerPool:
         self._factory = factory
         self._workers: list[_Worker | None] = [None] * max_workers
         self._is_busy = [False] * max_workers
-        self._places = asyncio.Semaphore(max_workers)
+        self._turns = Turns(max_workers)
         self._warming: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -121,15 +122,15 @@ class WorkerPool:
         """Begin to warm the first worker; work may come before it is ready."""
         self._warming = asyncio.create_task(self._warm_first(), name="streamserve-warm-worker")
 
-    async def call(self, payload: bytes, *, timeout_s: float) -> bytes:
-        """What the handler makes of ``payload``.
+    async def call(self, payload: bytes, *, timeout_s: float, owner: str = "") -> bytes:
+        """What the handler makes of ``payload``. Owners have workers in turn.
 
         Raises what it raises, ``WorkerTimeoutError`` when that takes longer than ``timeout_s``, not
         counting the wait for a worker, and ``EngineError`` when the worker dies.
         """
         if self._warming is not None and not self._warming.done():
             await asyncio.wait([self._warming])  # sooner ready than another that starts now
-        async with self._places:
+        async with self._turns.place(owner):
             place = self._is_busy.index(False)
             self._is_busy[place] = True
             try:
@@ -148,7 +149,7 @@ class WorkerPool:
     async def _warm_first(self) -> None:
         if self._workers[0] is not None:
             return
-        async with self._places:
+        async with self._turns.place(""):
             self._is_busy[0] = True
             try:
                 await self._worker(0).warm_up()

@@ -214,12 +214,14 @@ async def test_promise_private_no_tenant_tokenises_faster_for_what_another_sent(
 ):
     """Long texts are remembered by salt (tests/engine/test_token_memo.py), and each has its own."""
     salts = []
+    own = ""
 
     def encode(tokenizer, text, *, add_special_tokens, salt=None):
         salts.append(salt)
         return list(text.encode())
 
-    async def call(_pool, payload, *, timeout_s):
+    async def call(_pool, payload, *, timeout_s, owner):
+        assert owner == own
         return PromptReader(byte_text, {}, AnswerFormat(), 512)(payload)
 
     monkeypatch.setattr(WorkerPool, "call", call)
@@ -233,9 +235,9 @@ async def test_promise_private_no_tenant_tokenises_faster_for_what_another_sent(
         for path, body in EVERY_WAY_IN.items():
             for key in ("sk-alice", "sk-bob"):
                 salts.clear()
+                own = api.app.context.keys.find(key.encode()).salt
                 answer = await api.call("POST", path, body, headers=bearer(key))
                 assert answer.status == 200
-                own = api.app.context.keys.find(key.encode()).salt
                 assert own in salts, path
                 assert {*salts} <= {own, None}, path
         given = {**chat_body(max_tokens=1), "chat_template_kwargs": {"salt": "mine"}}

@@ -38,6 +38,15 @@ async def test_a_template_that_spins_is_stopped_and_delays_nobody():
     preprocessor.close()
 
 
+async def test_a_template_of_the_request_that_spins_is_stopped():
+    trusting = ChatTemplate("{{ messages[0].content }}", source="x", trusts_requests=True)
+    preprocessor = Preprocessor(ByteTokenizer(), trusting, timeout_s=0.05)
+    with pytest.raises(InvalidParameterError, match="took longer"):
+        await preprocessor.chat(chat("spin"), chat_template=SPINS)
+    assert (await preprocessor.chat(chat("walk"))).text == "walk"
+    preprocessor.close()
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [

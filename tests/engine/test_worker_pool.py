@@ -2,10 +2,14 @@
 
 import asyncio
 import os
+import pickle
+import signal
 from contextlib import contextmanager
 
 import pytest
 
+from streamserve.engine.child import start_child
+from streamserve.engine.worker_main import REQUEST_HEAD
 from streamserve.engine.worker_pool import WorkerPool, WorkerTimeoutError
 from streamserve.errors import EngineError, InvalidParameterError
 from tests.engine.worker_handlers import Answer, Fails
@@ -44,6 +48,26 @@ async def test_more_at_once_than_there_are_workers():
         answers = await asyncio.gather(*(pool.call(p, timeout_s=LONG) for p in payloads))
         assert answers == [p.upper() for p in payloads]
         assert len(pool.pids) == 2
+
+
+async def test_who_asks_for_much_holds_up_nobody_else():
+    done = []
+
+    async def work(pool, owner, i):
+        await pool.call(b"a", timeout_s=LONG, owner=owner)
+        done.append(f"{owner}{i}")
+
+    with workers(max_workers=1) as pool:
+        await pool.call(b"a", timeout_s=LONG)
+        async with asyncio.TaskGroup() as group:
+            for i in range(4):
+                group.create_task(work(pool, "alice", i))
+            given_up = group.create_task(work(pool, "carol", 0))
+            for i in range(2):
+                group.create_task(work(pool, "bob", i))
+            await asyncio.sleep(0)
+            given_up.cancel()
+    assert done == ["alice0", "alice1", "bob0", "alice2", "bob1", "alice3"]
 
 
 async def test_one_after_the_other_need_one_worker():
@@ -103,6 +127,14 @@ async def test_work_that_nobody_waits_for_ends_its_worker():
             await task
         await gone(pid)
         assert await pool.call(b"b", timeout_s=LONG) == b"B"
+
+
+async def test_the_system_ends_work_that_the_server_has_forgotten():
+    process, ours = start_child("streamserve.engine.worker_main")
+    with ours:
+        for payload in (pickle.dumps((0, Answer)), b"~"):
+            ours.sendall(REQUEST_HEAD.pack(len(payload), 0.0) + payload)
+        assert await asyncio.to_thread(process.wait, LONG) == -signal.SIGALRM
 
 
 async def test_closing_leaves_no_process_and_no_waiter():
