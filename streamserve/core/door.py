@@ -26,26 +26,49 @@ class Door:
         backlog: Backlog,
         clock: Clock,
         step_time: StepTimeModel | None,
+        *,
+        keeps_shares: bool = False,
     ) -> None:
+        """``keeps_shares``: no tenant may have more of the queue than what it leaves free."""
         self._config = config
         self._seats = seats
         self._backlog = backlog
         self._clock = clock
         self._step_time = step_time
+        self._keeps_shares = keeps_shares
 
     def check_room(self, request: Request) -> None:
-        """Raise ``QueueFullError`` past the bounds of the queue; an empty one takes anyone."""
-        num_waiting = len(self._seats.waiting)
+        """Raise ``QueueFullError`` past the bounds of the queue; an empty one takes anyone.
+
+        Where shares are kept, a tenant's own bound is what is free: there is always room for who
+        has little there (dynamic thresholds, Choudhury and Hahne 1998, α = 1).
+        """
+        waiting = self._seats.waiting
+        num_waiting = len(waiting)
         limit = self._config.max_num_waiting
         if num_waiting >= limit:
             raise QueueFullError(
                 f"at most {limit} requests may wait, {num_waiting} do already",
                 retry_after_s=self._backlog.seconds_until(num_waiting - limit + 1),
             )
+        mine = [r for r in waiting if r.tenant == request.tenant] if self._keeps_shares else []
+        if mine and len(mine) >= limit - num_waiting:
+            raise QueueFullError(
+                f"{len(mine)} requests of this key or user wait already, and of {limit} places"
+                f" {limit - num_waiting} are left for others",
+                retry_after_s=self._backlog.seconds_until(1),
+            )
         max_tokens = self._config.max_num_waiting_tokens
         if max_tokens is None or not num_waiting:
             return
         num_tokens = self._seats.num_waiting_tokens
+        num_mine = sum(r.num_queued_tokens for r in mine)
+        if num_mine and num_mine + request.num_prompt_tokens > max_tokens - num_tokens:
+            raise QueueFullError(
+                f"{num_mine} tokens of prompts of this key or user wait already, and of"
+                f" {max_tokens} {max(max_tokens - num_tokens, 0)} are left for others",
+                retry_after_s=self._backlog.seconds_until(1),
+            )
         excess = num_tokens + request.num_prompt_tokens - max_tokens
         if excess > 0:
             raise QueueFullError(

@@ -12,6 +12,7 @@ from streamserve.core.fairness import (
     PROMPT_TOKEN_COST,
     bound,
 )
+from streamserve.errors import QueueFullError
 from tests.unit.simulated import Harness
 
 
@@ -73,6 +74,22 @@ def test_without_shares_it_waits_for_an_answer_to_end(depth, policy):
     for _ in range(10):
         harness.step()
     assert plans_until(harness, harness.add([7, 7], tenant="one"), 20) is None
+
+
+def test_promise_fair_nobody_fills_the_queue_before_the_others():
+    """A tenant that takes all it gets leaves as much free, in requests and in tokens."""
+    for limits in ({"max_num_waiting": 8}, {"max_num_waiting_tokens": 8}):
+        harness = Harness(policy="fair", max_num_seqs=1, **limits)
+        harness.add([1], tenant="many", max_tokens=50)
+        harness.step()
+        for tenant, taken in (("many", 4), ("one", 2), ("many", 0), ("another", 1), ("one", 0)):
+            for _ in range(taken):
+                harness.add([1], tenant=tenant)
+            with pytest.raises(QueueFullError, match=r"of this key or user wait already, and of 8"):
+                harness.add([1], tenant=tenant)
+        alone = Harness(policy="fcfs", max_num_seqs=1, **limits)
+        for _ in range(8):
+            alone.add([1], tenant="many")
 
 
 class Served:
