@@ -83,6 +83,13 @@ def test_which_baichuan_it_is(tmp_path, architecture, values, alibi, is_second):
     assert spec.normalised_head == is_second
 
 
+def test_every_other_layer_of_gpt_oss_has_a_window_beginning_with_the_first(tmp_path):
+    values = {**GQA, "num_local_experts": 4, "sliding_window": 128}
+    write_config(tmp_path, "GptOssForCausalLM", **values)
+    windows = [layer.attention.window for layer in load_config(tmp_path).spec.layers]
+    assert windows == [128, None, 128]
+
+
 def test_a_head_that_is_quantised_is_normalised_first(tmp_path, build, kernels):
     """int8 keeps a scale for each row, so that the codes alone would not tell."""
     model = build(references.Baichuan(**BASE, z_loss_weight=0))

@@ -28,6 +28,7 @@ KINDS = {
     "normalised": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
     "controls": {"control_symbols": ["<sep>", "<cls>"]},
     "kept whole": {"user_defined_symbols": ["<eoh>", "ab", "。。"]},
+    "a piece eop": {"user_defined_symbols": ["eop"]},
     "trimmed": {"remove_extra_whitespaces": True},
     "unknown": {"byte_fallback": False, "vocab_size": 350},
 }
@@ -177,6 +178,13 @@ def test_a_damaged_model_is_named(tmp_path, cut):
     write(tmp_path, "llama", "LlamaTokenizer")
     (tmp_path / "tokenizer.model").write_bytes(trained("llama")[:cut])
     with pytest.raises(ModelLoadError, match=r"tokenizer\.model is no SentencePiece model"):
+        tokenizer_backend(tmp_path, trust_remote_code=False)
+
+
+def test_a_piece_that_is_called_like_a_special_token_is_refused(tmp_path):
+    write(tmp_path, "kept whole", "ChatGLMTokenizer")
+    (tmp_path / "tokenizer.model").write_bytes(trained("a piece eop"))
+    with pytest.raises(ModelLoadError, match="'eop', which is the name of a special token"):
         tokenizer_backend(tmp_path, trust_remote_code=False)
 
 

@@ -30,7 +30,7 @@ KINDS = {
 
 @cache
 def ranks() -> dict[bytes, int]:
-    """Every byte, and what a byte-level BPE learns to merge."""
+    """Every byte, what a byte-level BPE learns to merge, and a word that no merge leads to."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     backend = Tokenizer(models.BPE())
@@ -38,7 +38,8 @@ def ranks() -> dict[bytes, int]:
     backend.train_from_iterator(CORPUS, trainer)
     to_bytes = byte_decoder_of({"type": "ByteLevel"}).token_to_bytes
     names = sorted(backend.get_vocab(), key=backend.token_to_id)
-    return {to_bytes(name): rank for rank, name in enumerate(names)}
+    tokens = [*map(to_bytes, names), b" zqxj"]
+    return {token: rank for rank, token in enumerate(tokens)}
 
 
 def write(directory, kind: str) -> None:
@@ -68,6 +69,8 @@ def test_ids_and_texts_are_tiktokens(kind, tmp_path):
         assert streamed(tokenizer, prompt, ids) == normal
 
     compare()
+    assert judge.encode("a zqxj") == [ranks()[b"a"], len(ranks()) - 1]
+    assert tokenizer.encode("a zqxj", add_special_tokens=False) == judge.encode("a zqxj")
 
 
 def test_special_tokens_of_qwen_and_glm4(tmp_path):

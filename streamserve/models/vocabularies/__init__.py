@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from streamserve.errors import ModelLoadError
 from streamserve.models.vocabularies.sentencepiece import (
     add_prefix,
     add_special,
@@ -84,6 +85,13 @@ def own_tokenizer(directory: Path, config: dict[str, Any]) -> Tokenizer | None:
     # Roles of a chat are among the pieces.
     reserved = [p.text for p in model.pieces if p.text.startswith("<reserved_")]
     roles = _ROLES if name == "ChatGLMTokenizer" and _has_roles(directory, config) else ()
+    pieces = {piece.text for piece in model.pieces}
+    for token in known.special:
+        if token in pieces:  # a token has one id, and the model has learned another for this one
+            raise ModelLoadError(
+                f"{vocabulary} has a piece {token!r}, which is the name of a special token: a "
+                "tokenizer.json is needed, which tells them apart"
+            )
     tokenizer = sentencepiece_tokenizer(
         model, (*reserved, *known.special, *roles), prefix_once=config.get("legacy") is False
     )
