@@ -182,7 +182,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "-q",
         metavar="METHOD",
         help=f"quantise the weights while they are loaded: {', '.join(QUANTIZATIONS)} "
-        "(fp8: on a GPU; default: leave them as they are); a checkpoint that is quantised already "
+        "(default: leave them as they are); a checkpoint that is quantised already "
         f"needs no flag, or its own: {', '.join(STORED_METHODS)}",
     )
 

@@ -173,8 +173,6 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
     if stored is not None and args.load_format == "dummy":
         raise ConfigError(f"--load-format dummy draws plain weights, and {path} says {stored}")
     quantization = agreed_quantization(args.quantization, stored)
-    if quantization == "fp8" and device == cpu:
-        raise ConfigError("--quantization fp8 needs a GPU; a CPU has int8 and int4")
     adapters = adapter_config(args)
     if adapters is not None and not isinstance(config, NativeConfig):
         raise ConfigError(
