@@ -25,6 +25,8 @@ from torch import Tensor
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 # Backends pad outputs to whole multiples of so many.
 STORED_OUTPUTS = 64
+# Inputs that a compiled product with a table for each output takes at a time, by bits.
+TABLE_STEPS = {3: 512, 4: 128}
 
 
 def _to(value: object, device: torch.device) -> object:
@@ -229,7 +231,8 @@ class StoredFormat:
 
     `group_bytes` is a group's scale and zero or minimum (2 bytes each where they are float16
     numbers, else 4; factored: 1 and a share of the unit), `row_bytes` what each output has besides
-    (a table of its own), `reordered` whether inputs have an order of their own.
+    (a table of its own), `reordered` whether inputs have an order of their own,
+    `step` what inputs are padded to whole multiples of.
     """
 
     bits: int
@@ -237,10 +240,11 @@ class StoredFormat:
     group_bytes: float = 4.0
     row_bytes: float = 0.0
     reordered: bool = False
+    step: int = 32
 
     def nbytes(self, outputs: int, inputs: int) -> int:
         padded = -(-outputs // STORED_OUTPUTS) * STORED_OUTPUTS
-        width = -(-inputs // 32) * 32
+        width = -(-inputs // self.step) * self.step
         groups = -(-inputs // (self.group or inputs))
         # A last unit of factored numbers may be of fewer of them.
         row = width * self.bits / 8 + math.ceil(groups * self.group_bytes + 8) + self.row_bytes

@@ -29,12 +29,15 @@ def test_the_end_of_the_process_waits_for_work_in_the_background():
 
 
 INTERRUPTED = """
-import _thread
+import os
+import signal
 import time
 from streamserve.runner.passing_thread import on_passing_thread
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+
 def work():
-    _thread.interrupt_main()
+    os.kill(os.getpid(), signal.SIGINT)
     while True:
         time.sleep(0.001)
 

@@ -8,11 +8,10 @@ from torch.nn.functional import pad
 
 from streamserve_kernels.huge_pages import Arena
 from streamserve_kernels.native.stored_linear import LookupLinear
-from streamserve_kernels.stored import OneWeight, TableWeight
+from streamserve_kernels.stored import TABLE_STEPS, OneWeight, TableWeight
 from streamserve_kernels.stored_naive import number_bytes, stored_name
 
-# Inputs of a step, and the words of 16 bits that hold an output's codes of it.
-STEPS = {3: 512, 4: 128}
+# Words of 16 bits that hold an output's codes of a step.
 WORDS = {3: 96, 4: 32}
 _WIDTH = 32
 
@@ -52,7 +51,7 @@ class NativeTableLinear(LookupLinear):
         # Four outputs are read at a time.
         spare = -self.out_features % 4
         self._table = pad(weight.table.float(), (0, 0, 0, spare)).contiguous()
-        step = STEPS[self._bits]
+        step = TABLE_STEPS[self._bits]
         steps = -(-self.in_features // step)
         shape = (self.out_features + spare, steps, WORDS[self._bits] * 2)
         self._codes = _arena.empty(shape, torch.uint8).zero_()
@@ -123,7 +122,7 @@ def prepare_tables(
     weight: OneWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> NativeTableLinear | None:
     """The weight in lines of its outputs; None: they do not take it."""
-    if not isinstance(weight, TableWeight) or weight.bits not in STEPS:
+    if not isinstance(weight, TableWeight) or weight.bits not in TABLE_STEPS:
         return None
     if weight.scales is not None or weight.table.shape[0] != weight.shape[0]:
         return None

@@ -94,6 +94,7 @@ class StoredModules:
             group_bytes=max(found.group_bytes for found in formats),
             row_bytes=row_bytes,
             reordered=any(found.reordered for found in formats),
+            step=max(found.step for found in formats),
         )
 
     def read_piece(self, module: Module, piece: Piece) -> OneWeight:

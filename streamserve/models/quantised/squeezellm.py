@@ -21,7 +21,7 @@ from torch import Tensor
 from streamserve.models.quantised.options import Options
 from streamserve.models.quantised.packing import unpack_words
 from streamserve.models.quantised.reader import FLOATS, Part, Tensors
-from streamserve_kernels.stored import StoredFormat, TableWeight
+from streamserve_kernels.stored import TABLE_STEPS, StoredFormat, TableWeight
 
 BITS = (3, 4)
 _INTEGERS = (torch.int32, torch.int64)
@@ -74,7 +74,7 @@ class SqueezeLlmReader:
         )
         # An outlier has the numbers of its output and its input and a value.
         row_bytes = 4 * 2**self.bits + outliers * 20 / rows
-        return StoredFormat(self.bits, None, 0, row_bytes)
+        return StoredFormat(self.bits, None, 0, row_bytes, step=TABLE_STEPS[self.bits])
 
     def read(self, tensors: Tensors, name: str, rows: int, columns: int) -> TableWeight:
         return TableWeight(
