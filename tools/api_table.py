@@ -82,7 +82,7 @@ def _fields(schema: dict[str, Any]) -> str:
         status = field[STATUS] + (", required" if name in required else "")
         values = "" if field[STATUS] == "no effect" else values_of(field)
         rows.append((f"`{name}`", status, values, field.get("description", "")))
-    return _table(("field", "", "values", ""), rows)
+    return markdown_table(("field", "", "values", ""), rows)
 
 
 def values_of(schema: dict[str, Any]) -> str:
@@ -133,8 +133,8 @@ def _flags() -> str:
         status = "refused, but for 1" if action.dest in ONLY_ONE else "honoured"
         choices = " ".join(f"`{choice}`" for choice in action.choices or ())
         rows.append((names, status, choices, help_text))
-    own = _table(("flag", "", "values", ""), rows)
-    return own + _FOREIGN + _table(("flag", "", "instead"), foreign)
+    own = markdown_table(("flag", "", "values", ""), rows)
+    return own + _FOREIGN + markdown_table(("flag", "", "instead"), foreign)
 
 
 def _foreign(action: RefuseAction) -> tuple[str, ...]:
@@ -157,7 +157,8 @@ def serve_actions() -> list[argparse.Action]:
     return [action for action in actions if action.dest != "help"]
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A header, and a row for each of ``rows``."""
     lines = [head, ("---",) * len(head), *rows]
     cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
     return "".join(f"| {line} |\n" for line in cells)

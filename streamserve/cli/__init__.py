@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from streamserve.cli.bench import run_bench
 
             return run_bench(args)
+        if args.command == "models":
+            from streamserve.cli.models import run_models
+
+            return run_models(args)
         from streamserve.cli.chat import run_chat
 
         return run_chat(args)

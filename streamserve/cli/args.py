@@ -19,6 +19,7 @@ from streamserve.cli.lora_flags import adapter_config, add_lora_flags, add_lora_
 from streamserve.cli.quantization import QUANTIZATIONS, STORED_METHODS, check_quantization
 from streamserve.cli.source_flags import add_seed_flag, add_source_flags
 from streamserve.cli.speculative import parse_speculative_config
+from streamserve.cli.tools import add_tool_commands
 from streamserve.cli.values import gibibytes, integer, milliseconds, number, positive, size
 from streamserve.cli.vllm_flags import add_foreign_flags
 from streamserve.config import POLICIES, POOLING_KINDS
@@ -111,20 +112,8 @@ def build_parser() -> CommandParser:
     _add_chat_flags(chat)
     add_seed_flag(chat)
 
-    bench = commands.add_parser(
-        "bench",
-        help="load-test a server, compare servers, time an engine; `bench serve --help` says how",
-        usage="%(prog)s {serve,compare,latency,throughput} [flags]",
-    )
-    bench.add_argument(
-        "tool",
-        choices=("serve", "compare", "latency", "throughput"),
-        help="serve: play workloads against one server; compare: start several and take turns; "
-        "latency: first tokens and decode steps of an engine in this process, without HTTP; "
-        "throughput: many requests to such an engine",
-    )
+    add_tool_commands(commands)
     parser.commands = commands.choices
-    bench.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="of the tool")
     return parser
 
 

@@ -8,55 +8,48 @@
 
 Where things are: `spec` says what a decoder is, `families` turn configs into specs, `decoder` and
 `layers` run them, `names`, `checkpoint` and `tensor_files` find the weights, `weights` packs them;
-`gguf` reads files of that format.
+`gguf` reads files of that format, `catalogue` lists
+what there is.
 """
 
-from streamserve.models.adapters import AdapterTables, adapter_bytes
-from streamserve.models.batch import (
-    ForwardBatch,
-    KVCache,
-    allocate_kv_cache,
-    kv_bytes_per_block,
-    touch_kv_cache,
-)
-from streamserve.models.config import NativeConfig, read_sampling_defaults
-from streamserve.models.decoder import Decoder
-from streamserve.models.families import supported_architectures
-from streamserve.models.gguf.vocabulary import read_text_files
-from streamserve.models.loader import (
-    LoadFormat,
-    load_config,
-    load_model,
-    resolve_dtype,
-    resolve_model,
-)
-from streamserve.models.model import LanguageModel
-from streamserve.models.model_config import ModelConfig
-from streamserve.models.sentence_files import read_embedding_config
-from streamserve.models.spec import DecoderSpec
-from streamserve.models.tokenizer_files import tokenizer_backend
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "AdapterTables",
-    "Decoder",
-    "DecoderSpec",
-    "ForwardBatch",
-    "KVCache",
-    "LanguageModel",
-    "LoadFormat",
-    "ModelConfig",
-    "NativeConfig",
-    "adapter_bytes",
-    "allocate_kv_cache",
-    "kv_bytes_per_block",
-    "load_config",
-    "load_model",
-    "read_embedding_config",
-    "read_sampling_defaults",
-    "read_text_files",
-    "resolve_dtype",
-    "resolve_model",
-    "supported_architectures",
-    "tokenizer_backend",
-    "touch_kv_cache",
-]
+# Looked up when asked for: what says which families there are, imports no torch, and others do.
+# Types are in ``__init__.pyi``.
+_HOMES = {
+    "AdapterTables": "adapters",
+    "Decoder": "decoder",
+    "DecoderSpec": "spec",
+    "ForwardBatch": "batch",
+    "KVCache": "batch",
+    "LanguageModel": "model",
+    "LoadFormat": "loader",
+    "ModelConfig": "model_config",
+    "NativeConfig": "config",
+    "adapter_bytes": "adapters",
+    "allocate_kv_cache": "batch",
+    "kv_bytes_per_block": "batch",
+    "load_config": "loader",
+    "load_model": "loader",
+    "read_embedding_config": "sentence_files",
+    "read_sampling_defaults": "config",
+    "read_text_files": "gguf.vocabulary",
+    "resolve_dtype": "loader",
+    "resolve_model": "loader",
+    "supported_architectures": "families",
+    "tokenizer_backend": "tokenizer_files",
+    "touch_kv_cache": "batch",
+}
+
+__all__ = [*_HOMES]  # noqa: PLE0604  strings all
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'streamserve.models' has no attribute {name!r}")
+    return getattr(import_module(f"streamserve.models.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

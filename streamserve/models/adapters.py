@@ -20,7 +20,7 @@ from torch import Tensor
 from streamserve.errors import AdapterError
 from streamserve.models.checkpoint import copy_grouped
 from streamserve.models.names import WeightNames
-from streamserve.models.parameters import Module, layer_modules
+from streamserve.models.parameters import Module, layer_modules, takes_adapter
 from streamserve.models.pieces import module_pieces
 from streamserve.models.spec import DecoderSpec
 from streamserve.models.tensor_files import PickledFiles, SafetensorsFiles, TensorFiles
@@ -98,7 +98,7 @@ class AdapterTables:
         self._tables: dict[tuple[int, str], AdapterTable] = {}
         for index in range(len(spec.layers)):
             for module in layer_modules(spec, index):
-                if not _is_adapted(module):
+                if not takes_adapter(module):
                     continue
                 assert module.columns is not None
                 self._modules[index, module.name] = module
@@ -182,17 +182,12 @@ def adapter_bytes(spec: DecoderSpec, dtype: torch.dtype, num_slots: int, max_ran
         len(module.rows) * (module.num_rows + (module.columns or 0))
         for index in range(len(spec.layers))
         for module in layer_modules(spec, index)
-        if _is_adapted(module)
+        if takes_adapter(module)
     )
     return num_slots * max_rank * elements * dtype.itemsize
 
 
 _Pair = tuple[Tensor, Tensor]
-
-
-def _is_adapted(module: Module) -> bool:
-    is_linear = module.role == "linear" and module.expert is None
-    return is_linear and module.name != "layers.router"
 
 
 @dataclass(frozen=True, slots=True)

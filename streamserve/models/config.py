@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models import parameters
+from streamserve.models import footprint
 from streamserve.models.families import Family, find_family, has_family, unknown_family
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.model_config import ModelConfig
@@ -34,7 +34,7 @@ class NativeConfig(ModelConfig):
     spec: DecoderSpec
 
     def weight_bytes(self, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
-        return parameters.weight_bytes(self.spec, dtype, quantization, self.stored_quantization)
+        return footprint.weight_bytes(self.spec, dtype, quantization, self.stored_quantization)
 
 
 def load_hf_config(

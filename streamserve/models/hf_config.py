@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models.rope import longrope_attention_factor, yarn_attention_factor
+from streamserve.models.rope_magnitude import longrope_attention_factor, yarn_attention_factor
 from streamserve.models.spec import Activation, RopeScaling, RopeSpec
 
 ACTIVATIONS: dict[str, Activation] = {

@@ -1,20 +1,21 @@
 """The weights that a spec calls for: their names, shapes and roles, in the order of the forward.
 
-One list serves three uses: counting bytes before anything is read, checking a checkpoint against
-what is needed, and building the decoder's weights.
+One list serves four uses: counting bytes before anything is read (`footprint`), checking a
+checkpoint against what is needed, building the decoder's weights, and saying what can be done with
+a family without importing torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec, MlpSpec, NormSpec
-from streamserve_kernels.quantised import Quantization, packed_bytes
-from streamserve_kernels.stored import StoredFormat
+
+if TYPE_CHECKING:
+    from streamserve_kernels.quantised import Quantization
+    from streamserve_kernels.stored import StoredFormat
 
 Role = Literal["linear", "norm", "table", "vector"]
 
@@ -122,33 +123,10 @@ def module_quantization(
     return quantization if module.role == "linear" else None
 
 
-def weight_bytes(
-    spec: DecoderSpec,
-    dtype: torch.dtype,
-    quantization: Quantization | None = None,
-    stored: StoredQuantization | None = None,
-) -> int:
-    """Bytes of all weights in ``dtype``, an upper bound to plan memory with before loading.
-
-    What the checkpoint holds quantised stays so; ``quantization`` is of a plain one. An unquantised
-    tied head counts twice: kernels that pack linear weights keep the rows for the embedding and a
-    packed copy for the head.
-    """
-    total = 0
-    for module in decoder_modules(spec):
-        held = module_quantization(module, spec, quantization)
-        kept = None if stored is None else stored.format(module)
-        if module.columns is None or (held is None and kept is None):
-            total += module.numel * dtype.itemsize
-            if spec.tied_head and module.name == "embedding":
-                total += module.numel * dtype.itemsize
-            continue
-        bias_bytes = module.num_rows * torch.float32.itemsize if module.bias else 0
-        if kept is not None:
-            total += kept.nbytes(module.num_rows, module.columns) + bias_bytes
-        elif held is not None:
-            total += packed_bytes(held, module.num_rows, module.columns) + bias_bytes
-    return total
+def takes_adapter(module: Module) -> bool:
+    """Whether a LoRA adapter may have matrices beside a module of a layer."""
+    is_linear = module.role == "linear" and module.expert is None
+    return is_linear and module.name != "layers.router"
 
 
 def _norm(name: str, norm: NormSpec, size: int, layer: int | None = None) -> Module:

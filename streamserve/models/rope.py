@@ -68,24 +68,6 @@ def query_log_scales(trained: int, max_length: int) -> Tensor:
     return (lengths.log() / math.log(trained)).float()
 
 
-def yarn_attention_factor(
-    factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
-) -> float:
-    """The factor on cos and sin that YaRN (Peng et al. 2023) takes when a config names none."""
-
-    def magnitude(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if mscale and mscale_all_dim:
-        return magnitude(mscale) / magnitude(mscale_all_dim)
-    return magnitude(1.0)
-
-
-def longrope_attention_factor(factor: float, original: int) -> float:
-    """The factor on cos and sin that LongRoPE (Ding et al. 2024) takes when a config names none."""
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-
-
 def _dynamic_ntk_base(base: float, dim: int, scaling: RopeScaling, max_length: int) -> float:
     trained = scaling.original_max_position_embeddings
     length = max(max_length, trained)

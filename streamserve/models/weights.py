@@ -11,6 +11,7 @@ from torch import Tensor
 
 from streamserve.errors import ModelLoadError
 from streamserve.models.checkpoint import WeightSource
+from streamserve.models.footprint import weight_bytes
 from streamserve.models.parameters import (
     Module,
     embedding_module,
@@ -18,7 +19,6 @@ from streamserve.models.parameters import (
     layer_modules,
     module_quantization,
     position_modules,
-    weight_bytes,
 )
 from streamserve.models.pieces import Leaf
 from streamserve.models.spec import DecoderSpec

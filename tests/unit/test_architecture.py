@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import streamserve
+import streamserve.models
 
 ROOT = Path(__file__).parents[2]
 FLOORS = [
@@ -175,12 +176,13 @@ def test_importing_the_package_and_its_names_leaves_torch_alone():
     assert result.stdout.split() == []
 
 
-def test_the_packages_names_are_those_of_its_stub():
-    stub = ast.parse((ROOT / "streamserve" / "__init__.pyi").read_text())
+@pytest.mark.parametrize("package", [streamserve, streamserve.models])
+def test_a_packages_names_are_those_of_its_stub(package):
+    stub = ast.parse(Path(package.__file__).with_suffix(".pyi").read_text())
     named = {
         alias.name for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    assert {*named, "__version__"} == set(streamserve.__all__)
+    assert named == set(package.__all__) - {"__version__"}
 
 
 def test_serving_on_a_cpu_leaves_triton_alone():

@@ -57,11 +57,16 @@ FAMILIES = tuple(
     Family(
         architecture=architecture,
         model_type="baichuan",
+        series="Baichuan",
+        title=title,
         spec=spec,
         max_positions=lambda config: config.integer_or(
             4096, "max_position_embeddings", "model_max_length"
         ),
         names=NAMES,
     )
-    for architecture, spec in (("BaichuanForCausalLM", _spec), ("BaiChuanForCausalLM", _rotary))
+    for architecture, title, spec in (
+        ("BaichuanForCausalLM", "Baichuan 1, 2", _spec),
+        ("BaiChuanForCausalLM", "Baichuan 1 (7B)", _rotary),
+    )
 )

@@ -100,6 +100,8 @@ FAMILIES = tuple(
     Family(
         architecture=architecture,
         model_type="chatglm",
+        series="GLM",
+        title="ChatGLM 2, 3; GLM 4 with its own code",
         spec=_spec,
         max_positions=lambda config: config.integer_or(2048, "seq_length"),
         names=_names,

@@ -85,6 +85,8 @@ FAMILIES = (
     Family(
         architecture="DeepseekForCausalLM",
         model_type="deepseek",
+        series="DeepSeek",
+        title="DeepSeek-MoE (the first)",
         spec=_spec,
         max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
         names=NAMES,

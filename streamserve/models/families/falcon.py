@@ -92,6 +92,8 @@ FAMILIES = (
     Family(
         architecture="FalconForCausalLM",
         model_type="falcon",
+        series="Falcon",
+        title="Falcon 7B, 11B, 40B, 180B, RW",
         spec=_spec,
         max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
         names=_names,

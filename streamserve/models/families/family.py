@@ -12,7 +12,9 @@ from streamserve.models.spec import DecoderSpec
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """``max_positions`` is the context that the config states, before any rotary stretching.
+    """``series`` and ``title`` are what people call the models; several families make a series.
+
+    ``max_positions`` is the context that the config states, before any rotary stretching.
 
     ``default_positions`` is a shorter one, which is served unless a longer is asked for.
     ``names`` is a function where the names of a checkpoint depend on what it is. ``end_tokens``
@@ -21,6 +23,8 @@ class Family:
 
     architecture: str
     model_type: str
+    series: str
+    title: str
     spec: Callable[[HfConfig], DecoderSpec]
     max_positions: Callable[[HfConfig], int]
     names: WeightNames | Callable[[DecoderSpec], WeightNames]

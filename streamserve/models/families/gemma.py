@@ -164,6 +164,8 @@ FAMILIES = (
     Family(
         architecture="GemmaForCausalLM",
         model_type="gemma",
+        series="Gemma",
+        title="Gemma 1",
         spec=_gemma,
         max_positions=lambda config: config.integer_or(8192, "max_position_embeddings"),
         names=LLAMA_NAMES,
@@ -171,6 +173,8 @@ FAMILIES = (
     Family(
         architecture="Gemma2ForCausalLM",
         model_type="gemma2",
+        series="Gemma",
+        title="Gemma 2",
         spec=_gemma2,
         max_positions=lambda config: config.integer_or(8192, "max_position_embeddings"),
         names=NAMES,
@@ -178,6 +182,8 @@ FAMILIES = (
     Family(
         architecture="Gemma3ForCausalLM",
         model_type="gemma3_text",
+        series="Gemma",
+        title="Gemma 3 (text)",
         spec=_gemma3,
         max_positions=lambda config: config.integer_or(131_072, "max_position_embeddings"),
         names=NAMES,

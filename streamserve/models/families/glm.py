@@ -58,12 +58,14 @@ FAMILIES = tuple(
     Family(
         architecture=architecture,
         model_type=model_type,
+        series="GLM",
+        title=title,
         spec=spec,
         max_positions=lambda config: config.integer_or(131_072, "max_position_embeddings"),
         names=NAMES,
     )
-    for architecture, model_type, spec in (
-        ("GlmForCausalLM", "glm", _glm),
-        ("Glm4ForCausalLM", "glm4", _glm4),
+    for architecture, model_type, title, spec in (
+        ("GlmForCausalLM", "glm", "GLM 4 9B", _glm),
+        ("Glm4ForCausalLM", "glm4", "GLM 4-0414", _glm4),
     )
 )

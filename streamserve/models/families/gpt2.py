@@ -84,6 +84,8 @@ FAMILIES = (
     Family(
         architecture="GPT2LMHeadModel",
         model_type="gpt2",
+        series="GPT",
+        title="GPT-2",
         spec=_spec,
         max_positions=_max_positions,
         names=NAMES,

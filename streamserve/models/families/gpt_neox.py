@@ -72,6 +72,8 @@ FAMILIES = (
     Family(
         architecture="GPTNeoXForCausalLM",
         model_type="gpt_neox",
+        series="GPT",
+        title="GPT-NeoX, Pythia",
         spec=_spec,
         max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
         names=NAMES,

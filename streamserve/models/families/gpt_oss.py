@@ -81,6 +81,8 @@ FAMILIES = (
     Family(
         architecture="GptOssForCausalLM",
         model_type="gpt_oss",
+        series="gpt-oss",
+        title="gpt-oss",
         spec=_spec,
         max_positions=lambda config: config.integer_or(131_072, "max_position_embeddings"),
         names=NAMES,

@@ -70,6 +70,8 @@ FAMILIES = (
     Family(
         architecture="GPTJForCausalLM",
         model_type="gptj",
+        series="GPT",
+        title="GPT-J",
         spec=_spec,
         max_positions=lambda config: config.integer_or(
             2048, "n_positions", "max_position_embeddings"

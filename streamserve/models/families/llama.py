@@ -190,6 +190,8 @@ def _mixtral(config: HfConfig) -> DecoderSpec:
 def _family(
     architecture: str,
     model_type: str,
+    series: str,
+    title: str,
     spec: Callable[[HfConfig], DecoderSpec],
     context: int,
     names: WeightNames = LLAMA_NAMES,
@@ -197,6 +199,8 @@ def _family(
     return Family(
         architecture=architecture,
         model_type=model_type,
+        series=series,
+        title=title,
         spec=spec,
         max_positions=lambda config: config.integer_or(context, "max_position_embeddings"),
         names=names,
@@ -204,9 +208,18 @@ def _family(
 
 
 FAMILIES = (
-    _family("LlamaForCausalLM", "llama", _llama, 2048),
-    _family("MistralForCausalLM", "mistral", _mistral, 4096 * 32),
-    _family("Qwen2ForCausalLM", "qwen2", _qwen2, 32_768),
-    _family("Qwen3ForCausalLM", "qwen3", _qwen3, 32_768),
-    _family("MixtralForCausalLM", "mixtral", _mixtral, 4096 * 32, MIXTRAL_NAMES),
+    _family(
+        "LlamaForCausalLM",
+        "llama",
+        "Llama",
+        "Llama 1, 2, 3.x (Vicuna, Alpaca, SmolLM, …)",
+        _llama,
+        2048,
+    ),
+    _family("MistralForCausalLM", "mistral", "Mistral", "Mistral", _mistral, 4096 * 32),
+    _family("Qwen2ForCausalLM", "qwen2", "Qwen", "Qwen 1.5, 2, 2.5", _qwen2, 32_768),
+    _family("Qwen3ForCausalLM", "qwen3", "Qwen", "Qwen 3", _qwen3, 32_768),
+    _family(
+        "MixtralForCausalLM", "mixtral", "Mistral", "Mixtral", _mixtral, 4096 * 32, MIXTRAL_NAMES
+    ),
 )

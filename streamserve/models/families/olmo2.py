@@ -74,6 +74,8 @@ FAMILIES = (
     Family(
         architecture="Olmo2ForCausalLM",
         model_type="olmo2",
+        series="OLMo",
+        title="OLMo 2",
         spec=_spec,
         max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
         names=NAMES,

@@ -74,6 +74,8 @@ FAMILIES = (
     Family(
         architecture="PhiForCausalLM",
         model_type="phi",
+        series="Phi",
+        title="Phi 1, 1.5, 2",
         spec=_spec,
         max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
         names=NAMES,

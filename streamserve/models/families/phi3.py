@@ -43,6 +43,8 @@ FAMILIES = (
     Family(
         architecture="Phi3ForCausalLM",
         model_type="phi3",
+        series="Phi",
+        title="Phi 3, 3.5, 4 (dense)",
         spec=_spec,
         max_positions=lambda config: config.integer_or(4096, "max_position_embeddings"),
         names=NAMES,

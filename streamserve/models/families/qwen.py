@@ -99,6 +99,8 @@ FAMILIES = (
     Family(
         architecture="QWenLMHeadModel",
         model_type="qwen",
+        series="Qwen",
+        title="Qwen 1",
         spec=_spec,
         max_positions=_longest,
         default_positions=_trained,

@@ -105,12 +105,14 @@ FAMILIES = tuple(
     Family(
         architecture=architecture,
         model_type=model_type,
+        series="Qwen",
+        title=title,
         spec=spec,
         max_positions=lambda config: config.integer_or(32_768, "max_position_embeddings"),
         names=NAMES,
     )
-    for architecture, model_type, spec in (
-        ("Qwen2MoeForCausalLM", "qwen2_moe", _qwen2_moe),
-        ("Qwen3MoeForCausalLM", "qwen3_moe", _qwen3_moe),
+    for architecture, model_type, title, spec in (
+        ("Qwen2MoeForCausalLM", "qwen2_moe", "Qwen 1.5, 2 MoE", _qwen2_moe),
+        ("Qwen3MoeForCausalLM", "qwen3_moe", "Qwen 3 MoE", _qwen3_moe),
     )
 )

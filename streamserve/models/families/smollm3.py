@@ -54,6 +54,8 @@ FAMILIES = (
     Family(
         architecture="SmolLM3ForCausalLM",
         model_type="smollm3",
+        series="SmolLM",
+        title="SmolLM 3",
         spec=_spec,
         max_positions=lambda config: config.integer_or(32_768, "max_position_embeddings"),
         names=LLAMA_NAMES,

@@ -65,6 +65,8 @@ FAMILIES = (
     Family(
         architecture="Starcoder2ForCausalLM",
         model_type="starcoder2",
+        series="StarCoder",
+        title="StarCoder 2",
         spec=_spec,
         max_positions=lambda config: config.integer_or(4096, "max_position_embeddings"),
         names=NAMES,

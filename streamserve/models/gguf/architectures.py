@@ -9,14 +9,14 @@ same from either kind of checkpoint.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models.gguf.container import GgufFile
-from streamserve.models.gguf.kinds import kind_of
+from streamserve.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from streamserve.models.gguf.reading import Reading
 
 Values = dict[str, Any]
 
@@ -25,6 +25,7 @@ Values = dict[str, Any]
 class Architecture:
     """``family`` is transformers' architecture; ``values`` what its config has beside `_common`.
 
+    ``also``: others whose files are of this one too: ``values`` says which, or it does not matter.
     ``permuted``: the rows of q and k are stored so that neighbours are rotated together.
     ``norm_offset`` was added to the weights of norms. ``windows``: the family has a window.
     """
@@ -34,61 +35,7 @@ class Architecture:
     permuted: bool = False
     norm_offset: float = 0.0
     windows: bool = False
-
-
-class Reading:
-    """A file's values by their names behind the architecture's."""
-
-    def __init__(self, file: GgufFile) -> None:
-        self.file = file
-        self.name = file.metadata.text("general.architecture")
-
-    def __contains__(self, key: str) -> bool:
-        return f"{self.name}.{key}" in self.file.metadata
-
-    def has_tensor(self, name: str) -> bool:
-        return name in self.file.tensors
-
-    def key(self, key: str) -> str:
-        return f"{self.name}.{key}"
-
-    def integer(self, key: str) -> int:
-        return self.file.metadata.integer(self.key(key))
-
-    def integer_or(self, default: int, key: str) -> int:
-        return self.file.metadata.integer_or(default, self.key(key))
-
-    def optional_integer(self, key: str) -> int | None:
-        return self.file.metadata.optional_integer(self.key(key))
-
-    def number_or(self, default: float, key: str) -> float:
-        value = self.file.metadata.optional_number(self.key(key))
-        return default if value is None else value
-
-    def optional_number(self, key: str) -> float | None:
-        return self.file.metadata.optional_number(self.key(key))
-
-    def floats(self, name: str) -> list[float]:
-        """A small float32 tensor's values."""
-        entry = self.file.tensors.get(name)
-        if entry is None or len(entry.shape) != 1 or kind_of(entry.kind).name != "F32":
-            raise ModelLoadError(f"{self.file.path}: tensor {name} must be a row of F32")
-        size = entry.shape[0] * 4
-        if entry.start + size > len(entry.file.map):
-            raise ModelLoadError(f"{entry.file.path}: tensor {name} lies outside the file")
-        return list(struct.unpack_from(f"<{entry.shape[0]}f", entry.file.map, entry.start))
-
-    @property
-    def head_size(self) -> int:
-        size = self.optional_integer("attention.key_length")
-        if size is None:
-            size = self.integer("embedding_length") // self.integer("attention.head_count")
-        if self.integer_or(size, "attention.value_length") != size:
-            raise UnsupportedModelError(
-                f"{self.file.path}: {self.key('attention.value_length')} must be {size}, as keys "
-                "are long; others are not supported for this architecture"
-            )
-        return size
+    also: tuple[str, ...] = ()
 
 
 # What would change an answer and is not built, by the value that changes nothing.
@@ -138,7 +85,8 @@ def find_architecture(reading: Reading) -> Architecture:
 def config_values(reading: Reading, architecture: Architecture) -> Values:
     """The file's values as transformers' ``config.json`` would have them."""
     values = {**_common(reading), **architecture.values(reading)}
-    values.setdefault("architectures", [architecture.family])
+    [named] = values.setdefault("architectures", [architecture.family])
+    assert named in (architecture.family, *architecture.also)
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -426,7 +374,13 @@ def _gpt_oss(reading: Reading) -> Values:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM", _llama, permuted=True, windows=True),
+    "llama": Architecture(
+        "LlamaForCausalLM",
+        _llama,
+        permuted=True,
+        windows=True,
+        also=("MistralForCausalLM", "MixtralForCausalLM"),
+    ),
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen3": Architecture("Qwen3ForCausalLM"),
     "qwen2moe": Architecture("Qwen2MoeForCausalLM", _qwen2_moe),
@@ -445,9 +399,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "falcon": Architecture("FalconForCausalLM", _falcon),
     "olmo2": Architecture("Olmo2ForCausalLM"),
     "glm4": Architecture("Glm4ForCausalLM"),
-    "chatglm": Architecture("ChatGLMModel", _chatglm),
+    "chatglm": Architecture(
+        "ChatGLMModel", _chatglm, also=("ChatGLMForConditionalGeneration", "GlmForCausalLM")
+    ),
     "qwen": Architecture("QWenLMHeadModel", _qwen),
-    "baichuan": Architecture("BaichuanForCausalLM", _baichuan, permuted=True),
+    "baichuan": Architecture(
+        "BaichuanForCausalLM", _baichuan, permuted=True, also=("BaiChuanForCausalLM",)
+    ),
     "deepseek": Architecture("DeepseekForCausalLM", _deepseek, permuted=True),
     "gpt-oss": Architecture("GptOssForCausalLM", _gpt_oss, windows=True),
 }

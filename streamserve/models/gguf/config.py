@@ -13,12 +13,12 @@ from streamserve.errors import ModelLoadError
 from streamserve.models.config import NativeConfig, parse_config
 from streamserve.models.gguf.architectures import (
     Architecture,
-    Reading,
     config_values,
     find_architecture,
 )
 from streamserve.models.gguf.container import open_gguf
 from streamserve.models.gguf.names import weight_names
+from streamserve.models.gguf.reading import Reading
 from streamserve.models.gguf.source import GgufQuantization, GgufSource
 from streamserve.models.gguf.special_tokens import end_token_ids
 from streamserve.models.gguf.tensors import GgufTensors

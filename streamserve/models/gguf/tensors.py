@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models.gguf.architectures import Architecture, Reading
+from streamserve.models.gguf.architectures import Architecture
 from streamserve.models.gguf.container import TensorEntry
 from streamserve.models.gguf.kinds import GgufWeight, Kind, kind_of, served_kinds, unpack_rows
+from streamserve.models.gguf.reading import Reading
 from streamserve_kernels.stored import GroupedWeight, TableWeight, rows_of
 
 _EXPERTS = re.compile(r"(ffn_\w+_exps)\.(weight|bias)$")

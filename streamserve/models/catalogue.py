@@ -1,0 +1,207 @@
+"""What can be served, family by family, told by what the loader itself reads. Imports no torch.
+
+A family is code that turns a config into a spec. So its capabilities are found by giving it
+configs: a tiny one, and the same with each switch on that some family has. What the specs then have
+is what the family can have; a switch that it does not look at changes nothing, and one that it
+refuses is refused here too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from streamserve.errors import ModelLoadError, UnsupportedModelError
+from streamserve.models.families import FAMILIES
+from streamserve.models.families.family import Family
+from streamserve.models.gguf.architectures import ARCHITECTURES
+from streamserve.models.hf_config import HfConfig
+from streamserve.models.parameters import layer_modules, takes_adapter
+from streamserve.models.spec import AttentionSpec, DecoderSpec, ExpertsSpec, RopeScalingKind
+
+Values = Mapping[str, Any]
+
+# Sizes by all of the names that one family or the other looks for.
+_TINY: Values = {
+    **dict.fromkeys(("vocab_size", "padded_vocab_size"), 64),
+    **dict.fromkeys(("hidden_size", "n_embd"), 32),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer"), 8),
+    **dict.fromkeys(("num_attention_heads", "n_head"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "moe_intermediate_size"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "rotary_dim": 8,
+}
+_CONTEXT: Values = {"max_position_embeddings": 64, "seq_length": 32}
+_SWITCHES: tuple[Values, ...] = (
+    _CONTEXT,
+    {**_CONTEXT, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    {**_CONTEXT, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 1.0},
+    {**_CONTEXT, "qk_layernorm": True},
+    {**_CONTEXT, "use_dynamic_ntk": True, "use_logn_attn": True},
+    {**_CONTEXT, "alibi": True},
+    {**_CONTEXT, "first_k_dense_replace": 1, "mlp_only_layers": [0]},
+    {},  # Baichuan's larger ones state no context, and have ALiBi
+)
+_STRETCH: Values = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def _of_layers(has: Callable[[AttentionSpec], object]) -> Callable[[DecoderSpec], bool]:
+    return lambda spec: any(has(layer.attention) for layer in spec.layers)
+
+
+def _experts(spec: DecoderSpec) -> Iterator[ExpertsSpec]:
+    return (layer.mlp for layer in spec.layers if isinstance(layer.mlp, ExpertsSpec))
+
+
+FEATURES: Mapping[str, Callable[[DecoderSpec], bool]] = {
+    "sliding windows": _of_layers(lambda attention: attention.window),
+    "experts": lambda spec: any(True for _ in _experts(spec)),
+    "shared experts": lambda spec: any(experts.shared for experts in _experts(spec)),
+    "attention sinks": _of_layers(lambda attention: attention.sinks),
+    "soft caps": lambda spec: (
+        spec.logit_soft_cap is not None
+        or any(layer.attention.soft_cap is not None for layer in spec.layers)
+    ),
+    "query and key norms": _of_layers(lambda attention: attention.qk_norm),
+    "log-scaled queries": _of_layers(lambda attention: attention.log_scaled_beyond),
+    "rotary positions": _of_layers(lambda attention: attention.rope),
+    "learned positions": lambda spec: spec.learned_positions is not None,
+    "ALiBi": _of_layers(lambda attention: attention.alibi),
+}
+"""What a decoder may have that others do not, and how its spec tells."""
+
+THROUGH_TRANSFORMERS: Mapping[str, str] = {
+    "apertus": "Apertus",
+    "arcee": "Arcee",
+    "codegen": "CodeGen",
+    "cohere": "Cohere",
+    "cohere2": "Cohere 2",
+    "deepseek_v2": "DeepSeek V2",
+    "deepseek_v3": "DeepSeek V3",
+    "ernie4_5": "Ernie 4.5",
+    "exaone4": "Exaone 4",
+    "gemma3n_text": "Gemma 3n (text)",
+    "glm4_moe": "GLM 4 MoE",
+    "gpt_bigcode": "GPT-BigCode",
+    "granite": "Granite",
+    "granitemoe": "Granite MoE",
+    "granite_swa": "Granite with sinks",
+    "helium": "Helium",
+    "hunyuan_v1_dense": "HunYuan (dense)",
+    "minicpm3": "MiniCPM 3",
+    "nemotron": "Nemotron",
+    "olmo": "OLMo 1",
+    "olmo3": "OLMo 3",
+    "olmoe": "OLMoE",
+    "opt": "OPT",
+    "persimmon": "Persimmon",
+    "seed_oss": "Seed-OSS",
+    "stablelm": "StableLM",
+    "vaultgemma": "VaultGemma",
+}
+"""What has been checked of that which transformers builds, by its ``model_type``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One architecture.
+
+    ``rope_scaling`` are the ways to stretch its rotary positions, ``gguf`` the architectures of
+    GGUF files that hold it, ``lora`` the checkpoint's modules of a layer that adapters may change,
+    as PEFT's ``target_modules`` name them.
+    """
+
+    architecture: str
+    model_type: str
+    series: str
+    title: str
+    features: tuple[str, ...]
+    rope_scaling: tuple[str, ...]
+    gguf: tuple[str, ...]
+    lora: tuple[str, ...]
+
+
+def native_entries() -> list[Entry]:
+    """Every architecture that our decoder runs, those of a series together."""
+    order = list(dict.fromkeys(family.series for family in FAMILIES.values()))
+    families = sorted(FAMILIES.values(), key=lambda family: order.index(family.series))
+    return [_entry(family) for family in families]
+
+
+def usual_rope_scaling(entries: Iterable[Entry]) -> tuple[str, ...]:
+    """The ways to stretch rotary positions that most of them have."""
+    [(usual, _)] = Counter(entry.rope_scaling for entry in entries).most_common(1)
+    return usual
+
+
+def peculiarities(entry: Entry, usual: tuple[str, ...]) -> list[str]:
+    """What an entry has that not all have; ``usual`` is what most have of `rope_scaling`."""
+    found = [name for name in entry.features if name != "rotary positions"]
+    if len(entry.features) == len(found) or entry.rope_scaling == usual:
+        return found
+    more = [kind for kind in entry.rope_scaling if kind not in usual]
+    return [*found, f"rope scaling {', '.join(more)} too" if more else "no rope scaling"]
+
+
+def features_of(specs: Iterable[DecoderSpec]) -> tuple[str, ...]:
+    """The `FEATURES` that any of them has."""
+    known = list(specs)
+    return tuple(name for name, has in FEATURES.items() if any(map(has, known)))
+
+
+def _entry(family: Family) -> Entry:
+    specs = list(_possible_specs(family))
+    modules = (
+        name.rpartition(".")[2]
+        for spec in specs
+        for index in range(len(spec.layers))
+        for module in layer_modules(spec, index)
+        if takes_adapter(module)
+        for name in family.weight_names(spec).modules[module.name]
+    )
+    kinds = {
+        layer.attention.rope.scaling.kind
+        for spec in specs
+        for layer in spec.layers
+        if layer.attention.rope is not None and layer.attention.rope.scaling is not None
+    }
+    return Entry(
+        architecture=family.architecture,
+        model_type=family.model_type,
+        series=family.series,
+        title=family.title,
+        features=features_of(specs),
+        rope_scaling=tuple(kind for kind in get_args(RopeScalingKind) if kind in kinds),
+        gguf=tuple(
+            name
+            for name, held in ARCHITECTURES.items()
+            if family.architecture in (held.family, *held.also)
+        ),
+        lora=tuple(dict.fromkeys(modules)),
+    )
+
+
+def _possible_specs(family: Family) -> Iterator[DecoderSpec]:
+    first = family.spec(HfConfig({**_TINY, **_CONTEXT}, family.architecture))
+    ropes = (layer.attention.rope for layer in first.layers)
+    num_pairs = next((rope.rotary_dim // 2 for rope in ropes if rope is not None), 0)
+    factors = dict.fromkeys(("short_factor", "long_factor"), [1.0] * num_pairs)
+    stretches: list[Values] = [
+        {"rope_type": kind, **_STRETCH, **(factors if kind == "longrope" else {})}
+        for kind in get_args(RopeScalingKind)
+    ]
+    stretched = ({**_CONTEXT, "rope_scaling": stretch} for stretch in stretches)
+    for values in (*_SWITCHES, *stretched):
+        try:
+            yield family.spec(HfConfig({**_TINY, **values}, family.architecture))
+        except (ModelLoadError, UnsupportedModelError):
+            continue

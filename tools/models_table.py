@@ -1,0 +1,119 @@
+"""Write what can be served, into ``docs/models.md`` and into the table of the README.
+
+    python -m tools.models_table
+
+It is made from what `streamserve models` says, which is what the loader reads. A test compares the
+files with what this makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from streamserve.cli.args import DTYPES
+from streamserve.cli.models import CHECKPOINT_FORMATS
+from streamserve.cli.quantization import QUANTIZATIONS
+from streamserve.models.catalogue import (
+    THROUGH_TRANSFORMERS,
+    Entry,
+    native_entries,
+    peculiarities,
+    usual_rope_scaling,
+)
+from tools.api_table import markdown_table
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- by tools/models_table.py -->\n", "<!-- end -->\n"
+
+_INTRO = """# What can be served
+
+Made by `python -m tools.models_table` from what the loader reads; a test keeps it in step.
+`streamserve models` prints the same, `streamserve models NAME` the part of it that you look for,
+and `--json` everything for programs.
+
+A checkpoint's `config.json` names an architecture; fine-tunes have that of the model they began as.
+All below are served by one decoder of our own.
+
+"""
+
+_CHECKED = """
+## How each row is checked
+
+On random weights, against transformers, or against a plain model of our own where transformers
+has none: logits, and 32 greedy tokens, in ragged batches, in chunks, and after a prefix hit. GGUF
+files and quantised checkpoints have tests of their own ([gguf.md](gguf.md),
+[quantization.md](quantization.md)).
+
+Frequencies that transformers changes with the length of a text (dynamic NTK, Qwen 1's too;
+LongRoPE: Phi 3's 128k) are fixed here for `--max-model-len`, since keys in the cache cannot be
+turned again: within the trained length they are the short ones, else the long ones for all.
+"""
+
+
+def render_page() -> str:
+    """``docs/models.md``."""
+    entries = native_entries()
+    rows = (
+        (
+            entry.title,
+            f"`{entry.architecture}`",
+            f"`{entry.model_type}`",
+            _codes(entry.gguf),
+            ", ".join(entry.features),
+            ", ".join(entry.rope_scaling),
+            _codes(entry.lora),
+        )
+        for entry in entries
+    )
+    head = ("models", "architecture", "`model_type`", "GGUF", "has", "rope scaling", "LoRA")
+    common = f"""
+**All of these**: `--dtype` {_codes(DTYPES)}; `--quantization` {_codes(QUANTIZATIONS)} while the
+weights are loaded; checkpoints in {", ".join(CHECKPOINT_FORMATS)}
+([quantization.md](quantization.md)); LoRA adapters on the modules named, as PEFT's
+`target_modules` name them ([lora.md](lora.md)).
+
+**Through transformers** ([model_impl.md](model_impl.md)): any model that it builds and that attends
+through its attention interface, with the same `--dtype` and `--quantization`; no LoRA, no GGUF, no
+checkpoints that are quantised already. What cannot run so is refused with the reason. Checked are
+{", ".join(THROUGH_TRANSFORMERS.values())}.
+"""
+    return _INTRO + markdown_table(head, list(rows)) + common + _CHECKED
+
+
+def render_readme(text: str) -> str:
+    """The README with its table made anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}{_readme_table()}{END}{after}"
+
+
+def _readme_table() -> str:
+    entries = native_entries()
+    usual = usual_rope_scaling(entries)
+    series: dict[str, list[Entry]] = {}
+    for entry in entries:
+        series.setdefault(entry.series, []).append(entry)
+    rows = [
+        (
+            "; ".join(dict.fromkeys(entry.title for entry in members)),
+            _codes(entry.architecture for entry in members),
+            _codes(dict.fromkeys(name for entry in members for name in entry.gguf)),
+            ", ".join(dict.fromkeys(p for e in members for p in peculiarities(e, usual))),
+        )
+        for members in series.values()
+    ]
+    foreign = ", ".join(THROUGH_TRANSFORMERS.values())
+    rows.append((f"{foreign}, …", "through transformers", "", ""))
+    return markdown_table(("models", "architectures", "GGUF", "some have"), rows)
+
+
+def _codes(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render_page(), encoding="utf-8")
+    README.write_text(render_readme(README.read_text(encoding="utf-8")), encoding="utf-8")
