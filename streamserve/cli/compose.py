@@ -185,6 +185,8 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
     quantised = f" with {method} weights" if method else ""
     dtype_name = str(dtype).removeprefix("torch.")
     say(f"model {model_name(args)}: {config.architecture}, {dtype_name}{quantised}, on {device}")
+    if config.unserved:
+        say(f"  text only     requests with {config.unserved} are refused")
     scheduler = SchedulerConfig(
         max_model_len=max_model_len,
         max_num_seqs=args.max_num_seqs,

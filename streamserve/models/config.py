@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ import torch
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import footprint
 from streamserve.models.families import Family, find_family, has_family, unknown_family
+from streamserve.models.families.text_parts import find_text_part
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.model_config import ModelConfig
 from streamserve.models.quantised.stored import stored_quantization
 from streamserve.models.spec import DecoderSpec
+from streamserve.models.tensor_files import open_tensor_files
 from streamserve_kernels import Quantization
 
 # transformers' names for the sampling settings that a model recommends.
@@ -51,15 +54,23 @@ def load_hf_config(
     values = _read_json(directory / "config.json", required=True)
     generation = _read_json(directory / "generation_config.json", required=False)
     config = HfConfig(values, str(directory / "config.json"))
+    part = None if model_impl == "transformers" else find_text_part(config)
+    text = config if part is None else part.config(config, partial(_has_head, directory))
     stated: dict[str, Any] = {
         "eos_token_ids": _token_ids(generation, "eos_token_id")
-        or _token_ids(values, "eos_token_id"),
-        "dtype": _checkpoint_dtype(config),
+        or _token_ids(values, "eos_token_id")
+        or _token_ids(text.values, "eos_token_id"),
+        "dtype": _checkpoint_dtype(config) or _checkpoint_dtype(text),
         "sampling_defaults": _sampling_defaults(generation),
     }
-    if model_impl == "transformers" or (model_impl == "auto" and not has_family(config)):
+    if part is not None:
+        parsed = replace(
+            parse_config(text, family=part.family(text), **stated), unserved=part.unserved
+        )
+    elif model_impl == "transformers" or (model_impl == "auto" and not has_family(config)):
         return _transformers_config(directory, config, stated, model_impl, trust_remote_code)
-    parsed = parse_config(config, **stated)
+    else:
+        parsed = parse_config(config, **stated)
     names = parsed.family.weight_names(parsed.spec)
     stored = stored_quantization(values, directory, names, parsed.spec)
     return replace(parsed, stored_quantization=stored)
@@ -71,9 +82,13 @@ def parse_config(
     eos_token_ids: tuple[int, ...],
     dtype: torch.dtype | None,
     sampling_defaults: Mapping[str, float],
+    family: Family | None = None,
 ) -> NativeConfig:
-    """Of one of our families. Raises as `load_hf_config` does."""
-    family = find_family(config)
+    """Of one of our families, found by the config if none is given.
+
+    Raises as `load_hf_config` does.
+    """
+    family = family or find_family(config)
     spec = family.spec(config)
     _check_heads(spec, config.source)
     longest = _longest_sequence(family, config, spec)
@@ -90,6 +105,14 @@ def parse_config(
         sampling_defaults=sampling_defaults,
         end_tokens=family.end_tokens,
     )
+
+
+def _has_head(directory: Path) -> bool:
+    try:
+        files = open_tensor_files(directory, "auto")
+    except ModelLoadError:
+        return False  # dummy weights need none; others are looked for again, and missed
+    return any(name.endswith("lm_head.weight") for name in files.names())
 
 
 def _transformers_config(

@@ -196,7 +196,8 @@ class HfConfig:
         kind = given.get("rope_type", given.get("type", "default"))
         if kind in ("su", "yarn") and "long_factor" in given:
             kind = "longrope"  # as it was called before it had a name
-        if kind == "default":
+        if kind in ("default", "mrope"):
+            # Qwen-VL's three positions of a token are the same in a text.
             return None
         if kind not in ROPE_KINDS:
             raise UnsupportedModelError(

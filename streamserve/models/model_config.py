@@ -22,7 +22,8 @@ class ModelConfig:
     is the checkpoint's own, None when the config does not say. ``sampling_defaults`` are the
     recommendations of ``generation_config.json``; ``stored_quantization`` is how the weights are
     quantised in the files, None if they are not. ``end_tokens`` end an answer besides
-    ``eos_token_ids``.
+    ``eos_token_ids``. ``unserved`` is what the checkpoint has a part for that is left out, as
+    "images".
     """
 
     architecture: str
@@ -35,6 +36,7 @@ class ModelConfig:
     sampling_defaults: Mapping[str, float]
     stored_quantization: StoredQuantization | None = None
     end_tokens: tuple[str, ...] = ()
+    unserved: str = ""
 
     def weight_bytes(self, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
         """Bytes that the weights take at most in ``dtype``, or quantised."""

@@ -35,7 +35,9 @@ class WeightNames:
     ``[experts, …]``, whose name stands here whole; that of their biases ends in ``_bias`` besides.
     ``interleaved`` gates and ups take turns, row by row. ``optional_prefix`` may be absent from a
     checkpoint's names. ``ignored`` are regular expressions, matched at the end of a name, of
-    buffers that old checkpoints carry and no decoder needs.
+    buffers that old checkpoints carry and no decoder needs. ``renamed`` are beginnings of names as
+    a checkpoint has them and as they stand here; names that begin with one of ``skipped`` are of
+    parts that nobody asks for.
     """
 
     modules: Mapping[str, tuple[str, ...]]
@@ -45,3 +47,12 @@ class WeightNames:
     interleaved: frozenset[str] = field(default_factory=frozenset)
     optional_prefix: str = ""
     ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def full(self, stored: str) -> str:
+        """A name as it stands here."""
+        for before, after in self.renamed:
+            if stored.startswith(before):
+                return after + stored.removeprefix(before)
+        return stored

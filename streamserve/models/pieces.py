@@ -53,11 +53,14 @@ def module_pieces(names: WeightNames, module: Module, leaf: Leaf) -> list[Piece]
 
 
 def full_names(files: TensorFiles, names: WeightNames) -> dict[str, str]:
-    """Full names to names as stored: a checkpoint may leave the optional prefix out."""
-    stored = list(files.names())
+    """Full names to names as stored, of all parts but the skipped ones.
+
+    A checkpoint may leave the optional prefix out.
+    """
+    stored = [name for name in files.names() if not name.startswith(names.skipped)]
     prefix = names.optional_prefix
     if not prefix or any(name.startswith(prefix) for name in stored):
-        return {name: name for name in stored}
+        return {names.full(name): name for name in stored}
     head = names.modules["head"][0] + "."
     return {name if name.startswith(head) else prefix + name: name for name in stored}
 

@@ -36,6 +36,19 @@ NAMES = WeightNames(
     ignored=(r"rotary_emb\.inv_freq",),
 )
 
+_STACKED = frozenset({"layers.experts.gate_up", "layers.experts.down"})
+# Of later checkpoints: all experts of a layer in one tensor.
+ONE_TENSOR_NAMES = replace(
+    NAMES,
+    modules={
+        **NAMES.modules,
+        "layers.experts.gate_up": (LAYER + "mlp.experts.gate_up_proj",),
+        "layers.experts.down": (LAYER + "mlp.experts.down_proj",),
+    },
+    transposed=_STACKED,
+    sliced=_STACKED,
+)
+
 
 def _without_experts(config: HfConfig, num_layers: int) -> frozenset[int]:
     named = config.values.get("mlp_only_layers") or []

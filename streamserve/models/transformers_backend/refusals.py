@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from streamserve.errors import UnsupportedModelError
+from streamserve.models.families.text_parts import TEXT_PARTS
 
 # Of parts of a config that split up the same language model.
 _INNER = ("text_config", "attn_config", "ffn_config")
@@ -31,7 +32,10 @@ def refuse_by_config(config: PreTrainedConfig, *, trust_remote_code: bool) -> No
         if isinstance(part, PreTrainedConfig) and name not in _INNER
     ]
     if parts:
-        raise UnsupportedModelError(f"it has parts for more than text ({', '.join(parts)})")
+        raise UnsupportedModelError(
+            f"it has parts for more than text ({', '.join(parts)}), and the text part is served "
+            f"of these: {', '.join(TEXT_PARTS)}"
+        )
     for kind in getattr(config, "layer_types", None) or ():
         if any(name in str(kind) for name in _STATEFUL):
             raise UnsupportedModelError(
