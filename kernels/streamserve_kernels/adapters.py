@@ -36,7 +36,10 @@ class StepAdapters(NamedTuple):
 
 
 class AdapterTable:
-    """One linear layer's adapters by slot, in `dtype` on `device`."""
+    """One linear layer's adapters by slot, in `dtype` on `device`; none has more ranks than that.
+
+    Each backend has one of its own, which its `add_adapters` takes.
+    """
 
     def __init__(
         self,
@@ -45,14 +48,17 @@ class AdapterTable:
         in_features: int,
         dtype: torch.dtype,
         device: torch.device,
+        max_rank: int,
     ) -> None:
         self.out_features, self.in_features = out_features, in_features
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.max_rank = dtype, device, max_rank
         self.entries: list[tuple[Tensor, Tensor] | None] = [None] * num_slots
 
     def set(self, slot: int, a: Tensor, b: Tensor) -> None:
         """Give a slot its matrices, a [R, K] and b [N, R]. Raises ValueError for other shapes."""
         rank = a.shape[0]
+        if rank > self.max_rank:
+            raise ValueError(f"an adapter of rank {rank} where {self.max_rank} is the largest")
         if a.shape != (rank, self.in_features) or b.shape != (self.out_features, rank):
             raise ValueError(
                 f"an adapter of {tuple(a.shape)} and {tuple(b.shape)} beside a weight of "
@@ -86,15 +92,3 @@ def add_adapters(y: Tensor, x: Tensor, table: AdapterTable, rows: AdapterRows | 
         low = F.linear(x[ids].float(), a.float()).to(table.dtype)
         y[ids] = (y[ids].float() + F.linear(low.float(), b.float())).to(y.dtype)
     return y
-
-
-def adapter_table(
-    num_slots: int,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_rank: int,
-) -> AdapterTable:
-    """An empty table for `add_adapters` of the same backend; `max_rank` bounds what comes in."""
-    return AdapterTable(num_slots, out_features, in_features, dtype, device)

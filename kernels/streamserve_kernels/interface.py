@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from streamserve_kernels.adapters import AdapterRows, AdapterTable, StepAdapters
+from streamserve_kernels import adapters
+from streamserve_kernels.adapters import AdapterRows, StepAdapters
 from streamserve_kernels.quantised import Quantization
 from streamserve_kernels.stored import StoredWeight
 
@@ -267,18 +268,11 @@ class Kernels(Protocol):
 
     def embedding(self, ids: Tensor, weight: Tensor | QuantLinear) -> Tensor: ...
 
-    def adapter_table(
-        self,
-        num_slots: int,
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_rank: int,
-    ) -> AdapterTable: ...
+    @property
+    def AdapterTable(self) -> type[adapters.AdapterTable]: ...  # noqa: N802
 
     def add_adapters(
-        self, y: Tensor, x: Tensor, table: AdapterTable, rows: AdapterRows | None
+        self, y: Tensor, x: Tensor, table: adapters.AdapterTable, rows: AdapterRows | None
     ) -> Tensor:
         """`rows` is None only while a step is recorded."""
         ...

@@ -31,7 +31,7 @@ from streamserve_kernels.stored_naive import NaiveStoredLinear, prepare_parts
 
 name = "naive"
 
-adapter_table = adapters.adapter_table
+AdapterTable = adapters.AdapterTable
 add_adapters = adapters.add_adapters
 
 

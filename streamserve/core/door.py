@@ -8,6 +8,7 @@ from operator import attrgetter
 from streamserve.config import SchedulerConfig
 from streamserve.core.backlog import Backlog
 from streamserve.core.clock import Clock
+from streamserve.core.fairness import FairShare
 from streamserve.core.request import Request
 from streamserve.core.seats import Seats
 from streamserve.core.step_time import StepTimeModel
@@ -26,16 +27,15 @@ class Door:
         backlog: Backlog,
         clock: Clock,
         step_time: StepTimeModel | None,
-        *,
-        keeps_shares: bool = False,
+        shares: FairShare | None = None,
     ) -> None:
-        """``keeps_shares``: no tenant may have more of the queue than what it leaves free."""
+        """With ``shares`` no tenant may have more of the queue than what it leaves free."""
         self._config = config
         self._seats = seats
         self._backlog = backlog
         self._clock = clock
         self._step_time = step_time
-        self._keeps_shares = keeps_shares
+        self._shares = shares
 
     def check_room(self, request: Request) -> None:
         """Raise ``QueueFullError`` past the bounds of the queue; an empty one takes anyone.
@@ -51,18 +51,18 @@ class Door:
                 f"at most {limit} requests may wait, {num_waiting} do already",
                 retry_after_s=self._backlog.seconds_until(num_waiting - limit + 1),
             )
-        mine = [r for r in waiting if r.tenant == request.tenant] if self._keeps_shares else []
-        if mine and len(mine) >= limit - num_waiting:
+        mine = None if self._shares is None else self._shares.account_of(request.tenant)
+        if mine is not None and mine.num_waiting and mine.num_waiting >= limit - num_waiting:
             raise QueueFullError(
-                f"{len(mine)} requests of this key or user wait already, and of {limit} places"
-                f" {limit - num_waiting} are left for others",
+                f"{mine.num_waiting} requests of this key or user wait already, and of {limit}"
+                f" places {limit - num_waiting} are left for others",
                 retry_after_s=self._backlog.seconds_until(1),
             )
         max_tokens = self._config.max_num_waiting_tokens
         if max_tokens is None or not num_waiting:
             return
         num_tokens = self._seats.num_waiting_tokens
-        num_mine = sum(r.num_queued_tokens for r in mine)
+        num_mine = 0 if mine is None else mine.num_waiting_tokens
         if num_mine and num_mine + request.num_prompt_tokens > max_tokens - num_tokens:
             raise QueueFullError(
                 f"{num_mine} tokens of prompts of this key or user wait already, and of"

@@ -55,6 +55,10 @@ class FairShare:
         self._is_stale = False  # somebody came in who is not in there
         self._highest = 0.0
 
+    def account_of(self, tenant: str) -> Account | None:
+        """A tenant's account; ``None``: it has no requests, and had none lately."""
+        return self._accounts.get(tenant)
+
     def enter(self, request: Request) -> None:
         """Open the account of a request that is about to be queued or seated."""
         account = self._accounts.get(request.tenant)

@@ -87,14 +87,8 @@ class Scheduler:
         self.recovery = Recovery(self._seats)
         self._continuation = Continuation(self._seats, kv_cache)
         self._admission = Admission(self._seats, kv_cache, self._policy, clock, self._in_flight)
-        self._door = Door(
-            config,
-            self._seats,
-            self._admission.backlog,
-            clock,
-            step_time,
-            keeps_shares=self._policy.keeps_shares,
-        )
+        backlog = self._admission.backlog
+        self._door = Door(config, self._seats, backlog, clock, step_time, self._shares)
         self._speculator = (
             None
             if config.speculative is None

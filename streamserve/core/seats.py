@@ -95,6 +95,7 @@ class Seats:
         self.num_waiting_tokens += request.num_queued_tokens
         if request.account is not None:
             request.account.num_waiting += 1
+            request.account.num_waiting_tokens += request.num_queued_tokens
         insort(self.waiting, request, key=_by_key)
 
     def seat(self, request: Request) -> None:
@@ -220,6 +221,7 @@ class Seats:
             self.num_waiting_tokens -= request.num_queued_tokens
             if account is not None:
                 account.num_waiting -= 1
+                account.num_waiting_tokens -= request.num_queued_tokens
         elif account is not None:
             account.num_running -= 1
         _remove(requests, request)
@@ -243,7 +245,9 @@ class Seats:
         assert self.num_waiting_tokens == sum(r.num_queued_tokens for r in self.waiting)
         for request in self.requests.values():
             if (account := request.account) is not None:
-                assert account.num_waiting == sum(r.account is account for r in self.waiting)
+                waiting = [r for r in self.waiting if r.account is account]
+                assert account.num_waiting == len(waiting)
+                assert account.num_waiting_tokens == sum(r.num_queued_tokens for r in waiting)
                 assert account.num_running == sum(r.account is account for r in self.running)
                 num_paused = sum(r.account is account for r in self.paused.values())
                 assert account.num_paused == num_paused

@@ -14,6 +14,7 @@ class Account:
         "num_paused",
         "num_running",
         "num_waiting",
+        "num_waiting_tokens",
         "rank",
         "weight",
     )
@@ -24,6 +25,7 @@ class Account:
         self.counter = 0.0  # tokens that were served, over the weight
         self.last_served = 0.0  # in seconds, or when it came if that was later
         self.num_waiting = 0
+        self.num_waiting_tokens = 0  # of prompts
         self.num_running = 0
         self.num_paused = 0
         self.rank = 0  # what its requests' keys begin with

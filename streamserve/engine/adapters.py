@@ -52,6 +52,7 @@ class Adapters:
         self._by_name: dict[str, Adapter] = {}
         self._free = list(range(bank.num_slots - 1, -1, -1))
         self._leaving: list[int] = []  # slots of unloaded ones that still have requests
+        self._loading = asyncio.Lock()
 
     def serve(self, is_used: Callable[[int], bool]) -> None:
         """``is_used``: whether a request or a step in flight has this slot."""
@@ -64,30 +65,57 @@ class Adapters:
         """The adapter of this name."""
         return None if name is None else self._by_name.get(name)
 
-    def make_room(self) -> None:
-        """Unload the oldest adapter that nothing uses, if no slot is free."""
+    async def load(self, name: str, path: Path) -> Adapter:
+        """Read an adapter while the engine runs, one at a time.
+
+        Raises AdapterError: the name is taken, no slot is free, or what the bank says of the files.
+        """
+        async with self._loading:
+            return await self._load(name, path)
+
+    async def get(self, name: str, path: Path) -> Adapter:
+        """The adapter of this name, loaded from ``path`` if there is none.
+
+        The oldest that nothing uses makes room for it. It is there until the next ``await``, and as
+        long as a request has it. Raises AdapterError as ``load`` does, but for a name that is
+        loaded from ``path`` already.
+        """
+        if (found := self._by_name.get(name)) is None:
+            async with self._loading:
+                if (found := self._by_name.get(name)) is None:
+                    self._make_room()
+                    return await self._load(name, path)
+        if found.path != path:
+            raise _taken(found)
+        return found
+
+    async def _load(self, name: str, path: Path) -> Adapter:
+        adapter = self._reserve(name, path)
+        reading = asyncio.ensure_future(asyncio.to_thread(self._bank.load, adapter.slot, path))
+        try:
+            await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            # The thread goes on: until it has ended, nobody else may be read into its slot.
+            reading.add_done_callback(lambda done: self._abandon(adapter.slot, done))
+            raise
+        except BaseException:
+            self._free.append(adapter.slot)
+            raise
+        self._by_name[name] = adapter
+        return adapter
+
+    def _abandon(self, slot: int, done: asyncio.Future[None]) -> None:
+        if done.cancelled():  # the loop is closing
+            return
+        if done.exception() is None:
+            self._bank.clear(slot)
+        self._free.append(slot)
+
+    def _make_room(self) -> None:
         if not self._free:
             idle = [a for a in self._by_name.values() if not self._is_used(a.slot)]
             for adapter in idle[:1]:
                 self.unload(adapter.name)
-
-    async def load(self, name: str, path: Path) -> Adapter:
-        """Read an adapter while the engine runs.
-
-        Raises AdapterError: the name is taken, no slot is free, or what the bank says of the files.
-        """
-        adapter = self._reserve(name, path)
-        try:
-            await asyncio.to_thread(self._bank.load, adapter.slot, path)
-        except BaseException:
-            self._free.append(adapter.slot)
-            raise
-        if name in self._by_name:
-            self._bank.clear(adapter.slot)
-            self._free.append(adapter.slot)
-            raise AdapterError(f"adapter {name!r} was loaded meanwhile")
-        self._by_name[name] = adapter
-        return adapter
 
     def load_now(self, name: str, path: Path) -> Adapter:
         """As ``load``, before anything runs."""
@@ -120,13 +148,15 @@ class Adapters:
             asyncio.get_running_loop().call_later(_FREE_AGAIN_S, self._free_unused)
 
     def _reserve(self, name: str, path: Path) -> Adapter:
-        if name in self._by_name:
-            raise AdapterError(
-                f"adapter {name!r} is loaded already, from {self._by_name[name].path}"
-            )
+        if (found := self._by_name.get(name)) is not None:
+            raise _taken(found)
         if not self._free:
             raise AdapterError(
                 f"adapter {name!r}: all {self._bank.num_slots} places for adapters are taken "
                 "(--max-loras)"
             )
         return Adapter(name, path, self._free.pop())
+
+
+def _taken(adapter: Adapter) -> AdapterError:
+    return AdapterError(f"adapter {adapter.name!r} is loaded already, from {adapter.path}")

@@ -92,7 +92,6 @@ class Answers:
         self._seats = asyncio.Semaphore(max_num_requests)
         self._line = asyncio.Lock()
         self._adapters = adapters
-        self._loading = asyncio.Lock()
 
     def close(self) -> None:
         """Let go of the threads that tokenise."""
@@ -230,18 +229,7 @@ class Answers:
             raise InvalidParameterError(
                 "lora_request needs LLM(…, enable_lora=True)", param="lora_request"
             )
-        async with self._loading:
-            found, path = adapters.find(asked.lora_name), asked.path
-            if found is None:
-                adapters.make_room()
-                return await adapters.load(asked.lora_name, path)
-        if found.path != path:
-            raise InvalidParameterError(
-                f"lora_request: {asked.lora_name!r} is {str(found.path)!r} already, "
-                f"got {asked.lora_path!r}",
-                param="lora_request",
-            )
-        return found
+        return await adapters.get(asked.lora_name, asked.path)
 
     @contextmanager
     def _submitted(self, prepared: Prepared) -> Iterator[list[_Answer]]:

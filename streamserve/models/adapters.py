@@ -102,7 +102,7 @@ class AdapterTables:
                     continue
                 assert module.columns is not None
                 self._modules[index, module.name] = module
-                self._tables[index, module.name] = kernels.adapter_table(
+                self._tables[index, module.name] = kernels.AdapterTable(
                     num_slots,
                     module.num_rows,
                     module.columns,

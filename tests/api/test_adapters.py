@@ -1,6 +1,7 @@
 """Adapters as models of their own: listed, asked for, loaded and unloaded while answers stream."""
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,24 @@ from streamserve.errors import AdapterError
 from tests.api.harness import MODEL, Answer, Api, Exchange, chat_body, until
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-PATH = Path("/adapters/sql")
+PATH, SLOW = Path("/adapters/sql"), Path("/adapters/slow")
 
 
 class Bank:
-    """Says which slots hold what."""
+    """Says which slots hold what. What is called "slow" is read when ``go_on`` is set."""
 
     def __init__(self, num_slots: int = 2) -> None:
         self.num_slots = num_slots
         self.held: dict[int, Path] = {}
+        self.num_begun = 0
+        self.go_on = threading.Event()
 
     def load(self, slot: int, path: Path) -> None:
+        self.num_begun += 1
         if path.name == "broken":
             raise AdapterError(f"{path} holds no adapter")
+        if path.name == "slow":
+            assert self.go_on.wait(60)
         assert slot not in self.held
         self.held[slot] = path
 
@@ -133,5 +139,44 @@ async def test_two_load_one_name_at_the_same_time():
     found = await asyncio.gather(*loading, return_exceptions=True)
     assert {type(one) for one in found} == {Adapter, AdapterError}
     assert [adapter.name for adapter in adapters] == ["a"]
+    assert bank.num_begun == 1
     await adapters.load("b", PATH)
     assert len(bank.held) == 2
+
+
+async def test_who_asks_for_an_adapter_gets_it_loaded_once_and_waits_for_no_other():
+    bank = Bank()
+    adapters = Adapters(bank)
+    used: list[int] = []
+    adapters.serve(used.__contains__)
+    first = await adapters.get("a", PATH)
+    slow = [asyncio.create_task(adapters.get("slow", SLOW)) for _ in range(2)]
+    await until(lambda: bank.num_begun == 2)
+    assert await adapters.get("a", PATH) is first
+    with pytest.raises(AdapterError, match=f"'a' is loaded already, from {PATH}"):
+        await adapters.get("a", SLOW)
+    bank.go_on.set()
+    second, again = await asyncio.gather(*slow)
+    assert second is again
+    used.append(first.slot)
+    third = await adapters.get("c", Path("/x"))
+    assert third.slot == second.slot, "the oldest that nothing uses made room"
+    used.append(third.slot)
+    with pytest.raises(AdapterError, match="all 2 places"):
+        await adapters.get("d", Path("/x"))
+
+
+async def test_nobody_is_read_into_the_slot_of_who_gave_up_before_that_was_read():
+    bank = Bank(num_slots=1)
+    adapters = Adapters(bank)
+    given_up = asyncio.create_task(adapters.load("slow", SLOW))
+    await until(lambda: bank.num_begun)
+    given_up.cancel()
+    await asyncio.wait([given_up])
+    with pytest.raises(AdapterError, match="all 1 places"):
+        await adapters.load("a", PATH)
+    bank.go_on.set()
+    await until(lambda: adapters._free)
+    assert not bank.held
+    await adapters.load("a", PATH)
+    assert bank.held == {0: PATH}

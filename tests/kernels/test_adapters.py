@@ -32,7 +32,7 @@ def test_each_row_gets_its_own_adapter(request, backend, slots, shape):
     kernels: Kernels = request.getfixturevalue(backend)
     dtype = torch.bfloat16 if backend == "native" else torch.float32
     out_features, in_features = shape
-    table = kernels.adapter_table(NUM_SLOTS, *shape, dtype, CPU, MAX_RANK)
+    table = kernels.AdapterTable(NUM_SLOTS, *shape, dtype, CPU, MAX_RANK)
     sets = {slot: matrices(rank, shape, slot) for slot, rank in ((0, 17), (2, 4))}  # none for 1
     for slot, (a, b) in sets.items():
         table.set(slot, a, b)
@@ -59,7 +59,7 @@ def test_each_row_gets_its_own_adapter(request, backend, slots, shape):
 
 def test_a_rows_result_does_not_depend_on_the_rows_beside_it(native):
     shape = (577, 300)
-    table = native.adapter_table(NUM_SLOTS, *shape, torch.bfloat16, CPU, MAX_RANK)
+    table = native.AdapterTable(NUM_SLOTS, *shape, torch.bfloat16, CPU, MAX_RANK)
     for slot in range(NUM_SLOTS):
         table.set(slot, *matrices(8, shape, slot))
     slots = [0, 0, 1, -1, 2, 2, 2, 2, 2, 0, 1]
@@ -75,10 +75,10 @@ def test_a_rows_result_does_not_depend_on_the_rows_beside_it(native):
 
 def test_matrices_that_do_not_fit_are_refused(naive, native):
     for kernels in (naive, native):
-        table = kernels.adapter_table(NUM_SLOTS, 16, 32, torch.bfloat16, CPU, 4)
+        table = kernels.AdapterTable(NUM_SLOTS, 16, 32, torch.bfloat16, CPU, 4)
         with pytest.raises(ValueError, match="beside a weight of"):
             table.set(0, torch.zeros(4, 16), torch.zeros(16, 4))
         with pytest.raises(ValueError, match="beside a weight of"):
             table.set(0, torch.zeros(4, 32), torch.zeros(16, 3))
-    with pytest.raises(ValueError, match="rank 6 where 4"):
-        table.set(0, torch.zeros(5, 32), torch.zeros(16, 5))
+        with pytest.raises(ValueError, match="rank 5 where 4"):
+            table.set(0, torch.zeros(5, 32), torch.zeros(16, 5))

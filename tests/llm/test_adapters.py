@@ -63,7 +63,7 @@ def test_what_cannot_be_is_said(llm, paths, tmp_path):
     with pytest.raises(AdapterError, match="holds no adapter"):
         ask(LoRARequest("d", 1, str(tmp_path)))
     ask(LoRARequest("a", 1, str(paths["a"])))
-    with pytest.raises(InvalidParameterError, match=r"'a' is .* already"):
+    with pytest.raises(AdapterError, match=r"'a' is loaded already, from .*/a$"):
         ask(LoRARequest("a", 1, str(paths["b"])))
     with pytest.raises(InvalidParameterError, match="must be a LoRARequest, got str"):
         ask("a")

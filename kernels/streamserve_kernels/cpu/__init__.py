@@ -8,7 +8,7 @@ packed_linear       bfloat16 weights packed for oneDNN; linear_few reads them fo
 
 from __future__ import annotations
 
-from streamserve_kernels.adapters import adapter_table, add_adapters
+from streamserve_kernels.adapters import AdapterTable, add_adapters
 from streamserve_kernels.cpu.attention import paged_attention
 from streamserve_kernels.cpu.jit import compilations
 from streamserve_kernels.cpu.ops import (
@@ -29,8 +29,8 @@ from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quan
 from streamserve_kernels.native.stored import prepare_stored
 
 __all__ = [
+    "AdapterTable",
     "activation",
-    "adapter_table",
     "add_adapters",
     "compilations",
     "copy_blocks",

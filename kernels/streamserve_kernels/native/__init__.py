@@ -16,7 +16,7 @@ instructions want them: `unpack_keys` and `unpack_values` tell how.
 from __future__ import annotations
 
 from streamserve_kernels.naive import compilations, embedding, warm_up
-from streamserve_kernels.native.adapters import adapter_table, add_adapters
+from streamserve_kernels.native.adapters import AdapterTable, add_adapters
 from streamserve_kernels.native.layout import (
     check_head_sizes,
     kv_cache_shape,
@@ -42,8 +42,8 @@ from streamserve_kernels.native.record import Recorder
 from streamserve_kernels.native.stored import prepare_stored
 
 __all__ = [
+    "AdapterTable",
     "activation",
-    "adapter_table",
     "add_adapters",
     "check_head_sizes",
     "compilations",

@@ -19,7 +19,7 @@ _PARALLEL_ELEMENTS = 16384
 
 
 class AdapterTable(adapters.AdapterTable):
-    """As the naive one, packed; no slot's rank, made even, is above `max_rank`."""
+    """As the naive one, of bfloat16 and packed; `max_rank` is even, as packed ranks are."""
 
     def __init__(
         self,
@@ -30,8 +30,10 @@ class AdapterTable(adapters.AdapterTable):
         device: torch.device,
         max_rank: int,
     ) -> None:
-        super().__init__(num_slots, out_features, in_features, dtype, device)
-        self.max_rank = max_rank + max_rank % 2
+        if dtype != torch.bfloat16:
+            raise TypeError(f"the native kernels take bfloat16 adapters, got {dtype}")
+        max_rank += max_rank % 2
+        super().__init__(num_slots, out_features, in_features, dtype, device, max_rank)
         self.addresses = torch.zeros(num_slots, _ENTRY, dtype=torch.int64)
 
     def set(self, slot: int, a: Tensor, b: Tensor) -> None:
@@ -39,8 +41,6 @@ class AdapterTable(adapters.AdapterTable):
         entry = self.entries[slot]
         assert entry is not None
         rank = a.shape[0] + a.shape[0] % 2
-        if rank > self.max_rank:
-            raise ValueError(f"an adapter of rank {rank} where {self.max_rank} is the largest")
         inputs = -(-self.in_features // _INPUTS) * _INPUTS
         outputs = -(-self.out_features // _OUTPUTS) * _OUTPUTS
         down = torch.zeros(rank, inputs, dtype=torch.bfloat16)
@@ -71,20 +71,6 @@ class AdapterTable(adapters.AdapterTable):
             self.out_features,
             rows_kind,
         )
-
-
-def adapter_table(
-    num_slots: int,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_rank: int,
-) -> adapters.AdapterTable:
-    """See `naive.adapter_table`."""
-    if dtype != torch.bfloat16:
-        raise TypeError(f"the native kernels take bfloat16 adapters, got {dtype}")
-    return AdapterTable(num_slots, out_features, in_features, dtype, device, max_rank)
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamserve_kernels.adapters import adapter_table, add_adapters
+from streamserve_kernels.adapters import AdapterTable, add_adapters
 from streamserve_kernels.interface import QuantLinear
 from streamserve_kernels.naive import kv_cache_shape
 from streamserve_kernels.triton.attention import paged_attention
@@ -39,8 +39,8 @@ from streamserve_kernels.triton.runtime import compilations
 from streamserve_kernels.triton.stored import prepare_stored
 
 __all__ = [
+    "AdapterTable",
     "activation",
-    "adapter_table",
     "add_adapters",
     "compilations",
     "copy_blocks",
