@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from streamserve_kernels.interface import QuantLinear
@@ -37,6 +38,7 @@ from streamserve_kernels.triton.linear import (
 from streamserve_kernels.triton.packed import WORDS_PER_CHUNK, pack
 from streamserve_kernels.triton.runtime import INTERPRETED
 from streamserve_kernels.triton.stored_kernels import (
+    KernelWeight,
     sparse_kernel,
     stored_product_kernel,
     stored_rows_kernel,
@@ -45,7 +47,6 @@ from streamserve_kernels.triton.tuning import LIBRARY, Config
 
 _ROWS_BLOCK = 1024
 _SPARSE_BLOCK = 128
-_NO_TABLE = -1
 _NO_OFFSETS, _ZERO, _ZEROS, _MINIMUMS = range(4)
 _GEMV = (
     Config("gemm", 1, 4, 512, 4),
@@ -80,45 +81,30 @@ class PlanesWeight:
         if packed.kind is Float8Weight:
             codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
             table = codes.float()[None].to(self.device)
-        self._table = None if table is None else table.contiguous()
+        low, high = PLANES[packed.bits][0], (*PLANES[packed.bits], 0)[1]
         planes = tuple(plane.contiguous() for plane in packed.planes)
-        filler = planes[0]
-        self._zero = 0.0
-        offsets, kind = self._offsets(packed)
-        scales, scale_units, scales_per = _fields(packed.scales, filler)
-        values, units, offsets_per = _fields(offsets, filler)
-        bits = (*PLANES[packed.bits], 0)
+        numbers, zero, kind = _offsets(packed)
+        scales, scale_units, scales_per = _fields(packed.scales)
+        offsets, offset_units, offsets_per = _fields(numbers)
         group = min(packed.group or packed.in_features, packed.in_features)
-        self.tensors = (
-            planes[0],
-            planes[-1],
-            filler if self._table is None else self._table,
-            scales,
-            scale_units,
-            values,
-            units,
+        self.weight = KernelWeight(
+            low=planes[0],
+            high=planes[1] if high else None,
+            table=None if table is None else table.contiguous(),
+            scales=scales,
+            scale_units=scale_units,
+            offsets=offsets,
+            offset_units=offset_units,
+            zero=zero,
+            group=group,
+            G=-(-packed.in_features // group),
+            LOW_BITS=tl.constexpr(low),
+            HIGH_BITS=tl.constexpr(high),
+            TABLE_ROW=tl.constexpr(0 if table is None or table.shape[0] == 1 else table.shape[1]),
+            SCALES_PER=tl.constexpr(scales_per),
+            OFFSETS=tl.constexpr(kind),
+            OFFSETS_PER=tl.constexpr(offsets_per),
         )
-        self.sizes = (self._zero, group, -(-packed.in_features // group))
-        row = 0 if self._table is None or self._table.shape[0] == 1 else self._table.shape[1]
-        self.options = {
-            "LOW_BITS": bits[0],
-            "HIGH_BITS": bits[1],
-            "TABLE_ROW": _NO_TABLE if self._table is None else row,
-            "HAS_SCALES": packed.scales is not None,
-            "SCALES_PER": scales_per,
-            "OFFSETS": kind,
-            "OFFSETS_PER": offsets_per,
-        }
-
-    def _offsets(self, packed: PackedStored) -> tuple[Numbers | None, int]:
-        if packed.minimums is not None:
-            return packed.minimums, _MINIMUMS
-        if isinstance(packed.zeros, Tensor):
-            return packed.zeros, _ZEROS
-        if packed.zeros:
-            self._zero = packed.zeros
-            return None, _ZERO
-        return None, _NO_OFFSETS
 
     @property
     def nbytes(self) -> int:
@@ -139,27 +125,34 @@ class PlanesWeight:
         if count == 0:
             return out
         stored_rows_kernel[(count, -(-self.in_features // _ROWS_BLOCK))](
-            self.tensors[0] if ids is None else ids,
+            self.weight.low if ids is None else ids,
             out,
             first,
             self.out_features,
             self.in_features,
-            *self.tensors,
-            *self.sizes,
-            **self.options,
+            self.weight,
             HAS_IDS=ids is not None,
             BLOCK_K=_ROWS_BLOCK,
         )
         return out
 
 
-def _fields(numbers: Numbers | None, filler: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Values, units and how many values share one (0: they have none)."""
+def _offsets(packed: PackedStored) -> tuple[Numbers | None, float, int]:
+    """Zeros or minimums, the zero that all share, and which of these there is."""
+    if packed.minimums is not None:
+        return packed.minimums, 0.0, _MINIMUMS
+    if isinstance(packed.zeros, Tensor):
+        return packed.zeros, 0.0, _ZEROS
+    return None, packed.zeros or 0.0, _ZERO if packed.zeros else _NO_OFFSETS
+
+
+def _fields(numbers: Numbers | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """Values, units and how many values share one: 0 where they have none, -1 without any."""
     if numbers is None:
-        return filler, filler, 0
+        return None, None, -1
     if isinstance(numbers, FactoredNumbers):
         return numbers.codes.contiguous(), numbers.units.contiguous(), numbers.per
-    return numbers.contiguous(), filler, 0
+    return numbers.contiguous(), None, 0
 
 
 def _sorted(sparse: tuple[Tensor, Tensor, Tensor], outputs: int) -> _Sparse:
@@ -183,10 +176,12 @@ class PlanesLinear(DequantisedLinear[PlanesWeight]):
         super().__init__(PlanesWeight(pack_stored(weight)), bias, dtype, name, inputs)
 
     def tuning_key(self, rows: int) -> str:
-        options = ",".join(str(value) for value in self.packed.options.values())
+        weight = self.packed.weight
+        sizes = [size.value for size in weight if isinstance(size, tl.constexpr)]
+        options = ",".join(map(str, [*sizes, weight.table is None, weight.group]))
         bias = "" if self.bias is None else f",{self.bias.dtype} bias"
         shape = f"{self.out_features}x{self.in_features}"
-        return f"planes,{options},{self.packed.sizes[1]},{shape},{self.dtype}{bias},{rows}"
+        return f"planes,{options},{shape},{self.dtype}{bias},{rows}"
 
     def candidates(self, rows: int) -> tuple[Config, ...]:
         if rows == 1:
@@ -202,14 +197,12 @@ class PlanesLinear(DequantisedLinear[PlanesWeight]):
         grid = -(-self.out_features // config.block_n), -(-count // config.block_m)
         stored_product_kernel[grid](
             rows,
-            packed.tensors[0] if self.bias is None else self.bias,
+            packed.weight.low if self.bias is None else self.bias,
             y,
             count,
             self.out_features,
             self.in_features,
-            *packed.tensors,
-            *packed.sizes,
-            **packed.options,
+            packed.weight,
             HAS_BIAS=self.bias is not None,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

@@ -6,21 +6,36 @@ neighbours come from the first-level cache), and what they stand for from a tabl
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton.language as tl
 
 from streamserve_kernels.triton.runtime import jit
 
 
+class KernelWeight(NamedTuple):
+    """A stored weight [N, K] as kernels take it: one argument."""
+
+    low: Any  # [N, P] uint8: the low bits of codes
+    high: Any  # [N, P'] uint8: their high bits, or None where HIGH_BITS is 0
+    table: Any  # [N or 1, 2**bits] float32 of what codes stand for; None: themselves
+    scales: Any  # [N, G]
+    scale_units: Any  # [N, ceil(G / SCALES_PER)]
+    offsets: Any  # [N, G]: zeros or minimums
+    offset_units: Any
+    zero: float
+    group: int
+    G: int  # groups of a row
+    LOW_BITS: tl.constexpr
+    HIGH_BITS: tl.constexpr
+    TABLE_ROW: tl.constexpr  # elements between the tables of two outputs
+    SCALES_PER: tl.constexpr  # scales that share a unit; 0: they have none, -1: no scales
+    OFFSETS: tl.constexpr  # 0: none, 1: `zero`, 2: zeros, 3: minimums
+    OFFSETS_PER: tl.constexpr
+
+
 @jit
-def _numbers(
-    values,  # [N, G]
-    units,  # [N, ceil(G / PER)], where PER is not 0
-    n,
-    g,
-    G,
-    mask,
-    PER: tl.constexpr,
-):
+def _numbers(values, units, n, g, G, mask, PER: tl.constexpr):
     number = tl.load(values + n * G + g, mask=mask, other=0).to(tl.float32)
     if PER:
         shared = (G + PER - 1) // PER
@@ -36,53 +51,32 @@ def _codes(plane, n, k, P, mask, BITS: tl.constexpr):
 
 
 @jit
-def _weights(
-    n,  # int64, against k
-    k,
-    N,
-    K,
-    low,
-    high,
-    table,
-    scales,
-    scale_units,
-    offsets,
-    offset_units,
-    zero,
-    group,
-    G,
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    TABLE_ROW: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    SCALES_PER: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    OFFSETS_PER: tl.constexpr,
-):
-    """The weights of outputs n and columns k, float32, step by step as `dequantise` has them."""
+def _weights(weight, n, k, N, K):
+    """The weights of outputs n (int64, against k) and columns k, as `dequantise` has them."""
     mask = (n < N) & (k < K)
-    LOW_PER: tl.constexpr = 8 // LOW_BITS
-    code = _codes(low, n, k, (K + LOW_PER - 1) // LOW_PER, mask, LOW_BITS)
-    if HIGH_BITS:
-        HIGH_PER: tl.constexpr = 8 // HIGH_BITS
-        code |= _codes(high, n, k, (K + HIGH_PER - 1) // HIGH_PER, mask, HIGH_BITS) << LOW_BITS
-    if TABLE_ROW >= 0:
-        weight = tl.load(table + n * TABLE_ROW + code, mask=mask, other=0.0)
+    LOW_PER: tl.constexpr = 8 // weight.LOW_BITS
+    code = _codes(weight.low, n, k, (K + LOW_PER - 1) // LOW_PER, mask, weight.LOW_BITS)
+    if weight.HIGH_BITS:
+        HIGH_PER: tl.constexpr = 8 // weight.HIGH_BITS
+        width = (K + HIGH_PER - 1) // HIGH_PER
+        code |= _codes(weight.high, n, k, width, mask, weight.HIGH_BITS) << weight.LOW_BITS
+    if weight.table is not None:
+        values = tl.load(weight.table + n * weight.TABLE_ROW + code, mask=mask, other=0.0)
     else:
-        weight = code.to(tl.float32)
-    g = k // group
-    if OFFSETS == 1:
-        weight -= zero
-    elif OFFSETS == 2:
-        weight -= _numbers(offsets, offset_units, n, g, G, mask, OFFSETS_PER)
-    if HAS_SCALES:
-        weight *= _numbers(scales, scale_units, n, g, G, mask, SCALES_PER)
-    if OFFSETS == 3:
-        weight -= _numbers(offsets, offset_units, n, g, G, mask, OFFSETS_PER)
-    return tl.where(mask, weight, 0.0)
+        values = code.to(tl.float32)
+    g, G = k // weight.group, weight.G
+    if weight.OFFSETS == 1:
+        values -= weight.zero
+    elif weight.OFFSETS == 2:
+        values -= _numbers(weight.offsets, weight.offset_units, n, g, G, mask, weight.OFFSETS_PER)
+    if weight.SCALES_PER >= 0:
+        values *= _numbers(weight.scales, weight.scale_units, n, g, G, mask, weight.SCALES_PER)
+    if weight.OFFSETS == 3:
+        values -= _numbers(weight.offsets, weight.offset_units, n, g, G, mask, weight.OFFSETS_PER)
+    return tl.where(mask, values, 0.0)
 
 
-@jit(do_not_specialize=["M", "zero", "group", "G"])
+@jit(do_not_specialize=["M"])
 def stored_product_kernel(
     x,  # [M, K]
     bias,  # [N], or anything without HAS_BIAS
@@ -90,23 +84,7 @@ def stored_product_kernel(
     M,
     N,
     K,
-    low,  # [N, P] uint8: the low bits of codes
-    high,  # [N, P'] uint8: their high bits, where HIGH_BITS is not 0
-    table,  # [N or 1, 2**bits] float32, where TABLE_ROW is not -1
-    scales,  # [N, G]
-    scale_units,
-    offsets,  # [N, G]
-    offset_units,
-    zero,
-    group,
-    G,
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    TABLE_ROW: tl.constexpr,  # elements between the tables of two outputs; -1: no table
-    HAS_SCALES: tl.constexpr,
-    SCALES_PER: tl.constexpr,  # numbers that share a unit; 0: they have none
-    OFFSETS: tl.constexpr,  # 0: none, 1: `zero`, 2: zeros, 3: minimums
-    OFFSETS_PER: tl.constexpr,
+    weight,  # a KernelWeight
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,  # 1: a row without the matrix units
     BLOCK_N: tl.constexpr,
@@ -119,42 +97,20 @@ def stored_product_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        weight = _weights(
-            rows,
-            k[:, None],
-            N,
-            K,
-            low,
-            high,
-            table,
-            scales,
-            scale_units,
-            offsets,
-            offset_units,
-            zero,
-            group,
-            G,
-            LOW_BITS,
-            HIGH_BITS,
-            TABLE_ROW,
-            HAS_SCALES,
-            SCALES_PER,
-            OFFSETS,
-            OFFSETS_PER,
-        )
+        w = _weights(weight, rows, k[:, None], N, K)
         if BLOCK_M == 1:
             values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-            acc += tl.sum(weight * values[:, None], axis=0)[None, :]
+            acc += tl.sum(w * values[:, None], axis=0)[None, :]
         else:
             values = tl.load(
                 x + m.to(tl.int64)[:, None] * K + k[None, :],
                 mask=(m < M)[:, None] & (k < K)[None, :],
                 other=0.0,
             )
-            weight = weight.to(values.dtype)
+            w = w.to(values.dtype)
             if INTERPRETED:
-                weight, values = weight.to(tl.float32), values.to(tl.float32)
-            acc = tl.dot(values, weight, acc, input_precision="ieee")
+                w, values = w.to(tl.float32), values.to(tl.float32)
+            acc = tl.dot(values, w, acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(
@@ -164,30 +120,14 @@ def stored_product_kernel(
     )
 
 
-@jit(do_not_specialize=["first_row", "zero", "group", "G"])
+@jit(do_not_specialize=["first_row"])
 def stored_rows_kernel(
     ids,  # [R] int64: rows to unpack; anything without HAS_IDS
     out,  # [R, K]
     first_row,  # of the R adjacent ones, without HAS_IDS
     N,
     K,
-    low,
-    high,
-    table,
-    scales,
-    scale_units,
-    offsets,
-    offset_units,
-    zero,
-    group,
-    G,
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    TABLE_ROW: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    SCALES_PER: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    OFFSETS_PER: tl.constexpr,
+    weight,  # a KernelWeight
     HAS_IDS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -198,30 +138,8 @@ def stored_rows_kernel(
     else:
         n = first_row + row
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    weight = _weights(
-        n,
-        k,
-        N,
-        K,
-        low,
-        high,
-        table,
-        scales,
-        scale_units,
-        offsets,
-        offset_units,
-        zero,
-        group,
-        G,
-        LOW_BITS,
-        HIGH_BITS,
-        TABLE_ROW,
-        HAS_SCALES,
-        SCALES_PER,
-        OFFSETS,
-        OFFSETS_PER,
-    )
-    tl.store(out + row * K + k, weight.to(out.dtype.element_ty), mask=k < K)
+    w = _weights(weight, n, k, N, K)
+    tl.store(out + row * K + k, w.to(out.dtype.element_ty), mask=k < K)
 
 
 @jit
