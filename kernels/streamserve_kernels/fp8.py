@@ -15,6 +15,8 @@ from streamserve_kernels.quantised import Quantization
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+# Weights that are quantised at a time.
+_SLICE_ELEMENTS = 2**22
 
 
 def quantise_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,6 +31,17 @@ def quantise_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, largest / FP8_MAX
 
 
+def quantise_fp8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same some rows at a time: float32 copies of a large weight would not fit beside it."""
+    codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    scales = torch.empty(weight.shape[0], device=weight.device)
+    rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        some = slice(start, start + rows)
+        codes[some], scales[some] = quantise_fp8(weight[some])
+    return codes, scales
+
+
 class NaiveFp8Linear:
     """Codes as they are; every call makes float32 of the whole weight."""
 
@@ -38,7 +51,7 @@ class NaiveFp8Linear:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self.bias = bias
-        self.codes, self.scales = quantise_fp8(weight)
+        self.codes, self.scales = quantise_fp8_weight(weight)
 
     @property
     def quantization(self) -> Quantization:

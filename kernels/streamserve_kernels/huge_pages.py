@@ -36,13 +36,26 @@ def touch(tensor: Tensor) -> None:
     Lets go of the interpreter lock. Does nothing where the system cannot be asked: pages then come
     when they are first written.
     """
+    _advise(tensor, _MADV_POPULATE_WRITE)
+
+
+def drop(tensor: Tensor) -> None:
+    """Gives back the pages of a contiguous tensor in a mapped file that nobody has written to.
+
+    They come from the file again. Of other memory the contents would be lost.
+    """
+    _advise(tensor, mmap.MADV_DONTNEED)
+
+
+def _advise(tensor: Tensor, advice: int) -> None:
+    """Of the pages that are the tensor's alone."""
     page = mmap.PAGESIZE
     first = -(-tensor.data_ptr() // page) * page
     last = (tensor.data_ptr() + tensor.nbytes) // page * page
     if sys.platform.startswith("linux") and last > first:
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        madvise(first, last - first, _MADV_POPULATE_WRITE)
+        madvise(first, last - first, advice)
 
 
 def _mapping(num_bytes: int) -> mmap.mmap:

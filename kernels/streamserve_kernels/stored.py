@@ -285,7 +285,8 @@ def _same_order(parts: Sequence[GroupedWeight]) -> bool:
     )
 
 
-def _joined(parts: Sequence[Numbers]) -> Numbers:
+def joined(parts: Sequence[Numbers]) -> Numbers:
+    """The numbers of all outputs, one part's after the other's."""
     factored = [part for part in parts if isinstance(part, FactoredNumbers)]
     if len(factored) == len(parts) and len({part.per for part in factored}) == 1:
         codes = torch.cat([part.codes for part in factored])
@@ -302,11 +303,11 @@ def _concatenate_grouped(parts: Sequence[GroupedWeight]) -> GroupedWeight:
     return GroupedWeight(
         torch.cat([part.codes for part in parts]),
         first.bits,
-        _joined([part.scales for part in parts]),
+        joined([part.scales for part in parts]),
         zeros,
         first.group,
         first.inputs,
-        _joined(minimums) if minimums else None,
+        joined(minimums) if minimums else None,
     )
 
 
@@ -335,7 +336,7 @@ def _concatenate_tables(parts: Sequence[TableWeight]) -> TableWeight:
         torch.cat([part.codes for part in parts]),
         table,
         parts[0].bits,
-        _joined(scales) if scales else None,
+        joined(scales) if scales else None,
         parts[0].group,
         None
         if not sparse

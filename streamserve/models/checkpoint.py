@@ -8,6 +8,7 @@ host never holds more than a part of one matrix, and the device no more than the
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -43,8 +44,9 @@ class WeightSource(Protocol):
 class CheckpointSource:
     """Weights from files, checked as a whole before the first byte is copied.
 
-    ``reader`` knows the quantised ones. Raises ModelLoadError that names the tensors that are
-    missing, left over or of a wrong shape.
+    ``reader`` knows the quantised ones; ``path`` is where tensors were looked for. Raises
+    ModelLoadError that names it and the tensors that are missing or left over, or the file and the
+    tensor that is of a wrong shape or dtype.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class CheckpointSource:
         files: TensorFiles,
         names: WeightNames,
         spec: DecoderSpec,
+        path: Path,
         reader: FormatReader | None = None,
     ) -> None:
+        self._path = path
         self._files = files
         self._names = names
         self._spec = spec
@@ -91,12 +95,19 @@ class CheckpointSource:
         shape = piece.shape
         if piece.expert is not None:
             shape = (num_experts(self._spec, module), *shape)
-        found = self._files.shape(self._stored[piece.name])
-        if found != shape:
-            raise ModelLoadError(
-                f"tensor {self._stored[piece.name]} has shape {list(found)}; "
-                f"the config asks for {list(shape)}"
+        name = self._stored[piece.name]
+        found, dtype = self._files.shape(name), self._files.dtype(name)
+        if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+            raise self._error(
+                name,
+                f"has dtype {dtype}: quantised weights, of which the config says nothing that is "
+                "understood",
             )
+        if found != shape:
+            raise self._error(name, f"has shape {list(found)}; the config asks for {list(shape)}")
+
+    def _error(self, name: str, what: str) -> ModelLoadError:
+        return ModelLoadError(f"{self._files.file(name)}: tensor {name} {what}")
 
     def _needless_bias(self, module: Module, piece: Piece) -> list[str]:
         """Packers give layers a bias that have none: zeros, which change nothing."""
@@ -104,9 +115,7 @@ class CheckpointSource:
         if module.bias or name not in self._stored:
             return []
         if self._files.read(self._stored[name]).any():
-            raise ModelLoadError(
-                f"tensor {self._stored[name]} is not all zeros, and this layer has no bias"
-            )
+            raise self._error(self._stored[name], "is not all zeros, and this layer has no bias")
         return [name]
 
     def _surplus(self, used: set[str]) -> list[str]:
@@ -120,15 +129,16 @@ class CheckpointSource:
             surplus = [name for name in surplus if not self._is_tied_copy(name)]
         return surplus
 
-    @staticmethod
-    def _refuse(missing: list[str], surplus: list[str]) -> None:
+    def _refuse(self, missing: list[str], surplus: list[str]) -> None:
         problems = [
             f"{what} {len(found)} tensor{'s' if len(found) > 1 else ''}: {_listing(found)}"
             for what, found in (("it lacks", missing), ("it has no use for", surplus))
             if found
         ]
         if problems:
-            raise ModelLoadError(f"the checkpoint does not fit the config: {'; '.join(problems)}")
+            raise ModelLoadError(
+                f"{self._path}: the checkpoint does not fit the config: {'; '.join(problems)}"
+            )
 
     def _is_tied_copy(self, name: str) -> bool:
         """Whether this is the head of a tied model, saved although it equals the embedding."""
@@ -138,8 +148,8 @@ class CheckpointSource:
         if embedding is None:
             return False
         if not torch.equal(self._files.read(name), self._files.read(embedding)):
-            raise ModelLoadError(
-                f"the config ties the head to the embedding, but {name} differs from {embedding}"
+            raise self._error(
+                name, f"differs from {embedding}, and the config ties the head to the embedding"
             )
         self._files.release(name)
         self._files.release(embedding)
@@ -163,11 +173,6 @@ class CheckpointSource:
     def _fill_piece(self, part: Tensor, piece: Piece, module: Module, leaf: Leaf) -> None:
         name = self._stored[piece.name]
         tensor = self._files.read(name)
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
-            raise ModelLoadError(
-                f"tensor {name} has dtype {tensor.dtype}: quantised weights, "
-                "of which the config says nothing that is understood"
-            )
         if piece.expert is not None:
             tensor = tensor[piece.expert]
         if leaf == "weight" and module.name in self._names.transposed:

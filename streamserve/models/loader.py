@@ -219,7 +219,7 @@ def load_model(
         files = open_tensor_files(Path(path), load_format)
         reader = stored.reader if isinstance(stored, CheckpointQuantization) else None
         names = config.family.weight_names(config.spec)
-        source = CheckpointSource(files, names, config.spec, reader)
+        source = CheckpointSource(files, names, config.spec, Path(path), reader)
     weights = build_weights(config.spec, source, kernels, dtype, device, progress, quantization)
     beside = None
     if adapters is not None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from streamserve.errors import ModelLoadError
+from streamserve_kernels import huge_pages
 
 FileFormat = Literal["safetensors", "pt"]
 
@@ -52,6 +53,10 @@ class TensorFiles(Protocol):
 
     def dtype(self, name: str) -> torch.dtype | None:
         """None for one that has no name here."""
+        ...
+
+    def file(self, name: str) -> Path:
+        """Where the tensor is: what an error names."""
         ...
 
     def read(self, name: str) -> Tensor:
@@ -157,6 +162,9 @@ class SafetensorsFiles:
     def dtype(self, name: str) -> torch.dtype | None:
         return self._entries[name].dtype
 
+    def file(self, name: str) -> Path:
+        return self._entries[name].file.path
+
     def read(self, name: str) -> Tensor:
         entry = self._entries[name]
         if entry.dtype is None:
@@ -211,13 +219,19 @@ class PickledFiles:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._tensors: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}
+        self._mapped: set[Path] = set()
         for path in files:
-            for name, tensor in _unpickle(path).items():
+            tensors, is_mapped = _unpickle(path)
+            if is_mapped:
+                self._mapped.add(path)
+            for name, tensor in tensors.items():
                 if not isinstance(tensor, Tensor):
                     raise ModelLoadError(f"{path}: {name} is no tensor but {type(tensor)}")
                 if name in self._tensors:
                     raise ModelLoadError(f"tensor {name} is in more than one file, also {path}")
                 self._tensors[name] = tensor
+                self._files[name] = path
 
     def names(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -228,20 +242,29 @@ class PickledFiles:
     def dtype(self, name: str) -> torch.dtype | None:
         return self._tensors[name].dtype
 
+    def file(self, name: str) -> Path:
+        return self._files[name]
+
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
 
     def release(self, name: str) -> None:
-        """Nothing: a mapped file's clean pages are the kernel's to take back."""
+        tensor = self._tensors[name]
+        if self._files[name] in self._mapped and tensor.is_contiguous() and tensor.nbytes:
+            # Nobody writes to a tensor that was read: what is dropped comes from the file again.
+            huge_pages.drop(tensor)
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
+def _unpickle(path: Path) -> tuple[dict[str, Any], bool]:
+    """What the file holds, and whether it is mapped."""
+    is_mapped = True
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
         try:
             loaded = torch.load(path, mmap=True, **options)
         except RuntimeError:
             # Files written before torch 1.6 are no zip archives and cannot be mapped.
+            is_mapped = False
             loaded = torch.load(path, **options)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise ModelLoadError(f"{path} cannot be loaded as plain tensors: {error}") from error
@@ -249,4 +272,4 @@ def _unpickle(path: Path) -> dict[str, Any]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
         raise ModelLoadError(f"{path} holds no dictionary of tensors but {type(loaded)}")
-    return loaded
+    return loaded, is_mapped

@@ -12,6 +12,7 @@ from torch import Tensor
 from streamserve.errors import ModelLoadError
 from streamserve.models.checkpoint import WeightSource
 from streamserve.models.footprint import weight_bytes
+from streamserve.models.host_memory import release_freed_memory
 from streamserve.models.parameters import (
     Module,
     embedding_module,
@@ -126,6 +127,8 @@ class _Builder:
             self._done += module.numel * self._dtype.itemsize
             if self._progress is not None:
                 self._progress(self._done, self.total)
+        if self._device.type == "cpu":
+            release_freed_memory()
 
     def _add(self, weights: Weights, module: Module) -> None:
         stored = self._source.stored(module)

@@ -44,6 +44,9 @@ class MemoryFiles:
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
 
+    def file(self, name: str) -> Path:
+        return Path("memory")
+
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
 

@@ -124,7 +124,9 @@ def bloom():
 def test_an_axis_equals_transformers(family, checkpoint, kernels):
     config, spec, names = family()
     directory, model = checkpoint(config)
-    decoder = decoder_of(spec, CheckpointSource(open_files(directory), names, spec), kernels)
+    decoder = decoder_of(
+        spec, CheckpointSource(open_files(directory), names, spec, directory), kernels
+    )
     tokens = torch.randint(0, 97, (29,), generator=torch.Generator().manual_seed(5)).tolist()
     logits = PagedHarness(decoder).prefill([Sequence(tokens), Sequence(tokens[:3])], 11)
     with torch.inference_mode():

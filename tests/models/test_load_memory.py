@@ -82,9 +82,7 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize(
-    "kind", [("bfloat16",), ("float32",), ("bfloat16", "int8"), ("bfloat16", "int4")], ids="-".join
-)
+@pytest.mark.parametrize("kind", [("bfloat16",), ("bfloat16", "int8")], ids="-".join)
 def test_loading_never_holds_much_more_than_the_weights(large_checkpoint, kind):
     root = Path(__file__).parents[2]
     result = subprocess.run(
@@ -99,9 +97,11 @@ def test_loading_never_holds_much_more_than_the_weights(large_checkpoint, kind):
     measured = json.loads(result.stdout)
     assert measured["slow_imports"] == []
     anonymous, mapped = measured["peak"]
-    # A quantised matrix is not in what is held at all: the largest is at hand beside it.
-    at_hand = 2 * CONFIG["vocab_size"] * CONFIG["hidden_size"] if len(kind) > 1 else 0
-    assert anonymous <= 1.15 * measured["weights"] + at_hand + 300 * MIB
+    # The largest matrix is at hand, while it is packed, beside what is packed.
+    at_hand = 2 * CONFIG["vocab_size"] * CONFIG["hidden_size"]
+    assert anonymous - measured["before"][0] <= measured["weights"] + at_hand + 64 * MIB
+    # What was freed on the way is the system's again.
+    assert measured["after"][0] - measured["before"][0] <= measured["weights"] + 64 * MIB
     # What was mapped is given back: no more than a few of the largest tensors at once.
     assert mapped - measured["before"][1] <= 400 * MIB
     assert measured["after"][1] - measured["before"][1] <= 100 * MIB

@@ -51,7 +51,7 @@ def source_of(request, checkpoint):
     config = load_config(directory)
     files = open_tensor_files(directory, "auto")
     names = config.family.weight_names(config.spec)
-    return config, files, CheckpointSource(files, names, config.spec)
+    return config, files, CheckpointSource(files, names, config.spec, directory)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -193,11 +193,32 @@ def test_a_bias_of_zeros_that_no_layer_has_is_passed_over(make, tmp_path):
         load(tmp_path)
 
 
-def test_a_tensor_that_is_missing_is_named(make, tmp_path):
-    directory, _ = make("llama", "gptq-4-act-order")
-    name = "model.layers.0.self_attn.q_proj."
-    edit_tensors(directory, tmp_path, lambda t: t.pop(name + "scales"))
-    with pytest.raises(ModelLoadError, match=rf"lacks 1 tensor: {re.escape(name)}scales"):
+DAMAGES = {
+    "missing": (lambda t, name: t.pop(name), "the checkpoint does not fit the config: it lacks 1"),
+    "misshapen": (lambda t, name: t.update({name: t[name][1:].clone()}), "has shape"),
+    "of a wrong type": (lambda t, name: t.update({name: t[name].double()}), "has dtype"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaf"), [("gptq-4-act-order", "scales"), ("fp8-block", "weight_scale_inv")]
+)
+def test_a_damaged_tensor_is_named_with_its_file(make, tmp_path, kind, leaf):
+    directory, _ = make("llama", kind)
+    name = f"model.layers.0.self_attn.q_proj.{leaf}"
+    file = tmp_path / "model.safetensors"
+    for damage, (edit, message) in DAMAGES.items():
+        edit_tensors(directory, tmp_path, lambda t, edit=edit: edit(t, name))
+        load_config(tmp_path).weight_bytes(torch.float32)
+        with pytest.raises(ModelLoadError) as error:
+            load(tmp_path)
+        said = str(error.value)
+        assert name in said
+        assert message in said
+        assert said.startswith(f"{tmp_path if damage == 'missing' else file}: ")
+    whole = (directory / "model.safetensors").read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ModelLoadError, match=rf"^{file}: tensor \S+ lies outside the file"):
         load(tmp_path)
 
 

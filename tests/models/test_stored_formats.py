@@ -102,6 +102,52 @@ def test_a_damaged_tensor_is_named(case, key, value, message):
     assert message in said
 
 
+OPTIONAL = ("g_idx", "weight_g_idx", "weight_format")
+# Of these neither says how many there are.
+SAME_LENGTH = {"cols": "vals"}
+DAMAGES = {
+    "longer": lambda tensor: torch.zeros(tensor.numel() + 1).to(tensor.dtype),
+    "a number": lambda tensor: torch.zeros(()).to(tensor.dtype),
+    "another type": lambda tensor: torch.zeros(tensor.shape, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_every_tensor_of_every_format_is_missed_and_judged(case):
+    tensors, expected = golden(case)
+    for key, tensor in tensors.items():
+        name = f"{NAME}0.{key}"
+        others = {other: value for other, value in tensors.items() if other != key}
+        modules, names = stored_modules(CONFIGS[case], others)
+        module = Module("layers.down", "linear", (expected.shape[0],), expected.shape[1], layer=0)
+        [piece] = module_pieces(names, module, "weight")
+        # Without its values a module of float8 is none.
+        if key in OPTIONAL or (key == "weight" and not modules.holds(module, piece)):
+            continue
+        assert modules.holds(module, piece), f"{name} is missing"
+        modules.format(module)  # memory is planned before the files are checked
+        # A state's name says NF4 or FP4: of one that is missing nobody can tell.
+        missing = modules.check(module, piece)[1]
+        assert [found[:-3] for found in missing] == [name[:-3]]
+        for damage, edit in DAMAGES.items():
+            if damage == "a number" and tensor.numel() == 1:
+                continue
+            with pytest.raises(ModelLoadError) as error:
+                read(CONFIGS[case], {**others, key: edit(tensor)}, expected.shape)
+            said = str(error.value)
+            named = f"memory: tensor {NAME}0.{SAME_LENGTH.get(key, key)} "
+            assert named in said or f"memory: tensor {name} " in said, (damage, said)
+
+
+def test_zeros_are_packed_in_words_or_are_none_of_int32():
+    """Of the shape of the scales they would be taken for words."""
+    tensors, expected = golden("ct-pack-4-group-asym")
+    zeros = torch.zeros(tensors["weight_scale"].shape, dtype=torch.int32)
+    config = CONFIGS["ct-pack-4-group-asym"]
+    with pytest.raises(ModelLoadError, match=r"weight_zero_point has shape"):
+        read(config, {**tensors, "weight_zero_point": zeros}, expected.shape)
+
+
 def test_a_state_that_is_no_json_is_named():
     key = "weight.quant_state.bitsandbytes__nf4"
     said = damaged("bnb-nf4-96", lambda t: t.update({key: torch.zeros(9, dtype=torch.uint8)}))

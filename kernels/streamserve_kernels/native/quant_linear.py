@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from streamserve_kernels.fp8 import NaiveFp8Linear, quantise_fp8
+from streamserve_kernels.fp8 import NaiveFp8Linear, quantise_fp8_weight
 from streamserve_kernels.huge_pages import Arena
 from streamserve_kernels.interface import QuantLinear
 from streamserve_kernels.native.execute import Executable, done_flags, double_bits, pack_step
@@ -245,7 +245,7 @@ def prepare_quantised(
     if quantization == "fp8":
         if why_not() is not None:
             return NaiveFp8Linear(weight, bias)
-        codes, scales = quantise_fp8(weight)
+        codes, scales = quantise_fp8_weight(weight)
         return prepare_stored(Float8Weight(codes, scales[:, None]), bias, weight.dtype)
     if why_not() is not None:
         return NaiveQuantLinear(weight, bias, quantization)

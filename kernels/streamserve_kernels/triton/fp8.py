@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 import triton.language as tl
 from torch import Tensor
 
-from streamserve_kernels.fp8 import FP8, quantise_fp8
+from streamserve_kernels.fp8 import FP8, quantise_fp8_weight
 from streamserve_kernels.quantised import FP8_TILE, Quantization
 from streamserve_kernels.triton.gemv import gemv_kernel
 from streamserve_kernels.triton.runtime import INTERPRETED, jit
@@ -98,7 +98,7 @@ class Fp8Linear:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         spare = -self.in_features % FP8_TILE, -self.out_features % FP8_TILE
-        codes, scales = quantise_fp8(weight)
+        codes, scales = quantise_fp8_weight(weight)
         codes = F.pad(codes.view(torch.uint8), (0, spare[0], 0, spare[1]))
         self.codes = codes.view(FP8)
         self.scales = F.pad(scales, (0, spare[1]))

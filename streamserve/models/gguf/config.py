@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from streamserve.errors import ModelLoadError
 from streamserve.models.config import NativeConfig, parse_config
 from streamserve.models.gguf.architectures import (
     Architecture,
@@ -54,10 +53,7 @@ def load_gguf_config(path: Path) -> NativeConfig:
 def gguf_source(path: Path, config: NativeConfig) -> GgufSource:
     """The weights of the file that ``config`` is of. Raises ModelLoadError."""
     tensors = GgufTensors(*_read(path))
-    try:
-        return GgufSource(tensors, weight_names(dict.fromkeys(tensors.names())), config.spec)
-    except ModelLoadError as error:
-        raise ModelLoadError(f"{path}: {error}") from error
+    return GgufSource(tensors, weight_names(dict.fromkeys(tensors.names())), config.spec, path)
 
 
 def _read(path: Path) -> tuple[Reading, Architecture]:

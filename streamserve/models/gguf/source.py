@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from streamserve.models.checkpoint import CheckpointSource
 from streamserve.models.gguf.kinds import Kind
@@ -66,8 +67,10 @@ class GgufQuantization:
 
 
 class GgufSource(CheckpointSource):
-    def __init__(self, tensors: GgufTensors, names: WeightNames, spec: DecoderSpec) -> None:
-        super().__init__(tensors, names, spec)
+    def __init__(
+        self, tensors: GgufTensors, names: WeightNames, spec: DecoderSpec, path: Path
+    ) -> None:
+        super().__init__(tensors, names, spec, path)
         self._gguf = tensors
         self._quantization = GgufQuantization.of(tensors, names, spec)
 

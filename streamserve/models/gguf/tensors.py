@@ -11,6 +11,7 @@ import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -68,6 +69,9 @@ class GgufTensors:
     def dtype(self, name: str) -> torch.dtype | None:
         """None for one that is packed."""
         return self.kind(name).plain
+
+    def file(self, name: str) -> Path:
+        return self._slices[name].entry.file.path
 
     def kind(self, name: str) -> Kind:
         return self._slices[name].kind

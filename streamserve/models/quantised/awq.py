@@ -48,7 +48,7 @@ class AwqReader:
         return cls(options.group_size("group_size", "q_group_size"), version)
 
     def holds(self, tensors: Tensors, name: str) -> bool:
-        return name + ".qweight" in tensors
+        return tensors.has_any(name, ".qweight", ".qzeros", ".scales")
 
     def _group(self, columns: int) -> int:
         return columns if self.group_size == -1 else self.group_size

@@ -51,10 +51,20 @@ class BitsAndBytesReader:
         return cls()
 
     def holds(self, tensors: Tensors, name: str) -> bool:
-        return name + ".SCB" in tensors or name + ".weight.absmax" in tensors
+        return self._is_int8(tensors, name) or tensors.has_any(
+            name, ".weight.absmax", ".weight.quant_map"
+        )
+
+    @staticmethod
+    def _is_int8(tensors: Tensors, name: str) -> bool:
+        weight = name + ".weight"
+        if name + ".SCB" in tensors:
+            return True
+        has_table = tensors.has_any(weight, ".absmax", ".quant_map")
+        return not has_table and tensors.dtype(weight) == torch.int8
 
     def parts(self, tensors: Tensors, name: str, rows: int, columns: int) -> Sequence[Part]:
-        if name + ".SCB" in tensors:
+        if self._is_int8(tensors, name):
             return (
                 Part(".weight", [(rows, columns)], [torch.int8]),
                 Part(".SCB", [(rows,), (rows, 1)], [torch.float32]),
@@ -106,11 +116,11 @@ class BitsAndBytesReader:
         return found
 
     def format(self, tensors: Tensors, name: str, rows: int, columns: int) -> StoredFormat:
-        if name + ".SCB" in tensors:
+        if self._is_int8(tensors, name):
             return StoredFormat(8, columns, 4)
         state = self._state(tensors, name, rows, columns)
-        assert state is not None  # its parts were checked
-        return StoredFormat(4, math.gcd(columns, state.block), 4)
+        # Without one it is refused when its parts are checked.
+        return StoredFormat(4, columns if state is None else math.gcd(columns, state.block), 4)
 
     def read(self, tensors: Tensors, name: str, rows: int, columns: int) -> OneWeight:
         if name + ".SCB" in tensors:

@@ -102,8 +102,8 @@ class CompressedTensorsReader:
 
     def holds(self, tensors: Tensors, name: str) -> bool:
         weight = name + ".weight"
-        return weight + "_packed" in tensors or (
-            weight in tensors and tensors.dtype(weight) in (torch.int8, torch.float8_e4m3fn)
+        return tensors.has_any(weight, "_packed", "_shape") or (
+            tensors.dtype(weight) in (torch.int8, torch.float8_e4m3fn)
         )
 
     def parts(self, tensors: Tensors, name: str, rows: int, columns: int) -> Sequence[Part]:
@@ -113,10 +113,11 @@ class CompressedTensorsReader:
             Part(".weight_scale", scales, FLOATS),
             Part(".weight_g_idx", [(columns,)], (torch.int32, torch.int64), optional=True),
         ]
-        zeros = [*scales]
-        if name + ".weight_packed" in tensors:
+        zeros = scales
+        if tensors.has_any(name, ".weight_packed", ".weight_shape"):
             width = -(-columns * scheme.bits // 32)
-            zeros += [(-(-rows * scheme.bits // 32), scales[0][-1])]
+            if tensors.dtype(name + ".weight_zero_point") == torch.int32:
+                zeros = [(-(-rows * scheme.bits // 32), scales[0][-1])]
             parts += [
                 Part(".weight_packed", [(rows, width)], [torch.int32]),
                 Part(".weight_shape", [(2,)], (torch.int32, torch.int64)),

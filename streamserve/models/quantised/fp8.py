@@ -48,8 +48,7 @@ class Fp8Reader:
         return cls((block[0], block[1]))
 
     def holds(self, tensors: Tensors, name: str) -> bool:
-        weight = name + ".weight"
-        return weight in tensors and tensors.dtype(weight) in _FLOAT8
+        return tensors.dtype(name + ".weight") in _FLOAT8
 
     def parts(self, tensors: Tensors, name: str, rows: int, columns: int) -> Sequence[Part]:
         weight = Part(".weight", [(rows, columns)], [torch.float8_e4m3fn])

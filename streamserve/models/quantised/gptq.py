@@ -51,7 +51,7 @@ class GptqReader:
         return cls(bits, group_size, version == "gptq")
 
     def holds(self, tensors: Tensors, name: str) -> bool:
-        return name + ".qweight" in tensors
+        return tensors.has_any(name, ".qweight", ".qzeros", ".scales")
 
     def parts(self, tensors: Tensors, name: str, rows: int, columns: int) -> Sequence[Part]:
         group = columns if self.group_size == -1 else self.group_size

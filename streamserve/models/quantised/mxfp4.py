@@ -36,7 +36,7 @@ class Mxfp4Reader:
         return cls()
 
     def holds(self, tensors: Tensors, name: str) -> bool:
-        return name + "_blocks" in tensors
+        return tensors.has_any(name, "_blocks", "_scales")
 
     def parts(self, tensors: Tensors, name: str, rows: int, columns: int) -> Sequence[Part]:
         blocks = (rows, columns // BLOCK)

@@ -40,6 +40,10 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._stored
 
+    def has_any(self, name: str, *suffixes: str) -> bool:
+        """Whether some of a module's tensors are there: what is missing then is an error."""
+        return any(name + suffix in self._stored for suffix in suffixes)
+
     def shape(self, name: str) -> Shape:
         shape = self._files.shape(self._stored[name])
         if self._expert is None:
@@ -55,7 +59,8 @@ class Tensors:
         return shape if self._expert is None else (self._num_experts, *shape)
 
     def dtype(self, name: str) -> torch.dtype | None:
-        return self._files.dtype(self._stored[name])
+        """None for one that is missing, or has no name here."""
+        return self._files.dtype(self._stored[name]) if name in self._stored else None
 
     def read(self, name: str) -> Tensor:
         """A copy of the tensor: what was mapped is given back."""
@@ -65,7 +70,10 @@ class Tensors:
         return tensor
 
     def error(self, name: str, what: str) -> ModelLoadError:
-        return ModelLoadError(f"tensor {self._stored.get(name, name)} {what}")
+        if name not in self._stored:
+            return ModelLoadError(f"tensor {name} {what}")
+        stored = self._stored[name]
+        return ModelLoadError(f"{self._files.file(stored)}: tensor {stored} {what}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class SqueezeLlmReader:
         return cls(options.one_of("wbits", BITS, "bits", "w_bit"))
 
     def holds(self, tensors: Tensors, name: str) -> bool:
-        return name + ".qweight" in tensors
+        return tensors.has_any(name, ".qweight", ".lookup_table")
 
     def parts(self, tensors: Tensors, name: str, rows: int, columns: int) -> Sequence[Part]:
         if columns * self.bits % 32:
@@ -52,14 +52,16 @@ class SqueezeLlmReader:
         ]
         if any(name + suffix in tensors for suffix in (".rows", ".cols", ".vals")):
             found = [name + suffix for suffix in (".cols", ".vals") if name + suffix in tensors]
-            shape = tensors.shape(found[0]) if found else (0,)
+            count = math.prod(tensors.shape(found[0])) if found else 0
             parts += [
                 Part(".rows", [(rows + 1,)], _INTEGERS),
-                Part(".cols", [shape[:1]], _INTEGERS),
-                Part(".vals", [shape[:1]], FLOATS),
+                Part(".cols", [(count,)], _INTEGERS),
+                Part(".vals", [(count,)], FLOATS),
             ]
-        if name + ".full_rows" in tensors:
-            top = tensors.shape(name + ".full_rows")[-1]
+        if tensors.has_any(name, ".full_rows", ".full_row_indices"):
+            top = 0
+            if name + ".full_rows" in tensors:
+                top = math.prod(tensors.shape(name + ".full_rows")) // columns
             parts += [
                 Part(".full_rows", [(columns, top)], FLOATS),
                 Part(".full_row_indices", [(top,)], _INTEGERS),

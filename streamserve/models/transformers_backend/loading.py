@@ -93,12 +93,12 @@ def _from_files(
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ModelLoadError(f"transformers cannot load {path}: {error}") from error
-    _check(info)
+    _check(info, path)
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     return loaded
 
 
-def _check(info: dict[str, Any]) -> None:
+def _check(info: dict[str, Any], path: Path) -> None:
     """Raises ModelLoadError for a checkpoint that is not this model's."""
     surplus = [name for name in info["unexpected_keys"] if not _NO_WEIGHTS.search(str(name))]
     problems = [
@@ -112,7 +112,9 @@ def _check(info: dict[str, Any]) -> None:
         if found
     ]
     if problems:
-        raise ModelLoadError(f"the checkpoint does not fit the config: {'; '.join(problems)}")
+        raise ModelLoadError(
+            f"{path}: the checkpoint does not fit the config: {'; '.join(problems)}"
+        )
 
 
 def _listing(found: Any) -> str:
