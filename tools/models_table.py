@@ -43,9 +43,13 @@ _CHECKED = """
 ## How each row is checked
 
 On random weights, against transformers, or against a plain model of our own where transformers
-has none: logits, and 32 greedy tokens, in ragged batches, in chunks, and after a prefix hit. GGUF
-files and quantised checkpoints have tests of their own ([gguf.md](gguf.md),
-[quantization.md](quantization.md)).
+has none, by `tests/runner/test_families.py`: the model runs behind the real scheduler, cache
+manager and runner. Prompts come in chunks, beside others that are being answered, behind prefixes
+that are cached up to a block's end or its middle, and once more after preemptions.
+Log-probabilities of the 20 likeliest tokens are compared at every row of a prompt and at every
+token of the answers, and each of 32 greedy tokens with the judge's. A test fails where a row has
+no case, or no case has what the row says. GGUF files and quantised checkpoints have tests of
+their own ([gguf.md](gguf.md), [quantization.md](quantization.md)).
 
 Frequencies that transformers changes with the length of a text (dynamic NTK, Qwen 1's too;
 LongRoPE: Phi 3's 128k) are fixed here for `--max-model-len`, since keys in the cache cannot be

@@ -33,15 +33,18 @@ class Reference(nn.Module):
         super().__init__()
         self.config = config
 
-    def save_pretrained(self, directory: Path) -> None:
-        config = {
+    def values(self) -> dict[str, Any]:
+        """What stands in its ``config.json``."""
+        return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             "auto_map": {"AutoModelForCausalLM": "modeling_it.ItForCausalLM"},
             **self.config,
         }
+
+    def save_pretrained(self, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(config))
+        (directory / "config.json").write_text(json.dumps(self.values()))
         save_file(self.state_dict(), directory / "model.safetensors")
 
     def forward(self, ids: Tensor) -> SimpleNamespace:

@@ -23,8 +23,8 @@ from streamserve.models import Decoder, load_model
 from streamserve.runner.step_buffers import adapter_rows
 from streamserve_kernels.adapters import StepAdapters
 from streamserve_kernels.native.library import why_not
+from tests.models.native import BASE, ENDS, GPT2, GQA, PHI3
 from tests.models.paged import PagedHarness, Sequence
-from tests.models.test_families import BASE, ENDS, GPT2, GQA, PHI3
 
 CPU = torch.device("cpu")
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {

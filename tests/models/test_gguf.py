@@ -19,13 +19,10 @@ from streamserve.models.gguf.kinds import KINDS, unpack_rows
 from streamserve_kernels.stored import concatenate
 from tests.models import references
 from tests.models.gguf_files import F32, Kind, settings_of, write_gguf
-from tests.models.paged import PagedHarness, Sequence
-from tests.models.parity import NUM_GREEDY, prompts
-from tests.models.test_families import (
+from tests.models.native import (
     BAICHUAN_13B,
     BASE,
     CHATGLM,
-    CONFIGS,
     DEEPSEEK,
     ENDS,
     FALCON,
@@ -34,10 +31,13 @@ from tests.models.test_families import (
     GQA,
     LLAMA3_ROPE,
     LONGROPE,
+    NATIVE,
     PHI3,
     QWEN,
     YARN_ROPE,
 )
+from tests.models.paged import PagedHarness, Sequence
+from tests.models.parity import NUM_GREEDY, prompts
 
 CPU = torch.device("cpu")
 EPS = {"attention.layer_norm_rms_epsilon": 1e-6}
@@ -343,7 +343,7 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict
     ),
     "gpt-oss": (
         "gpt-oss",
-        CONFIGS["gpt-oss"],
+        NATIVE["gpt-oss"],
         {
             "attention.layer_norm_rms_epsilon": 1e-5,
             "attention.head_count_kv": 2,

@@ -14,7 +14,7 @@ import transformers
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import load_config, load_model, resolve_dtype, resolve_model
 from tests.models.gguf_files import Kind, write_gguf
-from tests.models.test_families import GQA
+from tests.models.native import GQA
 
 CPU = torch.device("cpu")
 VALUES = {

@@ -14,8 +14,8 @@ from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import load_config, load_model
 from streamserve.models.quantised import mxfp4
 from tests.models import references
+from tests.models.native import BASE, CHATGLM, DEEPSEEK, ENDS, GQA, QWEN
 from tests.models.paged import PagedHarness, Sequence
-from tests.models.test_families import BASE, CHATGLM, DEEPSEEK, ENDS, GQA, QWEN
 
 CPU = torch.device("cpu")
 TOKENS = [5, 17, 3, 88, 41]

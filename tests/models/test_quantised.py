@@ -17,9 +17,9 @@ from streamserve.models.parameters import decoder_modules, module_quantization
 from streamserve_kernels import QUANTIZATIONS
 from streamserve_kernels.native.library import why_not
 from streamserve_kernels.quantised import quantise
+from tests.models.native import NATIVE
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.parity import prompts
-from tests.models.test_families import CONFIGS
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama3", "llama-biases", "mistral", "qwen2", "qwen3", "gpt2", "gpt-neox", "phi")
@@ -57,7 +57,7 @@ def quantization(request):
 def saved(request, tmp_path_factory, build, quantization) -> tuple[Path, Callable[[], None]]:
     """A checkpoint, and transformers' model of its dequantised weights."""
     directory = tmp_path_factory.mktemp("checkpoint")
-    build(CONFIGS[request.param]()).save_pretrained(directory)
+    build(NATIVE[request.param]()).save_pretrained(directory)
     twin = tmp_path_factory.mktemp("dequantised")
     for file in directory.iterdir():
         (twin / file.name).write_bytes(file.read_bytes())
@@ -107,7 +107,7 @@ def test_the_plan_counts_what_is_held(saved, quantization, backend, dtype):
 
 
 def test_router_norms_and_free_embeddings_stay_as_they_are(tiny_llama, checkpoint):
-    spec = load_config(checkpoint(CONFIGS["mixtral"]())[0]).spec
+    spec = load_config(checkpoint(NATIVE["mixtral"]())[0]).spec
     held = {m.name: module_quantization(m, spec, "int4") for m in decoder_modules(spec)}
     assert held == {
         "embedding": None,

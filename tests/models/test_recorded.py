@@ -20,7 +20,7 @@ from streamserve.models.checkpoint import RandomSource
 from streamserve.models.spec import AttentionSpec, DecoderSpec, ExpertsSpec, MlpSpec
 from streamserve.models.weights import build_weights
 from streamserve_kernels.native.library import why_not
-from tests.models import test_axes, test_families
+from tests.models import native, test_axes
 from tests.models.paged import PagedHarness, Sequence
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -105,11 +105,11 @@ def other_axes() -> dict[str, DecoderSpec]:
 AXES = {family.__name__: family for family in (test_axes.granite, test_axes.bloom)}
 
 
-@pytest.fixture(params=[*test_families.CONFIGS, *AXES, *other_axes()])
+@pytest.fixture(params=[*native.NATIVE, *AXES, *other_axes()])
 def spec(request, tmp_path) -> DecoderSpec:
     name = request.param
-    if name in test_families.CONFIGS:
-        test_families.CONFIGS[name]().save_pretrained(tmp_path)
+    if name in native.NATIVE:
+        native.NATIVE[name]().save_pretrained(tmp_path)
         return widened(load_config(tmp_path).spec)
     return widened(AXES[name]()[1] if name in AXES else other_axes()[name])
 

@@ -18,8 +18,8 @@ from streamserve.models.weights import build_weights
 from streamserve_kernels.native.library import why_not
 from streamserve_kernels.stored import StoredFormat, StoredWeight, concatenate
 from tests.kernels.stored_cases import CASES
+from tests.models.native import NATIVE
 from tests.models.paged import PagedHarness, Sequence
-from tests.models.test_families import CONFIGS
 
 CPU = torch.device("cpu")
 HEADS = ("head", "embedding")
@@ -67,7 +67,7 @@ class Quantised(RandomSource):
 @pytest.fixture(params=["llama3", "qwen2-moe", "tied", "gpt2"])
 def config(request, checkpoint, tiny_llama):
     made = tiny_llama(tie_word_embeddings=True) if request.param == "tied" else None
-    directory, _ = checkpoint(made or CONFIGS[request.param]())
+    directory, _ = checkpoint(made or NATIVE[request.param]())
     return replace(load_config(directory), stored_quantization=Kept())
 
 

@@ -17,9 +17,9 @@ from streamserve.errors import ModelLoadError
 from streamserve.models import load_config, load_model
 from streamserve.models.parameters import decoder_modules
 from streamserve.models.pieces import module_pieces
+from tests.models.native import ENDS
 from tests.models.packers import KINDS, words
 from tests.models.paged import PagedHarness, Sequence
-from tests.models.test_families import ENDS
 
 CPU = torch.device("cpu")
 # Multiples of 32: a word of 3-bit codes has parts of its neighbours.

@@ -1,10 +1,12 @@
-"""Models that only transformers has, on our cache and kernels: right, or refused with a reason."""
+"""Models that only transformers has: kinds of weights and kernels, and refusals with a reason.
+
+That each family is right is in tests/runner/test_families.py.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,7 @@ from streamserve.models import Decoder, LanguageModel, load_config, load_model
 from streamserve_kernels import Kernels
 from tests.models.foreign import BASE, FOREIGN, GQA
 from tests.models.paged import PagedHarness, Sequence
-from tests.models.parity import (
-    assert_equals_judge,
-    assert_unasked_rows_change_nothing,
-    prompts,
-)
+from tests.models.parity import assert_equals_judge, prompts
 
 CPU = torch.device("cpu")
 
@@ -31,53 +29,6 @@ def load(directory: Path, kernels: Kernels, **options) -> LanguageModel:
     config = load_config(directory, model_impl="transformers")
     options = {"dtype": torch.float32, "device": CPU, "kernels": kernels, **options}
     return load_model(directory, config=config, **options)
-
-
-@pytest.fixture(scope="module", params=FOREIGN)
-def pair(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    build: Callable[..., transformers.PreTrainedModel],
-    kernels: Kernels,
-) -> tuple[transformers.PreTrainedModel, LanguageModel]:
-    model = build(FOREIGN[request.param]())
-    directory: Path = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(directory)
-    return model, load(directory, kernels)
-
-
-@pytest.mark.parametrize(
-    ("chunk", "prefix_hit"), [(None, False), (5, True)], ids=["whole", "in-chunks-after-a-hit"]
-)
-def test_logits_and_greedy_tokens_equal_transformers(pair, chunk, prefix_hit):
-    model, decoder = pair
-    assert_equals_judge(model, decoder, chunk=chunk, prefix_hit=prefix_hit)
-
-
-def test_rows_that_nobody_asked_for_change_nothing(pair):
-    assert_unasked_rows_change_nothing(pair[1])
-
-
-def test_a_warm_up_of_few_layers_meets_each_kind(pair):
-    """The thin copy writes only its own layers' caches, and leaves the model as it is."""
-    _, decoder = pair
-    thin = decoder.one_of_each_layer()
-    harness = PagedHarness(decoder)
-    before = [pair[0].clone() for pair in harness.caches]
-    batch = harness.batch([(Sequence([5, 6, 7]), 3)])
-    with torch.inference_mode():
-        assert thin.forward(batch, harness.caches).shape == (1, 97)
-    written = [
-        not torch.equal(pair[0], old) for pair, old in zip(harness.caches, before, strict=True)
-    ]
-    attentions = decoder.spec.attentions()
-    assert {a for a, w in zip(attentions, written, strict=True) if w} == set(attentions)
-    assert written[-1]
-
-
-def test_weights_are_counted_before_they_are_there(pair):
-    _, decoder = pair
-    assert decoder.nbytes <= decoder.spec.weight_bytes(torch.float32)
 
 
 @pytest.mark.parametrize("name", ["llama", "granite-moe", "exaone4"])

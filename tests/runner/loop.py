@@ -48,6 +48,7 @@ class Loop:
             lambda: 0.0,
             propose=propose,
         )
+        self.plans = []
         self.updates = []
         self.futures = []
         self.num_failed = 0
@@ -68,6 +69,7 @@ class Loop:
     def turn(self) -> None:
         plan = self.scheduler.schedule()
         if plan is not None:
+            self.plans.append(plan)
             self.runner.launch(plan)
             self.futures.append(self.runner.sample(plan.step_id))
         if plan is None or len(self.futures) >= self.scheduler.config.max_steps_in_flight:

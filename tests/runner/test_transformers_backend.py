@@ -1,10 +1,9 @@
-"""Models of transformers through the real scheduler, cache and runner, against themselves plain."""
+"""Models of transformers behind runners that are built as a server builds them."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import transformers
 
 import streamserve_kernels
-from streamserve.core.plan import ModelRunner
-from streamserve.core.pooling import Pooling
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
-from streamserve.models import LanguageModel, allocate_kv_cache, load_config, load_model
-from streamserve.runner.model_runner import TorchModelRunner
+from streamserve.models import LanguageModel, load_config, load_model
 from tests.models.foreign import FOREIGN
 from tests.models.random_model import random_model
 from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop
@@ -44,28 +40,6 @@ def pair_of(name: str, directory: Path, backend: str = "cpu") -> Pair:
     return theirs, ours
 
 
-@pytest.fixture(scope="module", params=FOREIGN)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return pair_of(request.param, tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def runner(pair: Pair) -> Iterator[ModelRunner]:
-    _, ours = pair
-    caches = allocate_kv_cache(ours.spec, NUM_BLOCKS, BLOCK_SIZE, ours.dtype, CPU, ours.kernels)
-    runner = TorchModelRunner(
-        ours,
-        caches,
-        vocab_size=VOCAB,
-        block_size=BLOCK_SIZE,
-        max_model_len=MAX_LEN,
-        max_num_seqs=8,
-        max_num_batched_tokens=MAX_TOKENS,
-    )
-    yield runner
-    runner.close()
-
-
 def requests(name: str, params: SamplingParams = GREEDY) -> list[Request]:
     """Ragged prompts, some with a long beginning in common."""
     rng = random.Random(3)
@@ -85,35 +59,6 @@ def assert_greedy(model: transformers.PreTrainedModel, answered: list[Request]) 
             logits = model(torch.tensor([request.token_ids])).logits[0]
         start = request.num_prompt_tokens - 1
         assert request.output_token_ids == logits[start:-1].argmax(-1).tolist()
-
-
-def test_greedy_answers_are_transformers_own(pair, runner):
-    """In ragged batches, chunks, behind shared prefixes, with preemptions, and after a hit."""
-    theirs, _ = pair
-    loop = Loop(runner, num_blocks=50, max_num_batched_tokens=20)
-    first = requests("first")
-    loop.run(first)
-    assert_greedy(theirs, first)
-    assert sum(request.num_preemptions for request in first) > 0
-    again = requests("again")
-    loop.run(again)
-    assert [r.output_token_ids for r in again] == [r.output_token_ids for r in first]
-    assert sum(request.num_cached_tokens for request in again) > 50
-
-
-@pytest.mark.parametrize("kind", ["last", "mean"])
-def test_vectors_are_the_trunks_own_states(pair, runner, kind):
-    theirs, _ = pair
-    params = SamplingParams(max_tokens=1, pooling=Pooling(kind=kind, normalize=False))
-    loop = Loop(runner, max_num_batched_tokens=20)
-    pooled = requests("pooled", params)
-    loop.run(pooled)
-    trunk = theirs.get_submodule(pair[1].spec.trunk)
-    for request in pooled:
-        with torch.inference_mode():
-            states = trunk(input_ids=torch.tensor([request.token_ids])).last_hidden_state[0]
-        expected = states[-1] if kind == "last" else states.mean(0)
-        torch.testing.assert_close(torch.tensor(request.embedding), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["host", "as-on-a-device"])

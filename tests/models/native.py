@@ -1,26 +1,10 @@
-"""Every family on random weights, in float32, through a paged cache.
-
-The judge is transformers, or what `references` has for models that it does not carry.
-"""
+"""Tiny configs of the families that our decoder runs, and the plain models that judge some."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-import pytest
-import torch
 import transformers
 
-from streamserve.models import Decoder, load_model
-from streamserve.models.families import FAMILIES
-from streamserve.models.hf_config import HfConfig
-from streamserve_kernels import Kernels
 from tests.models import references
-from tests.models.parity import (
-    assert_equals_judge,
-    assert_unasked_rows_change_nothing,
-)
 
 BASE = {
     "vocab_size": 97,
@@ -96,7 +80,7 @@ DEEPSEEK = {
 # What a model serves by default is shorter than what is asked of these.
 LONGER = {"qwen1-long": 128}
 
-CONFIGS = {
+NATIVE = {
     "llama2": lambda: transformers.LlamaConfig(**BASE),
     "llama3": lambda: transformers.LlamaConfig(
         **GQA, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
@@ -170,6 +154,7 @@ CONFIGS = {
     ),
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **GEMMA,
+        final_logit_softcapping=5.0,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         rope_parameters={
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -233,41 +218,3 @@ CONFIGS = {
         **GQA, num_local_experts=3, num_experts_per_tok=1, sliding_window=5
     ),
 }
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def pair(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    build: Callable[..., transformers.PreTrainedModel],
-    kernels: Kernels,
-) -> tuple[transformers.PreTrainedModel, Decoder]:
-    """The same weights twice: the judge's model and ours, loaded from what it saved."""
-    model = build(CONFIGS[request.param]())
-    directory: Path = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(directory)
-    decoder = load_model(
-        directory,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        kernels=kernels,
-        max_model_len=LONGER.get(request.param),
-    )
-    return model, decoder
-
-
-@pytest.mark.parametrize("chunk", [None, 5], ids=["unchunked", "chunked"])
-@pytest.mark.parametrize("prefix_hit", [False, True], ids=["cold", "prefix-hit"])
-def test_logits_and_greedy_tokens_are_the_judges(pair, chunk, prefix_hit):
-    model, decoder = pair
-    assert_equals_judge(model, decoder, chunk=chunk, prefix_hit=prefix_hit)
-
-
-def test_rows_that_nobody_asked_for_change_nothing(pair):
-    assert_unasked_rows_change_nothing(pair[1])
-
-
-def test_the_first_gemma_says_gelu_and_means_its_tanh_form():
-    values = transformers.GemmaConfig(**GQA, **ENDS).to_dict()
-    family = FAMILIES["GemmaForCausalLM"]
-    assert family.spec(HfConfig(values)) == family.spec(HfConfig({**values, "hidden_act": "gelu"}))
