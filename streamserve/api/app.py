@@ -16,10 +16,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from streamserve.api.adapters import AdapterEndpoints
-from streamserve.api.context import ApiContext, Gate
+from streamserve.api.context import ApiContext
 from streamserve.api.embeddings import EmbeddingEndpoint
 from streamserve.api.errors import EXCEPTION_HANDLERS
 from streamserve.api.faults import FaultEndpoint
+from streamserve.api.gate import Gate
 from streamserve.api.generation import ChatEndpoint, CompletionEndpoint
 from streamserve.api.kept import KeptAnswers
 from streamserve.api.kept_generation import StreamEndpoint
@@ -115,6 +116,7 @@ def create_app(
     ``ConfigError`` if a default is out of range or the file of API keys cannot be used.
     """
     metrics = Metrics()
+    gate = Gate(retry_after_s=config.drain_timeout_s)
     keys = KeyRing(config.api_keys, config.api_key_file, clock=clock)
     defaults = sampling_defaults(generation_config or {})
     context = ApiContext(
@@ -128,14 +130,14 @@ def create_app(
         wall_clock=wall_clock,
         created=int(wall_clock()),
         metrics=metrics,
-        kept=KeptAnswers(config.streams.max_kept_bytes),
+        kept=KeptAnswers(config.streams.max_kept_bytes, gate),
         mark_ids=MarkIds(tokenizer),
         answer_format=answer_format,
         embedding=embedding,
         models=ServedModels(config.served_model_names, adapters),
         keys=keys,
         hang_watch=HangWatch(engine, clock, config.hang_timeout_s),
-        gate=Gate(retry_after_s=config.drain_timeout_s),
+        gate=gate,
         prompt_workers=None
         if load_text is None
         else PromptWorkers(load_text, defaults, answer_format, max_model_len),

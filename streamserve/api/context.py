@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +11,7 @@ from starlette.types import Receive, Scope
 
 from streamserve.api.body import ignored_fields_header, read_body
 from streamserve.api.disconnect import DisconnectGuard
-from streamserve.api.errors import HttpError, shutting_down
+from streamserve.api.gate import Gate
 from streamserve.api.kept import KeptAnswers
 from streamserve.api.metrics import Metrics
 from streamserve.api.middleware import RAW_SEND
@@ -36,74 +34,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_LOGGED_FIELDS = 1000
 _MAX_LOGGED_NAME = 64
-
-
-class Gate:
-    """Who may come in, and how many are inside.
-
-    Shutting down has two parts: ``close`` turns newcomers away, ``wait_empty`` returns when the
-    last of those inside has left.
-    """
-
-    def __init__(self, retry_after_s: float) -> None:
-        self._retry_after_s = retry_after_s
-        self._num_inside = 0
-        self._is_open = True
-        self._arriving: set[asyncio.Timeout] = set()
-        self._empty = asyncio.Event()
-        self._empty.set()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether new requests are taken."""
-        return self._is_open
-
-    @property
-    def num_inside(self) -> int:
-        """Requests between their arrival and their last byte."""
-        return self._num_inside
-
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Hold a place while a request is served. Raises ``HttpError`` 503 when closed."""
-        if not self._is_open:
-            raise self.refusal()
-        self._num_inside += 1
-        self._empty.clear()
-        try:
-            yield
-        finally:
-            self._num_inside -= 1
-            if self._num_inside == 0:
-                self._empty.set()
-
-    @asynccontextmanager
-    async def arriving(self) -> AsyncIterator[None]:
-        """Receive a request inside: raises ``HttpError`` 503 when the gate closes meanwhile."""
-        timeout = asyncio.timeout(None)
-        self._arriving.add(timeout)
-        try:
-            async with timeout:
-                yield
-        except TimeoutError:
-            raise self.refusal() from None
-        finally:
-            self._arriving.discard(timeout)
-
-    def refusal(self) -> HttpError:
-        """What whoever is turned away is told."""
-        return shutting_down(self._retry_after_s)
-
-    def close(self) -> None:
-        """Take no new requests, nor those that are not all there."""
-        self._is_open = False
-        now = asyncio.get_running_loop().time()
-        while self._arriving:
-            self._arriving.pop().reschedule(now)
-
-    async def wait_empty(self) -> None:
-        """Return when nobody is inside."""
-        await self._empty.wait()
 
 
 class FieldLog:

@@ -32,7 +32,7 @@ from streamserve.api.frames import (
     Envelope,
     Kind,
 )
-from streamserve.api.kept_generation import answer_kept
+from streamserve.api.kept_generation import answer_kept, comes_back
 from streamserve.api.metrics import Delivery
 from streamserve.api.openai_wire import OpenAIWire
 from streamserve.api.prompts import LONG_BODY, ChatParser, Endpoint, PromptWorkers, Work, chat_work
@@ -127,8 +127,10 @@ class GenerationEndpoint(ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = self._context
         arrival_time = context.clock()
+        gate, kept = context.gate, context.kept
         try:
-            with context.gate.enter():
+            goes_on = not gate.is_open and comes_back(scope, self.endpoint, kept)
+            with gate.enter(goes_on=goes_on):
                 allowance = allowance_of(scope)
                 if allowance is not None:
                     allowance.take_request()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from streamserve.api.errors import HttpError
+from streamserve.api.gate import Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,11 @@ class KeptOrigin:
 
 
 class KeptAnswer:
-    """One answer: ``run`` makes it. Ends ``timeout_s`` after the last reader has left."""
+    """One answer: ``run`` makes it. Ends ``timeout_s`` after the last reader has left.
+
+    Until then it holds a place inside the gate, unless a reader was sent all of it: a server that
+    ends waits for whoever may come back for the rest.
+    """
 
     def __init__(
         self, answer_id: str, origin: KeptOrigin, timeout_s: float, kept: KeptAnswers
@@ -47,7 +52,9 @@ class KeptAnswer:
         self._timeout_s = timeout_s
         self._kept = kept
         self._num_readers = 0
+        self._is_delivered = False
         self._timer: asyncio.TimerHandle | None = None
+        self._place = ExitStack()  # inside the gate, while nobody reads
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -74,8 +81,7 @@ class KeptAnswer:
         finally:
             self._num_readers -= 1
             if not self._num_readers:
-                loop = asyncio.get_running_loop()
-                self._timer = loop.call_later(self._timeout_s, self.expire)
+                self._start_timer()
 
     @property
     def is_read(self) -> bool:
@@ -89,11 +95,22 @@ class KeptAnswer:
         if self._task is not None:
             self._task.cancel()
 
+    def delivered(self) -> None:
+        """A reader was sent all of it, or how it failed: nobody need come back."""
+        self._is_delivered = True
+        self._place.close()
+
     def failed(self) -> None:
         """It was no success: a retry shall try again."""
         self._kept.forget_key(self)
 
+    def _start_timer(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self.expire)
+        if not self._is_delivered:
+            self._place.enter_context(self._kept.gate.enter(goes_on=True))
+
     def _stop_timer(self) -> None:
+        self._place.close()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -102,7 +119,8 @@ class KeptAnswer:
 class KeptAnswers:
     """All that are kept: together about ``max_bytes`` of those that have ended."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, gate: Gate) -> None:
+        self.gate = gate
         self._max_bytes = max_bytes
         self._by_id: dict[str, KeptAnswer] = {}
         self._by_key: dict[tuple[str, str], KeptAnswer] = {}
@@ -145,6 +163,19 @@ class KeptAnswers:
         if answer is not None:
             answer.origin.check_same(origin)
         return answer
+
+    def has(self, answer_id: str | None, idempotency_key: str | None, owner: str) -> bool:
+        """Whether the owner has an answer of this id or, without one, under this key."""
+        if answer_id is None:
+            return (owner, idempotency_key or "") in self._by_key
+        answer = self._by_id.get(answer_id)
+        return answer is not None and answer.origin.owner == owner
+
+    def close(self) -> None:
+        """Forget all that nobody reads: there is no time left to come back."""
+        for answer in list(self._by_id.values()):
+            if not answer.is_read:
+                answer.expire()
 
     def forget(self, answer: KeptAnswer) -> None:
         """It is found no more. Idempotent."""

@@ -10,11 +10,11 @@ from streamserve.api.body import ignored_fields_headers
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import ClientGoneError, DisconnectGuard
 from streamserve.api.errors import HttpError
-from streamserve.api.kept import KeptAnswer, KeptOrigin, WholeAnswer
+from streamserve.api.kept import KeptAnswer, KeptAnswers, KeptOrigin, WholeAnswer
 from streamserve.api.openai_wire import OpenAIWire
-from streamserve.api.prompts import Work
+from streamserve.api.prompts import Endpoint, Work
 from streamserve.api.resumable import ReplayStream, ResumableAnswer
-from streamserve.api.resumption import Resumption, read_resumption
+from streamserve.api.resumption import Resumption, read_resumption, resumption_of
 from streamserve.api.tenants import tenant_of
 
 _FROM_THE_START = -1
@@ -33,6 +33,7 @@ async def answer_kept(endpoint: Maker, raw: bytes, call: Call, wish: Resumption)
     is_first = False
     headers: dict[str, str] = {}
     if answer is None:
+        endpoint.context.gate.check_open()  # it was there when the request came
         work = await endpoint.prepare_all(raw, tenant_of(call.scope).salt)
         wish.check(work, endpoint.endpoint)
         headers = ignored_fields_headers(work.common.unknown_fields)
@@ -53,6 +54,7 @@ async def answer_kept(endpoint: Maker, raw: bytes, call: Call, wish: Resumption)
         response = Response(content, headers=headers, media_type="application/json")
         call.guard.release()
         await response(call.scope, call.receive, call.send)
+        answer.delivered()
 
 
 def _begin(endpoint: Maker, work: Work, call: Call, origin: KeptOrigin) -> KeptAnswer:
@@ -126,6 +128,14 @@ def _reader_of(
     return stream
 
 
+def comes_back(scope: Scope, endpoint: Endpoint, kept: KeptAnswers) -> bool:
+    """Whether a request goes on with an answer that is kept: nothing new is made for it."""
+    wish = resumption_of(scope, endpoint)
+    if wish is None:
+        return False
+    return kept.has(wish.at and wish.at[0], wish.idempotency_key, tenant_of(scope).name)
+
+
 class StreamEndpoint:
     """``GET /v1/streams/{id}``: a stream that can be resumed, from ``Last-Event-ID`` or whole."""
 
@@ -147,7 +157,7 @@ class StreamEndpoint:
             raise HttpError(404, "That answer is not streamed", code="stream_not_found")
         wish = Resumption(wants_ids=True, at=wish.at)
         try:
-            with self._context.gate.enter():
+            with self._context.gate.enter(goes_on=True):
                 async with DisconnectGuard(receive) as guard:
                     stream = _reader_of(answer, wish, self._context, scope, guard, {})
                     await stream(scope, receive, send)

@@ -77,6 +77,11 @@ class ResumableAnswer(KeptAnswer):
     def num_bytes(self) -> int:
         return self.log.num_bytes
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all that there will be is in ``log``."""
+        return bool(self.finish_reason) or self.error is not None
+
     @contextmanager
     def attached(self, reader: ReplayStream) -> Iterator[None]:
         """Tell ``reader`` of news, and keep what it has not sent yet."""
@@ -183,6 +188,8 @@ class ReplayStream(SseResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._answer.attached(self):
             await super().__call__(scope, receive, send)
+            if self._answer.is_over:
+                self._answer.delivered()
 
     async def _send_events(self) -> None:
         answer = self._answer
@@ -192,7 +199,7 @@ class ReplayStream(SseResponse):
                 await self._send(self._named(opening))
         while True:
             self.news.clear()
-            has_ended = answer.finish_reason or answer.error is not None
+            has_ended = answer.is_over
             events, position = answer.log.after(self.position, _MAX_PIECE_BYTES)
             if events:
                 await self._send_piece(events, position)

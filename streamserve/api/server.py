@@ -257,6 +257,7 @@ class ApiServer:
                 return_when=asyncio.FIRST_COMPLETED,
             )
             await self._app.context.engine.stop()
+            self._app.context.kept.close()
             await asyncio.wait((empty,), timeout=_FLUSH_TIMEOUT_S)
             if gate.num_inside:  # their readers do not read: nothing more will leave
                 for connection in list(server.server_state.connections):

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from streamserve.api.body import ignored_fields_headers, parse_json_object
 from streamserve.api.context import ApiContext
 from streamserve.api.prompts import LONG_BODY
+from streamserve.api.rate_limits import allowance_of
 from streamserve.api.tenants import tenant_of
 from streamserve.api.token_requests import (
     TokenAnswer,
@@ -48,10 +49,13 @@ class TokenEndpoints:
 
     @contextmanager
     def _entered(self, request: Request) -> Iterator[None]:
-        """A place, and a refusal counted."""
+        """A place, the request counted, and a refusal, too."""
         context = self._context
+        allowance = allowance_of(request.scope)
         try:
             with context.gate.enter():
+                if allowance is not None:
+                    allowance.take_request()
                 yield
         except RequestError as exc:
             context.metrics.refused(exc.status, exc.code, tenant_of(request.scope).name)

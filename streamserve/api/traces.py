@@ -6,6 +6,7 @@ nothing while it runs. A request with a ``traceparent`` continues the trace of w
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 _MAX_LIVE = 10_000  # requests whose parents are remembered
+_LAST_SPANS_S = 1.5
 
 
 class RequestTraces:
@@ -86,8 +88,10 @@ class RequestTraces:
         span.end(nanoseconds(end))
 
     def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left, unless the collector takes longer than a server's end may wait."""
+        sending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        sending.start()
+        sending.join(_LAST_SPANS_S)
 
 
 def traces_to(endpoint: str, clock: Clock, wall_clock: Callable[[], float]) -> RequestTraces:
@@ -102,6 +106,9 @@ def traces_to(endpoint: str, clock: Clock, wall_clock: Callable[[], float]) -> R
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise ConfigError("--otlp-traces-endpoint needs pip install 'streamserve[otel]'") from error
-    provider = TracerProvider(resource=Resource.create({"service.name": "streamserve"}))
+    provider = TracerProvider(
+        resource=Resource.create({"service.name": "streamserve"}),
+        shutdown_on_exit=False,  # `close` does it, and waits no longer than it should
+    )
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     return RequestTraces(provider, clock, wall_clock)

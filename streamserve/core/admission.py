@@ -76,7 +76,7 @@ class Admission:
         self._admit_alone(request, step)
 
     def _yield_to(self, candidate: Request, turn: Request, step: Step) -> bool:
-        """Take a seat for a waiting request that outranks its holder; ``False`` if not now.
+        """Take seats for a waiting request that outranks their holders; ``False`` if not now.
 
         Not from those before ``turn``, which had theirs in this step.
         """
@@ -92,13 +92,22 @@ class Admission:
         has_seat = len(seats.running) < seats.num_seats
         if has_seat and step.prefill.is_spent:
             return False  # more urgent prompts have all the tokens of this step
-        # What yields is gained, what stays has its reserve.
-        num_blocks = self._kv_cache.num_free_blocks - (len(seats.running) - len(victims))
-        num_blocks += sum([len(request.block_table) for request in victims])
-        if num_blocks * self._kv_cache.block_size < candidate.num_tokens:
+        # What yields is gained, and so is what was reserved for it.
+        num_spare = self._kv_cache.num_free_blocks - len(seats.running)
+        gains = [len(request.block_table) + 1 for request in victims]
+        block_size = self._kv_cache.block_size
+        if (num_spare + sum(gains)) * block_size < candidate.num_tokens:
             step.refused = candidate
             return False  # it would not help
-        return seats.take(victims[0], step)
+        num_cached = candidate.num_prompt_tokens - candidate.num_uncached_tokens
+        num_needed = candidate.num_tokens - num_cached
+        for victim, gain in zip(victims, gains, strict=True):
+            if seats.take(victim, step):
+                return True
+            num_spare += gain
+            if num_spare * block_size >= num_needed:
+                break
+        return False  # a step has them: they all leave when it retires
 
     def _admit(self, request: Request, step: Step) -> _Answer:
         """Seat a waiting request and schedule its first tokens, if everything it needs is there."""

@@ -52,7 +52,7 @@ class Door:
                 retry_after_s=self._backlog.seconds_until(num_waiting - limit + 1),
             )
         mine = None if self._shares is None else self._shares.account_of(request.tenant)
-        if mine is not None and mine.num_waiting and mine.num_waiting >= limit - num_waiting:
+        if mine is not None and mine.num_waiting >= limit - num_waiting:
             raise QueueFullError(
                 f"{mine.num_waiting} requests of this key or user wait already, and of {limit}"
                 f" places {limit - num_waiting} are left for others",

@@ -82,7 +82,7 @@ class FairShare:
                 account.last_served = max(account.last_served, self._clock())
 
     def _lift(self, account: Account) -> None:
-        others = [a for a in self._order if a is not account and a.num_waiting]
+        others = [a for a in self._order if a.num_waiting]
         others = others or [a for a in self._order if a is not account and a.num_running]
         floor = min([other.counter for other in others], default=self._highest)
         account.counter = max(account.counter, floor)
@@ -99,7 +99,7 @@ class FairShare:
         has_changed = self._is_stale
         for account in self._order:
             value = self._value(account)
-            if value < highest - REORDER_MARGIN or account.is_idle:
+            if value < highest - REORDER_MARGIN:
                 has_changed = True
                 break
             highest = max(highest, value)
@@ -123,10 +123,11 @@ class FairShare:
             cost = 0
             num_charged = request.num_charged_tokens
             if num_charged < request.num_prompt_tokens:
-                end = scheduled.start + len(scheduled.token_ids)
-                request.num_charged_tokens = min(end, request.num_prompt_tokens)
+                end = min(scheduled.start + len(scheduled.token_ids), request.num_prompt_tokens)
                 first = max(scheduled.start, num_charged)
-                cost = PROMPT_TOKEN_COST * max(request.num_charged_tokens - first, 0)
+                if first < end:
+                    request.num_charged_tokens = end
+                    cost = PROMPT_TOKEN_COST * (end - first)
             if scheduled.sample:
                 # The drafts of a step are charged with the next one, as far as they were right.
                 num_outputs = scheduled.output_position + 1

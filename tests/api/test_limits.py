@@ -165,6 +165,9 @@ async def test_promise_refusal_requests_per_minute(limited):
         assert third.error["code"] == "rate_limit_exceeded"
         assert third.error["type"] == "rate_limit_error"
         assert "x-ratelimit-limit-tokens" not in third.headers
+        headers = {"authorization": "Bearer few"}
+        for path, body in (("/tokenize", {"prompt": "Hi"}), ("/detokenize", {"tokens": [72]})):
+            assert (await api.call("POST", path, body, headers=headers)).status == 429
         free = await call(api, "free")
         assert (free.status, [h for h in free.headers if "ratelimit" in h]) == (200, [])
         clock.now += 29.9

@@ -16,6 +16,7 @@ import pytest
 from sse_starlette.sse import AppStatus
 
 from streamserve.api.server import ApiServer
+from streamserve.config import StreamConfig
 from tests.api.harness import Api, Exchange, chat_body, events_of, text_of, until
 
 CHAT = "/v1/chat/completions"
@@ -229,6 +230,88 @@ async def test_the_gate_lets_those_inside_finish():
     await running
     assert text_of(events_of(inside.body)) == "abc"
     assert api.runner.is_closed
+
+
+class Draining:
+    """A server on this event loop that has been told to end."""
+
+    def __init__(self, **config):
+        self.api = Api(is_held=True, **config)
+        ready = asyncio.Event()
+        self._server = ApiServer(self.api.app, self.api.config, on_ready=lambda _: ready.set())
+        self._running = asyncio.create_task(self._server.run())
+        self._ready = ready
+
+    async def begun_and_left(self, path, body, headers):
+        """What somebody has asked for and left behind; its first token is there."""
+        await self._ready.wait()
+        exchange = Exchange(self.api.app, "POST", path, body, headers=headers)
+        await self.api.pace.step()
+        await until(lambda: bool(self.api.pace.waiting))
+        exchange.leave()
+        await exchange.finished()
+        return exchange
+
+    async def begin(self):
+        self._server.request_shutdown()
+        await until(lambda: not self.api.app.context.gate.is_open)
+
+    @property
+    def has_ended(self):
+        return self._running.done()
+
+    async def end(self):
+        async with asyncio.timeout(60):
+            await self._running
+        assert self.api.app.context.gate.num_inside == 0
+        assert self.api.num_used_blocks == 0
+
+
+STREAM = chat_body(stream=True, max_tokens=5)
+WHOLE = chat_body(max_tokens=3)
+RESUME = {"x-stream-resume": "1"}
+KEY = {"idempotency-key": "order-66"}
+
+
+async def test_who_comes_back_to_an_answer_is_waited_for_and_let_in():
+    server = Draining(drain_timeout_s=60.0)
+    api = server.api
+    left = await server.begun_and_left(CHAT, STREAM, RESUME)
+    stream_id = dict(left.messages[0]["headers"])[b"x-stream-id"].decode()
+    await server.begun_and_left(CHAT, WHOLE, KEY)
+    background = {"input": "Hi", "max_output_tokens": 40, "background": True}
+    response_id = (await api.call("POST", "/v1/responses", background)).json["id"]
+    await server.begin()
+    for headers in ({}, RESUME, {"idempotency-key": "another"}, {"last-event-id": "nobody.1"}):
+        assert (await api.call("POST", CHAT, STREAM, headers=headers)).status == 503
+    at = {"last-event-id": f"{stream_id}.1"}
+    log = Exchange(api.app, "GET", f"/v1/responses/{response_id}?stream=true")
+    api.pace.let_go()
+    await log.finished()
+    await until(lambda: api.engine.is_idle)
+    assert not server.has_ended, "two have not been read"
+    again = await api.call("POST", CHAT, WHOLE, headers=KEY)
+    assert again.json["choices"][0]["message"]["content"] == "abc"
+    assert not server.has_ended
+    for answer, expected in (
+        (await api.call("POST", CHAT, STREAM, headers=at), "bcde"),
+        (await api.call("GET", f"/v1/streams/{stream_id}"), "abcde"),
+    ):
+        assert answer.body.endswith(b"data: [DONE]\n\n")
+        assert re.sub(rb'.*?"content":"(\w*)"|.+', rb"\1", answer.body, flags=re.DOTALL) == (
+            expected.encode()
+        )
+    await server.end()
+
+
+@pytest.mark.parametrize("limits", [(0.05, 60.0), (60.0, 0.05)])
+async def test_who_does_not_come_back_is_waited_for_no_longer_than_is_said(limits):
+    grace_s, drain_s = limits
+    server = Draining(drain_timeout_s=drain_s, streams=StreamConfig(resume_timeout_s=grace_s))
+    await server.begun_and_left(CHAT, STREAM, RESUME)
+    await server.begin()
+    server.api.pace.let_go()
+    await server.end()
 
 
 async def test_a_shutdown_wanted_during_the_start_is_not_lost():

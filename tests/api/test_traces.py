@@ -12,6 +12,7 @@ trace_sdk = pytest.importorskip("opentelemetry.sdk.trace")
 export = pytest.importorskip("opentelemetry.sdk.trace.export")
 in_memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
 
+from streamserve.api import traces as api_traces  # noqa: E402  after the skip
 from streamserve.api.traces import RequestTraces, traces_to  # noqa: E402  after the skip
 from streamserve.core.clock import monotonic  # noqa: E402
 
@@ -64,6 +65,22 @@ class Collector(HTTPServer):
                 pass
 
         super().__init__(("127.0.0.1", 0), Handler)
+
+
+def test_a_collector_that_takes_nothing_does_not_hold_the_end_up(monkeypatch):
+    monkeypatch.setattr(api_traces, "_LAST_SPANS_S", 0.05)
+    answered, is_over = threading.Event(), threading.Event()
+
+    class Provider(trace_sdk.TracerProvider):
+        def shutdown(self):
+            answered.wait(60)
+            is_over.set()
+
+    provider = Provider(shutdown_on_exit=False)
+    RequestTraces(provider, monotonic, lambda: 1e9).close()
+    assert not is_over.is_set()
+    answered.set()
+    assert is_over.wait(60)
 
 
 async def test_a_collector_receives_the_spans_over_otlp():

@@ -56,9 +56,9 @@ def busy(harness, num_waiting):
         harness.timed_step()
 
 
-def ask(harness, num_tokens, limits, spent_s=0.0):
+def ask(harness, num_tokens, limits, spent_s=0.0, tenant=""):
     before = harness.now
-    request = harness.request([999] * num_tokens, max_tokens=5)
+    request = harness.request([999] * num_tokens, max_tokens=5, tenant=tenant)
     harness.now = before
     request.arrival_time = before - spent_s
     request.time_limits = limits
@@ -93,6 +93,17 @@ def test_promise_refusal_a_hopeless_request_is_refused_before_prefill(limits, fi
         harness.timed_step()
     harness.scheduler.check_integrity()
     assert not ask(harness, 100, limits).is_finished, "the queue is empty: welcome"
+
+
+def test_promise_refusal_the_first_of_a_tenant_need_not_wait_for_the_others():
+    """Where shares are kept: it gets its seat at once."""
+    harness = TimedHarness(Machine(), max_num_seqs=4, policy="fair")
+    busy(harness, num_waiting=15)
+    hurried = TimeLimits(queue_s=0.3)
+    ask(harness, 100, hurried, tenant="another")
+    for tenant in ("", "another"):
+        with pytest.raises(DeadlineUnreachableError, match="max_queue_ms"):
+            ask(harness, 100, hurried, tenant=tenant)
 
 
 def test_promise_refusal_what_takes_too_long_alone_is_never_taken():

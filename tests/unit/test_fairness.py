@@ -12,8 +12,9 @@ from streamserve.core.fairness import (
     PROMPT_TOKEN_COST,
     bound,
 )
+from streamserve.core.request import FinishReason
 from streamserve.errors import QueueFullError
-from tests.unit.simulated import Harness
+from tests.unit.simulated import Harness, drafting, guesses
 
 
 def full_of_one_tenant(depth, *, num_blocks=4096, block_size=16, max_num_seqs=16, count=100):
@@ -29,7 +30,14 @@ def full_of_one_tenant(depth, *, num_blocks=4096, block_size=16, max_num_seqs=16
         harness.add([i, 1, 2, 3, 4, 5], tenant="many", max_tokens=200)
     for _ in range(40):
         harness.step()
+    while num_blocks < 100 and num_spare_blocks(harness) > 1:  # until there is no room left
+        harness.step()
     return harness
+
+
+def num_spare_blocks(harness):
+    """Beside one for each that runs."""
+    return harness.kv.num_free_blocks - harness.scheduler.num_running
 
 
 def plans_until(harness, request, limit):
@@ -56,7 +64,9 @@ def test_promise_fair_first_chunk_within_two_steps(depth, memory, weight):
     """Of one tenant's request, while another's 100 long ones hold and want everything."""
     harness = full_of_one_tenant(depth, **memory)
     assert harness.scheduler.num_waiting > 30
-    request = harness.add([7] * 5, tenant="one", weight=weight, max_tokens=4)
+    prompt = [7] * (24 if memory else 5)
+    request = harness.add(prompt, tenant="one", weight=weight, max_tokens=4)
+    assert not memory or num_spare_blocks(harness) < 2
     assert plans_until(harness, request, 2) is not None
     while not request.is_finished:
         harness.step()
@@ -220,6 +230,57 @@ def test_shares_follow_the_weights_whatever_the_requests_are_like(policy, weight
     assert (0.85 < served < 1.15) is keeps
 
 
+def test_seats_are_taken_one_by_one_from_the_last_down_to_the_share():
+    harness = Harness(policy="fair", max_num_seqs=8)
+    many = [harness.add([i], tenant="many", max_tokens=50) for i in range(6)]
+    few = [harness.add([10 + i], tenant="few", max_tokens=50) for i in range(2)]
+    for _ in range(3):
+        harness.step()
+    third = harness.add([20], tenant="few")
+    seats = harness.scheduler._seats
+    third.account.counter -= 1000
+    harness.scheduler._shares.reorder(seats.requests.values())
+    seats.sort()
+    victims = list(harness.scheduler._policy.victims(third, seats.running))
+    assert victims == [r for r in reversed(seats.running) if r in many][:3], "3 seats for each"
+    assert {r.account.num_running for r in (many[0], few[0])} == {6, 2}, "nothing has changed"
+
+
+def test_nobody_yields_in_vain():
+    """Not for what finds no room all the same, nor while room is on its way."""
+    for prompt, num_blocks, finishes in ((200, 60, False), (60, 48, True)):
+        harness = Harness(
+            policy="fair", num_blocks=num_blocks, max_num_seqs=4, max_steps_in_flight=2
+        )
+        many = [harness.add([i] * 30, tenant="many", max_tokens=30) for i in range(4)]
+        for _ in range(8):
+            harness.step()
+        assert harness.scheduler.num_running == 4
+        harness.launch()
+        if finishes:
+            for request in many[:2]:
+                harness.scheduler.finish(request, FinishReason.ABORT)
+        big = harness.add([9] * prompt, tenant="one", max_tokens=2)
+        for _ in range(6):
+            harness.step()
+        assert sum(r.num_preemptions for r in many) == 0
+        assert (big.last_step_id >= 0) is finishes
+
+
+def test_nobody_yields_a_seat_where_it_is_the_steps_tokens_that_are_short():
+    harness = Harness(policy="fair", num_blocks=512, max_num_seqs=8, max_num_batched_tokens=12)
+    many = [harness.add([i], tenant="many", max_tokens=50) for i in range(6)]
+    for _ in range(3):
+        harness.step()
+    harness.add([7] * 60, tenant="long", max_tokens=2)
+    harness.step()
+    late = harness.add([8] * 60, tenant="late", max_tokens=2)
+    late.account.counter += 40  # behind the long one, before those who decode
+    while not late.is_finished:
+        harness.step()
+    assert sum(r.num_preemptions for r in many) == 0
+
+
 def test_seats_do_not_go_to_and_fro():
     harness = BusyHarness(
         [[(5, 100)]] * 3, (1, 1, 2), max_num_seqs=12, num_blocks=1024, max_num_batched_tokens=32
@@ -246,6 +307,25 @@ def test_within_a_tenant_the_shortest_uncached_goes_first_and_ages():
     short.arrival_time = long.arrival_time + 0.1
     key = harness.scheduler._policy.key
     assert key(short, 0) < key(long, 1)
+
+
+def test_a_seat_is_taken_by_who_comes_first_and_of_another_tenant_only():
+    harness = Harness(policy="fair", max_num_seqs=2, num_blocks=1024, block_size=16)
+    mine = [harness.add([i] * 90, tenant="a", max_tokens=100) for i in (2, 3)]
+    for _ in range(4):
+        harness.step()
+    harness.now -= 0.9
+    short = harness.add([4], tenant="a")
+    assert short.sort_key < mine[1].sort_key
+    harness.step()
+    assert not short.num_computed_tokens, "it is no more urgent than the tenant's own"
+    late = harness.add([5], tenant="b")
+    late.account.counter = mine[0].account.counter + 200
+    harness.scheduler._shares.reorder(harness.scheduler._seats.requests.values())
+    outranks = harness.scheduler._policy.outranks
+    assert not any(outranks(late, request) for request in mine), "others have had less"
+    assert outranks(short, late) is False
+    assert sum(request.num_preemptions for request in mine) == 0
 
 
 def test_an_urgent_request_takes_a_seat_of_its_own_tenant_only():
@@ -279,6 +359,44 @@ def test_nobody_saves_up_while_idle():
     assert accounts["busy"].counter > accounts["idle"].counter + 100
     harness.add([3], tenant="idle")
     assert accounts["idle"].counter == accounts["busy"].counter
+
+
+def test_promise_fair_who_comes_begins_where_the_others_are():
+    """With the lowest who wait; else with the lowest who run; else where the last one ended."""
+    harness = Harness(policy="fair", max_num_seqs=3, num_blocks=1024, block_size=16)
+    few = harness.add([1], tenant="few", max_tokens=100)
+    dear = harness.add([2], tenant="dear", weight=0.1, max_tokens=50)
+    while not dear.is_finished:
+        harness.step()
+    accounts = harness.scheduler._shares._accounts
+    newcomer = harness.add([3], tenant="new", max_tokens=200).account
+    assert newcomer.counter == accounts["few"].counter < accounts["dear"].counter
+    for i in range(8):
+        harness.add([4, i], tenant="many", weight=0.1, max_tokens=50)
+    for _ in range(40):
+        harness.step()
+    assert accounts["few"].num_running == 1
+    lowest = min(accounts["many"].counter, accounts["dear"].counter)
+    assert accounts["few"].counter < lowest
+    harness.scheduler.resume(few)
+    assert accounts["few"].counter < lowest, "it was not paused"
+    harness.add([5], tenant="few", max_tokens=1)
+    assert accounts["few"].counter == accounts["many"].counter, "nor by running little"
+    harness.run()
+    highest = max(account.counter for account in accounts.values())
+    assert harness.add([6], tenant="last").account.counter == highest
+
+
+def test_a_seat_counts_by_weight_and_who_runs_keeps_the_age_of_its_waiting():
+    harness = Harness(policy="fair")
+    account = harness.add([1], tenant="a", weight=4.0).account
+    shares, before = harness.scheduler._shares, account.last_served
+    account.num_waiting, account.num_running = 0, 2
+    harness.now += 50.0
+    shares.begin_waiting(account)
+    assert account.last_served == before
+    age = fairness.AGEING_COST_PER_S * before
+    assert shares._value(account) == account.counter + fairness.SEAT_COST * 2 / 4.0 + age
 
 
 @pytest.mark.parametrize("is_resumed_first", [True, False])
@@ -346,11 +464,25 @@ def test_promise_fair_nobody_starves_in_an_endless_row_of_new_tenants():
 
 def test_accounts_of_those_who_left_are_forgotten(monkeypatch):
     monkeypatch.setattr(fairness, "MAX_ACCOUNTS", 10)
-    harness = Harness(policy="fair", max_num_seqs=2)
-    for i in range(50):
-        harness.add([1, i % 7], tenant=f"user {i}", max_tokens=2)
+    harness = Harness(policy="fair", max_num_seqs=4)
+    for i in range(20):
+        harness.add([1, i], tenant=f"alone {i}", max_tokens=2)
         harness.run()
     assert len(harness.scheduler._shares._accounts) <= 11
+    stays = harness.add([1], tenant="stays", max_tokens=250).account
+    often = None
+    for i in range(40):
+        left = harness.add([1, i % 7], tenant=f"user {i}", max_tokens=2)
+        if i % 4 == 0:
+            account = harness.add([2], tenant="often", max_tokens=1).account
+            assert often in (None, account), "those go first whom nobody has seen for long"
+            often = account
+        while not left.is_finished:
+            harness.step()
+    accounts = harness.scheduler._shares._accounts
+    assert len(accounts) <= 11
+    assert accounts["stays"] is stays
+    harness.run()
 
 
 def test_what_was_computed_before_is_not_charged_again():
@@ -362,3 +494,31 @@ def test_what_was_computed_before_is_not_charged_again():
     assert harness.scheduler._shares._accounts["a"].counter == 9 + 60
     assert harness.scheduler._shares._accounts["b"].counter == 1 + 60, "the rest was cached"
     assert account.counter == 5 + 60
+    harness = Harness(policy="fair", enable_prefix_caching=False, max_num_batched_tokens=8)
+    account = harness.add(list(range(20)), max_tokens=1).account
+    harness.step()
+    assert account.counter == 8, "no more than there was"
+    harness.launch()
+    harness.fail()
+    harness.run()
+    assert account.counter == 20 + OUTPUT_TOKEN_COST
+
+
+def test_what_a_fork_shares_is_charged_once():
+    harness = Harness(policy="fair", block_size=16)
+    parent = harness.add([1] * 9, max_tokens=20)
+    while parent.num_output_tokens < 5:
+        harness.step()
+    child = harness.request([1] * 9, max_tokens=8)
+    child.token_ids += parent.output_token_ids
+    harness.scheduler.fork(parent, child)
+    harness.run()
+    assert parent.account.counter == 9 + OUTPUT_TOKEN_COST * (20 + 3)
+
+
+def test_drafts_that_were_right_are_charged_with_the_next_step():
+    harness = Harness(policy="fair", speculative=drafting(3), propose=guesses(3))
+    account = harness.add([1] * 9, max_tokens=40).account
+    plans = harness.run()
+    assert len(plans) < 20
+    assert 9 + 2 * (40 - 4) <= account.counter <= 9 + 2 * 40

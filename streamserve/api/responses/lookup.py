@@ -142,7 +142,7 @@ class Retrieve:
             **self._context.sse_options(scope, {}),
         )
         try:
-            with self._context.gate.enter():
+            with self._context.gate.enter(goes_on=True):
                 await answer(scope, receive, send)
         except ClientGoneError:
             return
