@@ -119,6 +119,24 @@ def cpu_seconds(pid: int) -> tuple[float, float]:
     return int(fields[11]) / tick, int(fields[12]) / tick
 
 
+def wait_for_children(pid: int, seconds: float = 0.5) -> None:
+    """Return when the processes that a server has started are idle: while they start, they share
+    its core and its caches.
+    """
+    deadline = time.monotonic() + _TIMEOUT_S
+    used, before = _children_seconds(pid), -1.0
+    while used != before:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the children of the server are busy after {_TIMEOUT_S:g} s")
+        time.sleep(seconds)
+        used, before = _children_seconds(pid), used
+
+
+def _children_seconds(pid: int) -> float:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    return sum(sum(cpu_seconds(int(child))) for child in children)
+
+
 def measure(url: str, pid: int, *, num_streams: int, num_tokens: int) -> Result:
     """Run ``num_streams`` streams at once and count."""
     address = urlsplit(url)
@@ -225,6 +243,7 @@ def measure_server(num_streams: int, args: argparse.Namespace) -> list[Result]:
         if not url:
             raise RuntimeError("the server did not start")
         measure(url, process.pid, num_streams=num_streams, num_tokens=20)  # warm-up
+        wait_for_children(process.pid)
         return [
             measure(url, process.pid, num_streams=num_streams, num_tokens=args.tokens)
             for _ in range(args.repeats)

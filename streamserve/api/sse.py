@@ -23,7 +23,7 @@ from streamserve.core.request import FinishReason
 from streamserve.engine.outputs import RequestOutput, Usage
 from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.progress import RequestProgress
-from streamserve.engine.stream import RequestStream, TextSink
+from streamserve.engine.stream import RequestStream
 
 
 class StreamedChoice:
@@ -120,7 +120,8 @@ class AnswerStream(SseResponse):
         is_open, rest = False, b""
         if echo := frames.echo_at_once(choice.usage):
             await self._send(echo)
-        sink = self._sink_of(frames, delivery) if is_plain else None
+        sent = delivery.text_sent
+        sink = self._writer.text_sink(head, tail, sent) if is_plain else None
         late_sink = frames.late_sink
         while True:
             output = await get()
@@ -144,10 +145,9 @@ class AnswerStream(SseResponse):
                 body = self._opening(choice, output) + body
             if (writing := write(body)) is not None:
                 await self._until_room(writing)
-            self._num_sent += 1
             delivery.text_sent()
             if late_sink is not None and sink is None:
-                sink = self._counted(late_sink(self._writer.write_now), delivery)
+                sink = late_sink(self._writer.write_now, sent)
             if sink is not None:  # the opening is out: while this task waits, the step loop writes
                 choice.stream.sink = sink
         finish_reason = check_success(output)
@@ -167,35 +167,6 @@ class AnswerStream(SseResponse):
         usage = first.usage
         start = Usage(prompt_tokens=usage.prompt_tokens, cached_tokens=usage.cached_tokens)
         return choice.frames.role(start)
-
-    def _sink_of(self, frames: Frames, delivery: Delivery) -> TextSink:
-        """What the step loop calls with a token's text while the socket has room."""
-        head, tail = frames.head, frames.tail
-        write_now, text_sent = self._writer.write_now, delivery.text_sent
-
-        def sink(text: str) -> bool:
-            if not write_now(head + dumps(text) + tail):
-                return False
-            self._num_sent += 1
-            text_sent()
-            return True
-
-        return sink
-
-    def _counted(self, write: TextSink | None, delivery: Delivery) -> TextSink | None:
-        """``write``, if there is one, as the rest expects it of a sink."""
-        if write is None:
-            return None
-        text_sent = delivery.text_sent
-
-        def sink(text: str) -> bool:
-            if not write(text):
-                return False
-            self._num_sent += 1
-            text_sent()
-            return True
-
-        return sink
 
     def _ending(self) -> bytes:
         return self._wire.ending([choice.usage for choice in self._choices])

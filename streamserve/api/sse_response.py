@@ -83,8 +83,7 @@ class SseResponse(EventSourceResponse):
         self._guard = guard
         self._ping_frame = ping
         self._writer: FrameWriter = AsgiWriter(raw_send)
-        self._num_sent = 0  # frames; pings do not count
-        self._num_sent_before = 0
+        self._num_written_before = 0  # when the timer last rang, or pinged
         self._ping_timer: asyncio.TimerHandle | None = None
         self._pinging: asyncio.Task[None] | None = None
 
@@ -140,12 +139,12 @@ class SseResponse(EventSourceResponse):
     async def _send(self, body: bytes) -> None:
         if (writing := self._writer.write(body)) is not None:
             await self._until_room(writing)
-        self._num_sent += 1
 
     async def _send_last(self, body: bytes) -> None:
         self._end()
         message = {"type": "http.response.body", "body": body, "more_body": False}
-        await self._until_room(self._raw_send(message))
+        sending = self._raw_send(message)
+        await (self._until_room(sending) if self._writer.is_full else sending)
 
     async def _until_room(self, writing: Awaitable[Any]) -> None:
         """Wait for what ``FrameWriter.write`` returned. Raises ``ReaderStalledError``."""
@@ -169,14 +168,19 @@ class SseResponse(EventSourceResponse):
         if not self.active:
             return
         is_pinging = self._pinging is not None and not self._pinging.done()
-        if self._num_sent == self._num_sent_before and not is_pinging:
+        num_written = self._writer.num_written
+        if num_written == self._num_written_before and not is_pinging:
             self._pinging = asyncio.create_task(self._ping(self._raw_send))
-        self._num_sent_before = self._num_sent
+        self._num_written_before = num_written
         self._start_ping_timer()
 
     async def _ping(self, send: Send) -> None:
         """Send a ping. A write is atomic, so it never falls into the middle of a frame."""
-        if self.active and (writing := self._writer.write(self._ping_frame)) is not None:
+        if not self.active:
+            return
+        writing = self._writer.write(self._ping_frame)
+        self._num_written_before += 1
+        if writing is not None:
             await writing
 
     def _stop_comments(self) -> None:

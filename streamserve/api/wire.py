@@ -11,8 +11,9 @@ from streamserve.engine.outputs import RequestOutput, Usage
 from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.stream import TextSink
 
-LateSink = Callable[[Callable[[bytes], bool]], TextSink | None]
-"""Makes a sink, or not yet, of a function that writes bytes now or says that there is no room."""
+LateSink = Callable[[Callable[[bytes], bool], Callable[[], object]], TextSink | None]
+"""Makes a sink, or not yet, of a function that writes bytes now or says that there is no room, and
+one that it calls for each text that was written."""
 
 
 class Frames(Protocol):

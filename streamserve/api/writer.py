@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from orjson import dumps
 from starlette.types import Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from streamserve.engine.stream import TextSink
 
 LINGER_S = 5.0
 """How long a connection that was closed after an error may take to deliver what it holds."""
@@ -16,11 +19,24 @@ LINGER_S = 5.0
 class FrameWriter(Protocol):
     """Writes parts of a response's body. Each part arrives whole or not at all."""
 
+    num_written: int
+    """Parts so far."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next part must wait for room, as far as the server says."""
+
     def write(self, body: bytes) -> Awaitable[None] | None:
         """Send ``body``; what is returned, if anything, must be awaited before the next call."""
 
     def write_now(self, body: bytes) -> bool:
         """Send ``body`` if nothing would have to be awaited; otherwise ``False``, and not sent."""
+
+    def text_sink(self, head: bytes, tail: bytes, sent: Callable[[], object]) -> TextSink | None:
+        """As ``write_now`` for frames that hold a text, as JSON, between ``head`` and ``tail``.
+
+        ``sent`` is called for each that was sent. ``None``: such frames would have to be awaited.
+        """
 
     def end_now(self, body: bytes) -> None:
         """Put the response's last part behind what waits for room already, if the server lets us.
@@ -37,12 +53,21 @@ class AsgiWriter:
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self.num_written = 0
+
+    @property
+    def is_full(self) -> bool:
+        return True
 
     def write(self, body: bytes) -> Awaitable[None]:
+        self.num_written += 1
         return self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     def write_now(self, body: bytes) -> bool:
         return False
+
+    def text_sink(self, head: bytes, tail: bytes, sent: Callable[[], object]) -> None:
+        return None
 
     def end_now(self, body: bytes) -> None:
         """ASGI has no word for it."""
@@ -58,14 +83,20 @@ class UvicornWriter:
     through ``send``: the cycle then ends itself.
     """
 
-    __slots__ = ("_cycle", "_flow", "_write")
+    __slots__ = ("_cycle", "_flow", "_write", "num_written")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
         self._flow = cycle.flow
         self._write = cycle.transport.write
+        self.num_written = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._flow.write_paused
 
     def write(self, body: bytes) -> Awaitable[None] | None:
+        self.num_written += 1
         if self._cycle.disconnected:
             return None
         self._write(b"%x\r\n%b\r\n" % (len(body), body))
@@ -74,9 +105,27 @@ class UvicornWriter:
     def write_now(self, body: bytes) -> bool:
         if self._flow.write_paused:
             return False
+        self.num_written += 1
         if not self._cycle.disconnected:
             self._write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
+
+    def text_sink(self, head: bytes, tail: bytes, sent: Callable[[], object]) -> TextSink:
+        cycle, flow, write = self._cycle, self._flow, self._write
+        num_around = len(head) + len(tail)
+
+        def sink(text: str) -> bool:
+            if flow.write_paused:
+                return False
+            content = dumps(text)
+            if not cycle.disconnected:
+                size = num_around + len(content)
+                write(b"%x\r\n%b%b%b\r\n" % (size, head, content, tail))
+            self.num_written += 1
+            sent()
+            return True
+
+        return sink
 
     def end_now(self, body: bytes) -> None:
         cycle = self._cycle

@@ -333,14 +333,12 @@ class AsyncEngine(EngineFront):
             return
         self._updates = []
         now = self._clock()
-        for update in updates:
-            request = update.request
+        for request, token_ids, logprobs, finish_reason in updates:
             live = self._live[request.request_id]
             stream, processor = live.stream, live.processor
-            token_ids = update.new_token_ids
             sink = stream.ready_sink
             try:
-                if sink is not None and update.finish_reason is None and processor.is_plain:
+                if sink is not None and finish_reason is None and processor.is_plain:
                     text = processor.text_of(token_ids)
                     if not text or sink(text):
                         stream.timings.last_token = now
@@ -349,7 +347,7 @@ class AsyncEngine(EngineFront):
                     output = processor.output(text, token_ids)
                 else:
                     output = processor.process(
-                        token_ids, update.logprobs, update.finish_reason, request.stop_reason
+                        token_ids, logprobs, finish_reason, request.stop_reason
                     )
             except Exception as error:
                 if not self._fail_request(live, error):
@@ -363,7 +361,7 @@ class AsyncEngine(EngineFront):
             self._num_generation_tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 # A stop string: the token that the step in flight samples is discarded.
-                if update.finish_reason is None and not self._finish(
+                if finish_reason is None and not self._finish(
                     live,
                     FinishReason.STOP,
                     num_output_tokens=processor.num_output_tokens,

@@ -46,6 +46,8 @@ class PromptEncoder:
 
     def of(self, salt: str) -> PromptEncoder:
         """The same, which remembers long texts apart from those of others."""
+        if salt == self._salt:
+            return self
         encoder = copy(self)
         encoder._salt = salt
         return encoder

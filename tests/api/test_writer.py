@@ -56,6 +56,22 @@ async def test_nothing_is_written_now_while_the_buffer_is_full():
     assert cycle.transport.written == b"2\r\ncd\r\n2\r\nef\r\n"
 
 
+async def test_a_text_sink_writes_what_write_now_would():
+    cycle = Cycle()
+    writer = UvicornWriter(cycle)
+    sent = []
+    sink = writer.text_sink(b'data: {"text":', b"}\n\n", lambda: sent.append(writer.num_written))
+    assert sink('a "b"')
+    assert cycle.transport.written == b'1a\r\ndata: {"text":"a \\"b\\""}\n\n\r\n'
+    cycle.flow.pause_writing()
+    assert not sink("full")
+    cycle.flow.resume_writing()
+    cycle.disconnected = True
+    assert sink("gone")
+    assert len(cycle.transport.written) == 0x1A + 6
+    assert sent == [1, 2]
+
+
 async def test_nothing_is_written_to_a_client_that_has_left():
     cycle = Cycle()
     writer = UvicornWriter(cycle)

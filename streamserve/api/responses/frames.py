@@ -149,7 +149,9 @@ class ResponseFrames:
             events = self._parser.feed(text)
         return self.events(events)
 
-    def late_sink(self, write_now: Callable[[bytes], bool]) -> TextSink | None:
+    def late_sink(
+        self, write_now: Callable[[bytes], bool], sent: Callable[[], object]
+    ) -> TextSink | None:
         """What writes more of a message that will be the last item, if nothing else can come."""
         item = self._item
         if self._parser is not None or self._names is not None or not isinstance(item, MessageItem):
@@ -164,6 +166,7 @@ class ResponseFrames:
                 return False
             self._number += 1
             pieces.append(text)
+            sent()
             return True
 
         return write
