@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from streamserve.api.call_grammars import are_held, chosen, forced, may_be_free
 from streamserve.api.chat_request import ChatRequest
+from streamserve.api.harmony_messages import harmony_messages
 from streamserve.api.tool_fields import ToolUse
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.thinking import Thinking
@@ -28,9 +29,16 @@ from streamserve.errors import InvalidParameterError
 _SHORT_ID = 9  # characters: Mistral's templates accept no other length
 
 
+class Parsing(Protocol):
+    """How an answer is read. May be pickled."""
+
+    def new(self, token_bytes: Callable[[int], bytes]) -> AnswerParser:
+        """One choice's parser, before its first character."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerParsing:
-    """How an answer is read: ``new`` makes one choice's parser. May be pickled."""
+    """A `Parsing` of thoughts, and then calls, each with its parser."""
 
     state: ThinkState
     use: ToolUse | None
@@ -39,7 +47,6 @@ class AnswerParsing:
     are_calls_held: bool
 
     def new(self, token_bytes: Callable[[int], bytes]) -> AnswerParser:
-        """A parser before its first character."""
         has_reasoning = self.state is not ThinkState.OVER
         return AnswerParser(
             reasoning=ReasoningParser(self.state) if has_reasoning else None,
@@ -116,7 +123,7 @@ class AnswerPlan:
     @property
     def messages(self) -> tuple[dict[str, Any], ...]:
         """The messages as the family's templates accept them."""
-        return with_family_ids(self._request.messages, self._format)
+        return family_messages(self._request.messages, self._format)
 
     def params(self, prompt: str, marks: MarkIds) -> SamplingParams:
         """The request's sampling, and what tools and thoughts ask of it."""
@@ -149,7 +156,7 @@ class AnswerPlan:
             markers += (THINK_START, THINK_END)
         return any(marks.is_special(marker) for marker in markers)
 
-    def parsing(self, prompt: str) -> AnswerParsing | None:
+    def parsing(self, prompt: str) -> Parsing | None:
         """How the answer is read; ``None``: its text is the content after all."""
         use, state = self._request.tools, self._state(prompt)
         if state is ThinkState.OVER and not self._parses_calls:
@@ -191,10 +198,12 @@ class AnswerPlan:
         )
 
 
-def with_family_ids(
+def family_messages(
     messages: tuple[dict[str, Any], ...], answer_format: AnswerFormat
 ) -> tuple[dict[str, Any], ...]:
-    """The messages, with ids as the family's templates accept them: equal ones stay equal."""
+    """The messages as the family's templates accept them. Equal ids stay equal."""
+    if answer_format.is_harmony:
+        return harmony_messages(messages)
     if answer_format.tool_parser != "mistral":
         return messages
     return tuple(_with_short_ids(message) for message in messages)

@@ -94,6 +94,27 @@ def forced(params: SamplingParams, use: ToolUse) -> SamplingParams:
 
     Raises ``InvalidParameterError`` where the request says otherwise what the answer looks like.
     """
+    _check_free(params, use)
+    schema = _dumps(forced_schema(use))
+    grammar = StructuredOutput(kind=GrammarKind.JSON_SCHEMA, text=schema, param="tools")
+    return replace(params, structured_output=grammar)
+
+
+def forced_in_format(params: SamplingParams, use: ToolUse, tool_parser: str) -> SamplingParams:
+    """The same sampling, held to one call as the model itself writes it. Raises as `forced`."""
+    _check_free(params, use)
+    tools = [tool for tool in use.tools if use.name in (None, tool.name)]
+    task = {
+        "parser": tool_parser,
+        "tools": [{"name": tool.name, "arguments": closed(tool.parameters)} for tool in tools],
+        "answer": None,
+        "is_forced": True,
+    }
+    grammar = StructuredOutput(kind=GrammarKind.TOOL_CALLS, text=_dumps(task), param="tools")
+    return replace(params, structured_output=grammar)
+
+
+def _check_free(params: SamplingParams, use: ToolUse) -> None:
     if (other := params.structured_output) is not None:
         raise InvalidParameterError(
             f"tool_choice {use.choice} and {other.param} both say what the answer looks like: give"
@@ -101,9 +122,6 @@ def forced(params: SamplingParams, use: ToolUse) -> SamplingParams:
             param="tool_choice",
             code="invalid_value",
         )
-    schema = _dumps(forced_schema(use))
-    grammar = StructuredOutput(kind=GrammarKind.JSON_SCHEMA, text=schema, param="tools")
-    return replace(params, structured_output=grammar)
 
 
 def chosen(params: SamplingParams, use: ToolUse, tool_parser: str) -> SamplingParams:

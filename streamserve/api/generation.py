@@ -18,7 +18,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from streamserve.api.admitted import Admitted, Call
-from streamserve.api.answer_plan import AnswerPlan
 from streamserve.api.body import ignored_fields_headers, parse_json_object
 from streamserve.api.chat_request import ChatRequest, parse_chat_request
 from streamserve.api.completion_request import parse_completion_request
@@ -32,6 +31,7 @@ from streamserve.api.frames import (
     Envelope,
     Kind,
 )
+from streamserve.api.harmony_plan import plan_answer
 from streamserve.api.kept_generation import answer_kept, comes_back
 from streamserve.api.metrics import Delivery
 from streamserve.api.openai_wire import OpenAIWire
@@ -333,7 +333,7 @@ class GenerationEndpoint(ABC):
 
     async def _rendered(self, request: ChatRequest, salt: str) -> Work:
         """A chat as the template writes it, tokenised."""
-        plan = AnswerPlan(request, self._context.answer_format)
+        plan = plan_answer(request, self._context.answer_format)
         prompt = await self._context.preprocessor.chat(plan.messages, salt, **plan.rendering)
         return chat_work(request, plan, prompt, self._context.mark_ids)
 

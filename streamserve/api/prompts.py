@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from streamserve.api.answer_plan import AnswerParsing, AnswerPlan
+from streamserve.api.answer_plan import AnswerPlan, Parsing
 from streamserve.api.body import parse_json_object
 from streamserve.api.chat_request import ChatRequest, parse_chat_request
 from streamserve.api.choices import Choices
 from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.embedding_request import EmbeddingRequest, parse_embedding_request
 from streamserve.api.extras import ExtraFields, Prompt
+from streamserve.api.harmony_plan import plan_answer
 from streamserve.api.message_request import parse_count_request, parse_messages_request
 from streamserve.api.responses.before import read_context
 from streamserve.api.responses.prompt import attempts
@@ -68,7 +69,7 @@ class Work:
     prompts: list[Prompt]
     fields: ExtraFields
     choices: Choices
-    parsing: AnswerParsing | None = None
+    parsing: Parsing | None = None
     settings: Settings | None = None
     encoding_format: str = "float"
 
@@ -195,7 +196,7 @@ class PromptReader:
         return replace(work, settings=request.settings)
 
     def _rendered(self, request: ChatRequest) -> Work:
-        plan = AnswerPlan(request, self._answer_format)
+        plan = plan_answer(request, self._answer_format)
         prompt = self._encoder.chat(plan.messages, **plan.rendering)
         return chat_work(request, plan, prompt, self._mark_ids)
 

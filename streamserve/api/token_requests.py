@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from streamserve.api.answer_plan import with_family_ids
+from streamserve.api.answer_plan import family_messages
 from streamserve.api.chat_request import (
     CHAT_FIELDS,
     CHAT_REFUSED,
@@ -117,7 +117,7 @@ def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat)
         "tools": tools.definitions,
         **template_kwargs(values),
     }
-    messages = with_family_ids(values["messages"].items, answer_format)
+    messages = family_messages(values["messages"].items, answer_format)
     special = values.get("add_special_tokens", False)
     return TokenizeRequest(model, reported(unknown), None, special, strs, messages, rendering)
 

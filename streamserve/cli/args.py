@@ -27,8 +27,8 @@ from streamserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
-TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral")
-REASONING_PARSERS = ("qwen3", "deepseek_r1")
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral", "openai")
+REASONING_PARSERS = ("qwen3", "deepseek_r1", "openai_gptoss")
 KV_CACHE_DTYPES = ("auto", "fp8")
 ONLY_ONE = {
     "tensor_parallel_size": "several devices are not built yet",
@@ -394,8 +394,8 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reasoning-parser",
         choices=REASONING_PARSERS,
-        help="how the model writes what it thinks: both <think>…</think>, which deepseek_r1 may "
-        "leave out the beginning of (default: what the chat template says)",
+        help="how the model writes what it thinks: <think>…</think>, which deepseek_r1 may leave "
+        "out the beginning of, or gpt-oss's channels (default: what the chat template says)",
     )
     group.add_argument(
         "--no-ui", action="store_true", help="serve no pages: neither the chat at / nor /docs"

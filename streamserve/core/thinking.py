@@ -15,6 +15,9 @@ class Thinking:
     ``start_token_ids``, which it must where it follows a grammar, unless ``is_optional`` says that
     it may do without and that is one token. After ``budget`` tokens of thought (``None``: no limit)
     come ``end_token_ids``, whatever the model says.
+
+    Thoughts begin and end where the text of ``start`` and ``end`` is met. Behind the end come
+    ``next_token_ids``, if there are any, and then, where there is no grammar, not ``not_next``.
     """
 
     is_open: bool
@@ -22,6 +25,10 @@ class Thinking:
     end_token_ids: tuple[int, ...]
     budget: int | None = None
     is_optional: bool = False
+    start: bytes = b"<think>"
+    end: bytes = b"</think>"
+    next_token_ids: tuple[int, ...] = ()
+    not_next: int | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.budget < 0:

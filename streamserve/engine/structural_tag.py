@@ -13,12 +13,14 @@ from typing import Any
 from llguidance.gbnf_to_lark import any_to_lark
 
 from streamserve.engine.lark_writer import EMPTY, FREE, LarkWriter
+from streamserve.engine.parsers.harmony import CHANNEL, END, MESSAGE, START, call_header
 from streamserve.engine.schema_refs import moved
 
 _BLANKS = r"/[ \t\r\n]{0,8}/"
 _SEPARATOR = r"/[ \t\r\n]{0,8}[;,]?[ \t\r\n]{0,8}/"
 _LLAMA_NAME = r'[ \t\r\n]*\{[ \t\r\n]*"name"[ \t\r\n]*:[ \t\r\n]*"%s"'
 _LLAMA_KEY = r'/[ \t\r\n]{0,8},[ \t\r\n]{0,8}"parameters"[ \t\r\n]{0,8}:[ \t\r\n]{0,8}/'
+_ASSISTANT = f"{START}assistant"
 Format = Mapping[str, Any]
 
 
@@ -175,8 +177,23 @@ def _mistral(task: Format, writer: LarkWriter) -> str:
     return f"{writer.json(task['answer'])} | {_BLANKS} {whole} ({_BLANKS} {whole})*"
 
 
+def _harmony(task: Format, writer: LarkWriter) -> str:
+    """Thoughts and words before the message that counts: a call, or what is said at last."""
+    asides = [writer.text(f"{CHANNEL}{name}{MESSAGE}") for name in ("analysis", "commentary")]
+    aside = writer.rule(f"{writer.either(asides)} {writer.until(END)} {writer.text(_ASSISTANT)}")
+    lasts = [
+        f"{writer.text(call_header(tool['name']))} {writer.json(tool['arguments'])}"
+        for tool in task["tools"]
+    ]
+    if not task.get("is_forced"):
+        said = FREE if task["answer"] is None else writer.json(task["answer"])
+        lasts.append(f"{writer.text(f'{CHANNEL}final{MESSAGE}')} {said}")
+    return f"{aside}* {writer.either(lasts)}"
+
+
 _FAMILIES: dict[str, Callable[[Format, LarkWriter], str]] = {
     "hermes": _hermes,
     "llama3_json": _llama3_json,
     "mistral": _mistral,
+    "openai": _harmony,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from streamserve.core.request import Request
@@ -27,14 +27,64 @@ class MaskSource(Protocol):
         """A bit per token, lowest first, 1 where it may follow the output; ``None``: any may."""
 
 
+class _Bridge:
+    """From the end of thoughts, at the output position ``first``, to what comes behind them."""
+
+    def __init__(
+        self,
+        request: Request,
+        thinking: Thinking,
+        first: int,
+        new_grammar: Callable[[int], MaskSource] | None,
+        vocab_size: int,
+    ) -> None:
+        self._request = request
+        self._ids = thinking.next_token_ids
+        self._not_next = thinking.not_next
+        self._first = first
+        self._vocab_size = vocab_size
+        self._grammar = None if new_grammar is None else new_grammar(first + len(self._ids))
+
+    @property
+    def is_needed(self) -> bool:
+        is_past = self._request.num_output_tokens > self._first + len(self._ids)
+        return self._grammar is not None or not is_past
+
+    def knows(self, output_position: int) -> bool:
+        return self._request.num_output_tokens >= output_position
+
+    def mask(self) -> bytes | None:
+        position = self._request.num_output_tokens - self._first
+        if position < len(self._ids):
+            return _only(self._ids[position], self._vocab_size)
+        if self._grammar is not None:
+            return self._grammar.mask()
+        if position == len(self._ids) and self._not_next is not None:
+            return _all_but((self._not_next,), self._vocab_size)
+        return None
+
+
+def _only(token_id: int, vocab_size: int) -> bytes:
+    mask = bytearray(-(-vocab_size // 8))
+    mask[token_id >> 3] = 1 << (token_id & 7)
+    return bytes(mask)
+
+
+def _all_but(token_ids: Iterable[int], vocab_size: int) -> bytes:
+    mask = bytearray(b"\xff" * -(-vocab_size // 8))
+    for token_id in token_ids:
+        mask[token_id >> 3] &= ~(1 << (token_id & 7))
+    return bytes(mask)
+
+
 class ThinkingMatcher:
     """One request's place in its thoughts, and behind them in its grammar, if it has one."""
 
     __slots__ = (
+        "_behind",
         "_budget",
         "_exhausted_at",
         "_free",
-        "_grammar",
         "_has_thought",
         "_instead",
         "_new_grammar",
@@ -59,11 +109,11 @@ class ThinkingMatcher:
         self._new_grammar = new_grammar
         self._vocab_size = vocab_size
         state = ThinkState.INSIDE if thinking.is_open else ThinkState.UNDECIDED
-        self._tokens = ReasoningTokens(state, token_bytes)
+        self._tokens = ReasoningTokens(state, token_bytes, start=thinking.start, end=thinking.end)
         self._budget = thinking.budget
         self._num_read = 0  # output tokens
         self._exhausted_at: int | None = None  # the output position at which the end begins
-        self._grammar: MaskSource | None = None
+        self._behind: MaskSource | None = None  # what masks from the end of the thoughts on
         self._has_thought = thinking.is_open
         self._instead: MaskSource | None = None  # of thoughts, while they may begin or not
         may_do_without = thinking.is_optional and len(thinking.start_token_ids) == 1
@@ -73,7 +123,8 @@ class ThinkingMatcher:
 
     @property
     def is_needed(self) -> bool:
-        is_done = self._tokens.is_over and self._new_grammar is None
+        behind = self._behind
+        is_done = self._tokens.is_over and (behind is None or not behind.is_needed)
         return not (is_done or self._request.is_finished)
 
     def knows(self, output_position: int) -> bool:
@@ -82,22 +133,21 @@ class ThinkingMatcher:
             self._new_grammar is None
             and self._budget is not None
             and output_position < self._budget
+            and not self._thinking.next_token_ids
         ):
             return True
         return self._request.num_output_tokens >= output_position
 
     def mask(self) -> bytes | None:
         self._read()
-        if self._grammar is not None:
-            return self._grammar.mask()
+        if self._behind is not None:
+            return self._behind.mask()
         if self._instead is not None and not self._has_thought:
             return self._mask_without_thoughts(self._instead)
         forced = self._forced_id()
         if forced is None:
             return self._free
-        mask = bytearray(-(-self._vocab_size // 8))
-        mask[forced >> 3] = 1 << (forced & 7)
-        return bytes(mask)
+        return _only(forced, self._vocab_size)
 
     def _mask_without_thoughts(self, grammar: MaskSource) -> bytes | None:
         """The grammar's, and at the very beginning that of thoughts as well."""
@@ -111,10 +161,7 @@ class ThinkingMatcher:
 
     def _without_ends(self) -> bytes:
         """Where a grammar follows, an answer must not end in its thoughts."""
-        mask = bytearray(b"\xff" * -(-self._vocab_size // 8))
-        for token_id in self._request.ending_ids | self._request.eos_token_ids:
-            mask[token_id >> 3] &= ~(1 << (token_id & 7))
-        return bytes(mask)
+        return _all_but(self._request.ending_ids | self._request.eos_token_ids, self._vocab_size)
 
     def _read(self) -> None:
         request, tokens = self._request, self._tokens
@@ -127,9 +174,15 @@ class ThinkingMatcher:
             self._num_read += 1
             self._has_thought |= tokens.is_inside
         self._look_at_budget()
-        if tokens.is_over and self._new_grammar is not None and self._grammar is None:
+        if not tokens.is_over or self._behind is not None:
+            return
+        if self._thinking.next_token_ids and self._has_thought:
+            self._behind = _Bridge(
+                request, self._thinking, self._num_read, self._new_grammar, self._vocab_size
+            )
+        elif self._new_grammar is not None:
             is_late = self._instead is None or self._has_thought
-            self._grammar = self._new_grammar(self._num_read) if is_late else self._instead
+            self._behind = self._new_grammar(self._num_read) if is_late else self._instead
 
     def _look_at_budget(self) -> None:
         if self._budget is None or self._exhausted_at is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamserve.engine.parsers.events import Content, Event, Reasoning, joined
-from streamserve.engine.parsers.reasoning import ReasoningParser, ReasoningTokens
+from streamserve.engine.parsers.reasoning import ReasoningParser, ThoughtTokens
 from streamserve.engine.parsers.tool_parser import ToolParser
 
 
@@ -21,7 +21,7 @@ class AnswerParser:
         *,
         reasoning: ReasoningParser | None = None,
         tools: ToolParser | None = None,
-        tokens: ReasoningTokens | None = None,
+        tokens: ThoughtTokens | None = None,
         include_reasoning: bool = True,
     ) -> None:
         self._reasoning = reasoning

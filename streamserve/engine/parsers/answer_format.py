@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamserve.engine.chat_template import ChatTemplate
+from streamserve.engine.parsers.harmony import CHANNEL, MESSAGE
 from streamserve.engine.parsers.reasoning import REASONING_PARSERS, THINK_END
 from streamserve.engine.parsers.tool_formats import TOOL_PARSERS, tool_parser_of_template
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import ConfigError
+
+HARMONY = "openai_gptoss"
+HARMONY_CALLS = "openai"
+TOOL_PARSER_NAMES = (*TOOL_PARSERS, HARMONY_CALLS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +28,18 @@ class AnswerFormat:
     template_variables: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        _one_of("tool-call-parser", self.tool_parser, tuple(TOOL_PARSERS))
+        _one_of("tool-call-parser", self.tool_parser, TOOL_PARSER_NAMES)
         _one_of("reasoning-parser", self.reasoning_parser, REASONING_PARSERS)
+        if self.tool_parser is not None and self.is_harmony != (self.tool_parser == HARMONY_CALLS):
+            raise ConfigError(
+                f"--tool-call-parser {HARMONY_CALLS} and --reasoning-parser {HARMONY} are one "
+                f"format, got {self.tool_parser} and {self.reasoning_parser}"
+            )
+
+    @property
+    def is_harmony(self) -> bool:
+        """Whether answers are messages, in gpt-oss's format."""
+        return self.reasoning_parser == HARMONY
 
 
 class MarkIds:
@@ -59,21 +74,30 @@ def choose_answer_format(
     Raises ``ConfigError``.
     """
     variables = template.variables
-    if tool_parser is None and "tools" in variables:
+    if reasoning_parser is None:
+        reasoning_parser = _reasoning_parser(tool_parser, template.text)
+    if reasoning_parser == HARMONY and tool_parser is None:
+        tool_parser = HARMONY_CALLS if "tools" in variables else None
+    elif tool_parser is None and "tools" in variables:
         tool_parser = tool_parser_of_template(template.text)
     if enable_auto_tool_choice is False:
         tool_parser = None
     elif enable_auto_tool_choice and tool_parser is None:
         raise ConfigError(
             "--enable-auto-tool-choice needs a --tool-call-parser here: the chat template"
-            f" ({template.source}) does not tell which of {', '.join(TOOL_PARSERS)} it is"
+            f" ({template.source}) does not tell which of {', '.join(TOOL_PARSER_NAMES)} it is"
         )
-    if reasoning_parser is None and THINK_END in template.text:
-        # It takes an answer without thoughts for what it is.
-        reasoning_parser = "qwen3"
     return AnswerFormat(
         tool_parser=tool_parser, reasoning_parser=reasoning_parser, template_variables=variables
     )
+
+
+def _reasoning_parser(tool_parser: str | None, template: str) -> str | None:
+    is_harmony = CHANNEL in template and MESSAGE in template
+    if tool_parser == HARMONY_CALLS or (tool_parser is None and is_harmony):
+        return HARMONY
+    # It takes an answer without thoughts for what it is.
+    return "qwen3" if THINK_END in template else None
 
 
 def _one_of(flag: str, value: str | None, names: tuple[str, ...]) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
+from typing import Protocol
 
 from streamserve.engine.parsers.events import Content, Event, Reasoning, joined
 from streamserve.engine.parsers.markers import may_become, num_undecided
 
 THINK_START = "<think>"
 THINK_END = "</think>"
-_START_BYTES = THINK_START.encode()
-_END_BYTES = THINK_END.encode()
 
-REASONING_PARSERS = ("qwen3", "deepseek_r1")
-"""They differ in an answer that does not begin with ``<think>`` when the prompt says nothing:
-DeepSeek R1 thinks all the same, until ``</think>``."""
+REASONING_PARSERS = ("qwen3", "deepseek_r1", "openai_gptoss")
+"""The first two differ in an answer that does not begin with ``<think>`` when the prompt says
+nothing: DeepSeek R1 thinks all the same, until ``</think>``. The last is Harmony: `harmony`."""
 
 
 class ThinkState(Enum):
@@ -116,6 +115,23 @@ class ReasoningParser:
         return [Content(text)]
 
 
+class ThoughtTokens(Protocol):
+    """Counts the tokens of thoughts among those of an answer.
+
+    ``is_over``: what comes next is no thought. ``is_inside``: it is one, or the end of them.
+    """
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def is_inside(self) -> bool: ...
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        """Take the next tokens."""
+
+
 class ReasoningTokens:
     """Counts the tokens of the thoughts, without those of the marks around them.
 
@@ -123,8 +139,17 @@ class ReasoningTokens:
     or cannot come.
     """
 
-    def __init__(self, state: ThinkState, token_bytes: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        state: ThinkState,
+        token_bytes: Callable[[int], bytes],
+        *,
+        start: bytes = THINK_START.encode(),
+        end: bytes = THINK_END.encode(),
+    ) -> None:
+        """``start`` and ``end`` are the marks."""
         self._token_bytes = token_bytes
+        self._start_mark, self._end_mark = start, end
         self._is_open = state is ThinkState.INSIDE
         self._is_undecided = state is not ThinkState.OVER
         self.is_over = state is ThinkState.OVER
@@ -152,10 +177,10 @@ class ReasoningTokens:
 
     def _look_for_start(self) -> None:
         text = self._bytes.lstrip()
-        if text.startswith(_START_BYTES):
+        if text.startswith(self._start_mark):
             self._starts, self._bytes = [], b""
             self._is_undecided = False
-        elif not _START_BYTES.startswith(text):
+        elif not self._start_mark.startswith(text):
             self._is_undecided = False
             self.is_over = not self._is_open
             self.count = len(self._starts) if self._is_open else 0
@@ -163,13 +188,13 @@ class ReasoningTokens:
 
     def _look_for_end(self) -> None:
         starts = self._starts
-        end = self._bytes.find(_END_BYTES)
+        end = self._bytes.find(self._end_mark)
         if end >= 0:
             self.count -= sum(start >= end for start in starts)
             self.is_over = True
             return
         # Only what may still be a part of the mark is looked at again.
-        cut = len(self._bytes) - len(_END_BYTES) + 1
+        cut = len(self._bytes) - len(self._end_mark) + 1
         num_done = sum(start <= cut for start in starts[1:])
         if num_done:
             first = starts[num_done]

@@ -86,5 +86,6 @@ FAMILIES = (
         spec=_spec,
         max_positions=lambda config: config.integer_or(131_072, "max_position_embeddings"),
         names=NAMES,
+        end_tokens=("<|return|>", "<|call|>"),
     ),
 )

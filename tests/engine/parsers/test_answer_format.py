@@ -5,8 +5,11 @@ import pytest
 from streamserve.cli.args import REASONING_PARSERS, TOOL_CALL_PARSERS, parse_args
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.parsers import reasoning
-from streamserve.engine.parsers.answer_format import AnswerFormat, choose_answer_format
-from streamserve.engine.parsers.tool_formats import TOOL_PARSERS
+from streamserve.engine.parsers.answer_format import (
+    TOOL_PARSER_NAMES,
+    AnswerFormat,
+    choose_answer_format,
+)
 from streamserve.errors import ConfigError
 
 HERMES = "{% if tools %}<tool_call>{% endif %}{% if enable_thinking %}</think>{% endif %}"
@@ -29,7 +32,25 @@ def test_several_templates_are_one_text():
     assert found.tool_parser == "hermes"
 
 
-@pytest.mark.parametrize("name", [*TOOL_PARSERS])
+HARMONY = "{% if tools %}{% endif %}<|start|>a<|channel|>analysis<|message|>"
+
+
+def test_harmony_is_one_format_for_thoughts_and_calls():
+    both = ("openai", "openai_gptoss")
+    found = chosen(HARMONY)
+    assert (found.tool_parser, found.reasoning_parser) == both
+    assert chosen(HARMONY, enable_auto_tool_choice=False).tool_parser is None
+    found = chosen(HERMES, tool_parser="openai")
+    assert (found.tool_parser, found.reasoning_parser) == both
+    found = chosen(HERMES, reasoning_parser="openai_gptoss")
+    assert (found.tool_parser, found.reasoning_parser) == both
+    found = chosen(HARMONY, tool_parser="hermes")
+    assert (found.tool_parser, found.reasoning_parser) == ("hermes", None)
+    with pytest.raises(ConfigError, match="are one format, got hermes and openai_gptoss"):
+        chosen(HARMONY, tool_parser="hermes", reasoning_parser="openai_gptoss")
+
+
+@pytest.mark.parametrize("name", TOOL_PARSER_NAMES)
 def test_a_flag_overrides_the_template(name):
     assert chosen(HERMES, tool_parser=name).tool_parser == name
     assert chosen("{{ messages }}", tool_parser=name).tool_parser == name
@@ -55,7 +76,7 @@ def test_unknown_names(fields, message):
 
 
 def test_the_flags_know_the_parsers():
-    assert tuple(TOOL_PARSERS) == TOOL_CALL_PARSERS
+    assert TOOL_PARSER_NAMES == TOOL_CALL_PARSERS
     assert reasoning.REASONING_PARSERS == REASONING_PARSERS
     args = parse_args(["serve", "--tool-call-parser", "mistral", "--reasoning-parser", "qwen3"])
     assert (args.tool_call_parser, args.reasoning_parser) == ("mistral", "qwen3")
