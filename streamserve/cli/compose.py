@@ -35,7 +35,7 @@ from streamserve.engine.grammar import Grammars
 from streamserve.engine.preprocess import PromptEncoder
 from streamserve.engine.system_prefix import system_prefix
 from streamserve.engine.text_source import TextSource
-from streamserve.engine.tokenizer import FastTokenizer, Tokenizer
+from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import ConfigError, InvalidParameterError
 from streamserve.models import (
     ModelConfig,
@@ -56,7 +56,7 @@ class Service:
     """An engine that is ready to start, and what a front needs beside it."""
 
     engine: AsyncEngine
-    tokenizer: FastTokenizer
+    tokenizer: Tokenizer
     tokenizer_path: Path
     chat_template: ChatTemplate
     model_name: str
@@ -92,8 +92,8 @@ def build_service(
     hidden_size = setup.config.spec.hidden_size
     embedding = read_embedding_config(setup.path, hidden_size, pooling=args.pooling)
     tokenizer_path = tokenizer_directory(args, setup.path, say)
-    text_source = _text_source(args, tokenizer_path)
-    tokenizer, template = text_source()
+    text_from = text_source(args, tokenizer_path)
+    tokenizer, template = text_from()
     if template.is_builtin:
         warn(f"the checkpoint has no chat template: using the {template.source} one")
     on_template(template)
@@ -142,7 +142,7 @@ def build_service(
         setup.device,
         built.memory,
         built.finish_warm_up,
-        text_source,
+        text_from,
         adapters,
     )
 
@@ -242,17 +242,26 @@ def _public_prefixes(
     return prefixes
 
 
-def _eos_token_ids(config: ModelConfig, tokenizer: FastTokenizer) -> frozenset[int]:
+def _eos_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
     ends = (tokenizer.token_to_id(token) for token in config.end_tokens)
     return frozenset(config.eos_token_ids).union(end for end in ends if end is not None)
 
 
-def _text_source(args: Namespace, path: Path) -> TextSource:
+def text_source(args: Namespace, path: Path) -> TextSource:
+    """Where the tokenizer and the template come from, as the flags say. Raises ``ConfigError``."""
     backend = None
+    is_slow = args.tokenizer_mode == "slow"
+    if is_slow and path.is_file():
+        raise ConfigError(
+            f"--tokenizer-mode slow: {path} holds a vocabulary, of which there is no tokenizer in "
+            "Python; auto makes one of it"
+        )
     files = read_text_files(path) if path.is_file() else None
-    if files is None and not (path / "tokenizer.json").is_file():
+    if is_slow or (files is None and not (path / "tokenizer.json").is_file()):
         # Worker processes then import transformers as well.
-        backend = partial(tokenizer_backend, path, trust_remote_code=args.trust_remote_code)
+        backend = partial(
+            tokenizer_backend, path, trust_remote_code=args.trust_remote_code, slow=is_slow
+        )
     return TextSource(
         path,
         args.chat_template,

@@ -8,7 +8,12 @@ from typing import Any
 
 from streamserve.cli.values import integer
 
-TOKENIZER_MODES = ("auto", "hf")
+TOKENIZER_MODES = ("auto", "hf", "slow")
+_NO_TOKENIZER_MODES = {
+    "mistral": "mistral-common's tokenizers are not built; auto reads the tokenizer.json that is "
+    "beside a tekken.json",
+    "custom": "classes that a program registers are not built; slow runs a checkpoint's own",
+}
 MODEL_IMPLS = ("auto", "native", "transformers")
 
 
@@ -30,9 +35,11 @@ def add_source_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--tokenizer-mode",
-        choices=TOKENIZER_MODES,
+        type=_tokenizer_mode,
+        metavar="auto|hf|slow",
         default="auto",
-        help="both: tokenizer.json, or what transformers makes of the other files (default: auto)",
+        help="auto and hf: tokenizer.json, or what is made of the other files; slow: the one in "
+        "Python that transformers or, if it is trusted, the checkpoint has (default: auto)",
     )
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     group.add_argument(
@@ -85,6 +92,16 @@ def _model_impl(text: str) -> str:
     if name not in MODEL_IMPLS:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(MODEL_IMPLS)}, got {text!r}")
     return name
+
+
+def _tokenizer_mode(text: str) -> str:
+    if text in _NO_TOKENIZER_MODES:
+        raise argparse.ArgumentTypeError(f"{text!r}: {_NO_TOKENIZER_MODES[text]}")
+    if text not in TOKENIZER_MODES:
+        raise argparse.ArgumentTypeError(
+            f"must be one of {', '.join(TOKENIZER_MODES)}, got {text!r}"
+        )
+    return text
 
 
 def _json_object(text: str) -> dict[str, Any]:

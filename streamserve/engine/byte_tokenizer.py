@@ -17,6 +17,8 @@ class ByteTokenizer:
     special token is put before a text by ``add_special_tokens`` if it is ``"<s>"``.
     """
 
+    decodes_in_order = True
+
     def __init__(self, special_tokens: Sequence[str] = ("<s>", "</s>")) -> None:
         self._special = {token: _NUM_BYTES + n for n, token in enumerate(special_tokens)}
         self._names = {token_id: token for token, token_id in self._special.items()}

@@ -12,6 +12,9 @@ _REPLACEMENT = "\ufffd"
 _MAX_CHARACTER_BYTES = 4
 _MAX_HELD = 32
 """Tokens held back at most by the general way: a character spans four, the rest is U+FFFD."""
+_CONTEXT = 16
+_MAX_CONTEXT = 1024
+"""Tokens that a decoder which looks back is given, and at most, where they have no text."""
 
 
 class IncrementalDetokenizer:
@@ -36,9 +39,11 @@ class IncrementalDetokenizer:
     ) -> None:
         skip = params.skip_special_tokens
         pieces = tokenizer.pieces(skip_special_tokens=skip)
-        way: _PieceDetokenizer | _WindowDetokenizer
+        way: _PieceDetokenizer | _WindowDetokenizer | _LaggingDetokenizer
         if pieces is not None:
             way = _PieceDetokenizer(pieces, prompt_token_ids)
+        elif not tokenizer.decodes_in_order:
+            way = _LaggingDetokenizer(tokenizer, prompt_token_ids, skip)
         else:
             joins = not (skip or params.spaces_between_special_tokens)
             way = _WindowDetokenizer(tokenizer, prompt_token_ids, skip, joins_specials=joins)
@@ -201,3 +206,75 @@ class _WindowDetokenizer:
         self._num_context = num_new_ids
         self._num_shown = len(self._decode())
         return text[before:]
+
+
+class _LaggingDetokenizer:
+    """For decoders that may change the end of a text when it goes on: ``ab@@`` to ``abc``.
+
+    Shown is what the next token has left alone, so that a text comes one token late::
+
+        text of _ids   shown | the last token's, and half a character
+    """
+
+    __slots__ = ("_ids", "_num_held", "_num_shown", "_skip", "_text", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip
+        self._ids = list(prompt_token_ids[-_CONTEXT:])
+        self._text = self._decode(self._ids)
+        self._num_held = 0
+        # The prompt's end, too, may be changed by what comes.
+        self._num_shown: int | None = None
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        return "".join([self._add_one(token_id) for token_id in token_ids])
+
+    def finish(self) -> str:
+        return "" if self._num_shown is None else self._text[self._num_shown :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+    def _add_one(self, token_id: int) -> str:
+        tokenizer = self._tokenizer
+        if (self._skip and tokenizer.is_special(token_id)) or not tokenizer.id_to_token(token_id):
+            return ""
+        before = self._text
+        self._ids.append(token_id)
+        self._text = text = self._decode(self._ids)
+        self._num_held += 1
+        certain = _num_common(before, text)
+        if self._num_held < _MAX_HELD:
+            certain = min(certain, len(text.rstrip(_REPLACEMENT)))
+        shown = self._num_shown
+        if shown is None:
+            shown = certain
+        elif certain < shown and (start := text.find(before)) > 0:
+            # A space was put before all of it.
+            shown, certain = shown + start, len(before) + start
+        self._num_shown = max(shown, certain)
+        if certain > shown:
+            self._num_held = 0
+        self._forget()
+        return text[shown:certain]
+
+    def _forget(self) -> None:
+        """Old tokens go, once the others have text enough for what a decoder does at its front."""
+        if len(self._ids) < 2 * _CONTEXT:
+            return
+        assert self._num_shown is not None  # a token was added
+        held = self._text[self._num_shown :]
+        text = self._decode(self._ids[-_CONTEXT:])
+        has_context = text.endswith(held) and len(text) > len(held)
+        if has_context or len(self._ids) >= _MAX_CONTEXT:
+            del self._ids[:-_CONTEXT]
+            self._text, self._num_shown = text, max(0, len(text) - len(held))
+
+
+def _num_common(first: str, second: str) -> int:
+    """How many characters both begin with."""
+    if second.startswith(first):
+        return len(first)
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), len(second))

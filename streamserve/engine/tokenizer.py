@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,14 @@ class Tokenizer(Protocol):
     def all_special_ids(self) -> frozenset[int]:
         """The ids that ``skip_special_tokens`` leaves out."""
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """``bos_token`` and the like, by their text: chat templates see them."""
+
+    @property
+    def decodes_in_order(self) -> bool:
+        """Whether a token adds to a text and leaves what was there, but for half a character."""
+
     def encode(self, text: str, *, add_special_tokens: bool, salt: str | None = None) -> list[int]:
         """Token ids of ``text``; special tokens written out in it become their ids.
 
@@ -53,6 +61,9 @@ class Tokenizer(Protocol):
     def id_to_token(self, token_id: int) -> str:
         """The token as the vocabulary writes it ("Ġhello"); empty if there is none."""
 
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token's text, ``None`` if the vocabulary lacks it."""
+
     def is_special(self, token_id: int) -> bool:
         """Whether ``skip_special_tokens`` leaves the token out."""
 
@@ -69,6 +80,8 @@ class FastTokenizer:
     ``special_tokens`` maps ``bos_token`` and the like to their text: chat templates see them.
     ``config`` is ``tokenizer_config.json``.
     """
+
+    decodes_in_order = True
 
     def __init__(
         self,
@@ -99,21 +112,21 @@ class FastTokenizer:
 
     @classmethod
     def from_directory(
-        cls, path: str | Path, *, backend: Callable[[], tokenizers.Tokenizer] | None = None
+        cls, path: str | Path, *, backend: tokenizers.Tokenizer | None = None
     ) -> FastTokenizer:
         """Read a checkpoint's tokenizer. Raises ``ModelLoadError`` naming the file at fault.
 
-        ``backend`` makes one of other files where there is no ``tokenizer.json``.
+        ``backend`` was made of other files, where there is no ``tokenizer.json``.
         """
         directory = Path(path)
         file = directory / "tokenizer.json"
-        if file.is_file():
+        if backend is not None:
+            found = backend
+        elif file.is_file():
             try:
                 found = tokenizers.Tokenizer.from_file(str(file))
             except Exception as error:  # tokenizers raises bare Exception
                 raise ModelLoadError(f"{file} cannot be read: {error}") from error
-        elif backend is not None:
-            found = backend()
         else:
             raise ModelLoadError(f"{directory} holds no tokenizer.json")
         config = read_json(directory / "tokenizer_config.json")

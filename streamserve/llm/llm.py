@@ -33,7 +33,7 @@ from streamserve.llm.prompts import (
     read_prompts,
 )
 from streamserve.llm.sampling_params import SamplingParams
-from streamserve.llm.tokenizer import load_transformers_tokenizer
+from streamserve.llm.tokenizer import load_transformers_tokenizer, python_tokenizer
 
 if TYPE_CHECKING:
     from streamserve.cli.compose import Service
@@ -202,7 +202,9 @@ class LLM:
         if self._tokenizer is None:
             service = self._service
             files = service.text_source.files
-            self._tokenizer = load_transformers_tokenizer(service.tokenizer_path, files)
+            self._tokenizer = python_tokenizer(service.tokenizer) or load_transformers_tokenizer(
+                service.tokenizer_path, files
+            )
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:

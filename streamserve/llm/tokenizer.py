@@ -6,6 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from streamserve.config import TextFiles
+from streamserve.engine.tokenizer import Tokenizer
+
+
+def python_tokenizer(tokenizer: Tokenizer) -> Any | None:
+    """The one of transformers that the engine itself uses; None where it uses none."""
+    return getattr(tokenizer, "python_tokenizer", None)
 
 
 def load_transformers_tokenizer(path: Path, files: TextFiles | None = None) -> Any:

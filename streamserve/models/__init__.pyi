@@ -10,11 +10,11 @@ from streamserve.models.config import read_sampling_defaults as read_sampling_de
 from streamserve.models.decoder import Decoder as Decoder
 from streamserve.models.families import supported_architectures as supported_architectures
 from streamserve.models.gguf.vocabulary import read_text_files as read_text_files
-from streamserve.models.loader import LoadFormat as LoadFormat
+from streamserve.models.hub import LoadFormat as LoadFormat
+from streamserve.models.hub import resolve_model as resolve_model
 from streamserve.models.loader import load_config as load_config
 from streamserve.models.loader import load_model as load_model
 from streamserve.models.loader import resolve_dtype as resolve_dtype
-from streamserve.models.loader import resolve_model as resolve_model
 from streamserve.models.model import LanguageModel as LanguageModel
 from streamserve.models.model_config import ModelConfig as ModelConfig
 from streamserve.models.sentence_files import read_embedding_config as read_embedding_config

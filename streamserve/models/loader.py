@@ -1,10 +1,10 @@
-"""From the name of a model to a decoder that runs: find the files, pick the dtype, load."""
+"""From a checkpoint's files to a decoder that runs: read the config, pick the dtype, load."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
@@ -15,7 +15,8 @@ from streamserve.models.checkpoint import CheckpointSource, RandomSource, Weight
 from streamserve.models.config import ModelImpl, NativeConfig, load_hf_config
 from streamserve.models.decoder import Decoder
 from streamserve.models.gguf.config import gguf_source, load_gguf_config
-from streamserve.models.gguf.container import find_gguf
+from streamserve.models.gguf.container import gguf_file
+from streamserve.models.hub import LoadFormat
 from streamserve.models.model import LanguageModel
 from streamserve.models.model_config import ModelConfig
 from streamserve.models.quantised.stored import CheckpointQuantization
@@ -23,7 +24,6 @@ from streamserve.models.tensor_files import open_tensor_files
 from streamserve.models.weights import Progress, build_weights
 from streamserve_kernels import Kernels, Quantization
 
-LoadFormat = Literal["auto", "safetensors", "pt", "gguf", "dummy"]
 DTYPES = {
     "float32": torch.float32,
     "float": torch.float32,
@@ -31,82 +31,6 @@ DTYPES = {
     "float16": torch.float16,
     "half": torch.float16,
 }
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Other frameworks' weights and training leftovers stay where they are.
-_HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-
-
-def resolve_model(
-    model: str,
-    *,
-    revision: str | None = None,
-    cache_dir: Path | None = None,
-    load_format: LoadFormat = "auto",
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    with_code: bool = False,
-) -> Path:
-    """Where ``model`` is: a directory, a GGUF file, or a hub id, downloaded into the hub's cache.
-
-    ``token`` is the hub's, ``True`` for the one that was saved at login. ``with_code`` brings the
-    checkpoint's own code along.
-    Raises ModelLoadError that says what was tried.
-    """
-    directory = Path(model).expanduser()
-    if directory.exists():
-        return _local(directory, load_format)
-    looks_local = model.startswith(("/", ".", "~"))
-    if looks_local or not _HUB_ID.fullmatch(model):
-        raise ModelLoadError(
-            f"model {model!r}: there is no such directory ({directory.absolute()})"
-            + ("" if looks_local else ", and it is no hub id (owner/name)")
-        )
-    # Importing the hub client costs half a second, which a local model need not pay.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    weights = {"pt": ("pytorch_model*.bin*",), "dummy": ()}.get(load_format, ("*.safetensors*",))
-
-    def download(*patterns: str) -> Path:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                cache_dir=cache_dir,
-                allow_patterns=[*_HUB_FILES, *patterns, *(("*.py",) if with_code else ())],
-                ignore_patterns=["consolidated*", "original/*"],
-                local_files_only=local_files_only,
-                token=token,
-            )
-        )
-
-    try:
-        path = download(*weights)
-        if load_format == "auto" and not any(path.glob("*.safetensors")):
-            path = download("pytorch_model*.bin*")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ModelLoadError(
-            f"model {model!r}: there is no such directory ({directory.absolute()}), and the hub "
-            f"did not give it: {type(error).__name__}: {error}"
-        ) from error
-    return path
-
-
-def _local(path: Path, load_format: LoadFormat) -> Path:
-    file = gguf_file(path) if load_format != "gguf" else find_gguf(path)
-    if file is not None and load_format in ("auto", "gguf", "dummy"):
-        return file
-    if path.is_dir() and load_format != "gguf":
-        return path
-    what = "is no GGUF file" if path.is_file() else "holds no GGUF file"
-    if file is not None:
-        what = f"is a GGUF file, which is not read as {load_format}"
-    raise ModelLoadError(f"{path} {what}")
-
-
-def gguf_file(path: Path) -> Path | None:
-    """The GGUF file, or its first part, that ``path`` stands for; None for other checkpoints."""
-    return find_gguf(path) if path.is_file() or not (path / "config.json").exists() else None
 
 
 def load_config(

@@ -9,16 +9,22 @@ from typing import Any
 import tokenizers
 
 from streamserve.errors import ModelLoadError
+from streamserve.models.slow_tokenizer import SlowTokenizer, load_slow
 from streamserve.models.vocabularies import own_tokenizer
 
 
-def tokenizer_backend(directory: Path, *, trust_remote_code: bool) -> tokenizers.Tokenizer:
+def tokenizer_backend(
+    directory: Path, *, trust_remote_code: bool, slow: bool = False
+) -> tokenizers.Tokenizer | SlowTokenizer:
     """A tokenizer of the directory's vocabulary, if its files are of a kind that is read here.
 
-    Else what transformers makes of them; importing it takes a second. Code that the checkpoint
-    brings runs only if it is trusted, and only there. Raises ModelLoadError.
+    Else what transformers makes of them; importing it takes a second. With ``slow`` it is
+    transformers', or the checkpoint's own, in Python. Code that the checkpoint brings runs only if
+    it is trusted, and only there. Raises ModelLoadError.
     """
     config = _config(directory)
+    if slow:
+        return load_slow(directory, config, trust_remote_code=trust_remote_code)
     own = own_tokenizer(directory, config)
     if own is not None:
         return own
@@ -28,7 +34,7 @@ def tokenizer_backend(directory: Path, *, trust_remote_code: bool) -> tokenizers
             f"{directory} holds no tokenizer.json, and its tokenizer is code of its own ({code}), "
             "which runs only with --trust-remote-code"
         )
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -40,12 +46,14 @@ def tokenizer_backend(directory: Path, *, trust_remote_code: bool) -> tokenizers
             f"it has: {error}"
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, tokenizers.Tokenizer):
-        raise ModelLoadError(
-            f"the tokenizer of {directory} ({type(tokenizer).__name__}) cannot be written as a "
-            "tokenizer.json: only such are served"
-        )
-    return backend
+    if isinstance(backend, tokenizers.Tokenizer):
+        return backend
+    if isinstance(tokenizer, PreTrainedTokenizer):
+        return SlowTokenizer(tokenizer)
+    raise ModelLoadError(
+        f"the tokenizer of {directory} ({type(tokenizer).__name__}) is neither one that can be "
+        "written as a tokenizer.json nor transformers' own kind in Python: it is not served"
+    )
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -70,9 +70,9 @@ def _llama3_factors() -> dict[str, np.ndarray]:
     return {"rope_freqs.weight": factors.astype(np.float32)}
 
 
-def _longrope_factors() -> dict[str, np.ndarray]:
+def _longrope_factors(rope: dict[str, Any] = LONGROPE) -> dict[str, np.ndarray]:
     return {
-        f"rope_factors_{kind}.weight": np.array(LONGROPE[f"{kind}_factor"], dtype=np.float32)
+        f"rope_factors_{kind}.weight": np.array(rope[f"{kind}_factor"], dtype=np.float32)
         for kind in ("short", "long")
     }
 
@@ -401,6 +401,29 @@ def test_plain_weights_are_those_of_transformers(case, tmp_path, build, kernels)
     assert config.stored_quantization is None
     assert config.spec.vocab_size == 97
     _compare(tmp_path / "model.gguf", model, kernels)
+
+
+def test_within_the_trained_length_the_short_factors_count(tmp_path, build, kernels):
+    rope = {**LONGROPE, "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0]}
+    config = transformers.Phi3Config(
+        **PHI3, rope_parameters=rope, original_max_position_embeddings=32
+    )
+    model = build(config)
+    values = {**_sizes(config), **CASES["phi3-long"][2]}
+    write_gguf(tmp_path / "m.gguf", model, "phi3", values, extra=_longrope_factors(rope))
+    tokens = prompts(shared=10)[0][:20]
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0]
+    for length, are_equal in ((32, True), (33, False)):  # one more: the long ones, for all
+        decoder = load_model(
+            tmp_path / "m.gguf",
+            dtype=torch.float32,
+            device=CPU,
+            kernels=kernels,
+            max_model_len=length,
+        )
+        ours = PagedHarness(decoder).prefill([Sequence(tokens)], None)[0]
+        assert ours.allclose(expected, rtol=1e-4, atol=1e-4) == are_equal
 
 
 # Rows of 32 and 64: whole blocks of the older kinds, in all that is a matrix.

@@ -66,6 +66,46 @@ def test_a_file_a_directory_and_a_part_are_found(write, tmp_path):
         resolve_model(str(empty), load_format="gguf")
 
 
+def test_a_hub_id_and_a_kind_are_a_file_of_the_hubs_cache(tmp_path):
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    names = ["m-Q4_K_M.gguf", "m-UD-Q4_K_M.gguf", "mmproj-Q4_K_M.gguf", "m.q8_0.gguf"]
+    names += [f"big/m-Q6_K-0000{part}-of-00002.gguf" for part in (1, 2)]
+    names += ["BF16/part.gguf", "m-Q4_K_S.gguf", "a-IQ4_XS.gguf", "b-IQ4_XS.gguf"]
+    for name in names:
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).touch()
+
+    def find(name: str, **options) -> str:
+        found = resolve_model(name, cache_dir=tmp_path, local_files_only=True, **options)
+        return found.relative_to(snapshot).as_posix()
+
+    for kind, name in (
+        ("Q4_K_M", "m-Q4_K_M.gguf"),
+        ("q4_k_m", "m-Q4_K_M.gguf"),
+        ("UD-Q4_K_M", "m-UD-Q4_K_M.gguf"),
+        ("Q8_0", "m.q8_0.gguf"),
+        ("Q6_K", "big/m-Q6_K-00001-of-00002.gguf"),
+        ("BF16", "BF16/part.gguf"),
+    ):
+        assert find(f"owner/name:{kind}") == name
+    assert find("owner/name", load_format="gguf") == "m-Q4_K_M.gguf"
+    with pytest.raises(
+        ModelLoadError, match=r"owner/name: there is no GGUF file of kind Q5_K_M.*Q4_K"
+    ):
+        find("owner/name:Q5_K_M")
+    with pytest.raises(ModelLoadError, match=r"several GGUF files of kind IQ4_XS: a-\S+, b-"):
+        find("owner/name:IQ4_XS")
+    with pytest.raises(ModelLoadError, match="no GGUF file of kind Q4_K on"):
+        find("owner/name:Q4_K")
+    with pytest.raises(ModelLoadError, match="is a GGUF file, which is not read as pt"):
+        find("owner/name:Q8_0", load_format="pt")
+    with pytest.raises(ModelLoadError, match=r"'other/name:Q8_0': .*the hub did not give it"):
+        find("other/name:Q8_0")
+
+
 def test_parts_are_read_as_one(write, tmp_path, kernels):
     whole, _ = write()
     # A handful of parts, as `llama-gguf-split` writes them.

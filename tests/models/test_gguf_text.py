@@ -26,8 +26,10 @@ from tokenizers import (
 )
 
 from streamserve.engine.text_source import TextSource
+from streamserve.engine.tokenizer import FastTokenizer
 from streamserve.errors import ModelLoadError
 from streamserve.models import read_text_files
+from tests.models.vocabulary_cases import streamed
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. It's 1234567 years old, isn't it?",
@@ -40,6 +42,8 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# A piece that no merge leads to: only where pieces are taken whole it is ever found.
+WHOLE = " zqxj"
 # Letters, marks, digits, spaces and emoji of many scripts, and pieces of what a cut looks for.
 TEXTS = st.lists(
     st.one_of(
@@ -61,6 +65,7 @@ TEXTS = st.lists(
                 "'\u017f",
                 "...",
                 " (",
+                WHOLE,
                 "!\n",
                 "Ab",
                 "\u3042",
@@ -117,6 +122,9 @@ def _train(pre: str) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"][WHOLE.replace(" ", "Ġ")] = len(content["model"]["vocab"])
+    tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
     return tokenizer
@@ -172,11 +180,17 @@ def _model(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=CUTS)
-def byte_level(request, tmp_path_factory) -> tuple[Tokenizer, Tokenizer]:
+def byte_level(request, tmp_path_factory) -> tuple[Tokenizer, FastTokenizer]:
     """The published tokenizer, and the one that is made of the file."""
     published = _train(request.param)
     path = _write_bpe(tmp_path_factory.mktemp("gguf") / "m.gguf", request.param, published)
-    return published, Tokenizer.from_str(read_text_files(path).tokenizer)
+    assert (len(published.encode(WHOLE).ids) == 1) == (request.param == "llama-bpe")
+    return published, _of_file(path)
+
+
+def _of_file(path: Path) -> FastTokenizer:
+    tokenizer, _ = TextSource(path, files=read_text_files(path))()
+    return tokenizer
 
 
 @given(text=TEXTS)
@@ -184,7 +198,10 @@ def byte_level(request, tmp_path_factory) -> tuple[Tokenizer, Tokenizer]:
 def test_byte_level_ids_are_those_of_the_published_tokenizer(byte_level, text):
     published, ours = byte_level
     ids = published.encode(text, add_special_tokens=False).ids
-    assert ours.encode(text, add_special_tokens=False).ids == ids
+    assert ours.encode(text, add_special_tokens=False) == ids
+    assert streamed(ours, [ours.token_to_id("a")], ids) == published.decode(
+        ids, skip_special_tokens=False
+    )
     for skip in (False, True):
         assert ours.decode(ids, skip_special_tokens=skip) == published.decode(
             ids, skip_special_tokens=skip
@@ -249,16 +266,19 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def _sentence_pieces() -> tuple[list[str], list[float], list[TokenType]]:
-    """A vocabulary as SentencePiece trains it: control and bytes, then pieces by falling score."""
+    """A vocabulary of SentencePiece's kind: control and bytes, then pieces.
+
+    It has them by falling score; these are in another order, since it is the score that counts.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False)
     tokenizer.train_from_iterator([w for line in CORPUS for w in line.split(" ")], trainer)
-    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1] * 7919) % 503)
     tokens = ["<unk>", "<s>", "</s>", *BYTES, *(piece for piece, _ in pieces), "<tool>"]
-    scores = [0.0] * 259 + [-float(n) for n in range(len(pieces))] + [-1000.0]
+    scores = [0.0] * 259 + [-float(rank) for _, rank in pieces] + [-1000.0]
     types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
     types += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(pieces) + [TokenType.USER_DEFINED]
     return tokens, scores, types
@@ -294,10 +314,10 @@ def _by_score(text: str, ids: dict[str, int], scores: list[float], *, prefix: st
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefixed", "bare"])
-def sentence_piece(request, tmp_path_factory) -> tuple[Tokenizer, bool]:
+def sentence_piece(request, tmp_path_factory) -> tuple[FastTokenizer, bool]:
     path = tmp_path_factory.mktemp("gguf") / "m.gguf"
     _write_pieces(path, **({} if request.param else {"add_space_prefix": False}))
-    return Tokenizer.from_str(read_text_files(path).tokenizer), request.param
+    return _of_file(path), request.param
 
 
 @given(text=TEXTS)
@@ -307,9 +327,12 @@ def test_sentence_piece_ids_are_those_of_its_algorithm(sentence_piece, text):
     tokens, scores, types = _sentence_pieces_once()
     ids = {t: n for n, t in enumerate(tokens) if types[n] == TokenType.NORMAL}
     expected = _by_score(text, ids, scores, prefix="▁" if prefixed else "") if text else []
-    assert tokenizer.encode(text, add_special_tokens=False).ids == expected
+    assert tokenizer.encode(text, add_special_tokens=False) == expected
     if "▁" not in text:
         assert tokenizer.decode(expected) == text
+    # Behind a prompt the space of the first word stays.
+    shown = tokenizer.decode([ids["a"], *expected], skip_special_tokens=False)
+    assert "a" + streamed(tokenizer, [ids["a"]], expected) == shown
 
 
 _made: list[Any] = []

@@ -49,7 +49,7 @@ def write_config(directory: Path, name: str, **config) -> None:
 
 def read(directory: Path) -> FastTokenizer:
     return FastTokenizer.from_directory(
-        directory, backend=lambda: tokenizer_backend(directory, trust_remote_code=False)
+        directory, backend=tokenizer_backend(directory, trust_remote_code=False)
     )
 
 

@@ -3,7 +3,8 @@
 python -m tools.box_model.likelihood --model streamserve/assets/box
 
 Each answer is fed behind its dialogue, through the kernels that serve, and the mean negative
-log-likelihood of its tokens (with the end token) is compared between the precisions.
+log-likelihood of its tokens (with the end token) is compared between the precisions; the quantised
+ones run in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,10 +21,18 @@ import streamserve_kernels
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.tokenizer import FastTokenizer
 from streamserve.models import Decoder, ForwardBatch, allocate_kv_cache, load_model
-from streamserve_kernels import QUANTIZATIONS
+from streamserve_kernels import Quantization
 from tools.box_model.heldout import BUILDERS, SYSTEM_TONE, held_out_sample
 
 BLOCK_SIZE = 16
+# What the weights are read as, and how they are quantised while they are loaded.
+PRECISIONS: tuple[tuple[str, torch.dtype, Quantization | None], ...] = (
+    ("float32", torch.float32, None),
+    ("bfloat16", torch.bfloat16, None),
+    ("int8", torch.bfloat16, "int8"),
+    ("fp8", torch.bfloat16, "fp8"),
+    ("int4", torch.bfloat16, "int4"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +84,17 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60, help="dialogues per kind")
     options = parser.parse_args()
     device = torch.device("cpu")
-    kernels = streamserve_kernels.load(device, dtype=torch.bfloat16)
     dialogues = answered_dialogues(options.model, options.count)
     tokens = sum(dialogue.num_answer for dialogue in dialogues)
     print(f"{len(dialogues)} dialogues, {tokens} tokens of answers")
     print("weights   weight MB  NLL/token  perplexity  same best token  mean |logit error|")
     reference: list[Tensor] = []
-    for quantization in (None, *QUANTIZATIONS, "fp8"):
+    for name, dtype, quantization in PRECISIONS:
         decoder = load_model(
             options.model,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             device=device,
-            kernels=kernels,
+            kernels=streamserve_kernels.load(device, dtype=dtype),
             quantization=quantization,
         )
         loss, same, error = 0.0, 0, 0.0
@@ -94,13 +102,13 @@ def main() -> None:
             logits = answer_logits(decoder, dialogue)
             targets = torch.tensor(dialogue.ids[-dialogue.num_answer :])
             loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-            if quantization is None:
+            if dtype == torch.float32:
                 reference.append(logits)
             same += int((logits.argmax(-1) == reference[index].argmax(-1)).sum())
             error += float((logits - reference[index]).abs().mean(-1).sum())
         mean = loss / tokens
         print(
-            f"{quantization or 'bfloat16':<10}{decoder.nbytes / 1e6:>9.2f}{mean:>11.4f}"
+            f"{name:<10}{decoder.nbytes / 1e6:>9.2f}{mean:>11.4f}"
             f"{math.exp(mean):>12.4f}{same / tokens:>17.2%}{error / tokens:>20.3f}",
             flush=True,
         )

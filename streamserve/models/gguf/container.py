@@ -66,6 +66,11 @@ def find_gguf(path: Path) -> Path | None:
     return found[0] if found else None
 
 
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file, or its first part, that ``path`` stands for; None for other checkpoints."""
+    return find_gguf(path) if path.is_file() or not (path / "config.json").exists() else None
+
+
 def first_part(path: Path) -> Path:
     """The file that carries the metadata of the checkpoint that ``path`` is a part of."""
     split = _SPLIT.search(path.name)
