@@ -35,7 +35,8 @@ Made by `python -m tools.models_table` from what the loader reads; a test keeps 
 and `--json` everything for programs.
 
 A checkpoint's `config.json` names an architecture; fine-tunes have that of the model they began as.
-All below are served by one decoder of our own.
+All below are served by one decoder of our own. Of checkpoints that have parts for pictures or sound
+beside it, the text is served ([model_impl.md](model_impl.md)).
 
 """
 
@@ -69,10 +70,20 @@ def render_page() -> str:
             ", ".join(entry.features),
             ", ".join(entry.rope_scaling),
             _codes(entry.lora),
+            _codes(entry.text_of),
         )
         for entry in entries
     )
-    head = ("models", "architecture", "`model_type`", "GGUF", "has", "rope scaling", "LoRA")
+    head = (
+        "models",
+        "architecture",
+        "`model_type`",
+        "GGUF",
+        "has",
+        "rope scaling",
+        "LoRA",
+        "text of",
+    )
     common = f"""
 **All of these**: `--dtype` {_codes(DTYPES)}; `--quantization` {_codes(QUANTIZATIONS)} while the
 weights are loaded; checkpoints in {", ".join(CHECKPOINT_FORMATS)}
@@ -109,6 +120,8 @@ def _readme_table() -> str:
         )
         for members in series.values()
     ]
+    parts = _codes(name for entry in entries for name in entry.text_of)
+    rows.append(("the text of checkpoints with parts for pictures or sound", parts, "", ""))
     foreign = ", ".join(THROUGH_TRANSFORMERS.values())
     rows.append((f"{foreign}, …", "through transformers", "", ""))
     return markdown_table(("models", "architectures", "GGUF", "some have"), rows)

@@ -78,6 +78,8 @@ def as_text(entries: Sequence[Entry], foreign: dict[str, str]) -> str:
         gguf = f"GGUF {', '.join(entry.gguf)}" if entry.gguf else "no GGUF"
         lines += [f"{entry.title}: {entry.architecture}"]
         lines += _paragraph("; ".join([gguf, *peculiarities(entry, usual)]))
+        if entry.text_of:
+            lines += _paragraph(f"the text of {', '.join(entry.text_of)}")
     if entries:
         lines += ["", "Each of these, with a decoder of our own:"]
         for fact in _COMMON:
@@ -106,7 +108,14 @@ def _paragraph(text: str) -> list[str]:
 
 
 def _names(entry: Entry) -> tuple[str, ...]:
-    return (entry.title, entry.series, entry.architecture, entry.model_type, *entry.gguf)
+    return (
+        entry.title,
+        entry.series,
+        entry.architecture,
+        entry.model_type,
+        *entry.gguf,
+        *entry.text_of,
+    )
 
 
 def _plain(name: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, get_args
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.families import FAMILIES
 from streamserve.models.families.family import Family
+from streamserve.models.families.text_parts import TEXT_MODELS, TEXT_PARTS
 from streamserve.models.gguf.architectures import ARCHITECTURES
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.parameters import layer_modules, takes_adapter
@@ -92,8 +93,6 @@ THROUGH_TRANSFORMERS: Mapping[str, str] = {
     "gemma3n_text": "Gemma 3n (text)",
     "glm4_moe": "GLM 4 MoE",
     "gpt_bigcode": "GPT-BigCode",
-    "granite": "Granite",
-    "granitemoe": "Granite MoE",
     "granite_swa": "Granite with sinks",
     "helium": "Helium",
     "hunyuan_v1_dense": "HunYuan (dense)",
@@ -115,6 +114,7 @@ THROUGH_TRANSFORMERS: Mapping[str, str] = {
 class Entry:
     """One architecture.
 
+    ``text_of`` are architectures with parts for pictures or sound beside it, whose texts it serves.
     ``rope_scaling`` are the ways to stretch its rotary positions, ``gguf`` the architectures of
     GGUF files that hold it, ``lora`` the checkpoint's modules of a layer that adapters may change,
     as PEFT's ``target_modules`` name them.
@@ -128,6 +128,7 @@ class Entry:
     rope_scaling: tuple[str, ...]
     gguf: tuple[str, ...]
     lora: tuple[str, ...]
+    text_of: tuple[str, ...]
 
 
 def native_entries() -> list[Entry]:
@@ -159,7 +160,7 @@ def features_of(specs: Iterable[DecoderSpec]) -> tuple[str, ...]:
 
 
 def _entry(family: Family) -> Entry:
-    specs = list(_possible_specs(family))
+    specs = list(possible_specs(family))
     modules = (
         name.rpartition(".")[2]
         for spec in specs
@@ -187,10 +188,16 @@ def _entry(family: Family) -> Entry:
             if family.architecture in (held.family, *held.also)
         ),
         lora=tuple(dict.fromkeys(modules)),
+        text_of=tuple(
+            name
+            for name, part in TEXT_PARTS.items()
+            if TEXT_MODELS[part.model_type].family is family
+        ),
     )
 
 
-def _possible_specs(family: Family) -> Iterator[DecoderSpec]:
+def possible_specs(family: Family) -> Iterator[DecoderSpec]:
+    """What a family makes of tiny configs, one for each switch that any family has."""
     first = family.spec(HfConfig({**_TINY, **_CONTEXT}, family.architecture))
     ropes = (layer.attention.rope for layer in first.layers)
     num_pairs = next((rope.rotary_dim // 2 for rope in ropes if rope is not None), 0)

@@ -186,7 +186,7 @@ def _longest_sequence(family: Family, config: HfConfig, spec: DecoderSpec) -> in
     stated = family.max_positions(config)
     rope = spec.layers[0].attention.rope
     scaling = rope.scaling if rope is not None else None
-    if scaling is None or scaling.kind in ("llama3", "longrope", "qwen_dynamic"):
+    if scaling is None or scaling.kind in ("llama3", "longrope", "stepped_dynamic"):
         return stated
     if scaling.kind == "yarn":
         return max(stated, int(scaling.original_max_position_embeddings * scaling.factor))

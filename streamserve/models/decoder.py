@@ -361,11 +361,8 @@ class Decoder:
         x = self.kernels.embedding(batch.input_ids, self._embedding)
         if self._embedding_scale != 1.0:
             x = x * self._embedding_scale
-        positions = self.spec.learned_positions
-        if positions is not None:
-            assert self._position_embedding is not None
-            places = batch.positions + positions.offset if positions.offset else batch.positions
-            x = x + self.kernels.embedding(places, self._position_embedding)
+        if self._position_embedding is not None:
+            x = x + self.kernels.embedding(batch.positions, self._position_embedding)
         if self._embedding_norm is not None:
             x = self._embedding_norm.norm(x)
         return x

@@ -242,10 +242,6 @@ def _bind_plain(
 def _bind_experts(
     spec: ExpertsSpec, weights: Weights, kernels: Kernels
 ) -> Callable[[Tensor], Tensor]:
-    if spec.router != "softmax":
-        raise UnsupportedModelError(
-            f"router kind {spec.router!r} is not supported; these are: softmax"
-        )
     router, moe, kind = weights.linears["layers.router"], kernels.moe, _gated_kind(spec.activation)
     gate_up, down = weights.expert_gate_up, weights.expert_down
     top_k, renormalise = spec.top_k, spec.renormalise

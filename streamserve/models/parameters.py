@@ -78,8 +78,8 @@ def embedding_module(spec: DecoderSpec) -> Module:
 def position_modules(spec: DecoderSpec) -> Iterator[Module]:
     """What is added to the embedding before the first layer, where a family has it."""
     if spec.learned_positions is not None:
-        rows = spec.learned_positions.num_positions + spec.learned_positions.offset
-        yield Module("position_embedding", "table", (rows,), spec.hidden_size)
+        rows = (spec.learned_positions,)
+        yield Module("position_embedding", "table", rows, spec.hidden_size)
     if spec.embedding_norm is not None:
         yield _norm("embedding_norm", spec.embedding_norm, spec.hidden_size)
 

@@ -24,11 +24,11 @@ def inverse_frequencies(rope: RopeSpec, max_length: int) -> Tensor:
     ``max_length`` is the longest sequence that will be served: for ``dynamic`` and ``longrope``.
     """
     dim, base, scaling = rope.rotary_dim, rope.base, rope.scaling
-    if scaling is not None and scaling.kind in ("dynamic", "qwen_dynamic"):
+    if scaling is not None and scaling.kind in ("dynamic", "stepped_dynamic"):
         base = _dynamic_ntk_base(base, dim, scaling, max_length)
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
     plain = 1.0 / (base**exponents)
-    if scaling is None or scaling.kind in ("dynamic", "qwen_dynamic"):
+    if scaling is None or scaling.kind in ("dynamic", "stepped_dynamic"):
         return plain
     if scaling.kind == "linear":
         return plain / scaling.factor
@@ -72,7 +72,7 @@ def _dynamic_ntk_base(base: float, dim: int, scaling: RopeScaling, max_length: i
     trained = scaling.original_max_position_embeddings
     length = max(max_length, trained)
     stretch = scaling.factor * length / trained - (scaling.factor - 1)
-    if scaling.kind == "qwen_dynamic":
+    if scaling.kind == "stepped_dynamic":
         # In steps: 1 up to the trained length, 3 up to twice that, 7 up to four times.
         stretch = 2 ** math.ceil(math.log2(length / trained) + 1) - 1
     return base * float(stretch ** (dim / (dim - 2)))

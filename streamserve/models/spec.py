@@ -21,9 +21,8 @@ from typing import Literal, Protocol
 NormKind = Literal["rms_norm", "layer_norm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu", "quick_gelu"]
 ExpertActivation = Activation | Literal["clamped_swiglu"]
-RopeScalingKind = Literal["linear", "dynamic", "qwen_dynamic", "llama3", "yarn", "longrope"]
+RopeScalingKind = Literal["linear", "dynamic", "stepped_dynamic", "llama3", "yarn", "longrope"]
 Residual = Literal["sequential", "parallel"]
-RouterKind = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +144,6 @@ class ExpertsSpec:
     top_k: int
     intermediate_size: int
     activation: ExpertActivation
-    router: RouterKind = "softmax"
     renormalise: bool = True
     bias: bool = False
     router_bias: bool = False
@@ -171,14 +169,6 @@ class LayerSpec:
     mlp_post_norm: NormSpec | None = None
     residual: Residual = "sequential"
     residual_scale: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class LearnedPositions:
-    """A table of ``num_positions`` rows; position ``p`` reads row ``p + offset`` (OPT: 2)."""
-
-    num_positions: int
-    offset: int = 0
 
 
 class ModelShape(Protocol):
@@ -212,6 +202,7 @@ class ModelShape(Protocol):
 class DecoderSpec:
     """A whole decoder-only language model. ``logit_scale`` multiplies, then the soft cap bounds.
 
+    ``learned_positions`` are the rows of a table that is added to the embedding, one per position.
     With ``normalised_head`` each row of the head is divided by its length (Baichuan 2).
     """
 
@@ -219,7 +210,7 @@ class DecoderSpec:
     hidden_size: int
     layers: tuple[LayerSpec, ...]
     final_norm: NormSpec | None
-    learned_positions: LearnedPositions | None = None
+    learned_positions: int | None = None
     embedding_scale: float = 1.0
     embedding_norm: NormSpec | None = None
     tied_head: bool = False

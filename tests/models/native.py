@@ -40,6 +40,12 @@ LONGROPE = {
 PHI3 = {**BASE, **ENDS, "num_attention_heads": 2, "num_key_value_heads": 1}
 GEMMA = {**GQA, **ENDS, "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 6}
 GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
+SCALES = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 4.0,
+}
 FALCON = {**BASE, **ENDS, "ffn_hidden_size": 48}
 FALCON.pop("intermediate_size")
 QWEN = {
@@ -212,6 +218,14 @@ NATIVE = {
         num_experts_per_tok=2,
         sliding_window=6,
         rope_parameters={**YARN_ROPE, "truncate": False},
+    ),
+    "granite": lambda: transformers.GraniteConfig(**GQA, **SCALES, mlp_bias=True),
+    "granite-moe": lambda: transformers.GraniteMoeConfig(
+        **GQA, **SCALES, num_local_experts=4, num_experts_per_tok=2
+    ),
+    # ALiBi with a number of heads that is no power of two.
+    "bloom": lambda: transformers.BloomConfig(
+        **ENDS, vocab_size=97, hidden_size=48, n_layer=3, n_head=6
     ),
     "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4),
     "mixtral-window": lambda: transformers.MixtralConfig(

@@ -17,6 +17,8 @@ import torch
 import streamserve_kernels
 from streamserve.models import Decoder, load_config
 from streamserve.models.checkpoint import RandomSource
+from streamserve.models.families import FAMILIES
+from streamserve.models.hf_config import HfConfig
 from streamserve.models.spec import AttentionSpec, DecoderSpec, ExpertsSpec, MlpSpec
 from streamserve.models.weights import build_weights
 from streamserve_kernels.native.library import why_not
@@ -102,16 +104,13 @@ def other_axes() -> dict[str, DecoderSpec]:
     }
 
 
-AXES = {family.__name__: family for family in (test_axes.granite, test_axes.bloom)}
-
-
-@pytest.fixture(params=[*native.NATIVE, *AXES, *other_axes()])
+@pytest.fixture(params=[*native.NATIVE, *other_axes()])
 def spec(request, tmp_path) -> DecoderSpec:
     name = request.param
     if name in native.NATIVE:
         native.NATIVE[name]().save_pretrained(tmp_path)
         return widened(load_config(tmp_path).spec)
-    return widened(AXES[name]()[1] if name in AXES else other_axes()[name])
+    return widened(other_axes()[name])
 
 
 def decoder_of(spec: DecoderSpec, backend: str, dtype=torch.bfloat16) -> Decoder:
@@ -340,7 +339,8 @@ def test_a_cpu_with_matrix_units_records_few_rows(monkeypatch):
     """Both ways run on oneDNN's packed weights there."""
     for module in ("streamserve_kernels.native", "streamserve_kernels.native.linear"):
         monkeypatch.setattr(importlib.import_module(module), "has_matrix_units", lambda: True)
-    spec = widened(test_axes.bloom()[1])
+    values = native.NATIVE["bloom"]().to_dict()
+    spec = widened(FAMILIES["BloomForCausalLM"].spec(HfConfig(values)))
     decoder = decoder_of(spec, "native")
     eager, recorded = (PagedHarness(decoder, block_size=16) for _ in range(2))
     expected = run(decoder, eager)

@@ -147,7 +147,7 @@ def test_both_generations_of_config_say_the_same(scaling):
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({"rope_scaling": {"type": "mrope"}}, UnsupportedModelError, "'mrope'.*yarn, longrope"),
+        ({"rope_scaling": {"type": "ntk"}}, UnsupportedModelError, "'ntk'.*yarn, longrope"),
         (
             {"rope_scaling": {"type": "su", "factor": 4, "short_factor": [1.0], "long_factor": 2}},
             ModelLoadError,

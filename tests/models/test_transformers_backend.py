@@ -36,7 +36,7 @@ def test_native_and_transformers_agree(checkpoint, kernels, tiny_llama, name):
     """Through another backend of kernels too, which is the one that serves float32."""
     directory, _ = checkpoint(FOREIGN[name]())
     decoders = [load(directory, kernels), load(directory, streamserve_kernels.load(CPU, "cpu"))]
-    if name == "llama":
+    if name != "exaone4":
         native = load_model(directory, dtype=torch.float32, device=CPU, kernels=kernels)
         assert isinstance(native, Decoder)
         decoders.append(native)
@@ -215,10 +215,10 @@ def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path, name):
 def test_auto_prefers_our_own_families_and_says_why_neither_will_do(tmp_path):
     transformers.LlamaConfig(**GQA, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
     assert hasattr(load_config(tmp_path), "family")
-    foreign = transformers.GraniteConfig(**GQA, architectures=["GraniteForCausalLM"])
+    foreign = transformers.CohereConfig(**GQA, architectures=["CohereForCausalLM"])
     foreign.save_pretrained(tmp_path)
-    assert load_config(tmp_path).architecture == "GraniteForCausalLM"
-    with pytest.raises(UnsupportedModelError, match="GraniteForCausalLM is not supported"):
+    assert load_config(tmp_path).architecture == "CohereForCausalLM"
+    with pytest.raises(UnsupportedModelError, match="CohereForCausalLM is not supported"):
         load_config(tmp_path, model_impl="native")
     (tmp_path / "config.json").write_text(
         json.dumps({"architectures": ["NobodyForCausalLM"], "model_type": "nobody"})

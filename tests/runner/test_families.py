@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from streamserve.models import (
 from streamserve.models.catalogue import THROUGH_TRANSFORMERS, features_of, native_entries
 from streamserve.models.families import FAMILIES, find_family
 from streamserve.models.hf_config import HfConfig
-from streamserve.models.spec import DecoderSpec
+from streamserve.models.spec import DecoderSpec, RopeScaling
 from streamserve.runner.model_runner import TorchModelRunner
 from tests.models import references
 from tests.models.foreign import FOREIGN
@@ -246,13 +246,19 @@ def values_of(name: str) -> dict[str, Any]:
     return {"architectures": [architecture], **json.loads(made.to_json_string(use_diff=False))}
 
 
-def test_every_row_of_the_table_has_its_cases() -> None:
-    """`streamserve models`: each architecture, and whatever is said of it."""
+def specs_of_cases() -> dict[str, list[DecoderSpec]]:
+    """By architecture."""
     specs: dict[str, list[DecoderSpec]] = {}
     for name in NATIVE:
         config = HfConfig(values_of(name))
         family = find_family(config)
         specs.setdefault(family.architecture, []).append(family.spec(config))
+    return specs
+
+
+def test_every_row_of_the_table_has_its_cases() -> None:
+    """`streamserve models`: each architecture, and whatever is said of it."""
+    specs = specs_of_cases()
     entries = {entry.architecture: entry for entry in native_entries()}
     assert specs.keys() == entries.keys()
     for architecture, entry in entries.items():
@@ -261,6 +267,25 @@ def test_every_row_of_the_table_has_its_cases() -> None:
     assert foreign - {family.model_type for family in FAMILIES.values()} == set(
         THROUGH_TRANSFORMERS
     )
+
+
+def test_every_axis_of_a_spec_is_some_familys() -> None:
+    """What nobody needs is no axis: it would be a branch of the forward for nothing."""
+    values: dict[str, set[Any]] = {}
+
+    def visit(part: Any) -> None:
+        if isinstance(part, tuple):
+            for inner in part:
+                visit(inner)
+        elif is_dataclass(part) and not isinstance(part, RopeScaling):  # a table knows it, no step
+            for axis in fields(part):
+                value = getattr(part, axis.name)
+                values.setdefault(f"{type(part).__name__}.{axis.name}", set()).add(value)
+                visit(value)
+
+    for spec in (spec for specs in specs_of_cases().values() for spec in specs):
+        visit(spec)
+    assert {axis for axis, found in values.items() if len(found) < 2} == {"DecoderSpec.vocab_size"}
 
 
 def test_the_first_gemma_says_gelu_and_means_its_tanh_form() -> None:

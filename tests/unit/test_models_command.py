@@ -86,7 +86,7 @@ def test_a_name_selects(capsys):
     assert "Qwen3MoeForCausalLM" in printed
     assert "LlamaForCausalLM" not in printed
     assert main(["models", "granite"]) == 0
-    assert "Granite MoE" in capsys.readouterr().out
+    assert "Granite 3 MoE" in capsys.readouterr().out
 
 
 def test_names_and_flags_that_nobody_knows(capsys):

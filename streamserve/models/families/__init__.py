@@ -5,6 +5,7 @@ from __future__ import annotations
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families import (
     baichuan,
+    bloom,
     chatglm,
     deepseek,
     falcon,
@@ -14,6 +15,7 @@ from streamserve.models.families import (
     gpt_neox,
     gpt_oss,
     gptj,
+    granite,
     llama,
     olmo2,
     phi,
@@ -56,6 +58,8 @@ FAMILIES: dict[str, Family] = {
         baichuan,
         deepseek,
         gpt_oss,
+        granite,
+        bloom,
     )
     for family in module.FAMILIES
 }

@@ -9,7 +9,6 @@ from streamserve.models.spec import (
     AttentionSpec,
     DecoderSpec,
     LayerSpec,
-    LearnedPositions,
     MlpSpec,
     NormSpec,
 )
@@ -75,7 +74,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
             for layer in range(num_layers)
         ),
         final_norm=norm,
-        learned_positions=LearnedPositions(_max_positions(config)),
+        learned_positions=_max_positions(config),
         tied_head=config.flag_or(True, "tie_word_embeddings"),
     )
 

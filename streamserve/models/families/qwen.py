@@ -56,7 +56,7 @@ def _rope(config: HfConfig, head_size: int) -> RopeSpec:
     plain = config.rope(head_size, theta_names=("rotary_emb_base",), partial_names=("rotary_pct",))
     if plain.scaling is not None or not config.flag_or(False, "use_dynamic_ntk"):
         return plain
-    scaling = RopeScaling("qwen_dynamic", 1.0, _trained(config))
+    scaling = RopeScaling("stepped_dynamic", 1.0, _trained(config))
     return RopeSpec(plain.base, plain.rotary_dim, scaling=scaling)
 
 
