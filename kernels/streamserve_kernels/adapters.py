@@ -10,18 +10,42 @@ weight and every other product of the model (Punica, Chen et al. 2023).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 class AdapterRows(NamedTuple):
-    """Whose each row is: `slots` [rows] int32, -1 for none; the same, slot by slot, in `groups`."""
+    """Whose each row is, by row and slot by slot. No row has a slot of S or more."""
 
-    slots: Tensor
-    groups: tuple[tuple[int, Tensor], ...]  # (slot, its rows [n] int64)
+    slots: Tensor  # [rows] int32, -1 for none
+    order: Tensor  # [rows] int32: the rows of each slot in turn, and then those of none
+    starts: Tensor  # [S + 1] int32: where in `order` a slot's begin
+
+    @classmethod
+    def of(
+        cls, slots: NDArray[np.int32], device: torch.device, num_slots: int | None = None
+    ) -> AdapterRows:
+        """Of `slots` [rows] as above; S is no larger than need be, unless it is given."""
+        if num_slots is None:
+            num_slots = int(slots.max(initial=-1)) + 1
+        order, starts = group_rows(slots, num_slots)
+        return cls(*(torch.from_numpy(part).to(device) for part in (slots, order, starts)))
+
+
+def group_rows(
+    slots: NDArray[np.int32], num_slots: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """`order` and `starts` of an `AdapterRows`."""
+    keys = np.where(slots < 0, num_slots, slots)
+    order = np.argsort(keys, kind="stable").astype(np.int32)
+    starts = np.searchsorted(keys[order], np.arange(num_slots + 1)).astype(np.int32)
+    return order, starts
 
 
 class StepAdapters(NamedTuple):
@@ -32,7 +56,7 @@ class StepAdapters(NamedTuple):
 
     def of(self, num_rows: int) -> AdapterRows:
         """What is multiplied are the tokens or the rows that need logits: where T = L, all."""
-        return self.tokens if num_rows == self.tokens.slots.shape[0] else self.logits
+        return self.tokens if num_rows == self.tokens.order.shape[0] else self.logits
 
 
 class AdapterTable:
@@ -55,7 +79,15 @@ class AdapterTable:
         self.entries: list[tuple[Tensor, Tensor] | None] = [None] * num_slots
 
     def set(self, slot: int, a: Tensor, b: Tensor) -> None:
-        """Give a slot its matrices, a [R, K] and b [N, R]. Raises ValueError for other shapes."""
+        """Give a slot its matrices, a [R, K] and b [N, R]. Raises ValueError as `check` does."""
+        self.check(a, b)
+        self.entries[slot] = (
+            a.to(self.device, self.dtype).contiguous(),
+            b.to(self.device, self.dtype).contiguous(),
+        )
+
+    def check(self, a: Tensor, b: Tensor) -> int:
+        """The rank of matrices that fit. Raises ValueError for others."""
         rank = a.shape[0]
         if rank > self.max_rank:
             raise ValueError(f"an adapter of rank {rank} where {self.max_rank} is the largest")
@@ -64,18 +96,11 @@ class AdapterTable:
                 f"an adapter of {tuple(a.shape)} and {tuple(b.shape)} beside a weight of "
                 f"{(self.out_features, self.in_features)}"
             )
-        self.entries[slot] = (
-            a.to(self.device, self.dtype).contiguous(),
-            b.to(self.device, self.dtype).contiguous(),
-        )
+        return rank
 
     def clear(self, slot: int) -> None:
         """Take a slot's matrices away. No step that uses them may run."""
         self.entries[slot] = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for entry in self.entries if entry is not None for part in entry)
 
 
 def add_adapters(y: Tensor, x: Tensor, table: AdapterTable, rows: AdapterRows | None) -> Tensor:
@@ -84,11 +109,11 @@ def add_adapters(y: Tensor, x: Tensor, table: AdapterTable, rows: AdapterRows | 
     In float32, rounded to the table's dtype between the two products, and once at the end.
     """
     assert rows is not None
-    for slot, ids in rows.groups:
+    for slot, (start, end) in enumerate(pairwise(rows.starts.tolist())):
         entry = table.entries[slot]
-        if entry is None:  # this adapter leaves the layer alone
+        if start == end or entry is None:  # this adapter leaves the layer alone
             continue
-        a, b = entry
+        ids, (a, b) = rows.order[start:end], entry
         low = F.linear(x[ids].float(), a.float()).to(table.dtype)
         y[ids] = (y[ids].float() + F.linear(low.float(), b.float())).to(y.dtype)
     return y

@@ -165,8 +165,6 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
     args = resolve_device_flags(args, on_gpu=device != cpu, warn=warn)
     if args.chat_template is not None:
         ChatTemplate.given(args.chat_template)
-    if device != cpu and adapter_config(args) is not None:
-        raise ConfigError("--enable-lora needs --device cpu: adapters on a GPU are not built yet")
     path = model_directory(args, say)
     config = load_config(path, model_impl=args.model_impl, trust_remote_code=args.trust_remote_code)
     stored = None if config.stored_quantization is None else config.stored_quantization.name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from streamserve.cli.model_setup import BuiltModel, ModelSetup
 from streamserve.models import (
-    Decoder,
     NativeConfig,
     adapter_bytes,
     kv_bytes_per_block,
@@ -44,7 +43,7 @@ class CpuBuilder:
             runner,
             profile,
             self._memory,
-            adapters=model.adapters if isinstance(model, Decoder) else None,
+            adapters=model.adapters,
         )
 
 

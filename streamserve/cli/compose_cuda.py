@@ -43,6 +43,7 @@ class CudaBuilder:
             setup.scheduler.max_num_seqs,
             decode_sizes=setup.args.cuda_graph_sizes,
             with_groups=setup.scheduler.enable_cascade_attention,
+            num_adapters=0 if setup.adapters is None else setup.adapters.num_adapters,
         )
 
     def build(self) -> BuiltModel:
@@ -75,7 +76,13 @@ class CudaBuilder:
                 enforce_eager=not self._has_graphs,
                 transfer=transfer,
             )
-            built = BuiltModel(runner, profile, memory, finish_warm_up=runner.capture_graphs)
+            built = BuiltModel(
+                runner,
+                profile,
+                memory,
+                adapters=model.adapters,
+                finish_warm_up=runner.capture_graphs,
+            )
             if transfer is None:
                 return built
             per_step = runner.on_device_thread(transfer.blocks_per_step)

@@ -147,11 +147,6 @@ class AdapterTables:
         for table in self._tables.values():
             table.clear(slot)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that is loaded."""
-        return sum(table.nbytes for table in self._tables.values())
-
     def _of_module(self, found: _Matrices, module: Module, layer: int) -> _Pair | None:
         pieces = module_pieces(self._names, module, "weight")
         assert module.columns is not None

@@ -340,6 +340,8 @@ class Decoder:
         thin._recorded = None
         thin._cache_indices = sorted({*first.values(), len(self._blocks) - 1})
         thin._blocks = [self._blocks[index] for index in thin._cache_indices]
+        if self.adapters is not None:
+            thin._adapted_blocks = [self._adapted_blocks[index] for index in thin._cache_indices]
         return thin
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
 from streamserve.models.spec import ModelShape
 from streamserve_kernels import Kernels, PackedLinear
@@ -31,6 +32,11 @@ class LanguageModel(Protocol):
     @property
     def is_capturable(self) -> bool:
         """Whether its forward can become a CUDA graph: it never asks the device for anything."""
+        ...
+
+    @property
+    def adapters(self) -> AdapterTables | None:
+        """The places for adapters, where it was loaded with some."""
         ...
 
     def linears(self) -> Iterator[PackedLinear]: ...

@@ -100,7 +100,7 @@ class InputBatch:
         buffers.set_block_table(self._rows.block_table, step.rows, width)
         buffers.set_prefix_groups(plan.prefix_groups)
         buffers.set_tokens(step.token_ids, step.positions, step.slots, step.logits_indices)
-        has_adapters = self._rows.num_adapted and (self._rows.adapter[step.rows] >= 0).any()
+        has_adapters = self._rows.have_adapters(step.rows)
         buffers.set_adapters(self._rows.adapter[step.token_rows] if has_adapters else None)
         return buffers.tensors(self._device), step.sampled(scheduled)
 

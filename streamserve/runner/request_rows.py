@@ -100,6 +100,10 @@ class RequestRows:
             self.num_adapted -= int(self.adapter[row] >= 0)
         return row
 
+    def have_adapters(self, rows: Int64Array) -> bool:
+        """Whether a request of these rows has an adapter."""
+        return self.num_adapted > 0 and bool((self.adapter[rows] >= 0).any())
+
     def append_blocks(self, request_id: str, block_ids: list[int]) -> None:
         """Raises ValueError if the table is longer than the context can need."""
         row = self._row_of[request_id]

@@ -24,16 +24,6 @@ from streamserve_kernels.adapters import AdapterRows, StepAdapters
 _SMALL_SIZES = (1, 2, 4)
 
 
-def adapter_rows(slots: NDArray[np.int32], device: torch.device) -> AdapterRows:
-    """Rows grouped by their adapter's slot, of which -1 is none."""
-    groups = tuple(
-        (slot, torch.from_numpy(np.flatnonzero(slots == slot)).to(device))
-        for slot in np.unique(slots).tolist()
-        if slot >= 0
-    )
-    return AdapterRows(torch.from_numpy(slots).to(device), groups)
-
-
 def step_sizes(
     max_num_batched_tokens: int, max_num_seqs: int, num_recorded: int = 0
 ) -> tuple[int, ...]:
@@ -185,7 +175,9 @@ class StepBuffers:
         if self._adapters is None:
             return None
         of_logits = self._adapters[self._logits_indices[: self._num_logits]]
-        return StepAdapters(*(adapter_rows(slots, device) for slots in (self._adapters, of_logits)))
+        return StepAdapters(
+            *(AdapterRows.of(slots, device) for slots in (self._adapters, of_logits))
+        )
 
     def _padded(self, count: int) -> int:
         place = int(np.searchsorted(self._padded_sizes, count))

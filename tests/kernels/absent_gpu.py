@@ -140,6 +140,21 @@ def linear_calls() -> Iterator[Callable[[], object]]:
                 )
 
 
+def adapter_calls() -> Iterator[Callable[[], object]]:
+    import numpy as np
+
+    from streamserve_kernels import triton as ours
+    from streamserve_kernels.adapters import AdapterRows
+
+    cpu = torch.device("cpu")
+    for rank, dtype in ((16, torch.bfloat16), (48, torch.bfloat16), (256, torch.float)):
+        table = ours.AdapterTable(4, 1024, HIDDEN, dtype, cpu, rank)
+        for rows in (1, 64, 1024):
+            x, y = bf16(rows, HIDDEN).to(dtype), bf16(rows, 1024).to(dtype)
+            mine = AdapterRows.of(np.zeros(rows, np.int32), cpu, 4)
+            yield lambda x=x, y=y, table=table, mine=mine: ours.add_adapters(y, x, table, mine)
+
+
 def moe_calls() -> Iterator[Callable[[], object]]:
     from streamserve_kernels import triton as ours
 
@@ -243,6 +258,7 @@ def block_rows_calls() -> Iterator[Callable[[], object]]:
 PARTS = {
     "elementwise": elementwise_calls,
     "linear": linear_calls,
+    "adapters": adapter_calls,
     "moe": moe_calls,
     "sampling": sampling_calls,
     "attention": attention_calls,

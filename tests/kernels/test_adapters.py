@@ -1,22 +1,21 @@
 """Low-rank adapters of single rows: every backend against the formula, row by row."""
 
+import importlib
+from typing import NamedTuple
+
+import numpy as np
 import pytest
 import torch
 
-from streamserve_kernels import Kernels
+from streamserve_kernels import Kernels, load
 from streamserve_kernels.adapters import AdapterRows
 
 NUM_SLOTS, MAX_RANK = 3, 17
 CPU = torch.device("cpu")
 
 
-def rows_of(slots: list[int]) -> AdapterRows:
-    groups = {
-        slot: torch.tensor([i for i, s in enumerate(slots) if s == slot])
-        for slot in sorted(set(slots))
-        if slot >= 0
-    }
-    return AdapterRows(torch.tensor(slots, dtype=torch.int32), tuple(groups.items()))
+def rows_of(slots: list[int], device: torch.device = CPU) -> AdapterRows:
+    return AdapterRows.of(np.array(slots, dtype=np.int32), device, NUM_SLOTS)
 
 
 def matrices(rank: int, shape: tuple[int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,36 +24,116 @@ def matrices(rank: int, shape: tuple[int, int], seed: int) -> tuple[torch.Tensor
     return a, torch.randn(shape[0], rank, generator=generator)
 
 
-@pytest.mark.parametrize("shape", [(16, 32), (70, 45), (577, 300)])
-@pytest.mark.parametrize("slots", [[1], [-1, 0, 2, 2, -1, 1, 0], [0] * 9 + [2] * 4 + [-1, 1]])
+class Backend(NamedTuple):
+    kernels: Kernels
+    device: torch.device
+    dtype: torch.dtype
+    tolerance: float
+
+    def check(self, slots: list[int], shape: tuple[int, int]) -> None:
+        """Each row gets what the formula says of its own adapter; those without one are left."""
+        out_features, in_features = shape
+        table = self.kernels.AdapterTable(NUM_SLOTS, *shape, self.dtype, self.device, MAX_RANK)
+        sets = {slot: matrices(rank, shape, slot) for slot, rank in ((0, 17), (2, 4))}
+        for slot, (a, b) in sets.items():  # none for 1
+            table.set(slot, a, b)
+        generator = torch.Generator().manual_seed(7)
+        # Rows of a fused product: further apart than they are long.
+        x = torch.randn(len(slots), in_features + 6, generator=generator).to(self.dtype)
+        x, y = x[:, :in_features], torch.randn(len(slots), out_features, generator=generator)
+        y = y.to(self.dtype)
+        expected = y.double()
+        for i, slot in enumerate(slots):
+            if slot in sets:
+                a, b = (part.to(self.dtype).double() for part in sets[slot])
+                expected[i] += b @ (a @ x[i].double())
+        rows, on_device = rows_of(slots, self.device), x.to(self.device)
+        found = self.kernels.add_adapters(y.to(self.device, copy=True), on_device, table, rows)
+        again = self.kernels.add_adapters(y.to(self.device, copy=True), on_device, table, rows)
+        assert found.dtype == self.dtype
+        assert torch.equal(found, again)
+        bounds = {"rtol": self.tolerance, "atol": self.tolerance}
+        torch.testing.assert_close(found.cpu().double(), expected, **bounds)
+        untouched = [i for i, slot in enumerate(slots) if slot not in sets]
+        assert torch.equal(found.cpu()[untouched], y[untouched])
+        for slot in sets:
+            table.clear(slot)
+        left = self.kernels.add_adapters(y.to(self.device, copy=True), on_device, table, rows)
+        assert torch.equal(left.cpu(), y)
+
+
+SHAPES = [(16, 32), (70, 45), (577, 300)]
+SLOTS = [[1], [-1, 0, 2, 2, -1, 1, 0], [0] * 9 + [2] * 4 + [-1, 1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("backend", ["naive", "native"])
 def test_each_row_gets_its_own_adapter(request, backend, slots, shape):
     kernels: Kernels = request.getfixturevalue(backend)
-    dtype = torch.bfloat16 if backend == "native" else torch.float32
-    out_features, in_features = shape
-    table = kernels.AdapterTable(NUM_SLOTS, *shape, dtype, CPU, MAX_RANK)
-    sets = {slot: matrices(rank, shape, slot) for slot, rank in ((0, 17), (2, 4))}  # none for 1
-    for slot, (a, b) in sets.items():
-        table.set(slot, a, b)
-    generator = torch.Generator().manual_seed(7)
-    # Rows of a fused product: further apart than they are long.
-    x = torch.randn(len(slots), in_features + 6, generator=generator).to(dtype)[:, :in_features]
-    y = torch.randn(len(slots), out_features, generator=generator).to(dtype)
-    expected = y.double()
-    for i, slot in enumerate(slots):
-        if slot in sets:
-            a, b = (part.to(dtype).double() for part in sets[slot])
-            expected[i] += b @ (a @ x[i].double())
-    found = kernels.add_adapters(y.clone(), x, table, rows_of(slots))
-    assert found.dtype == dtype
-    tolerance = 1e-5 if dtype == torch.float32 else 0.06
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-    untouched = [i for i, slot in enumerate(slots) if slot not in sets]
-    assert torch.equal(found[untouched], y[untouched])
-    for slot in sets:
-        table.clear(slot)
-    assert torch.equal(kernels.add_adapters(y.clone(), x, table, rows_of(slots)), y)
-    assert not table.nbytes
+    if backend == "native":
+        Backend(kernels, CPU, torch.bfloat16, 0.06).check(slots, shape)
+    else:
+        Backend(kernels, CPU, torch.float32, 1e-5).check(slots, shape)
+
+
+@pytest.fixture
+def triton(device) -> Backend:
+    dtype, tolerance = (torch.float32, 1e-5) if device == CPU else (torch.bfloat16, 0.06)
+    return Backend(load(device, "triton"), device, dtype, tolerance)
+
+
+def test_on_a_gpu_each_row_gets_its_own_adapter(triton):
+    """In tiles that are full and in some that are not; and in the tiles of many rows."""
+    for slots in (SLOTS[1], [2, -1, 0, 0] * 10):
+        triton.check(slots, SHAPES[1])
+    if triton.device != CPU:
+        for slots in (*SLOTS, [2, -1, 0, 0, 1] * 200):
+            triton.check(slots, SHAPES[2])
+
+
+def test_ranks_and_inputs_in_several_pieces(triton, monkeypatch):
+    """Where there are processors enough the inputs are cut, and many ranks are two blocks."""
+    module = importlib.import_module("streamserve_kernels.triton.adapters")
+    monkeypatch.setattr(module, "num_processors", lambda device: 64)
+    shape, rank = (40, 700), 70
+    table = triton.kernels.AdapterTable(1, *shape, triton.dtype, triton.device, rank)
+    a, b = matrices(rank, shape, 3)
+    table.set(0, a, b)
+    x = torch.randn(2, shape[1]).to(triton.device, triton.dtype)
+    y = torch.zeros(2, shape[0], dtype=triton.dtype, device=triton.device)
+    rows = AdapterRows.of(np.zeros(2, dtype=np.int32), triton.device)
+    found = triton.kernels.add_adapters(y, x, table, rows).cpu().float()
+    bounds = {"rtol": triton.tolerance, "atol": 10 * triton.tolerance}
+    torch.testing.assert_close(found, x.cpu().float() @ a.T @ b.T, **bounds)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_finds_the_rows_and_the_adapters_of_later():
+    device, shape = torch.device("cuda"), (577, 320)
+    kernels = load(device, "triton")
+    table = kernels.AdapterTable(NUM_SLOTS, *shape, torch.bfloat16, device, MAX_RANK)
+    rows = rows_of([-1] * 20, device)
+    x, y = (torch.randn(20, size, device=device).bfloat16() for size in reversed(shape))
+    kept = y.clone()
+    kernels.add_adapters(y, x, table, rows)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels.add_adapters(y, x, table, rows)
+    naive = load(device, "naive")
+    for seed in range(2):
+        twin = naive.AdapterTable(NUM_SLOTS, *shape, torch.bfloat16, device, MAX_RANK)
+        for slot, rank in ((seed, 17), (2, 3)):
+            for one in (table, twin):
+                one.set(slot, *matrices(rank, shape, seed))
+        table.clear(1 - seed)
+        later = rows_of([seed, 2, -1, 0, 1] * 4, device)
+        for part, new in zip(rows, later, strict=True):
+            part.copy_(new)
+        y.copy_(kept)
+        graph.replay()
+        expected = naive.add_adapters(kept.clone(), x, twin, later)
+        torch.testing.assert_close(y, expected, rtol=0.06, atol=0.06)
 
 
 def test_a_rows_result_does_not_depend_on_the_rows_beside_it(native):

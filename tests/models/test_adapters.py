@@ -20,8 +20,7 @@ import streamserve_kernels
 from streamserve.config import AdapterConfig
 from streamserve.errors import AdapterError
 from streamserve.models import Decoder, load_model
-from streamserve.runner.step_buffers import adapter_rows
-from streamserve_kernels.adapters import StepAdapters
+from streamserve_kernels.adapters import AdapterRows, StepAdapters
 from streamserve_kernels.native.library import why_not
 from tests.models.native import BASE, ENDS, GPT2, GQA, PHI3
 from tests.models.paged import PagedHarness, Sequence
@@ -73,7 +72,9 @@ def with_adapters(batch, slots: list[int]):
     """A batch whose tokens have these slots."""
     tokens = np.array(slots, dtype=np.int32)
     logits = tokens[batch.logits_indices.numpy()]
-    return replace(batch, adapters=StepAdapters(*(adapter_rows(s, CPU) for s in (tokens, logits))))
+    return replace(
+        batch, adapters=StepAdapters(*(AdapterRows.of(s, CPU) for s in (tokens, logits)))
+    )
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -180,7 +181,8 @@ def test_what_does_not_fit_is_refused_by_name(what, tiny_llama, checkpoint, kern
     decoder = load(directory, kernels)
     with pytest.raises(AdapterError, match=message):
         decoder.adapters.load(0, adapter)
-    assert decoder.adapters.nbytes == 0
+    tables = decoder.adapters._tables.values()
+    assert not any(entry for table in tables for entry in table.entries)
 
 
 def test_ranks_have_a_limit_and_directories_must_hold_one(

@@ -5,6 +5,7 @@ are those of the models that PEFT makes by merging.
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ from streamserve.config import AdapterConfig
 from streamserve.core.request import FinishReason, Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.models import load_model
-from streamserve.runner.build import build_runner
+from streamserve.runner.build import build_runner, new_kv_cache
+from streamserve.runner.cuda.build import build_cuda_runner
+from streamserve.runner.cuda.step_key import StepLadder
 from tests.models.test_adapters import merged_model, save_adapter
 from tests.runner.against_transformers import MAX_LEN, NUM_BLOCKS, VOCAB, Pair
 from tests.runner.loop import BLOCK_SIZE, Loop
+from tests.runner.test_end_to_end import forget
 from tests.runner.tiny_llama import CPU, memory_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
@@ -30,7 +34,9 @@ MAX_TOKENS = 48
 class World:
     """A runner with both adapters, prompts, and what each model makes of them."""
 
-    def __init__(self, directory: Path, backend: str) -> None:
+    def __init__(self, directory: Path, kind: str) -> None:
+        """``kind``: a backend, or one "on a device" (here the CPU too)."""
+        backend, _, on_device = kind.partition(" ")
         pair = Pair(directory / "model", backend)
         paths = {slot: directory / str(slot) for slot in (FIRST, SECOND)}
         save_adapter(pair.theirs, paths[FIRST], target_modules="all-linear")
@@ -48,7 +54,12 @@ class World:
         memory = memory_for(
             model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_model_len=MAX_LEN
         )
-        self.runner, _ = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
+        build, caches = build_runner, None
+        if on_device:
+            caches = new_kv_cache(model.spec, memory, model.dtype, CPU, model.kernels)
+            ladder = StepLadder(MAX_TOKENS, memory.max_num_seqs, num_adapters=2)
+            build = partial(build_cuda_runner, ladder=ladder)
+        self.runner, _ = build(model, memory, max_num_batched_tokens=MAX_TOKENS, kv_caches=caches)
         rng = random.Random(3)
         self.prompts = [[rng.randrange(VOCAB) for _ in range(rng.randrange(6, 50))] for _ in "abc"]
         self.expected = {BASE: [_greedy(pair.theirs, prompt) for prompt in self.prompts]}
@@ -81,7 +92,7 @@ def _greedy(model, prompt: list[int]) -> list[int]:
     return token_ids[len(prompt) :]
 
 
-@pytest.fixture(scope="module", params=["naive", "cpu"])
+@pytest.fixture(scope="module", params=["cpu", "naive on a device"])
 def world(request, tmp_path_factory):
     torch.set_num_threads(1)
     world = World(tmp_path_factory.mktemp("world"), request.param)
@@ -89,11 +100,18 @@ def world(request, tmp_path_factory):
     world.runner.close()
 
 
+@pytest.fixture(autouse=True)
+def forget_requests(world):
+    yield
+    forget(world.runner)
+
+
 def test_alone(world):
     for adapter in ADAPTERS:
         for index, expected in enumerate(world.expected[adapter]):
             request = world.request(adapter, index, "alone")
             assert Loop(world.runner, prefix=False).run([request]) == [expected]
+            forget(world.runner)
     assert world.expected[BASE] != world.expected[FIRST] != world.expected[SECOND]
 
 
@@ -109,6 +127,7 @@ def test_beside_each_other(world, steps_in_flight, max_num_batched_tokens):
     requests, expected = world.crowd()
     assert loop.run(requests) == expected
     assert not any(request.num_cached_tokens for request in requests)  # of another's nothing
+    forget(world.runner)
     again, expected = world.crowd("again")
     assert loop.run(again) == expected
     assert all(request.num_cached_tokens for request in again)

@@ -10,7 +10,7 @@ import torch
 
 import streamserve_kernels
 from streamserve.core.plan import ModelRunner
-from streamserve.models import Decoder, kv_bytes_per_block, load_config
+from streamserve.models import AdapterTables, Decoder, kv_bytes_per_block, load_config
 from streamserve.models.checkpoint import RandomSource
 from streamserve.models.weights import build_weights
 from streamserve.runner.build import build_runner, new_kv_cache
@@ -44,6 +44,7 @@ def tiny_llama(
     backend: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    num_adapters: int = 0,
     **changes,
 ) -> Decoder:
     """Weights wide enough that two float32 orders of summation agree on the arg-max."""
@@ -59,7 +60,23 @@ def tiny_llama(
         dtype=dtype,
         device=device,
         max_model_len=config.max_position_embeddings,
+        adapters=random_adapters(config, kernels, dtype, device, num_adapters),
     )
+
+
+def random_adapters(config, kernels, dtype, device, num_adapters: int) -> AdapterTables | None:
+    """Beside every linear layer, the same whatever the backend and the device."""
+    if not num_adapters:
+        return None
+    names = config.family.weight_names(config.spec)
+    sizes = {"num_slots": num_adapters, "max_rank": 3}
+    adapters = AdapterTables(config.spec, names, kernels, dtype=dtype, device=device, **sizes)
+    random = torch.Generator().manual_seed(6)
+    for table in adapters._tables.values():
+        for slot in range(num_adapters):
+            a = torch.randn(3, table.in_features, generator=random)
+            table.set(slot, a / 8, torch.randn(table.out_features, 3, generator=random) / 4)
+    return adapters
 
 
 def memory_for(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from device_bench import (
+    adapter_rows,
     attention_rows,
     elementwise_rows,
     linear_rows,
@@ -22,7 +23,7 @@ from streamserve_kernels.ceilings import Ceilings
 
 Status = Literal["OK", "FAIL", "ERROR", "SKIPPED"]
 # The products are the most rows by far: if time is up, it is among them.
-_GROUPS = (attention_rows, elementwise_rows, sampling_rows, moe_rows, linear_rows)
+_GROUPS = (attention_rows, elementwise_rows, sampling_rows, moe_rows, adapter_rows, linear_rows)
 _ERROR_LENGTH = 300
 
 

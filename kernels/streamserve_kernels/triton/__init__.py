@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamserve_kernels.adapters import AdapterTable, add_adapters
 from streamserve_kernels.interface import QuantLinear
 from streamserve_kernels.naive import kv_cache_shape
+from streamserve_kernels.triton.adapters import AdapterTable, add_adapters
 from streamserve_kernels.triton.attention import paged_attention
 from streamserve_kernels.triton.cache import (
     copy_blocks,

@@ -81,7 +81,7 @@ class PlanesWeight:
         if packed.kind is Float8Weight:
             codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
             table = codes.float()[None].to(self.device)
-        low, high = PLANES[packed.bits][0], (*PLANES[packed.bits], 0)[1]
+        low, high = (*PLANES[packed.bits], 0)[:2]
         planes = tuple(plane.contiguous() for plane in packed.planes)
         numbers, zero, kind = _offsets(packed)
         scales, scale_units, scales_per = _fields(packed.scales)

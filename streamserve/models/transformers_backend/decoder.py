@@ -38,6 +38,7 @@ class TransformersDecoder:
         self.device = device
         self.kernels = kernels
         self.max_model_len = max_model_len
+        self.adapters = None
         self.is_capturable = not any(linear.copies > 1 for linear in spec.linears)
         self._step = Step()
         for index, (path, attention) in enumerate(

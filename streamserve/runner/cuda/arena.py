@@ -24,6 +24,7 @@ from streamserve.models.batch import ForwardBatch
 from streamserve.runner.cuda.step_key import StepKey
 from streamserve.runner.cuda.timeline import Mark, Timeline
 from streamserve_kernels import PrefixGroups
+from streamserve_kernels.adapters import AdapterRows, StepAdapters
 
 HostViews: TypeAlias = dict[str, NDArray[np.generic]]
 
@@ -72,6 +73,21 @@ def _fields(key: StepKey) -> list[tuple[str, type[np.generic], int]]:
         ("group_members", np.int32, seqs if groups else 0),
         ("group_starts", np.int32, groups + 1 if groups else 0),
         ("group_num_blocks", np.int32, groups),
+        *_adapter_fields(key),
+    ]
+
+
+def _adapter_fields(key: StepKey) -> list[tuple[str, type[np.generic], int]]:
+    """Of the tokens, and of the rows that get logits, where those are others."""
+    if not key.num_adapters:
+        return []
+    sizes = {"token": key.num_tokens}
+    if not key.is_decode:
+        sizes["logits"] = key.num_seqs
+    return [
+        (f"{whose}_{part}", np.int32, key.num_adapters + 1 if part == "starts" else size)
+        for whose, size in sizes.items()
+        for part in AdapterRows._fields
     ]
 
 
@@ -163,6 +179,11 @@ class StepArena:
             prefix_groups = PrefixGroups(
                 views["group_members"], views["group_starts"], views["group_num_blocks"]
             )
+        adapters = None
+        if key.num_adapters:
+            tokens = _adapter_rows(views, "token")
+            of_logits = tokens if key.is_decode else _adapter_rows(views, "logits")
+            adapters = StepAdapters(tokens, of_logits)
         batch = ForwardBatch(
             input_ids=views["input_ids"],
             positions=views["positions"],
@@ -172,7 +193,12 @@ class StepArena:
             block_table=table.view(torch.int32).view(key.num_seqs, self._max_blocks),
             logits_indices=views["logits_indices"],
             prefix_groups=prefix_groups,
+            adapters=adapters,
             max_query_len=1 if key.is_decode else key.num_tokens,
         )
         names = StepInputs.__dataclass_fields__.keys() - {"batch"}
         return StepInputs(batch=batch, **{name: views[name] for name in names})
+
+
+def _adapter_rows(views: dict[str, Tensor], whose: str) -> AdapterRows:
+    return AdapterRows(*(views[f"{whose}_{part}"] for part in AdapterRows._fields))

@@ -21,6 +21,7 @@ from streamserve.runner.cuda.timeline import Timeline
 from streamserve.runner.logits_edits import LogitsEdits
 from streamserve.runner.plan_arrays import PlanArrays, StepRows, draws_for
 from streamserve.runner.request_rows import RequestRows
+from streamserve_kernels.adapters import group_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +113,19 @@ class DeviceInputBatch:
             self._resolve_pending(step, pending)
         rows = step.sampled(plan.scheduled)
         num_tokens, num_seqs = len(step.token_ids), len(step.rows)
-        key = self._ladder.key(num_tokens, num_seqs, has_groups=bool(plan.prefix_groups))
+        key = self._ladder.key(
+            num_tokens,
+            num_seqs,
+            has_groups=bool(plan.prefix_groups),
+            has_adapters=self.rows.have_adapters(step.rows),
+        )
         views = self.arena.open(key)
         self._write_tokens(views, step, key)
         logits_rows = self._write_sampled(views, step, rows, key, count_rows)
         if key.has_groups:
             _write_groups(views, plan.prefix_groups)
+        if key.num_adapters:
+            _write_adapters(views, self.rows.adapter[step.token_rows], key)
         self._has_drawn[rows.rows] = True
         return DeviceStep(
             key=key,
@@ -210,3 +218,16 @@ def _write_groups(views: HostViews, groups: Sequence[PrefixGroup]) -> None:
     views["group_members"][end:] = 0
     views["group_starts"][len(groups) + 1 :] = end
     views["group_num_blocks"][len(groups) :] = 0
+
+
+def _write_adapters(views: HostViews, slots: NDArray[np.int32], key: StepKey) -> None:
+    """``slots`` ``[T]``: each token's adapter, -1 for none."""
+    padded = np.pad(slots, (0, key.num_tokens - len(slots)), constant_values=-1)
+    whose = {"token": padded}
+    if not key.is_decode:
+        whose["logits"] = padded[views["logits_indices"]]
+    for name, of_rows in whose.items():
+        views[f"{name}_slots"][:] = of_rows
+        order, starts = group_rows(of_rows, key.num_adapters)
+        views[f"{name}_order"][:] = order
+        views[f"{name}_starts"][:] = starts

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from streamserve.models import ForwardBatch, KVCache, LanguageModel, allocate_kv
 from streamserve.runner.cuda.step_key import StepKey, StepLadder
 from streamserve.runner.memory import MIB, AvailableMemory, MemoryPlan, plan_memory
 from streamserve_kernels import PrefixGroups
+from streamserve_kernels.adapters import AdapterRows, StepAdapters
 
 # The fewest blocks that a step can run on; all sequences of the profile share them.
 _NUM_BLOCKS = 4
@@ -94,6 +96,8 @@ def profile_step_bytes(
 
     def peak(num_tokens: int) -> int:
         batches = profile_batches(shape, num_tokens, device)
+        if num_adapters := ladder.largest.num_adapters:
+            batches = (_with_adapters(batch, num_adapters) for batch in batches)
         return max(_peak_bytes(model, batch, caches) for batch in batches)
 
     graphed = max((key.num_tokens for key in graphs), default=0)
@@ -172,6 +176,16 @@ def profile_batches(
             num_blocks=tensor([num_shared] + [0] * (num_groups - 1), torch.int32),
         )
         yield replace(batch, prefix_groups=groups)
+
+
+def _with_adapters(batch: ForwardBatch, num_adapters: int) -> ForwardBatch:
+    """The batch, every row of which has the first adapter."""
+    device = batch.input_ids.device
+    tokens, of_logits = (
+        AdapterRows.of(np.zeros(part.shape[0], np.int32), device, num_adapters)
+        for part in (batch.input_ids, batch.logits_indices)
+    )
+    return replace(batch, adapters=StepAdapters(tokens, of_logits))
 
 
 def _lengths(shape: ProfileShape, num_tokens: int) -> list[int]:

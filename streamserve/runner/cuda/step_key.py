@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 _SMALL_DECODES = (1, 2, 4)
@@ -25,12 +26,14 @@ class StepKey(NamedTuple):
     num_seqs: int
     is_decode: bool  # one token per sequence, T = R, every row gets logits
     has_groups: bool  # sequences that share leading blocks are attended to together
+    num_adapters: int = 0  # slots of adapters that rows may have; 0: no row has one
 
 
 class StepLadder:
     """All shapes for steps of up to ``max_num_batched_tokens`` of ``max_num_seqs`` sequences.
 
-    ``decode_sizes`` replaces the sizes of decodes; the largest batch is always among them.
+    ``decode_sizes`` replaces the sizes of decodes; the largest batch is always among them. With
+    ``num_adapters`` slots there is each shape once more, for steps in which rows have adapters.
     """
 
     def __init__(
@@ -40,41 +43,53 @@ class StepLadder:
         *,
         decode_sizes: Sequence[int] | None = None,
         with_groups: bool = True,
+        num_adapters: int = 0,
     ) -> None:
         chosen = _decode_sizes(max_num_seqs) if decode_sizes is None else decode_sizes
         self.decode_sizes = tuple(sorted({n for n in chosen if n < max_num_seqs} | {max_num_seqs}))
         self.mixed_seqs = (*(n for n in _MIXED_SEQS if n < max_num_seqs), max_num_seqs)
         self.mixed_tokens = tuple(_mixed_tokens(max(max_num_batched_tokens, max_num_seqs + 1)))
         self._has_groups = (False, True) if with_groups and max_num_seqs > 1 else (False,)
+        self._num_adapters = (0, num_adapters) if num_adapters else (0,)
 
     @property
     def largest(self) -> StepKey:
         """The shape that needs the most memory."""
-        return StepKey(self.mixed_tokens[-1], self.mixed_seqs[-1], False, self._has_groups[-1])
+        size = self.mixed_tokens[-1], self.mixed_seqs[-1]
+        return StepKey(*size, False, self._has_groups[-1], self._num_adapters[-1])
 
-    def key(self, num_tokens: int, num_seqs: int, *, has_groups: bool = False) -> StepKey:
+    def key(
+        self,
+        num_tokens: int,
+        num_seqs: int,
+        *,
+        has_groups: bool = False,
+        has_adapters: bool = False,
+    ) -> StepKey:
         """The least shape that a step of ``num_seqs`` sequences, one token or more each, fits."""
+        num_adapters = self._num_adapters[-1] if has_adapters else 0
         if num_tokens == num_seqs:
             size = self.decode_sizes[bisect_left(self.decode_sizes, num_seqs)]
-            return StepKey(size, size, True, has_groups)
+            return StepKey(size, size, True, has_groups, num_adapters)
         seqs = self.mixed_seqs[bisect_left(self.mixed_seqs, num_seqs)]
         # As many rows of logits as tokens would mean that all tokens get them, in their order.
         tokens = self.mixed_tokens[bisect_left(self.mixed_tokens, max(num_tokens, seqs + 1))]
-        return StepKey(tokens, seqs, False, has_groups)
+        return StepKey(tokens, seqs, False, has_groups, num_adapters)
 
     def decodes(self) -> Iterator[StepKey]:
         """Decodes, the smallest first."""
         for size in self.decode_sizes:
             for has_groups in self._has_groups[: 1 if size == 1 else 2]:
-                yield StepKey(size, size, True, has_groups)
+                for num_adapters in self._num_adapters:
+                    yield StepKey(size, size, True, has_groups, num_adapters)
 
     def mixed(self) -> Iterator[StepKey]:
         """Steps with parts of prompts in them, the smallest first."""
         for tokens in self.mixed_tokens:
             for seqs in self.mixed_seqs:
                 if seqs < tokens:
-                    for has_groups in self._has_groups:
-                        yield StepKey(tokens, seqs, False, has_groups)
+                    for both in product(self._has_groups, self._num_adapters):
+                        yield StepKey(tokens, seqs, False, *both)
 
     def graphs(self) -> Iterator[StepKey]:
         """What is worth a graph, the most urgent first."""

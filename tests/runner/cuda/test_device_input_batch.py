@@ -15,9 +15,9 @@ from tests.runner.test_input_batch import BLOCK_SIZE, MAX_LEN, MAX_SEQS, MAX_TOK
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def device_batch() -> DeviceInputBatch:
+def device_batch(num_adapters: int = 0) -> DeviceInputBatch:
     return DeviceInputBatch(
-        StepLadder(MAX_TOKENS, MAX_SEQS),
+        StepLadder(MAX_TOKENS, MAX_SEQS, num_adapters=num_adapters),
         max_num_seqs=MAX_SEQS,
         max_model_len=MAX_LEN,
         block_size=BLOCK_SIZE,
@@ -149,6 +149,31 @@ def test_groups_are_padded_with_empty_ones():
     assert found.num_blocks.tolist() == [1, 1, *[0] * (len(found.num_blocks) - 2)]
     again = build(batch, *map(decode, names[:2]))
     assert again.inputs.batch.prefix_groups is None
+
+
+def test_adapters_travel_with_a_step_that_has_some():
+    batch = device_batch(num_adapters=3)
+    new = [
+        NewRequest(name, [1, 2], 2, GREEDY, 7, 0, adapter=adapter)
+        for name, adapter in (("a", 2), ("b", None), ("c", 0), ("d", 2))
+    ]
+    batch.apply(SchedulerOutput(0, new_requests=new))
+    assert build(batch, decode("b")).inputs.batch.adapters is None
+    decodes = build(batch, *map(decode, "abcd")).inputs.batch.adapters
+    assert decodes.logits is decodes.tokens
+    assert [part.tolist() for part in decodes.tokens] == [
+        [2, -1, 0, 2],
+        [2, 0, 3, 1],
+        [0, 1, 1, 3],
+    ]
+    prompt = Scheduled("a", 0, [1, 2, 3], [], True, 0)
+    mixed = build(batch, decode("b"), prompt).inputs.batch
+    tokens, logits = mixed.adapters
+    assert tokens.slots.tolist() == [-1, 2, 2, 2, *[-1] * (len(mixed.input_ids) - 4)]
+    assert tokens.order[:3].tolist() == [1, 2, 3]
+    assert tokens.starts.tolist() == [0, 0, 0, 3]
+    assert logits.slots[:2].tolist() == [-1, 2]
+    assert (logits.order[0], logits.starts.tolist()) == (1, [0, 0, 0, 1])
 
 
 def test_more_requests_than_two_steps_can_have_are_refused():

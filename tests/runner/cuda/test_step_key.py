@@ -12,17 +12,21 @@ limits = st.tuples(st.integers(1, 9000), st.integers(1, 300))
 @given(limits, st.data())
 def test_every_step_fits_a_shape_that_warm_up_has_met(limits, data):
     max_tokens, max_seqs = limits
-    ladder = StepLadder(max_tokens, max_seqs)
+    num_adapters = data.draw(st.sampled_from([0, 4]))
+    ladder = StepLadder(max_tokens, max_seqs, num_adapters=num_adapters)
     seats = min(max_tokens, max_seqs)
     num_seqs = data.draw(st.integers(1, seats))
     num_tokens = data.draw(st.integers(num_seqs, max_tokens))
     has_groups = data.draw(st.booleans()) and num_seqs > 1
-    key = ladder.key(num_tokens, num_seqs, has_groups=has_groups)
+    has_adapters = data.draw(st.booleans())
+    key = ladder.key(num_tokens, num_seqs, has_groups=has_groups, has_adapters=has_adapters)
     assert key in [*ladder.decodes(), *ladder.mixed()]
     assert key.num_seqs >= num_seqs
     assert key.num_tokens >= num_tokens
     assert key.is_decode == (num_tokens == num_seqs)
     assert key.has_groups == has_groups
+    assert key.num_adapters == (num_adapters if has_adapters else 0)
+    assert ladder.largest.num_adapters == num_adapters
     # Rows of logits are told from tokens by their number.
     assert key.is_decode == (key.num_tokens == key.num_seqs)
     largest = ladder.largest
