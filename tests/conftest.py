@@ -1,5 +1,6 @@
 """What holds for every test: nothing spins for long, nothing reaches the network."""
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -17,7 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-from device_bench.interpreted import loops_bounded_by_arguments
+from device_bench.interpreted import mended_interpreter
 from tests.hypothesis_profiles import load_profile
 
 load_profile()
@@ -29,10 +30,20 @@ if not HAS_GPU:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def interpreted_bounds() -> Iterator[None]:
-    """Kernels under the interpreter may have a loop that an argument bounds."""
-    with loops_bounded_by_arguments():
+def interpreter() -> Iterator[None]:
+    """What Triton's interpreter needs, where there is no GPU."""
+    with mended_interpreter():
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_past() -> None:
+    """Engines collect garbage when they are idle: without what other files have left, in no time.
+
+    What has been frozen is not looked at here either, so this is as short.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotary
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
 from streamserve_kernels import Kernels
 
@@ -103,6 +101,9 @@ def test_rotary_of_separate_and_odd_tensors(naive: Kernels, cpu: Kernels) -> Non
 
 
 def test_naive_rotary_is_that_of_llama_and_gptj(naive: Kernels) -> None:
+    from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotary
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
+
     query, key, _, _ = fused(7, 6, torch.float32)
     positions = torch.tensor([0, 3, 2, 100, 7, 1])
     cos_sin = tables(128, 64)

@@ -83,7 +83,9 @@ def _imports(module: str, path: Path) -> set[str]:
     return found
 
 
-IMPORTS = {module: _imports(module, path) for module, path in MODULES.items()}
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    return {module: _imports(module, path) for module, path in MODULES.items()}
 
 
 def test_every_module_has_a_floor():
@@ -91,27 +93,27 @@ def test_every_module_has_a_floor():
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_go_down(module):
+def test_imports_go_down(module, imports):
     floor = _floor(module)
-    ours = {name for name in IMPORTS[module] if name.split(".")[0].startswith("streamserve")}
+    ours = {name for name in imports[module] if name.split(".")[0].startswith("streamserve")}
     for name in ours:
         assert FLOORS.index(_floor(name)) <= FLOORS.index(floor), f"{module} imports {name}"
         assert _floor(name) not in FORBIDDEN.get(floor, ()), f"{module} imports {name}"
     if floor == "kernels":
         assert all(_floor(name) == "kernels" for name in ours), f"{module} imports ours: {ours}"
     if floor in TORCH_FREE:
-        heavy = {name.split(".")[0] for name in IMPORTS[module]} & HEAVY
+        heavy = {name.split(".")[0] for name in imports[module]} & HEAVY
         assert not heavy, f"{module} imports {heavy}"
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if _floor(m) in {"core", "base"}))
-def test_core_is_standard_library_only(module):
-    for name in IMPORTS[module]:
+def test_core_is_standard_library_only(module, imports):
+    for name in imports[module]:
         top = name.split(".")[0]
         assert top == "streamserve" or top in sys.stdlib_module_names, f"{module} imports {name}"
 
 
-def test_no_import_cycles():
+def test_no_import_cycles(imports):
     state: dict[str, int] = {}
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
@@ -119,7 +121,7 @@ def test_no_import_cycles():
         if state.get(module) == 2:
             return
         state[module] = 1
-        for name in sorted(IMPORTS[module]):
+        for name in sorted(imports[module]):
             if name in MODULES and name != module:
                 visit(name, (*trail, module))
         state[module] = 2

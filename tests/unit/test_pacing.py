@@ -49,7 +49,7 @@ def mixed(harness: TimedHarness) -> list:
 def test_steps_stay_within_the_target(kind, target_ms, over):
     """Where nobody named one, it is what they take on average."""
     num_over = num_steps = 0
-    for seed in range(6):
+    for seed in range(3):
         machine = MACHINES[kind](seed)
         harness = TimedHarness(machine, itl_target_ms=target_ms, max_num_seqs=16)
         rng = random.Random(seed)
@@ -65,7 +65,7 @@ def test_steps_stay_within_the_target(kind, target_ms, over):
             num_over += step.undisturbed > limit * 1.02
             # What is over is over by no more than the model may be wrong.
             assert step.undisturbed < limit * 1.35
-    assert num_steps > 1000
+    assert num_steps > 500
     assert num_over < over * num_steps
 
 

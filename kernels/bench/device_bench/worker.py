@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from device_bench.interpreted import loops_bounded_by_arguments
+from device_bench.interpreted import mended_interpreter
 from device_bench.measure import Result, Seconds, all_rows, is_device_lost, measure
 from device_bench.row import LLAMA_8B, TINY, Bench, Row
 from device_bench.timing import ROTATED_BYTES
@@ -86,7 +86,7 @@ def work(options: Options, send: Callable[[dict[str, Any]], None]) -> int:
 
 def worker_main(encoded: str, file_descriptor: int) -> int:
     """The child's side."""
-    with os.fdopen(file_descriptor, "w", buffering=1) as pipe, loops_bounded_by_arguments():
+    with os.fdopen(file_descriptor, "w", buffering=1) as pipe, mended_interpreter():
         return work(Options(**json.loads(encoded)), lambda m: print(json.dumps(m), file=pipe))
 
 
