@@ -5,21 +5,24 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.e2e.servers import Server, running_server
+from tests.e2e.servers import Run, Server, forked_commands, running_server
 
 
 @pytest.fixture(scope="session")
 def box() -> Iterator[Server]:
-    """The model in the box in float32, where equal tokens can be asked for."""
-    with running_server("--dtype", "float32") as server:
+    """The model in the box in float32, where equal tokens can be asked for.
+
+    It is told how calls are written: with tools in a request it may choose to call them.
+    """
+    with running_server("--dtype", "float32", "--tool-call-parser", "hermes") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def tools_box() -> Iterator[Server]:
-    """The same, told how calls are written: with tools in a request it may choose to call them."""
-    with running_server("--dtype", "float32", "--tool-call-parser", "hermes") as server:
-        yield server
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs a command line to its end, as `streamserve` in a process of its own would."""
+    with forked_commands(tmp_path_factory.mktemp("commands")) as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
 """Real server processes for tests that act as a user would."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,31 @@ from openai import AsyncOpenAI, OpenAI
 ROOT = Path(__file__).parents[2]
 READY = re.compile(r"ready .*(http://\S+)")
 LAST_LINE = re.compile(r" +-d '")  # of the request to try
+Run = Callable[..., subprocess.CompletedProcess[str]]
+# Imports what a command does, which takes seconds, and runs each command line in a fork of that.
+FORKS = """
+import json, os, sys, warnings
+import streamserve.cli.bench, streamserve.cli.compose, streamserve.cli.compose_cpu, torch
+from streamserve.cli import main
+
+warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)  # none of them are ours
+for line in sys.stdin:
+    argv, *files = json.loads(line)
+    if (pid := os.fork()) == 0:
+        for number, path in enumerate(files):
+            os.dup2(os.open(path, os.O_RDWR), number)
+        sys.stdin = open(0)
+        code = 1
+        try:
+            code = main(argv)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
 
 
 @dataclass
@@ -55,6 +81,35 @@ def environment() -> dict[str, str]:
 
 def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "streamserve", *args]
+
+
+@contextmanager
+def forked_commands(directory: Path) -> Iterator[Run]:
+    """Yields what runs a command line to its end; the directory is for what it reads and says."""
+    paths = [directory / name for name in ("stdin", "stdout", "stderr")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        for path, text in zip(paths, (stdin, "", ""), strict=True):
+            path.write_text(text)
+        print(json.dumps([args, *map(str, paths)]), file=process.stdin, flush=True)
+        code = int(process.stdout.readline())
+        return subprocess.CompletedProcess(args, code, *(path.read_text() for path in paths[1:]))
+
+    try:
+        yield run
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
 
 
 @contextmanager

@@ -1,12 +1,11 @@
 """``streamserve bench latency`` and ``throughput`` as a person calls them: what they count."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.servers import command, environment
+from tests.e2e.servers import Run
 from tools.make_checkpoint import write_config
 
 
@@ -19,16 +18,10 @@ def dummy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(directory), *flags]
 
 
-def bench(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command("bench", *args), capture_output=True, text=True, env=environment(), check=False
-    )
-
-
-def test_latency_of_several_batches(dummy: list[str], tmp_path: Path):
+def test_latency_of_several_batches(run: Run, dummy: list[str], tmp_path: Path):
     file = tmp_path / "latency.json"
     load = ["--batch-size", "1", "3", "--input-len", "33", "--output-len", "9", "--rounds", "2"]
-    result = bench("latency", *dummy, *load, "--json", str(file))
+    result = run("bench", "latency", *dummy, *load, "--json", str(file))
     assert result.returncode == 0, result.stderr
     assert "3 x 33 + 9" in result.stdout
     content = json.loads(file.read_text())
@@ -46,9 +39,9 @@ def test_latency_of_several_batches(dummy: list[str], tmp_path: Path):
         assert found["num_compilations"] == 0
 
 
-def test_the_floor_is_made_of_the_models_own_sizes(dummy: list[str], tmp_path: Path):
+def test_the_floor_is_made_of_the_models_own_sizes(run: Run, dummy: list[str], tmp_path: Path):
     file = tmp_path / "latency.json"
-    assert bench("latency", *dummy, "--output-len", "2", "--json", str(file)).returncode == 0
+    assert run("bench", "latency", *dummy, "--output-len", "2", "--json", str(file)).returncode == 0
     costs = json.loads(file.read_text())["costs"]
     per_layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128 + 2 * 64
     weights = 2 * per_layer + 64
@@ -60,10 +53,10 @@ def test_the_floor_is_made_of_the_models_own_sizes(dummy: list[str], tmp_path: P
     }
 
 
-def test_throughput_counts_every_token(dummy: list[str], tmp_path: Path):
+def test_throughput_counts_every_token(run: Run, dummy: list[str], tmp_path: Path):
     file = tmp_path / "throughput.json"
     load = ["--num-requests", "12", "--input-len", "40", "--output-len", "10", "--concurrency", "5"]
-    result = bench("throughput", *dummy, *load, "--json", str(file))
+    result = run("bench", "throughput", *dummy, *load, "--json", str(file))
     assert result.returncode == 0, result.stderr
     assert "12 requests in" in result.stdout
     [found] = json.loads(file.read_text())["results"]
@@ -80,7 +73,7 @@ def test_throughput_counts_every_token(dummy: list[str], tmp_path: Path):
         (["--batch-size", "32", "--input-len", "1900"], "raise --kv-cache-memory"),
     ],
 )
-def test_what_the_engine_could_not_run_at_once_is_refused(dummy, flags, message):
-    result = bench("latency", *dummy, *flags)
+def test_what_the_engine_could_not_run_at_once_is_refused(run, dummy, flags, message):
+    result = run("bench", "latency", *dummy, *flags)
     assert result.returncode == 1
     assert message in result.stderr

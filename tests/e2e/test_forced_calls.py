@@ -32,8 +32,3 @@ def test_forced_calls_are_valid(box, choice):
         [call] = answer.message.tool_calls
         MODELS[call.function.name].model_validate_json(call.function.arguments)
     assert whole.message.tool_calls[0].function.arguments == call.function.arguments
-
-
-def test_a_model_without_tools_does_not_choose(box):
-    with box.client() as client, pytest.raises(openai.BadRequestError, match="tool-call-parser"):
-        client.chat.completions.create(model="box", messages=CAPITAL, tools=TOOLS)

@@ -21,11 +21,11 @@ def quiz(is_hard: bool) -> str:
 
 
 @pytest.fixture
-async def chat(tools_box):
+async def chat(box):
     # Its own async client outlives the event loop that a test runs on.
     async with httpx.AsyncClient() as async_client:
         yield ChatOpenAI(
-            base_url=f"{tools_box.url}/v1",
+            base_url=f"{box.url}/v1",
             api_key="none",
             model="box",
             temperature=0,

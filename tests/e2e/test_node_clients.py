@@ -37,8 +37,8 @@ def check_place(place: dict[str, Any]) -> None:
     assert place["kind"] in ("capital", "village")
 
 
-def test_the_openai_package(tools_box):
-    found = run("openai_client.mjs", tools_box)
+def test_the_openai_package(box):
+    found = run("openai_client.mjs", box)
     assert found["whole"] == found["streamed"]["text"] == PARIS
     assert found["streamed"]["usage"]["completion_tokens"] > 0
     for name in ("tools", "streamedTools"):
@@ -53,8 +53,8 @@ def test_the_openai_package(tools_box):
     assert found["models"] == ["box"]
 
 
-def test_the_ai_sdk(tools_box):
-    found = run("ai_sdk.mjs", tools_box)
+def test_the_ai_sdk(box):
+    found = run("ai_sdk.mjs", box)
     names = ("compatible", "openai", "responses")
     for text in (found["completion"], *(found[name]["text"] for name in names)):
         assert text["whole"] == text["streamed"] == PARIS

@@ -36,8 +36,8 @@ def asked_by(call) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def client(tools_box):
-    with tools_box.client() as client:
+def client(box):
+    with box.client() as client:
         yield client
 
 
@@ -88,8 +88,8 @@ def test_tools_beside_a_format_for_the_answer(client):
         assert isinstance(message.parsed, Place)
 
 
-async def test_a_loop_with_the_async_client(tools_box):
-    async with tools_box.async_client() as client:
+async def test_a_loop_with_the_async_client(box):
+    async with box.async_client() as client:
         first = await client.chat.completions.parse(
             messages=[QUIZ], tool_choice="required", **FIELDS
         )
