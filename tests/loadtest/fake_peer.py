@@ -1,7 +1,7 @@
 """A server to compare with, in a process of its own: ``python fake_peer.py PORT BEHAVIOUR``.
 
 ``good`` answers; ``dies`` ends before it is ready; ``breaks`` ends with its third chat; ``hangs``
-never answers a chat after the first.
+does not answer its fifth.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ async def main(port: int, behaviour: str) -> None:
             if behaviour == "breaks" and num_chats == 3:
                 os._exit(1)
             writer.write(b"\r\n")
-            if behaviour == "hangs" and num_chats > 1:
+            if behaviour == "hangs" and num_chats == 5:
                 await asyncio.Event().wait()
             writer.write(_EVENT * 3 + _LAST)
         await writer.drain()

@@ -52,7 +52,7 @@ def gone(pid: int) -> bool:
 
 
 def test_the_rest_goes_on_when_one_dies_breaks_or_hangs(checkpoint, capsys):
-    flags = ["--rounds", "2", "--timeout", "2", "--run-timeout", "60"]
+    flags = ["--rounds", "2", "--timeout", "5", "--run-timeout", "60"]
     args = compare.build_parser("compare").parse_args([str(checkpoint), *flags])
     catalog = Catalog((peer("good", is_ours=True), peer("dies"), peer("breaks"), peer("hangs")), {})
     comparison = compare.Comparison(args, catalog, WordPrompts())
@@ -70,7 +70,8 @@ def test_the_rest_goes_on_when_one_dies_breaks_or_hangs(checkpoint, capsys):
     assert "ended with 3" in comparison.failures["dies"]
     assert "no such model" in comparison.failures["dies"]
     assert "died in tiny" in comparison.failures["breaks"]
-    assert all(r.error == "no end within 2 s" for run in by_server["hangs"] for r in run.records)
+    hung = [record.error for run in by_server["hangs"] for record in run.records]
+    assert hung == [None, None, None, "no end within 5 s"]
     assert [run.server for run in comparison.runs if run.server == "breaks"] == ["breaks"]
     assert len(comparison.floors) == 2
     printed = capsys.readouterr()
