@@ -187,7 +187,6 @@ class Seats:
         """Back to waiting, or paused; the blocks are free, but cached until somebody needs them."""
         assert not request.num_pending_tokens or request.chooses_on_host
         self._leave(self.running, request)
-        self.yielding.pop(request.request_id, None)
         self.claims.drop(request)
         self._give_back(request)
         request.status = RequestStatus.PREEMPTED
@@ -262,6 +261,9 @@ class Seats:
             assert request.status is RequestStatus.RUNNING
             limit = request.num_tokens + request.num_pending_tokens + request.num_draft_tokens
             assert 0 <= request.num_computed_tokens <= limit
+        for request in self.yielding.values():
+            assert request.status is RequestStatus.RUNNING, f"{request}: yields no seat"
+            assert request.num_steps_in_flight
         for request in self._leaving.values():
             assert request.is_finished
             assert request.num_steps_in_flight

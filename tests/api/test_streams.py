@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from streamserve.engine.null_runner import NullRunner
-from streamserve.errors import DeviceDeadError, EngineDeadError
+from streamserve.errors import DeviceDeadError, EngineDeadError, StreamServeError
 from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, events_of, text_of, until
 
 CHAT = "/v1/chat/completions"
@@ -201,8 +201,9 @@ async def test_a_server_whose_device_has_died_ends_and_says_so():
             await api.engine.wait_dead()
             assert (await api.call("GET", "/health")).status == 503
 
-    with pytest.raises(EngineDeadError, match="no step can run any more"):
+    with pytest.raises(EngineDeadError, match="no step can run any more") as died:
         await serve()
+    assert isinstance(died.value, StreamServeError), "the exit code is 1"
 
 
 async def test_a_batch_is_admitted_whole_or_not_at_all():

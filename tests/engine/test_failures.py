@@ -10,6 +10,7 @@ from streamserve.core.request import FinishReason
 from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import MAX_CONSECUTIVE_FAILED_STEPS
 from streamserve.engine.byte_tokenizer import ByteTokenizer
+from streamserve.engine.failures import is_out_of_memory
 from streamserve.engine.null_runner import NullRunner
 from streamserve.errors import DeviceDeadError, EngineDeadError, EngineError
 from tests.engine.fakes import PROMPT, FakeRunner, collect, serving, turns
@@ -217,6 +218,15 @@ async def test_requests_that_fail_wherever_they_run_are_not_the_end_of_the_engin
         assert not h.engine.is_dead
 
 
+async def test_steps_that_fail_now_and_then_are_no_reason_to_doubt_the_engine():
+    runner = FakeRunner()
+    runner.failing_samples.update({3, 6, 9})
+    async with serving(runner) as h:
+        assert (await h.answer("a")).text == "Hello, world!"
+        assert h.engine.stats().num_failed_steps == 3
+    assert {s.request_id for plan in runner.plans for s in plan.scheduled} == {"a"}, "no probe"
+
+
 async def test_a_step_without_memory_is_made_again_with_a_smaller_chunk():
     runner = FakeRunner(max_tokens=5)
     async with serving(runner, max_num_batched_tokens=64) as h:
@@ -224,6 +234,7 @@ async def test_a_step_without_memory_is_made_again_with_a_smaller_chunk():
         assert max(plan.num_tokens for plan in runner.plans[-20:]) <= 5
         assert [plan.num_tokens for plan in runner.plans[:4]] == [26, 13, 6, 1]
         assert h.engine.stats().num_failed_steps == 3
+    assert is_out_of_memory(MemoryError())
 
 
 async def test_a_lost_device_is_death_for_all_at_once():

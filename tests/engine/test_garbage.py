@@ -23,9 +23,13 @@ class Cycle:
 
 @pytest.mark.usefixtures("thresholds")
 def test_freezing_leaves_nothing_to_look_at():
+    garbage = weakref.ref(Cycle())
+    lists = [[] for _ in range(20_000)]
     freeze_gc()
-    assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() > len(lists)
     assert len(gc.get_objects()) < 10_000
+    assert garbage() is None, "what is frozen stays for ever"
+    assert gc.get_threshold()[2] > 1_000, "the oldest are left to idle moments"
 
 
 @pytest.mark.usefixtures("thresholds")

@@ -2,8 +2,15 @@
 
 import pytest
 
-from streamserve.core.plan import ModelRunnerOutput, PromptLogprobs, TokenLogprobs
-from streamserve.core.prefill import GOOD_STEPS_TO_DOUBLE
+from streamserve.config import SchedulerConfig
+from streamserve.core.plan import (
+    ModelRunnerOutput,
+    PromptLogprobs,
+    ScheduledRequest,
+    SchedulerOutput,
+    TokenLogprobs,
+)
+from streamserve.core.prefill import GOOD_STEPS_TO_DOUBLE, PrefillPacer
 from streamserve.core.request import FinishReason, RequestStatus
 from streamserve.errors import QueueFullError
 from tests.unit.simulated import Harness, drafting, guesses, naive_output
@@ -58,7 +65,10 @@ def test_a_long_prompt_runs_alone_until_it_is_past_where_it_failed(caching):
     short = harness.add([1] * 3, max_tokens=2)
     harness.launch()  # 16 to 24
     assert harness.fail() == []
-    plans = [harness.step() for _ in range(1 if caching else 3)]
+    plans = [harness.step() for _ in range(1 if caching else 2)]
+    assert harness.scheduler.recovery.is_active is not caching
+    plans += [] if caching else [harness.step()]
+    assert not harness.scheduler.recovery.is_active
     assert [p.scheduled[0].start for p in plans] == ([16] if caching else [0, 8, 16])
     assert all(shares(p) == {long.request_id: 8} for p in plans)
     harness.run()
@@ -137,6 +147,20 @@ def test_two_steps_that_fail_are_undone_once(order):
     assert harness.scheduler.recovery.num_rolled_back == 2
 
 
+def test_who_is_paused_between_two_steps_of_which_the_second_fails_goes_on_when_it_is_resumed():
+    harness = Harness(max_steps_in_flight=2)
+    request = harness.add([1] * 9, max_tokens=6)
+    harness.launch()
+    harness.launch()
+    harness.scheduler.pause(request)
+    assert harness.fail(1) == []
+    [update] = harness.retire()
+    assert update.new_token_ids == naive_output(request, 1)
+    harness.check_integrity()
+    harness.run()
+    assert request.output_token_ids == naive_output(request, 6)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_who_leaves_after_a_failure_leaves_nothing_behind(when):
     harness = Harness(max_steps_in_flight=2)
@@ -159,8 +183,10 @@ def test_drafts_of_a_failed_step_are_forgotten():
     plan = harness.launch()
     assert any(s.sample > 1 for s in plan.scheduled)
     harness.fail()
+    assert [r.num_draft_tokens for r in requests] == [0, 0]
     alone = [harness.step() for _ in requests]
     assert [s.sample for plan in alone for s in plan.scheduled] == [1, 1]
+    assert not harness.scheduler.recovery.is_active
     harness.run()
     assert all(r.output_token_ids == naive_output(r, 12) for r in requests)
 
@@ -305,6 +331,33 @@ def test_without_a_chunk_to_halve_the_seats_are_halved(depth):
     for request in requests:
         assert request.output_token_ids == naive_output(request, 80)
         assert request.num_preemptions == 0
+
+
+def test_what_was_halved_is_doubled_again_as_long_as_all_goes_well():
+    config = SchedulerConfig(max_model_len=256, max_num_batched_tokens=50)
+    pacer = PrefillPacer(config, None)
+    plan = SchedulerOutput(0)
+    plan.scheduled.append(ScheduledRequest("r", 0, [1] * 26, [], 0, 0))
+    seats = Harness(max_num_seqs=10).scheduler._seats
+    assert [seats.shrink(n) for n in (1, 7, 9)] == [False, True, True]
+    assert seats.num_seats == 3, "never more than there were"
+
+    def limits_after(num_steps):
+        for _ in range(num_steps):
+            seats.went_well()
+            if pacer.chunk_limit is not None:
+                pacer.went_well()
+        return pacer.chunk_limit, seats.num_seats
+
+    assert pacer.shrink(plan)
+    assert limits_after(GOOD_STEPS_TO_DOUBLE - 1) == (13, 3)
+    assert pacer.shrink(plan)
+    assert seats.shrink(3)
+    assert limits_after(GOOD_STEPS_TO_DOUBLE - 1) == (13, 1), "it begins anew"
+    expected = [(26, 2), (None, 4), (None, 8), (None, 10)]
+    assert limits_after(1) == expected[0]
+    assert [limits_after(GOOD_STEPS_TO_DOUBLE) for _ in range(3)] == expected[1:]
+    assert not seats.are_fewer
 
 
 def test_who_finds_no_memory_alone_ends():
