@@ -305,12 +305,13 @@ def serve(
 
 async def _serve_until_signal(app: ApiApp, config: ApiConfig, **options: Any) -> None:
     server = ApiServer(app, config, **options)
-    with _signals_call(server.request_shutdown), hangup_calls(app.context.keys.reload, config):
+    with signals_call(server.request_shutdown), hangup_calls(app.context.keys.reload, config):
         await server.run()
 
 
 @contextlib.contextmanager
-def _signals_call(on_signal: Callable[[], None]) -> Iterator[None]:
+def signals_call(on_signal: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call ``on_signal`` twice; the third kills. Main thread, or nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

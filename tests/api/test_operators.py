@@ -7,6 +7,7 @@ import pytest
 
 from streamserve.api.server import ApiServer, bind_admin_sockets, bind_sockets
 from streamserve.config import ApiConfig
+from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.hang_watch import HangWatch
 from streamserve.errors import ConfigError
 from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, until
@@ -50,6 +51,7 @@ async def test_a_hung_engine_is_told_from_a_busy_and_from_an_idle_one(caplog):
         return watch.is_hung
 
     assert not look_after(1000)  # nothing to do
+    assert not look_after(1000)
     engine.has_work = True
     assert not look_after(59)
     engine.num_steps += 1  # a step of a minute
@@ -59,9 +61,19 @@ async def test_a_hung_engine_is_told_from_a_busy_and_from_an_idle_one(caplog):
     assert look_after(1000)
     engine.num_steps += 1  # it goes on after all
     assert not look_after(10)
+    assert look_after(1000)
     reports = [record.getMessage() for record in caplog.records]
-    assert len(reports) == 1  # with every thread's stack, once
+    assert len(reports) == 2  # with every thread's stack, once each time
     assert reports[0].startswith("no step has ended for 60 s\nthread MainThread:\n")
+
+
+async def test_who_waits_for_a_seat_is_work():
+    api = Api()
+    assert not api.engine.has_work
+    stream = api.engine.submit([1], SamplingParams(max_tokens=1), request_id="r")
+    assert api.engine.has_work, "and no step is in flight"
+    stream.close()
+    assert not api.engine.has_work
 
 
 async def test_a_step_that_never_ends_makes_the_server_hung(caplog):
@@ -69,8 +81,7 @@ async def test_a_step_that_never_ends_makes_the_server_hung(caplog):
     async with api.serving():
         exchange = Exchange(api.app, "POST", CHAT, chat_body(max_tokens=2))
         await until(lambda: bool(api.pace.waiting))
-        while await states(api) == [(200, "ok")] * 3:
-            await asyncio.sleep(0)
+        await until(lambda: "no step has ended" in caplog.text)  # nobody has asked
         assert await states(api) == [(503, "hung")] * 3
         assert "thread MainThread" in caplog.text
         await api.pace.step()

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from sse_starlette.sse import AppStatus
 
-from streamserve.api.server import ApiServer
+from streamserve.api.server import ApiServer, signals_call
 from streamserve.config import StreamConfig
 from tests.api.harness import Api, Exchange, chat_body, events_of, text_of, until
 
@@ -219,16 +219,25 @@ async def test_the_gate_lets_those_inside_finish():
     )
     running = asyncio.create_task(server.run())
     await ready.wait()
-    inside = Exchange(api.app, "POST", CHAT, chat_body(stream=True, max_tokens=3))
-    await inside.until(lambda e: bool(e.messages))
+    inside, longer = (
+        Exchange(api.app, "POST", CHAT, chat_body(stream=True, max_tokens=n)) for n in (3, 6)
+    )
+    for exchange in (inside, longer):
+        await exchange.until(lambda e: bool(e.messages))
     server.request_shutdown()
     await until(lambda: not api.app.context.gate.is_open)
-    assert drained == [1]
+    assert drained == [2]
     assert (await api.chat()).status == 503
-    api.pace.let_go()
-    await inside.finished()
-    await running
+    while not inside.task.done():
+        await api.pace.step()
+        await until(lambda: bool(api.pace.waiting))
     assert text_of(events_of(inside.body)) == "abc"
+    for _ in range(20):
+        await asyncio.sleep(0)
+    api.pace.let_go()
+    await longer.finished()
+    await running
+    assert text_of(events_of(longer.body)) == "abcdef", "the last is waited for, too"
     assert api.runner.is_closed
 
 
@@ -314,14 +323,30 @@ async def test_who_does_not_come_back_is_waited_for_no_longer_than_is_said(limit
     await server.end()
 
 
+async def test_the_third_signal_finds_nobody_who_could_hold_it_up():
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(sig) for sig in signals]
+    calls = []
+    try:
+        with signals_call(lambda: calls.append(1)):
+            for sig, num_calls in zip(reversed(signals), (1, 2), strict=True):
+                assert signal.getsignal(sig) is not signal.SIG_DFL
+                signal.raise_signal(sig)
+                await until(lambda num_calls=num_calls: len(calls) == num_calls)
+            assert [signal.getsignal(sig) for sig in signals] == [signal.SIG_DFL] * 2
+    finally:
+        for sig, handler in zip(signals, before, strict=True):
+            signal.signal(sig, handler)
+
+
 async def test_a_shutdown_wanted_during_the_start_is_not_lost():
     api = Api()
-    ready = []
-    server = ApiServer(api.app, api.config, on_ready=ready.append)
+    ready, drained = [], []
+    server = ApiServer(api.app, api.config, on_ready=ready.append, on_draining=drained.append)
     server.request_shutdown()
     async with asyncio.timeout(60):
         await server.run()
-    assert ready == []
+    assert ready == drained == []
 
 
 async def test_a_port_that_is_taken_meanwhile_is_a_clear_error():

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from streamserve.api.server import ApiServer
 from streamserve.engine.null_runner import NullRunner
 from streamserve.errors import DeviceDeadError, EngineDeadError, StreamServeError
 from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, events_of, text_of, until
@@ -195,14 +196,15 @@ async def test_a_server_whose_device_has_died_ends_and_says_so():
 
     api = Api(runner=DeadRunner())
 
-    async def serve():
-        async with api.serving(), asyncio.timeout(60):
-            assert (await api.chat()).status in {500, 503}
-            await api.engine.wait_dead()
-            assert (await api.call("GET", "/health")).status == 503
-
+    ready = asyncio.Event()
+    server = ApiServer(api.app, api.config, on_ready=lambda _url: ready.set())
+    running = asyncio.create_task(server.run())
+    await ready.wait()
+    assert (await api.chat()).status in {500, 503}
+    assert (await api.call("GET", "/health")).status == 503
     with pytest.raises(EngineDeadError, match="no step can run any more") as died:
-        await serve()
+        async with asyncio.timeout(60):
+            await running  # nobody tells it to end
     assert isinstance(died.value, StreamServeError), "the exit code is 1"
 
 
