@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from streamserve.api.call_grammars import are_held, chosen, forced, may_be_free
 from streamserve.api.chat_request import ChatRequest
-from streamserve.api.harmony_messages import harmony_messages
+from streamserve.api.family_messages import family_messages
 from streamserve.api.tool_fields import ToolUse
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.thinking import Thinking
@@ -25,8 +25,6 @@ from streamserve.engine.parsers.reasoning import (
 from streamserve.engine.parsers.tool_formats import TOOL_PARSERS, NamedParser, RequiredParser
 from streamserve.engine.parsers.tool_parser import ToolParser
 from streamserve.errors import InvalidParameterError
-
-_SHORT_ID = 9  # characters: Mistral's templates accept no other length
 
 
 class Parsing(Protocol):
@@ -123,7 +121,7 @@ class AnswerPlan:
     @property
     def messages(self) -> tuple[dict[str, Any], ...]:
         """The messages as the family's templates accept them."""
-        return family_messages(self._request.messages, self._format)
+        return family_messages(self._request.messages, self._format, self._shown_tools)
 
     def params(self, prompt: str, marks: MarkIds) -> SamplingParams:
         """The request's sampling, and what tools and thoughts ask of it."""
@@ -198,30 +196,6 @@ class AnswerPlan:
         )
 
 
-def family_messages(
-    messages: tuple[dict[str, Any], ...], answer_format: AnswerFormat
-) -> tuple[dict[str, Any], ...]:
-    """The messages as the family's templates accept them. Equal ids stay equal."""
-    if answer_format.is_harmony:
-        return harmony_messages(messages)
-    if answer_format.tool_parser != "mistral":
-        return messages
-    return tuple(_with_short_ids(message) for message in messages)
-
-
 def _text_of(message: dict[str, Any]) -> str:
     content = message["content"]
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
-
-
-def _short_id(call_id: str) -> str:
-    return "".join(c for c in call_id if c.isalnum())[-_SHORT_ID:].rjust(_SHORT_ID, "0")
-
-
-def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
-    if "tool_calls" in message:
-        calls = [{**call, "id": _short_id(call["id"])} for call in message["tool_calls"]]
-        return {**message, "tool_calls": calls}
-    if "tool_call_id" in message:
-        return {**message, "tool_call_id": _short_id(message["tool_call_id"])}
-    return message

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from streamserve.api.answer_plan import family_messages
 from streamserve.api.chat_request import (
     CHAT_FIELDS,
     CHAT_REFUSED,
@@ -16,6 +15,7 @@ from streamserve.api.chat_request import (
     template_kwargs,
 )
 from streamserve.api.completion_request import read_token_ids
+from streamserve.api.family_messages import family_messages
 from streamserve.api.fields import (
     FieldTable,
     Reader,
@@ -117,7 +117,7 @@ def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat)
         "tools": tools.definitions,
         **template_kwargs(values),
     }
-    messages = family_messages(values["messages"].items, answer_format)
+    messages = family_messages(values["messages"].items, answer_format, tools.definitions)
     special = values.get("add_special_tokens", False)
     return TokenizeRequest(model, reported(unknown), None, special, strs, messages, rendering)
 

@@ -27,7 +27,7 @@ from streamserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
-TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral", "openai")
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral", "glm4", "phi4_mini_json", "openai")
 REASONING_PARSERS = ("qwen3", "deepseek_r1", "openai_gptoss")
 KV_CACHE_DTYPES = ("auto", "fp8")
 ONLY_ONE = {

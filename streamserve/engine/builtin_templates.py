@@ -39,6 +39,16 @@ MISTRAL = """\
 {% else %}{{ ' ' ~ message['content'] ~ eos_token }}{% endif %}\
 {% endfor %}"""
 
+# Since the tokenizer's version 7: Mistral Small 3 and later.
+MISTRAL7 = """\
+{{ bos_token }}\
+{% for message in messages %}\
+{% if message['role'] == 'user' %}{{ '[INST]' ~ message['content'] ~ '[/INST]' }}\
+{% elif message['role'] == 'system' %}\
+{{ '[SYSTEM_PROMPT]' ~ message['content'] ~ '[/SYSTEM_PROMPT]' }}\
+{% else %}{{ message['content'] ~ eos_token }}{% endif %}\
+{% endfor %}"""
+
 LLAMA3 = """\
 {{ bos_token }}\
 {% for message in messages %}\
@@ -127,6 +137,7 @@ TEMPLATES = {
     "llama2": LLAMA2,
     "llama3": LLAMA3,
     "mistral": MISTRAL,
+    "mistral7": MISTRAL7,
     "chatml": CHATML,
     "qwen": QWEN,
     "phi3": PHI3,
@@ -144,6 +155,7 @@ _BY_CONTROL_TOKEN = (
     ("<|im_start|>", "chatml"),
     ("<|start_header_id|>", "llama3"),
     ("<|end|>", "phi3"),
+    ("[SYSTEM_PROMPT]", "mistral7"),
 )
 _BY_MODEL_TYPE = {
     "llama": "llama2",

@@ -20,6 +20,7 @@ _BLANKS = r"/[ \t\r\n]{0,8}/"
 _SEPARATOR = r"/[ \t\r\n]{0,8}[;,]?[ \t\r\n]{0,8}/"
 _LLAMA_NAME = r'[ \t\r\n]*\{[ \t\r\n]*"name"[ \t\r\n]*:[ \t\r\n]*"%s"'
 _LLAMA_KEY = r'/[ \t\r\n]{0,8},[ \t\r\n]{0,8}"parameters"[ \t\r\n]{0,8}:[ \t\r\n]{0,8}/'
+_GLM_NAME = r"[ \t\r\n]*%s[ \t\r]*\n"
 _ASSISTANT = f"{START}assistant"
 Format = Mapping[str, Any]
 
@@ -177,6 +178,31 @@ def _mistral(task: Format, writer: LarkWriter) -> str:
     return f"{writer.json(task['answer'])} | {_BLANKS} {whole} ({_BLANKS} {whole})*"
 
 
+def _glm4(task: Format, writer: LarkWriter) -> str:
+    """One call, and that from its name on, or anything else."""
+    calls = [
+        f"{writer.until_regex(_GLM_NAME % re.escape(tool['name']))} {_BLANKS} "
+        f"{writer.json(tool['arguments'])}"
+        for tool in task["tools"]
+    ]
+    call = writer.rule(writer.either(calls))
+    if task["answer"] is not None:
+        return f"{writer.json(task['answer'])} | {call}"
+    return f"{call}? {FREE}"
+
+
+def _phi4_mini(task: Format, writer: LarkWriter) -> str:
+    begin = "<|tool_call|>"
+    call = _call(task["tools"], "arguments", writer)
+    inside = writer.rule(
+        f'{_BLANKS} "[" {_BLANKS} {call} ({_BLANKS} "," {_BLANKS} {call})* {_BLANKS} "]" {_BLANKS} '
+        f"{writer.text('<|/tool_call|>')}"
+    )
+    if task["answer"] is None:
+        return f"({writer.until(begin)} {inside})* {FREE}"
+    return f"{writer.json(task['answer'])} | {writer.text(begin)} {inside}"
+
+
 def _harmony(task: Format, writer: LarkWriter) -> str:
     """Thoughts and words before the message that counts: a call, or what is said at last."""
     asides = [writer.text(f"{CHANNEL}{name}{MESSAGE}") for name in ("analysis", "commentary")]
@@ -195,5 +221,7 @@ _FAMILIES: dict[str, Callable[[Format, LarkWriter], str]] = {
     "hermes": _hermes,
     "llama3_json": _llama3_json,
     "mistral": _mistral,
+    "glm4": _glm4,
+    "phi4_mini_json": _phi4_mini,
     "openai": _harmony,
 }

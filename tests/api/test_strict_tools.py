@@ -17,6 +17,7 @@ BAD = '{"colour": "green", "sure": 5, "more": 1}'
 HERMES = f'<tool_call>\n{{"name": "pick", "arguments": {BAD}}}\n</tool_call>'
 LLAMA = f'{{"name": "pick", "parameters": {BAD}}}'
 MISTRAL = f'[TOOL_CALLS] [{{"name": "pick", "arguments": {BAD}}}]'
+PHI = f'<|tool_call|>[{{"name": "pick", "arguments": {BAD}}}]<|/tool_call|>'
 NAMED = f"[TOOL_CALLS]pick{BAD}"
 
 
@@ -38,6 +39,8 @@ def saying(says, parser="hermes") -> Api:
         ("llama3_json", "Hm. <|python_tag|>" + LLAMA, "Hm. "),
         ("mistral", "Hm. " + MISTRAL, "Hm. "),
         ("mistral", NAMED + NAMED, ""),
+        ("glm4", f"pick\n{BAD}", ""),
+        ("phi4_mini_json", "Hm. " + PHI, "Hm. "),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -60,7 +63,7 @@ async def test_a_chosen_call_of_a_strict_tool_follows_its_schema(parser, says, c
     jsonschema.validate(json.loads(arguments), PICK)
 
 
-@pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral"])
+@pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral", "glm4", "phi4_mini_json"])
 @pytest.mark.parametrize("text", ["", "Łódź, <tool [TOOL", '{"name": "nobody", "parameters": {}}'])
 async def test_text_stays_free(parser, text):
     async with saying(text, parser).running() as api:

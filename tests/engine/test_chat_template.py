@@ -293,6 +293,7 @@ BUILTIN_SHORT = {
     "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "mistral": "<s>[INST] Hi [/INST]",
+    "mistral7": "<s>[INST]Hi[/INST]",
     "chatml": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
     "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
@@ -343,6 +344,7 @@ def test_llama2_puts_the_system_message_into_the_first_turn():
         ("llama", ["<|start_header_id|>"], "llama3"),
         ("qwen2", ["<|im_start|>"], "chatml"),
         ("mixtral", [], "mistral"),
+        ("mistral3", ["[SYSTEM_PROMPT]"], "mistral7"),
         ("phi", [], "phi"),
         ("baichuan", {"<reserved_106>": 195, "<reserved_102>": 191}, "baichuan"),
         ("baichuan", {"<reserved_106>": 199, "<reserved_102>": 195}, "baichuan1"),

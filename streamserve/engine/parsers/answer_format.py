@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.parsers.harmony import CHANNEL, MESSAGE
 from streamserve.engine.parsers.reasoning import REASONING_PARSERS, THINK_END
-from streamserve.engine.parsers.tool_formats import TOOL_PARSERS, tool_parser_of_template
+from streamserve.engine.parsers.tool_formats import (
+    TOOL_PARSERS,
+    has_tools_in_messages,
+    tool_parser_of_template,
+)
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import ConfigError
 
@@ -20,12 +24,14 @@ TOOL_PARSER_NAMES = (*TOOL_PARSERS, HARMONY_CALLS)
 class AnswerFormat:
     """The names of the parsers, ``None`` where the model has no such thing.
 
-    ``template_variables`` are the names that the chat template reads.
+    ``template_variables`` are the names that the chat template reads; ``has_tools_in_messages``:
+    it finds tools in the system message.
     """
 
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     template_variables: frozenset[str] = frozenset()
+    has_tools_in_messages: bool = False
 
     def __post_init__(self) -> None:
         _one_of("tool-call-parser", self.tool_parser, TOOL_PARSER_NAMES)
@@ -74,11 +80,13 @@ def choose_answer_format(
     Raises ``ConfigError``.
     """
     variables = template.variables
+    knows_tools = "tools" in variables
+    in_messages = has_tools_in_messages(template.text, knows_tools=knows_tools)
     if reasoning_parser is None:
         reasoning_parser = _reasoning_parser(tool_parser, template.text)
     if reasoning_parser == HARMONY and tool_parser is None:
-        tool_parser = HARMONY_CALLS if "tools" in variables else None
-    elif tool_parser is None and "tools" in variables:
+        tool_parser = HARMONY_CALLS if knows_tools else None
+    elif tool_parser is None and (knows_tools or in_messages):
         tool_parser = tool_parser_of_template(template.text)
     if enable_auto_tool_choice is False:
         tool_parser = None
@@ -88,7 +96,10 @@ def choose_answer_format(
             f" ({template.source}) does not tell which of {', '.join(TOOL_PARSER_NAMES)} it is"
         )
     return AnswerFormat(
-        tool_parser=tool_parser, reasoning_parser=reasoning_parser, template_variables=variables
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+        template_variables=variables,
+        has_tools_in_messages=in_messages,
     )
 
 

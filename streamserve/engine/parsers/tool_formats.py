@@ -7,9 +7,11 @@ import secrets
 import string
 from collections.abc import Collection
 
+from streamserve.engine.parsers.markers import num_leading_spaces
 from streamserve.engine.parsers.tool_parser import ToolParser
 
 _ALPHANUMERICS = string.ascii_letters + string.digits
+_TOOLS_OF_MESSAGE = r"(?:message|item)(?:\.tools\b|\[['\"]tools['\"]\])"
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{0,64}")
 
 
@@ -131,6 +133,82 @@ class MistralParser(ToolParser):
         return self._after_item() if self._is_array else self._fail()
 
 
+class Glm4Parser(ToolParser):
+    """GLM 4: the name alone on the first line, and behind it the arguments; one call."""
+
+    _name = ""
+
+    def _begin(self) -> bool:
+        if not self._at_text():
+            return False
+        found = _NAME.match(self._buffer)
+        assert found is not None
+        name, rest = found[0], self._buffer[found.end() :]
+        if not rest and not self._is_final and any(n.startswith(name) for n in self._names):
+            return False
+        if name not in self._names:
+            return self._fail()
+        self._name = self._consume(found.end())
+        self._state = self._before_arguments
+        return True
+
+    def _before_arguments(self) -> bool:
+        spaces = self._buffer[: num_leading_spaces(self._buffer)]
+        if spaces == self._buffer and not self._is_final:
+            return False
+        self._consume(len(spaces))
+        if "\n" not in spaces or not self._buffer.startswith("{"):
+            return self._fail()
+        return self._read_call(self._name)
+
+    def _in_text(self) -> bool:
+        return self._say_rest()
+
+    def _after_call(self) -> bool:
+        return self._fail() if self._at_text() else False
+
+
+class Phi4MiniParser(ToolParser):
+    """Phi 4 mini: text, then ``<|tool_call|>``, an array of ``{"name": …, "arguments": {…}}``, and
+    ``<|/tool_call|>``; or ``functools`` and the array, and nothing else.
+    """
+
+    markers = ("<|tool_call|>", "<|/tool_call|>")
+
+    def _begin(self) -> bool:
+        if not self._at_text() or self._may_become("functools["):
+            return False
+        if self._buffer.startswith("functools["):
+            self._consume(len("functools"))
+            return self._in_array()
+        return self._fail()
+
+    def _in_text(self) -> bool:
+        return self._say_until("<|tool_call|>", self._in_array)
+
+    def _in_array(self) -> bool:
+        if not self._at_text():
+            self._state = self._in_array
+            return False
+        if self._buffer[0] != "[":
+            return self._fail()
+        self._consume(1)
+        return self._read_call()
+
+    def _after_call(self) -> bool:
+        if not self._at_text() or self._may_become("<|/tool_call|>"):
+            return False
+        if self._buffer.startswith("<|/tool_call|>"):
+            self._consume(len("<|/tool_call|>"))
+            self._raw = ""
+            return self._fail()
+        if self._buffer[0] in ",]":
+            is_more = self._consume(1) == ","
+            self._raw = "" if not is_more else self._raw
+            return self._read_call() if is_more else True
+        return self._fail()
+
+
 class RequiredParser(ToolParser):
     """What the grammar of ``tool_choice: "required"`` makes: an array of
     ``{"name": …, "parameters": {…}}`` and nothing else.
@@ -148,9 +226,7 @@ class RequiredParser(ToolParser):
         return self._read_call()
 
     def _in_text(self) -> bool:
-        self._say(self._buffer)
-        self._buffer = ""
-        return False
+        return self._say_rest()
 
     def _after_call(self) -> bool:
         return self._after_item()
@@ -171,11 +247,15 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "hermes": HermesParser,
     "llama3_json": Llama3JsonParser,
     "mistral": MistralParser,
+    "glm4": Glm4Parser,
+    "phi4_mini_json": Phi4MiniParser,
 }
 
 
 def tool_parser_of_template(source: str) -> str | None:
     """The name of the parser for what a chat template that knows tools has models write."""
+    if "<|tool|>" in source and "<|/tool|>" in source:
+        return "phi4_mini_json"
     if any(mark in source for mark in ("<function=", "<arg_key>", "<|tool_call")):
         return None  # calls in formats of their own
     if "<tool_call>" in source:
@@ -184,4 +264,15 @@ def tool_parser_of_template(source: str) -> str | None:
         return "mistral"
     if "<|python_tag|>" in source or '"parameters": dictionary' in source:
         return "llama3_json"
+    if "[gMASK]" in source and "metadata" in source:
+        return "glm4"
     return None
+
+
+def has_tools_in_messages(source: str, *, knows_tools: bool) -> bool:
+    """Whether a chat template finds the tools in the system message.
+
+    ``knows_tools``: there is a variable of that name, which it may have set to what it found there.
+    """
+    setter = "set tools = " if knows_tools else ""
+    return re.search(setter + _TOOLS_OF_MESSAGE, source) is not None

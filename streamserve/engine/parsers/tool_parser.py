@@ -102,6 +102,12 @@ class ToolParser(ABC):
         self._buffer = buffer[end:]
         return False
 
+    def _say_rest(self) -> bool:
+        """Say all there is: no call can come."""
+        text, self._buffer = self._buffer, ""
+        self._say(text)
+        return False
+
     def _at_text(self) -> bool:
         """Whether there is more than white space, which goes to ``_raw``."""
         self._consume(num_leading_spaces(self._buffer))

@@ -27,6 +27,44 @@ def test_the_template_decides():
     assert chosen("<tool_call> without tools").tool_parser is None
 
 
+# Of published templates, what tells their formats.
+QWEN3 = (
+    """{%- if tools %}<tool_call>\n{"name": <function-name>}{%- endif %}"""
+    "{%- if '</think>' in content %}{%- endif %}{%- if enable_thinking is defined %}{%- endif %}"
+)
+R1_DISTILLED = (
+    "{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool['type']}}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{% if add_generation_prompt %}{{'<｜Assistant｜><think>'}}{% endif %}"
+)
+LLAMA_3_2 = (
+    "{%- if not tools is defined %}{%- set tools = none %}{%- endif %}{%- if tools is not none %}"
+    """{{- 'Respond in the format {"name": function name, "parameters": dictionary of argument """
+    "name and its value}.' }}{%- endif %}"
+)
+MISTRAL = "{%- if tools is not none %}[AVAILABLE_TOOLS]{%- endif %}[TOOL_CALLS]"
+GEMMA_3 = "{{ bos_token }}{%- for message in messages -%}<start_of_turn>{%- endfor -%}"
+QWEN3_CODER = "{%- if tools %}<tool_call><function=example>{%- endif %}"
+GLM_4_5 = "[gMASK]<sop>{%- if tools -%}<tool_call>{name}<arg_key>{%- endif %}</think>"
+
+
+@pytest.mark.parametrize(
+    ("template", "tool_parser", "reasoning_parser"),
+    [
+        (QWEN3, "hermes", "qwen3"),
+        (R1_DISTILLED, None, "qwen3"),
+        (LLAMA_3_2, "llama3_json", None),
+        (MISTRAL, "mistral", None),
+        (GEMMA_3, None, None),
+        (QWEN3_CODER, None, None),
+        (GLM_4_5, None, "qwen3"),
+    ],
+)
+def test_what_published_templates_tell(template, tool_parser, reasoning_parser):
+    found = chosen(template)
+    assert (found.tool_parser, found.reasoning_parser) == (tool_parser, reasoning_parser)
+
+
 def test_several_templates_are_one_text():
     found = chosen({"default": "{{ messages }}", "tool_use": HERMES})
     assert found.tool_parser == "hermes"

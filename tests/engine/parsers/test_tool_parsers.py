@@ -103,6 +103,18 @@ EXAMPLES = [
     ("mistral", "[TOOL_CALLS]nobody{}", "[TOOL_CALLS]nobody{}", []),
     ("mistral", "[TOOL_CALLS]add(1)", "[TOOL_CALLS]add(1)", []),
     ("mistral", "[TOOL_CALLS] []", "[TOOL_CALLS] []", []),
+    ("glm4", f"add\n{ARGS_A}", "", [CALL_A]),
+    ("glm4", f"\nadd \n{ARGS_A}\n", "", [CALL_A]),
+    ("glm4", f"add {ARGS_A}", f"add {ARGS_A}", []),
+    ("glm4", f"\nI add\n{ARGS_A}", f"\nI add\n{ARGS_A}", []),
+    ("glm4", "nobody\n{}", "nobody\n{}", []),
+    ("glm4", "add", "add", []),
+    ("glm4", f"add\n{ARGS_A} Done", " Done", [CALL_A]),
+    ("phi4_mini_json", f"<|tool_call|>[{A}, {B}]<|/tool_call|>", "", [CALL_A, CALL_B]),
+    ("phi4_mini_json", f"Well. <|tool_call|>[{A}]", "Well. ", [CALL_A]),
+    ("phi4_mini_json", f"functools[{A}]", "", [CALL_A]),
+    ("phi4_mini_json", f"{A} functools", f"{A} functools", []),
+    ("phi4_mini_json", "<|tool_call|>add", "<|tool_call|>add", []),
     ("required", f"[{PA}]", "", [CALL_A]),
     ("required", f"[{PA}, {B.replace('arguments', 'parameters')}]", "", [CALL_A, CALL_B]),
     ("required", '[{"name": "add", "parameters": {"a": 1', "", [("add", '{"a": 1')]),
@@ -150,7 +162,18 @@ def test_a_malformed_call_of_other_families_is_text(family, bad):
     assert said(read(new(family), list(text))) == (text, [])
 
 
-MARKERS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>"]
+MARKERS = [
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    "functools",
+    "add\n",
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "[CALL_ID]",
+    "<|python_tag|>",
+]
 LONG_CALL = call(text=LONG)
 CUT_CALLS = [LONG_CALL[:-9], LONG_CALL[:-3] + "\n", call("nobody", text=LONG)]
 SMALL = ["[", "]", ",", ";", " ", "\n", "add", "Hello", "<", "{", "}", '"']
@@ -241,6 +264,8 @@ def test_ids():
         ("{% if tools %}[TOOL_CALLS]", "mistral"),
         ("{% if tools %}<|python_tag|>", "llama3_json"),
         ("{% if tools %}<tool_call><function=", None),
+        ("{% if message['tools'] %}<|tool|><|/tool|>", "phi4_mini_json"),
+        ("[gMASK]{% if tools %}{{ item.metadata }}", "glm4"),
         ("{% if tools %}", None),
     ],
 )

@@ -1,0 +1,137 @@
+"""A chat as a family's template accepts it, where that knows less than OpenAI's messages say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from streamserve.engine.parsers.answer_format import AnswerFormat
+
+Message = dict[str, Any]
+_SHORT_ID = 9  # characters: Mistral's templates accept no other length
+
+
+def family_messages(
+    messages: Sequence[Message],
+    answer_format: AnswerFormat,
+    tools: Sequence[dict[str, Any]] | None,
+) -> tuple[Message, ...]:
+    """The same chat. ``tools`` are put where the template looks for them, if not among its
+    variables. Ids that are equal stay so.
+    """
+    parser = answer_format.tool_parser
+    if answer_format.is_harmony:
+        return tuple(_harmony(messages))
+    if tools and answer_format.has_tools_in_messages:
+        is_text = parser == "phi4_mini_json"
+        shown = [tool["function"] for tool in tools] if is_text else list(tools)
+        messages = _with_tools(messages, _json(shown) if is_text else shown)
+    rewrite = _REWRITTEN.get(parser or "")
+    return tuple(messages if rewrite is None else rewrite(messages))
+
+
+def _with_tools(messages: Sequence[Message], tools: Any) -> list[Message]:
+    first = messages[0]
+    if first["role"] == "system":
+        return [{**first, "tools": tools}, *messages[1:]]
+    return [{"role": "system", "content": "", "tools": tools}, *messages]
+
+
+def _mistral(messages: Iterable[Message]) -> Iterator[Message]:
+    return map(_with_short_ids, messages)
+
+
+def _short_id(call_id: str) -> str:
+    return "".join(c for c in call_id if c.isalnum())[-_SHORT_ID:].rjust(_SHORT_ID, "0")
+
+
+def _with_short_ids(message: Message) -> Message:
+    if "tool_calls" in message:
+        calls = [{**call, "id": _short_id(call["id"])} for call in message["tool_calls"]]
+        return {**message, "tool_calls": calls}
+    if "tool_call_id" in message:
+        return {**message, "tool_call_id": _short_id(message["tool_call_id"])}
+    return message
+
+
+def _glm4(messages: Iterable[Message]) -> Iterator[Message]:
+    """A call is a message whose ``metadata`` is the function; what it gives is observed."""
+    for message in messages:
+        if message["role"] == "tool":
+            yield {**message, "role": "observation"}
+        elif "tool_calls" not in message:
+            yield message
+        else:
+            if _text_of(message):
+                yield {"role": "assistant", "content": message["content"]}
+            for call in message["tool_calls"]:
+                function = call["function"]
+                yield {
+                    "role": "assistant",
+                    "metadata": function["name"],
+                    "content": _json(function["arguments"]),
+                }
+
+
+def _phi4_mini(messages: Iterable[Message]) -> Iterator[Message]:
+    """Calls are a part of the text, as the model writes them."""
+    for message in messages:
+        if message["role"] == "tool":
+            yield {**message, "role": "tool_response"}
+        elif "tool_calls" not in message:
+            yield message
+        else:
+            calls = _json([call["function"] for call in message["tool_calls"]])
+            content = f"{_text_of(message)}<|tool_call|>{calls}<|/tool_call|>"
+            yield {"role": "assistant", "content": content}
+
+
+_REWRITTEN: dict[str, Callable[[Iterable[Message]], Iterator[Message]]] = {
+    "mistral": _mistral,
+    "glm4": _glm4,
+    "phi4_mini_json": _phi4_mini,
+}
+
+
+def _harmony(messages: Sequence[Message]) -> Iterator[Message]:
+    """Thoughts are in ``thinking``, and so is what was said before a call.
+
+    The template shows the first call of a message alone, takes a result for that of the last call,
+    and refuses a call that both thoughts and words precede.
+    """
+    position = 0
+    while position < len(messages):
+        message = messages[position]
+        position += 1
+        calls = message.get("tool_calls")
+        if not calls:
+            thoughts = message.get("reasoning_content")
+            yield {**message, "thinking": thoughts} if thoughts else message
+            continue
+        end = position
+        while end < len(messages) and messages[end]["role"] == "tool":
+            end += 1
+        yield from _one_by_one(message, calls, list(messages[position:end]))
+        position = end
+
+
+def _one_by_one(message: Message, calls: list[Any], results: list[Message]) -> Iterator[Message]:
+    said = (message.get("reasoning_content"), _text_of(message))
+    thinking = {"thinking": "\n\n".join(filter(None, said))} if any(said) else {}
+    for call in calls:
+        yield {**message, "content": "", **thinking, "tool_calls": [call]}
+        thinking = {}
+        found = [result for result in results if result["tool_call_id"] == call["id"]]
+        yield from found
+        results = [result for result in results if result not in found]
+    yield from results
+
+
+def _text_of(message: Message) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
