@@ -146,6 +146,48 @@ async def test_limits_are_named(body, message):
     assert message in answer.error["message"]
 
 
+def call_of(number):
+    function = {"name": "f", "arguments": "{}"}
+    return {"id": f"call_{number}", "type": "function", "function": function}
+
+
+TURN = {"role": "user", "content": "x"}
+PART = {"type": "input_text", "text": "x"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+TOO_MANY = {
+    "messages": ("/v1/messages", message_body(messages=[TURN] * 4097), 4096),
+    "tools": ("/v1/chat/completions", chat_body(tools=[TOOL] * 129), 128),
+    "tool calls": (
+        "/v1/chat/completions",
+        chat_body(messages=[{"role": "assistant", "tool_calls": [*map(call_of, range(1025))]}]),
+        1024,
+    ),
+    "prompts": ("/v1/completions", {"prompt": ["a"] * 257}, 256),
+    "answers": ("/v1/completions", {"prompt": ["a"] * 3, "n": 128}, 256),
+    "inputs": ("/v1/embeddings", {"input": ["a"] * 2049}, 2048),
+    "items": ("/v1/responses", {"input": [TURN] * 4097}, 4096),
+    "parts": ("/v1/responses", {"input": [{"role": "user", "content": [PART] * 1025}]}, 1024),
+    "stop ids": ("/v1/completions", {"prompt": "a", "stop_token_ids": [72] * 1025}, 1024),
+    "salt": ("/v1/completions", {"prompt": "a", "cache_salt": "x" * 1025}, 1024),
+    "user": ("/v1/completions", {"prompt": "a", "user": "x" * 1025}, 1024),
+    "allowed ids": (
+        "/v1/completions",
+        {"prompt": "a", "allowed_token_ids": [72] * (2**20 + 1)},
+        2**20,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TOO_MANY)
+async def test_one_more_than_a_limit_is_a_400_that_says_it(what):
+    path, body, limit = TOO_MANY[what]
+    async with Api().running() as api:
+        answer = await api.call("POST", path, body)
+        assert api.engine.is_idle
+    assert answer.status == 400
+    assert str(limit) in answer.error["message"]
+
+
 async def test_names_that_nobody_knows_are_told_of_only_so_far():
     """A million of them would hold up the streams."""
     unknown = {f"unknown-{i}-{'x' * 100}": 1 for i in range(5000)}

@@ -12,7 +12,7 @@ import pytest
 
 from streamserve.api.server import bind_sockets
 from streamserve.config import StreamConfig
-from tests.api.harness import TEXT, Api, events_of, text_of, until
+from tests.api.harness import TEXT, Api, Exchange, chat_body, events_of, text_of, until
 
 NUM_READERS = 200
 MAX_TOKENS = 4000
@@ -133,6 +133,17 @@ async def test_promise_several_choices_are_paused_and_come_whole():
     assert events[-1] == "[DONE]"
     for index in range(3):
         assert text_of(events, index).encode() == TEXT * 100
+
+
+async def test_promise_the_answers_of_one_stream_share_its_bound():
+    async with Api(is_held=True).running() as api:
+        body = chat_body(n=4, stream=True, max_tokens=9)
+        exchange = Exchange(api.app, "POST", "/v1/chat/completions", body)
+        await until(lambda: len(api.engine._live) == 4)
+        bounds = [live.stream.max_unread_bytes for live in api.engine._live.values()]
+        assert 0 < sum(bounds) <= api.config.streams.max_unread_bytes
+        exchange.leave()
+        await exchange.finished()
 
 
 async def test_promise_a_reader_that_stalls_too_long_gets_an_error():

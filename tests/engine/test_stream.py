@@ -55,6 +55,46 @@ async def test_each_output_that_is_read_in_time_comes_alone():
     assert stream.get_nowait() is None
 
 
+async def test_promise_a_mailbox_that_is_full_says_so_and_when_there_is_room_again():
+    calls = []
+    stream = RequestStream(
+        "r",
+        3,
+        arrival_time=0.0,
+        on_close=lambda request_id: None,
+        on_full=lambda _, is_full: calls.append(is_full),
+    )
+    stream.max_unread_bytes = 1000
+
+    def num_taken(**more):
+        """Outputs that it takes behind the first before it is full."""
+        del calls[:]
+        stream.put(out(0, "ab"))
+        count = 0
+        while not calls:
+            stream.put(RequestOutput("ab", [1], Usage(3, 1), **more))
+            count += 1
+        assert stream.get_nowait() is not None
+        assert calls == [True, False]
+        return count
+
+    count = num_taken()
+    assert 10 < count < 100
+    assert num_taken() == count, "what was read is forgotten"
+    assert num_taken(logprobs=[TokenLogprobs(1, -1.0, ())]) < count / 2
+    del calls[:]
+    for _ in range(2):
+        stream.put(out(1))
+        stream.get_nowait()
+    stream.max_unread_bytes = 10**9
+    for n in range(1000):
+        stream.put(out(n, "ab"))
+    assert len(stream._unread) < 100, "they are merged meanwhile"
+    stream.max_unread_bytes = 0
+    stream.put(out(1, "the last", LAST))
+    assert calls == [], "nor is it full for who reads in time, nor when nothing more comes"
+
+
 @pytest.mark.parametrize("count", [2, 63, 64, 65, 1000])
 async def test_unread_outputs_are_one(count):
     stream = make_stream()
