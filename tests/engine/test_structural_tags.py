@@ -12,6 +12,7 @@ from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.grammar import Grammars
+from streamserve.engine.parsers.harmony import MARKERS
 from streamserve.errors import InvalidParameterError
 from tests.engine.fakes import EOS, collect, serving
 from tests.engine.random_runner import RandomRunner
@@ -176,4 +177,32 @@ async def test_a_marker_may_be_a_special_token():
         matcher = grammars.matcher(output)
         assert matcher.validate_tokens(ids) == len(ids)
     assert grammars.matcher(output).validate_tokens([258, ord("g")]) == 1
+    grammars.close()
+
+
+async def test_harmonys_marks_are_special_tokens():
+    """Thoughts and words may come first; what must be a call cannot be a last word."""
+    tokenizer = ByteTokenizer(("<s>", "</s>", *MARKERS))
+    ends = [
+        tokenizer.encode(end, add_special_tokens=False)[0] for end in ("<|call|>", "<|return|>")
+    ]
+    grammars = Grammars(tokenizer, frozenset({EOS, *ends}), tokenizer.vocab_size)
+    task = {"parser": "openai", "answer": None}
+    task["tools"] = [{"name": "f", "arguments": {"type": "object", "maxProperties": 0}}]
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    call = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>"
+    for is_forced in (True, False):
+        text = json.dumps({**task, "is_forced": is_forced})
+        output = StructuredOutput(kind=GrammarKind.TOOL_CALLS, text=text)
+        await grammars.compile(output)
+
+        def follows(says, output=output):
+            ids = tokenizer.encode(says, add_special_tokens=False)
+            return grammars.matcher(output).validate_tokens(ids) == len(ids)
+
+        assert follows(call)
+        assert follows(thought + thought.replace("analysis", "commentary") + call)
+        assert not follows(thought + call.replace("functions.f", "functions.g"))
+        assert follows(thought + "<|channel|>final<|message|>Hi<|return|>") is not is_forced
+        assert not follows("Hi")
     grammars.close()
