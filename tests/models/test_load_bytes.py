@@ -41,7 +41,9 @@ VALUES = {
 
 def most_alive(load) -> tuple[int, int]:
     """The most bytes of tensors that lived at one time, and those that live on."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as recorded:
         kept = load()
     events = recorded.profiler.kineto_results.events()
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
