@@ -42,6 +42,7 @@ _DTYPES = {
 # swap space need be set aside for it, and files larger than the memory can be mapped.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _MAX_HEADER_BYTES = 100 * 2**20
+_POINTER = b"version https://git-lfs"
 
 
 class TensorFiles(Protocol):
@@ -97,7 +98,9 @@ def _shards(path: Path, single: str, pattern: str) -> list[Path]:
             raise ModelLoadError(f"{index} is no weight index: {error!r}") from error
         for shard in shards:
             if not shard.is_file():
-                raise ModelLoadError(f"{index} names {shard.name}, which is not there")
+                raise ModelLoadError(
+                    f"{index} names {shard.name}, which is not there: download it, too"
+                )
         return shards
     if (path / single).is_file():
         return [path / single]
@@ -130,6 +133,11 @@ class MappedFile:
                 )
             except (OSError, ValueError) as error:
                 raise ModelLoadError(f"{path} cannot be mapped: {error}") from error
+        if self.map[: len(_POINTER)] == _POINTER:
+            raise ModelLoadError(
+                f"{path} only says where the weights are (git-lfs): `git lfs pull` in its "
+                "directory brings them"
+            )
 
     def advise(self, start: int, end: int, advice: int) -> None:
         first = start - start % mmap.PAGESIZE
@@ -188,7 +196,10 @@ def _read_header(path: Path) -> Iterator[tuple[str, _Entry]]:
     size = len(file.map)
     length = int.from_bytes(file.map[:8], "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-        raise ModelLoadError(f"{path} is no safetensors file: a header of {length} of {size} bytes")
+        raise ModelLoadError(
+            f"{path} is no safetensors file: a header of {length} of {size} bytes; if it should be "
+            "one, download it again"
+        )
     base = 8 + length
     try:
         header: dict[str, Any] = json.loads(file.map[8:base])
@@ -199,7 +210,10 @@ def _read_header(path: Path) -> Iterator[tuple[str, _Entry]]:
             start, end = (base + int(offset) for offset in fields["data_offsets"])
             dtype = _DTYPES.get(fields["dtype"])
             if not base <= start <= end <= size or any(extent < 0 for extent in shape):
-                raise ModelLoadError(f"{path}: tensor {name} lies outside the file ({size} bytes)")
+                raise ModelLoadError(
+                    f"{path}: tensor {name} lies outside the file ({size} bytes), which is cut "
+                    "short: download it again"
+                )
             if dtype is not None:
                 expected = dtype.itemsize
                 for extent in shape:

@@ -41,9 +41,10 @@ def tokenizer_backend(
             str(directory), trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # whatever the files, a library that lacks, or the code raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelLoadError(
             f"{directory} holds no tokenizer.json, and transformers makes no tokenizer of what "
-            f"it has: {error}"
+            f"it has ({reason.rstrip(': ')}): download the model's tokenizer.json, too"
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, tokenizers.Tokenizer):

@@ -120,10 +120,11 @@ class TestFormats:
         [
             (lambda data: data[:4], "no safetensors file"),
             (lambda data: b"\xff" * 8 + data[8:], "no safetensors file: a header of"),
-            (lambda data: data[:-100], "lies outside the file"),
+            (lambda data: data[:-100], r"lies outside the file .*: download it again"),
+            (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"),
             (lambda data: data[:8] + b"!" + data[9:], "damaged header"),
         ],
-        ids=["short", "huge-header", "truncated", "no-json"],
+        ids=["short", "huge-header", "truncated", "pointer", "no-json"],
     )
     def test_damaged_safetensors(self, checkpoint, tiny_llama, load, damage, message):
         directory, _ = checkpoint(tiny_llama())
