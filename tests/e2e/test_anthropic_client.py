@@ -116,7 +116,7 @@ def test_count_tokens(client):
         ({"max_tokens": 0}, anthropic.BadRequestError, "max_tokens"),
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, anthropic.BadRequestError,
          "thinking.budget_tokens"),
-        ({"tools": [PLACE]}, anthropic.BadRequestError, "tool-call-parser"),
+        ({"tools": [{**PLACE, "name": "a b"}]}, anthropic.BadRequestError, "tools"),
         ({"messages": [{"role": "user", "content": "long " * 20_000}]}, anthropic.BadRequestError,
          "context length"),
     ],

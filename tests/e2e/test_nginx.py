@@ -117,7 +117,8 @@ async def test_a_broken_connection_is_gone_on_with_behind_nginx(tmp_path, method
                 while reader.content != letters:
                     reader.feed(await client.chunk())
         assert reader.last_id == f"{stream_id}.3"
-        await until(lambda: api.app.context.gate.num_inside == 0)  # the server knows that it broke
+        kept = api.app.context.kept._by_id[stream_id]
+        await until(lambda: not kept.is_read)  # the server knows that it broke
         await api.pace.step()  # and goes on
         async with connected_to(path) as client:
             at = [f"Last-Event-ID: {reader.last_id}"]
