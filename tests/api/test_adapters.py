@@ -77,6 +77,22 @@ async def test_nothing_cached_is_shared_between_adapters(api):
         assert await cached("sql") == 0, "the same name, another adapter"
 
 
+async def test_what_is_public_is_so_for_the_models_own_weights_only():
+    prompt = [72] * 100
+    api = Api(adapter_bank=Bank(), public_prefixes=[prompt], api_keys=("a", "b"))
+    api.adapters.load_now("sql", PATH)
+
+    async def cached(key: str, model: str) -> int:
+        body = {"model": model, "prompt": [*prompt, 73], "max_tokens": 1}
+        headers = {"authorization": f"Bearer {key}"}
+        answer = await api.call("POST", "/v1/completions", body, headers=headers)
+        return answer.json["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    async with api.running():
+        asked = [("a", MODEL), ("b", MODEL), ("a", "sql"), ("b", "sql")]
+        assert [await cached(*each) for each in asked] == [0, 96, 0, 0]
+
+
 async def test_who_runs_keeps_an_adapter_that_is_unloaded(api):
     bank = api.adapters._bank
     async with api.running():

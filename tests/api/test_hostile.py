@@ -154,6 +154,21 @@ def call_of(number):
 TURN = {"role": "user", "content": "x"}
 PART = {"type": "input_text", "text": "x"}
 TOOL = {"type": "function", "function": {"name": "f"}}
+ANY_TEXT = {"type": "any_text"}
+
+
+def tag_of(content):
+    tag = {"type": "structural_tag", "format": content}
+    return {"prompt": "a", "structured_outputs": {"structural_tag": tag}}
+
+
+def nested(num_levels):
+    content = ANY_TEXT
+    for _ in range(num_levels - 1):
+        content = {"type": "sequence", "elements": [content]}
+    return content
+
+
 TOO_MANY = {
     "messages": ("/v1/messages", message_body(messages=[TURN] * 4097), 4096),
     "tools": ("/v1/chat/completions", chat_body(tools=[TOOL] * 129), 128),
@@ -170,6 +185,12 @@ TOO_MANY = {
     "stop ids": ("/v1/completions", {"prompt": "a", "stop_token_ids": [72] * 1025}, 1024),
     "salt": ("/v1/completions", {"prompt": "a", "cache_salt": "x" * 1025}, 1024),
     "user": ("/v1/completions", {"prompt": "a", "user": "x" * 1025}, 1024),
+    "levels": ("/v1/completions", tag_of(nested(18)), 16),
+    "elements": (
+        "/v1/completions",
+        tag_of({"type": "or", "elements": [{"type": "const_string", "value": "a"}] * 257}),
+        256,
+    ),
     "allowed ids": (
         "/v1/completions",
         {"prompt": "a", "allowed_token_ids": [72] * (2**20 + 1)},

@@ -63,7 +63,11 @@ def test_a_file_names_tenants_with_their_keys_and_limits(key_file):
     assert ring.find(b"sk-alic") is ring.find(b"") is None
     salts = {ring.find(key).salt for key in (b"sk-alice", b"sk-bob", b"sk-flag")}
     assert len(salts) == 3
-    assert not salts & {KeyRing((), str(key_file)).find(b"sk-alice").salt}, "not of this process"
+    other = KeyRing((), str(key_file))
+    assert not salts & {other.find(b"sk-alice").salt}, "not of this process"
+    # What is compared nobody outside can compute, so its time says nothing of a key.
+    assert ring._tenants.keys().isdisjoint(other._tenants)
+    assert hashlib.sha256(b"sk-alice").digest() not in ring._tenants
 
 
 @pytest.mark.parametrize(
@@ -272,6 +276,29 @@ async def test_a_key_bounds_the_priority(key_file, key, asked, status):
     if status == 400:
         assert answer.error["param"] == "priority"
         assert "at least -2" in answer.error["message"]
+
+
+async def test_the_scheduler_is_told_whose_a_request_is(key_file):
+    """Its shares, weights and priorities hold for what it is told."""
+
+    async def told(api, *keys):
+        body = chat_body(user="u")
+        exchanges = [Exchange(api.app, "POST", CHAT, body, headers=bearer(key)) for key in keys]
+        await until(lambda: len(api.engine._live) == len(keys))
+        requests = [live.request for live in api.engine._live.values()]
+        for exchange in exchanges:
+            exchange.leave()
+            await exchange.finished()
+        return {(r.tenant, r.weight, r.priority) for r in requests}
+
+    key_file.write_text(key_file.read_text() + "priority = 5")
+    file = str(key_file)
+    async with Api(api_key_file=file, honours_priority=True, is_held=True).running() as api:
+        assert await told(api, "sk-alice", "sk-bob") == {("alice", 3, 0), ("bob.b", 1, 5)}
+    async with Api(api_key_file=file, is_held=True).running() as api:
+        assert await told(api, "sk-bob") == {("bob.b", 1, 0)}, "no policy that looks at it"
+    async with Api(is_held=True).running() as api:
+        assert await told(api, "any") == {("u", 1, 0)}
 
 
 def test_a_request_that_asks_for_nothing_is_as_urgent_as_it_may_be():

@@ -5,6 +5,7 @@ import asyncio
 from uvicorn.protocols.http.flow_control import FlowControl
 
 from streamserve.api.writer import UvicornWriter
+from tests.api.harness import until
 
 
 class Transport(asyncio.Transport):
@@ -13,6 +14,13 @@ class Transport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.written = b""
+        self.ended: list[str] = []
+
+    def close(self) -> None:
+        self.ended.append("closed")
+
+    def abort(self) -> None:
+        self.ended.append("aborted")
 
     def write(self, data) -> None:
         self.written += data
@@ -79,3 +87,11 @@ async def test_nothing_is_written_to_a_client_that_has_left():
     assert writer.write_now(b"ab")
     assert writer.write(b"ab") is None
     assert cycle.transport.written == b""
+
+
+async def test_a_reader_that_does_not_read_is_not_waited_for_behind_an_error(monkeypatch):
+    monkeypatch.setattr("streamserve.api.writer.LINGER_S", 0.0)
+    cycle = Cycle()
+    UvicornWriter(cycle).close_connection()
+    assert cycle.transport.ended == ["closed"]
+    await until(lambda: cycle.transport.ended == ["closed", "aborted"])
