@@ -7,10 +7,14 @@ import json
 import resource
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from uvicorn.protocols.http.flow_control import FlowControl
 
+from streamserve.api.protocol import ServeProtocol
 from streamserve.api.server import bind_sockets
+from streamserve.api.sse_response import SseResponse
 from streamserve.config import StreamConfig
 from tests.api.harness import TEXT, Api, Exchange, chat_body, events_of, text_of, until
 
@@ -181,6 +185,88 @@ async def test_promise_the_kernels_part_of_the_bound_is_set_and_counted():
             with accepted:
                 size = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
             assert sizes.send_buffer_bytes <= size <= 2 * max(sizes.send_buffer_bytes, 2304)
+
+
+class Silence(SseResponse):
+    """Sends nothing but pings."""
+
+    def _failure(self, exc):
+        raise exc
+
+    async def _send_events(self):
+        await asyncio.Event().wait()
+
+
+async def test_promise_a_connection_that_is_full_gets_no_more_than_one_ping():
+    room, sent = asyncio.Event(), []
+
+    async def send(message):
+        sent.append(message)
+        if message["type"] == "http.response.body":
+            await room.wait()
+
+    response = Silence(
+        "r",
+        headers={},
+        ping_interval_s=1e-6,
+        raw_send=send,
+        stall_timeout_s=60,
+        on_stall=lambda: None,
+    )
+    answering = asyncio.create_task(response({"type": "http"}, asyncio.Event().wait, send))
+    await until(lambda: len(sent) == 2)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert len(sent) == 2, "its start, and one that waits for room"
+    room.set()
+    await until(lambda: len(sent) == 5)
+    answering.cancel()
+    await asyncio.wait([answering])
+
+
+class Connection(ServeProtocol):
+    """One that has answered; ``num_unsent`` bytes wait for its client."""
+
+    def __init__(self):
+        self.num_unsent = 100
+        self.num_cut = 0
+        self.loop = asyncio.get_running_loop()
+        self.transport = SimpleNamespace(
+            get_write_buffer_size=lambda: self.num_unsent, abort=self._cut
+        )
+        self.flow = FlowControl(self.transport)
+        self.cycle = SimpleNamespace(response_complete=True)
+        self._watch_unsent()
+
+    def _cut(self):
+        self.num_cut += 1
+
+
+@pytest.mark.parametrize(
+    ("num_unsent", "is_answering", "is_full", "is_cut"),
+    [
+        (100, False, False, True),
+        (99, False, False, False),
+        (120, True, False, False),  # the next answer has added to it
+        (120, True, True, True),
+        (0, False, False, False),
+    ],
+)
+async def test_promise_who_takes_some_of_what_waits_is_not_cut_off(
+    num_unsent, is_answering, is_full, is_cut
+):
+    connection = Connection()
+    connection.num_unsent = num_unsent
+    connection.cycle.response_complete = not is_answering
+    connection.flow.write_paused = is_full
+    watch = connection._unsent_watch
+    watch.cancel()
+    connection._on_unsent()
+    assert connection.num_cut == is_cut
+    is_watched = connection._unsent_watch not in (None, watch)
+    assert is_watched == (not is_cut and num_unsent > 0)
+    if is_watched:
+        connection._unsent_watch.cancel()
 
 
 WHOLE = {"stream": False, "n": 8}  # more than all buffers

@@ -38,6 +38,32 @@ def test_promise_a_paused_request_leaves_its_seat_and_continues_with_the_same_to
     assert slow.num_preemptions == 0
 
 
+def test_promise_who_is_paused_before_it_has_a_seat_waits_for_none():
+    harness = Harness(max_num_seqs=1)
+    other, slow = (harness.add(PROMPT, max_tokens=5) for _ in range(2))
+    harness.step()
+    harness.scheduler.pause(slow)
+    harness.check_integrity()
+    assert harness.scheduler.num_waiting == 0
+    run_until(harness, lambda: other.is_finished)
+    assert harness.launch() is None
+    harness.scheduler.resume(slow)
+    harness.run()
+    assert slow.output_token_ids == naive_output(slow, 5)
+
+
+def test_promise_who_is_resumed_before_it_has_left_its_seat_leaves_it_first():
+    harness = Harness()
+    request = harness.add(PROMPT, max_tokens=5)
+    harness.launch()
+    harness.scheduler.pause(request)
+    harness.scheduler.resume(request)
+    harness.check_integrity()
+    assert harness.scheduler.num_waiting == 0, "a step has it"
+    harness.run()
+    assert request.output_token_ids == naive_output(request, 5)
+
+
 def test_promise_paused_requests_lose_their_blocks_first():
     harness = Harness(num_blocks=16, block_size=4)
     paused = harness.add(PROMPT * 2, max_tokens=20)
