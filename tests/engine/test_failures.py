@@ -392,6 +392,19 @@ async def test_a_second_stop_cuts_the_first_one_short():
         assert (await collect(stream)).finish_reason is FinishReason.ABORT
 
 
+async def test_a_step_that_hangs_does_not_hold_up_the_end(monkeypatch):
+    monkeypatch.setattr("streamserve.engine.async_engine._STOP_GRACE_S", 0.0)
+    runner = FakeRunner(hold=True)
+    async with serving(runner) as h:
+        stream = h.submit()
+        await runner.launched()
+        async with asyncio.timeout(60):
+            await h.engine.stop()
+        assert (await collect(stream)).finish_reason is FinishReason.ABORT
+        assert not runner.is_closed, "a step has it"
+        runner.release_all()
+
+
 async def test_starting_twice_is_misuse():
     async with serving(FakeRunner()) as h:
         with pytest.raises(RuntimeError):
