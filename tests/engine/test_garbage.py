@@ -23,8 +23,8 @@ class Cycle:
 
 @pytest.mark.usefixtures("thresholds")
 def test_freezing_leaves_nothing_to_look_at():
-    garbage = weakref.ref(Cycle())
     lists = [[] for _ in range(20_000)]
+    garbage = weakref.ref(Cycle())  # last: so many lists have it collected
     freeze_gc()
     assert gc.get_freeze_count() > len(lists)
     assert len(gc.get_objects()) < 10_000
