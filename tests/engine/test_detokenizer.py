@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.detokenizer import IncrementalDetokenizer
-from tests.engine.tokenizers_for_tests import FAST_KINDS, KINDS, TEXTS
+from tests.engine.tokenizers_for_tests import FAST_KINDS, KINDS, TEXTS, RecordedDecodes
 
 REPLACEMENT = "\ufffd"
 PARAMS = {skip: SamplingParams(skip_special_tokens=skip) for skip in (False, True)}
@@ -160,18 +160,9 @@ def test_the_space_of_the_first_word_stays_behind_a_prompt_and_goes_without_one(
 @pytest.mark.parametrize("kind", ["word_piece", "byte_level_general"])
 def test_the_general_way_looks_at_a_bounded_window(kind):
     tokenizer = TOKENIZERS[kind]()
-    sizes = []
-
-    class Recording:
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
-        def decode(self, ids, *, skip_special_tokens=True):
-            sizes.append(len(ids))
-            return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
+    recording = RecordedDecodes(tokenizer)
     broken = [i for i in range(tokenizer.vocab_size) if REPLACEMENT in tokenizer.decode([i])]
     special = [tokenizer.token_to_id("</s>")] * 500
-    detokenizer = IncrementalDetokenizer(Recording(), [1, 2, 3], PARAMS[True])
+    detokenizer = IncrementalDetokenizer(recording, [1, 2, 3], PARAMS[True])
     detokenizer.add([*special, *broken[:1] * 500])
-    assert max(sizes) < 100
+    assert max(recording.sizes) < 100

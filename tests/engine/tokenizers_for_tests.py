@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -16,6 +18,21 @@ TEXTS = [
 ]
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 ADDED = [AddedToken("<tool call>", special=False), AddedToken("｜工具｜", special=False)]
+
+
+class RecordedDecodes:
+    """A tokenizer that remembers in ``sizes`` how many ids each decode was of."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.sizes: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        self.sizes.append(len(ids))
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 def _with_added(backend: Tokenizer) -> FastTokenizer:

@@ -15,7 +15,7 @@ from tools.make_checkpoint import CHAT_TEMPLATE, SPECIAL_TOKENS, make_tokenizer
 
 VOCAB_SIZE = 1024
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -25,14 +25,14 @@ _SIZES = {
     "max_position_embeddings": 512,
 }
 CONFIGS = {
-    "Qwen/Qwen2.5-1.5B-Instruct": lambda: transformers.Qwen2Config(**_SIZES),
-    "meta-llama/Llama-2-7b-chat-hf": lambda: transformers.LlamaConfig(**_SIZES),
-    "lmsys/vicuna-7b-v1.5": lambda: transformers.LlamaConfig(**_SIZES),
-    "mistralai/Mistral-7B-v0.1": lambda: transformers.MistralConfig(**_SIZES),
+    "Qwen/Qwen2.5-1.5B-Instruct": lambda: transformers.Qwen2Config(**SIZES),
+    "meta-llama/Llama-2-7b-chat-hf": lambda: transformers.LlamaConfig(**SIZES),
+    "lmsys/vicuna-7b-v1.5": lambda: transformers.LlamaConfig(**SIZES),
+    "mistralai/Mistral-7B-v0.1": lambda: transformers.MistralConfig(**SIZES),
     "openai-community/gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCAB_SIZE, n_embd=64, n_layer=2, n_head=4, n_positions=512
     ),
-    "microsoft/phi-2": lambda: transformers.PhiConfig(**{**_SIZES, "num_key_value_heads": 4}),
+    "microsoft/phi-2": lambda: transformers.PhiConfig(**{**SIZES, "num_key_value_heads": 4}),
 }
 
 

@@ -11,19 +11,10 @@ from gguf import TokenType
 from tokenizers import Tokenizer
 
 from streamserve import LLM, SamplingParams
-from tests.llm.conftest import VOCAB_SIZE, _write_model
+from tests.llm.conftest import SIZES, VOCAB_SIZE, _write_model
 from tests.models.gguf_files import Kind, write_gguf
 from tools.make_checkpoint import CHAT_TEMPLATE
 
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
 VALUES = {
     "context_length": 512,
     "embedding_length": 64,

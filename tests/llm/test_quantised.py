@@ -9,19 +9,9 @@ from safetensors.torch import save_file
 
 from streamserve import LLM, SamplingParams
 from streamserve.errors import ConfigError
-from tests.llm.conftest import VOCAB_SIZE, _write_model
+from tests.llm.conftest import SIZES, _write_model
 from tests.models.test_stored_checkpoints import quantise
 
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-}
 PROMPTS = [[5, 17, 300, 88, 41], list(range(40, 75)), [*range(40, 70), 3, 9]]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 # Of the spread of the logits: products may round their inputs, and near ties fall either way.
@@ -32,7 +22,7 @@ NEAR = 0.1
 def test_greedy_answers_are_those_of_the_dequantised_weights(tmp_path, kind):
     directory, twin = tmp_path / "model", tmp_path / "twin"
     for path in (directory, twin):
-        _write_model(path, transformers.LlamaConfig(**SIZES))
+        _write_model(path, transformers.LlamaConfig(**SIZES, initializer_range=0.2))
     save_file(quantise(directory, kind), twin / "model.safetensors", metadata={"format": "pt"})
     model = transformers.AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32).eval()
     method = kind.partition("-")[0].replace("bnb", "bitsandbytes")

@@ -18,6 +18,7 @@ from streamserve.engine.detokenizer import IncrementalDetokenizer
 from streamserve.errors import ConfigError, InvalidParameterError, ModelLoadError
 from streamserve.models import tokenizer_backend
 from streamserve.models.slow_tokenizer import SlowTokenizer
+from tests.engine.tokenizers_for_tests import RecordedDecodes
 from tests.models.test_sentencepiece import trained
 from tests.models.vocabulary_cases import texts
 from tools.make_checkpoint import write_config
@@ -171,22 +172,13 @@ def test_a_run_of_tokens_without_text_is_not_lost(slow):
 
 def test_the_window_stays_small(slow):
     tokenizer = slow("gpt_sw3")
-    sizes = []
-
-    class Recording:
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
-        def decode(self, ids, *, skip_special_tokens=True):
-            sizes.append(len(ids))
-            return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
+    recording = RecordedDecodes(tokenizer)
     text = " ".join(["hello there, how are you today?"] * 20)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert "".join(stream(Recording(), ids[:1], ids[1:], skip=True)).endswith("you today?")
+    assert "".join(stream(recording, ids[:1], ids[1:], skip=True)).endswith("you today?")
     special = min(tokenizer.all_special_ids)
-    stream(Recording(), ids[:1], [special] * 500, skip=True)
-    assert max(sizes) < 40
+    stream(recording, ids[:1], [special] * 500, skip=True)
+    assert max(recording.sizes) < 40
 
 
 def test_what_the_engine_asks(slow):

@@ -7,7 +7,6 @@ pieces have scores: of the neighbours that make a piece, those that make the bes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from streamserve.models.gguf.container import open_gguf
 from streamserve.models.gguf.metadata import Metadata
 from streamserve.models.gguf.pre_tokenizers import known_splittings, splitting
 from streamserve.models.gguf.special_tokens import special_token_id
+from streamserve.models.vocabularies.sentencepiece_file import PieceType
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
@@ -34,17 +34,6 @@ _NAMED_TOKENS = {
 _SPACE = "▁"
 # A piece's splits are looked for in all of its places; none of a real vocabulary is this long.
 _LONGEST_MERGED = 256
-
-
-class TokenType(IntEnum):
-    """ggml's, of SentencePiece's."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 def read_text_files(path: Path) -> TextFiles:
@@ -87,7 +76,7 @@ class _Vocabulary:
             raise ModelLoadError(f"{metadata.path} lacks {key}: it holds no tokenizer")
         self.types = metadata.numbers(_PREFIX + "token_type")
         if not self.types:
-            self.types = [TokenType.NORMAL] * len(self.tokens)
+            self.types = [PieceType.NORMAL] * len(self.tokens)
         if len(self.types) != len(self.tokens):
             raise ModelLoadError(
                 f"{metadata.path}: {_PREFIX}token_type has {len(self.types)} entries for "
@@ -99,15 +88,15 @@ class _Vocabulary:
 
     def _held(self) -> Iterator[tuple[int, str]]:
         for index, token in enumerate(self.tokens):
-            if self.types[index] != TokenType.UNUSED or token != f"[PAD{index}]":
+            if self.types[index] != PieceType.UNUSED or token != f"[PAD{index}]":
                 yield index, token
 
-    def of_type(self, *types: TokenType) -> Iterator[tuple[int, str]]:
+    def of_type(self, *types: PieceType) -> Iterator[tuple[int, str]]:
         return ((i, token) for i, token in self._held() if self.types[i] in types)
 
     def added(self) -> list[dict[str, Any]]:
         """What is taken out of a text as it stands, before it is cut."""
-        kinds = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+        kinds = {PieceType.CONTROL: True, PieceType.USER_DEFINED: False}
         how = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         return [
             {"id": index, "content": token, "special": kinds[self.types[index]], **how}
@@ -167,8 +156,8 @@ def _sentence_piece(
             f"{metadata.path}: {_PREFIX}scores has {len(scores)} entries for "
             f"{len(vocabulary.tokens)} tokens"
         )
-    unknown = next((token for _, token in vocabulary.of_type(TokenType.UNKNOWN)), None)
-    has_bytes = next(vocabulary.of_type(TokenType.BYTE), None) is not None
+    unknown = next((token for _, token in vocabulary.of_type(PieceType.UNKNOWN)), None)
+    has_bytes = next(vocabulary.of_type(PieceType.BYTE), None) is not None
     model = {
         "merges": _merges(vocabulary, scores),
         "unk_token": unknown,
@@ -198,7 +187,7 @@ def _sentence_piece(
 
 def _merges(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, the pairs of the best one first."""
-    ids = {token: index for index, token in vocabulary.of_type(TokenType.NORMAL)}
+    ids = {token: index for index, token in vocabulary.of_type(PieceType.NORMAL)}
     ranked: list[tuple[float, int, int, str, str]] = []
     for token, index in ids.items():
         if len(token) > _LONGEST_MERGED:

@@ -24,6 +24,8 @@ _BPE = 2
 
 
 class PieceType(IntEnum):
+    """SentencePiece's, and ggml's after it."""
+
     NORMAL = 1
     UNKNOWN = 2
     CONTROL = 3
