@@ -2,6 +2,7 @@
 
     python -m loadtest.lateness                      # a server without a model, a token every 10 ms
     python -m loadtest.lateness --url http://127.0.0.1:8000 --model box
+    python -m loadtest.lateness --streams 256 --step-ms 7.5 --steps-in-flight 2 --prompts 0
 
 Steady streams are read on raw sockets, and long prompts are sent one after the other. A token is
 late by what its gap has beyond the median of the same streams before. With ``--url`` of a server
@@ -156,8 +157,8 @@ def measure(url: str, model: str, args: argparse.Namespace) -> None:
     time.sleep(args.alone_s)
     alone = streams.gaps(start, time.perf_counter())
     usual = median(alone)
-    print(f"{args.streams} streams alone: {_row(alone, usual)}; a token every {usual * 1e3:.1f} ms")
-    for kind in _KINDS:
+    print(f"{args.streams} streams alone: {_row(alone, usual)}; a token every {usual * 1e3:.2f} ms")
+    for kind in _KINDS if args.prompts else ():
         # Made before: whoever reads the streams must not wait for this process's own work.
         prepared = [chat_body(model, chat) for chat in chats(kind, rng, args.prompts)]
         start = time.perf_counter()
@@ -190,9 +191,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=100_000, help="of each stream")
     parser.add_argument("--step-ms", type=float, default=10.0, help="of the server without a model")
     parser.add_argument(
+        "--steps-in-flight", type=int, default=1, help="of the server without a model; 2: as a GPU"
+    )
+    parser.add_argument(
         "--max-num-batched-tokens", type=int, default=512, help="of the server without a model"
     )
-    parser.add_argument("--prompts", type=int, default=20, help="of each kind")
+    parser.add_argument("--prompts", type=int, default=20, help="of each kind; 0: none")
     parser.add_argument("--alone-s", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -202,6 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = [sys.executable, "-m", "loadtest.null_server", "--port", "0"]
     command += ["--step-ms", str(args.step_ms), "--tokenizer", str(_BOX)]
     command += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
+    command += ["--max-num-seqs", str(args.streams + 1)]
+    command += ["--steps-in-flight", str(args.steps_in_flight)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -11,8 +11,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from streamserve.api.app import ApiApp, create_app
@@ -84,13 +87,28 @@ def pace_of_readers(streams: StreamList) -> Pace:
     return pace
 
 
-def pace_of_clock(step_s: float) -> Pace:
-    """A step takes ``step_s``: a model as fast as you like."""
+class DeviceOfTime:
+    """A ``Pace`` of steps that take ``step_s`` each, one after the other, in a thread of its own.
 
-    def pace(resolve: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_later(step_s, resolve)
+    As beside a real device a step may be queued while the one before runs.
+    """
 
-    return pace
+    def __init__(self, step_s: float) -> None:
+        self._step_s = step_s
+        self._queued: SimpleQueue[tuple[float, Callable[[], None]]] = SimpleQueue()
+        threading.Thread(target=self._run, name="device-of-time", daemon=True).start()
+
+    def __call__(self, resolve: Callable[[], None]) -> None:
+        """Queue a step, whose end ``resolve`` tells."""
+        self._queued.put((monotonic(), resolve))
+
+    def _run(self) -> None:
+        end = 0.0
+        while True:
+            queued_at, resolve = self._queued.get()
+            end = max(end, queued_at) + self._step_s
+            time.sleep(max(0.0, end - monotonic()))
+            resolve()
 
 
 def build_app(
@@ -99,11 +117,12 @@ def build_app(
     max_num_seqs: int,
     max_num_batched_tokens: int = 8192,
     step_s: float | None = None,
+    max_steps_in_flight: int = 1,
     tokenizer_path: str | None = None,
 ) -> ApiApp:
     """The application over a ``NullRunner``, paced by its readers unless ``step_s`` is given."""
     streams = StreamList()
-    pace = pace_of_readers(streams) if step_s is None else pace_of_clock(step_s)
+    pace = pace_of_readers(streams) if step_s is None else DeviceOfTime(step_s)
     load_text = byte_text if tokenizer_path is None else TextSource(Path(tokenizer_path))
     tokenizer, template = load_text()
     token_ids = tokenizer.encode(_TEXT, add_special_tokens=False)
@@ -112,6 +131,7 @@ def build_app(
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_steps_in_flight=max_steps_in_flight,
     )
     engine = WatchedEngine(
         scheduler=Scheduler(scheduler_config, KVCacheManager(cache), clock=monotonic),
@@ -139,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--step-ms", type=float, help="of a step, instead of the readers' pace")
+    parser.add_argument("--steps-in-flight", type=int, default=1, help="2: as beside a GPU")
     parser.add_argument("--tokenizer", help="directory of a checkpoint, instead of bytes")
     parser.add_argument("--drain-timeout", type=float, default=1.0, help="seconds")
     parser.add_argument("--profile", help="write a cProfile of the run into this file")
@@ -155,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         step_s=step_s,
+        max_steps_in_flight=args.steps_in_flight,
         tokenizer_path=args.tokenizer,
     )
 
