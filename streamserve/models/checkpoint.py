@@ -7,6 +7,7 @@ host never holds more than a part of one matrix, and the device no more than the
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,14 @@ from torch import Tensor
 from streamserve.errors import ModelLoadError
 from streamserve.models.names import WeightNames
 from streamserve.models.parameters import Module, decoder_modules
-from streamserve.models.pieces import Leaf, Piece, full_names, module_pieces, num_experts
+from streamserve.models.pieces import (
+    Leaf,
+    Piece,
+    full_names,
+    module_pieces,
+    num_experts,
+    row_order,
+)
 from streamserve.models.quantised.modules import StoredModules
 from streamserve.models.quantised.reader import FormatReader, Tensors
 from streamserve.models.spec import AttentionSpec, DecoderSpec
@@ -26,6 +34,8 @@ from streamserve.models.tensor_files import TensorFiles
 from streamserve_kernels.stored import StoredWeight
 
 _NAMED_IN_AN_ERROR = 8
+# Stretches of rows that are read one by one.
+_MAX_RUNS = 4
 
 
 class WeightSource(Protocol):
@@ -170,6 +180,67 @@ class CheckpointSource:
                 self._files.release(self._stored[piece.name])
             start += piece.rows
 
+    def fill_part(
+        self,
+        module: Module,
+        leaf: Leaf,
+        target: Tensor,
+        rows: Tensor | None,
+        columns: slice,
+    ) -> None:
+        """As `fill`, of some ``rows`` ([N] int64, rising by parts; None: all) and ``columns`` only.
+
+        Of a plain tensor no more is read than that.
+        """
+        wanted = torch.arange(module.num_rows) if rows is None else rows
+        order = row_order(self._names, module, self._spec)
+        if order is not None:  # of the rows of one fused tensor
+            wanted = order[wanted]
+        start = filled = 0
+        for piece in module_pieces(self._names, module, leaf):
+            here = wanted[(wanted >= start) & (wanted < start + piece.rows)] - start
+            part = target[filled : filled + len(here)]
+            kept = self._quantised if leaf == "weight" else None
+            if kept is not None and kept.holds(module, piece):
+                tensor = kept.read_piece(module, piece).dequantise()
+                self._uploader.copy(part, tensor[here][:, columns])
+            else:
+                self._fill_rows(part, piece, module, leaf, here, columns)
+                self._files.release(self._stored[piece.name])
+            start += piece.rows
+            filled += len(here)
+
+    def _fill_rows(
+        self,
+        part: Tensor,
+        piece: Piece,
+        module: Module,
+        leaf: Leaf,
+        rows: Tensor,
+        columns: slice,
+    ) -> None:
+        name = self._stored[piece.name]
+        is_matrix = leaf == "weight" and module.columns is not None
+        if is_matrix and module.name in self._names.transposed:
+            if piece.expert is None:
+                tensor = self._files.read_rows(name, columns).t()
+            else:
+                tensor = self._files.read(name)[piece.expert][columns].t()
+            self._uploader.copy(part, tensor[rows])
+            return
+        filled = 0
+        for first, last, chosen in _runs(rows):
+            if piece.expert is None:
+                tensor = self._files.read_rows(name, slice(first, last))
+            else:
+                tensor = self._files.read(name)[piece.expert][first:last]
+            if is_matrix:
+                tensor = tensor[:, columns]
+            if chosen is not None:
+                tensor = tensor[chosen]
+            self._uploader.copy(part[filled : filled + len(tensor)], tensor)
+            filled += len(tensor)
+
     def _fill_piece(self, part: Tensor, piece: Piece, module: Module, leaf: Leaf) -> None:
         name = self._stored[piece.name]
         tensor = self._files.read(name)
@@ -192,6 +263,21 @@ class CheckpointSource:
             part[half:].copy_(landed[1::2])
         else:
             self._uploader.copy(part, tensor)
+
+
+def _runs(rows: Tensor) -> list[tuple[int, int, Tensor | None]]:
+    """(first, last + 1, which of these) of stretches of rows: a few whole ones, or one of some."""
+    if not len(rows):
+        return []
+    breaks = (rows.diff() != 1).nonzero().flatten().add(1).tolist()
+    if len(breaks) < _MAX_RUNS:
+        edges = [0, *breaks, len(rows)]
+        return [
+            (int(rows[start]), int(rows[end - 1]) + 1, None)
+            for start, end in itertools.pairwise(edges)
+        ]
+    first = int(rows.min())
+    return [(first, int(rows.max()) + 1, rows - first)]
 
 
 def copy_grouped(attention: AttentionSpec, target: Tensor, tensor: Tensor) -> None:
@@ -229,6 +315,22 @@ class RandomSource:
             target.fill_(1.0)
         else:
             target.normal_(0.0, self._std, generator=self._generator(target.device))
+
+    def fill_part(
+        self,
+        module: Module,
+        leaf: Leaf,
+        target: Tensor,
+        rows: Tensor | None,
+        columns: slice,
+    ) -> None:
+        """All of it is drawn: a part of a model is a part of the same model."""
+        shape = module.shape if leaf == "weight" else (module.num_rows,)
+        whole = torch.empty(shape, dtype=target.dtype, device=target.device)
+        self.fill(module, leaf, whole)
+        if rows is not None:
+            whole = whole[rows.to(whole.device)]
+        target.copy_(whole[:, columns] if whole.dim() == 2 else whole)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:

@@ -8,9 +8,9 @@ microsecond of Python between two is paid by every token.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,9 +46,8 @@ class Block:
         spec: LayerSpec,
         weights: Weights,
         kernels: Kernels,
-        device: torch.device,
-        cos_sin: Tensor | None,
-        max_model_len: int,
+        attention: Attention,
+        mlp: Callable[[Tensor], Tensor],
     ) -> None:
         def norm(name: str) -> BoundNorm | None:
             named = getattr(spec, name)
@@ -56,10 +55,8 @@ class Block:
                 return None
             return bind_norm(named, weights.norms[f"layers.{name}"], kernels)
 
-        self._attention = Attention(
-            spec.attention, weights, kernels, device, cos_sin, max_model_len
-        )
-        self._mlp = bind_mlp(spec.mlp, weights, kernels)
+        self._attention = attention
+        self._mlp = mlp
         self._attention_norm = norm("attention_norm") or BoundNorm()
         self._mlp_norm = norm("mlp_norm")
         self._attention_post_norm = norm("attention_post_norm")
@@ -200,12 +197,24 @@ class Decoder:
         )
 
     def _assemble(self, layers: list[Weights]) -> list[Block]:
-        return [
-            Block(
-                layer, weights, self.kernels, self.device, self._cos_sin(layer), self.max_model_len
-            )
-            for layer, weights in zip(self.spec.layers, layers, strict=True)
-        ]
+        return [self._block(index, weights) for index, weights in enumerate(layers)]
+
+    def _block(self, index: int, weights: Weights) -> Block:
+        layer, kernels = self.spec.layers[index], self.kernels
+        mlp = bind_mlp(layer.mlp, weights, kernels)
+        return Block(layer, weights, kernels, self._attention(index, weights), mlp)
+
+    def _attention(self, index: int, weights: Weights, **options: Any) -> Attention:
+        layer = self.spec.layers[index]
+        return Attention(
+            layer.attention,
+            weights,
+            self.kernels,
+            self.device,
+            self._cos_sin(layer),
+            self.max_model_len,
+            **options,
+        )
 
     def linears(self) -> Iterator[PackedLinear]:
         """Every product of the forward, layer by layer, experts one by one; the head last."""
@@ -360,7 +369,7 @@ class Decoder:
         return out
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
-        x = self.kernels.embedding(batch.input_ids, self._embedding)
+        x = self._look_up(batch.input_ids)
         if self._embedding_scale != 1.0:
             x = x * self._embedding_scale
         if self._position_embedding is not None:
@@ -368,3 +377,6 @@ class Decoder:
         if self._embedding_norm is not None:
             x = self._embedding_norm.norm(x)
         return x
+
+    def _look_up(self, input_ids: Tensor) -> Tensor:
+        return self.kernels.embedding(input_ids, self._embedding)

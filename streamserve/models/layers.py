@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -70,6 +70,9 @@ def bind_norm(spec: NormSpec, weights: NormWeights, kernels: Kernels) -> BoundNo
     return kind(spec, weights, kernels)
 
 
+BindNorm = Callable[[NormSpec, NormWeights, Kernels], BoundNorm]
+
+
 class Attention:
     """q, k and v in one product, rotation and cache write in one call, then paged attention."""
 
@@ -100,10 +103,16 @@ class Attention:
         device: torch.device,
         cos_sin: Tensor | None,
         max_model_len: int,
+        slopes: Sequence[float] | None = None,
+        bind_wide_norm: BindNorm = bind_norm,
     ) -> None:
+        """``slopes`` are ALiBi's, where the heads are not all that the model has.
+
+        ``bind_wide_norm`` makes a norm over all heads.
+        """
         self._spec = spec
         self._qkv = weights.linears["layers.qkv"]
-        self.output = weights.linears["layers.output"]
+        self.output: Callable[[Tensor], Tensor] = weights.linears["layers.output"]
         self._attend = kernels.paged_attention
         self._embedding = kernels.embedding
         self._write_kv = kernels.write_kv
@@ -118,15 +127,16 @@ class Attention:
             self._query_scales = scales[:, None].to(device, self._qkv.dtype)
         self._alibi_slopes = None
         if spec.alibi:
-            slopes = [slope * spec.alibi_scale for slope in alibi_slopes(spec.num_heads)]
-            self._alibi_slopes = torch.tensor(slopes, device=device)
+            slopes = alibi_slopes(spec.num_heads) if slopes is None else slopes
+            scaled = [slope * spec.alibi_scale for slope in slopes]
+            self._alibi_slopes = torch.tensor(scaled, device=device)
         self._q_norm = self._k_norm = None
         self._per_head_norm = True
         if spec.qk_norm is not None:
-            norm = spec.qk_norm.norm
-            self._q_norm = bind_norm(norm, weights.norms["layers.q_norm"], kernels)
-            self._k_norm = bind_norm(norm, weights.norms["layers.k_norm"], kernels)
-            self._per_head_norm = spec.qk_norm.per_head
+            norm, self._per_head_norm = spec.qk_norm.norm, spec.qk_norm.per_head
+            bind = bind_norm if self._per_head_norm else bind_wide_norm
+            self._q_norm = bind(norm, weights.norms["layers.q_norm"], kernels)
+            self._k_norm = bind(norm, weights.norms["layers.k_norm"], kernels)
 
     def write(
         self, normed: Tensor, batch: ForwardBatch, key_cache: Tensor, value_cache: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +12,7 @@ import torch
 from streamserve.config import AdapterConfig
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.adapters import AdapterTables
-from streamserve.models.checkpoint import CheckpointSource, RandomSource, WeightSource
+from streamserve.models.checkpoint import CheckpointSource, RandomSource
 from streamserve.models.config import ModelImpl, NativeConfig, load_hf_config
 from streamserve.models.decoder import Decoder
 from streamserve.models.gguf.config import gguf_source, load_gguf_config
@@ -21,6 +22,10 @@ from streamserve.models.model import LanguageModel
 from streamserve.models.model_config import ModelConfig
 from streamserve.models.quantised.stored import CheckpointQuantization
 from streamserve.models.tensor_files import open_tensor_files
+from streamserve.models.tensor_parallel.config import ShareConfig
+from streamserve.models.tensor_parallel.decoder import ShareDecoder
+from streamserve.models.tensor_parallel.ranks import Ranks
+from streamserve.models.tensor_parallel.source import PartSource, ShareSource
 from streamserve.models.weights import Progress, build_weights
 from streamserve_kernels import Kernels, Quantization
 
@@ -93,6 +98,7 @@ def load_model(
     seed: int = 0,
     quantization: Quantization | None = None,
     adapters: AdapterConfig | None = None,
+    ranks: Ranks | None = None,
 ) -> LanguageModel:
     """Loads a checkpoint's directory or GGUF file; ``dummy`` draws weights from ``seed`` instead.
 
@@ -102,7 +108,8 @@ def load_model(
     Holds the resident weights and, at any time, one more matrix on ``device``; a host that is not
     the device holds a few dozen megabytes of the files at a time. ``max_model_len`` is the longest
     sequence to serve, the model's own by default. With ``adapters``, there is room for as many
-    beside it. Raises ModelLoadError or UnsupportedModelError.
+    beside it. A share's config needs the ``ranks`` that have the others. Raises ModelLoadError or
+    UnsupportedModelError.
     """
     if load_format not in get_args(LoadFormat):
         raise ModelLoadError(
@@ -131,25 +138,34 @@ def load_model(
             seed=seed,
             quantization=quantization,
         )
-    source: WeightSource
+    share = config.share if isinstance(config, ShareConfig) else None
+    whole = config.spec if share is None else share.whole
+    names = config.family.weight_names(whole)
+    source: PartSource
     file = gguf_file(Path(path))
     if load_format == "dummy":
         source = RandomSource(seed)
     elif file is not None:
-        source = gguf_source(file, config)
+        source = gguf_source(file, replace(config, spec=whole))
     elif load_format == "gguf":
         raise ModelLoadError(f"{path} is no GGUF file")
     else:
         files = open_tensor_files(Path(path), load_format)
         reader = stored.reader if isinstance(stored, CheckpointQuantization) else None
-        names = config.family.weight_names(config.spec)
-        source = CheckpointSource(files, names, config.spec, Path(path), reader)
-    weights = build_weights(config.spec, source, kernels, dtype, device, progress, quantization)
+        source = CheckpointSource(files, names, whole, Path(path), reader)
+    if share is not None:
+        assert ranks is not None, "a share is one of several ranks'"
+        held = ShareSource(source, share)
+        weights = build_weights(share.held, held, kernels, dtype, device, progress, quantization)
+        return ShareDecoder(
+            share, ranks, weights, kernels, dtype=dtype, device=device, max_model_len=max_model_len
+        )
+    weights = build_weights(whole, source, kernels, dtype, device, progress, quantization)
     beside = None
     if adapters is not None:
         beside = AdapterTables(
-            config.spec,
-            config.family.weight_names(config.spec),
+            whole,
+            names,
             kernels,
             dtype=dtype,
             device=device,
@@ -157,7 +173,7 @@ def load_model(
             max_rank=adapters.max_rank,
         )
     return Decoder(
-        config.spec,
+        whole,
         weights,
         kernels,
         dtype=dtype,

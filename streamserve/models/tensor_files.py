@@ -64,6 +64,10 @@ class TensorFiles(Protocol):
         """The tensor, perhaps a view of a mapped file: copy it before `release`."""
         ...
 
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """``read(name)[rows]``, for which no more than that is read."""
+        ...
+
     def release(self, name: str) -> None:
         """Gives back the memory behind `read(name)`; it can be read again."""
         ...
@@ -175,16 +179,28 @@ class SafetensorsFiles:
 
     def read(self, name: str) -> Tensor:
         entry = self._entries[name]
+        return self._map(name, entry.start, entry.end, entry.shape)
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        entry = self._entries[name]
+        first, last, _ = rows.indices(entry.shape[0])
+        row_bytes = (entry.end - entry.start) // max(1, entry.shape[0])
+        start = entry.start + first * row_bytes
+        shape = (last - first, *entry.shape[1:])
+        return self._map(name, start, entry.start + last * row_bytes, shape)
+
+    def _map(self, name: str, start: int, end: int, shape: tuple[int, ...]) -> Tensor:
+        entry = self._entries[name]
         if entry.dtype is None:
             raise ModelLoadError(
                 f"{entry.file.path}: tensor {name} has dtype {entry.dtype_name}, which is unknown"
             )
-        if entry.start == entry.end:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        entry.file.advise(entry.start, entry.end, mmap.MADV_WILLNEED)
-        count = (entry.end - entry.start) // entry.dtype.itemsize
-        flat = torch.frombuffer(entry.file.map, dtype=entry.dtype, count=count, offset=entry.start)
-        return flat.view(entry.shape)
+        if start == end:
+            return torch.empty(shape, dtype=entry.dtype)
+        entry.file.advise(start, end, mmap.MADV_WILLNEED)
+        count = (end - start) // entry.dtype.itemsize
+        flat = torch.frombuffer(entry.file.map, dtype=entry.dtype, count=count, offset=start)
+        return flat.view(shape)
 
     def release(self, name: str) -> None:
         entry = self._entries[name]
@@ -261,6 +277,9 @@ class PickledFiles:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        return self._tensors[name][rows]
 
     def release(self, name: str) -> None:
         tensor = self._tensors[name]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.models import references
 
@@ -232,3 +236,12 @@ NATIVE = {
         **GQA, num_local_experts=3, num_experts_per_tok=1, sliding_window=5
     ),
 }
+
+
+def config_values(name: str) -> dict[str, Any]:
+    """The config.json that a case saves."""
+    made = NATIVE[name]()
+    if isinstance(made, references.Reference):
+        return made.values()
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[made.model_type]
+    return {"architectures": [architecture], **json.loads(made.to_json_string(use_diff=False))}

@@ -7,7 +7,6 @@ computed before or a part of it up to the middle of a block, and once more after
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import streamserve_kernels
 from streamserve.core.plan import TokenLogprobs
@@ -42,9 +40,8 @@ from streamserve.models.families import FAMILIES, find_family
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.spec import DecoderSpec, RopeScaling
 from streamserve.runner.model_runner import TorchModelRunner
-from tests.models import references
 from tests.models.foreign import FOREIGN
-from tests.models.native import ENDS, GQA, LONGER, NATIVE
+from tests.models.native import ENDS, GQA, LONGER, NATIVE, config_values
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.parity import assert_unasked_rows_change_nothing
 from tests.models.random_model import random_model
@@ -237,20 +234,11 @@ def test_weights_are_counted_before_they_are_there(pair: Pair) -> None:
     assert pair.ours.nbytes <= pair.config.weight_bytes(torch.float32)
 
 
-def values_of(name: str) -> dict[str, Any]:
-    """The config.json that a case saves."""
-    made = NATIVE[name]()
-    if isinstance(made, references.Reference):
-        return made.values()
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[made.model_type]
-    return {"architectures": [architecture], **json.loads(made.to_json_string(use_diff=False))}
-
-
 def specs_of_cases() -> dict[str, list[DecoderSpec]]:
     """By architecture."""
     specs: dict[str, list[DecoderSpec]] = {}
     for name in NATIVE:
-        config = HfConfig(values_of(name))
+        config = HfConfig(config_values(name))
         family = find_family(config)
         specs.setdefault(family.architecture, []).append(family.spec(config))
     return specs

@@ -95,6 +95,10 @@ class GgufTensors:
             tensor = tensor - self._norm_offset
         return tensor
 
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        # The converter's order of q and k is undone over all rows.
+        return self.read(name)[rows]
+
     def stored(self, name: str) -> GgufWeight | None:
         """The tensor's codes and scales; None where it is plain."""
         part = self._slices[name]

@@ -115,7 +115,7 @@ class StoredModules:
 
 
 def select_rows(weight: OneWeight, rows: Tensor) -> OneWeight:
-    """The weight with all its outputs in the order of ``rows`` [N]."""
+    """The weight's outputs ``rows`` [N], in their order: all of them, or some."""
     if isinstance(weight, GroupedWeight):
         zeros = weight.zeros
         minimums = weight.minimums
@@ -129,9 +129,11 @@ def select_rows(weight: OneWeight, rows: Tensor) -> OneWeight:
     if isinstance(weight, TableWeight):
         sparse = weight.sparse
         if sparse is not None:
-            places = torch.empty_like(rows)
+            places = rows.new_full((weight.codes.shape[0],), -1)
             places[rows] = torch.arange(len(rows))
-            sparse = (places[sparse[0]], sparse[1], sparse[2])
+            at = places[sparse[0]]
+            chosen = at >= 0
+            sparse = (at[chosen], sparse[1][chosen], sparse[2][chosen])
         return replace(
             weight,
             codes=weight.codes[rows],
