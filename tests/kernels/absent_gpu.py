@@ -80,12 +80,27 @@ def resources(kernel: Any) -> dict[str, int]:
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     used = dict(re.findall(r"(REG|STACK):(\d+)", told))
+    wgmma = kernel.asm["ptx"].count("wgmma.mma_async")
     return {
         "registers": int(used["REG"]),
         "stack": int(used["STACK"]),
         "shared": kernel.metadata.shared,
-        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+        "wgmma": wgmma,
+        **(pace(kernel) if wgmma else {}),
     }
+
+
+def pace(kernel: Any) -> dict[str, int]:
+    """What holds up the matrix units: products waited for, operands stored for them in a loop."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        code = subprocess.run(
+            [tool, "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    loop = code[code.index("HGMMA") : code.rindex("HGMMA")]
+    return {"waits": loop.count("WARPGROUP.DEPBAR.LE gsb0, 0x0"), "stores": loop.count("STS")}
 
 
 def bf16(*shape: int) -> Tensor:
@@ -133,7 +148,7 @@ def linear_calls() -> Iterator[Callable[[], object]]:
     for case in ("gptq4", "gptq3", "q4_k", "q6_k", "nf4", "squeezed3", "fp8-blocks"):
         layers.append(prepare_stored(CASES[case](512, HIDDEN), None, torch.bfloat16))
     for layer in layers:
-        for rows in (1, 8, 32, 64):
+        for rows in (1, 8, 32, 64, 128):
             for config in layer.candidates(rows):
                 yield lambda layer=layer, rows=rows, config=config: layer.run(
                     bf16(rows, HIDDEN), config

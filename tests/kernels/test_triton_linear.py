@@ -13,6 +13,7 @@ from streamserve_kernels.interface import PackedLinear
 from streamserve_kernels.triton import tuning
 from streamserve_kernels.triton.linear import FEW_ROWS, linear, prepare_linear
 from streamserve_kernels.triton.runtime import INTERPRETED, compilations
+from streamserve_kernels.triton.split import SPLIT_ROWS, num_splits
 from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket, tune
 
 # Odd sizes, less than a tile, several steps of the loop.
@@ -51,7 +52,7 @@ def test_every_candidate_is_the_product(device):
     for shape in SMALL if device.type == "cpu" else LLAMA:
         weight = torch.randn(shape, device=device).to(dtype)
         packed = prepare_linear(weight)
-        for rows in (1, 2, 5, FEW_ROWS):
+        for rows in (1, 2, 5, FEW_ROWS, 24, 64, SPLIT_ROWS - 1):
             x = torch.randn(rows, shape[1], device=device).to(dtype)
             for config in packed.candidates(bucket(rows)):
                 check(packed.run(x, config), x, weight, None, config)
@@ -76,6 +77,39 @@ def test_matrix_units_take_few_rows(device, rows, shape):
     check(prepare_linear(weight, bias).run(x, Config("skinny", 16, 16, 64, 4, 2)), x, weight, bias)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_inputs_are_split_between_programs(device, splits):
+    """More rows than a tile has, fewer steps than splits, and counters that are zero again."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    config = Config("split", 32, 128, 64, 4, 2, splits=splits)
+    for shape in SMALL:
+        weight, bias = (torch.randn(*size, device=device).to(dtype) for size in (shape, shape[:1]))
+        for packed, rows in ((prepare_linear(weight, bias), 40), (prepare_linear(weight), 3)):
+            x = torch.randn(rows, shape[1], device=device).to(dtype)
+            y = packed.run(x, config)
+            check(y, x, weight, packed.bias)
+            assert packed.run(x, config).equal(y)
+            assert packed.run(x[2:3], config).equal(y[2:3])  # whoever is beside it
+            assert not packed.counters.any()
+
+
+def test_splits_fill_the_processors():
+    assert num_splits(tiles=32, steps=64, at_once=132, cost=0.03) == 4
+    assert num_splits(tiles=32, steps=64, at_once=264, cost=0.03) == 8
+    assert num_splits(tiles=32, steps=12, at_once=264, cost=0.03) == 3  # too few steps for more
+    assert num_splits(tiles=32, steps=64, at_once=264, cost=1.0) == 3
+    assert num_splits(tiles=224, steps=64, at_once=264, cost=0.03) == 1
+    assert num_splits(tiles=1, steps=1, at_once=132, cost=0.0) == 1
+
+
+def test_more_tiles_than_counters_are_refused(device):
+    packed = prepare_linear(torch.randn(8, 300, device=device))
+    x = torch.randn(200, 300, device=device)
+    for block_m, block_n in ((32, 128), (64, 64)):
+        with pytest.raises(ValueError, match="no counters for 200 rows"):
+            packed.run(x, Config("split", block_m, block_n, 64, splits=2))
+
+
 def test_bfloat16_under_the_interpreter():
     if not INTERPRETED:
         pytest.skip("a kernel on a device is tried with it anyway")
@@ -83,6 +117,7 @@ def test_bfloat16_under_the_interpreter():
     packed = prepare_linear(weight)
     check(packed.run(x[:1], packed.candidates(1)[0]), x[:1], weight, None)
     check(packed.run(x, Config("skinny", 16, 32, 128, 4, 2)), x, weight, None)
+    check(packed.run(x, Config("split", 16, 128, 64, 4, 2, splits=2)), x, weight, None)
 
 
 def test_the_contract(device):
@@ -147,7 +182,7 @@ def test_what_is_measured_is_chosen_and_kept(device, tmp_path):
     assert compilations() == before
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 3}', '{"a": [1, 2, 3, 4, 5, 6, 7, 8]}'])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 3}', '{"a": [1, 2, 3, 4, 5, 6, 7, 8, 9]}'])
 def test_a_broken_file_is_ignored(device, tmp_path, content):
     packed = prepare_linear(torch.randn(8, 32, device=device))
     measure, asked = favour(packed.candidates(1)[1])
@@ -209,16 +244,15 @@ def test_products_that_overlap_wait_for_each_other():
         prepare_linear(torch.randn(size, size, device="cuda", dtype=torch.bfloat16) / size**0.5)
         for _ in range(4)
     ]
-    overlapping = [config for config in layers[0].candidates(1) if config.overlap]
-    x = torch.randn(1, size, device="cuda", dtype=torch.bfloat16)
 
     def chain(config: Config) -> torch.Tensor:
-        y = x
+        y = torch.linspace(-1, 1, config.block_m * size, device="cuda").bfloat16().view(-1, size)
         for step in range(40):
             y = layers[step % 4].run(y, config)
         return y
 
-    for config in overlapping:
+    candidates = (*layers[0].candidates(1), *layers[0].candidates(64))
+    for config in (config for config in candidates if config.overlap):
         expected = chain(config._replace(overlap=False))
         assert chain(config).equal(expected)
         graph = torch.cuda.CUDAGraph()

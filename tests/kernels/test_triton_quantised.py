@@ -13,6 +13,7 @@ from streamserve_kernels import QUANTIZATIONS, QuantLinear
 from streamserve_kernels.quantised import NaiveQuantLinear, packed_bytes
 from streamserve_kernels.triton.linear import (
     PACKED_ROWS,
+    PackedQuantLinear,
     prepare_quantised,
 )
 from streamserve_kernels.triton.runtime import INTERPRETED
@@ -112,6 +113,25 @@ def test_tiles_that_float32_is_not_given(device, quantization, config):
     check(packed.run(x, config), x, packed.unpack(), weight[:, 0], config)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_inputs_are_split_between_programs(device, quantization, splits):
+    """More rows than a tile has, fewer steps than splits, and counters that are zero again."""
+    if quantization == "fp8":
+        pytest.skip("cuBLAS multiplies those")
+    dtype = dtype_for(device)
+    config = Config("split", 32, 128, 16, 4, 2, splits=splits)
+    for shape in SMALL:
+        weight = torch.randn(shape, device=device).to(dtype)
+        for bias, rows in ((weight[:, 0], 40), (None, 3)):
+            packed = prepare_quantised(weight, bias, quantization)
+            x = torch.randn(rows, shape[1], device=device).to(dtype)
+            y = packed.run(x, config)
+            check(y, x, packed.unpack(), bias, config)
+            assert packed.run(x, config).equal(y)
+            assert packed.run(x[2:3], config).equal(y[2:3])  # whoever is beside it
+            assert not packed.counters.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_float32(device, quantization, dtype):
     weight = torch.randn(48, 320, device=device).to(dtype)
@@ -189,6 +209,11 @@ def test_stored_weights_and_their_products(device, case):
         x = torch.randn(rows, 320).to(dtype)
         for config in packed.candidates(bucket(rows)) if rows > 1 else [packed.candidates(1)[0]]:
             check(packed.run(x.to(device), config).cpu(), x, weight, bias, config)
+        if rows == 3 and isinstance(packed, PackedQuantLinear):
+            # A step of as many words as a group has or fewer, and one of more.
+            for words in (16, 64):
+                split = Config("split", 16, 128, words, 4, 2, splits=2)
+                check(packed.run(x.to(device), split).cpu(), x, weight, bias, split)
     assert packed(x.to(device)).cpu().isfinite().all()
 
 

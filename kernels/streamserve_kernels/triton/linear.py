@@ -1,8 +1,9 @@
 """Linear layers on the GPU: which kernel multiplies how many rows, and what the weights look like.
 
 Unquantised weights stay row-major, as they were given. Few rows are a matter of reading the weight
-once (`gemv`), many are cuBLAS's. Integer weights are held as `packed` describes and dequantised in
-registers up to a few hundred rows, past that piece by piece into a scratch for cuBLAS.
+once (`gemv`), and so are tens (`split`); many are cuBLAS's. Integer weights are held as `packed`
+describes and dequantised in registers up to a few hundred rows, past that piece by piece into a
+scratch for cuBLAS.
 
 Every launch is fit for CUDA graphs: its shape depends on shapes alone. Which of the candidates is
 best for a shape, `tuning.tune` measures before any graph is captured; without it the first is used.
@@ -23,7 +24,14 @@ from streamserve_kernels.triton.gemv import gemv_kernel, skinny_kernel
 from streamserve_kernels.triton.packed import WHOLE_ROW, PackedWeight, pack
 from streamserve_kernels.triton.packed_gemm import packed_gemm_kernel
 from streamserve_kernels.triton.packed_gemv import MAGIC, packed_gemv_kernel
+from streamserve_kernels.triton.packed_split import packed_split_candidates, split_packed
 from streamserve_kernels.triton.runtime import INTERPRETED
+from streamserve_kernels.triton.split import (
+    SPLIT_ROWS,
+    new_counters,
+    split_candidates,
+    split_linear,
+)
 from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket, usable
 
 # Most rows that a kernel of ours takes.
@@ -96,11 +104,12 @@ def _alignment(*tensors: Tensor | None) -> str:
 class DenseLinear:
     """A row-major weight [N, K], never copied if it was one; x in the weight's dtype."""
 
-    __slots__ = ("bias", "choices", "weight")
+    __slots__ = ("bias", "choices", "counters", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight.contiguous()
         self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        self.counters = new_counters(weight.shape[0], weight.device)
         self.choices: dict[int, Config] = {}  # by bucket of rows
 
     @property
@@ -134,12 +143,15 @@ class DenseLinear:
     def candidates(self, rows: int) -> tuple[Config, ...]:
         if rows == 1:
             return usable(_GEMV, self.device)
-        few = rows <= FEW_ROWS and self.dtype != torch.float32
-        return usable(_SKINNY, self.device) if few else (LIBRARY,)
+        if rows > SPLIT_ROWS or self.dtype == torch.float32:
+            return (LIBRARY,)
+        if rows <= FEW_ROWS:
+            return usable(_SKINNY, self.device)
+        return usable((LIBRARY, *split_candidates(rows, self.weight)), self.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         count = x.numel() // self.in_features
-        if count > FEW_ROWS or count == 0 or x.dtype != self.dtype:
+        if count > SPLIT_ROWS or count == 0 or x.dtype != self.dtype:
             return F.linear(x, self.weight, self.bias)
         rows = bucket(count)
         return self.run(x, self.choices.get(rows) or self.candidates(rows)[0])
@@ -151,6 +163,9 @@ class DenseLinear:
         rows = _rows_of(x, self.in_features)
         count, out_features = rows.shape[0], self.out_features
         y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
+        if config.kernel == "split":
+            split_linear(rows, self.weight, self.bias, y.view(count, -1), self.counters, config)
+            return y
         weight, bias = self.weight, self.weight if self.bias is None else self.bias
         if config.kernel == "gemv":
             vector = _ALIGNMENT // self.weight.itemsize
@@ -220,7 +235,7 @@ class DequantisedLinear(Generic[Held]):
     `columns` is the order of inputs it is held in. A subclass says which kernels there are.
     """
 
-    __slots__ = ("bias", "choices", "columns", "dtype", "packed", "quantization")
+    __slots__ = ("bias", "choices", "columns", "counters", "dtype", "packed", "quantization")
 
     def __init__(
         self,
@@ -234,6 +249,7 @@ class DequantisedLinear(Generic[Held]):
         self.bias = None if bias is None else bias.contiguous()
         self.dtype = dtype
         self.columns = columns
+        self.counters = new_counters(packed.out_features, packed.device)
         self.quantization: Quantization = quantization
         self.choices: dict[int, Config] = {}  # by bucket of rows
 
@@ -338,12 +354,18 @@ class PackedQuantLinear(DequantisedLinear[PackedWeight]):
             return (LIBRARY,)
         if self.dtype == torch.float32:
             return _PACKED_FLOAT32
+        split = usable(packed_split_candidates(rows, self.packed), self.device)
         if rows <= FEW_ROWS:
-            return _PACKED_FEW
-        return _PACKED_32 if rows == 32 else _PACKED_MANY
+            return (*_PACKED_FEW, *split)
+        today = _PACKED_32 if rows == 32 else _PACKED_MANY
+        # What the one that is split beats by far need not be measured in several sizes.
+        return (today[0], *split, LIBRARY) if split else today
 
     def _launch(self, rows: Tensor, config: Config, y: Tensor) -> None:
         packed, count = self.packed, rows.shape[0]
+        if config.kernel == "split":
+            split_packed(rows, packed, self.bias, y.view(count, -1), self.counters, config)
+            return
         zeros = packed.scales if packed.zeros is None else packed.zeros
         bias = packed.scales if self.bias is None else self.bias
         tensors = rows, packed.words, packed.scales, zeros, bias, y

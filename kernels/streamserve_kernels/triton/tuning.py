@@ -26,6 +26,8 @@ from triton.errors import TritonError
 from streamserve_kernels.triton.runtime import overlaps
 
 DEFAULT_SECONDS = 20.0
+# What was found among other candidates is not read: there may be better ones now.
+_CANDIDATES = 2
 # Between them the calls of a measurement should touch more than a last-level cache holds.
 _MEASURED_BYTES = 256 * 2**20
 _MOST_CALLS = 64
@@ -42,6 +44,7 @@ class Config(NamedTuple):
     num_warps: int = 4
     stages: int = 1
     overlap: bool = False  # starts before the kernel before it has ended
+    splits: int = 1  # of the inputs
 
 
 LIBRARY = Config("library")  # cuBLAS
@@ -196,7 +199,7 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _path(directory: Path, device: torch.device) -> Path:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    about = f"{name}-triton-{triton.__version__}-torch-{torch.__version__}"
+    about = f"{name}-triton-{triton.__version__}-torch-{torch.__version__}-{_CANDIDATES}"
     return directory / f"tuning-{re.sub(r'[^A-Za-z0-9.+]+', '-', about)}.json"
 
 
