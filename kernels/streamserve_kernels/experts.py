@@ -20,7 +20,7 @@ def chosen_experts(
     kind: GatedKind,
     gated_activation: Callable[[Tensor, GatedKind], Tensor],
 ) -> Tensor:
-    """See `naive.moe`."""
+    """See `naive.moe`; of equally likely experts it may be any."""
     weights, chosen = torch.softmax(router_logits.float(), dim=-1).topk(top_k, dim=-1)
     if renormalise:
         weights = weights / weights.sum(-1, keepdim=True)

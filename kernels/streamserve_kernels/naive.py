@@ -445,12 +445,13 @@ def moe(
 ) -> Tensor:
     """Mixture of experts of x [T, H] by router_logits [T, E] -> [T, H] (Jiang et al. 2024).
 
-    Each token goes to its `top_k` most likely experts (softmax over all E in float32; with
-    `renormalise` the chosen probabilities are scaled to sum to 1). Expert e maps H -> 2·I
-    (`gate_up[e]`), a gated activation, I -> H (`down[e]`).
+    Each token goes to its `top_k` most likely experts, of equals to the first (softmax over all E
+    in float32; with `renormalise` the chosen probabilities are scaled to sum to 1). Expert e maps
+    H -> 2·I (`gate_up[e]`), a gated activation, I -> H (`down[e]`).
     """
     probabilities = torch.softmax(router_logits.float(), dim=-1)
-    weights, chosen = probabilities.topk(top_k, dim=-1)
+    chosen = router_logits.float().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = probabilities.gather(-1, chosen)
     if renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

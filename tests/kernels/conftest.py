@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from streamserve_kernels import Kernels, load
 from streamserve_kernels.native.library import why_not
+from tests.kernels.pretended_gpu import HAS_GPU, IS_PRETENDED, OnCpu
 
 TOLERANCE = {
     torch.float32: {"atol": 2e-6, "rtol": 1e-5},
@@ -30,13 +31,40 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`device` is where a Triton kernel is tried; with a `dtype`, also in what it is tried there.
+
+    In float32 under the interpreter, and in both dtypes of half the size on a GPU.
+    """
+    if "device" not in metafunc.fixturenames:
+        return
+    marks = list(metafunc.definition.iter_markers("parametrize"))
+    if "dtype" in metafunc.fixturenames and not any(mark.args[0] == "dtype" for mark in marks):
+        places = [
+            pytest.param("cpu", torch.float32, id="cpu"),
+            pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu, id="cuda"),
+            pytest.param("cuda", torch.float16, marks=pytest.mark.gpu, id="cuda-float16"),
+        ]
+        metafunc.parametrize(("device", "dtype"), places, indirect=["device"])
+    else:
+        gpu = pytest.param("cuda", marks=pytest.mark.gpu)
+        metafunc.parametrize("device", ["cpu", gpu], indirect=True)
+
+
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where a Triton kernel is tried: under the interpreter, or on a GPU where there is one."""
+    """Under the interpreter, or on a GPU where there is one."""
     pytest.importorskip("triton")
-    if request.param == "cpu" and torch.cuda.is_available():
+    if request.param == "cpu" and (HAS_GPU or IS_PRETENDED):
         pytest.skip("the interpreter is not used beside a GPU")
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def pretended() -> Iterator[None]:
+    """See `pretended_gpu`."""
+    with OnCpu() if IS_PRETENDED else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +82,15 @@ def native() -> Kernels:
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     return load("cpu", "native")
+
+
+def amid_nan(tensor: Tensor) -> Tensor:
+    """The same numbers, with NaN before and behind them in memory."""
+    margin = 4096
+    around = tensor.new_full((tensor.numel() + 2 * margin,), float("nan"))
+    inner = around[margin:-margin].view(tensor.shape)
+    inner.copy_(tensor)
+    return inner
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from streamserve_kernels.block_rows import BlockRows, block_rows
 DTYPES = [torch.bfloat16, torch.float8_e4m3fn]
 SHAPES = {
     "layers alike": [(7, 2, 16, 64)] * 6,
-    "large blocks": [(5, 8, 16, 128)] * 2,  # more words than one program copies
+    "large and small": [(5, 8, 16, 128), (5, 1, 16, 64)],  # more words than one program copies
     "keys and values differ": [(9, 1, 4, 24), (9, 1, 4, 16)] * 2,
     "not of words": [(6, 1, 1, 3), (6, 1, 2, 5)],
 }

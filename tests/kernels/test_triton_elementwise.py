@@ -23,11 +23,6 @@ LAYOUTS = [
 ]
 
 
-@pytest.fixture
-def dtype(device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def close(found, expected, dtype: torch.dtype) -> None:
     for one, other in zip(_all(found), _all(expected), strict=True):
         assert one.dtype == other.dtype
@@ -49,16 +44,32 @@ def normal(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 def test_norms(device, dtype, size, with_residual, strided):
     x = normal(5, 2 * size, device=device, dtype=dtype)
     x = x[:, :size] if strided else x[:, :size].contiguous()
+    x[0] *= 1e-3  # as small as epsilon
     weight, bias = (normal(size, device=device, dtype=dtype) for _ in range(2))
     residual = normal(5, size, device=device, dtype=dtype) if with_residual else None
     before = x.clone()
-    for offset in (0.0, 1.0):
+    for offset in (0.0, 0.25):
         args = (x, weight, 1e-5, residual, offset)
         close(ours.rms_norm(*args), naive.rms_norm(*args), dtype)
     for parts in ((weight, bias), (weight, None), (None, None)):
         args = (x, *parts, 1e-5, residual)
         close(ours.layer_norm(*args), naive.layer_norm(*args), dtype)
     assert x.equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_round_where_the_twin_rounds(device, dtype):
+    """A sum in another order may round a few numbers to the other side, not more."""
+    x, residual, weight, bias = (normal(3, 2048, device=device, dtype=dtype) for _ in range(4))
+    weight, bias = weight[0], bias[0]
+    for name, args in (
+        ("rms_norm", (x, weight, 1e-5)),
+        ("rms_norm", (x, weight, 1e-5, residual)),
+        ("layer_norm", (x, weight, bias, 1e-5, residual)),
+    ):
+        found, expected = (_all(getattr(kernels, name)(*args)) for kernels in (ours, naive))
+        for one, other in zip(found, expected, strict=True):
+            assert (one != other).float().mean() < 0.02, name
 
 
 def test_norms_of_more_dimensions_and_of_nothing(device, dtype):
@@ -73,7 +84,7 @@ def test_norms_of_more_dimensions_and_of_nothing(device, dtype):
     ["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "relu2"],
 )
 def test_activations(device, dtype, kind):
-    x = 4 * normal(3, 2100, device=device, dtype=dtype)
+    x = 4 * normal(3, 2200, device=device, dtype=dtype)[:, :2100]
     x[0, :3] = torch.tensor([60.0, -60.0, 0.0])
     close(ours.activation(x, kind), naive.activation(x, kind), dtype)
     if kind in ("silu", "gelu", "gelu_tanh", "relu"):
@@ -94,7 +105,7 @@ def test_an_unknown_activation_is_refused(device, dtype):
 
 
 def test_embedding_and_pending_tokens(device, dtype):
-    weight = normal(50, 1030, device=device, dtype=dtype)
+    weight = normal(50, 1040, device=device, dtype=dtype)[:, :1030]
     ids = torch.tensor([3, 49, 0, 3], device=device)
     assert ours.embedding(ids, weight).equal(weight[ids])
     ids = torch.tensor([5, -1, -3, 7] * 300, device=device)
@@ -119,10 +130,6 @@ class Cached:
         self.sizes = heads * size, kv_heads * size, kv_heads * value_size
         self.heads = (heads, size), (kv_heads, size), (kv_heads, value_size)
         self.qkv = normal(tokens, sum(self.sizes), device=device, dtype=dtype)
-        if cache_dtype == FLOAT8 and device.type == "cpu":
-            # The interpreter rounds wrongly to eight bits: nothing is left for it to round.
-            self.qkv = self.qkv.to(FLOAT8).to(dtype)
-            self.cos_sin[:, : rotated // 2], self.cos_sin[:, rotated // 2 :] = 1.0, 0.0
         self.caches = tuple(
             torch.full((blocks, kv_heads, self.block_size, width), torch.nan)
             .to(cache_dtype)
@@ -183,6 +190,7 @@ def test_rotation_alone_and_the_write_alone(device, dtype, layout):
     case = Cached(layout, 9, dtype, device, dtype)
     other = case.copy()
     query, key, value = case.views()
+    value = value.contiguous()  # a row of it is no further than it is long
     options = {"interleaved": case.interleaved}
     ours.rotary_embedding(query, key, case.positions, case.cos_sin, **options)
     ours.write_kv(key, value, *case.caches, case.slots)
@@ -213,6 +221,7 @@ def test_float8_holds_no_more_than_it_can(device, dtype):
 def test_copies_of_blocks(device, dtype, width):
     caches = [normal(9, 2, 16, width, device=device, dtype=dtype) for _ in range(3)]
     caches += [normal(9, 1, 1, 5, device=device, dtype=dtype) for _ in range(2)]
+    caches.append(normal(9, 4, 16, 160, device=device, dtype=dtype))  # more than a program copies
     expected = [cache.clone() for cache in caches]
     src, dst = torch.tensor([1, 2, 5], device=device), torch.tensor([0, 8, 3], device=device)
     naive.copy_blocks(expected, src, dst)

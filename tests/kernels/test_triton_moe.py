@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels import naive
+from tests.kernels.conftest import amid_nan
+from tests.kernels.pretended_gpu import capture
 
 pytest.importorskip("triton")
 ours = pytest.importorskip("streamserve_kernels.triton")
@@ -20,12 +22,6 @@ TOLERANCE = {
 }
 
 
-@pytest.fixture
-def dtype(device) -> torch.dtype:
-    """The interpreter rounds bfloat16 by cutting it off."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 class Experts:
     """Weights [E, 2 * inner, hidden] and [E, hidden, inner] as both backends hold them."""
 
@@ -34,11 +30,11 @@ class Experts:
     ) -> None:
         self.random = torch.Generator().manual_seed(seed)
         self.device, self.dtype, self.hidden = device, dtype, hidden
-        gate_up = self.normal(count, 2 * inner, hidden) / hidden**0.5
-        down = self.normal(count, hidden, inner) / inner**0.5
+        gate_up = amid_nan(self.normal(count, 2 * inner, hidden) / hidden**0.5)
+        down = amid_nan(self.normal(count, hidden, inner) / inner**0.5)
         biases = [[None] * count] * 2
         if bias:
-            biases = [self.normal(count, 2 * inner), self.normal(count, hidden)]
+            biases = [amid_nan(self.normal(count, n)) for n in (2 * inner, hidden)]
         self.ours, self.naive = (
             tuple(
                 [kernels.prepare_linear(w, b) for w, b in zip(weights, some, strict=True)]
@@ -52,8 +48,12 @@ class Experts:
 
     def compare(self, tokens: int, top_k: int, *, renormalise: bool = True, kind="silu", **logits):
         """Each token's logits are those of its own, unless they are given."""
-        x = self.normal(tokens, self.hidden + 8)[:, : self.hidden]  # rows at a stride
-        router = logits.get("router", self.normal(tokens, len(self.ours[0])))
+        x = self.normal(tokens, self.hidden + 8)  # rows at a stride
+        x[:, self.hidden :] = torch.nan
+        x = x[:, : self.hidden]
+        router = self.normal(tokens, len(self.ours[0]) + 3)
+        router[:, -3:] = torch.nan
+        router = logits.get("router", router[:, :-3])
         found = ours.moe(x, router, *self.ours, top_k, renormalise, kind)
         expected = naive.moe(x, router, *self.naive, top_k, renormalise, kind)
         assert found.shape == (tokens, self.hidden)
@@ -125,8 +125,7 @@ def test_routing_chooses_the_first_of_equals_and_survives_nan(device):
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_quantised_experts(device, quantization):
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def test_quantised_experts(device, dtype, quantization):
     random = torch.Generator().manual_seed(6)
     shapes = (4, 64, 64), (4, 64, 32)
     weights = [(torch.randn(*s, generator=random) / 8).to(device, dtype) for s in shapes]
@@ -145,19 +144,16 @@ def test_quantised_experts(device, quantization):
     torch.testing.assert_close(results[0], results[1], **TOLERANCE[dtype])
 
 
-@pytest.mark.gpu
-def test_a_capture_follows_the_routing():
+def test_a_capture_follows_the_routing(device, dtype):
     """A graph captured with one routing gives another's result: nothing of it was the host's."""
-    experts = Experts(7, 8, 64, 64, torch.device("cuda"), torch.float16)
+    experts = Experts(7, 8, 64, 64, device, dtype)
     x, router = experts.normal(40, 64), experts.normal(40, 8)
     ours.moe(x, router, *experts.ours, 2, True, "silu")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = ours.moe(x, router, *experts.ours, 2, True, "silu")
+    replay, found = capture(lambda: ours.moe(x, router, *experts.ours, 2, True, "silu"))
     router.copy_(experts.normal(40, 8))
-    graph.replay()
+    replay()
     expected = naive.moe(x, router, *experts.naive, 2, True, "silu")
-    torch.testing.assert_close(found, expected, **TOLERANCE[torch.float16])
+    torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
 
 
 def test_experts_of_a_layer_are_alike(device):

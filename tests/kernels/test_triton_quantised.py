@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,14 +17,17 @@ from streamserve_kernels.triton.linear import (
     PackedQuantLinear,
     prepare_quantised,
 )
-from streamserve_kernels.triton.runtime import INTERPRETED
 from streamserve_kernels.triton.stored import prepare_stored
 from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket
+from tests.kernels.conftest import amid_nan
+from tests.kernels.pretended_gpu import HAS_GPU
 from tests.kernels.stored_cases import CASES
 
 SMALL = [(1, 1), (5, 129), (37, 100), (16, 64), (48, 896)]
-LLAMA = [(6144, 4096), (4096, 14336)]
+LLAMA = [(6144, 4096), (4096, 14336)] if HAS_GPU else [(96, 512), (64, 1792)]
 SUM = 1e-5
+# Of the stored kinds: in words and in planes, with zeros, minimums, tables and factored scales.
+IN_FLOAT16 = ("gptq4", "act-order", "gptq3", "q4_k", "nf4", "fp8-blocks")
 
 
 @pytest.fixture(autouse=True)
@@ -71,17 +75,14 @@ def test_the_weights_are_those_of_the_twin(device, quantization, dtype):
         assert packed.dtype == dtype
         assert packed.quantization == quantization
         assert packed.unpack().equal(twin.unpack())
-        # The interpreter cuts a float32 off where a GPU rounds it to bfloat16.
-        rtol = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0.0
         assert packed.nbytes <= packed_bytes(quantization, *shape) + bias.nbytes
         ids = torch.randint(0, shape[0], (9,), device=device)
-        torch.testing.assert_close(packed.rows(ids), twin.rows(ids), rtol=rtol, atol=0.0)
+        assert packed.rows(ids).equal(twin.rows(ids))
         assert packed.rows(ids[:0]).shape == (0, shape[1])
 
 
-def test_every_candidate_is_the_product(device, quantization):
-    dtype = dtype_for(device)
-    for shape in SMALL if device.type == "cpu" else LLAMA:
+def test_every_candidate_is_the_product(device, dtype, quantization):
+    for shape in {torch.float32: SMALL, torch.bfloat16: LLAMA, torch.float16: LLAMA[:1]}[dtype]:
         weight = torch.randn(shape, device=device).to(dtype)
         packed = prepare_quantised(weight, None, quantization)
         held = packed.unpack()
@@ -96,9 +97,10 @@ def test_odd_sizes_and_a_bias(device, quantization, rows):
     dtype = dtype_for(device)
     for shape in ((37, 100), (130, 264)):
         weight = torch.randn(shape, device=device).to(dtype)
-        bias = weight[:, 0]
+        bias = amid_nan(weight[:, 0])
         packed = prepare_quantised(weight, bias, quantization)
-        x = torch.randn(rows, shape[1], device=device).to(dtype)
+        packed.packed = replace(packed.packed, scales=amid_nan(packed.packed.scales))
+        x = amid_nan(torch.randn(rows, shape[1], device=device).to(dtype))
         config = packed.candidates(bucket(rows))[0]
         check(packed(x), x, packed.unpack(), bias, config)
 
@@ -195,9 +197,10 @@ def test_a_large_weight_is_dequantised_in_pieces(device, quantization, monkeypat
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_stored_weights_and_their_products(device, case):
+def test_stored_weights_and_their_products(device, dtype, case):
     """Every kind in the layout it gets, against what its definition says."""
-    dtype = dtype_for(device)
+    if dtype == torch.float16 and case not in IN_FLOAT16:
+        pytest.skip("bfloat16 tries this")
     stored, bias = CASES[case](40, 320), torch.randn(40).to(dtype)
     weight = stored.dequantise()
     packed = prepare_stored(stored.to(device), bias.to(device), dtype)
@@ -223,7 +226,7 @@ def test_stored_weights_of_ragged_shapes(device):
         packed = prepare_stored(stored.to(device), None, torch.float32)
         assert packed.unpack().cpu().equal(stored.dequantise())
         for rows in (1, 3):
-            x = torch.randn(rows, 100)
+            x = amid_nan(torch.randn(rows, 100))
             config = packed.candidates(bucket(rows))[0]
             check(packed(x.to(device)).cpu(), x, stored.dequantise(), None, config)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from streamserve.core.sampling_params import SamplingParams
 from streamserve_kernels import naive_sampling
 from streamserve_kernels.sampling import SamplingTensors
+from tests.kernels.pretended_gpu import capture
 from tests.kernels.sampling_cases import (
     Case,
     bad_case,
@@ -162,24 +163,22 @@ def test_many_rows_of_a_models_size(rows, dtype):
     assert torch.equal(sampling.greedy(logits.cuda()).cpu(), naive_sampling.greedy(logits))
 
 
-@pytest.mark.gpu
-def test_a_graph_draws_by_what_its_tensors_hold():
+def test_a_graph_draws_by_what_its_tensors_hold(device, vocab_size):
     """Nothing that is launched depends on what rows ask for."""
-    case = edited_case(128256, 13)
-    logits = case.logits.cuda()
-    tensors, edits = case.tensors("cuda"), case.edits("cuda")
+    case = edited_case(vocab_size, 13)
+    logits = case.logits.to(device)
+    tensors, edits = case.tensors(device), case.edits(device)
     fixed_logits = torch.zeros_like(logits)
     fixed = SamplingTensors(*(torch.zeros_like(t) for t in tensors))
     fixed_edits = type(edits)(*(t.clone() for t in edits))
     sampling.sample(fixed_logits, fixed, fixed_edits)
     sampling.greedy(fixed_logits)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ids = sampling.sample(fixed_logits, fixed, fixed_edits)
-        likeliest = sampling.greedy(fixed_logits)
+    replay, (ids, likeliest) = capture(
+        lambda: (sampling.sample(fixed_logits, fixed, fixed_edits), sampling.greedy(fixed_logits))
+    )
     fixed_logits.copy_(logits)
     for mine, theirs in zip(fixed, tensors, strict=True):
         mine.copy_(theirs)
-    graph.replay()
+    replay()
     assert torch.equal(ids, sampling.sample(logits, tensors, edits))
     assert torch.equal(likeliest, sampling.greedy(logits))
