@@ -16,7 +16,7 @@ from device_bench.row import LLAMA_8B, TINY, Bench, Case, CheckError, Row, check
 from device_bench.table import cells, markdown, peers_cell, terminal_line, to_json
 from device_bench.timing import num_copies
 from device_bench.worker import Options, Report, supervise
-from streamserve_kernels import naive
+from streamserve_kernels import Kernels, naive
 from streamserve_kernels.ceilings import Ceilings, measure_ceilings
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,8 @@ def test_attention_counts_each_key_once_and_only_visible_pairs():
     assert (prompt.num_keys(), prompt.num_pairs()) == (4, 1 + 2 + 3 + 4)
     chunk = attention_rows.Shape(((10, 2),))
     assert (chunk.num_keys(), chunk.num_pairs()) == (10, 9 + 10)
+    window = attention_rows.Shape(((10, 3), (2, 1)), window=4)
+    assert (window.num_keys(), window.num_pairs()) == (6 + 2, 3 * 4 + 2)
     shared = attention_rows.Shape(((4224, 1),) * 64, shared=4096)
     assert shared.num_keys() == 4096 + 64 * 128
 
@@ -87,13 +89,28 @@ def test_small_outputs_are_not_within_tolerance_by_being_small():
         check_equal(torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4]))
 
 
-@pytest.mark.parametrize("row", all_rows(quick=True, only="attention"), ids=lambda row: row.title)
-def test_attention_rows_are_built_checked_and_timed(row):
-    result = measure(row, bench(), CEILINGS, Seconds(0.0, 0.0))
-    # The naive kernels, which the rows are compared with, gather 8-bit caches as well.
-    assert result.status == "OK", result
-    assert result.seconds > 0
-    assert result.share == result.floor / result.seconds
+class Watched:
+    """The naive kernels, and the names of those that were asked for."""
+
+    def __init__(self, asked: set[str]) -> None:
+        self._asked = asked
+
+    def __getattr__(self, name: str) -> object:
+        self._asked.add(name)
+        return getattr(naive, name)
+
+
+def test_every_row_is_built_checked_and_timed_and_every_kernel_has_one():
+    asked: set[str] = set()
+    for row in all_rows(quick=False):
+        result = measure(row, bench(Watched(asked)), CEILINGS, Seconds(0.0, 0.0))
+        assert result.status == "OK", result
+        assert result.seconds > 0
+        assert result.share == result.floor / result.seconds
+    functions = {name for name in Kernels.__dict__ if not name.startswith("_")}
+    # What is part of another one's row, sizes, and what multiplies nothing.
+    functions -= {"rotary_embedding", "write_kv", "recorder", "warm_up", "compilations"}
+    assert functions - asked == {"slow_quantisation"}
 
 
 def test_a_row_that_fails_its_check_is_not_timed():
@@ -182,7 +199,7 @@ def send(**message):
     print(json.dumps(message), file=pipe)
 if first == 0:
     send(machine={"hardware": "none"}, ceilings={"copy": 1.0, "read": 1.0, "product": 1.0})
-for index in range(first, 11):
+for index in range(first, 13):
     send(started=index)
     if index == 1:
         print("an illegal address", file=sys.stderr, flush=True)
@@ -197,7 +214,7 @@ def test_the_table_goes_on_behind_a_row_that_crashes_or_hangs(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     options = Options("cpu", only="attention")
-    assert len(options.rows()) == 11
+    assert len(options.rows()) == 13
     told = []
     result = supervise(
         options,
@@ -207,10 +224,10 @@ def test_the_table_goes_on_behind_a_row_that_crashes_or_hangs(tmp_path):
         script=script,
     )
     statuses = [row.status for row in result.results]
-    assert statuses == ["OK", "ERROR", "ERROR", *["OK"] * 8]
+    assert statuses == ["OK", "ERROR", "ERROR", *["OK"] * 10]
     assert "an illegal address" in result.results[1].error
     assert result.results[2].error == "no end after 3 s"
-    assert told == list(range(12))
+    assert told == list(range(14))
 
 
 def test_what_the_limit_leaves_no_time_for_is_named(tmp_path):
@@ -220,7 +237,7 @@ def test_what_the_limit_leaves_no_time_for_is_named(tmp_path):
     result = supervise(
         options, row_timeout_s=60.0, limit_s=0.1, on_change=lambda _: None, script=script
     )
-    assert [row.status for row in result.results] == ["SKIPPED"] * 11
+    assert [row.status for row in result.results] == ["SKIPPED"] * 13
 
 
 def test_workers_that_do_not_start_end_the_table(tmp_path):
@@ -232,7 +249,7 @@ def test_workers_that_do_not_start_end_the_table(tmp_path):
     )
     first, *others = result.results
     assert (first.status, first.error) == ("ERROR", "the process ended with 1: no driver")
-    assert [row.status for row in others] == ["SKIPPED"] * 10
+    assert [row.status for row in others] == ["SKIPPED"] * 12
 
 
 def test_the_command_writes_both_files(tmp_path):

@@ -24,6 +24,7 @@ class Shape:
     block_size: int = 64
     float8: bool = False
     shared: int = 0
+    window: int | None = None
 
     @property
     def num_queries(self) -> int:
@@ -31,11 +32,15 @@ class Shape:
 
     def num_pairs(self) -> int:
         """Pairs of a query and a key that it sees."""
-        return sum(q * (n - q) + q * (q + 1) // 2 for n, q in self.requests)
+        most = self.window or max(length for length, _ in self.requests)
+        return sum(min(n - q + i, most) for n, q in self.requests for i in range(1, q + 1))
 
     def num_keys(self) -> int:
         """Tokens in the cache that must be read, shared ones once."""
-        return self.shared + sum(length - self.shared for length, _ in self.requests)
+        hidden = 0
+        if self.window is not None:
+            hidden = sum(max(0, n - q + 1 - self.window) for n, q in self.requests)
+        return self.shared + sum(length - self.shared for length, _ in self.requests) - hidden
 
 
 def rows(quick: bool) -> list[Row]:
@@ -54,12 +59,14 @@ def rows(quick: bool) -> list[Row]:
         for name in ("decode 64 x 4k", "decode 1 x 32k")
     ]
     made += [
-        _row("prompt 1 x 4k", lambda bench: Shape(((bench.sizes.tokens(4096),) * 2,))),
+        _row("decode 64 x 4k, window of 1k", _in_window(_decodes(64, 4096))),
+        _row("prompt 1 x 4k, window of 1k", _in_window(_prompt)),
+        _row("prompt 1 x 4k", _prompt),
         _row("chunk 512 after 8k", lambda bench: Shape((_chunk(bench, 512, 8192),))),
         _row("mixed: 63 x 1k and a chunk of 512", _mixed),
         _row("shared 64 x 4k, own 128", _shared),
     ]
-    return [row for row in made if not quick or "blocks" not in row.name]
+    return [row for row in made if not (quick and ("blocks" in row.name or "window" in row.name))]
 
 
 def _row(name: str, shape: Callable[[Bench], Shape]) -> Row:
@@ -74,6 +81,14 @@ def _decodes(
         return Shape(requests, block_size, float8)
 
     return shape
+
+
+def _prompt(bench: Bench) -> Shape:
+    return Shape(((bench.sizes.tokens(4096),) * 2,))
+
+
+def _in_window(shape: Callable[[Bench], Shape]) -> Callable[[Bench], Shape]:
+    return lambda bench: replace(shape(bench), window=bench.sizes.tokens(1024))
 
 
 def _chunk(bench: Bench, queries: int, after: int) -> tuple[int, int]:
@@ -104,11 +119,13 @@ class Batch:
     query_start_loc: Tensor
     max_query_len: int
     prefix_groups: PrefixGroups | None
+    window: int | None
 
     def call(self, bench: Bench) -> Tensor:
         return bench.kernels.paged_attention(
             *self.tensors(),
             scale=bench.sizes.head_size**-0.5,
+            window=self.window,
             prefix_groups=self.prefix_groups,
             max_query_len=self.max_query_len,
         )
@@ -156,6 +173,7 @@ def make_batch(bench: Bench, shape: Shape) -> Batch:
         bench.ints(starts),
         max(queries for _, queries in shape.requests),
         groups,
+        shape.window,
     )
 
 
@@ -173,7 +191,9 @@ def _build(bench: Bench, shape: Shape) -> Case:
             key_cache=first.key_cache.to(bench.dtype),
             value_cache=first.value_cache.to(bench.dtype),
         )
-        expected = bench.naive.paged_attention(*twin.tensors(), scale=sizes.head_size**-0.5)
+        expected = bench.naive.paged_attention(
+            *twin.tensors(), scale=sizes.head_size**-0.5, window=shape.window
+        )
         allowed = _TOLERANCE_FLOAT8 if shape.float8 else tolerance(bench.dtype)
         check_close(first.call(bench), expected, allowed)
 
@@ -188,5 +208,7 @@ def _build(bench: Bench, shape: Shape) -> Case:
         check=check,
         num_bytes=kv_bytes + rest,
         flops=4 * shape.num_pairs() * sizes.heads * sizes.head_size,
-        peers={} if shape.shared else attention_peers(bench, shape.requests, kv_bytes),
+        peers={}
+        if shape.shared or shape.window
+        else attention_peers(bench, shape.requests, kv_bytes),
     )

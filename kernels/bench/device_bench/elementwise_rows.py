@@ -11,30 +11,28 @@ from device_bench.row import Bench, Case, Row, check_close, check_equal, toleran
 from device_bench.timing import Call
 from streamserve_kernels import Kernels
 
-_BLOCK_SIZE = 32
-_COPIED_BLOCKS = 16
-
 
 def rows(quick: bool) -> list[Row]:
     made = [
-        Row("elementwise", f"{name}, {count} rows", _sized(build, count))
+        Row("elementwise", f"{name}, {count} rows", sized(build, count))
         for name, build in (
             ("rms_norm + residual", _rms_norm),
             ("layer_norm + residual", _layer_norm),
-            ("rotary_write_kv", _rotary_write_kv),
             ("gated_activation", _gated_activation),
+            ("activation", _activation),
             ("embedding", _embedding),
+            ("resolve_tokens", _resolve_tokens),
         )
         for count in ((64,) if quick else (64, 2048))
     ]
-    return [*made, Row("elementwise", f"copy_blocks, {_COPIED_BLOCKS} in each cache", _copy_blocks)]
+    return made if not quick else [row for row in made if "resolve" not in row.name]
 
 
-def _sized(build: Callable[[Bench, int], Case], count: int) -> Callable[[Bench], Case]:
+def sized(build: Callable[[Bench, int], Case], count: int) -> Callable[[Bench], Case]:
     return lambda bench: build(bench, max(2, bench.sizes.tokens(count)))
 
 
-def _case(
+def case_of(
     bench: Bench,
     make: Callable[[Kernels], Call],
     check: Callable[[], None],
@@ -64,7 +62,7 @@ def _rms_norm(bench: Bench, count: int) -> Case:
         for what, actual, expected in zip(("norm", "residual"), ours, theirs, strict=True):
             check_close(actual, expected, tolerance(bench.dtype), what)
 
-    return _case(bench, make, check, 4 * count * hidden * bench.dtype.itemsize)
+    return case_of(bench, make, check, 4 * count * hidden * bench.dtype.itemsize)
 
 
 def _layer_norm(bench: Bench, count: int) -> Case:
@@ -82,42 +80,7 @@ def _layer_norm(bench: Bench, count: int) -> Case:
         for what, actual, expected in zip(("norm", "residual"), ours, theirs, strict=True):
             check_close(actual, expected, tolerance(bench.dtype), what)
 
-    return _case(bench, make, check, 4 * count * hidden * bench.dtype.itemsize)
-
-
-def _rotary_write_kv(bench: Bench, count: int) -> Case:
-    sizes = bench.sizes
-    heads, size = sizes.heads + 2 * sizes.kv_heads, sizes.head_size
-    num_blocks = -(-count // _BLOCK_SIZE) + 1
-    shape = bench.kernels.kv_cache_shape(num_blocks, _BLOCK_SIZE, sizes.kv_heads, size)
-    angles = torch.rand(4096, size // 2, device=bench.device) * 6
-    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
-    positions = torch.randint(4096, (count,), device=bench.device)
-    slots = torch.randperm(num_blocks * _BLOCK_SIZE, device=bench.device)[:count]
-
-    def make(kernels: Kernels) -> Call:
-        parts = bench.randn(count, heads, size).split(
-            [sizes.heads, sizes.kv_heads, sizes.kv_heads], dim=1
-        )
-        caches = bench.randn(*shape), bench.randn(*shape)
-        return lambda: (
-            *kernels.rotary_write_kv(*parts, positions, cos_sin, *caches, slots, interleaved=False),
-            *caches,
-        )
-
-    def check() -> None:
-        torch.manual_seed(0)
-        ours = make(bench.kernels)()
-        torch.manual_seed(0)
-        theirs = make(bench.naive)()
-        names = ("query", "key", "key cache", "value cache")
-        for what, actual, expected in zip(names, ours, theirs, strict=True):
-            check_close(actual, expected, tolerance(bench.dtype), what)
-
-    # Query and key are read and rotated in place, key and value are written to the cache as well.
-    written = sizes.heads + sizes.kv_heads + 2 * sizes.kv_heads
-    num_bytes = count * size * (heads + written) * bench.dtype.itemsize
-    return _case(bench, make, check, num_bytes)
+    return case_of(bench, make, check, 4 * count * hidden * bench.dtype.itemsize)
 
 
 def _gated_activation(bench: Bench, count: int) -> Case:
@@ -132,7 +95,22 @@ def _gated_activation(bench: Bench, count: int) -> Case:
         expected = bench.naive.gated_activation(x, "silu")
         check_close(bench.kernels.gated_activation(x, "silu"), expected, tolerance(bench.dtype))
 
-    return _case(bench, make, check, 3 * count * width * bench.dtype.itemsize)
+    return case_of(bench, make, check, 3 * count * width * bench.dtype.itemsize)
+
+
+def _activation(bench: Bench, count: int) -> Case:
+    width = bench.sizes.intermediate
+
+    def make(kernels: Kernels) -> Call:
+        x = bench.randn(count, width)
+        return lambda: kernels.activation(x, "gelu")
+
+    def check() -> None:
+        x = bench.randn(count, width)
+        expected = bench.naive.activation(x, "gelu")
+        check_close(bench.kernels.activation(x, "gelu"), expected, tolerance(bench.dtype))
+
+    return case_of(bench, make, check, 2 * count * width * bench.dtype.itemsize)
 
 
 def _embedding(bench: Bench, count: int) -> Case:
@@ -147,26 +125,22 @@ def _embedding(bench: Bench, count: int) -> Case:
         ids = torch.randint(sizes.vocab, (count,), device=bench.device)
         check_equal(bench.kernels.embedding(ids, table), bench.naive.embedding(ids, table))
 
-    return _case(bench, make, check, 2 * count * sizes.hidden * bench.dtype.itemsize)
+    return case_of(bench, make, check, 2 * count * sizes.hidden * bench.dtype.itemsize)
 
 
-def _copy_blocks(bench: Bench) -> Case:
-    sizes = bench.sizes
-    num_blocks = 4 * _COPIED_BLOCKS
-    shape = bench.kernels.kv_cache_shape(num_blocks, _BLOCK_SIZE, sizes.kv_heads, sizes.head_size)
-    ids = torch.randperm(num_blocks, device=bench.device)[: 2 * _COPIED_BLOCKS]
-    src, dst = (part.contiguous() for part in ids.chunk(2))
-    caches = [bench.randn(*shape) for _ in range(2 * sizes.layers)]
+def _resolve_tokens(bench: Bench, count: int) -> Case:
+    """All of a step's ids are still to come, and stay so: what was drawn says it again."""
+    waiting = torch.arange(count, device=bench.device) - count  # the last of them comes first
 
     def make(kernels: Kernels) -> Call:
-        return lambda: kernels.copy_blocks(caches, src, dst)
+        ids, last = waiting.clone(), waiting.flip(0)
+        return lambda: kernels.resolve_tokens(ids, last)
 
     def check() -> None:
-        ours, theirs = ([cache.clone() for cache in caches[:4]] for _ in range(2))
-        bench.kernels.copy_blocks(ours, src, dst)
-        bench.naive.copy_blocks(theirs, src, dst)
-        for number, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
-            check_equal(actual, expected, f"cache {number}")
+        last = torch.randint(bench.sizes.vocab, (count,), device=bench.device)
+        ours, theirs = waiting.clone(), waiting.clone()
+        bench.kernels.resolve_tokens(ours, last)
+        bench.naive.resolve_tokens(theirs, last)
+        check_equal(ours, theirs)
 
-    one_cache = _COPIED_BLOCKS * caches[0][0].numel() * bench.dtype.itemsize
-    return _case(bench, make, check, 2 * one_cache * len(caches))
+    return case_of(bench, make, check, 3 * waiting.nbytes)

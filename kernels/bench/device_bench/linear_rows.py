@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import cast
 
@@ -54,7 +55,7 @@ def _packed(bench: Bench, name: str, kind: str) -> list[PackedLinear]:
     return [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
 
 
-def _tune(bench: Bench, packed: list[PackedLinear], count: int) -> None:
+def tune(bench: Bench, packed: Sequence[PackedLinear], count: int) -> None:
     """Has the backend choose its kernel for so many rows, as a server does before it is ready."""
     is_triton = bench.kernels.name.startswith("triton")
     if is_triton and importlib.util.find_spec(_TUNING) is not None:
@@ -64,7 +65,7 @@ def _tune(bench: Bench, packed: list[PackedLinear], count: int) -> None:
 def _build(name: str, kind: str, count: int, bench: Bench) -> Case:
     n, k = bench.sizes.linears()[name]
     packed = _packed(bench, name, kind)
-    _tune(bench, packed, count)
+    tune(bench, packed, count)
     x = bench.randn(count, k)
 
     def check() -> None:
@@ -82,11 +83,11 @@ def _build(name: str, kind: str, count: int, bench: Bench) -> Case:
         num_bytes=packed[0].nbytes + (x.numel() + count * n) * x.dtype.itemsize,
         flops=2 * count * n * k,
         rate="float8" if kind == "fp8" else "bfloat16",
-        peers={"F.linear": partial(_plain, bench, name, x)},
+        peers={"F.linear": partial(plain, bench, name, x)},
     )
 
 
-def _plain(bench: Bench, name: str, x: Tensor) -> list[Call]:
+def plain(bench: Bench, name: str, x: Tensor) -> list[Call]:
     """The product of torch itself, unquantised."""
     n, k = bench.sizes.linears()[name]
     copies = num_copies(n * k * x.dtype.itemsize, bench.rotated_bytes)

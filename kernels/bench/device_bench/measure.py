@@ -12,10 +12,12 @@ import torch
 from device_bench import (
     adapter_rows,
     attention_rows,
+    cache_rows,
     elementwise_rows,
     linear_rows,
     moe_rows,
     sampling_rows,
+    stored_rows,
 )
 from device_bench.row import Bench, Case, CheckError, Row
 from device_bench.timing import time_calls
@@ -23,7 +25,16 @@ from streamserve_kernels.ceilings import Ceilings
 
 Status = Literal["OK", "FAIL", "ERROR", "SKIPPED"]
 # The products are the most rows by far: if time is up, it is among them.
-_GROUPS = (attention_rows, elementwise_rows, sampling_rows, moe_rows, adapter_rows, linear_rows)
+_GROUPS = (
+    attention_rows,
+    elementwise_rows,
+    cache_rows,
+    sampling_rows,
+    moe_rows,
+    adapter_rows,
+    linear_rows,
+    stored_rows,
+)
 _ERROR_LENGTH = 300
 
 

@@ -30,7 +30,11 @@ def rows(quick: bool) -> list[Row]:
         "all, with penalties": lambda bench: _sampled(
             bench, top_k=50, top_p=0.9, min_p=0.05, penalties=True
         ),
+        "temperature, grammars": lambda bench: _sampled(
+            bench, top_k=0, top_p=1.0, min_p=0.0, masked=True
+        ),
         "logprobs, best 5": _logprobs,
+        "add_tokens": _add_tokens,
     }
     names = ("greedy", "top-k, top-p, min-p") if quick else tuple(made)
     return [Row("sampling", f"{name}, {_COUNT} x vocabulary", made[name]) for name in names]
@@ -80,7 +84,13 @@ def _greedy(bench: Bench) -> Case:
 
 
 def _sampled(
-    bench: Bench, *, top_k: int, top_p: float, min_p: float, penalties: bool = False
+    bench: Bench,
+    *,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalties: bool = False,
+    masked: bool = False,
 ) -> Case:
     module, naive = _module(bench), importlib.import_module(_NAIVE)
     count, device = bench.sizes.requests(_COUNT), bench.device
@@ -91,7 +101,7 @@ def _sampled(
         torch.full((count,), min_p, device=device),
         torch.rand(count, dtype=torch.float64, device=device),
     )
-    edits = _penalties(bench, count) if penalties else None
+    edits = _edits(bench, count, penalties, masked) if penalties or masked else None
 
     def check() -> None:
         logits = _logits(bench)
@@ -107,20 +117,25 @@ def _sampled(
         return naive.sample(logits, tensors, edits)
 
     peers: Peers = {"plain torch": lambda: _rotated(bench, plain)}
-    if not penalties and not min_p:
+    if edits is None and not min_p:
         peers |= sampling_peers(bench, _rotated, top_k, top_p)
-    counts_bytes = 0 if edits is None else edits.counts.nbytes
-    return _case(bench, draw, check, counts_bytes, peers)
+    read = [part.nbytes for part in (edits or ()) if part.dim() == 2 and part.shape[0] == count]
+    return _case(bench, draw, check, sum(read), peers)
 
 
-def _penalties(bench: Bench, count: int) -> Any:
-    """Every row has each penalty, and a thousand tokens behind it."""
+def _edits(bench: Bench, count: int, penalties: bool, masked: bool) -> Any:
+    """Every row has each penalty and a thousand tokens behind it, or half of its tokens."""
     device = bench.device
-    counts = torch.zeros(count, bench.sizes.vocab, dtype=torch.int32, device=device)
-    seen = torch.randint(bench.sizes.vocab, (count, 1000), device=device)
+    rows = torch.arange(count, dtype=torch.int32, device=device)
+    none = torch.full_like(rows, -1)
+    words = -(-bench.sizes.vocab // 32)
+    masks = torch.randint(-(2**31), 2**31, (count if masked else 1, words), device=device)
+    size = count if penalties else 1
+    counts = torch.zeros(size, bench.sizes.vocab, dtype=torch.int32, device=device)
+    seen = torch.randint(bench.sizes.vocab, (size, 1000), device=device)
     counts.scatter_add_(1, seen, torch.ones_like(seen, dtype=torch.int32))
     return importlib.import_module(_CONTRACT).LogitsEditTensors(
-        rows=torch.arange(count, dtype=torch.int32, device=device),
+        rows=rows if penalties else none,
         counts=counts,
         repetition=torch.full((count,), 1.1, device=device),
         presence=torch.full((count,), 0.2, device=device),
@@ -128,8 +143,8 @@ def _penalties(bench: Bench, count: int) -> Any:
         bias_start=torch.zeros(count + 1, dtype=torch.int32, device=device),
         bias_ids=torch.zeros(1, dtype=torch.int32, device=device),
         bias_values=torch.zeros(1, device=device),
-        mask_rows=torch.full((count,), -1, dtype=torch.int32, device=device),
-        masks=torch.zeros(1, 1, dtype=torch.int32, device=device),
+        mask_rows=rows if masked else none,
+        masks=masks.int(),
     )
 
 
@@ -154,3 +169,24 @@ def _logprobs(bench: Bench) -> Case:
 
     peers: Peers = {"log_softmax, topk": lambda: _rotated(bench, plain)}
     return _case(bench, find, check, peers=peers)
+
+
+def _add_tokens(bench: Bench) -> Case:
+    module, naive = _module(bench), importlib.import_module(_NAIVE)
+    count, vocab = bench.sizes.requests(_COUNT), bench.sizes.vocab
+    rows = torch.arange(count, dtype=torch.int32, device=bench.device)
+    ids = torch.randint(vocab, (count,), device=bench.device)
+    counts = torch.zeros(count, vocab, dtype=torch.int32, device=bench.device)
+
+    def check() -> None:
+        ours, theirs = counts.clone(), counts.clone()
+        for one, where in ((module, ours), (naive, theirs)):
+            one.add_tokens(where, rows, ids)
+        check_equal(ours, theirs)
+
+    return Case(
+        calls=[lambda: module.add_tokens(counts, rows, ids)],
+        check=check,
+        num_bytes=rows.nbytes + ids.nbytes + 2 * rows.nbytes,
+        peers={"plain torch": lambda: [lambda: naive.add_tokens(counts, rows, ids)]},
+    )
