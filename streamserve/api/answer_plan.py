@@ -15,16 +15,20 @@ from streamserve.core.thinking import Thinking
 from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
 from streamserve.engine.parsers.reasoning import (
-    THINK_END,
-    THINK_START,
+    THINK,
     ReasoningParser,
     ReasoningTokens,
     ThinkState,
+    ThoughtMarks,
     state_after_prompt,
+    thought_marks,
 )
 from streamserve.engine.parsers.tool_formats import TOOL_PARSERS, NamedParser, RequiredParser
 from streamserve.engine.parsers.tool_parser import ToolParser
 from streamserve.errors import InvalidParameterError
+
+_THINKING_SWITCHES = ("enable_thinking", "thinking")
+"""Variables of chat templates that turn thoughts on and off: Qwen's and others', DeepSeek's."""
 
 
 class Parsing(Protocol):
@@ -43,25 +47,28 @@ class AnswerParsing:
     tool_parser: str | None
     include_reasoning: bool
     are_calls_held: bool
+    thought_marks: ThoughtMarks = THINK
 
     def new(self, token_bytes: Callable[[int], bytes]) -> AnswerParser:
         has_reasoning = self.state is not ThinkState.OVER
+        start, end = (mark.encode() for mark in self.thought_marks)
+        tokens = ReasoningTokens(self.state, token_bytes, start=start, end=end)
         return AnswerParser(
-            reasoning=ReasoningParser(self.state) if has_reasoning else None,
+            reasoning=ReasoningParser(self.state, self.thought_marks) if has_reasoning else None,
             tools=None if self.use is None else self._tool_parser(self.use),
-            tokens=ReasoningTokens(self.state, token_bytes) if has_reasoning else None,
+            tokens=tokens if has_reasoning else None,
             include_reasoning=self.include_reasoning,
         )
 
     def _tool_parser(self, use: ToolUse) -> ToolParser:
-        names = frozenset(tool.name for tool in use.tools)
+        tools = {tool.name: tool.parameters for tool in use.tools}
         max_calls = None if use.is_parallel else 1
         if use.name is not None:
             return NamedParser(use.name)
         if use.is_forced:
-            return RequiredParser(names, max_calls=max_calls)
+            return RequiredParser(tools, max_calls=max_calls)
         return TOOL_PARSERS[self.tool_parser or ""](
-            names, max_calls=max_calls, is_certain=self.are_calls_held
+            tools, max_calls=max_calls, is_certain=self.are_calls_held
         )
 
 
@@ -85,6 +92,7 @@ class AnswerPlan:
         self._parses_calls = use.choice != "none"
         has_reasoning = answer_format.reasoning_parser is not None
         self.is_plain = not (self._parses_calls or has_reasoning)
+        self._thought_marks = thought_marks(answer_format.reasoning_parser or "")
         reasoning = request.reasoning
         if reasoning.budget is not None and not has_reasoning:
             raise InvalidParameterError(
@@ -134,10 +142,13 @@ class AnswerPlan:
         if state is not ThinkState.OVER and not (
             budget is None and params.structured_output is None
         ):
+            start, end = self._thought_marks
             thinking = Thinking(
                 is_open=state is ThinkState.INSIDE,
-                start_token_ids=marks.ids(THINK_START),
-                end_token_ids=marks.ids(THINK_END),
+                start_token_ids=marks.ids(start),
+                end_token_ids=marks.ids(end),
+                start=start.encode(),
+                end=end.encode(),
                 budget=budget,
                 is_optional=may_be_free(params.structured_output),
             )
@@ -151,7 +162,7 @@ class AnswerPlan:
         if self._parses_calls and not self._request.tools.is_forced:
             markers += TOOL_PARSERS[self._format.tool_parser or ""].markers
         if self._format.reasoning_parser is not None:
-            markers += (THINK_START, THINK_END)
+            markers += self._thought_marks
         return any(marks.is_special(marker) for marker in markers)
 
     def parsing(self, prompt: str) -> Parsing | None:
@@ -165,6 +176,7 @@ class AnswerPlan:
             tool_parser=self._format.tool_parser,
             include_reasoning=self._request.reasoning.is_included,
             are_calls_held=are_held(self._request.params, use),
+            thought_marks=self._thought_marks,
         )
 
     def _state(self, prompt: str) -> ThinkState:
@@ -178,12 +190,13 @@ class AnswerPlan:
         """The request's own, and what its options of reasoning mean to the template."""
         kwargs, reasoning = self._request.chat_template_kwargs, self._request.reasoning
         effort, variables = reasoning.effort, self._format.template_variables
-        if reasoning.is_enabled is not None and "enable_thinking" in variables:
-            kwargs = {"enable_thinking": reasoning.is_enabled, **kwargs}
+        switch = next((name for name in _THINKING_SWITCHES if name in variables), None)
+        if reasoning.is_enabled is not None and switch is not None:
+            kwargs = {switch: reasoning.is_enabled, **kwargs}
         if effort is None:
             return kwargs
-        if effort == "none" and "enable_thinking" in variables:
-            return {"enable_thinking": False, **kwargs}
+        if effort == "none" and switch is not None:
+            return {switch: False, **kwargs}
         if "reasoning_effort" in variables:
             return {"reasoning_effort": effort, **kwargs}
         if effort == "none" and self._format.reasoning_parser is None:

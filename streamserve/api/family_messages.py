@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ def family_messages(
         is_text = parser == "phi4_mini_json"
         shown = [tool["function"] for tool in tools] if is_text else list(tools)
         messages = _with_tools(messages, _json(shown) if is_text else shown)
+    if answer_format.has_text_arguments:
+        messages = tuple(_with_text_arguments(messages))
     rewrite = _REWRITTEN.get(parser or "")
     return tuple(messages if rewrite is None else rewrite(messages))
 
@@ -87,10 +90,42 @@ def _phi4_mini(messages: Iterable[Message]) -> Iterator[Message]:
             yield {"role": "assistant", "content": content}
 
 
+def _kimi_k2(messages: Iterable[Message]) -> Iterator[Message]:
+    """Ids are a function's name and the number of the call in the chat, as the model knows them."""
+    ids: dict[str, str] = {}
+    numbers = itertools.count()
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", ()):
+            ids[call["id"]] = f"functions.{call['function']['name']}:{next(numbers)}"
+            calls.append({**call, "id": ids[call["id"]]})
+        if calls:
+            yield {**message, "tool_calls": calls}
+        elif message.get("tool_call_id") in ids:
+            yield {**message, "tool_call_id": ids[message["tool_call_id"]]}
+        else:
+            yield message
+
+
+def _with_text_arguments(messages: Iterable[Message]) -> Iterator[Message]:
+    """Arguments as JSON: templates of DeepSeek add them to other text."""
+    for message in messages:
+        if "tool_calls" not in message:
+            yield message
+            continue
+        calls = [
+            {**call, "function": {**function, "arguments": _json(function["arguments"])}}
+            for call in message["tool_calls"]
+            for function in (call["function"],)
+        ]
+        yield {**message, "tool_calls": calls}
+
+
 _REWRITTEN: dict[str, Callable[[Iterable[Message]], Iterator[Message]]] = {
     "mistral": _mistral,
     "glm4": _glm4,
     "phi4_mini_json": _phi4_mini,
+    "kimi_k2": _kimi_k2,
 }
 
 

@@ -27,8 +27,15 @@ from streamserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
-TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral", "glm4", "phi4_mini_json", "openai")
-REASONING_PARSERS = ("qwen3", "deepseek_r1", "openai_gptoss")
+TOOL_CALL_PARSERS = (
+    *("hermes", "llama3_json", "mistral", "glm4", "phi4_mini_json", "qwen3_coder", "seed_oss"),
+    *("glm45", "minimax_m2", "kimi_k2", "deepseek_v3", "deepseek_v31", "openai"),
+    *("glm47", "qwen3_xml", "llama4_json"),
+)
+REASONING_PARSERS = (
+    *("qwen3", "deepseek_r1", "openai_gptoss", "mistral", "seed_oss"),
+    *("glm45", "deepseek_v3", "kimi_k2", "minimax_m2"),
+)
 KV_CACHE_DTYPES = ("auto", "fp8")
 ONLY_ONE = {
     "tensor_parallel_size": "several devices are not built yet",
@@ -395,7 +402,8 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         "--reasoning-parser",
         choices=REASONING_PARSERS,
         help="how the model writes what it thinks: <think>…</think>, which deepseek_r1 may leave "
-        "out the beginning of, or gpt-oss's channels (default: what the chat template says)",
+        "out the beginning of, [THINK]…[/THINK], or gpt-oss's channels (default: what the chat "
+        "template says)",
     )
     group.add_argument(
         "--no-ui", action="store_true", help="serve no pages: neither the chat at / nor /docs"

@@ -8,13 +8,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from llguidance.gbnf_to_lark import any_to_lark
 
 from streamserve.engine.lark_writer import EMPTY, FREE, LarkWriter
 from streamserve.engine.parsers.harmony import CHANNEL, END, MESSAGE, START, call_header
+from streamserve.engine.parsers.section_formats import (
+    DeepSeekV3Parser,
+    DeepSeekV31Parser,
+    KimiK2Parser,
+)
+from streamserve.engine.parsers.tagged_formats import (
+    Glm45Parser,
+    MinimaxM2Parser,
+    Qwen3CoderParser,
+    SeedOssParser,
+)
 from streamserve.engine.schema_refs import moved
+from streamserve.engine.tagged_grammar import section_calls, tagged_calls
 
 _BLANKS = r"/[ \t\r\n]{0,8}/"
 _SEPARATOR = r"/[ \t\r\n]{0,8}[;,]?[ \t\r\n]{0,8}/"
@@ -224,4 +237,11 @@ _FAMILIES: dict[str, Callable[[Format, LarkWriter], str]] = {
     "glm4": _glm4,
     "phi4_mini_json": _phi4_mini,
     "openai": _harmony,
+    "qwen3_coder": partial(tagged_calls, Qwen3CoderParser),
+    "seed_oss": partial(tagged_calls, SeedOssParser),
+    "glm45": partial(tagged_calls, Glm45Parser),
+    "minimax_m2": partial(tagged_calls, MinimaxM2Parser),
+    "kimi_k2": partial(section_calls, KimiK2Parser),
+    "deepseek_v3": partial(section_calls, DeepSeekV3Parser),
+    "deepseek_v31": partial(section_calls, DeepSeekV31Parser),
 }

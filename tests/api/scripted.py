@@ -66,7 +66,8 @@ def allowed(token_id: int, mask: bytes | None) -> int:
     if mask is None or mask[token_id >> 3] >> (token_id & 7) & 1:
         return token_id
     others = [i for i in range(8 * len(mask)) if mask[i >> 3] >> (i & 7) & 1]
-    return next((i for i in ENDS if i in others), None) or next(i for i in others if i > ord(" "))
+    visible = next((i for i in others if i > ord(" ")), others[0])
+    return next((i for i in ENDS if i in others), visible)
 
 
 def scripted_parts(

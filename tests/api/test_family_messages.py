@@ -7,6 +7,8 @@ import pytest
 from streamserve.api.family_messages import family_messages
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.parsers.answer_format import choose_answer_format
+from tests.api.harness import Api
+from tests.api.scripted import scripted_parts
 from tests.api.test_tools import HI, WEATHER
 
 # As they are published, without what is of no interest here.
@@ -57,6 +59,26 @@ message['tools'] is not none %}{{ '<|' + message['role'] + '|>' + message['conte
 {{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""
 
+KIMI_K2 = """\
+{%- if tools -%}<|im_system|>{{ tools | length }}{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' and message.get('tool_calls') -%}
+<|tool_calls_section_begin|>{%- for call in message['tool_calls'] -%}
+<|tool_call_begin|>{{ call['id'] }}<|tool_call_argument_begin|>\
+{{ call['function']['arguments'] | tojson }}<|tool_call_end|>{%- endfor -%}
+<|tool_calls_section_end|>
+{%- elif message['role'] == 'tool' -%}
+## Return of {{ message.tool_call_id }}|{{ message['content'] }}
+{%- else -%}{{ message['content'] }}{%- endif -%}<|im_end|>{%- endfor -%}"""
+DEEPSEEK_V3_1 = """\
+{%- if not thinking is defined %}{% set thinking = false %}{% endif -%}
+{%- if tools %}{{ tools | length }} tools|{% endif -%}
+{%- for message in messages %}{% for tool in message['tool_calls'] or [] -%}
+{{ '<｜tool▁call▁begin｜>' + tool['function']['name'] + '<｜tool▁sep｜>' \
++ tool['function']['arguments'] + '<｜tool▁call▁end｜>' }}{% endfor -%}
+{{ message['content'] }}{% endfor -%}
+{{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}"""
+
 FUNCTION = WEATHER["function"]
 ARGUMENTS = {"city": "Łódź"}
 CALL = {"name": "get_weather", "arguments": ARGUMENTS}
@@ -66,6 +88,13 @@ CHAT = (
     {"role": "tool", "tool_call_id": "a", "content": "sun"},
 )
 SHOWN = json.dumps(ARGUMENTS, ensure_ascii=False)
+TWO_CALLS = (
+    *CHAT[:2],
+    {"role": "tool", "tool_call_id": "a", "content": "sun"},
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "b", "function": CALL}]},
+    {"role": "tool", "tool_call_id": "b", "content": "rain"},
+    {"role": "tool", "tool_call_id": "unheard of", "content": ""},
+)
 TURNS = f"<|user|>\nHi<|assistant|>get_weather\n{SHOWN}<|observation|>\nsun"
 
 
@@ -99,6 +128,36 @@ def test_tools_calls_and_results_reach_the_template(template, parser, prompt):
     assert (found.tool_parser, found.reasoning_parser) == (parser, None)
     messages = family_messages(CHAT, found, [WEATHER])
     assert compiled.render(messages, tools=[WEATHER]) == prompt
+
+
+def test_calls_of_a_chat_are_numbered_for_kimi():
+    compiled = ChatTemplate(KIMI_K2, source="the test")
+    found = choose_answer_format(compiled)
+    assert found.tool_parser == "kimi_k2"
+    prompt = compiled.render(family_messages(TWO_CALLS, found, [WEATHER]), tools=[WEATHER])
+    ids = [part.split("<", 1)[0] for part in prompt.split("<|tool_call_begin|>")[1:]]
+    assert ids == ["functions.get_weather:0", "functions.get_weather:1"]
+    results = [part.split("|", 1)[0] for part in prompt.split("## Return of ")[1:]]
+    assert results == [*ids, "unheard of"]
+
+
+def test_arguments_that_a_template_adds_to_text_are_text():
+    compiled = ChatTemplate(DEEPSEEK_V3_1, source="the test")
+    found = choose_answer_format(compiled)
+    assert (found.tool_parser, found.has_text_arguments) == ("deepseek_v31", True)
+    messages = family_messages(CHAT, found, [WEATHER])
+    assert f"<｜tool▁sep｜>{SHOWN}<｜tool▁call▁end｜>" in compiled.render(messages, tools=[WEATHER])
+    as_object = DEEPSEEK_V3_1.replace("['arguments']", "['arguments'] | tojson")
+    assert not choose_answer_format(ChatTemplate(as_object, source="x")).has_text_arguments
+
+
+async def test_a_templates_own_switch_of_thinking_is_turned():
+    parts = scripted_parts("Hm.</think>Yes.", template=DEEPSEEK_V3_1)
+    async with Api(**parts).running() as api:
+        on = await api.chat(chat_template_kwargs={"thinking": True})
+        off = await api.chat(reasoning_effort="none")
+    assert on.json["choices"][0]["message"]["reasoning_content"] == "Hm."
+    assert off.json["choices"][0]["message"]["content"] == "Hm.</think>Yes."
 
 
 def test_tools_stand_in_the_system_message_that_there_is():

@@ -73,6 +73,20 @@ async def test_thoughts_may_be_left_out(stream):
         assert message == {"role": "assistant", "content": "Yes.", "refusal": None}
 
 
+async def test_thoughts_in_mistrals_marks_are_thoughts_and_have_a_budget():
+    template = "[THINK][/THINK]{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
+    async with Api(
+        **scripted_parts("[THINK]Hm, 1 < 2.[/THINK]Yes.", template=template)
+    ).running() as api:
+        answer = await api.chat()
+        short = await api.chat(thinking_token_budget=2)
+    message = answer.json["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm, 1 < 2.", "Yes.")
+    usage = answer.json["usage"]["completion_tokens_details"]
+    assert usage == {"reasoning_tokens": len("Hm, 1 < 2.")}
+    assert short.json["choices"][0]["message"]["reasoning_content"] == "Hm"
+
+
 @pytest.mark.parametrize(
     ("kwargs", "text", "thoughts", "content"),
     [

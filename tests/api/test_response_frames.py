@@ -37,7 +37,7 @@ def parser_of(kind: str) -> AnswerParser | None:
     state = ThinkState.INSIDE if kind == "inside" else ThinkState.UNDECIDED
     return AnswerParser(
         reasoning=ReasoningParser(state),
-        tools=TOOL_PARSERS["hermes"]({"add"}),
+        tools=TOOL_PARSERS["hermes"]({"add": {}}),
         tokens=ReasoningTokens(state, lambda token_id: bytes([token_id])),
     )
 

@@ -63,7 +63,7 @@ async def test_a_chosen_call_of_a_strict_tool_follows_its_schema(parser, says, c
     jsonschema.validate(json.loads(arguments), PICK)
 
 
-@pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral", "glm4", "phi4_mini_json"])
+@pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral", "glm4", "glm45", "kimi_k2"])
 @pytest.mark.parametrize("text", ["", "Łódź, <tool [TOOL", '{"name": "nobody", "parameters": {}}'])
 async def test_text_stays_free(parser, text):
     async with saying(text, parser).running() as api:
@@ -71,6 +71,101 @@ async def test_text_stays_free(parser, text):
     message = answer.json["choices"][0]["message"]
     assert (message["content"], answer.json["choices"][0]["finish_reason"]) == (text, "stop")
     assert "tool_calls" not in message
+
+
+DATED = {
+    "type": "object",
+    "$defs": {"Note": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+    "properties": {
+        **PICK["properties"],
+        "day": {"type": "string", "pattern": "^[0-9]{4}/[0-9]{2}$"},
+        "short": {"type": "string", "maxLength": 3},
+        "text": {"type": "string"},
+        "note": {"anyOf": [{"$ref": "#/$defs/Note"}, {"type": "null"}, {"enum": ["no", 5]}]},
+    },
+    "required": ["colour", "sure", "day", "short", "text", "note"],
+}
+TAGGED = {
+    "qwen3_coder": (
+        "<tool_call>\n<function=pick>\n",
+        "<parameter={}>\n{}\n</parameter>\n",
+        "</function>\n</tool_call>",
+    ),
+    "glm45": (
+        "<tool_call>pick\n",
+        "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n",
+        "</tool_call>",
+    ),
+    "minimax_m2": (
+        '<minimax:tool_call>\n<invoke name="pick">\n',
+        '<parameter name="{}">{}</parameter>\n',
+        "</invoke>\n</minimax:tool_call>",
+    ),
+}
+
+
+@pytest.mark.parametrize("parser", TAGGED)
+@pytest.mark.parametrize("note", ["null", '{"x": 1}'])
+async def test_a_chosen_call_in_tags_follows_its_schema(parser, note):
+    """A value that the schema does not have ends as soon as it may, and the right ones stay."""
+    begin, argument, end = TAGGED[parser]
+    right = {"colour": "red", "sure": "true", "day": "2026/11", "short": "a\nb", "text": "<p>\n5"}
+    right |= {"note": note}
+    strict = {**STRICT, "function": {**STRICT["function"], "parameters": DATED}}
+    called = []
+    for values in (right, {**right, "colour": "green", "short": "long", "more": "1"}):
+        says = "Hm. " + begin + "".join(argument.format(*pair) for pair in values.items()) + end
+        async with saying(says, parser).running() as api:
+            message = (await api.chat(tools=[strict, ADD])).json["choices"][0]["message"]
+        assert message["content"].startswith("Hm. ")
+        called += [json.loads(call["function"]["arguments"]) for call in message["tool_calls"][:1]]
+    for arguments in called:
+        jsonschema.validate(arguments, DATED)
+    assert called[0] == {
+        **right,
+        "sure": True,
+        "note": json.loads(note),
+    }
+
+
+@pytest.mark.parametrize(
+    ("parser", "says"),
+    [
+        ("kimi_k2", "<|tool_calls_section_begin|><|tool_call_begin|>functions.pick:0"
+         f"<|tool_call_argument_begin|>{BAD}<|tool_call_end|><|tool_calls_section_end|>"),
+        ("deepseek_v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>pick\n"
+         f"```json\n{BAD}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+        ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>pick<｜tool▁sep｜>"
+         f"{BAD}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+    ],
+)  # fmt: skip
+async def test_a_chosen_call_in_a_section_follows_its_schema(parser, says):
+    async with saying(f"Hm. {says}", parser).running() as api:
+        message = (await api.chat(tools=[STRICT, ADD])).json["choices"][0]["message"]
+    jsonschema.validate(json.loads(message["tool_calls"][0]["function"]["arguments"]), PICK)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"type": "object", "anyOf": [PICK]}, "anyOf of parameters cannot be followed"),
+        ({"type": "object", "properties": {"x": {"not": {}}}}, "the schema of x cannot be"),
+        (
+            {
+                "type": "object",
+                "properties": {"x": {"type": "string", "pattern": "a", "minLength": 1}},
+            },
+            "x has a pattern and a length",
+        ),
+    ],
+)
+async def test_what_tags_cannot_follow_is_refused(parameters, message):
+    strict = {**STRICT, "function": {**STRICT["function"], "parameters": parameters}}
+    async with saying("", "glm45").running() as api:
+        answer = await api.chat(tools=[strict])
+    assert answer.status == 400
+    assert answer.json["error"]["param"] == "tools"
+    assert message in answer.json["error"]["message"]
 
 
 @pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral"])

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.parsers.harmony import CHANNEL, MESSAGE
-from streamserve.engine.parsers.reasoning import REASONING_PARSERS, THINK_END
+from streamserve.engine.parsers.reasoning import REASONING_PARSERS, reasoning_parser_of_template
 from streamserve.engine.parsers.tool_formats import (
+    TOOL_PARSER_ALIASES,
     TOOL_PARSERS,
+    has_text_arguments,
     has_tools_in_messages,
     tool_parser_of_template,
 )
@@ -25,13 +27,14 @@ class AnswerFormat:
     """The names of the parsers, ``None`` where the model has no such thing.
 
     ``template_variables`` are the names that the chat template reads; ``has_tools_in_messages``:
-    it finds tools in the system message.
+    it finds tools in the system message. ``has_text_arguments``: it takes a call's for JSON.
     """
 
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     template_variables: frozenset[str] = frozenset()
     has_tools_in_messages: bool = False
+    has_text_arguments: bool = False
 
     def __post_init__(self) -> None:
         _one_of("tool-call-parser", self.tool_parser, TOOL_PARSER_NAMES)
@@ -79,6 +82,8 @@ def choose_answer_format(
     With ``enable_auto_tool_choice`` there must be one for calls, with ``False`` there is none.
     Raises ``ConfigError``.
     """
+    if tool_parser is not None:
+        tool_parser = TOOL_PARSER_ALIASES.get(tool_parser, tool_parser)
     variables = template.variables
     knows_tools = "tools" in variables
     in_messages = has_tools_in_messages(template.text, knows_tools=knows_tools)
@@ -100,6 +105,7 @@ def choose_answer_format(
         reasoning_parser=reasoning_parser,
         template_variables=variables,
         has_tools_in_messages=in_messages,
+        has_text_arguments=has_text_arguments(template.text),
     )
 
 
@@ -107,8 +113,7 @@ def _reasoning_parser(tool_parser: str | None, template: str) -> str | None:
     is_harmony = CHANNEL in template and MESSAGE in template
     if tool_parser == HARMONY_CALLS or (tool_parser is None and is_harmony):
         return HARMONY
-    # It takes an answer without thoughts for what it is.
-    return "qwen3" if THINK_END in template else None
+    return reasoning_parser_of_template(template)
 
 
 def _one_of(flag: str, value: str | None, names: tuple[str, ...]) -> None:

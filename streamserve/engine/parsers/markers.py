@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+NAME = re.compile(r"[a-zA-Z0-9_.-]{0,64}")
+"""As much of a function's name as there is."""
+
 
 def num_undecided(text: str, marker: str) -> int:
     """Length of the longest end of ``text`` that ``marker`` begins with and goes on after."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from streamserve.engine.parsers.events import Content, Event, Reasoning, joined
 from streamserve.engine.parsers.markers import may_become, num_undecided
@@ -12,13 +12,41 @@ from streamserve.engine.parsers.markers import may_become, num_undecided
 THINK_START = "<think>"
 THINK_END = "</think>"
 
-REASONING_PARSERS = ("qwen3", "deepseek_r1", "openai_gptoss")
-"""The first two differ in an answer that does not begin with ``<think>`` when the prompt says
-nothing: DeepSeek R1 thinks all the same, until ``</think>``. The last is Harmony: `harmony`."""
+
+class ThoughtMarks(NamedTuple):
+    """What a family writes around its thoughts."""
+
+    start: str = THINK_START
+    end: str = THINK_END
+
+
+THINK = ThoughtMarks()
+_MARKS = {
+    "mistral": ThoughtMarks("[THINK]", "[/THINK]"),
+    "seed_oss": ThoughtMarks("<seed:think>", "</seed:think>"),
+}
+_ALWAYS_THINK = ("deepseek_r1", "kimi_k2", "minimax_m2")
+REASONING_PARSERS = (
+    *("qwen3", "deepseek_r1", "openai_gptoss", "mistral", "seed_oss"),
+    *("glm45", "deepseek_v3", "kimi_k2", "minimax_m2"),
+)
+"""Some differ in an answer that does not begin with its mark when the prompt says nothing:
+DeepSeek R1 and others think all the same, until ``</think>``. One is Harmony: `harmony`."""
+
+
+def thought_marks(parser: str) -> ThoughtMarks:
+    """The marks that a parser of thoughts looks for."""
+    return _MARKS.get(parser, THINK)
+
+
+def reasoning_parser_of_template(source: str) -> str | None:
+    """The parser for what a chat template says of thoughts: it takes an answer without any, too."""
+    marks = {**_MARKS, "qwen3": THINK}
+    return next((name for name, mark in marks.items() if mark.end in source), None)
 
 
 class ThinkState(Enum):
-    """Where an answer stands; ``UNDECIDED``: it thinks if it begins with ``<think>``."""
+    """Where an answer stands; ``UNDECIDED``: it thinks if it begins with the mark."""
 
     UNDECIDED = auto()
     INSIDE = auto()
@@ -30,23 +58,25 @@ def state_after_prompt(parser: str, prompt: str, continued: str | None) -> Think
 
     ``continued`` is the message that the answer goes on with, if it does.
     """
+    marks = thought_marks(parser)
     if continued is not None:
-        start, end = continued.rfind(THINK_START), continued.rfind(THINK_END)
+        start, end = continued.rfind(marks.start), continued.rfind(marks.end)
         if start < 0 and end < 0:
             return ThinkState.OVER
         return ThinkState.INSIDE if start > end else ThinkState.OVER
     tail = prompt[-64:].rstrip()
-    if tail.endswith(THINK_START):
+    if tail.endswith(marks.start):
         return ThinkState.INSIDE
-    if tail.endswith(THINK_END):
+    if tail.endswith(marks.end):
         return ThinkState.OVER
-    return ThinkState.INSIDE if parser == "deepseek_r1" else ThinkState.UNDECIDED
+    return ThinkState.INSIDE if parser in _ALWAYS_THINK else ThinkState.UNDECIDED
 
 
 class ReasoningParser:
     """Splits one answer. White space around the thoughts belongs to neither part."""
 
-    def __init__(self, state: ThinkState) -> None:
+    def __init__(self, state: ThinkState, marks: ThoughtMarks = THINK) -> None:
+        self._marks = marks
         self._buffer = ""
         self._is_final = False
         states: dict[ThinkState, Callable[[], list[Event]]] = {
@@ -68,17 +98,17 @@ class ReasoningParser:
 
     def _undecided(self) -> list[Event]:
         text = self._buffer.lstrip()
-        if not self._is_final and may_become(text, THINK_START):
+        if not self._is_final and may_become(text, self._marks.start):
             return []
-        self._state = self._opening if text.startswith(THINK_START) else self._content
+        self._state = self._opening if text.startswith(self._marks.start) else self._content
         return self._state()
 
     def _opening(self) -> list[Event]:
         """The mark may come first, even if the prompt ends with it."""
         text = self._buffer.lstrip()
-        if not self._is_final and may_become(text, THINK_START):
+        if not self._is_final and may_become(text, self._marks.start):
             return []
-        self._buffer = text.removeprefix(THINK_START)
+        self._buffer = text.removeprefix(self._marks.start)
         self._state = self._first_thought
         return self._state()
 
@@ -91,14 +121,14 @@ class ReasoningParser:
 
     def _inside(self) -> list[Event]:
         buffer = self._buffer
-        end = buffer.find(THINK_END)
+        end = buffer.find(self._marks.end)
         if end >= 0:
-            self._buffer = buffer[end + len(THINK_END) :]
+            self._buffer = buffer[end + len(self._marks.end) :]
             self._state = self._gap
             return [Reasoning(buffer[:end].rstrip()), *self._gap()]
         size = len(buffer)
         if not self._is_final:
-            size -= num_undecided(buffer, THINK_END)
+            size -= num_undecided(buffer, self._marks.end)
         size = len(buffer[:size].rstrip())
         self._buffer = buffer[size:]
         return [Reasoning(buffer[:size])]

@@ -5,14 +5,26 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
 
-from streamserve.engine.parsers.markers import num_leading_spaces
+from streamserve.engine.parsers.markers import NAME, num_leading_spaces
+from streamserve.engine.parsers.section_formats import (
+    DeepSeekV3Parser,
+    DeepSeekV31Parser,
+    KimiK2Parser,
+)
+from streamserve.engine.parsers.tagged_formats import (
+    Glm45Parser,
+    MinimaxM2Parser,
+    Qwen3CoderParser,
+    SeedOssParser,
+)
 from streamserve.engine.parsers.tool_parser import ToolParser
 
+_ADDED_ARGUMENTS = re.compile(r"\+ *tool\['function'\]\['arguments'\] *\+ *'(?:\\n|<｜)")
 _ALPHANUMERICS = string.ascii_letters + string.digits
 _TOOLS_OF_MESSAGE = r"(?:message|item)(?:\.tools\b|\[['\"]tools['\"]\])"
-_NAME = re.compile(r"[a-zA-Z0-9_.-]{0,64}")
 
 
 class HermesParser(ToolParser):
@@ -26,7 +38,7 @@ class HermesParser(ToolParser):
         return self._in_text()
 
     def _in_text(self) -> bool:
-        return self._say_until("<tool_call>", self._read_call)
+        return self._say_until({"<tool_call>": self._read_call})
 
     def _after_call(self) -> bool:
         if not self._at_text() or self._may_become("</tool_call>"):
@@ -50,7 +62,7 @@ class Llama3JsonParser(ToolParser):
         return self._read_call() if self._buffer[0] == "{" else self._fail()
 
     def _in_text(self) -> bool:
-        return self._say_until("<|python_tag|>", self._read_call)
+        return self._say_until({"<|python_tag|>": self._read_call})
 
     def _after_call(self) -> bool:
         if not self._at_text():
@@ -81,7 +93,7 @@ class MistralParser(ToolParser):
         return self._in_text()
 
     def _in_text(self) -> bool:
-        return self._say_until("[TOOL_CALLS]", self._after_marker)
+        return self._say_until({"[TOOL_CALLS]": self._after_marker})
 
     def _after_marker(self) -> bool:
         if not self._at_text():
@@ -97,13 +109,13 @@ class MistralParser(ToolParser):
     _name = ""
 
     def _in_name(self) -> bool:
-        found = _NAME.match(self._buffer)
+        found = NAME.match(self._buffer)
         assert found is not None
         if found.end() == len(self._buffer) and not self._is_final:
             self._state = self._in_name
             return False
         self._name = self._consume(found.end())
-        if self._name not in self._names:
+        if self._name not in self._tools:
             return self._fail()
         self._state = self._before_arguments
         return True
@@ -120,7 +132,7 @@ class MistralParser(ToolParser):
             return True
         if not self._buffer.startswith("[CALL_ID]"):
             return self._fail()
-        found = _NAME.match(self._buffer, len("[CALL_ID]"))
+        found = NAME.match(self._buffer, len("[CALL_ID]"))
         assert found is not None
         if found.end() == len(self._buffer) and not self._is_final:
             return False
@@ -141,12 +153,12 @@ class Glm4Parser(ToolParser):
     def _begin(self) -> bool:
         if not self._at_text():
             return False
-        found = _NAME.match(self._buffer)
+        found = NAME.match(self._buffer)
         assert found is not None
         name, rest = found[0], self._buffer[found.end() :]
-        if not rest and not self._is_final and any(n.startswith(name) for n in self._names):
+        if not rest and not self._is_final and any(n.startswith(name) for n in self._tools):
             return False
-        if name not in self._names:
+        if name not in self._tools:
             return self._fail()
         self._name = self._consume(found.end())
         self._state = self._before_arguments
@@ -184,7 +196,7 @@ class Phi4MiniParser(ToolParser):
         return self._fail()
 
     def _in_text(self) -> bool:
-        return self._say_until("<|tool_call|>", self._in_array)
+        return self._say_until({"<|tool_call|>": self._in_array})
 
     def _in_array(self) -> bool:
         if not self._at_text():
@@ -214,8 +226,8 @@ class RequiredParser(ToolParser):
     ``{"name": …, "parameters": {…}}`` and nothing else.
     """
 
-    def __init__(self, names: Collection[str], *, max_calls: int | None = None) -> None:
-        super().__init__(names, max_calls=max_calls, is_certain=True)
+    def __init__(self, tools: Mapping[str, Any], *, max_calls: int | None = None) -> None:
+        super().__init__(tools, max_calls=max_calls, is_certain=True)
 
     def _begin(self) -> bool:
         if not self._at_text():
@@ -236,7 +248,7 @@ class NamedParser(RequiredParser):
     """What the grammar of a named ``tool_choice`` makes: the arguments of one call."""
 
     def __init__(self, name: str) -> None:
-        super().__init__((name,), max_calls=1)
+        super().__init__({name: {}}, max_calls=1)
         self._name = name
 
     def _begin(self) -> bool:
@@ -249,14 +261,36 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "mistral": MistralParser,
     "glm4": Glm4Parser,
     "phi4_mini_json": Phi4MiniParser,
+    "qwen3_coder": Qwen3CoderParser,
+    "seed_oss": SeedOssParser,
+    "glm45": Glm45Parser,
+    "minimax_m2": MinimaxM2Parser,
+    "kimi_k2": KimiK2Parser,
+    "deepseek_v3": DeepSeekV3Parser,
+    "deepseek_v31": DeepSeekV31Parser,
+}
+
+TOOL_PARSER_ALIASES = {"glm47": "glm45", "qwen3_xml": "qwen3_coder", "llama4_json": "llama3_json"}
+"""vLLM's other names of formats that are read here."""
+
+_MARKS_OF_TEMPLATES = {
+    "phi4_mini_json": ("<|tool|>", "<|/tool|>"),
+    "seed_oss": ("<seed:tool_call>", "<function="),
+    "qwen3_coder": ("<tool_call>", "<function=", "<parameter="),
+    "glm45": ("<tool_call>", "<arg_key>", "<arg_value>"),
+    "minimax_m2": ("<minimax:tool_call>", '<invoke name="', '<parameter name="'),
+    "kimi_k2": ("<|tool_calls_section_begin|>", "<|tool_call_argument_begin|>"),
+    "deepseek_v3": ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "```json"),
+    "deepseek_v31": ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"),
 }
 
 
 def tool_parser_of_template(source: str) -> str | None:
     """The name of the parser for what a chat template that knows tools has models write."""
-    if "<|tool|>" in source and "<|/tool|>" in source:
-        return "phi4_mini_json"
-    if any(mark in source for mark in ("<function=", "<arg_key>", "<|tool_call")):
+    for name, marks in _MARKS_OF_TEMPLATES.items():
+        if all(mark in source for mark in marks):
+            return name
+    if any(mark in source for mark in ("<function=", "<invoke name=", "<|tool_call")):
         return None  # calls in formats of their own
     if "<tool_call>" in source:
         return "hermes"
@@ -276,3 +310,8 @@ def has_tools_in_messages(source: str, *, knows_tools: bool) -> bool:
     """
     setter = "set tools = " if knows_tools else ""
     return re.search(setter + _TOOLS_OF_MESSAGE, source) is not None
+
+
+def has_text_arguments(source: str) -> bool:
+    """Whether a chat template adds the arguments of calls to text, as JSON that they must be."""
+    return _ADDED_ARGUMENTS.search(source) is not None

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
 
 from streamserve.engine.parsers.call_reader import HOLD_CHARACTERS, CallReader
 from streamserve.engine.parsers.events import CallArguments, CallStart, Content, Event, joined
 from streamserve.engine.parsers.markers import may_become, num_leading_spaces, num_undecided
+
+
+class Reader(Protocol):
+    """What reads one call: a `CallReader`, or the like."""
+
+    name: str
+    is_shown: bool
+
+    @property
+    def is_done(self) -> bool: ...
+    @property
+    def is_broken(self) -> bool: ...
+    @property
+    def text(self) -> str: ...
+
+    def feed(self, text: str) -> int:
+        """Take the next characters; return how many were consumed."""
+
+    def take_arguments(self) -> str:
+        """The part of the arguments that has become known since the last time."""
 
 
 class ToolParser(ABC):
@@ -28,13 +48,14 @@ class ToolParser(ABC):
     of the text."""
 
     def __init__(
-        self, names: Collection[str], *, max_calls: int | None = None, is_certain: bool = False
+        self, tools: Mapping[str, Any], *, max_calls: int | None = None, is_certain: bool = False
     ) -> None:
-        """``names`` are the tools; what comes behind ``max_calls`` calls is dropped.
+        """``tools`` have a JSON Schema each; what comes behind ``max_calls`` calls is dropped.
 
         ``is_certain``: a grammar makes the calls, so they are shown as soon as they can be.
         """
-        self._names = names
+        self._tools = tools
+        self._is_certain = is_certain
         self._hold = 0 if is_certain else HOLD_CHARACTERS
         self._max_calls = max_calls
         self._buffer = ""
@@ -43,7 +64,7 @@ class ToolParser(ABC):
         self._is_at_edge = True
         self._events: list[Event] = []
         self._is_final = False
-        self._reader: CallReader | None = None
+        self._reader: Reader | None = None
         self._state: Callable[[], bool] = self._begin
         self.num_calls = 0
         self.is_over = False  # the last call that counts was read: what follows is dropped
@@ -62,8 +83,10 @@ class ToolParser(ABC):
         """The text has ended; return what was held back."""
         self._is_final = True
         events = self._run()
-        if self._reader is not None and not self._reader.is_shown:
-            self._raw += self._reader.text
+        if self._reader is not None:
+            if not self._reader.is_shown:
+                self._raw += self._reader.text + self._buffer
+            self._buffer = ""  # undecided: the beginning of a tag
         self._say_raw()
         if not self.num_calls:
             self._events.append(Content(self._spaces))
@@ -87,17 +110,20 @@ class ToolParser(ABC):
         events, self._events = joined(self._events), []
         return events
 
-    def _say_until(self, marker: str, found: Callable[[], bool]) -> bool:
-        """Say text up to ``marker``. That goes to ``_raw``, and ``found`` is the next state."""
+    def _say_until(self, ways: Mapping[str, Callable[[], bool]]) -> bool:
+        """Say text up to the first of the markers, which goes to ``_raw``: its state is next."""
         buffer = self._buffer
-        start = buffer.find(marker)
-        if start >= 0:
+        found = [(start, marker) for marker in ways if (start := buffer.find(marker)) >= 0]
+        if found:
+            start, marker = min(found)
             self._say(buffer[:start])
             self._buffer = buffer[start:]
             self._consume(len(marker))
-            self._state = found
+            self._state = ways[marker]
             return True
-        end = len(buffer) if self._is_final else len(buffer) - num_undecided(buffer, marker)
+        end = len(buffer)
+        if not self._is_final:
+            end -= max(num_undecided(buffer, marker) for marker in ways)
         self._say(buffer[:end])
         self._buffer = buffer[end:]
         return False
@@ -124,7 +150,10 @@ class ToolParser(ABC):
 
     def _read_call(self, name: str | None = None) -> bool:
         """Read a call from here. Then comes ``_after_call``, or text if it is none."""
-        self._reader = CallReader(self._names, name=name, hold=self._hold)
+        return self._read_with(CallReader(self._tools, name=name, hold=self._hold))
+
+    def _read_with(self, reader: Reader) -> bool:
+        self._reader = reader
         self._state = self._in_call
         return True
 
@@ -144,7 +173,8 @@ class ToolParser(ABC):
         reader = self._reader
         assert reader is not None
         was_shown = reader.is_shown
-        self._buffer = self._buffer[reader.feed(self._buffer) :]
+        size = reader.feed(self._buffer)
+        self._buffer = self._buffer[size:]
         if reader.is_shown:
             if not was_shown:
                 self._show(reader.name)
@@ -159,7 +189,7 @@ class ToolParser(ABC):
             if not reader.is_shown:
                 self._raw += reader.text
             return self._fail()
-        return True
+        return size > 0
 
     def _show(self, name: str) -> None:
         self._events.append(CallStart(self.num_calls, self.make_id(), name))

@@ -10,6 +10,7 @@ from streamserve.engine.parsers.answer_format import (
     AnswerFormat,
     choose_answer_format,
 )
+from streamserve.engine.parsers.tool_formats import TOOL_PARSER_ALIASES
 from streamserve.errors import ConfigError
 
 HERMES = "{% if tools %}<tool_call>{% endif %}{% if enable_thinking %}</think>{% endif %}"
@@ -44,8 +45,10 @@ LLAMA_3_2 = (
 )
 MISTRAL = "{%- if tools is not none %}[AVAILABLE_TOOLS]{%- endif %}[TOOL_CALLS]"
 GEMMA_3 = "{{ bos_token }}{%- for message in messages -%}<start_of_turn>{%- endfor -%}"
-QWEN3_CODER = "{%- if tools %}<tool_call><function=example>{%- endif %}"
-GLM_4_5 = "[gMASK]<sop>{%- if tools -%}<tool_call>{name}<arg_key>{%- endif %}</think>"
+QWEN3_CODER = "{%- if tools %}<tool_call><function=example><parameter=p>{%- endif %}"
+GLM_4_5 = "[gMASK]<sop>{%- if tools -%}<tool_call>{name}<arg_key><arg_value>{%- endif %}</think>"
+MAGISTRAL = "{%- if tools is not none %}[AVAILABLE_TOOLS]{%- endif %}[TOOL_CALLS][THINK][/THINK]"
+SEED_OSS = "{%- if tools %}<seed:tool_call><function=f>{%- endif %}</seed:think>"
 
 
 @pytest.mark.parametrize(
@@ -56,8 +59,10 @@ GLM_4_5 = "[gMASK]<sop>{%- if tools -%}<tool_call>{name}<arg_key>{%- endif %}</t
         (LLAMA_3_2, "llama3_json", None),
         (MISTRAL, "mistral", None),
         (GEMMA_3, None, None),
-        (QWEN3_CODER, None, None),
-        (GLM_4_5, None, "qwen3"),
+        (QWEN3_CODER, "qwen3_coder", None),
+        (GLM_4_5, "glm45", "qwen3"),
+        (MAGISTRAL, "mistral", "mistral"),
+        (SEED_OSS, "seed_oss", "seed_oss"),
     ],
 )
 def test_what_published_templates_tell(template, tool_parser, reasoning_parser):
@@ -114,7 +119,8 @@ def test_unknown_names(fields, message):
 
 
 def test_the_flags_know_the_parsers():
-    assert TOOL_PARSER_NAMES == TOOL_CALL_PARSERS
+    assert (*TOOL_PARSER_NAMES, *TOOL_PARSER_ALIASES) == TOOL_CALL_PARSERS
+    assert chosen(HERMES, tool_parser="glm47").tool_parser == "glm45"
     assert reasoning.REASONING_PARSERS == REASONING_PARSERS
     args = parse_args(["serve", "--tool-call-parser", "mistral", "--reasoning-parser", "qwen3"])
     assert (args.tool_call_parser, args.reasoning_parser) == ("mistral", "qwen3")

@@ -11,6 +11,7 @@ from streamserve.engine.parsers.reasoning import (
     ReasoningTokens,
     ThinkState,
     state_after_prompt,
+    thought_marks,
 )
 from streamserve.engine.parsers.tool_formats import HermesParser
 from tests.engine.parsers.cutting import cuts, pieces
@@ -48,6 +49,20 @@ def test_examples(state, text, reasoning, content):
     for parts in ([text], list(text)):
         message = read(ReasoningParser(state), parts)
         assert (message.reasoning, message.content) == (reasoning, content)
+
+
+@pytest.mark.parametrize("parser", ["mistral", "seed_oss"])
+@pytest.mark.parametrize(("state", "text", "reasoning", "content"), EXAMPLES)
+def test_examples_in_other_marks(parser, state, text, reasoning, content):
+    marks = thought_marks(parser)
+
+    def marked(text):
+        for theirs, ours in zip(thought_marks("qwen3"), marks, strict=True):
+            text = text.replace(theirs, ours)
+        return text
+
+    message = read(ReasoningParser(state, marks), list(marked(text)))
+    assert (message.reasoning, message.content) == (marked(reasoning), marked(content))
 
 
 texts = st.lists(
@@ -91,6 +106,11 @@ def test_thoughts_stream_as_they_come():
         ("deepseek_r1", "<｜Assistant｜></think>", None, OVER),
         ("deepseek_r1", "user says <think>: assistant: Yes", "Yes", OVER),
         ("qwen3", "…<think>Hm", "<think>Hm", INSIDE),
+        ("mistral", "[INST]Hi[/INST]", None, UNDECIDED),
+        ("mistral", "[INST]Hi[/INST][THINK]", None, INSIDE),
+        ("mistral", "…<think>", None, UNDECIDED),
+        ("minimax_m2", "]~b]ai\n", None, INSIDE),
+        ("glm45", "<|assistant|>\n<think></think>", None, OVER),
         ("qwen3", "…<think>Hm</think>Y", "<think>Hm</think>Y", OVER),
     ],
 )
@@ -134,7 +154,7 @@ CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 @given(cuts)
 def test_thoughts_then_text_then_a_call(bounds):
     text = f"<think>\nI could {CALL}.\n</think>\n\nWell.\n{CALL}"
-    parser = AnswerParser(reasoning=ReasoningParser(UNDECIDED), tools=HermesParser(["add"]))
+    parser = AnswerParser(reasoning=ReasoningParser(UNDECIDED), tools=HermesParser({"add": {}}))
     message = read(parser, pieces(text, bounds))
     assert message.reasoning == f"I could {CALL}."
     assert message.content == "Well.\n"

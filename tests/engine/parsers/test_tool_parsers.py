@@ -16,7 +16,10 @@ from streamserve.engine.parsers.tool_formats import (
 )
 from tests.engine.parsers.cutting import cuts, pieces
 
-NAMES = ("get_weather", "add")
+TOOLS = {
+    "get_weather": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "add": {"type": "object", "properties": {"a": {"type": "integer"}}},
+}
 LONG = "x" * (2 * HOLD_CHARACTERS)
 
 
@@ -34,10 +37,10 @@ def said(message):
 
 def new(family, **kwargs):
     if family == "required":
-        return RequiredParser(NAMES, **kwargs)
+        return RequiredParser(TOOLS, **kwargs)
     if family == "named":
         return NamedParser("add")
-    return TOOL_PARSERS[family](NAMES, **kwargs)
+    return TOOL_PARSERS[family](TOOLS, **kwargs)
 
 
 def call(name="add", key="arguments", **arguments):
@@ -49,6 +52,34 @@ B = '{"name": "get_weather", "arguments": {"city": "Łódź \\"x\\" }"}}'
 PA = A.replace("arguments", "parameters")
 ARGS_A, ARGS_B = '{"a": 1}', '{"city": "Łódź \\"x\\" }"}'
 CALL_A, CALL_B = ("add", ARGS_A), ("get_weather", ARGS_B)
+
+# One call of `add`, in families whose calls are not objects with a name.
+PARAMETER = "<parameter=a>\n1\n</parameter>\n"
+FUNCTION = f"<function=add>\n{PARAMETER}</function>\n"
+INVOKE = '<invoke name="add">\n<parameter name="a">1</parameter>\n</invoke>\n'
+KIMI_CALL = (
+    f"<|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>{ARGS_A}<|tool_call_end|>"
+)
+V31_CALL = f"<｜tool▁call▁begin｜>add<｜tool▁sep｜>{ARGS_A}<｜tool▁call▁end｜>"
+V3_CALL = (
+    f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{ARGS_A}\n```<｜tool▁call▁end｜>"
+)
+OTHERS = {
+    "qwen3_coder": f"<tool_call>\n{FUNCTION}</tool_call>",
+    "seed_oss": f"<seed:tool_call>\n{FUNCTION}</seed:tool_call>",
+    "glm45": "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+    "minimax_m2": f"<minimax:tool_call>\n{INVOKE}</minimax:tool_call>",
+    "kimi_k2": f"<|tool_calls_section_begin|>{KIMI_CALL}<|tool_calls_section_end|>",
+    "deepseek_v3": f"<｜tool▁calls▁begin｜>{V3_CALL}<｜tool▁calls▁end｜>",
+    "deepseek_v31": f"<｜tool▁calls▁begin｜>{V31_CALL}<｜tool▁calls▁end｜>",
+}
+
+
+def bad(family, old, new):
+    """An example that is no call."""
+    text = OTHERS[family].replace(old, new, 1)
+    return family, text, text, []
+
 
 # (family, text, content, calls)
 EXAMPLES = [
@@ -115,6 +146,30 @@ EXAMPLES = [
     ("phi4_mini_json", f"functools[{A}]", "", [CALL_A]),
     ("phi4_mini_json", f"{A} functools", f"{A} functools", []),
     ("phi4_mini_json", "<|tool_call|>add", "<|tool_call|>add", []),
+    *((family, text, "", [CALL_A]) for family, text in OTHERS.items()),
+    *((f, f"Well.\n{t}\n{t}\n", "Well.\n", [CALL_A, CALL_A]) for f, t in OTHERS.items()),
+    *(bad(family, "add", "nobody") for family in OTHERS),
+    *((f, t[: t.index("1")], t[: t.index("1")], []) for f, t in OTHERS.items()),
+    ("qwen3_coder", FUNCTION, "", [CALL_A]),
+    ("qwen3_coder", FUNCTION.replace("</parameter>\n", ""), "", [CALL_A]),
+    (
+        "qwen3_coder",
+        FUNCTION.replace("</parameter>", PARAMETER.replace("=a", "=b")),
+        "",
+        [("add", '{"a": 1, "b": "1"}')],
+    ),
+    ("qwen3_coder", FUNCTION.replace(PARAMETER, ""), "", [("add", "{}")]),
+    bad("qwen3_coder", "=add", "=add "),
+    bad("qwen3_coder", "</parameter>", "</parameter>x"),
+    ("glm45", "<tool_call>add</tool_call>", "", [("add", "{}")]),
+    ("glm45", OTHERS["glm45"].replace("\n", ""), "", [CALL_A]),
+    bad("glm45", "<arg_value>", ""),
+    ("minimax_m2", INVOKE.replace("</parameter>", ""), "", [CALL_A]),
+    ("minimax_m2", f"<minimax:tool_call>{INVOKE}{INVOKE}Done", "\nDone", [CALL_A, CALL_A]),
+    ("kimi_k2", f"<|tool_calls_section_begin|>{KIMI_CALL}{KIMI_CALL}", "", [CALL_A, CALL_A]),
+    bad("kimi_k2", ":0", ""),
+    ("kimi_k2", f"<|tool_call_begin|>{LONG}{KIMI_CALL}", f"<|tool_call_begin|>{LONG}", [CALL_A]),
+    ("deepseek_v31", V31_CALL + V31_CALL, "", [CALL_A, CALL_A]),
     ("required", f"[{PA}]", "", [CALL_A]),
     ("required", f"[{PA}, {B.replace('arguments', 'parameters')}]", "", [CALL_A, CALL_B]),
     ("required", '[{"name": "add", "parameters": {"a": 1', "", [("add", '{"a": 1')]),
@@ -174,10 +229,15 @@ MARKERS = [
     "[CALL_ID]",
     "<|python_tag|>",
 ]
+MARKERS += [mark for parser in TOOL_PARSERS.values() for mark in parser.markers]
+MARKERS += ["<function=add>", "<parameter=a>", "</parameter>", "</function>", "```", "</invoke>"]
+MARKERS += ['<invoke name="add">', '<parameter name="a">', "functions.add:0", "add\n```json\n"]
 LONG_CALL = call(text=LONG)
 CUT_CALLS = [LONG_CALL[:-9], LONG_CALL[:-3] + "\n", call("nobody", text=LONG)]
 SMALL = ["[", "]", ",", ";", " ", "\n", "add", "Hello", "<", "{", "}", '"']
-snippets = st.sampled_from([A, B, PA, ARGS_A, LONG_CALL, *CUT_CALLS, *MALFORMED, *MARKERS, *SMALL])
+LONG_TAGS = [text.replace("1", LONG) for text in OTHERS.values()]
+WHOLE = [A, B, PA, ARGS_A, LONG_CALL, *OTHERS.values(), *LONG_TAGS]
+snippets = st.sampled_from([*WHOLE, *CUT_CALLS, *MALFORMED, *MARKERS, *SMALL])
 texts = st.lists(snippets, max_size=10).map("".join)
 shaped = st.one_of(
     texts,
@@ -191,7 +251,7 @@ def test_the_cuts_make_no_difference(family, text, bounds):
     whole = read(new(family), [text])
     assert said(read(new(family), pieces(text, bounds))) == said(whole)
     for call in whole.calls:
-        assert call.name in NAMES
+        assert call.name in TOOLS
 
 
 @given(st.sampled_from([*TOOL_PARSERS]), shaped)
@@ -264,6 +324,14 @@ def test_ids():
         ("{% if tools %}[TOOL_CALLS]", "mistral"),
         ("{% if tools %}<|python_tag|>", "llama3_json"),
         ("{% if tools %}<tool_call><function=", None),
+        ("{% if tools %}<tool_call><function=f><parameter=p>", "qwen3_coder"),
+        ("{% if tools %}<seed:tool_call><function=f><parameter=p>", "seed_oss"),
+        ("[gMASK]{% if tools %}<tool_call>f<arg_key>k</arg_key><arg_value>", "glm45"),
+        ('<minimax:tool_call>{% if tools %}<invoke name="f"><parameter name="p">', "minimax_m2"),
+        ("{% if tools %}<tool_call><invoke name=", None),
+        ("{% if tools %}<|tool_calls_section_begin|><|tool_call_argument_begin|>", "kimi_k2"),
+        ("{% if tools %}<｜tool▁call▁begin｜>f<｜tool▁sep｜>n\n```json", "deepseek_v3"),
+        ("{% if tools %}<｜tool▁call▁begin｜>n<｜tool▁sep｜>", "deepseek_v31"),
         ("{% if message['tools'] %}<|tool|><|/tool|>", "phi4_mini_json"),
         ("[gMASK]{% if tools %}{{ item.metadata }}", "glm4"),
         ("{% if tools %}", None),
