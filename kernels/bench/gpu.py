@@ -1,20 +1,32 @@
-"""Everything that is measured on a GPU, in one go: `python kernels/bench/gpu.py OUTPUT`.
+"""All that is measured on a GPU, in two commands: `python kernels/bench/gpu.py OUTPUT 1`, then 2.
 
-In order, each with a limit, and a log in OUTPUT of its own: the tests of the GPU, the kernels'
-table, an engine without HTTP, the same engine behind HTTP under load, and transformers on the same
-shape. A step that fails or hangs does not keep the next from running, and whatever it started is
-ended with it. `summary.txt` is written after each step.
+Steps come in the order of what is least known: in part 1 the tests of the GPU, an engine without
+HTTP, the same engine behind HTTP under load; in part 2 the kernels' table, throughput, and
+transformers on the same shape. Each has a limit, and the command has one; a step that fails or
+hangs does not keep the next from running, and whatever it started is ended with it.
+
+OUTPUT holds a few files, written as things happen, so that nothing is lost with a machine:
+
+    log.txt        all that the steps say, and so does the terminal
+    tests.jsonl    each test, when it has ended; its failure stands in the log
+    kernels.json   each row of the table, when it has been timed; kernels.md the table
+    results.jsonl  what the other steps measured, each when it has ended
+    summary.txt    after each step
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,26 +34,41 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/kernels", "tests/models", "tests/runner")  # the others know nothing of a device
+# Those that know of a device; first what no card has run to its end.
+TESTS = (
+    "tests/runner/cuda",
+    "tests/kernels/test_adapters.py",
+    "tests/kernels/test_triton_moe.py",
+    "tests/kernels/test_triton_attention.py",
+    "tests/runner/test_gpu_memory.py",
+    "tests/kernels",
+    "tests/models",
+    "tests/runner",
+)
 _POLL_S = 0.2
-_SUMMARY_LINES = {"tests": 12, "kernels": 4, "latency": 10, "throughput": 8, "serve": 14, "peer": 8}
+_SUMMARY_LINES = {"tests": 30, "kernels": 4, "latency": 10, "throughput": 8, "serve": 14, "peer": 8}
 _LIMITS = {
-    "tests": 240.0,
-    "kernels": 150.0,
-    "latency": 120.0,
-    "throughput": 120.0,
-    "serve": 200.0,
-    "peer": 120.0,
+    "tests": 200.0,
+    "latency": 90.0,
+    "serve": 150.0,
+    "kernels": 140.0,
+    "throughput": 70.0,
+    "peer": 70.0,
 }
+# A machine that is lent for 15 minutes, two commands of 10 at most, and what its start takes.
+PARTS = {1: ("tests", "latency", "serve"), 2: ("kernels", "throughput", "peer")}
+_GRACE_S = 5.0  # for a process to end when it is asked to
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the steps run on."""
+    """What the steps run on. ``work`` is for what nobody will look at."""
 
     output: Path
+    work: Path
     shape: str
     device: str | None
     engine_flags: tuple[str, ...]
@@ -52,11 +79,11 @@ class Plan:
     output_len: int
     batch_sizes: tuple[int, ...]
     limits: dict[str, float] = field(default_factory=lambda: dict(_LIMITS))
-    grace_s: float = 5.0  # for a process to end when it is asked to
+    grace_s: float = _GRACE_S
 
     @property
     def model(self) -> Path:
-        return self.output / self.shape
+        return self.work / self.shape
 
     def engine(self) -> list[str]:
         """Flags of the engine: random weights in the shape."""
@@ -69,13 +96,13 @@ class StepError(Exception):
 
 
 class Step:
-    """One step's processes and its log. `left` is what remains of its time."""
+    """One step's processes and what they say. `left` is what remains of its time."""
 
-    def __init__(self, plan: Plan, name: str) -> None:
+    def __init__(self, plan: Plan, name: str, limit_s: float | None = None) -> None:
         self.plan = plan
-        self.log = plan.output / f"{name}.log"
-        self.log.write_bytes(b"")
-        self._end = time.monotonic() + plan.limits[name]
+        self.name = name
+        self.lines: list[str] = []
+        self._end = time.monotonic() + (plan.limits[name] if limit_s is None else limit_s)
 
     @property
     def left(self) -> float:
@@ -92,33 +119,57 @@ class Step:
             raise StepError(f"ended with {status}")
 
     @contextmanager
-    def started(self, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    def started(self, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         """A process in a group of its own, which is ended on the way out."""
-        with self.log.open("ab") as log:
-            log.write(f"$ {' '.join(command)}\n".encode())
-            log.flush()
-            process = subprocess.Popen(
-                list(command),
-                cwd=ROOT,
-                env=environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.say(f"$ {' '.join(command)}")
+        process = subprocess.Popen(
+            list(command),
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        reader = threading.Thread(target=self._listen, args=(process.stdout,), daemon=True)
+        reader.start()
         try:
             yield process
         finally:
             end_group(process, self.plan.grace_s)
+            reader.join(self.plan.grace_s)  # what left the group may hold the pipe
+
+    def _listen(self, said: IO[str]) -> None:
+        with said:
+            for line in said:
+                self.say(line.rstrip("\n"))
+
+    def say(self, line: str) -> None:
+        """Tells the terminal and the log."""
+        self.lines.append(line)
+        with (self.plan.output / "log.txt").open("a") as log:
+            log.write(f"{self.name}| {line}\n")
+        print(line[:1000], flush=True)
+
+    def keep(self, file: Path, name: str) -> None:
+        """Adds what a command measured to the results, if it came so far."""
+        if file.exists():
+            with (self.plan.output / "results.jsonl").open("a") as results:
+                results.write(json.dumps({name: json.loads(file.read_text())}) + "\n")
 
 
 def environment() -> dict[str, str]:
-    """The checkout first on the path, nothing from outside."""
-    parts = [str(ROOT / part) for part in (".", "kernels", "loadtest")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(parts), "HF_HUB_OFFLINE": "1"}
+    """The checkout first on the path, nothing from outside; what is said is said at once."""
+    parts = [str(ROOT / part) for part in (".", "kernels", "kernels/bench", "loadtest")]
+    parts += filter(None, [os.environ.get("PYTHONPATH")])
+    said = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(parts), **said}
 
 
-def end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
+def end_group(process: subprocess.Popen[Any], grace_s: float) -> None:
     """Ends a process and all that it started: asked first, then killed."""
     for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
         if process.poll() is None or number is signal.SIGKILL:
@@ -134,37 +185,68 @@ def end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def run_tests(step: Step) -> None:
-    command = [sys.executable, "-m", "pytest", *TESTS, "-m", "gpu", "-q", *step.plan.test_flags]
-    command += [
-        "-p",
-        "no:benchmark",
-    ]  # if it is there, it warns of workers, and warnings are errors
+    told = step.plan.output / "tests.jsonl"
+    command = [sys.executable, "-m", "pytest", *TESTS, "-m", "gpu", "-q", "--tb=short"]
+    command += ["-p", "tell_failures", "--tell-to", str(told), *step.plan.test_flags]
+    command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # it warns of workers
     if importlib.util.find_spec("xdist") is not None and "-n" not in command:
-        command += ["-n", "12"]
-    step.run(command)
+        command += ["-n", str(min(14, os.cpu_count() or 1))]
+    with compiling(step):
+        step.run(command)
+
+
+@contextmanager
+def compiling(step: Step) -> Iterator[None]:
+    """Meanwhile the table's kernels are compiled, by making the table: Triton keeps them on disk.
+
+    What is measured and tuned beside the tests is worth nothing, and kept nowhere.
+    """
+    kept = environment()
+    cache = kept.get("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+    process = subprocess.Popen(
+        kernels_command(step.plan, step.left),
+        cwd=ROOT,
+        env=kept | {"HOME": str(step.plan.work), "TRITON_CACHE_DIR": cache},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        end_group(process, step.plan.grace_s)
+
+
+def kernels_command(plan: Plan, seconds: float) -> list[str]:
+    command = [sys.executable, "kernels/bench/run.py", *plan.kernel_flags]
+    return [*command, "--limit", f"{0.95 * seconds:.0f}"]
 
 
 def run_kernels(step: Step) -> None:
     output = step.plan.output
-    command = [sys.executable, "kernels/bench/run.py", *step.plan.kernel_flags]
-    command += ["--markdown", str(output / "kernels.md"), "--json", str(output / "kernels.json")]
-    step.run([*command, "--limit", f"{0.95 * step.left:.0f}"])
+    command = kernels_command(step.plan, step.left)
+    step.run([*command, "--markdown", f"{output}/kernels.md", "--json", f"{output}/kernels.json"])
 
 
 def run_latency(step: Step) -> None:
-    plan = step.plan
-    command = [sys.executable, "-m", "streamserve", "bench", "latency", *plan.engine()]
-    command += ["--batch-size", *map(str, plan.batch_sizes)]
-    command += ["--input-len", str(plan.input_len), "--output-len", str(plan.output_len)]
-    step.run([*command, "--json", str(plan.output / "latency.json")])
+    measure(step, "latency", ["--batch-size", *map(str, step.plan.batch_sizes)])
 
 
 def run_throughput(step: Step) -> None:
-    plan = step.plan
-    command = [sys.executable, "-m", "streamserve", "bench", "throughput", *plan.engine()]
-    command += ["--num-requests", str(4 * max(plan.batch_sizes)), "--spread", "0.5"]
+    requests = str(4 * max(step.plan.batch_sizes))
+    measure(step, "throughput", ["--num-requests", requests, "--spread", "0.5"])
+
+
+def measure(step: Step, what: str, flags: Sequence[str]) -> None:
+    """One of the benches that need no server."""
+    plan, found = step.plan, step.plan.work / f"{what}.json"
+    command = [sys.executable, "-m", "streamserve", "bench", what, *plan.engine(), *flags]
     command += ["--input-len", str(plan.input_len), "--output-len", str(plan.output_len)]
-    step.run([*command, "--json", str(plan.output / "throughput.json")])
+    try:
+        step.run([*command, "--json", str(found)])
+    finally:
+        step.keep(found, what)
 
 
 def run_serve(step: Step) -> None:
@@ -183,35 +265,40 @@ def run_serve(step: Step) -> None:
             load += ["--tokenizer", str(plan.model), "--clients", str(streams)]
             load += ["--conversations", "2", "--prompt-tokens", str(plan.input_len)]
             load += ["--output-tokens", str(plan.output_len)]
+            found = plan.work / f"serve-{streams}.json"
             try:
-                step.run([*load, "--json", str(plan.output / f"serve-{streams}.json")])
+                step.run([*load, "--json", str(found)])
             except StepError as error:
                 failed.append(f"{streams} streams: {error}")
+            finally:
+                step.keep(found, f"serve-{streams}")
     if failed:
         raise StepError("; ".join(failed))
 
 
 def run_peer(step: Step) -> None:
-    plan = step.plan
+    plan, found = step.plan, step.plan.work / "peer.json"
     command = [sys.executable, "kernels/bench/transformers_peer.py", str(plan.model)]
     command += ["--batch-size", *map(str, plan.batch_sizes)]
     command += ["--input-len", str(plan.input_len), "--output-len", str(plan.output_len)]
-    command += ["--limit", f"{0.6 * step.left:.0f}", "--json", str(plan.output / "peer.json")]
-    step.run([*command, "--device", plan.device] if plan.device else command)
+    command += ["--limit", f"{0.6 * step.left:.0f}", "--json", str(found)]
+    try:
+        step.run([*command, "--device", plan.device] if plan.device else command)
+    finally:
+        step.keep(found, "peer")
 
 
 STEPS: dict[str, Callable[[Step], None]] = {
     "tests": run_tests,
-    "kernels": run_kernels,
     "latency": run_latency,
-    "throughput": run_throughput,
     "serve": run_serve,
+    "kernels": run_kernels,
+    "throughput": run_throughput,
     "peer": run_peer,
 }
-_DEFAULT_STEPS = ("tests", "kernels", "latency", "serve")
 
 
-def wait_until_ready(server: subprocess.Popen[bytes], url: str, seconds: float) -> None:
+def wait_until_ready(server: subprocess.Popen[str], url: str, seconds: float) -> None:
     """Raises StepError if the server ends, or does not answer in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -232,44 +319,61 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def run_all(plan: Plan, names: Sequence[str]) -> int:
-    """Runs the steps in the order of `STEPS`; returns how many failed."""
+def run_all(plan: Plan, names: Sequence[str], seconds: float = float("inf")) -> int:
+    """Runs the steps in the order of `STEPS`, all of them in ``seconds``; returns how many failed.
+
+    A step gets what is left where that is less than its limit; none is begun in the last seconds.
+    """
+    end = time.monotonic() + seconds
     made = [sys.executable, "tools/make_checkpoint.py", plan.shape, str(plan.model)]
     subprocess.run([*made, "--config-only"], cwd=ROOT, env=environment(), check=True)
     summary: list[str] = []
     num_failed = 0
     for name in (name for name in STEPS if name in names):
-        print(f"{name}: at most {plan.limits[name]:g} s", flush=True)
-        step, started = Step(plan, name), time.monotonic()
+        limit = min(plan.limits[name], end - time.monotonic() - 2 * plan.grace_s)
+        print(f"{name}: at most {limit:.0f} s", flush=True)
+        step, started = Step(plan, name, limit), time.monotonic()
         try:
+            if limit <= 0:
+                raise StepError("there was no time left")
             STEPS[name](step)
             verdict = "done"
         except Exception as error:
             verdict = f"FAILED: {error}"
             num_failed += 1
         heading = f"{name}: {verdict} ({time.monotonic() - started:.0f} s)"
-        summary += [heading, *(f"    {line}" for line in last_lines(step.log, name)), ""]
+        summary += [heading, *(f"    {line}" for line in last_lines(step.lines, name)), ""]
         (plan.output / "summary.txt").write_text("\n".join(summary))
         print(heading, flush=True)
     print("\n" + "\n".join(summary), flush=True)
     return num_failed
 
 
-def last_lines(log: Path, name: str) -> list[str]:
-    """The end of a log, which is where each step says what came of it."""
-    lines = log.read_text(errors="replace").splitlines()
-    return [line[:240] for line in lines if line.strip()][-_SUMMARY_LINES[name] :]
+def last_lines(said: Sequence[str], name: str) -> list[str]:
+    """The end of what a step said, which is where each says what came of it."""
+    return [line[:240] for line in said if line.strip()][-_SUMMARY_LINES[name] :]
+
+
+def described(plan: Plan, names: Sequence[str], seconds: float) -> str:
+    """What would be run, and how long it may take."""
+    chosen = [name for name in STEPS if name in names]
+    total = sum(plan.limits[name] for name in chosen)
+    lines = [f"{name:12}at most {plan.limits[name]:4.0f} s" for name in chosen]
+    lines += [f"{'together':12}at most {min(total, seconds):4.0f} s", ""]
+    lines += [f"model        {plan.shape}", f"streams      {plan.streams}"]
+    return "\n".join([*lines, f"tests        {' '.join(TESTS)}"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     # What ends this process ends what it has started, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    output = args.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    names = PARTS[args.part] if args.steps is None else args.steps
     limits = {name: args.scale_limits * limit for name, limit in _LIMITS.items()}
+    work = Path(tempfile.mkdtemp(prefix="gpu-bench-"))
     plan = Plan(
-        output=output,
+        output=args.output.resolve(),
+        work=work,
         shape=args.shape,
         device=args.device,
         engine_flags=tuple(args.engine_flags.split()),
@@ -281,23 +385,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_sizes=tuple(args.batch_size),
         limits=limits | {name: float(seconds) for name, seconds in args.limit},
     )
-    return 1 if run_all(plan, args.steps) else 0
+    try:
+        if args.list:
+            print(described(plan, names, args.seconds))
+            return 0
+        plan.output.mkdir(parents=True, exist_ok=True)
+        return 1 if run_all(plan, names, args.seconds) else 0
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("output", type=Path, help="a directory for logs and results")
+    made.add_argument("part", type=int, nargs="?", choices=PARTS, default=1, help="(default: 1)")
+    made.add_argument("--list", action="store_true", help="say what would be run, and run nothing")
+    made.add_argument("--steps", nargs="+", choices=STEPS, help="these, and not a part's")
     made.add_argument(
-        "--steps",
-        nargs="+",
-        choices=STEPS,
-        default=_DEFAULT_STEPS,
-        help=f"(default: {' '.join(_DEFAULT_STEPS)})",
+        "--seconds", type=float, default=570.0, metavar="S", help="of the whole command"
     )
     made.add_argument("--shape", default="llama-8b", help="of tools/make_checkpoint.py")
     made.add_argument("--device", help="for every step but the tests (default: each one's own)")
     made.add_argument("--engine-flags", default="", metavar="'FLAGS'", help="of the engine")
-    made.add_argument("--kernel-flags", default="", metavar="'FLAGS'", help="of run.py")
+    made.add_argument("--kernel-flags", default="--quick", metavar="'FLAGS'", help="of run.py")
     made.add_argument("--test-flags", default="", metavar="'FLAGS'", help="of pytest")
     made.add_argument("--batch-size", type=int, nargs="+", default=[1, 64], metavar="N")
     made.add_argument("--streams", type=int, nargs="+", default=[64, 256], metavar="N")

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 def plan(tmp_path: Path) -> gpu.Plan:
     return gpu.Plan(
         output=tmp_path,
+        work=tmp_path,
         shape="tiny",
         device=None,
         engine_flags=(),
@@ -46,6 +47,7 @@ def is_running(pid: int) -> bool:
 def test_a_failing_step_does_not_keep_the_next_from_running(plan, monkeypatch, capsys):
     steps = {
         "tests": lambda step: step.run(python("print('two failed'); raise SystemExit(3)")),
+        "latency": lambda step: pytest.fail("is not asked for"),
         "kernels": lambda step: step.run(python("print('all rows')")),
     }
     monkeypatch.setattr(gpu, "STEPS", steps)
@@ -54,7 +56,7 @@ def test_a_failing_step_does_not_keep_the_next_from_running(plan, monkeypatch, c
     assert "tests: FAILED: ended with 3" in summary
     assert "    two failed" in summary
     assert summary.index("kernels: done") > summary.index("two failed")
-    assert "all rows" in (plan.output / "kernels.log").read_text()
+    assert "kernels| all rows" in (plan.output / "log.txt").read_text()
     assert summary in capsys.readouterr().out
 
 
@@ -80,6 +82,42 @@ signal.pause()
         time.sleep(0.01)
 
 
+def test_no_step_is_begun_when_the_time_is_up(plan, monkeypatch):
+    steps = {"tests": lambda step: step.run(python("pass")), "kernels": lambda step: None}
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    assert gpu.run_all(plan, list(steps), seconds=0.0) == 2
+    assert "kernels: FAILED: there was no time left" in (plan.output / "summary.txt").read_text()
+
+
+def test_the_parts_fit_their_commands_and_the_machine():
+    assert sorted(name for names in gpu.PARTS.values() for name in names) == sorted(gpu.STEPS)
+    limits = [sum(gpu._LIMITS[name] for name in names) for names in gpu.PARTS.values()]
+    default = gpu.parser().parse_args(["out"]).seconds
+    assert max(limits) <= default <= 600 - 2 * gpu._GRACE_S
+    assert sum(limits) <= 15 * 60 - 2 * 90  # two starts of a machine
+
+
+def test_a_failing_test_is_told_at_once(plan, tmp_path, monkeypatch, capsys):
+    """With its traceback, and before the run has ended."""
+    failing = tmp_path / "test_two.py"
+    failing.write_text("""
+import os, signal
+def test_wrong():
+    assert [1] == [2]
+def test_that_ends_everything():
+    os.killpg(0, signal.SIGKILL)
+""")
+    monkeypatch.setattr(gpu, "TESTS", (str(failing),))
+    monkeypatch.setattr(gpu, "kernels_command", lambda plan, seconds: python("pass"))
+    flags = ("-n", "0", "-m", "not soak")
+    with pytest.raises(gpu.StepError, match="ended with -9"):
+        gpu.run_tests(gpu.Step(replace(plan, test_flags=flags), "tests", 120.0))
+    [line] = (plan.output / "tests.jsonl").read_text().splitlines()
+    assert json.loads(line)["outcome"] == "failed"
+    assert "assert [1] == [2]" in (plan.output / "log.txt").read_text()
+    assert "assert [1] == [2]" in capsys.readouterr().out
+
+
 def test_a_server_that_dies_while_starting_is_not_waited_for(plan):
     step = gpu.Step(plan, "serve")
     with step.started(python("raise SystemExit(7)")) as server:
@@ -101,7 +139,11 @@ def test_the_whole_command_on_a_cpu(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("kernels", "latency", "throughput", "serve"):
         assert f"{name}: done" in result.stdout
+    assert len(list(tmp_path.iterdir())) <= 6  # few enough to be brought back
     assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == 2
-    assert len(json.loads((tmp_path / "latency.json").read_text())["results"]) == 1
-    [load] = json.loads((tmp_path / "serve-3.json").read_text())["summaries"]
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    measured = {name: value for line in lines for name, value in json.loads(line).items()}
+    assert list(measured) == ["latency", "serve-3", "throughput"]
+    assert len(measured["latency"]["results"]) == 1
+    [load] = measured["serve-3"]["summaries"]
     assert (load["requests"], load["errors"]) == (6, 0)

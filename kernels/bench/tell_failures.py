@@ -1,0 +1,44 @@
+"""A pytest plugin: a failure is told when it happens, and every test leaves a line in a file.
+
+`pytest -p tell_failures --tell-to FILE`. A run that is ended early has lost nothing then.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tell-to", type=Path, default=None, help="a JSON line for each test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # xdist's workers report to the process that is told
+        config.pluginmanager.register(_Teller(config), "tell-failures")
+
+
+class _Teller:
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._file: Path | None = config.getoption("--tell-to")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        if self._file is not None:
+            told = {
+                "test": report.nodeid,
+                "outcome": report.outcome,
+                "s": round(report.duration, 2),
+            }
+            with self._file.open("a") as file:
+                file.write(json.dumps(told) + "\n")
+        if report.failed:
+            terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+            terminal.ensure_newline()
+            terminal.write_line(f"FAILED {report.nodeid} ({report.when})")
+            terminal.write_line(report.longreprtext)
+            terminal.write_line("", flush=True)
