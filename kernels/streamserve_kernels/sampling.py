@@ -22,6 +22,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from streamserve_kernels.uploads import upload
+
 MIN_TEMPERATURE = 1e-5  # below it a row is greedy
 MIN_LOGPROB = -9999.0  # stands for minus infinity
 IN_PROMPT = 1 << 30  # this bit of a count; the lower ones count what was generated
@@ -97,8 +99,9 @@ def set_tokens(counts: Tensor, row: int, prompt_ids: Tensor, output_ids: Tensor)
     in_prompt = torch.zeros_like(ids)
     in_prompt.scatter_add_(0, places[: len(prompt)], torch.ones_like(prompt))
     values = occurrences - in_prompt + IN_PROMPT * (in_prompt > 0)
-    counts[row].zero_()
-    counts[row, ids.to(counts.device)] = values.to(counts.device, counts.dtype)
+    mine = counts[row]
+    mine.zero_()
+    mine.index_copy_(0, upload(ids, counts.device), upload(values.to(counts.dtype), counts.device))
 
 
 def pack_mask(mask: bytes, vocab_size: int) -> Tensor:

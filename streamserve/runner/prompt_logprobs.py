@@ -16,6 +16,7 @@ from torch import Tensor
 
 from streamserve.core.plan import NewRequest, PromptLogprobs, SchedulerOutput, TokenLogprobs
 from streamserve.models.batch import ForwardBatch, KVCache
+from streamserve_kernels.uploads import upload
 
 _LOGITS_BYTES = 32 * 2**20  # of the rows at hand; their exponentials take as much for a moment
 _MIN_LOGPROB = -9999.0  # as the sampler's
@@ -129,8 +130,8 @@ def find_logprobs(
     """
     device = hidden_states.device
     places = chain.from_iterable(range(r.first_row, r.first_row + len(r.targets)) for r in rows)
-    indices = torch.tensor(list(places)).to(device)
-    targets = torch.tensor(list(chain.from_iterable(r.targets for r in rows))).to(device)
+    indices = upload(torch.tensor(list(places)), device)
+    targets = upload(torch.tensor(list(chain.from_iterable(r.targets for r in rows))), device)
     num_top = min(max(r.num_logprobs for r in rows), vocab_size)
     chunk = max([size for size in sizes if 4 * size * vocab_size <= _LOGITS_BYTES] or sizes[:1])
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []

@@ -16,6 +16,7 @@ from streamserve.core.plan import (
     ScheduledRequest,
     SchedulerOutput,
 )
+from streamserve.core.pooling import Pooling
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.step_time import StepProfile, StepShape, shape_of
 from streamserve.runner.memory import MemoryPlan
@@ -35,6 +36,14 @@ _PARAMS = (
     SamplingParams(temperature=0.0, logprobs=20),
 )
 _GREEDY = _PARAMS[:1]
+_EXTRAS = (
+    SamplingParams(bad_words=("a word",), bad_word_ids=((0, 1),)),
+    SamplingParams(prompt_logprobs=20),
+    *(
+        SamplingParams(pooling=Pooling(kind=kind, normalize=normalize))
+        for kind, normalize in (("last", True), ("mean", True), ("mean", False))
+    ),
+)
 # The allocator settles when it has seen many orders of sizes: cheap with a small model.
 _MIN_MIXED_STEPS, _MAX_MIXED_STEPS, _MIXED_SECONDS = 8, 48, 1.0
 # torch takes keys 512 at a time: what is left over is one to four whole multiples.
@@ -144,6 +153,17 @@ class WarmUp:
         """Runs every way through the sampler, on all seats."""
         for params in _PARAMS:
             self._step(self._decodes(self._max_seqs), (params,))
+        self._step([], ())
+
+    def run_extras(self) -> None:
+        """Runs what only a few requests ask for, since a device loads kernels at their first call.
+
+        Words of several tokens that must not come, vectors of prompts, logprobs of prompts.
+        """
+        size = max(min(4, self._longest - 1, self._max_tokens // 4), 1)
+        for params in _EXTRAS:
+            self._step([(0, size)], (params,))
+            self._step([(1, size)], (params,))
         self._step([], ())
 
     def run_full_steps(self) -> None:

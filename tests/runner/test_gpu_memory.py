@@ -105,16 +105,18 @@ def test_what_is_planned_is_there(total, others, weights, step, utilization, req
     assert (others + weights) * GIB + step + found.kv_bytes <= utilization * total * GIB
 
 
-def test_graphs_keep_what_they_work_on():
-    step = StepBytes(largest=GIB, graphed=64 * MIB)
+def test_graphs_keep_what_they_work_on_and_share_the_logits():
     graphs = [StepKey(n, n, True, False) for n in (1, 8, 64)]
     none, few, many = (
-        step.reserve(max_num_seqs=64, logits_row_bytes=MIB, graphs=graphs[:count])
+        StepBytes(largest=GIB, graphed=64 * MIB if count else 0).reserve(
+            max_num_seqs=64, logits_row_bytes=MIB, graphs=graphs[:count]
+        )
         for count in (0, 1, 3)
     )
-    assert none >= GIB + 64 * 3 * MIB
-    assert few > none + MIB
-    assert many > few + 72 * MIB
+    # Logits, edited ones, and two rows of counts for each seat, beside what these were before.
+    assert none >= GIB + 64 * 5 * MIB
+    assert few > none + 64 * MIB
+    assert few < many < few + 64 * MIB  # not their rows of logits, which lie in one place
 
 
 @pytest.mark.parametrize(

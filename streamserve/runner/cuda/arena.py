@@ -91,7 +91,8 @@ def _adapter_fields(key: StepKey) -> list[tuple[str, type[np.generic], int]]:
     ]
 
 
-def _torch_dtype(dtype: type[np.generic]) -> torch.dtype:
+def torch_dtype(dtype: type[np.generic] | np.dtype[np.generic]) -> torch.dtype:
+    """Torch's name for it."""
     return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
@@ -169,7 +170,7 @@ class StepArena:
         layout = self._layout(key)
         views = {
             name: self._device[offset : offset + length * np.dtype(dtype).itemsize].view(
-                _torch_dtype(dtype)
+                torch_dtype(dtype)
             )
             for name, dtype, length, offset in layout.fields
         }

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from streamserve_kernels.uploads import upload
+
 _ANY, _NONE = -1, -2  # stands for every token, and for no token
 
 
@@ -31,10 +33,10 @@ class DeviceBadWords:
         ends = [[word[-1] == last for word in words] for last in self.last_ids]
         padded = ([_NONE] * reach + list(recent))[-reach:]
         biases = [logit_bias.get(last, 0.0) for last in self.last_ids]
-        self._prefixes = torch.tensor(prefixes).to(device)  # [W, K]
-        self._ends = torch.tensor(ends).to(device)  # [D, W]
-        self._recent = torch.tensor(padded).to(device)  # [K]
-        self._biases = torch.tensor(biases, dtype=torch.float32).to(device)  # [D]
+        self._prefixes = upload(torch.tensor(prefixes), device)  # [W, K]
+        self._ends = upload(torch.tensor(ends), device)  # [D, W]
+        self._recent = upload(torch.tensor(padded), device)  # [K]
+        self._biases = upload(torch.tensor(biases, dtype=torch.float32), device)  # [D]
 
     def values(self) -> Tensor:
         """Biases ``[D]`` float32 of ``last_ids`` for the next token."""

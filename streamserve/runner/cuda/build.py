@@ -138,6 +138,7 @@ def _warm_up(
     warm_up = WarmUp(runner, memory, max_num_batched_tokens, GPU_MEASURING)
     warm_up.run_ragged()
     warm_up.run_sampler()
+    warm_up.run_extras()
     executor.model = model
     warm_up.run_full_steps()
     logger.info("%d shapes met in %.1f s", len(keys), monotonic() - started)

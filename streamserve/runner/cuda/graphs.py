@@ -108,6 +108,7 @@ class StepExecutor:
             self._capture(key)
         except RuntimeError as error:
             logger.warning("%s runs without a CUDA graph: %s", key, error)
+            self._pool = None  # torch takes the one that failed for still being recorded to
         return bool(self._wanted)
 
     def capture_all(self) -> None:
@@ -157,8 +158,10 @@ class StepExecutor:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self.model.device)
         graph = torch.cuda.CUDAGraph()
+        # `torch.cuda.graph` stays on its stream when the capture fails.
+        here = torch.cuda.stream(torch.cuda.current_stream(self.model.device))
         # Other threads wait for events meanwhile: that must not spoil the capture.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with here, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = self.run_eagerly(key)
         torch.cuda.synchronize(self.model.device)
         self._graphs[key] = graph, result

@@ -135,6 +135,15 @@ class DeviceInputBatch:
             is_greedy=bool(self.rows.is_plain[rows.rows].all()),
         )
 
+    def step_failed(self, plan: SchedulerOutput) -> None:
+        """Takes what the plan would have sampled for drawn: the next one may refer to it already.
+
+        That one must not fail as well; its rows of these requests count for nothing.
+        """
+        for scheduled in plan.scheduled:
+            if scheduled.sample and scheduled.request_id in self.rows:
+                self._has_drawn[self.rows.row(scheduled.request_id)] = True
+
     def _remove(self, request_id: str) -> None:
         row = self.rows.remove(request_id)
         if row is not None:

@@ -28,8 +28,10 @@ from streamserve_kernels.adapters import AdapterRows, StepAdapters
 _NUM_BLOCKS = 4
 # Attention over more keys than these needs no more memory, only time.
 _LONGEST_CONTEXT = 8192
-# Penalties, probabilities and a copy, each as large as the logits in float32.
-_LOGITS_COPIES = 3
+# As large as the logits of all seats in float32: the logits themselves, a copy that is edited, the
+# penalties' table of two rows for each seat, the smaller one that it was before, and the sampler's
+# lists of candidates.
+_LOGITS_COPIES = 6
 # What a captured graph of some hundred kernels takes beside the tensors that it works on.
 _GRAPH_BYTES = 8 * MIB
 # Work spaces of cuBLAS on further streams, kernels that are loaded at their first call.
@@ -63,9 +65,8 @@ class StepBytes:
         A row of logits has ``logits_row_bytes`` in float32.
         """
         sampling = _LOGITS_COPIES * max_num_seqs * logits_row_bytes
-        # As if each kept its logits, though they share one place as they share all the rest.
-        captured = sum(_GRAPH_BYTES + key.num_seqs * logits_row_bytes for key in graphs)
-        return self.largest + sampling + captured + self.graphed + _SLACK_BYTES
+        captured = self.graphed + _GRAPH_BYTES * len(graphs)
+        return self.largest + sampling + captured + _SLACK_BYTES
 
 
 def read_gpu(device: torch.device) -> GpuReading:

@@ -43,6 +43,7 @@ from streamserve.runner.prompt_logprobs import (
 from streamserve.runner.step_calls import SampleCall, StepCalls, step_output
 from streamserve.runner.step_errors import step_error
 from streamserve_kernels import Kernels
+from streamserve_kernels.uploads import upload
 
 _T = TypeVar("_T")
 
@@ -194,6 +195,7 @@ class CudaModelRunner:
             step = self._forward(plan)
         except Exception as error:
             failed = error
+            self._batch.step_failed(plan)
         call = self._calls.sample_calls.get()
         if call is None:
             return False
@@ -255,7 +257,7 @@ class CudaModelRunner:
         return _Extras(prompts, pooled)
 
     def _copy_blocks(self, copies: list[BlockCopy]) -> None:
-        pairs = torch.tensor(copies, dtype=torch.int64).t().contiguous().to(self._device)
+        pairs = upload(torch.tensor(copies, dtype=torch.int64).t().contiguous(), self._device)
         self._kernels.copy_blocks(self._flat_caches, pairs[0], pairs[1])
 
     def _draw(self, step: DeviceStep | None, masks: Mapping[str, bytes] | None) -> Drawn | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from streamserve.core.plan import NewRequest, TokenLogprobs
 from streamserve.runner.bad_words import outputs_before
+from streamserve.runner.cuda.arena import torch_dtype
 from streamserve.runner.cuda.bad_words import DeviceBadWords
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
 from streamserve.runner.logits_edits import LogitsEdits
@@ -76,6 +78,7 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         self._device = device
         self._pins = device.type == "cuda"
+        self._max_rows = 2 * max_rows  # of live requests: see `DeviceInputBatch`
         self._results = [self._pinned((max_rows,), torch.int64) for _ in range(_NUM_RESULTS)]
         self._turn = 0
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
@@ -191,22 +194,26 @@ class DeviceSampler:
             lengths[at + 1] = len(ids)
         in_order = [added[at] for at in sorted(added)]
         starts = lengths.cumsum(dtype=np.int32)
-        bias_values = self._to_device(_joined([values for _, values in in_order], np.float32))
+        bias_start, bias_ids, bias_values, mask_rows, mask_words = self._to_device(
+            starts,
+            _joined([ids for ids, _ in in_order], np.int32),
+            _joined([values for _, values in in_order], np.float32),
+            *self._masks(step, batch, masks, count),
+        )
         for at, words in bad_words.items():
             end = int(starts[at + 1])
             bias_values[end - len(words.last_ids) : end] = words.values()
-        masks_of_rows, mask_words = self._masks(step, batch, masks, count)
         return LogitsEditTensors(
             rows=inputs.count_rows,
             counts=self._counts if len(self._counts) else self._nothing,
             repetition=inputs.repetition_penalty,
             presence=inputs.presence_penalty,
             frequency=inputs.frequency_penalty,
-            bias_start=self._to_device(starts),
-            bias_ids=self._to_device(_joined([ids for ids, _ in in_order], np.int32)),
+            bias_start=bias_start,
+            bias_ids=bias_ids,
             bias_values=bias_values,
-            mask_rows=masks_of_rows,
-            masks=mask_words,
+            mask_rows=mask_rows,
+            masks=mask_words if mask_words.numel() else self._nothing,
         )
 
     def _masks(
@@ -215,16 +222,16 @@ class DeviceSampler:
         batch: DeviceInputBatch,
         masks: Mapping[str, bytes] | None,
         count: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Each row's row of masks, and the masks: a grammar's, and where all is not allowed."""
         rows = np.full(count, -1, dtype=np.int32)
-        packed: list[Tensor] = []
+        packed: list[NDArray[np.int32]] = []
         for at, row, request_id in zip(
             step.logits_rows.tolist(), step.rows.rows.tolist(), step.rows.request_ids, strict=True
         ):
             edits = batch.edits.get(row)
             both = [
-                pack_mask(mask, self._vocab_size)
+                pack_mask(mask, self._vocab_size).numpy()
                 for mask in (
                     masks.get(request_id) if masks else None,
                     edits.allowed_mask if edits is not None else None,
@@ -234,13 +241,12 @@ class DeviceSampler:
             if both:
                 rows[at] = len(packed)
                 packed.append(both[0] & both[-1])
-        words = self._to_device(torch.stack(packed).numpy()) if packed else self._nothing
-        return self._to_device(rows), words
+        return rows, np.stack(packed) if packed else np.zeros((0, 1), dtype=np.int32)
 
     def _reserve(self, num_rows: int) -> None:
         old = self._counts
         if num_rows > len(old):
-            size = max(_FIRST_COUNT_ROWS, 2 * len(old))
+            size = min(max(_FIRST_COUNT_ROWS, 2 * len(old)), self._max_rows)
             self._counts = old.new_zeros((size, self._vocab_size))
             self._counts[: len(old)] = old
 
@@ -252,11 +258,20 @@ class DeviceSampler:
         on_host.copy_(values, non_blocking=True)
         return on_host
 
-    def _to_device(self, values: NDArray[np.generic]) -> Tensor:
-        on_host = torch.from_numpy(values)
-        if self._pins:
-            on_host = on_host.pin_memory()
-        return on_host.to(self._device, non_blocking=True)
+    def _to_device(self, *arrays: NDArray[np.generic]) -> list[Tensor]:
+        """One copy for all of them, each at 16 bytes: kernels are compiled for that."""
+        sizes = [-(-array.nbytes // 16) * 16 for array in arrays]
+        ends = list(accumulate(sizes))
+        on_host = self._pinned((ends[-1],), torch.uint8)
+        raw = on_host.numpy()
+        places = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        for array, place in zip(arrays, places, strict=True):
+            raw[place][: array.nbytes] = array.reshape(-1).view(np.uint8)
+        on_device = on_host.to(self._device, non_blocking=True)
+        return [
+            on_device[place][: array.nbytes].view(torch_dtype(array.dtype)).view(array.shape)
+            for array, place in zip(arrays, places, strict=True)
+        ]
 
 
 def _joined(parts: list[NDArray[np.generic]], dtype: type[np.generic]) -> NDArray[np.generic]:

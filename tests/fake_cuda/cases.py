@@ -1,0 +1,92 @@
+"""Checkpoints of every family and every kind of weights, tiny, in directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320,
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    """``native``: a config of `tests.models.native`, or of `foreign` through transformers.
+
+    ``packed``: a kind of `tests.models.packers`.
+    """
+
+    native: str | None = None
+    packed: str | None = None
+    flags: tuple[str, ...] = ()
+
+
+_DUMMY = ("--load-format", "dummy")
+_WITH_LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")
+NATIVES = (
+    "llama3", "qwen2-windows", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "gpt-j", "gpt-neox",
+    "falcon-7b", "falcon-rw", "bloom", "mixtral", "qwen2-moe", "qwen3-moe", "deepseek-moe",
+    "gpt-oss", "granite-moe", "phi3", "baichuan1-13b", "chatglm2", "glm", "qwen1", "smollm3",
+)  # fmt: skip
+FOREIGNERS = ("llama", "cohere2", "deepseek-v3", "olmo3", "olmoe", "nemotron", "granite", "gemma3n")
+PACKED = (
+    "gptq-4", "gptq-4-act-order", "gptq-3", "gptq-2-v2", "gptq-8", "awq", "squeezellm-4",
+    "squeezellm-3", "ct-int4", "ct-int8", "fp8-block", "fp8-tensor", "bnb-nf4", "bnb-int8",
+)  # fmt: skip
+GGUF = ("Q4_0", "Q4_K", "Q6_K", "Q3_K", "Q5_1", "Q8_0", "IQ4_NL")
+CASES: dict[str, Case] = {
+    "llama": Case(flags=(*_DUMMY, *_WITH_LORA)),
+    "llama-float32": Case(flags=(*_DUMMY, "--dtype", "float32")),
+    "llama-float16": Case(flags=(*_DUMMY, "--dtype", "float16")),
+    "llama-eager": Case(flags=(*_DUMMY, "--enforce-eager")),
+    "llama-fp8-cache": Case(flags=(*_DUMMY, "--kv-cache-dtype", "fp8", "--swap-space", "8MiB")),
+    **{
+        f"llama-{kind}": Case(flags=(*_DUMMY, "--quantization", kind))
+        for kind in ("int8", "int4", "fp8")
+    },
+    **{
+        f"moe-{kind}": Case("qwen2-moe", flags=("--quantization", kind)) for kind in ("int8", "fp8")
+    },
+    **{name: Case(name) for name in NATIVES},
+    **{f"transformers-{name}": Case(f"transformers-{name}") for name in FOREIGNERS},
+    **{kind: Case("stored", packed=kind) for kind in PACKED},
+    **{kind: Case("gguf", packed=kind) for kind in GGUF},
+}
+
+
+def make(case: Case, directory: Path) -> Path:
+    """Writes the checkpoint of a case; returns its path. Before the fake device is there."""
+    if case.native is None:
+        (directory / "config.json").write_text(json.dumps(LLAMA))
+        return directory
+    import transformers
+
+    from tests.models.random_model import random_model
+
+    if case.packed is not None:
+        sizes = {**LLAMA, "num_hidden_layers": 1}
+        sizes = {key: sizes[key] for key in sizes if key not in ("architectures", "model_type")}
+        model = random_model(transformers.LlamaConfig(**sizes))
+        if case.native == "gguf":
+            from tests.models.gguf_files import Kind, write_gguf
+            from tests.models.test_gguf import EPS, _sizes
+
+            values = {**_sizes(model.config), **EPS, "attention.head_count_kv": 2}
+            kind = Kind[case.packed]
+            write_gguf(directory / "m.gguf", model, "llama", values, kind=lambda name: kind)
+            return directory / "m.gguf"
+        from tests.models.test_stored_checkpoints import quantise
+
+        model.save_pretrained(directory)
+        quantise(directory, case.packed)
+        return directory
+    from tests.models.foreign import FOREIGN
+    from tests.models.native import NATIVE
+
+    name = case.native.removeprefix("transformers-")
+    random_model((NATIVE if name == case.native else FOREIGN)[name]()).save_pretrained(directory)
+    return directory

@@ -1,0 +1,95 @@
+"""The engine on a CUDA device that is not there: what its steps ask of it, counted.
+
+`python -m tests.fake_cuda` does the same for every family and every kind of weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+CASES = ("llama", "llama-int8", "llama-fp8-cache")
+# Copies to the device beside the one of the step's inputs; all of them from pinned memory, and
+# nobody waits for one. Of a step: blocks to copy, what edits its logits. Of a request, in its first
+# step: its history (2), its bad words (4), the prompt's tokens whose logprobs are asked for (2).
+MORE_COPIES = {
+    "prefixes": 1,
+    "logprobs": 1,
+    "penalties": 1 + 2 * 8,
+    "many_penalties": 1 + 2 * 8,
+    "biases": 1,
+    "bad_words": 1 + 4 * 8,
+    "masks": 1,
+    "prompt_logprobs": 2,
+    "preempted": 1,
+    "cancelled": 1,
+    "out_of_memory": 1,
+}
+COPIES_BACK = {"logprobs": 3, "prompt_logprobs": 4, "embeddings": 4}
+# With host memory for blocks: the indices of either direction and the blocks, in runs of rows; and
+# prompts that come again find blocks to copy.
+HOST_COPIES = {"llama-fp8-cache": 10}
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict]:
+    pytest.importorskip("triton")
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "kernels/bench"))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fake_cuda", *CASES],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {report["case"]: report for report in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.fixture(params=CASES)
+def report(request, reports) -> dict:
+    return reports[request.param]
+
+
+def test_nothing_went_wrong(report):
+    assert report["findings while building"] == {}
+    for name, scenario in report["scenarios"].items():
+        assert (name, scenario["error"], scenario["findings"]) == (name, None, {})
+        assert scenario["steps"] or name == "failed_capture"
+    assert report["graphs"] >= 9
+    assert report["closed"] == []
+
+
+def test_no_step_waits_and_each_has_one_copy_of_its_inputs(report):
+    for name, scenario in report["scenarios"].items():
+        for told in scenario["steps"]:
+            counts = json.loads(told)
+            assert not counts.keys() & {"blocking h2d", "blocking d2h", "wait"}, (name, counts)
+            more = HOST_COPIES.get(report["case"], 0)
+            assert counts.get("h2d", 0) <= 1 + more + MORE_COPIES.get(name, 0), (name, counts)
+            assert counts.get("d2h", 0) <= 1 + more + COPIES_BACK.get(name, 0), (name, counts)
+
+
+def test_the_host_waits_for_nothing_but_the_event_behind_each_step(report):
+    for name, scenario in report["scenarios"].items():
+        if name != "failed_capture":  # which waits for the device before and after
+            num_steps = sum(scenario["steps"].values())
+            assert scenario["waits"].keys() == {"streamserve-results: wait event"}, name
+            assert scenario["waits"]["streamserve-results: wait event"] <= num_steps
+
+
+def test_every_kernel_was_met_before_the_runner_was_ready(report):
+    for name, scenario in report["scenarios"].items():
+        assert (name, scenario["late"]) == (name, [])
+        # A sum that was begun in an earlier step is the one thing that no warm-up has.
+        assert set(scenario["late operations"]) <= {"aten::add_"}, name
+    assert report["compilations"] == 0
