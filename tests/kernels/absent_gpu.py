@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,10 @@ def num_compiled(kernel: Any) -> int:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers of a thread, bytes of its stack (spills), shared bytes of a program."""
+    """Registers of a thread, bytes of its stack (spills), shared bytes of a program.
+
+    `limited`: the launch asks for fewer registers than a thread can have.
+    """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -85,6 +89,7 @@ def resources(kernel: Any) -> dict[str, int]:
         "registers": int(used["REG"]),
         "stack": int(used["STACK"]),
         "shared": kernel.metadata.shared,
+        "limited": kernel.metadata.maxnreg is not None,
         "wgmma": wgmma,
         **(pace(kernel) if wgmma else {}),
     }
@@ -221,6 +226,21 @@ def sampling_calls() -> Iterator[Callable[[], object]]:
 
 
 def attention_calls() -> Iterator[Callable[[], object]]:
+    from streamserve_kernels import PrefixGroups
+    from streamserve_kernels.triton import attention, attention_plan
+
+    yield from planned_attention_calls()
+    planned = attention.plan
+    attention.plan = lambda *args: replace(
+        planned(*args), shared_apart=True, shared=attention_plan.Tiles(128, 64)
+    )
+    groups = PrefixGroups(*(ints(n) for n in (64, 2, 1)))
+    caches = [bf16(4, KV_HEADS, 64, SIZE) for _ in range(2)]
+    args = bf16(64, HEADS, SIZE), *caches, ints(64, 64), ints(64), ints(65)
+    yield lambda: attention.paged_attention(*args, scale=0.1, prefix_groups=groups, max_query_len=1)
+
+
+def planned_attention_calls() -> Iterator[Callable[[], object]]:
     from streamserve_kernels import PrefixGroups
     from streamserve_kernels.triton.attention import paged_attention
 

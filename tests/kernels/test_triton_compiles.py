@@ -37,7 +37,7 @@ def test_every_kernel_compiles_for_hopper_and_spills_little(parts):
     assert kernels
     for kernel in kernels:
         assert kernel["shared"] <= _SHARED_BYTES, kernel
-        assert kernel["stack"] <= 256, kernel
+        assert kernel["stack"] <= (512 if kernel["limited"] else 256), kernel
         if kernel["kernel"].endswith("split_kernel"):
             # Weights go from shared memory through registers, and products are not waited for.
             assert kernel["wgmma"], kernel

@@ -30,6 +30,8 @@ class Constants(NamedTuple):
     has_sinks: bool
     has_groups: bool
     has_chunks: bool
+    does_shared: bool  # this launch attends to shared prefixes
+    does_own: bool  # and to all else
     unscaled: bool  # scores are scaled in the exponent
     ieee: bool  # float32 operands are multiplied as such, not as TF32
     overlaps: bool  # see `runtime.overlaps`

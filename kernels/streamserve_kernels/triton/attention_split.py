@@ -86,11 +86,15 @@ def own_parts(
     at = program * share
     end = tl.minimum(at + share, total)
     request, passed = find(at, batch, rule, False, c)
+    prefix = tl.full([], 0, tl.int32)
+    if c.has_groups:
+        looked_up = prefix - 1  # the request whose prefix it is
     while at < end:
-        prefix = tl.full([], 0, tl.int32)
         if c.has_groups:
-            _, _, blocks = membership(request, batch)
-            prefix = blocks * c.block_size
+            if request != looked_up:
+                _, _, blocks = membership(request, batch)
+                prefix = blocks * c.block_size
+                looked_up = request
         first, count, length, start, key_tiles, row_tiles = own_work(
             request, request < batch.num_requests, prefix, batch, rule, c
         )
