@@ -38,8 +38,7 @@ REASONING_PARSERS = (
 )
 KV_CACHE_DTYPES = ("auto", "fp8")
 ONLY_ONE = {
-    "tensor_parallel_size": "several devices are not built yet",
-    "pipeline_parallel_size": "several devices are not built yet",
+    "pipeline_parallel_size": "--tensor-parallel-size divides every layer instead",
 }
 """Flags that may only say 1, and why."""
 
@@ -314,7 +313,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="only 1 so far",
+        help="divide every layer among N GPUs of this machine, or N processes on a CPU; N must "
+        "divide the model's heads and widths (default: %(default)s)",
     )
     group.add_argument(
         "--pipeline-parallel-size",
@@ -322,7 +322,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="only 1 so far",
+        help="only 1: --tensor-parallel-size divides a model",
     )
 
 

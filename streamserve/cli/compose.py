@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from streamserve.cli.args import model_name, scheduling_policy
-from streamserve.cli.device_flags import resolve_device_flags
+from streamserve.cli.device_flags import refuse_undivided, resolve_device_flags
 from streamserve.cli.lora_flags import adapter_config
 from streamserve.cli.model_setup import BuiltModel, ModelBuilder, ModelSetup, Say
 from streamserve.cli.model_source import (
@@ -21,6 +22,7 @@ from streamserve.cli.model_source import (
     tokenizer_directory,
 )
 from streamserve.cli.quantization import agreed_quantization
+from streamserve.cli.ranks import LeadingTeam
 from streamserve.cli.speculative import parse_speculative_config
 from streamserve.config import CacheConfig, EmbeddingConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
@@ -46,7 +48,8 @@ from streamserve.models import (
     resolve_dtype,
     tokenizer_backend,
 )
-from streamserve.runner.devices import choose_device, visible_gpus
+from streamserve.models.tensor_parallel.config import share_config
+from streamserve.runner.devices import choose_device, device_of_rank, visible_gpus
 from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.passing_thread import in_background
 
@@ -86,8 +89,18 @@ def build_service(
     before the weights are read, and may refuse. Says what it does line by line. Raises
     ``StreamServeError``.
     """
-    setup = _set_up(args, say, warn)
-    builder = _builder(setup)
+    with all_ranks(set_up(args, say, warn)) as setup:
+        return _build(args, setup, observed, on_template)
+
+
+def _build(
+    args: Namespace,
+    setup: ModelSetup,
+    observed: Callable[[ModelRunner], ModelRunner],
+    on_template: Callable[[ChatTemplate], None],
+) -> Service:
+    say, warn = setup.say, setup.warn
+    builder = builder_of(setup)
     defaults = sampling_defaults(args, setup.config)
     hidden_size = setup.config.spec.hidden_size
     embedding = read_embedding_config(setup.path, hidden_size, pooling=args.pooling)
@@ -158,20 +171,44 @@ def _load_adapters(setup: ModelSetup, built: BuiltModel) -> Adapters | None:
     return adapters
 
 
-def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
-    """Everything that can be known, or refused, before the model is read."""
+@contextmanager
+def all_ranks(setup: ModelSetup) -> Iterator[ModelSetup]:
+    """The setup with the other ranks, which have started; they end if what is within raises."""
+    if setup.args.tensor_parallel_size == 1:
+        yield setup
+        return
+    setup.say(f"  ranks         {setup.args.tensor_parallel_size} processes, each with its share")
+    team = LeadingTeam(setup.args, setup.path, setup.device)
+    try:
+        yield replace(setup, team=team)
+    except BaseException as error:
+        team.abandon(error)
+        raise
+
+
+def set_up(args: Namespace, say: Say, warn: Say, *, rank: int = 0) -> ModelSetup:
+    """Everything that can be known, or refused, before the model is read.
+
+    Of one of ``--tensor-parallel-size`` ranks; the first one serves.
+    """
+    size = args.tensor_parallel_size
     cpu = torch.device("cpu")
     device = cpu if args.device == "cpu" else choose_device(args.device, visible_gpus())
+    if device != cpu and size > 1:
+        device = device_of_rank(device, rank, size, visible_gpus())
     args = resolve_device_flags(args, on_gpu=device != cpu, warn=warn)
     if args.chat_template is not None:
         ChatTemplate.given(args.chat_template)
     path = model_directory(args, say)
     config = load_config(path, model_impl=args.model_impl, trust_remote_code=args.trust_remote_code)
+    if size > 1:
+        config = share_config(config, rank, size)
     stored = None if config.stored_quantization is None else config.stored_quantization.name
     if stored is not None and args.load_format == "dummy":
         raise ConfigError(f"--load-format dummy draws plain weights, and {path} says {stored}")
     quantization = agreed_quantization(args.quantization, stored)
     adapters = adapter_config(args)
+    refuse_undivided(args, with_adapters=adapters is not None)
     if adapters is not None and not isinstance(config, NativeConfig):
         raise ConfigError(
             f"--enable-lora: adapters are for the families with a decoder of ours, "
@@ -215,7 +252,8 @@ def _set_up(args: Namespace, say: Say, warn: Say) -> ModelSetup:
     )
 
 
-def _builder(setup: ModelSetup) -> ModelBuilder:
+def builder_of(setup: ModelSetup) -> ModelBuilder:
+    """What builds the model and its runner on the setup's device."""
     # Each brings its device's kernels and runner along: the other's are not even imported.
     if setup.device.type == "cpu":
         from streamserve.cli.compose_cpu import CpuBuilder

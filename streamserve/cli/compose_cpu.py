@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from streamserve.cli.model_setup import BuiltModel, ModelSetup
 from streamserve.models import (
     NativeConfig,
@@ -13,6 +15,7 @@ from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import build_runner, new_kv_cache, step_buffer_bytes
 from streamserve.runner.memory import MemoryPlan, parse_bytes, plan_memory
 from streamserve.runner.passing_thread import in_background, on_passing_thread
+from streamserve.runner.tensor_parallel.team import agreed
 
 
 class CpuBuilder:
@@ -20,7 +23,7 @@ class CpuBuilder:
 
     def __init__(self, setup: ModelSetup) -> None:
         self._setup = setup
-        self._memory = _plan(setup)
+        self._memory = agreed(_plan(setup), setup.team)
         setup.say_plan(self._memory)
         self._kernels = setup.choose_kernels()
         # A virtual machine may take seconds to get gigabytes from its host; nobody waits for that.
@@ -38,6 +41,7 @@ class CpuBuilder:
             max_num_batched_tokens=self._setup.scheduler.max_num_batched_tokens,
             kv_caches=self._kv_caches,
             max_num_sampled=self._setup.scheduler.max_num_sampled,
+            team=self._setup.team,
         )
         return BuiltModel(
             runner,
@@ -55,8 +59,11 @@ def _plan(setup: ModelSetup) -> MemoryPlan:
         weight_bytes += adapter_bytes(
             config.spec, setup.dtype, adapters.num_adapters, adapters.max_rank
         )
+    # The ranks of a model share the host's memory.
+    available = available_cpu_memory()
+    share = replace(available, num_bytes=available.num_bytes // args.tensor_parallel_size)
     return plan_memory(
-        available=available_cpu_memory(),
+        available=share,
         weight_bytes=weight_bytes,
         step_buffer_bytes=step_buffer_bytes(
             config.spec, setup.dtype, scheduler.max_num_batched_tokens, scheduler.max_num_sampled

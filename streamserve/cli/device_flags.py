@@ -42,6 +42,20 @@ def default_text(name: str) -> str:
     return f"(default: {on_gpu} on a GPU, {on_cpu} on a CPU)"
 
 
+def refuse_undivided(args: Namespace, *, with_adapters: bool) -> None:
+    """Raises ConfigError for what is not built for a model that several devices share."""
+    size = args.tensor_parallel_size
+    given = {
+        "--enable-lora": (with_adapters, "adapters are not divided"),
+        "--swap-space": (args.swap_space is not None, "each device would keep blocks of its own"),
+    }
+    for flag, (is_given, why) in given.items():
+        if is_given and size > 1:
+            raise ConfigError(
+                f"{flag} must not be given with --tensor-parallel-size above 1 ({why}), got {size}"
+            )
+
+
 def resolve_device_flags(
     args: Namespace, *, on_gpu: bool, warn: Callable[[str], None]
 ) -> Namespace:

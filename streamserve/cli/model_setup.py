@@ -17,6 +17,7 @@ from streamserve.core.plan import ModelRunner
 from streamserve.core.step_time import StepProfile
 from streamserve.models import AdapterTables, LanguageModel, ModelConfig, load_model
 from streamserve.runner.memory import MemoryPlan, format_bytes
+from streamserve.runner.tensor_parallel.team import Team
 from streamserve_kernels import Kernels, Quantization
 
 Say = Callable[[str], None]
@@ -26,7 +27,8 @@ Say = Callable[[str], None]
 class ModelSetup:
     """The flags with the device's defaults, and all that follows from them and the config.
 
-    ``quantization`` is of plain weights, while they are loaded.
+    ``quantization`` is of plain weights, while they are loaded. With a ``team`` the config is that
+    of this rank's share.
     """
 
     args: Namespace
@@ -39,6 +41,7 @@ class ModelSetup:
     adapters: AdapterConfig | None
     say: Say
     warn: Say
+    team: Team | None = None
 
     def choose_kernels(self) -> Kernels:
         """The backend; says its name."""
@@ -69,6 +72,7 @@ class ModelSetup:
             seed=self.args.seed or 0,
             quantization=self.quantization,
             adapters=self.adapters,
+            ranks=None if self.team is None else self.team.ranks,
         )
 
     def say_plan(self, memory: MemoryPlan) -> None:

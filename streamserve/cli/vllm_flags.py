@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_DEVICES = "one device serves, several are not built yet"
+_DEVICES = "--tensor-parallel-size divides a model among devices of one machine, in one way"
 _MULTIMODAL = "models here read and write text only"
 _LORA = "adapters are loaded in one way, beside the linear layers"
 _SPECULATION = "--speculative-config drafts by prompt lookup, no other way is built"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
+from streamserve.core.plan import ModelRunner
 from streamserve.core.step_time import StepProfile
 from streamserve.models import KVCache, LanguageModel, allocate_kv_cache, touch_kv_cache
 from streamserve.models.spec import ModelShape
@@ -16,6 +18,8 @@ from streamserve.runner.model_runner import TorchModelRunner
 from streamserve.runner.passing_thread import on_passing_thread
 from streamserve.runner.sampler import Sampler
 from streamserve.runner.step_buffers import step_sizes
+from streamserve.runner.tensor_parallel.drawing import rank_runner
+from streamserve.runner.tensor_parallel.team import Team, steered
 from streamserve.runner.warm_up import WarmUp
 from streamserve_kernels import Kernels
 
@@ -39,11 +43,13 @@ def build_runner(
     kv_caches: KVCache | None = None,
     transfer: KVTransfer | None = None,
     max_num_sampled: int | None = None,
-) -> tuple[TorchModelRunner, StepProfile]:
+    team: Team | None = None,
+) -> tuple[ModelRunner, StepProfile]:
     """Makes the step buffers, and a touched KV cache if none is given; starts and warms the runner.
 
     A ``transfer`` is one between these ``kv_caches`` and host memory. ``max_num_sampled``: rows
-    that a step may sample, where that is more than one for each seat.
+    that a step may sample, where that is more than one for each seat. With a ``team`` the model is
+    a share, and the runner that of all ranks.
     After it no step compiles anything or asks the system for much memory. On a CPU it changes the
     allocator's settings for the whole process. The forward is recorded where the kernels can; what
     is left is met at all sizes with one layer of each kind, and only a few steps are run with the
@@ -63,7 +69,7 @@ def build_runner(
         kv_caches, max_tokens=max_num_batched_tokens, max_logits=memory.max_num_seqs
     )
     sizes = step_sizes(max_num_batched_tokens, memory.max_num_seqs, num_recorded)
-    runner = TorchModelRunner(
+    own = (TorchModelRunner if team is None else partial(rank_runner, team.ranks))(
         model.one_of_each_layer(),
         kv_caches,
         vocab_size=model.spec.vocab_size,
@@ -74,12 +80,13 @@ def build_runner(
         padded_sizes=sizes,
         transfer=transfer,
     )
+    runner, call = steered(own, {"whole model": lambda: own.replace_model(model)}, team)
     try:
         warm_up = WarmUp(runner, memory, max_num_batched_tokens)
         if sizes:
             warm_up.run(sizes)
         warm_up.run_sampler()
-        runner.replace_model(model)
+        call("whole model")
         if sizes:
             warm_up.run_full_steps()
         profile = warm_up.measure(sizes)

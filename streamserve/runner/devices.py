@@ -63,6 +63,20 @@ def visible_gpus() -> VisibleGpus:
     )
 
 
+def device_of_rank(first: torch.device, rank: int, size: int, visible: VisibleGpus) -> torch.device:
+    """The GPU of one of ``size`` ranks, which have ``first`` and those that follow it.
+
+    Raises ConfigError, with what torch sees, where one is missing or too old.
+    """
+    gpus = visible.gpus[first.index : first.index + size]
+    if len(gpus) < size or not all(gpu.is_usable for gpu in gpus):
+        raise ConfigError(
+            f"--tensor-parallel-size {size} must have as many usable GPUs from {first} on: "
+            f"{visible}"
+        )
+    return torch.device("cuda", first.index + rank)
+
+
 def choose_device(name: str, visible: VisibleGpus) -> torch.device:
     """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; a GPU always with its index.
 

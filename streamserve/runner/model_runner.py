@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Never, Protocol
@@ -71,7 +71,7 @@ class ForwardModel(PromptModel, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Launched:
+class Launched:
     """A forward that has run, and whose rows were sampled or wait for it.
 
     Where everybody wants the likeliest token, those are there and the logits ``[L, V]`` are not.
@@ -104,6 +104,7 @@ class TorchModelRunner:
         max_num_batched_tokens: int,
         padded_sizes: Sequence[int] = (),
         transfer: KVTransfer | None = None,
+        sampler: Callable[[int, int], Sampler] = Sampler,
         clock: Clock = monotonic,
     ) -> None:
         """``clock`` measures what a step takes on the device thread.
@@ -124,7 +125,7 @@ class TorchModelRunner:
             device=model.device,
             padded_sizes=padded_sizes,
         )
-        self._sampler = Sampler(vocab_size, max_num_seqs)
+        self._sampler = sampler(vocab_size, max_num_seqs)
         self._vocab_size = vocab_size
         self._prompts = PromptsWanted()
         self._pools = Pools()
@@ -177,7 +178,7 @@ class TorchModelRunner:
 
     def _run_step(self, plan: SchedulerOutput) -> bool:
         """False: closed, and this step was not asked for."""
-        launched: _Launched | Exception
+        launched: Launched | Exception
         started = self._clock()
         try:
             launched = self._forward(plan)
@@ -194,7 +195,7 @@ class TorchModelRunner:
             raise
         return True
 
-    def _forward(self, plan: SchedulerOutput) -> _Launched:
+    def _forward(self, plan: SchedulerOutput) -> Launched:
         self._input_batch.apply(plan)
         self._prompts.apply(plan)
         self._pools.apply(plan)
@@ -203,11 +204,11 @@ class TorchModelRunner:
         with self._transfer.beside(plan):
             return self._compute(plan)
 
-    def _compute(self, plan: SchedulerOutput) -> _Launched:
+    def _compute(self, plan: SchedulerOutput) -> Launched:
         if plan.block_copies:
             self._copy_blocks(plan.block_copies)
         if not plan.scheduled:
-            return _Launched()
+            return Launched()
         batch, rows = self._input_batch.build(plan)
         if self._pools.requests and (pools := self._pools.rows_of(plan)):
             return self._compute_pools(batch, rows, pools, self._prompts.rows_of(plan))
@@ -216,20 +217,20 @@ class TorchModelRunner:
         if rows.places and self._input_batch.is_greedy(rows):
             token_ids = self._model.greedy(batch, self._kv_caches)
             if token_ids is not None:
-                return _Launched(rows, token_ids=token_ids)
-        return _Launched(rows, logits=self._model.forward(batch, self._kv_caches))
+                return Launched(rows, token_ids=token_ids)
+        return Launched(rows, logits=self._model.forward(batch, self._kv_caches))
 
     def _compute_prompts(
         self, batch: ForwardBatch, rows: StepRows, wanted: list[PromptRows]
-    ) -> _Launched:
+    ) -> Launched:
         hidden_states = all_hidden_states(self._model, batch, self._kv_caches)
         logits = self._model.compute_logits(hidden_states.index_select(0, batch.logits_indices))
         found = find_logprobs(self._model, hidden_states, wanted, self._vocab_size, _HEAD_SIZES)
-        return _Launched(rows, logits=logits, prompts=found, is_ordinary=False)
+        return Launched(rows, logits=logits, prompts=found, is_ordinary=False)
 
     def _compute_pools(
         self, batch: ForwardBatch, rows: StepRows, pools: list[PoolRows], wanted: list[PromptRows]
-    ) -> _Launched:
+    ) -> Launched:
         every_row = bool(wanted) or any(part.pooling.needs_every_row for part in pools)
         if every_row:
             hidden_states = all_hidden_states(self._model, batch, self._kv_caches)
@@ -244,7 +245,7 @@ class TorchModelRunner:
             found = find_logprobs(self._model, hidden_states, wanted, self._vocab_size, _HEAD_SIZES)
         others, kept = rows.without({part.place for part in pools if part.is_last})
         logits = logits[torch.from_numpy(kept)]
-        return _Launched(
+        return Launched(
             others,
             logits=logits,
             prompts=found,
@@ -261,7 +262,7 @@ class TorchModelRunner:
     def _resolve(
         self,
         plan: SchedulerOutput,
-        launched: _Launched | Exception,
+        launched: Launched | Exception,
         call: SampleCall,
         forward_s: float,
     ) -> None:
@@ -282,7 +283,7 @@ class TorchModelRunner:
                 call.future.set_result(output)
 
     def _sample(
-        self, plan: SchedulerOutput, launched: _Launched, masks: Mapping[str, bytes] | None
+        self, plan: SchedulerOutput, launched: Launched, masks: Mapping[str, bytes] | None
     ) -> ModelRunnerOutput:
         rows = launched.rows
         if rows is None or not rows.places:
@@ -298,7 +299,7 @@ class TorchModelRunner:
         return output
 
     def _draw(
-        self, launched: _Launched, rows: StepRows, masks: Mapping[str, bytes] | None
+        self, launched: Launched, rows: StepRows, masks: Mapping[str, bytes] | None
     ) -> tuple[StepRows, NDArray[np.int64], list[list[TokenLogprobs]] | None]:
         """The samples that count, their ids, and their logprobs if anybody asks."""
         # Rows past those that were asked for are padding.
@@ -306,22 +307,22 @@ class TorchModelRunner:
         if launched.token_ids is not None:
             if masks:
                 raise RuntimeError("a mask came for requests that were greedy when they started")
-            rows, token_ids, _ = _keep(rows, launched.token_ids[:num_rows].cpu().numpy())
+            rows, token_ids, _ = keep(rows, launched.token_ids[:num_rows].cpu().numpy())
             return rows, token_ids, None
         assert launched.logits is not None
         on_host: NDArray[np.float32] = launched.logits[:num_rows].cpu().numpy()
         wanted = self._input_batch.sampling_batch(rows, masks)
         if wanted is None:
-            rows, token_ids, _ = _keep(rows, self._sampler.greedy(on_host))
+            rows, token_ids, _ = keep(rows, self._sampler.greedy(on_host))
             return rows, token_ids, None
-        rows, token_ids, kept = _keep(rows, self._sampler.sample(on_host, wanted))
+        rows, token_ids, kept = keep(rows, self._sampler.sample(on_host, wanted))
         if (wanted.num_logprobs < 0).all():
             return rows, token_ids, None
         logprobs = self._sampler.logprobs(on_host[kept], token_ids, wanted.num_logprobs[kept])
         return rows, token_ids, logprobs
 
 
-def _keep(
+def keep(
     rows: StepRows, token_ids: NDArray[np.int64]
 ) -> tuple[StepRows, NDArray[np.int64], slice | NDArray[np.int64]]:
     """The samples that count, their ids, and which of the rows they are."""

@@ -33,7 +33,8 @@ def test_help_names_every_flag(run):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size must be 1"),
+        (["--tensor-parallel-size", "3"], "must divide the model's 4 (attention heads), got 3"),
+        (["--tensor-parallel-size", "2", "--enable-lora"], "--enable-lora must not be given with"),
         (["--pipeline-parallel-size", "4"], "--pipeline-parallel-size must be 1"),
         (["--quantization", "int3"], "must be one of int8, int4, fp8, or what the checkpoint is"),
         (["--quantization", "awq_marlin"], "--quantization awq_marlin: the checkpoint is not"),

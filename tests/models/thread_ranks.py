@@ -16,7 +16,7 @@ from streamserve.models.tensor_parallel.config import share_config
 from streamserve.models.tensor_parallel.decoder import ShareDecoder
 
 T = TypeVar("T")
-TIMEOUT_S = 120
+TIMEOUT_S = 60
 
 
 class ThreadRanks:

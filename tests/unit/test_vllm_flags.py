@@ -23,8 +23,11 @@ def refused(capsys, *flags: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--data-parallel-size", "2"], ["--data-parallel-size is not supported", "one device"]),
-        (["-dp", "2"], ["-dp is not supported", "one device"]),
+        (
+            ["--data-parallel-size", "2"],
+            ["--data-parallel-size is not supported", "--tensor-parallel-size"],
+        ),
+        (["-dp", "2"], ["-dp is not supported", "--tensor-parallel-size"]),
         (["--fully-sharded-loras"], ["--fully-sharded-loras is not supported", "adapters"]),
         (["--no-enable-chunked-prefill"], ["--no-enable-chunked-prefill is not", "--itl-target"]),
         (["--cpu-offload-gb", "4"], ["--cpu-offload-gb is not supported", "--swap-space"]),
@@ -134,7 +137,7 @@ def test_a_config_file_that_is_none(tmp_path, content, message):
         ("chat_template", {"a": 1}, "^chat_template must be a string"),
         ("kv_cache_memory", "many", "^kv_cache_memory: must look like 4GiB"),
         ("speculative_config", 3, "^speculative_config must be a string, got 3$"),
-        ("tensor_parallel_size", 2, "^tensor_parallel_size must be 1"),
+        ("pipeline_parallel_size", 2, "^pipeline_parallel_size must be 1"),
     ],
 )
 def test_a_keyword_of_no_such_type_is_refused_by_name(name, value, message):
@@ -186,7 +189,7 @@ def test_keywords_are_the_flags():
     [
         ({"dtype": "int3"}, "^dtype: invalid choice"),
         ({"max_model_len": 0}, "^max_model_len: must be at least 1, got 0"),
-        ({"tensor_parallel_size": 2}, "must be 1"),
+        ({"tensor_parallel_size": 0}, "^tensor_parallel_size: must be at least 1, got 0"),
         ({"quantization": "int3"}, "must be one of int8, int4, fp8, or what the checkpoint"),
         ({"skip_tokenizer_init": True}, "^skip_tokenizer_init is not supported .*got True"),
         (

@@ -50,6 +50,7 @@ class ProcessRanks:
         """
         self.rank, self.size = rank, size
         self._device = device
+        self._is_aborted = False
         self._group = _group(store, rank, size, device, timeout)
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -72,7 +73,8 @@ class ProcessRanks:
 
         gloo finds out by itself: the others' connections break.
         """
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and not self._is_aborted:
+            self._is_aborted = True
             self._group.abort()
 
     def close(self) -> None:

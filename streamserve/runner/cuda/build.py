@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -15,7 +15,7 @@ from streamserve.runner.cuda.graphs import DeviceModel, StepExecutor
 from streamserve.runner.cuda.input_batch import DeviceInputBatch
 from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve.runner.cuda.sampling import DeviceSampler
-from streamserve.runner.cuda.step_key import StepKey, StepLadder
+from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.cuda.timeline import timeline_of
 from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.memory import MemoryPlan
@@ -44,9 +44,7 @@ def build_cuda_runner(
     ``enforce_eager`` means none at all. Raises what torch raises when the memory is not there after
     all.
     """
-    # The device thread holds the interpreter while it launches a large step: the event loop should
-    # not have to wait 5 ms for its turn.
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    launch_eagerly()
     tune_linears(model, ladder)
     runner, executor = assemble(
         model.one_of_each_layer(),
@@ -66,6 +64,14 @@ def build_cuda_runner(
         runner.close()
         raise
     return runner, profile
+
+
+def launch_eagerly() -> None:
+    """The device thread holds the interpreter while it launches a large step.
+
+    The event loop should not have to wait 5 ms for its turn.
+    """
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
 def tune_linears(model: LanguageModel, ladder: StepLadder) -> None:
@@ -95,6 +101,7 @@ def assemble(
     max_model_len: int,
     max_num_seqs: int,
     transfer: KVTransfer | None = None,
+    sampler: Callable[..., DeviceSampler] = DeviceSampler,
 ) -> tuple[CudaModelRunner, StepExecutor]:
     """A runner that has met nothing yet, and what runs its steps."""
     device, kernels = model.device, model.kernels
@@ -112,8 +119,8 @@ def assemble(
     last_tokens = torch.zeros(batch.unused_row + 1, dtype=torch.int64, device=device)
     logits = torch.empty((max_num_seqs, vocab_size), dtype=torch.float32, device=device)
     executor = StepExecutor(model, kv_caches, batch.arena, sampling, last_tokens, logits)
-    sampler = DeviceSampler(sampling, vocab_size, max_num_seqs, device)
-    runner = CudaModelRunner(kernels, kv_caches, batch, executor, sampler, timeline, transfer)
+    draws = sampler(sampling, vocab_size, max_num_seqs, device)
+    runner = CudaModelRunner(kernels, kv_caches, batch, executor, draws, timeline, transfer)
     return runner, executor
 
 
@@ -127,25 +134,26 @@ def _warm_up(
     enforce_eager: bool,
 ) -> StepProfile:
     started = monotonic()
-
-    def meet(keys: Sequence[StepKey]) -> None:
-        # Steps of nothing but padding: every launch of a shape, whatever is in it.
-        for key in keys:
-            executor.run_eagerly(key)
-
-    keys = [*ladder.decodes(), *ladder.mixed()]
-    runner.on_device_thread(lambda: meet(keys))
+    num_shapes = runner.on_device_thread(lambda: meet_shapes(executor, ladder))
     warm_up = WarmUp(runner, memory, max_num_batched_tokens, GPU_MEASURING)
     warm_up.run_ragged()
     warm_up.run_sampler()
     warm_up.run_extras()
     executor.model = model
     warm_up.run_full_steps()
-    logger.info("%d shapes met in %.1f s", len(keys), monotonic() - started)
+    logger.info("%d shapes met in %.1f s", num_shapes, monotonic() - started)
     if not enforce_eager and model.device.type == "cuda":
         executor.want_graphs(ladder.graphs())
         runner.on_device_thread(lambda: _capture_first(executor, ladder))
     return warm_up.measure()
+
+
+def meet_shapes(executor: StepExecutor, ladder: StepLadder) -> int:
+    """Runs steps of nothing but padding: every launch of a shape, whatever is in it."""
+    keys = [*ladder.decodes(), *ladder.mixed()]
+    for key in keys:
+        executor.run_eagerly(key)
+    return len(keys)
 
 
 def _capture_first(executor: StepExecutor, ladder: StepLadder) -> None:
