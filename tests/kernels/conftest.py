@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from streamserve_kernels import Kernels, load
 from streamserve_kernels.native.library import why_not
+from tests.kernels.bounds import within_bounds
 from tests.kernels.pretended_gpu import HAS_GPU, IS_PRETENDED, OnCpu
 
+IS_INTERPRETED = find_spec("triton") is not None and not HAS_GPU
 TOLERANCE = {
     torch.float32: {"atol": 2e-6, "rtol": 1e-5},
     # one rounding of the result, and of the operands inside flash attention
@@ -58,6 +61,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cpu" and (HAS_GPU or IS_PRETENDED):
         pytest.skip("the interpreter is not used beside a GPU")
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """See `bounds`."""
+    with within_bounds() if IS_INTERPRETED else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,8 @@ _SHARED_BYTES = 227 * 1024  # of a program on Hopper
 
 @pytest.mark.skipif(not INTERPRETED, reason="beside a GPU the kernels are compiled anyway")
 @pytest.mark.parametrize(
-    "parts", [["elementwise", "adapters"], ["linear"], ["moe"], ["sampling"], ["attention"]]
+    "parts",
+    [["elementwise", "adapters", "block rows"], ["linear"], ["moe"], ["sampling"], ["attention"]],
 )
 def test_every_kernel_compiles_for_hopper_and_spills_little(parts):
     paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels"))

@@ -17,6 +17,7 @@ from streamserve_kernels.triton.linear import (
     PackedQuantLinear,
     prepare_quantised,
 )
+from streamserve_kernels.triton.packed import pack
 from streamserve_kernels.triton.stored import prepare_stored
 from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket
 from tests.kernels.conftest import amid_nan
@@ -191,9 +192,13 @@ def test_a_large_weight_is_dequantised_in_pieces(device, quantization, monkeypat
     dtype = dtype_for(device)
     weight = torch.randn(40, 64, device=device).to(dtype)
     x = torch.randn(PACKED_ROWS + 1, 64, device=device).to(dtype)
+    stored = CASES["q4_k"](40, 64).to(device)
     for bias in (None, weight[:, 0]):
-        packed = prepare_quantised(weight, bias, quantization)
-        check(packed(x), x, packed.unpack(), bias, LIBRARY)
+        for packed in (
+            prepare_quantised(weight, bias, quantization),
+            prepare_stored(stored, bias, dtype),
+        ):
+            check(packed(x), x, packed.unpack(), bias, LIBRARY)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -221,14 +226,54 @@ def test_stored_weights_and_their_products(device, dtype, case):
 
 
 def test_stored_weights_of_ragged_shapes(device):
-    for case in ("q4_k", "gptq3", "q8_0", "squeezed4"):
-        stored = CASES[case](37, 100)
+    """Nothing is a multiple of anything, nor are groups as many as the words' padding has."""
+    for case, shape in (
+        ("q4_k", (37, 100)),
+        ("gptq3", (5, 101)),
+        ("q8_0", (37, 100)),
+        ("gptq8", (5, 70)),
+        ("act-order", (5, 70)),
+        ("squeezed4", (37, 101)),
+    ):
+        stored = CASES[case](*shape)
         packed = prepare_stored(stored.to(device), None, torch.float32)
         assert packed.unpack().cpu().equal(stored.dequantise())
         for rows in (1, 3):
-            x = amid_nan(torch.randn(rows, 100))
+            x = amid_nan(torch.randn(rows, shape[1]))
             config = packed.candidates(bucket(rows))[0]
             check(packed(x.to(device)).cpu(), x, stored.dequantise(), None, config)
+
+
+def test_what_words_cannot_hold_is_held_in_planes(device):
+    """Zeros between two codes, zeros past all codes, an order of three-bit inputs."""
+    four, three = CASES["gptq4"](5, 128), CASES["gptq3"](5, 128)
+    for stored in (
+        replace(four, zeros=four.zeros + 0.25),
+        replace(four, zeros=four.zeros + 300),
+        replace(three, inputs=torch.randperm(128)),
+    ):
+        packed = prepare_stored(stored.to(device), None, torch.float32)
+        assert packed.unpack().cpu().equal(stored.dequantise())
+        x = torch.randn(1, 128)
+        config = packed.candidates(1)[0]
+        check(packed(x.to(device)).cpu(), x, stored.dequantise(), None, config)
+
+
+def test_many_values_beside_one_output_of_a_table(device):
+    stored = CASES["squeezed4"](3, 320)
+    columns = torch.randperm(320)[:300]
+    beside = torch.ones(300, dtype=torch.int64), columns, torch.randn(300)
+    stored = replace(stored, sparse=beside)
+    packed = prepare_stored(stored.to(device), None, torch.float32)
+    x = torch.randn(2, 320)
+    config = packed.candidates(2)[0]
+    check(packed.run(x.to(device), config).cpu(), x, stored.dequantise(), None, config)
+
+
+def test_a_group_that_no_shift_finds_is_refused():
+    codes = torch.zeros(2, 192, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="32 times a power of two inputs, got 96"):
+        pack(codes, torch.ones(2, 2), None, bits=4, group_size=96, in_features=192)
 
 
 @pytest.mark.parametrize(
