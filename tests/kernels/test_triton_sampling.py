@@ -67,6 +67,53 @@ def test_edits(device, vocab_size):
     check(sampling, edited_case(vocab_size, 4), device, edits=True)
 
 
+def test_edited_logits_are_those_of_the_twin(device, vocab_size, monkeypatch):
+    """Number by number: of most edits no draw tells."""
+    case = edited_case(vocab_size, 14)
+    case.eos = (3, 7, vocab_size - 1, *range(90, 170))  # more bans than are read at once
+    weigh_kernel, seen = sampling.sampling_kernels.weigh_kernel, []
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(source, *args, **options):
+                seen.append(source.clone())
+                weigh_kernel[grid](source, *args, **options)
+
+            return launch
+
+    monkeypatch.setattr(sampling.sampling_kernels, "weigh_kernel", Watched())
+    sampling.sample(case.logits.to(device), case.tensors(device), case.edits(device))
+    assert seen[0].cpu().equal(naive_sampling.edited(case.logits, case.edits()))
+
+
+def test_a_uniform_on_an_edge_is_the_next_tokens(device, vocab_size):
+    logits = torch.full((6, vocab_size), float("-inf"))
+    logits[:, [5, 300, 301, 900]] = 0.0
+    params = [SamplingParams(), SamplingParams(top_k=4)] * 3
+    case = Case(logits, params, [0.25, 0.25, 0.5, 0.5, 0.75, 0.75])
+    ids = sampling.sample(logits.to(device), case.tensors(device))
+    assert ids.tolist() == [300, 300, 301, 301, 900, 900]
+
+
+@pytest.mark.parametrize("scale", [4.0, 0.02])
+def test_the_least_likely_that_stays_and_the_last(device, vocab_size, scale):
+    """A token too many, or too few, shows nowhere as it does there."""
+    params = [SamplingParams(top_k=k) for k in (2, 3, 5, 8, 13, 21, 34, 55, 89, 300, 900)]
+    params += [SamplingParams(top_p=p) for p in (0.05, 0.3, 0.5, 0.7, 0.9, 0.99)]
+    params += [SamplingParams(top_k=40, top_p=0.8), SamplingParams(top_k=20, min_p=0.01)]
+    logits = random_rows(len(params), vocab_size, seed=15, scale=scale)
+    case = Case(logits, params, [1.0 - 2.0**-53] * len(params))
+    weights = naive_sampling.truncated_weights(logits, case.tensors()).double()
+    least = torch.where(weights > 0.0, weights, torch.inf).argmin(1, keepdim=True)
+    middle = (weights.cumsum(1) - weights / 2).gather(1, least) / weights.sum(1, keepdim=True)
+    for draws in (case.draws, middle[:, 0].tolist()):
+        case.draws = draws
+        check(sampling, case, device, edits=False)
+        if device.type == "cpu":  # to the last bit: a GPU's powers are others
+            ids = sampling.sample(logits, case.tensors())
+            assert ids.equal(naive_sampling.sample(logits, case.tensors()))
+
+
 def test_bad_rows(device, vocab_size):
     check(sampling, bad_case(vocab_size, 5), device, edits=True)
 
