@@ -1,19 +1,21 @@
 // A weight that somebody else quantised, as the products of stored_linear.c read it.
 //
-// Outputs are in blocks of 64, four vectors of 16. A *line* is 64 bytes, 16-bit words [16][2]: word
-// (n, i) holds, lowest bits first, the codes of inputs i, 2 + i, 4 + i … of output n, as many as
-// go into it. A *step* is the inputs that whole lines of all of a code's planes share:
+// Outputs are in blocks of 64, four vectors of 16. A *line* is 64 bytes, 16-bit words [16][2]: the
+// words (n, i) of a step's lines hold the codes of inputs i, 2 + i, 4 + i … of output n. A *step* is
+// the inputs that fill whole lines:
 //
-//     kind        bits   step   lines of a vector
-//     codes 2     2      16     one of two bits
-//     codes 3     2 + 1  32     two of two bits, one of one
-//     codes 4     4      8      one
-//     codes 5     4 + 1  32     four of four bits, one of one
-//     codes 6     4 + 2  16     two of four bits, one of two
-//     int8        8      4      one: bytes [2][16][2], two pairs of inputs
-//     float8      8      4      the same
+//     kind        step   lines of a vector
+//     codes 2     16     one: eight codes in a word, lowest bits first
+//     codes 3     32     three: five codes in each word; of the last one a bit in each, the highest
+//     codes 4     8      one: four codes in a word
+//     codes 5     32     five: three codes in each word; of the last one a bit in each
+//     codes 6     16     three: two codes in each word; of the last two the low bits above those in
+//                        the first two words, the high bits in the third
+//     int8        4      one: bytes [2][16][2], two pairs of inputs
+//     float8      4      the same
 //
-// and a weight is [N / 64][K / step][4][lines]. Scales, and zeros or minimums, are [N / 64][G][64].
+// so that most codes are a shift away from the low bits of a word. A weight is
+// [N / 64][K / step][4][lines]. Scales, and zeros or minimums, are [N / 64][G][64].
 #ifndef STREAMSERVE_STORED_H
 #define STREAMSERVE_STORED_H
 
@@ -85,44 +87,58 @@ static inline int stored_lines(int kind) {
     return kind == CODES_5 ? 5 : kind == CODES_3 || kind == CODES_6 ? 3 : 1;
 }
 
-// The planes of a code, lowest bits first.
+// Bits of a code: of a word of a line, from the lowest of them on, and their place in the code.
 typedef struct {
-    int bits, shift, lines, first_line;
-} stored_plane;
+    int line, bit, bits, shift;
+} stored_part;
 
-static inline int stored_planes(int kind, stored_plane planes[2]) {
-    const stored_plane none = {0, 0, 0, 0};
-    planes[1] = none;
-    switch (kind) {
-        case CODES_2: planes[0] = (stored_plane){2, 0, 1, 0}; return 1;
-        case CODES_3:
-            planes[0] = (stored_plane){2, 0, 2, 0};
-            planes[1] = (stored_plane){1, 2, 1, 2};
-            return 2;
-        case CODES_4: planes[0] = (stored_plane){4, 0, 1, 0}; return 1;
-        case CODES_5:
-            planes[0] = (stored_plane){4, 0, 4, 0};
-            planes[1] = (stored_plane){1, 4, 1, 4};
-            return 2;
-        case CODES_6:
-            planes[0] = (stored_plane){4, 0, 2, 0};
-            planes[1] = (stored_plane){2, 4, 1, 2};
-            return 2;
-        default: planes[0] = (stored_plane){8, 0, 1, 0}; return 1;
+enum { STORED_PARTS = 5 };
+
+// Where pair `p` of a step has its codes of up to 6 bits; returns in how many parts.
+static inline int stored_parts(int kind, int p, stored_part parts[STORED_PARTS]) {
+    const int bits = kind == CODES_2 ? 2 : kind == CODES_3 ? 3 : kind == CODES_4 ? 4
+                   : kind == CODES_5 ? 5 : 6;
+    const int in_word = 16 / bits, whole = in_word * stored_lines(kind);
+    if (p < whole) {
+        parts[0] = (stored_part){p / in_word, bits * (p % in_word), bits, 0};
+        return 1;
     }
+    if (kind == CODES_6) {
+        parts[0] = (stored_part){p - whole, 12, 4, 0};
+        parts[1] = (stored_part){2, 12 + 2 * (p - whole), 2, 4};
+        return 2;
+    }
+    for (int line = 0; line < bits; line++) parts[line] = (stored_part){line, 15, 1, line};
+    return bits;
 }
 
-// Where output `n` (of 16) and input `k` of a step have their bits of a plane: the byte, and the
-// bit in it.
-static inline int64_t stored_byte(stored_plane plane, int64_t n, int64_t k, int *bit) {
-    if (plane.bits == 8) {
-        *bit = 0;
-        return k / 2 * 32 + 2 * n + k % 2;
+static inline int64_t stored_byte(int64_t n, int64_t k) { return k / 2 * 32 + 2 * n + k % 2; }
+
+// The code of output `n` (of 16) and input `k` of a step.
+static inline int stored_get(int kind, const uint8_t *step, int64_t n, int64_t k) {
+    if (kind >= CODES_INT8) return step[stored_byte(n, k)];
+    const uint16_t *words = (const uint16_t *)step + 2 * n + k % 2;
+    stored_part parts[STORED_PARTS];
+    int code = 0;
+    for (int i = stored_parts(kind, (int)(k / 2), parts) - 1; i >= 0; i--) {
+        const int word = words[STORED_LINE / 2 * parts[i].line] >> parts[i].bit;
+        code |= (word & ((1 << parts[i].bits) - 1)) << parts[i].shift;
     }
-    const int per_line = 32 / plane.bits;
-    const int64_t in_line = k % per_line, at = in_line / 2 * plane.bits;
-    *bit = (int)(at % 8);
-    return (plane.first_line + k / per_line) * STORED_LINE + 4 * n + 2 * (in_line % 2) + at / 8;
+    return code;
+}
+
+// Writes it where there are zeros.
+static inline void stored_put(int kind, uint8_t *step, int64_t n, int64_t k, int code) {
+    if (kind >= CODES_INT8) {
+        step[stored_byte(n, k)] = (uint8_t)code;
+        return;
+    }
+    uint16_t *words = (uint16_t *)step + 2 * n + k % 2;
+    stored_part parts[STORED_PARTS];
+    for (int i = stored_parts(kind, (int)(k / 2), parts) - 1; i >= 0; i--) {
+        const int bits = (code >> parts[i].shift) & ((1 << parts[i].bits) - 1);
+        words[STORED_LINE / 2 * parts[i].line] |= (uint16_t)(bits << parts[i].bit);
+    }
 }
 
 // Where the results of a product go.

@@ -27,7 +27,10 @@ enum {
     DIRECT_INPUTS = 256,  // of a piece whose codes several tiles of rows look up
     DENSE_INPUTS = 128,   // of a piece that is looked up once
     PIECE_GROUPS = 16,
-    STREAM_AHEAD = 4096,  // bytes
+    FEW_GROUPS = 8,       // of a piece that one tile of rows reads: their numbers come meanwhile
+    STREAM_AHEAD = 8192,  // bytes
+    DENSE_AHEAD = 4096,
+    NUMBERS_AHEAD = 1024,
     OWN_ROWS = 4,         // most rows of which every thread sums the groups for itself
 };
 
@@ -80,23 +83,32 @@ INLINE __m512i joined(__m512i low, __m512i high, int low_bits) {
     return _mm512_ternarylogic_epi32(mask, low, high, 0xca);  // mask ? low : high
 }
 
+// Codes of which every line has a bit, the highest.
+INLINE __m512i last_bits(const uint8_t *at, int bits) {
+    __m512i code = moved(words(at, 0), 15, 0);
+#pragma GCC unroll 4
+    for (int line = 1; line < bits; line++)
+        code = joined(code, moved(words(at, line), 15, line), line);
+    return code;
+}
+
 // The weights of pair `p` of a step; tables are periodic, so rubbish above a code does not matter.
 INLINE __m512i unpacked(int kind, const uint8_t *at, int p, lookup table) {
     switch (kind) {
         case CODES_2: return _mm512_permutexvar_epi16(moved(words(at, 0), 2 * p, 0), table.low);
-        case CODES_3: {
-            const __m512i low = moved(words(at, p / 8), 2 * (p % 8), 0);
-            return _mm512_permutexvar_epi16(joined(low, moved(words(at, 2), p, 2), 2), table.low);
-        }
-        case CODES_4:
-            return _mm512_permutexvar_epi16(moved(words(at, 0), 4 * p, 0), table.low);
-        case CODES_5: {
-            const __m512i low = moved(words(at, p / 4), 4 * (p % 4), 0);
-            return _mm512_permutexvar_epi16(joined(low, moved(words(at, 4), p, 4), 4), table.low);
-        }
+        case CODES_3:
+            if (p < 15)
+                return _mm512_permutexvar_epi16(moved(words(at, p / 5), 3 * (p % 5), 0), table.low);
+            return _mm512_permutexvar_epi16(last_bits(at, 3), table.low);
+        case CODES_4: return _mm512_permutexvar_epi16(moved(words(at, 0), 4 * p, 0), table.low);
+        case CODES_5:
+            if (p < 15)
+                return _mm512_permutexvar_epi16(moved(words(at, p / 3), 5 * (p % 3), 0), table.low);
+            return _mm512_permutexvar_epi16(last_bits(at, 5), table.low);
         case CODES_6: {
-            const __m512i low = moved(words(at, p / 4), 4 * (p % 4), 0);
-            const __m512i code = joined(low, moved(words(at, 2), 2 * p, 4), 4);
+            const __m512i code = p < 6 ? moved(words(at, p / 2), 6 * (p % 2), 0)
+                                       : joined(moved(words(at, p - 6), 12, 0),
+                                                moved(words(at, 2), 12 + 2 * (p - 6), 4), 4);
             return _mm512_permutex2var_epi16(table.low, code, table.high);
         }
         case CODES_INT8: {
@@ -130,7 +142,7 @@ INLINE void unpack(bf16 *dense, const uint8_t *codes, int64_t steps, lookup tabl
     for (int64_t s = 0; s < steps; s++)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++, codes += bytes) {
-            _mm_prefetch((const char *)codes + STREAM_AHEAD, _MM_HINT_T1);
+            _mm_prefetch((const char *)codes + DENSE_AHEAD, _MM_HINT_T1);
 #pragma GCC unroll 16
             for (int p = 0; p < pairs; p++)
                 _mm512_store_si512(dense + ((s * pairs + p) * VECTORS + v) * 32,
@@ -169,19 +181,21 @@ typedef struct {
 } piece;
 
 // totals[r] += scale · (a[r] - zero · sum of inputs), or scale · a[r] - minimum · sum of inputs.
-INLINE void close_group(float *totals, __m512 a[ROW_TILE][VECTORS], const piece *p, int64_t g,
-                        int R) {
+INLINE void close_as(float *totals, __m512 a[ROW_TILE][VECTORS], const float *scales,
+                     const float *offsets, const float *sums, int64_t sums_stride, int are,
+                     int R) {
+    __asm__ volatile("" ::: "memory");  // else all totals are loaded before it is known what to do
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
-        const __m512 scale = _mm512_load_ps(p->scales + g * BLOCK + LANES * v);
+        const __m512 scale = _mm512_load_ps(scales + LANES * v);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             float *to = totals + r * BLOCK + LANES * v;
             __m512 sum = a[r][v], total = _mm512_load_ps(to);
-            if (p->offsets_are != NO_OFFSETS) {
-                const __m512 offset = _mm512_load_ps(p->offsets + g * BLOCK + LANES * v);
-                const __m512 inputs = _mm512_set1_ps(p->sums[r * p->sums_stride + g]);
-                if (p->offsets_are == ZEROS)
+            if (are != NO_OFFSETS) {
+                const __m512 offset = _mm512_load_ps(offsets + LANES * v);
+                const __m512 inputs = _mm512_set1_ps(sums[r * sums_stride]);
+                if (are == ZEROS)
                     sum = _mm512_fnmadd_ps(offset, inputs, sum);
                 else
                     total = _mm512_fnmadd_ps(offset, inputs, total);
@@ -191,6 +205,19 @@ INLINE void close_group(float *totals, __m512 a[ROW_TILE][VECTORS], const piece 
     }
 }
 
+INLINE void close_group(float *totals, __m512 a[ROW_TILE][VECTORS], const piece *p, int64_t g,
+                        int R) {
+    const float *scales = p->scales + g * BLOCK, *offsets = p->offsets + g * BLOCK;
+    const float *sums = p->sums + g;
+    const int64_t stride = p->sums_stride;
+    if (p->offsets_are == NO_OFFSETS)
+        close_as(totals, a, scales, offsets, sums, stride, NO_OFFSETS, R);
+    else if (p->offsets_are == ZEROS)
+        close_as(totals, a, scales, offsets, sums, stride, ZEROS, R);
+    else
+        close_as(totals, a, scales, offsets, sums, stride, MINIMUMS, R);
+}
+
 // a[r] += x[r] · weights of a step.
 INLINE void add_step(__m512 a[ROW_TILE][VECTORS], const bf16 *x, int64_t x_stride,
                      const uint8_t *codes, lookup table, int64_t ahead, int kind, int R) {
@@ -198,7 +225,7 @@ INLINE void add_step(__m512 a[ROW_TILE][VECTORS], const bf16 *x, int64_t x_strid
     if (ahead)
 #pragma GCC unroll 20
         for (int line = 0; line < VECTORS * bytes; line += LINE)
-            _mm_prefetch((const char *)(codes + ahead + line), _MM_HINT_NTA);
+            _mm_prefetch((const char *)(codes + ahead + line), _MM_HINT_T1);
 #pragma GCC unroll 16
     for (int p = 0; p < pairs; p++) {
         __m512bh weights[VECTORS];
@@ -272,43 +299,75 @@ static multiply_function *const MULTIPLY_OF[NUM_KINDS + 1][ROW_TILE] = {
 
 // --- the numbers of groups ----------------------------------------------------------------------
 
-// Number of 16 outputs in group g of a block of so many groups.
-INLINE __m512 number(const stored_numbers *numbers, int64_t block, int64_t groups, int64_t g,
-                     int v) {
-    const int64_t at = (block * groups + g) * BLOCK + LANES * v;
-    if (numbers->form == NO_NUMBERS) return _mm512_set1_ps(1.0f);
-    if (numbers->form == HALF_NUMBERS)
-        return _mm512_cvtph_ps(
-            _mm256_loadu_si256((const __m256i *)((const uint16_t *)numbers->values + at)));
-    if (numbers->form == FLOAT_NUMBERS) return _mm512_loadu_ps((const float *)numbers->values + at);
-    const int64_t units = ((groups - 1) >> numbers->shift) + 1;
-    const int64_t unit = (block * units + (g >> numbers->shift)) * BLOCK + LANES * v;
-    const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
-        _mm_loadu_si128((const __m128i *)((const int8_t *)numbers->values + at))));
-    const __m512 shared =
-        numbers->form == FACTORED_HALF
-            ? _mm512_cvtph_ps(
-                  _mm256_loadu_si256((const __m256i *)((const uint16_t *)numbers->units + unit)))
-            : _mm512_loadu_ps((const float *)numbers->units + unit);
-    return _mm512_mul_ps(code, shared);
-}
-
-// --- a block of 64 outputs ----------------------------------------------------------------------
-
 typedef struct {
     const stored_weight *w;
     int64_t block, groups;
     const float *inputs;  // sums of groups [rows][groups], where there are offsets
 } position;
 
+INLINE __m512 half(const uint16_t *from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+}
+
+INLINE void fetch(const void *at) { _mm_prefetch((const char *)at + NUMBERS_AHEAD, _MM_HINT_T1); }
+
+// Groups `g` to `end` of codes, times the units that some of them share.
+INLINE void read_factored(float *to, const stored_numbers *numbers, const position *at, int64_t g,
+                          int64_t end, int is_half) {
+    const int64_t units = ((at->groups - 1) >> numbers->shift) + 1;
+    const int8_t *codes = (const int8_t *)numbers->values + (at->block * at->groups + g) * BLOCK;
+    while (g < end) {
+        const int64_t shared = g >> numbers->shift;
+        const int64_t last = ss_min(end, (shared + 1) << numbers->shift);
+        const int64_t place = (at->block * units + shared) * BLOCK;
+        __m512 unit[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++)
+            unit[v] = is_half ? half((const uint16_t *)numbers->units + place + LANES * v)
+                              : _mm512_loadu_ps((const float *)numbers->units + place + LANES * v);
+        fetch((const char *)numbers->units + place * (is_half ? 2 : 4));
+        for (; g < last; g++, codes += BLOCK, to += BLOCK) {
+            fetch(codes);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) {
+                const __m512i code =
+                    _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + LANES * v)));
+                _mm512_store_ps(to + LANES * v, _mm512_mul_ps(_mm512_cvtepi32_ps(code), unit[v]));
+            }
+        }
+    }
+}
+
 // The numbers of `count` groups from g on [count][64].
 static void read_numbers(float *to, const stored_numbers *numbers, const position *at, int64_t g,
                          int64_t count) {
-    for (int64_t i = 0; i < count; i++)
-        for (int v = 0; v < VECTORS; v++)
-            _mm512_store_ps(to + i * BLOCK + LANES * v,
-                            number(numbers, at->block, at->groups, g + i, v));
+    const int64_t first = (at->block * at->groups + g) * BLOCK;
+    switch (numbers->form) {
+        case FACTORED_HALF: read_factored(to, numbers, at, g, g + count, 1); break;
+        case FACTORED_FLOAT: read_factored(to, numbers, at, g, g + count, 0); break;
+        case HALF_NUMBERS: {
+            const uint16_t *from = (const uint16_t *)numbers->values + first;
+            for (int64_t i = 0; i < count * BLOCK; i += LANES) {
+                if (i % 32 == 0) fetch(from + i);
+                _mm512_store_ps(to + i, half(from + i));
+            }
+            break;
+        }
+        case FLOAT_NUMBERS: {
+            const float *from = (const float *)numbers->values + first;
+            for (int64_t i = 0; i < count * BLOCK; i += LANES) {
+                fetch(from + i);
+                _mm512_store_ps(to + i, _mm512_loadu_ps(from + i));
+            }
+            break;
+        }
+        default:
+            for (int64_t i = 0; i < count * BLOCK; i += LANES)
+                _mm512_store_ps(to + i, _mm512_set1_ps(1.0f));
+    }
 }
+
+// --- a block of 64 outputs ----------------------------------------------------------------------
 
 // Rows up to which it is faster to look codes up again and again.
 static int64_t most_direct_rows(int kind) {
@@ -331,7 +390,8 @@ static void multiply_block(const position *at, const bf16 *x, int64_t x_stride, 
     memset(totals, 0, (size_t)(rows * BLOCK) * sizeof(float));
     for (int64_t k = 0; k < w->inputs;) {
         const int64_t g = k / w->group, in_group = k - g * w->group;
-        const int64_t whole = ss_min(PIECE_GROUPS, most / w->group) * w->group;
+        const int64_t most_groups = rows <= ROW_TILE ? FEW_GROUPS : PIECE_GROUPS;
+        const int64_t whole = ss_min(most_groups, most / w->group) * w->group;
         // Whole groups, or what is left of one, but not too much of it.
         const int64_t count = whole ? ss_min(whole, w->inputs - k)
                                     : ss_min(most, ss_min(w->inputs - k, w->group - in_group));

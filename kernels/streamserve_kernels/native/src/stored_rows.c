@@ -33,19 +33,12 @@ static void pack_run(const ss_context *context, const int64_t *args, int64_t uni
     const stored_weight *w = (const stored_weight *)args[PACK_WEIGHT];
     const int step = stored_step((int)w->kind), flip = w->kind == CODES_INT8 ? 128 : 0;
     const int64_t first = unit * STORED_BLOCK, end = ss_min(w->outputs, first + STORED_BLOCK);
-    stored_plane planes[2];
-    const int num_planes = stored_planes((int)w->kind, planes);
     for (int64_t row = first; row < end; row++) {
         const uint8_t *codes = (const uint8_t *)args[PACK_CODES] + row * args[PACK_STRIDE];
         for (int64_t s = 0; s < w->inputs / step; s++) {
             uint8_t *to = (uint8_t *)w->codes + step_offset(w, row, s);
-            for (int i = 0; i < num_planes; i++)
-                for (int k = 0; k < step; k++) {
-                    int bit;
-                    const int64_t byte = stored_byte(planes[i], row % STORED_LANES, k, &bit);
-                    const int code = (codes[s * step + k] ^ flip) >> planes[i].shift;
-                    to[byte] |= (uint8_t)((code & ((1 << planes[i].bits) - 1)) << bit);
-                }
+            for (int k = 0; k < step; k++)
+                stored_put((int)w->kind, to, row % STORED_LANES, k, codes[s * step + k] ^ flip);
         }
     }
 }
@@ -101,8 +94,6 @@ static void rows_run(const ss_context *context, const int64_t *args, int64_t uni
     const int32_t *inputs = (const int32_t *)args[ROWS_INPUTS];
     const int step = stored_step((int)w->kind), flip = w->kind == CODES_INT8 ? 128 : 0;
     const int has_offsets = w->offsets.form != NO_NUMBERS, zeros = (int)w->offsets_are_zeros;
-    stored_plane planes[2];
-    const int num_planes = stored_planes((int)w->kind, planes);
     float scale = 1.0f, offset = 0.0f;
     for (int64_t k = 0; k < w->inputs; k++) {
         if (k % w->group == 0) {
@@ -110,12 +101,7 @@ static void rows_run(const ss_context *context, const int64_t *args, int64_t uni
             if (has_offsets) offset = number_at(&w->offsets, groups, row, k / w->group);
         }
         const uint8_t *at = w->codes + step_offset(w, row, k / step);
-        int code = 0;
-        for (int i = 0; i < num_planes; i++) {
-            int bit;
-            const int64_t byte = stored_byte(planes[i], row % STORED_LANES, k % step, &bit);
-            code |= ((at[byte] >> bit) & ((1 << planes[i].bits) - 1)) << planes[i].shift;
-        }
+        const int code = stored_get((int)w->kind, at, row % STORED_LANES, k % step);
         float value = w->values[code ^ flip];
         if (has_offsets && zeros) value -= offset;
         if (w->scales.form != NO_NUMBERS) value *= scale;
