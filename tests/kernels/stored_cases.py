@@ -59,12 +59,12 @@ def _factored(n: int, count: int, per: int, low: int, high: int) -> FactoredNumb
     return FactoredNumbers(codes, units, per)
 
 
-def q4_k(n: int, k: int) -> StoredWeight:
+def q4_k(n: int, k: int, per: int = 8) -> StoredWeight:
     """As GGUF's Q4_K: 32 inputs share a 6-bit scale and minimum, 256 the units of both."""
     count = -(-k // 32)
-    minimums = _factored(n, count, 8, 0, 64)
+    minimums = _factored(n, count, per, 0, 64)
     return GroupedWeight(
-        _codes(n, k, 4), 4, _factored(n, count, 8, 0, 64), None, 32, None, minimums
+        _codes(n, k, 4), 4, _factored(n, count, per, 0, 64), None, 32, None, minimums
     )
 
 

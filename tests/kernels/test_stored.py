@@ -16,8 +16,11 @@ from streamserve_kernels.stored import (
     TableWeight,
     concatenate,
 )
-from tests.kernels.stored_cases import CASES
+from tests.kernels.stored_cases import CASES as KINDS
+from tests.kernels.stored_cases import q4_k
 
+# Units that fewer groups share than are read at a time.
+CASES = {**KINDS, "short-units": lambda n, k: q4_k(n, k, per=2)}
 SHAPES = [(64, 256), (37, 384), (130, 96)]
 # Bits of a code, and what a group and an output take besides, as a checkpoint's header tells.
 FORMATS = {
