@@ -15,15 +15,26 @@ import orjson
 
 from streamserve.cli.args import check_flags
 from streamserve.cli.environment import whole_text
+from streamserve.cli.terminal import (
+    Piece,
+    Screen,
+    forget_stdout,
+    is_typed,
+    prepare_typing,
+    read_line,
+    read_message,
+)
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import StreamServeError
 
 Message = dict[str, str]
 
-_HELP = """/system TEXT  set the system prompt and start anew
+_HELP = """/system TEXT  set the system prompt and start anew (without TEXT: show it)
 /reset        forget the conversation
 /help         this list
-/exit         leave (also Ctrl-D; Ctrl-C stops an answer)"""
+/exit         leave (also Ctrl-D; Ctrl-C stops an answer)
+
+Several lines: end all but the last with \\, or put \"\"\" before and behind them."""
 
 
 class ChatBackend(Protocol):
@@ -31,8 +42,8 @@ class ChatBackend(Protocol):
 
     name: str
 
-    def answer(self, messages: list[Message]) -> AsyncIterator[str]:
-        """Yield the answer's text as it comes; raises ``StreamServeError``."""
+    def answer(self, messages: list[Message]) -> AsyncIterator[Piece]:
+        """Yield the answer as it comes; raises ``StreamServeError``."""
 
     async def close(self) -> None:
         """Free what the backend holds."""
@@ -74,7 +85,7 @@ class HttpBackend:
             raise StreamServeError(f"{base} does not answer like an OpenAI API") from error
         return cls(client, model or names[0], options)
 
-    async def answer(self, messages: list[Message]) -> AsyncIterator[str]:
+    async def answer(self, messages: list[Message]) -> AsyncIterator[Piece]:
         """Yield the deltas of one streamed completion."""
         body = {"model": self.name, "messages": messages, "stream": True, **self._options}
         done = False
@@ -91,8 +102,11 @@ class HttpBackend:
                     if "error" in chunk:
                         raise StreamServeError(chunk["error"]["message"])
                     for choice in chunk["choices"]:
-                        if text := choice["delta"].get("content"):
-                            yield text
+                        delta = choice["delta"]
+                        if text := delta.get("reasoning_content") or delta.get("reasoning"):
+                            yield Piece(text, is_thought=True)
+                        if text := delta.get("content"):
+                            yield Piece(text)
         except httpx.HTTPError as error:
             raise StreamServeError(
                 f"the connection broke: {error or type(error).__name__}"
@@ -121,55 +135,90 @@ class Conversation:
 
     def __init__(self, system: str | None) -> None:
         self.messages: list[Message] = []
-        self._system = system
+        self.system = system
         self.reset()
 
     def reset(self, system: str | None = None) -> None:
         """Forget everything but the system prompt (or take a new one)."""
-        self._system = system or self._system
-        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        self.system = system or self.system
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def ask(self, question: str) -> list[Message]:
+        """All that was said, and the question."""
+        self.messages.append({"role": "user", "content": question})
+        return self.messages
+
+    def answered(self, answer: str) -> None:
+        """What was said so far; nothing takes the question back: most templates want pairs."""
+        if answer:
+            self.messages.append({"role": "assistant", "content": answer})
+        else:
+            self.messages.pop()
 
 
 def chat_loop(
     runner: asyncio.Runner,
     backend: ChatBackend,
     conversation: Conversation,
-    read_line: Callable[[str], str] = input,
+    screen: Screen,
+    read: Callable[[str], str] = read_line,
 ) -> None:
-    """Read lines, stream answers, until end of input. Ctrl-C stops the answer that is running."""
-    prompt = "> " if sys.stdin.isatty() else ""
+    """Read messages, stream answers, until the input ends.
+
+    Ctrl-C stops the answer that is running; where none is, twice in a row leaves.
+    """
+    prompt = "> " if is_typed() else ""
+    is_leaving = False
     while True:
         try:
-            line = read_line(prompt).strip()
-        except (EOFError, KeyboardInterrupt):
+            message = read_message(read, prompt)
+        except EOFError:
             print()
             return
-        if not line:
-            continue
-        if line.startswith("/"):
-            if line in {"/exit", "/quit"}:
-                return
-            _command(line, conversation)
-            continue
-        conversation.messages.append({"role": "user", "content": line})
-        pieces: list[str] = []
-        try:
-            runner.run(_print_answer(backend, conversation.messages, pieces))
         except KeyboardInterrupt:
-            print(" [stopped]")
-        except StreamServeError as error:
-            print(f"[{error}]", file=sys.stderr)
-            conversation.messages.pop()
+            print()
+            if is_leaving or not prompt:
+                return
+            print("Ctrl-C again, Ctrl-D or /exit leaves")
+            is_leaving = True
             continue
-        conversation.messages.append({"role": "assistant", "content": "".join(pieces)})
+        is_leaving = False
+        if message in {"/exit", "/quit"}:
+            return
+        if message.startswith("/"):
+            _command(message, conversation)
+        elif message:
+            _answer(runner, backend, conversation, screen, message)
 
 
-async def _print_answer(backend: ChatBackend, messages: list[Message], pieces: list[str]) -> None:
+def _answer(
+    runner: asyncio.Runner,
+    backend: ChatBackend,
+    conversation: Conversation,
+    screen: Screen,
+    message: str,
+) -> None:
+    pieces: list[str] = []
+    try:
+        runner.run(_show_answer(backend, conversation.ask(message), screen, pieces))
+        screen.end()
+    except KeyboardInterrupt:
+        screen.end(" [stopped]")
+    except StreamServeError as error:
+        screen.end()
+        print(f"[{error}]", file=sys.stderr)
+        pieces.clear()
+    conversation.answered("".join(pieces))
+
+
+async def _show_answer(
+    backend: ChatBackend, messages: list[Message], screen: Screen, pieces: list[str]
+) -> None:
     async with aclosing(backend.answer(messages)) as answer:  # type: ignore[type-var]
         async for piece in answer:
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-    print()
+            if not piece.is_thought:
+                pieces.append(piece.text)
+            screen.show(piece)
 
 
 def _command(line: str, conversation: Conversation) -> None:
@@ -178,8 +227,12 @@ def _command(line: str, conversation: Conversation) -> None:
         conversation.reset()
     elif name == "/system" and argument.strip():
         conversation.reset(argument.strip())
-    else:
+    elif name == "/system":
+        print(conversation.system or "there is no system prompt")
+    elif name == "/help":
         print(_HELP)
+    else:
+        print(f"there is no {name}\n{_HELP}")
 
 
 def run_chat(args: Namespace) -> int:
@@ -189,9 +242,12 @@ def run_chat(args: Namespace) -> int:
     with asyncio.Runner() as runner:
         backend = runner.run(_connect(args, options)) if args.url else _start(args, runner, options)
         try:
-            if sys.stdin.isatty():
+            if is_typed():
+                prepare_typing()
                 print(f"chatting with {backend.name}; /help lists the commands, Ctrl-D leaves")
-            chat_loop(runner, backend, conversation)
+            chat_loop(runner, backend, conversation, Screen.of_stdout())
+        except BrokenPipeError:
+            forget_stdout()
         finally:
             runner.run(backend.close())
     return 0

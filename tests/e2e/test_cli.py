@@ -157,6 +157,20 @@ def test_chat_against_a_server(run, box):
     assert "Anna" in result.stdout.splitlines()[1]
 
 
+def test_chat_ends_quietly_when_nobody_reads_it(box):
+    chat = subprocess.Popen(
+        [*command("chat"), "--url", box.url],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    assert chat.stdout is not None
+    chat.stdout.close()
+    _, stderr = chat.communicate(b"Hi\nHi\n", timeout=240)
+    assert (chat.returncode, stderr) == (0, b"")
+
+
 def test_chat_says_what_is_wrong_with_its_flags_at_once(run):
     result = run("chat", "--temperature", "5", "/nowhere/model")
     assert result.returncode == 1
