@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -82,6 +83,8 @@ def _bind(host: str, port: int) -> list[socket.socket]:
 
 def _cannot_listen(host: str, port: int, exc: OSError) -> ConfigError:
     reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc)
+    if exc.errno == errno.EADDRINUSE:
+        reason += " (--port chooses another)"
     return ConfigError(f"cannot listen on {host}:{port}: {reason}")
 
 

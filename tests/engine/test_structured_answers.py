@@ -1,5 +1,6 @@
 """Whatever the model draws, an answer that ends by itself is what its grammar says."""
 
+import gc
 import json
 import random
 import re
@@ -12,6 +13,7 @@ from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.grammar import Grammars
+from streamserve.engine.grammar_masks import RequestMatcher
 from streamserve.errors import EngineError, InvalidParameterError
 from tests.engine.fakes import EOS, collect, serving
 from tests.engine.random_runner import RandomRunner
@@ -58,6 +60,19 @@ async def test_random_schemas_are_followed(max_steps_in_flight):
                     jsonschema.validate(json.loads(output.text), value)
     assert num_ended > 90
     assert max(runner.num_masks) > 2
+
+
+async def test_an_answer_that_has_ended_leaves_no_grammar_behind():
+    def num_matchers():
+        gc.collect()
+        return sum(isinstance(found, RequestMatcher) for found in gc.get_objects())
+
+    num_before = num_matchers()
+    async with serving(RandomRunner(VOCAB_SIZE)) as harness:
+        await answer(harness, grammar("regex", "ab*c"))
+        (await submit(harness, grammar("regex", "[a-c]+"), "left")).close()
+        await answer(harness, None, "after")
+        assert num_matchers() == num_before
 
 
 CHOICES = grammar("choice", '["yes", "yes please", "nö", "\\"\\n\\\\", "😀"]')

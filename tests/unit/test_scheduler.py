@@ -210,6 +210,17 @@ def test_the_tail_yields_its_seat_to_a_more_urgent_class():
     assert harness.runner.num_computed_tokens == (6 + 5) + (6 + 5) + (4 + 1)
 
 
+def test_the_token_that_was_set_aside_for_who_yields_is_the_urgent_ones():
+    harness = Harness(max_num_seqs=2, max_num_batched_tokens=8, policy="priority")
+    a = harness.add([1] * 3, max_tokens=6, priority=1)
+    harness.add([2] * 3, max_tokens=6, priority=1)
+    harness.step()
+    harness.step()
+    urgent = harness.add([3] * 12, max_tokens=1, priority=0)
+    assert shares(harness.step()) == {a.request_id: 1, urgent.request_id: 7}
+    harness.run()
+
+
 def test_equals_do_not_yield():
     harness = Harness(max_num_seqs=1, policy="priority")
     harness.add([1], max_tokens=5, priority=1)
@@ -382,6 +393,7 @@ def test_a_stop_found_late_discards_what_came_after():
         request, FinishReason.STOP, num_output_tokens=4, stop_reason="end"
     )
     assert request.num_output_tokens == 4
+    assert len(request.block_hashes) <= request.num_tokens // 4
     harness.run()
     again = harness.add([1, 2, 3, *naive_output(request, 12)], max_tokens=1)
     harness.run()

@@ -296,6 +296,13 @@ def test_a_long_call_that_breaks_late_ends_in_text():
     assert message.content == "\nrest</tool_call>"
 
 
+@pytest.mark.parametrize(("family", "bare"), [("kimi_k2", KIMI_CALL), ("minimax_m2", INVOKE)])
+def test_what_a_grammar_writes_as_text_is_text(family, bare):
+    """It makes calls in their section only."""
+    assert said(read(new(family), [bare]))[1] == [CALL_A]
+    assert said(read(new(family, is_certain=True), [bare])) == (bare, [])
+
+
 def test_text_is_not_held_back():
     parser = new("hermes")
     assert parser.feed("Hello ") == [Content("Hello ")]
