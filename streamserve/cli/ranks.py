@@ -149,7 +149,7 @@ class Workers:
             self._failure = error
             self._news.notify_all()
         self._kill()
-        for tell in self._listeners:
+        for tell in reversed(self._listeners):  # who waits hears of it first
             tell(error)
 
     def close(self) -> None:
@@ -235,6 +235,7 @@ class LeadingTeam:
                 self.workers.answers()
                 self.workers.send(0)
                 self.ranks = meet(orders[0], device)
+                self.workers.on_failure(lambda _error: self.ranks.abort())
                 self.workers.answers()
             except BaseException as error:
                 self.abandon(error)
@@ -250,8 +251,7 @@ class LeadingTeam:
 
     def steer(self, own: ModelRunner, commands: Mapping[str, Callable[[], None]]) -> LeadRunner:
         """See `Team`."""
-        abort, release = self.ranks.abort, self.ranks.close
-        return LeadRunner(own, self.workers, commands, abort=abort, release=release)
+        return LeadRunner(own, self.workers, commands, release=self.ranks.close)
 
     def abandon(self, error: BaseException) -> None:
         """Ends the other ranks, since the start ends with ``error``.

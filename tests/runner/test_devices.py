@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from streamserve.errors import ConfigError
-from streamserve.runner.devices import VisibleGpu, VisibleGpus, choose_device, visible_gpus
+from streamserve.runner.devices import (
+    VisibleGpu,
+    VisibleGpus,
+    choose_device,
+    device_of_rank,
+    visible_gpus,
+)
 
 OLD = VisibleGpu("Tesla V100", (7, 0))
 H100 = VisibleGpu("NVIDIA H100", (9, 0))
@@ -49,3 +55,12 @@ def test_what_torch_sees_here():
     visible = visible_gpus()
     assert len(visible.gpus) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     assert torch.__version__ in str(visible)
+
+
+def test_ranks_have_the_first_gpu_and_those_behind_it():
+    visible = VisibleGpus((OLD, H100, H100))
+    assert device_of_rank(torch.device("cuda", 1), 1, 2, visible) == torch.device("cuda", 2)
+    for start, size in ((1, 3), (0, 2)):
+        wanted = f"--tensor-parallel-size {size} .* from cuda:{start}"
+        with pytest.raises(ConfigError, match=wanted):
+            device_of_rank(torch.device("cuda", start), 0, size, visible)

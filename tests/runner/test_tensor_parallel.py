@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from streamserve.runner.cuda.build import build_cuda_runner
 from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.tensor_parallel.cuda_build import build_rank_runner
 from streamserve.runner.tensor_parallel.follow import follow
-from streamserve.runner.tensor_parallel.lead import LeadRunner
+from streamserve.runner.tensor_parallel.lead import STEP_LIMIT_S, LeadRunner
 from streamserve.runner.tensor_parallel.team import agreed
 from tests.models.checkpoints import random_checkpoint
 from tests.models.native import GQA
@@ -197,6 +198,31 @@ def test_ranks_serve_what_one_device_serves(led, on_device) -> None:
     assert answers == expected[0]
     for found, wanted in ((logprobs, expected[1]), (vectors, expected[2])):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+
+
+class Stuck:
+    """A runner whose steps do not end."""
+
+    num_compilations = 0
+
+    def launch(self, plan) -> None:
+        pass
+
+    def sample(self, step_id: int, masks) -> Future:
+        return Future()
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_step_that_does_not_end_is_the_end_of_all() -> None:
+    times = iter([0.0])
+    runner = LeadRunner(Stuck(), Threads(), {}, clock=lambda: next(times, STEP_LIMIT_S + 1.0))
+    runner.launch(plan_of(1))
+    error = runner.sample(1).exception(60)
+    assert isinstance(error, DeviceDeadError)
+    assert "no step has ended on all ranks for 300 s" in str(error)
+    runner.close()
 
 
 def test_the_rank_with_the_least_room_decides(checkpoint) -> None:

@@ -55,17 +55,17 @@ class ProcessRanks:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        self._group.allreduce([x]).wait()
+        _wait(self._group.allreduce([x], _options("AllreduceOptions")))
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         found = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        self._group._allgather_base(found, x).wait()
+        _wait(self._group._allgather_base(found, x, _options("AllgatherOptions")))
         return found.view(self.size, *x.shape)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        self._group.broadcast(x, 0).wait()
+        _wait(self._group.broadcast([x], _options("BroadcastOptions")))
         return x
 
     def abort(self) -> None:
@@ -80,6 +80,18 @@ class ProcessRanks:
     def close(self) -> None:
         """Once nobody calls any more."""
         self._group.shutdown()
+
+
+def _options(name: str) -> Any:
+    options = getattr(dist.distributed_c10d, name)()
+    # On the current stream itself: no other one waits for it, also in a graph.
+    options.asyncOp = False
+    return options
+
+
+def _wait(work: Any) -> None:
+    if work is not None:
+        work.wait()
 
 
 def _group(store: Any, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:

@@ -44,7 +44,8 @@ def build_rank_runner(
     )
 
     def use_whole_model() -> None:
-        executor.model = model
+        # Behind the steps that are queued: another rank's may not have been launched yet.
+        own.on_device_thread(lambda: setattr(executor, "model", model))
 
     def capture() -> None:
         executor.want_graphs(ladder.graphs())

@@ -57,18 +57,13 @@ class LeadRunner:
         followers: Followers,
         commands: Mapping[str, Callable[[], None]],
         *,
-        abort: Callable[[], None] = lambda: None,
         release: Callable[[], None] = lambda: None,
         clock: Clock = monotonic,
     ) -> None:
-        """``own`` is this rank's.
-
-        ``abort`` ends what it waits for when another rank is gone, ``release`` comes last of all.
-        """
+        """``own`` is this rank's; ``release`` comes last of all."""
         self._own = own
         self._followers = followers
         self._commands = commands
-        self._abort = abort
         self._release = release
         self._clock = clock
         self._lock = threading.Lock()
@@ -149,7 +144,6 @@ class LeadRunner:
             self._failure = self._failure or error
             pending = [future for future, _ in self._pending.values()]
             self._pending.clear()
-        self._abort()
         for future in pending:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
