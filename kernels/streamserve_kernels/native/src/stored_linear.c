@@ -371,7 +371,7 @@ static void read_numbers(float *to, const stored_numbers *numbers, const positio
 
 // Rows up to which it is faster to look codes up again and again.
 static int64_t most_direct_rows(int kind) {
-    return kind == CODES_FLOAT8 ? 14 : kind == CODES_6 || kind == CODES_INT8 ? 24 : GROUP_ROWS;
+    return kind == CODES_FLOAT8 ? 14 : kind == CODES_INT8 ? 24 : GROUP_ROWS;
 }
 
 // totals [rows][64] = x [rows][K] · the block's weights.
