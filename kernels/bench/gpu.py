@@ -37,16 +37,17 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
-# Those that know of a device; first what no card has run to its end.
-TESTS = (
-    "tests/runner/cuda",
+TESTS = ("tests/kernels", "tests/models", "tests/runner")  # the others know nothing of a device
+ONE_ENGINE = ("tests/runner/",)  # which the tests of a file share: a worker's each would be built
+# What no card has run to its end, then what so much has changed in that it is as good as new.
+FIRST_TESTS = (
+    "tests/runner/cuda/",
+    "tests/runner/test_gpu_memory.py",
     "tests/kernels/test_adapters.py",
     "tests/kernels/test_triton_moe.py",
     "tests/kernels/test_triton_attention.py",
-    "tests/runner/test_gpu_memory.py",
-    "tests/kernels",
-    "tests/models",
-    "tests/runner",
+    "tests/kernels/test_triton_linear.py",
+    "tests/kernels/test_triton_quantised.py",
 )
 _POLL_S = 0.2
 _SUMMARY_LINES = {"tests": 30, "kernels": 4, "latency": 10, "throughput": 8, "serve": 14, "peer": 8}
@@ -187,10 +188,13 @@ def end_group(process: subprocess.Popen[Any], grace_s: float) -> None:
 def run_tests(step: Step) -> None:
     told = step.plan.output / "tests.jsonl"
     command = [sys.executable, "-m", "pytest", *TESTS, "-m", "gpu", "-q", "--tb=short"]
-    command += ["-p", "tell_failures", "--tell-to", str(told), *step.plan.test_flags]
+    command += ["-p", "tell_failures", "--tell-to", str(told)]
+    command += [f"--first={path}" for path in FIRST_TESTS]
+    command += step.plan.test_flags
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # it warns of workers
     if importlib.util.find_spec("xdist") is not None and "-n" not in command:
-        command += ["-n", str(min(14, os.cpu_count() or 1))]
+        command += ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "loadgroup"]
+        command += [f"--together={path}" for path in ONE_ENGINE]
     with compiling(step):
         step.run(command)
 
@@ -361,7 +365,7 @@ def described(plan: Plan, names: Sequence[str], seconds: float) -> str:
     lines = [f"{name:12}at most {plan.limits[name]:4.0f} s" for name in chosen]
     lines += [f"{'together':12}at most {min(total, seconds):4.0f} s", ""]
     lines += [f"model        {plan.shape}", f"streams      {plan.streams}"]
-    return "\n".join([*lines, f"tests        {' '.join(TESTS)}"])
+    return "\n".join([*lines, f"tests        {' '.join(TESTS)}, first {' '.join(FIRST_TESTS)}"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """A pytest plugin: a failure is told when it happens, and every test leaves a line in a file.
 
-`pytest -p tell_failures --tell-to FILE`. A run that is ended early has lost nothing then.
+`pytest -p tell_failures --tell-to FILE --first PATH`. A run that is ended early has lost nothing
+then, and what it was for has come first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,26 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tell-to", type=Path, default=None, help="a JSON line for each test")
+    parser.addoption("--first", action="append", default=[], help="tests that come before others")
+    parser.addoption(
+        "--together", action="append", default=[], help="files that one worker has alone"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if getattr(config.option, "loadgroup", False):  # in a worker of xdist
+        together: list[str] = config.getoption("--together")
+        for item in items:
+            if any(path in item.nodeid for path in together):
+                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    # Not by the order of arguments: pytest drops one that lies within another.
+    first: list[str] = config.getoption("--first")
+
+    def place(item: pytest.Item) -> int:
+        return next((i for i, path in enumerate(first) if path in item.nodeid), len(first))
+
+    items.sort(key=place)
 
 
 def pytest_configure(config: pytest.Config) -> None:

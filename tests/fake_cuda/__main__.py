@@ -23,10 +23,12 @@ from tests.fake_cuda.cases import CASES, make
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=list(CASES))
+    names = " ".join(CASES)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"(default: all) {names}")
     parser.add_argument("--scenario", nargs="+", dest="scenarios")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args(argv)
+    args.cases = args.cases or list(CASES)
     root = Path(tempfile.mkdtemp())
     os.environ["HOME"] = str(root)  # nothing that was measured before
     made: dict[str, Path | str] = {}
@@ -92,11 +94,14 @@ def run_case(
     for name, scenario in chosen.items():
         device.findings.clear()
         engine.steps.clear()
+        engine.loops.clear()
         waits = len(device.log)
         late, operations = set(engine.met_late), set(engine.operations_met_late)
         error = None
         try:
             scenario(engine)
+            failed = [error for loop in engine.loops for error in loop.errors]
+            assert not failed or name == "out_of_memory", failed
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
             traceback.print_exc()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320,
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
 
@@ -27,6 +27,10 @@ class Case(NamedTuple):
 
 _DUMMY = ("--load-format", "dummy")
 _WITH_LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")
+_LARGE = (
+    "--max-num-batched-tokens", "2048", "--max-num-seqs", "80", "--max-model-len", "128",
+    "--kv-cache-memory", "32MiB",
+)  # fmt: skip
 NATIVES = (
     "llama3", "qwen2-windows", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "gpt-j", "gpt-neox",
     "falcon-7b", "falcon-rw", "bloom", "mixtral", "qwen2-moe", "qwen3-moe", "deepseek-moe",
@@ -34,12 +38,15 @@ NATIVES = (
 )  # fmt: skip
 FOREIGNERS = ("llama", "cohere2", "deepseek-v3", "olmo3", "olmoe", "nemotron", "granite", "gemma3n")
 PACKED = (
-    "gptq-4", "gptq-4-act-order", "gptq-3", "gptq-2-v2", "gptq-8", "awq", "squeezellm-4",
+    "gptq-4-act-order", "gptq-3", "gptq-2-v2", "gptq-8", "awq", "squeezellm-4",
     "squeezellm-3", "ct-int4", "ct-int8", "fp8-block", "fp8-tensor", "bnb-nf4", "bnb-int8",
 )  # fmt: skip
 GGUF = ("Q4_0", "Q4_K", "Q6_K", "Q3_K", "Q5_1", "Q8_0", "IQ4_NL")
 CASES: dict[str, Case] = {
     "llama": Case(flags=(*_DUMMY, *_WITH_LORA)),
+    "llama-large": Case(flags=(*_DUMMY, *_LARGE)),
+    "moe-large": Case("qwen2-moe", flags=_LARGE),
+    "int4-large": Case(flags=(*_DUMMY, *_LARGE, "--quantization", "int4")),
     "llama-float32": Case(flags=(*_DUMMY, "--dtype", "float32")),
     "llama-float16": Case(flags=(*_DUMMY, "--dtype", "float16")),
     "llama-eager": Case(flags=(*_DUMMY, "--enforce-eager")),

@@ -54,6 +54,7 @@ class Engine:
         self.device = device
         self.said: list[str] = []
         setup = _set_up(args, self.said.append, self.said.append)
+        self.scheduler = setup.scheduler
         self.built = _builder(setup).build()
         self.built.finish_warm_up()
         assert isinstance(self.built.runner, CudaModelRunner)
@@ -65,6 +66,7 @@ class Engine:
         self.met = set(runtime.compiled)
         self.met_operations = self._operations()
         self.steps: list[CountedStep] = []
+        self.loops: list[EngineLoop] = []
         self._count_steps()
 
     def _operations(self) -> set[str]:
@@ -102,7 +104,9 @@ class Engine:
         options = {"num_blocks": 48, "block_size": BLOCK_SIZE, "max_num_seqs": SEATS}
         if self.built.num_host_blocks:
             options["num_host_blocks"] = self.built.num_host_blocks
-        return EngineLoop(self.runner, **{**options, "max_steps_in_flight": 2, **config})
+        loop = EngineLoop(self.runner, **{**options, "max_steps_in_flight": 2, **config})
+        self.loops.append(loop)
+        return loop
 
     @contextmanager
     def failing(self, name: str, error: BaseException) -> Iterator[list[BaseException]]:

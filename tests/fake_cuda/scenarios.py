@@ -134,6 +134,25 @@ def preempted(engine: Engine) -> None:
         assert any(plan.stores for plan in loop.plans), "nothing left"
 
 
+def everything(engine: Engine) -> None:
+    """As much as the engine takes at once: all seats, and prompts of all lengths."""
+    limits, rng = engine.scheduler, random.Random(8)
+    loop = engine.loop(
+        num_blocks=engine.built.memory.num_blocks,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+    )
+    for turn in range(2):
+        asked = []
+        for i in range(3 * limits.max_num_seqs):
+            length = min(int(rng.paretovariate(0.6)) + 2, limits.max_model_len - 12)
+            ids = [rng.randrange(3, 90) for _ in range(length)]
+            asked += requests([ids], temperature=i % 2, max_tokens=rng.randrange(1, 12))
+        asked += requests([list(range(3, 90))], prompt_logprobs=1, logprobs=turn)
+        loop.run(asked)
+
+
 def cancelled(engine: Engine) -> None:
     loop = engine.loop()
     asked = requests(prompts(5), max_tokens=20)
@@ -214,7 +233,7 @@ SCENARIOS: dict[str, Callable[[Engine], None]] = {
     scenario.__name__: scenario
     for scenario in (
         plain, chunks, alone, prefixes, seeded, truncated, logprobs, penalties, many_penalties,
-        biases, bad_words, masks, prompt_logprobs, embeddings, preempted, cancelled,
+        biases, bad_words, masks, prompt_logprobs, embeddings, preempted, everything, cancelled,
         out_of_memory, failed_capture,
     )
 }  # fmt: skip

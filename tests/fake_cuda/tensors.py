@@ -158,13 +158,15 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "aten::_to_copy" and not mine:
         return _upload(args[0], kwargs)
     hosts = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, DeviceTensor)]
-    if any(x.dim() for x in hosts):
+    if any(x.dim() for x in hosts) and not name.endswith("_like"):
         device.find(f"{name} of a tensor of the host")
     before = {id(x.real_): x for x in mine}
     storages = {_storage(x.real_): x.memory_ for x in mine}
     real_args, real_kwargs = tree_map(_unwrapped, (args, kwargs))
-    if device.current.graph is not None and name.startswith("aten::index"):
-        # Nothing runs during a capture: what lies in the inputs may be anything.
+    is_captured = device.current.graph is not None and name.startswith("aten::index")
+    if is_captured or name == "aten::embedding":
+        # What lies in the inputs may be anything: nothing runs during a capture, and no kernel has
+        # put in the ids that the host did not know.
         real_args = tree_map(_without_indices, real_args)
     if name in _ASKING or (name.startswith("aten::index") and _has_mask(args)):
         device.blocks(name)
@@ -234,7 +236,7 @@ def _unwrapped(x: Any) -> Any:
 
 
 def _without_indices(x: Any) -> Any:
-    is_index = isinstance(x, Tensor) and not x.dtype.is_floating_point and x.dim() == 1
+    is_index = isinstance(x, Tensor) and not x.dtype.is_floating_point and 0 < x.dim() < 3
     return torch.zeros_like(x) if is_index else x
 
 

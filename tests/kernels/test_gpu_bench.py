@@ -98,7 +98,8 @@ def test_the_parts_fit_their_commands_and_the_machine():
 
 
 def test_a_failing_test_is_told_at_once(plan, tmp_path, monkeypatch, capsys):
-    """With its traceback, and before the run has ended."""
+    """With its traceback, before the run has ended; and what is asked for first comes first."""
+    (tmp_path / "test_one.py").write_text("def test_well(): pass")
     failing = tmp_path / "test_two.py"
     failing.write_text("""
 import os, signal
@@ -107,7 +108,8 @@ def test_wrong():
 def test_that_ends_everything():
     os.killpg(0, signal.SIGKILL)
 """)
-    monkeypatch.setattr(gpu, "TESTS", (str(failing),))
+    monkeypatch.setattr(gpu, "TESTS", (str(tmp_path),))
+    monkeypatch.setattr(gpu, "FIRST_TESTS", (failing.name,))
     monkeypatch.setattr(gpu, "kernels_command", lambda plan, seconds: python("pass"))
     flags = ("-n", "0", "-m", "not soak")
     with pytest.raises(gpu.StepError, match="ended with -9"):
