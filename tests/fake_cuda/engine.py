@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streamserve.cli.args import build_parser
-from streamserve.cli.compose import _builder, _set_up
+from streamserve.cli.compose import builder_of, set_up
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
 from streamserve.errors import OutOfMemoryError
 from streamserve.runner.cuda.model_runner import CudaModelRunner
@@ -53,9 +53,9 @@ class Engine:
         args = build_parser().parse_args([*common, *flags])
         self.device = device
         self.said: list[str] = []
-        setup = _set_up(args, self.said.append, self.said.append)
+        setup = set_up(args, self.said.append, self.said.append)
         self.scheduler = setup.scheduler
-        self.built = _builder(setup).build()
+        self.built = builder_of(setup).build()
         self.built.finish_warm_up()
         assert isinstance(self.built.runner, CudaModelRunner)
         self.runner = self.built.runner
