@@ -27,11 +27,12 @@ MORE_COPIES = {
     "bad_words": 1 + 4 * 8,
     "masks": 1,
     "prompt_logprobs": 2,
+    "everything": 3,
     "preempted": 1,
     "cancelled": 1,
     "out_of_memory": 1,
 }
-COPIES_BACK = {"logprobs": 3, "prompt_logprobs": 4, "embeddings": 4}
+COPIES_BACK = {"logprobs": 3, "prompt_logprobs": 4, "embeddings": 4, "everything": 7}
 # With host memory for blocks: the indices of either direction and the blocks, in runs of rows; and
 # prompts that come again find blocks to copy.
 HOST_COPIES = {"llama-fp8-cache": 10}
