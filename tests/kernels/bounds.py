@@ -23,6 +23,7 @@ def within_bounds() -> Iterator[None]:
     builder = interpreter.InterpreterBuilder
     launch = interpreter.GridExecutor.__call__
     load, store = builder.create_masked_load, builder.create_masked_store
+    atomic = builder.create_atomic_rmw
     starts: list[int] = []
     ends: list[int] = []
 
@@ -58,11 +59,18 @@ def within_bounds() -> Iterator[None]:
         check(pointers, mask)
         return store(self, pointers, value, mask, *others)
 
+    def bounded_atomic(
+        self: Any, kind: Any, pointers: Any, value: Any, mask: Any, *rest: Any
+    ) -> Any:
+        check(pointers, mask)
+        return atomic(self, kind, pointers, value, mask, *rest)
+
     with ExitStack() as stack:
         for of, name, bounded in (
             (interpreter.GridExecutor, "__call__", bounded_launch),
             (builder, "create_masked_load", bounded_load),
             (builder, "create_masked_store", bounded_store),
+            (builder, "create_atomic_rmw", bounded_atomic),
         ):
             stack.enter_context(patch.object(of, name, bounded))
         yield

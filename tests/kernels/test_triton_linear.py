@@ -263,6 +263,21 @@ def test_time_is_bounded(device, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_measured_in_part_is_not_chosen(device, tmp_path, monkeypatch):
+    """Time is up between two candidates."""
+    packed, now = prepare_linear(torch.randn(8, 32, device=device)), [0.0]
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: now[0])
+
+    def measure(layers, x, config):
+        now[0] += 1.0
+        return -now[0]  # each is better than the one before
+
+    tune([packed], [1], directory=tmp_path, seconds=1.5, measure=measure)
+    assert packed.choices == {1: packed.candidates(1)[0]}
+    assert now == [2.0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_gpu_nothing_is_measured(tmp_path):
     packed = prepare_linear(torch.randn(8, 32))
     if not INTERPRETED:

@@ -64,7 +64,11 @@ def test_every_token_equal(device, vocab_size):
 
 
 def test_edits(device, vocab_size):
-    check(sampling, edited_case(vocab_size, 4), device, edits=True)
+    case = edited_case(vocab_size, 4)
+    wide = torch.full((len(case.params), vocab_size + 5), float("nan"))
+    wide[:, :vocab_size] = case.logits
+    case.logits = wide[:, :vocab_size]
+    check(sampling, case, device, edits=True)
 
 
 def test_edited_logits_are_those_of_the_twin(device, vocab_size, monkeypatch):
@@ -179,6 +183,14 @@ def test_logprobs(device, vocab_size, count):
     is_likely = expected.top > -9999.0
     assert found.top_ids.shape == (5, count)
     assert torch.equal(found.top_ids.cpu()[is_likely], expected.top_ids[is_likely])
+
+
+def test_no_more_logprobs_than_tokens(device):
+    logits, ids = torch.randn(2, 3), torch.tensor([2, 0])
+    found = sampling.logprobs(logits.to(device), ids.to(device), 5)
+    expected = naive_sampling.logprobs(logits, ids, 5)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=5e-6, rtol=1e-6)
 
 
 def test_counts(device, vocab_size):
