@@ -300,6 +300,31 @@ def test_the_gpu_measures(tmp_path):
     assert {key: tuning.Config(*value) for key, value in stored.items()} == chosen
 
 
+def test_roundings_agree_and_a_wrong_tile_does_not():
+    expected = torch.linspace(-1.0, 1.0, 4096).view(4, 1024)
+    assert tuning.agree(expected.bfloat16(), expected)
+    assert tuning.agree(expected * 0, expected * 0)
+    wrong = expected.clone()
+    wrong[3, -16:] = 0.0  # a tile that was not stored
+    for found in (wrong, expected * torch.nan, expected + 0.02):
+        assert not tuning.agree(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(IS_PRETENDED, reason="there is nothing to measure")
+def test_a_kernel_that_is_wrong_on_this_card_is_not_chosen(tmp_path, monkeypatch):
+    layer = prepare_linear(torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16))
+    run = type(layer).run
+
+    def wrong(self, x, config):
+        return run(self, x, config) * (1.0 if config == LIBRARY else 1.1)
+
+    monkeypatch.setattr(type(layer), "run", wrong)
+    with pytest.warns(RuntimeWarning, match="is wrong on this card"):
+        chosen = tune([layer], [1], directory=tmp_path)
+    assert set(chosen.values()) == {LIBRARY}
+
+
 @pytest.mark.gpu
 def test_products_that_overlap_wait_for_each_other():
     """Each starts before the one that makes its input has ended."""

@@ -31,6 +31,8 @@ _CANDIDATES = 2
 # Between them the calls of a measurement should touch more than a last-level cache holds.
 _MEASURED_BYTES = 256 * 2**20
 _MOST_CALLS = 64
+# Of the norm of a result: in bfloat16 weights, inputs and sums are each a 512th off at most.
+_DISAGREEMENT = 0.02
 _REPLAYS = 3
 
 
@@ -160,10 +162,11 @@ def _best(
 
 
 def measure_on_gpu(layers: Sequence[Tunable], x: Tensor, config: Config) -> float:
-    """Milliseconds of a call, in a CUDA graph of calls on the layers in turn; inf: cannot run.
+    """Milliseconds of a call, in a CUDA graph of calls on the layers in turn.
 
     A graph, because that is how the calls will run: launched from Python one by one they would
-    mostly wait for the launches.
+    mostly wait for the launches. inf for a config that cannot run, or, with a warning, for one
+    whose results there are not the library's.
     """
     calls = max(8, min(_MOST_CALLS, _MEASURED_BYTES // max(1, layers[0].nbytes)))
     graph = torch.cuda.CUDAGraph()
@@ -177,7 +180,7 @@ def measure_on_gpu(layers: Sequence[Tunable], x: Tensor, config: Config) -> floa
         torch.cuda.synchronize(x.device)
         graph.capture_begin(capture_error_mode="thread_local")
         for call in range(calls):
-            layers[call % len(layers)].run(x, config)
+            result = layers[call % len(layers)].run(x, config)
         graph.capture_end()
     graph.replay()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -188,7 +191,18 @@ def measure_on_gpu(layers: Sequence[Tunable], x: Tensor, config: Config) -> floa
         end.record()
         end.synchronize()
         best = min(best, start.elapsed_time(end))
+    last = layers[(calls - 1) % len(layers)]
+    if not agree(result, last.run(x, LIBRARY)):
+        key = last.tuning_key(bucket(len(x)))
+        warnings.warn(f"{config} is wrong on this card for {key}", RuntimeWarning, stacklevel=4)
+        return float("inf")
     return best / calls
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two kernels' results differ by no more than their roundings could explain."""
+    expected = expected.float()
+    return bool((found.float() - expected).norm() <= _DISAGREEMENT * expected.norm())
 
 
 @lru_cache(maxsize=1)
