@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from streamserve.cli.compose import Service
 from streamserve.models import ModelConfig
+from streamserve.models.config import NativeConfig
+from streamserve.models.parameters import decoder_modules
 from streamserve.runner.passing_thread import on_passing_thread
 from streamserve_kernels import Quantization
 from streamserve_kernels.ceilings import Ceilings, measure_ceilings
+from streamserve_kernels.stored import StoredFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,23 @@ def step_weight_bytes(
     config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None
 ) -> int:
     """Bytes of weights that a decode step reads: all but the embedding's table."""
-    total = config.weight_bytes(dtype, quantization)
-    if config.spec.tied_head and quantization is not None:
-        return total  # counted once, and the head reads it
-    return total - config.spec.vocab_size * config.spec.hidden_size * dtype.itemsize
+    total, spec = config.weight_bytes(dtype, quantization), config.spec
+    stored = _stored_table(config)
+    if stored is not None or quantization is not None:
+        if spec.tied_head:
+            return total  # counted once, and the head reads it
+        if stored is not None:
+            return total - stored.nbytes(spec.vocab_size, spec.hidden_size)
+    return total - spec.vocab_size * spec.hidden_size * dtype.itemsize
+
+
+def _stored_table(config: ModelConfig) -> StoredFormat | None:
+    """How the checkpoint holds the embedding; None: plainly."""
+    if config.stored_quantization is None or not isinstance(config, NativeConfig):
+        return None
+    modules = decoder_modules(config.spec)
+    embedding = next(module for module in modules if module.name == "embedding")
+    return config.stored_quantization.format(embedding)
 
 
 def _weights_per_token(config: ModelConfig) -> int:
@@ -70,7 +86,8 @@ def _weights_per_token(config: ModelConfig) -> int:
     spec = config.spec
     table = spec.vocab_size * spec.hidden_size
     # In one byte a weight; tied or not, table and head are both counted.
-    total = config.weight_bytes(torch.int8) - 2 * table
+    plain = replace(config, stored_quantization=None)
+    total = plain.weight_bytes(torch.int8) - 2 * table
     return total - spec.idle_weights()
 
 

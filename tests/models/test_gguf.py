@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 from gguf.quants import dequantize
 
+from streamserve.cli.bench_floor import step_weight_bytes
 from streamserve.models import load_config, load_model
 from streamserve.models.gguf.architectures import ARCHITECTURES
 from streamserve.models.gguf.kinds import KINDS, unpack_rows
@@ -428,6 +430,21 @@ def test_within_the_trained_length_the_short_factors_count(tmp_path, build, kern
 
 # Rows of 32 and 64: whole blocks of the older kinds, in all that is a matrix.
 WIDE = {"intermediate_size": 64}
+
+
+def test_a_step_reads_as_much_with_a_tied_head_as_without(tmp_path, build):
+    """And no table that only rows are taken of, packed or plain."""
+    found = []
+    for name, tied in (("tied", True), ("untied", False)):
+        config = transformers.LlamaConfig(**{**GQA, **WIDE}, tie_word_embeddings=tied)
+        values = {**_sizes(config), **EPS, "attention.head_count_kv": 2}
+        file = tmp_path / f"{name}.gguf"
+        write_gguf(file, build(config), "llama", values, kind=lambda name: Kind.Q8_0)
+        packed = load_config(file)
+        plain = replace(packed, stored_quantization=None)
+        found.append([step_weight_bytes(c, torch.bfloat16, None) for c in (packed, plain)])
+        assert found[-1][0] < found[-1][1]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0], ids=str)
