@@ -153,7 +153,7 @@ def linear_calls() -> Iterator[Callable[[], object]]:
     for case in ("gptq4", "gptq3", "q4_k", "q6_k", "nf4", "squeezed3", "fp8-blocks"):
         layers.append(prepare_stored(CASES[case](512, HIDDEN), None, torch.bfloat16))
     for layer in layers:
-        for rows in (1, 8, 32, 64, 128):
+        for rows in (1, 8, 64, 128):
             for config in layer.candidates(rows):
                 yield lambda layer=layer, rows=rows, config=config: layer.run(
                     bf16(rows, HIDDEN), config

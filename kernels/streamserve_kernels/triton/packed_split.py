@@ -115,6 +115,22 @@ def weights_of_place(
 
 
 @jit
+def four_places(a, b, c, d):
+    """[N, W] each -> [N, 4 * W], one after the other."""
+    weights = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 3, 2, 1))
+    return tl.reshape(weights, (a.shape[0], 4 * a.shape[1]))
+
+
+@jit
+def eight_places(a, b, c, d, e, f, g, h):
+    """[N, W] each -> [N, 8 * W], one after the other."""
+    low = tl.join(tl.join(a, b), tl.join(c, d))
+    high = tl.join(tl.join(e, f), tl.join(g, h))
+    weights = tl.permute(tl.join(low, high), (0, 4, 3, 2, 1))
+    return tl.reshape(weights, (a.shape[0], 8 * a.shape[1]))
+
+
+@jit
 def weights_of(
     words,
     zero,
@@ -125,21 +141,18 @@ def weights_of(
     INTERPRETED: tl.constexpr,
 ):
     """[BLOCK_N, PER * BLOCK_W]: the weights of all places, one after the other."""
-    SHAPE: tl.constexpr = (words.shape[0], 32 // BITS * words.shape[1])
     a = weights_of_place(words, zero, scale, 0, BITS, GROUPS, dtype, INTERPRETED)
     b = weights_of_place(words, zero, scale, 1, BITS, GROUPS, dtype, INTERPRETED)
     c = weights_of_place(words, zero, scale, 2, BITS, GROUPS, dtype, INTERPRETED)
     d = weights_of_place(words, zero, scale, 3, BITS, GROUPS, dtype, INTERPRETED)
-    low = tl.join(tl.join(a, b), tl.join(c, d))
     if BITS == 8:
-        weights = tl.reshape(tl.permute(low, (0, 3, 2, 1)), SHAPE)
+        weights = four_places(a, b, c, d)
     else:
-        a = weights_of_place(words, zero, scale, 4, BITS, GROUPS, dtype, INTERPRETED)
-        b = weights_of_place(words, zero, scale, 5, BITS, GROUPS, dtype, INTERPRETED)
-        c = weights_of_place(words, zero, scale, 6, BITS, GROUPS, dtype, INTERPRETED)
-        d = weights_of_place(words, zero, scale, 7, BITS, GROUPS, dtype, INTERPRETED)
-        both = tl.join(low, tl.join(tl.join(a, b), tl.join(c, d)))
-        weights = tl.reshape(tl.permute(both, (0, 4, 3, 2, 1)), SHAPE)
+        e = weights_of_place(words, zero, scale, 4, BITS, GROUPS, dtype, INTERPRETED)
+        f = weights_of_place(words, zero, scale, 5, BITS, GROUPS, dtype, INTERPRETED)
+        g = weights_of_place(words, zero, scale, 6, BITS, GROUPS, dtype, INTERPRETED)
+        h = weights_of_place(words, zero, scale, 7, BITS, GROUPS, dtype, INTERPRETED)
+        weights = eight_places(a, b, c, d, e, f, g, h)
     return weights
 
 

@@ -43,7 +43,7 @@ _TILES = {
     128: (Config("split", 128, 256, 64, 8, 4, overlap=True),),
 }
 # Bytes of shared memory that programs on a processor have.
-_SHARED = 225 * 1024
+SHARED_BYTES = 225 * 1024
 
 
 @jit
@@ -178,7 +178,7 @@ def with_splits(
     row_bytes = weight.shape[1] * weight.itemsize
     configs = []
     for config, size in zip(tiles, stage_bytes, strict=True):
-        at_once = max(1, min(8 // config.num_warps, _SHARED // (size * config.stages)))
+        at_once = max(1, min(8 // config.num_warps, SHARED_BYTES // (size * config.stages)))
         splits = num_splits(
             -(-weight.shape[0] // config.block_n),
             -(-weight.shape[1] // config.block_k),

@@ -43,7 +43,8 @@ from streamserve_kernels.triton.stored_kernels import (
     stored_product_kernel,
     stored_rows_kernel,
 )
-from streamserve_kernels.triton.tuning import LIBRARY, Config
+from streamserve_kernels.triton.stored_split import SplitWords, split_stored
+from streamserve_kernels.triton.tuning import LIBRARY, Config, usable
 
 _ROWS_BLOCK = 1024
 _SPARSE_BLOCK = 128
@@ -104,6 +105,9 @@ class PlanesWeight:
             SCALES_PER=tl.constexpr(scales_per),
             OFFSETS=tl.constexpr(kind),
             OFFSETS_PER=tl.constexpr(offsets_per),
+        )
+        self.split = SplitWords.of(
+            self.weight, packed.in_features, float8=packed.kind is Float8Weight
         )
 
     @property
@@ -190,9 +194,33 @@ class PlanesLinear(DequantisedLinear[PlanesWeight]):
             return (LIBRARY,)
         if self.dtype == torch.float32:
             return _FLOAT32
-        return _FEW if rows <= FEW_ROWS else _MANY
+        if rows <= FEW_ROWS:
+            return _FEW
+        split = self.packed.split
+        more = () if split is None else usable(split.candidates(rows), self.device)
+        return (*_MANY, *more)
 
     def _launch(self, rows: Tensor, config: Config, y: Tensor) -> None:
+        packed, count = self.packed, rows.shape[0]
+        if config.kernel == "split":
+            assert packed.split is not None
+            split_stored(rows, packed.split, self.bias, y.view(count, -1), self.counters, config)
+        else:
+            self._launch_tiles(rows, config, y)
+        if packed.sparse is not None:
+            sparse = packed.sparse
+            sparse_kernel[(self.out_features, count)](
+                rows,
+                sparse.starts,
+                sparse.columns,
+                sparse.values,
+                y,
+                self.out_features,
+                self.in_features,
+                BLOCK=_SPARSE_BLOCK,
+            )
+
+    def _launch_tiles(self, rows: Tensor, config: Config, y: Tensor) -> None:
         packed, count = self.packed, rows.shape[0]
         grid = -(-self.out_features // config.block_n), -(-count // config.block_m)
         stored_product_kernel[grid](
@@ -210,18 +238,6 @@ class PlanesLinear(DequantisedLinear[PlanesWeight]):
             INTERPRETED=INTERPRETED,
             num_warps=config.num_warps,
         )
-        if packed.sparse is not None:
-            sparse = packed.sparse
-            sparse_kernel[(self.out_features, count)](
-                rows,
-                sparse.starts,
-                sparse.columns,
-                sparse.values,
-                y,
-                self.out_features,
-                self.in_features,
-                BLOCK=_SPARSE_BLOCK,
-            )
 
 
 def _words(weight: GroupedWeight, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear | None:

@@ -35,7 +35,7 @@ class KernelWeight(NamedTuple):
 
 
 @jit
-def _numbers(values, units, n, g, G, mask, PER: tl.constexpr):
+def numbers_of(values, units, n, g, G, mask, PER: tl.constexpr):
     number = tl.load(values + n * G + g, mask=mask, other=0).to(tl.float32)
     if PER:
         shared = (G + PER - 1) // PER
@@ -68,11 +68,11 @@ def _weights(weight, n, k, N, K):
     if weight.OFFSETS == 1:
         values -= weight.zero
     elif weight.OFFSETS == 2:
-        values -= _numbers(weight.offsets, weight.offset_units, n, g, G, mask, weight.OFFSETS_PER)
+        values -= numbers_of(weight.offsets, weight.offset_units, n, g, G, mask, weight.OFFSETS_PER)
     if weight.SCALES_PER >= 0:
-        values *= _numbers(weight.scales, weight.scale_units, n, g, G, mask, weight.SCALES_PER)
+        values *= numbers_of(weight.scales, weight.scale_units, n, g, G, mask, weight.SCALES_PER)
     if weight.OFFSETS == 3:
-        values -= _numbers(weight.offsets, weight.offset_units, n, g, G, mask, weight.OFFSETS_PER)
+        values -= numbers_of(weight.offsets, weight.offset_units, n, g, G, mask, weight.OFFSETS_PER)
     return tl.where(mask, values, 0.0)
 
 
