@@ -96,7 +96,7 @@ def resources(kernel: Any) -> dict[str, int]:
 
 
 def pace(kernel: Any) -> dict[str, int]:
-    """What holds up the matrix units: products waited for, operands stored for them in a loop."""
+    """What holds up the matrix units: products waited for, operands sent through shared memory."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -105,7 +105,7 @@ def pace(kernel: Any) -> dict[str, int]:
             [tool, "-c", file.name], capture_output=True, text=True, check=True
         ).stdout
     loop = code[code.index("HGMMA") : code.rindex("HGMMA")]
-    return {"waits": loop.count("WARPGROUP.DEPBAR.LE gsb0, 0x0"), "stores": loop.count("STS")}
+    return {"waits": loop.count("WARPGROUP.DEPBAR.LE gsb0, 0x0"), "through": code.count("LDSM")}
 
 
 def bf16(*shape: int) -> Tensor:
