@@ -174,8 +174,9 @@ class FakeDevice:
                 self._done[number] = max(self._done.get(number, 0), place)
             arrived = [p for p in self._pending if self._done.get(p.stream, 0) >= p.place]
             self._pending = [p for p in self._pending if self._done.get(p.stream, 0) < p.place]
-        for pending in arrived:
-            pending.arrive()
+            # Under the lock: whoever waits for the same on another thread may read it then.
+            for pending in arrived:
+                pending.arrive()
 
     def blocks(self, name: str) -> None:
         """The host waits until the current stream is idle, as a copy of pageable memory does."""

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from tests.fake_cuda.device import Allocation, FakeDevice
 
 _COMPOSED = {"aten::to", "aten::item", "aten::pin_memory", "aten::is_nonzero"}
+_REPEAT_ALL = torch.ops.aten.repeat_interleave.self_int  # of a number that the host knows
 # The host learns from the device how large their results are, or what it is to do.
 _ASKING = {
     "aten::_local_scalar_dense",
@@ -150,7 +151,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     to_device = any(isinstance(x, torch.device) and x.type == "cuda" for x in flat)
     if not mine and not to_device:
         return func(*args, **kwargs)
-    if name in _COMPOSED:  # in inference mode it comes whole
+    if name in _COMPOSED or func is _REPEAT_ALL:  # in inference mode it comes whole
         with Dispatch():
             return func.decompose(*args, **kwargs)
     if name == "aten::copy_":
