@@ -59,7 +59,7 @@ _LIMITS = {
     "throughput": 70.0,
     "peer": 70.0,
 }
-# A machine that is lent for 15 minutes, two commands of 10 at most, and what its start takes.
+# A quarter of an hour on a rented machine: two commands of ten minutes at most, and its start.
 PARTS = {1: ("tests", "latency", "serve"), 2: ("kernels", "throughput", "peer")}
 _GRACE_S = 5.0  # for a process to end when it is asked to
 
