@@ -5,19 +5,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 from streamserve.engine.parsers.markers import num_undecided
-from streamserve.engine.parsers.tool_parser import ToolParser
+from streamserve.engine.parsers.tool_parser import MarkedParser
 
 _MAX_HEADER = 128  # characters
 
 
-class SectionParser(ToolParser):
+class SectionParser(MarkedParser):
     """Text, then ``section_open``, and calls: ``call_open``, a header with the name,
     ``header_close``, the arguments, ``arguments_close``, ``call_close``; then ``section_close``.
     """
 
-    section_open: ClassVar[str]
-    section_close: ClassVar[str]
-    call_open: ClassVar[str]
     call_close: ClassVar[str]
     header_close: ClassVar[str]
     arguments_close: ClassVar[str] = ""
@@ -30,24 +27,6 @@ class SectionParser(ToolParser):
     def _name(header: str) -> str:
         """The function that a header names."""
         return header.strip()
-
-    def _begin(self) -> bool:
-        return self._in_text()
-
-    def _in_text(self) -> bool:
-        ways = {self.section_open: self._before_call}
-        if not self._is_certain:  # what is behind a malformed call
-            ways[self.call_open] = self._in_header
-        return self._say_until(ways)
-
-    def _before_call(self) -> bool:
-        if not self._at_text() or self._may_become(self.call_open):
-            return False
-        if not self._buffer.startswith(self.call_open):
-            return self._fail()
-        self._consume(len(self.call_open))
-        self._state = self._in_header
-        return True
 
     def _in_header(self) -> bool:
         end = self._buffer.find(self.header_close)

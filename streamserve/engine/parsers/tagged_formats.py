@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from streamserve.engine.parsers.markers import NAME
 from streamserve.engine.parsers.tagged_reader import TaggedReader, TagStyle
-from streamserve.engine.parsers.tool_parser import ToolParser
+from streamserve.engine.parsers.tool_parser import MarkedParser
 
 
-class TaggedParser(ToolParser):
+class TaggedParser(MarkedParser):
     """Text, then ``section_open``, and calls: ``call_open`` and a name, ``name_close``, arguments.
 
     ``section_open`` may be missing, unless a grammar makes the calls, and ``section_close``.
@@ -20,31 +20,10 @@ class TaggedParser(ToolParser):
     """
 
     style: ClassVar[TagStyle]
-    section_open: ClassVar[str]
-    section_close: ClassVar[str]
-    call_open: ClassVar[str]
     name_close: ClassVar[str]
     has_sections: ClassVar[bool] = False
 
-    def _begin(self) -> bool:
-        return self._in_text()
-
-    def _in_text(self) -> bool:
-        ways = {self.section_open: self._before_call}
-        if self.call_open and not self._is_certain:
-            ways[self.call_open] = self._in_name
-        return self._say_until(ways)
-
-    def _before_call(self) -> bool:
-        if not self._at_text() or self._may_become(self.call_open):
-            return False
-        if not self._buffer.startswith(self.call_open):
-            return self._fail()
-        self._consume(len(self.call_open))
-        self._state = self._in_name
-        return True
-
-    def _in_name(self) -> bool:
+    def _in_header(self) -> bool:
         found = NAME.match(self._buffer)
         assert found is not None
         name, rest = found[0], self._buffer[found.end() :]

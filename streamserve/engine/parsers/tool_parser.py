@@ -219,3 +219,36 @@ class ToolParser(ABC):
                 return
             self._spaces, self._is_at_edge = "", False
         self._events.append(Content(text))
+
+
+class MarkedParser(ToolParser):
+    """Text, then ``section_open``, and calls that ``call_open`` begins; then ``section_close``.
+
+    A call without a section, as behind a malformed one, is read too, unless a grammar makes them.
+    """
+
+    section_open: ClassVar[str]
+    section_close: ClassVar[str]
+    call_open: ClassVar[str]
+
+    @abstractmethod
+    def _in_header(self) -> bool:
+        """The state behind ``call_open``."""
+
+    def _begin(self) -> bool:
+        return self._in_text()
+
+    def _in_text(self) -> bool:
+        ways = {self.section_open: self._before_call}
+        if self.call_open and not self._is_certain:
+            ways[self.call_open] = self._in_header
+        return self._say_until(ways)
+
+    def _before_call(self) -> bool:
+        if not self._at_text() or self._may_become(self.call_open):
+            return False
+        if not self._buffer.startswith(self.call_open):
+            return self._fail()
+        self._consume(len(self.call_open))
+        self._state = self._in_header
+        return True
