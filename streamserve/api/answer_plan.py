@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from streamserve.api.call_grammars import are_held, chosen, forced, may_be_free
 from streamserve.api.chat_request import ChatRequest
 from streamserve.api.family_messages import family_messages
+from streamserve.api.fields import unsupported
 from streamserve.api.tool_fields import ToolUse
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.thinking import Thinking
@@ -95,11 +96,10 @@ class AnswerPlan:
         self._thought_marks = thought_marks(answer_format.reasoning_parser or "")
         reasoning = request.reasoning
         if reasoning.budget is not None and not has_reasoning:
-            raise InvalidParameterError(
-                f"{reasoning.budget_param} is not supported: this model does not think, or the"
-                " server must be told --reasoning-parser",
-                param=reasoning.budget_param,
-                code="unsupported_parameter",
+            raise unsupported(
+                reasoning.budget_param,
+                "is not supported: this model does not think, or the server must be told"
+                " --reasoning-parser",
             )
         self._budget = reasoning.budget
         if has_reasoning and reasoning.is_enabled is False:
@@ -201,11 +201,9 @@ class AnswerPlan:
             return {"reasoning_effort": effort, **kwargs}
         if effort == "none" and self._format.reasoning_parser is None:
             return kwargs
-        param = self._request.reasoning.effort_param
-        raise InvalidParameterError(
-            f"{param} {effort!r} is not supported: this model's chat template does not know it",
-            param=param,
-            code="unsupported_parameter",
+        raise unsupported(
+            self._request.reasoning.effort_param,
+            f"{effort!r} is not supported: this model's chat template does not know it",
         )
 
 

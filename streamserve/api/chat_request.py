@@ -23,6 +23,7 @@ from streamserve.api.fields import (
     schema_of,
     shown,
     typed,
+    unsupported,
     wrong_type,
 )
 from streamserve.api.sampling import (
@@ -84,9 +85,7 @@ _MESSAGE_ANNOTATIONS = frozenset({"annotations"})
 def _read_role(name: str, value: Any) -> str:
     role = read_str(name, value)
     if role == "function":
-        raise InvalidParameterError(
-            f"{name} {role!r} {_LEGACY}", param=name, code="unsupported_parameter"
-        )
+        raise unsupported(name, f"{role!r} {_LEGACY}")
     if role != "tool" and role not in _ROLES:
         raise out_of_range(name, f"one of {', '.join(_ROLES)}, tool", role)
     return _ROLES.get(role, role)
@@ -96,10 +95,8 @@ def _read_part(name: str, value: Any) -> dict[str, str]:
     part = read_object(name, value)
     kind = read_str(f"{name}.type", require_in(part, "type", name))
     if kind != "text":
-        raise InvalidParameterError(
-            f"{name}.type {shown(kind)} is not supported: this server reads only text",
-            param=f"{name}.type",
-            code="unsupported_parameter",
+        raise unsupported(
+            f"{name}.type", f"{shown(kind)} is not supported: this server reads only text"
         )
     for field in part:
         if field not in {"type", "text"}:

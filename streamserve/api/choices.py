@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from streamserve.api.fields import (
     Reader,
@@ -16,6 +16,9 @@ from streamserve.api.fields import (
     wrong_type,
 )
 from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
+from streamserve.engine.async_engine import AsyncEngine
+from streamserve.engine.intake import Origin
+from streamserve.engine.stream import RequestStream
 from streamserve.errors import InvalidParameterError
 
 MAX_CHOICES = 128  # for each prompt, as in OpenAI's API
@@ -70,11 +73,26 @@ class Choices:
         """Whether some candidates are dropped at the end."""
         return self.beams is None and self.num_candidates > self.n
 
-    def engine_params(self, params: SamplingParams) -> SamplingParams:
-        """What the engine is asked for: candidates are compared by their logprobs."""
+    def _engine_params(self, params: SamplingParams) -> SamplingParams:
+        """Candidates are compared by their logprobs."""
         if not self.are_compared or params.logprobs is not None:
             return params
         return replace(params, logprobs=0)
+
+    def submit(
+        self,
+        engine: AsyncEngine,
+        token_ids: list[int],
+        params: SamplingParams,
+        **origin: Unpack[Origin],
+    ) -> list[RequestStream]:
+        """Hand one prompt to the engine; a stream for each candidate. Raises as the engine."""
+        if self.beams is not None:
+            return engine.submit_beams(token_ids, params, self.beams, self.n, **origin)
+        params = self._engine_params(params)
+        if self.num_candidates > 1:
+            return engine.submit_choices(token_ids, params, self.num_candidates, **origin)
+        return [engine.submit(token_ids, params, **origin)]
 
     def check_size(self, num_prompts: int) -> None:
         """Raise ``InvalidParameterError`` for more requests than one body may bring."""

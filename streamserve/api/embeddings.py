@@ -51,15 +51,9 @@ class EmbeddingEndpoint(GenerationEndpoint):
     async def _prepare_here(self, raw: bytes, salt: str) -> Work:
         request = parse_embedding_request(parse_json_object(raw))
         self.check_common(request.common)
-        prompts: list[Prompt] = []
-        for given in request.inputs:
-            if isinstance(given, str):
-                token_ids = await self._context.preprocessor.encode(
-                    given, add_special_tokens=request.add_special_tokens, salt=salt
-                )
-                prompts.append(Prompt(token_ids))
-            else:
-                prompts.append(Prompt(given, is_tokenized=False))
+        prompts = [
+            await self._prompt(given, request.add_special_tokens, salt) for given in request.inputs
+        ]
         return embedding_work(request, prompts)
 
     async def _settled(self, work: Work) -> Work:

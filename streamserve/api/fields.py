@@ -65,6 +65,11 @@ def out_of_range(name: str, limit: str, value: Any) -> InvalidParameterError:
     )
 
 
+def unsupported(name: str, why: str) -> InvalidParameterError:
+    """The error for what is not built here, however it is written."""
+    return InvalidParameterError(f"{name} {why}", param=name, code="unsupported_parameter")
+
+
 class TypedReader(Generic[_T]):
     """A reader and the JSON schema of the values that it takes.
 
@@ -107,6 +112,21 @@ def read_str(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise wrong_type(name, "a string", value)
     return value
+
+
+def string(shortest: int, longest: int) -> TypedReader[str]:
+    """A reader of strings of ``shortest .. longest`` characters."""
+    limit = f"{shortest} to {longest}" if shortest else f"at most {longest}"
+    minimum = {"minLength": shortest} if shortest else {}
+
+    @typed({"type": "string", **minimum, "maxLength": longest})
+    def read(name: str, value: Any) -> str:
+        text = read_str(name, value)
+        if not shortest <= len(text) <= longest:
+            raise out_of_range(name, f"a string of {limit} characters", text)
+        return text
+
+    return read
 
 
 def one_of(*names: str) -> TypedReader[str]:
@@ -177,16 +197,22 @@ def integer(low: int = -MAX_INT, high: int = MAX_INT) -> TypedReader[int]:
     return read
 
 
+def read_list(name: str, value: Any, what: str, max_items: int) -> list[Any]:
+    """A JSON array of at most ``max_items``; ``what`` they are is for messages."""
+    if not isinstance(value, list):
+        raise wrong_type(name, f"an array of {what}", value)
+    if len(value) > max_items:
+        raise out_of_range(name, f"an array of at most {max_items} {what}", value)
+    return value
+
+
 def list_of(read_item: Reader, what: str, max_items: int) -> TypedReader[tuple[Any, ...]]:
     """A reader of arrays, each item read by ``read_item``; the result is a tuple."""
 
     @typed({"type": "array", "items": schema_of(read_item), "maxItems": max_items})
     def read(name: str, value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list):
-            raise wrong_type(name, f"an array of {what}", value)
-        if len(value) > max_items:
-            raise out_of_range(name, f"an array of at most {max_items} {what}", value)
-        return tuple(read_item(f"{name}[{i}]", item) for i, item in enumerate(value))
+        items = read_list(name, value, what, max_items)
+        return tuple(read_item(f"{name}[{i}]", item) for i, item in enumerate(items))
 
     return read
 
@@ -216,9 +242,7 @@ class Refused:
                 return
         allowed = " or ".join(shown_neutral(n) for n in self.neutral)
         hint = f" (only {allowed} is accepted)" if allowed else ""
-        raise InvalidParameterError(
-            f"{name} {self.why}{hint}", param=name, code="unsupported_parameter"
-        )
+        raise unsupported(name, f"{self.why}{hint}")
 
     def schema(self) -> Schema:
         """The schema of what passes."""
@@ -246,6 +270,14 @@ def require_in(values: Mapping[str, Any], field: str, where: str) -> Any:
             f"{where}.{field} is required", param=where, code="missing_required_parameter"
         )
     return values[field]
+
+
+def check_keys(name: str, given: Mapping[str, Any], known: set[str]) -> None:
+    """A constraint that nobody knows must not be passed over: the answer would be another."""
+    for key in given:
+        if key not in known:
+            allowed = ", ".join(sorted(known))
+            raise unsupported(name, f"must hold only {allowed}, got {shown(key)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Unpack
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -24,6 +23,7 @@ from streamserve.api.completion_request import parse_completion_request
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import ClientGoneError, DisconnectGuard
 from streamserve.api.extras import Prompt
+from streamserve.api.fields import unsupported
 from streamserve.api.frames import (
     CHAT,
     COMPLETION,
@@ -53,7 +53,6 @@ from streamserve.engine.stream import RequestStream
 from streamserve.errors import (
     ContextLengthError,
     EngineError,
-    InvalidParameterError,
     RequestCancelledError,
     RequestError,
 )
@@ -260,9 +259,10 @@ class GenerationEndpoint(ABC):
             allowance.take_tokens([len(prompt.token_ids) for prompt in work.prompts])
         try:
             for index, prompt in enumerate(work.prompts):
-                of_prompt = self._submit_one(
+                of_prompt = work.choices.submit(
+                    self._context.engine,
                     prompt.token_ids,
-                    work,
+                    work.params,
                     **origin_of(
                         work, index, tenant, adapter, request_id, arrival_time, is_heard=is_heard
                     ),
@@ -283,18 +283,6 @@ class GenerationEndpoint(ABC):
                 name_length(exc, work.common.length_field)
             raise
         return streams
-
-    def _submit_one(
-        self, token_ids: list[int], work: Work, **origin: Unpack[Origin]
-    ) -> list[RequestStream]:
-        """Hand one prompt to the engine; a stream for each of its candidates."""
-        engine, choices = self._context.engine, work.choices
-        if choices.beams is not None:
-            return engine.submit_beams(token_ids, work.params, choices.beams, choices.n, **origin)
-        params = choices.engine_params(work.params)
-        if choices.num_candidates > 1:
-            return engine.submit_choices(token_ids, params, choices.num_candidates, **origin)
-        return [engine.submit(token_ids, params, **origin)]
 
     def _answer_stream(self, admitted: Admitted, call: Call) -> AnswerStream:
         work, wire, streams = admitted.work, admitted.wire, admitted.streams
@@ -331,6 +319,18 @@ class GenerationEndpoint(ABC):
             None if parsing is None else parsing.new(token_bytes) for _ in work.prompts_of_streams
         ]
 
+    async def _prompt(
+        self, given: str | list[int], add_special_tokens: bool, salt: str, *, echo: bool = False
+    ) -> Prompt:
+        """Text is tokenised; with ``echo`` it is kept, and that of token ids made."""
+        if isinstance(given, str):
+            token_ids = await self._context.preprocessor.encode(
+                given, add_special_tokens=add_special_tokens, salt=salt
+            )
+            return Prompt(token_ids, given if echo else "")
+        text = self._context.tokenizer.decode(given) if echo else ""
+        return Prompt(given, text, is_tokenized=False)
+
     async def _rendered(self, request: ChatRequest, salt: str) -> Work:
         """A chat as the template writes it, tokenised."""
         plan = plan_answer(request, self._context.answer_format)
@@ -342,10 +342,8 @@ class GenerationEndpoint(ABC):
         config = self._context.config
         self._context.models.adapter_of(common.model)
         if common.priority and not config.honours_priority:
-            raise InvalidParameterError(
-                f"priority must be 0 unless requests are scheduled by it, got {common.priority}",
-                param="priority",
-                code="unsupported_parameter",
+            raise unsupported(
+                "priority", f"must be 0 unless requests are scheduled by it, got {common.priority}"
             )
         self._context.check_unknown(common.unknown_fields)
 
@@ -387,16 +385,10 @@ class CompletionEndpoint(GenerationEndpoint):
     async def _prepare_here(self, raw: bytes, salt: str) -> Work:
         request = parse_completion_request(parse_json_object(raw), self._context.sampling_defaults)
         self.check_common(request.common)
-        prompts: list[Prompt] = []
-        for prompt in request.prompts:
-            if isinstance(prompt, str):
-                token_ids = await self._context.preprocessor.encode(
-                    prompt, add_special_tokens=request.add_special_tokens, salt=salt
-                )
-                prompts.append(Prompt(token_ids, prompt if request.echo else ""))
-            else:
-                echo = self._context.tokenizer.decode(prompt) if request.echo else ""
-                prompts.append(Prompt(prompt, echo, is_tokenized=False))
+        prompts = [
+            await self._prompt(given, request.add_special_tokens, salt, echo=request.echo)
+            for given in request.prompts
+        ]
         return Work(request.common, request.params, prompts, request.extras, request.choices)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from streamserve.api.answer_plan import AnswerPlan
 from streamserve.api.call_grammars import are_held, chosen, forced_in_format
 from streamserve.api.chat_request import ChatRequest
+from streamserve.api.fields import unsupported
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.structured_output import GrammarKind
 from streamserve.core.thinking import Thinking
@@ -23,7 +24,6 @@ from streamserve.engine.parsers.harmony import (
     opened_by,
 )
 from streamserve.engine.parsers.harmony_answer import HarmonyParser
-from streamserve.errors import InvalidParameterError
 
 _ROLE = "assistant"
 _EFFORTS = ("low", "medium", "high")
@@ -77,11 +77,10 @@ class HarmonyPlan(AnswerPlan):
         of_messages = grammar is not None and grammar.kind is GrammarKind.TOOL_CALLS
         if of_messages and not (is_fresh or is_open):
             assert grammar is not None
-            raise InvalidParameterError(
-                f"{grammar.param} that must be held to their schemas need an answer that begins "
-                "with a message: continue_final_message and add_generation_prompt leave none here",
-                param=grammar.param,
-                code="unsupported_parameter",
+            raise unsupported(
+                grammar.param,
+                "that must be held to their schemas need an answer that begins with a message: "
+                "continue_final_message and add_generation_prompt leave none here",
             )
         if message is not None and not is_open:
             return None
@@ -126,12 +125,8 @@ class HarmonyPlan(AnswerPlan):
             return kwargs
         known = _EFFORTS if "reasoning_effort" in self._format.template_variables else ()
         if effort not in known:
-            raise InvalidParameterError(
-                f"{param} must be one of {', '.join(('none', *known))} for this model, "
-                f"got {effort!r}",
-                param=param,
-                code="unsupported_parameter",
-            )
+            allowed = ", ".join(("none", *known))
+            raise unsupported(param, f"must be one of {allowed} for this model, got {effort!r}")
         return {"reasoning_effort": effort, **kwargs}
 
 

@@ -10,6 +10,7 @@ from streamserve.api.fields import (
     FieldTable,
     Refused,
     Schema,
+    check_keys,
     integer,
     one_of,
     read_bool,
@@ -18,10 +19,11 @@ from streamserve.api.fields import (
     require_in,
     shown,
     typed,
+    unsupported,
     wrong_type,
 )
 from streamserve.api.sampling import COMMON_FIELDS
-from streamserve.api.structured import check_keys, json_schema
+from streamserve.api.structured import json_schema
 from streamserve.api.tool_fields import Tool, Tools, ToolUse, read_name, tools_reader
 from streamserve.core.structured_output import StructuredOutput
 from streamserve.errors import InvalidParameterError
@@ -68,11 +70,8 @@ def _read_block(
     block = read_object(where, raw)
     kind = read_str(f"{where}.type", require_in(block, "type", where))
     if kind not in tables:
-        raise InvalidParameterError(
-            f"{where}.type {shown(kind)} is not supported here (only {', '.join(tables)})",
-            param=f"{where}.type",
-            code="unsupported_parameter",
-        )
+        allowed = ", ".join(tables)
+        raise unsupported(f"{where}.type", f"{shown(kind)} is not supported here (only {allowed})")
     return tables[kind].read_inner(where, block, unknown)
 
 
@@ -142,11 +141,9 @@ def _read_tool(where: str, raw: Any, unknown: list[str]) -> Tool:
     given = read_object(where, raw)
     kind = given.get("type")
     if isinstance(kind, str) and kind != "custom":
-        raise InvalidParameterError(
-            f"{where}.type {shown(kind)} is not supported: this server runs no tools of its own"
-            " (only 'custom')",
-            param=f"{where}.type",
-            code="unsupported_parameter",
+        raise unsupported(
+            f"{where}.type",
+            f"{shown(kind)} is not supported: this server runs no tools of its own (only 'custom')",
         )
     values = MESSAGE_TOOL_TABLE.read_inner(where, given, unknown)
     parameters: dict[str, Any] = values["input_schema"]

@@ -202,27 +202,25 @@ class PromptReader:
 
     def _completion(self, raw: memoryview) -> Work:
         request = parse_completion_request(parse_json_object(raw), self._defaults)
-        prompts: list[Prompt] = []
-        for given in request.prompts:
-            if isinstance(given, str):
-                ids = self._encoder.encode(given, add_special_tokens=request.add_special_tokens)
-                prompts.append(Prompt(ids, given if request.echo else ""))
-            else:
-                echo = self._tokenizer.decode(given) if request.echo else ""
-                prompts.append(Prompt(given, echo, is_tokenized=False))
+        prompts = [
+            self._prompt(given, request.add_special_tokens, echo=request.echo)
+            for given in request.prompts
+        ]
         return Work(request.common, request.params, prompts, request.extras, request.choices)
 
     def _embedding(self, payload: memoryview) -> Work:
         request = parse_embedding_request(parse_json_object(payload))
-        return embedding_work(
-            request,
-            [
-                Prompt(self._encoder.encode(given, add_special_tokens=request.add_special_tokens))
-                if isinstance(given, str)
-                else Prompt(given, is_tokenized=False)
-                for given in request.inputs
-            ],
-        )
+        prompts = [self._prompt(given, request.add_special_tokens) for given in request.inputs]
+        return embedding_work(request, prompts)
+
+    def _prompt(
+        self, given: str | list[int], add_special_tokens: bool, *, echo: bool = False
+    ) -> Prompt:
+        """Text is tokenised; with ``echo`` it is kept, and that of token ids made."""
+        if isinstance(given, str):
+            token_ids = self._encoder.encode(given, add_special_tokens=add_special_tokens)
+            return Prompt(token_ids, given if echo else "")
+        return Prompt(given, self._tokenizer.decode(given) if echo else "", is_tokenized=False)
 
 
 class PromptWorkers:

@@ -24,6 +24,7 @@ from streamserve.api.fields import (
     read_str,
     reported,
     schema_of,
+    string,
     typed,
     wrong_type,
 )
@@ -40,8 +41,6 @@ from streamserve.errors import ConfigError, InvalidParameterError, RequestError
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_ALLOWED_TOKEN_IDS = 2**20
-MAX_CACHE_SALT = 1024
-MAX_USER = 1024
 TIME_FIELDS = ("max_queue_ms", "ttft_ms", "deadline_ms")  # as ``TimeLimits``
 MAX_MILLISECONDS = 86_400_000.0  # a day
 
@@ -136,22 +135,6 @@ def _read_logit_bias(name: str, value: Any) -> dict[int, float]:
     return biases
 
 
-@typed({"type": "string", "minLength": 1, "maxLength": MAX_CACHE_SALT})
-def _read_cache_salt(name: str, value: Any) -> str:
-    salt = read_str(name, value)
-    if not 1 <= len(salt) <= MAX_CACHE_SALT:
-        raise out_of_range(name, f"a string of 1 to {MAX_CACHE_SALT} characters", salt)
-    return salt
-
-
-@typed({"type": "string", "maxLength": MAX_USER})
-def _read_user(name: str, value: Any) -> str:
-    user = read_str(name, value)
-    if len(user) > MAX_USER:
-        raise out_of_range(name, f"a string of at most {MAX_USER} characters", user)
-    return user
-
-
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
     """What a streamed answer reports besides its text."""
@@ -213,7 +196,7 @@ COMMON_FIELDS: dict[str, Reader] = {
     **STRUCTURED_FIELDS,
     **EXTRA_FIELDS,
     **CHOICE_FIELDS,
-    "cache_salt": _read_cache_salt,
+    "cache_salt": string(1, 1024),
     "deadline_ms": positive(MAX_MILLISECONDS),
     "include_timing": read_bool,
     "max_queue_ms": positive(MAX_MILLISECONDS),
@@ -222,7 +205,7 @@ COMMON_FIELDS: dict[str, Reader] = {
     "stream": read_bool,
     "stream_options": _read_stream_options,
     "ttft_ms": positive(MAX_MILLISECONDS),
-    "user": _read_user,
+    "user": string(0, 1024),
 }
 
 

@@ -11,7 +11,17 @@ from typing import Any
 
 import orjson
 
-from streamserve.api.fields import out_of_range, read_bool, read_object, read_str, shown, wrong_type
+from streamserve.api.fields import (
+    check_keys,
+    out_of_range,
+    read_bool,
+    read_object,
+    read_str,
+    require_in,
+    shown,
+    unsupported,
+    wrong_type,
+)
 from streamserve.errors import InvalidParameterError
 
 MAX_ELEMENTS = 256  # of one list
@@ -22,17 +32,17 @@ Format = dict[str, Any]
 
 def read_tree(name: str, given: dict[str, Any]) -> Format:
     """The tree of an object of type ``structural_tag``, every part of it checked and settled."""
-    if read_str(f"{name}.type", _required(name, given, "type")) != "structural_tag":
+    if read_str(f"{name}.type", require_in(given, "type", name)) != "structural_tag":
         raise out_of_range(f"{name}.type", "'structural_tag'", given["type"])
     if given.get("format") is not None:
-        _check_keys(name, given, "format", "type")
+        check_keys(name, given, {"format", "type"})
         return _read_format(f"{name}.format", given["format"], 0)
-    _check_keys(name, given, "structures", "triggers", "type")
+    check_keys(name, given, {"structures", "triggers", "type"})
     where = f"{name}.structures"
     tags: list[Format] = []
-    for i, raw in enumerate(_items(where, _required(name, given, "structures"))):
+    for i, raw in enumerate(_items(where, require_in(given, "structures", name))):
         structure = read_object(f"{where}[{i}]", raw)
-        _check_keys(f"{where}[{i}]", structure, "begin", "end", "schema")
+        check_keys(f"{where}[{i}]", structure, {"begin", "end", "schema"})
         schema = structure.get("schema")
         content = {"type": "json_schema", "json_schema": {} if schema is None else schema}
         tags.append({"begin": structure.get("begin"), "content": content,
@@ -69,14 +79,11 @@ def _read_format(name: str, value: Any, depth: int) -> Format:
         raise InvalidParameterError(
             f"{name} must be at most {MAX_DEPTH} levels deep", param=name, code="invalid_value"
         )
-    kind = read_str(f"{name}.type", _required(name, given, "type"))
+    kind = read_str(f"{name}.type", require_in(given, "type", name))
     reader = _READERS.get(kind)
     if reader is None:
-        raise InvalidParameterError(
-            f"{name}.type {shown(kind)} is not supported: it is one of {', '.join(_READERS)}",
-            param=f"{name}.type",
-            code="unsupported_parameter",
-        )
+        allowed = ", ".join(_READERS)
+        raise unsupported(f"{name}.type", f"{shown(kind)} is not supported: it is one of {allowed}")
     return reader(name, given, depth)
 
 
@@ -85,19 +92,19 @@ def _read_any_text(name: str, given: Format, _depth: int) -> Format:
         raise InvalidParameterError(
             f"{name}.excludes is not supported", param=name, code="unsupported_parameter"
         )
-    _check_keys(name, given, "excludes", "type")
+    check_keys(name, given, {"excludes", "type"})
     return {"type": "any_text"}
 
 
 def _read_json_schema(name: str, given: Format, _depth: int) -> Format:
-    _check_keys(name, given, "json_schema", "style", "type")
+    check_keys(name, given, {"json_schema", "style", "type"})
     if given.get("style") not in (None, "json"):
         raise InvalidParameterError(
             f"{name}.style {shown(given['style'])} is not supported (only 'json' is)",
             param=name,
             code="unsupported_parameter",
         )
-    schema = _required(name, given, "json_schema")
+    schema = require_in(given, "json_schema", name)
     if schema is not True and not isinstance(schema, dict):
         raise wrong_type(f"{name}.json_schema", "an object or true", schema)
     return {"type": "json_schema", "json_schema": schema}
@@ -105,8 +112,8 @@ def _read_json_schema(name: str, given: Format, _depth: int) -> Format:
 
 def _text_reader(kind: str, key: str) -> Callable[[str, Format, int], Format]:
     def read(name: str, given: Format, _depth: int) -> Format:
-        _check_keys(name, given, key, "type")
-        text = read_str(f"{name}.{key}", _required(name, given, key))
+        check_keys(name, given, {key, "type"})
+        text = read_str(f"{name}.{key}", require_in(given, key, name))
         if not text:
             raise out_of_range(f"{name}.{key}", "a non-empty string", text)
         return {"type": kind, key: text}
@@ -116,11 +123,11 @@ def _text_reader(kind: str, key: str) -> Callable[[str, Format, int], Format]:
 
 def _elements_reader(kind: str) -> Callable[[str, Format, int], Format]:
     def read(name: str, given: Format, depth: int) -> Format:
-        _check_keys(name, given, "elements", "type")
+        check_keys(name, given, {"elements", "type"})
         where = f"{name}.elements"
         elements = [
             _read_format(f"{where}[{i}]", raw, depth + 1)
-            for i, raw in enumerate(_items(where, _required(name, given, "elements")))
+            for i, raw in enumerate(_items(where, require_in(given, "elements", name)))
         ]
         for i, element in enumerate(elements[:-1] if kind == "sequence" else ()):
             _check_closed(f"{where}[{i}]", element)
@@ -131,18 +138,18 @@ def _elements_reader(kind: str) -> Callable[[str, Format, int], Format]:
 
 def _read_tag(name: str, value: Any, depth: int) -> Format:
     given = read_object(name, value)
-    _check_keys(name, given, "begin", "content", "end", "type")
+    check_keys(name, given, {"begin", "content", "end", "type"})
     if given.get("type", "tag") != "tag":
         raise out_of_range(f"{name}.type", "'tag'", given["type"])
-    end = _required(name, given, "end")
+    end = require_in(given, "end", name)
     if isinstance(end, list):
         end = [read_str(f"{name}.end[{i}]", raw) for i, raw in enumerate(_items(name, end))]
     else:
         end = read_str(f"{name}.end", end)
-    content = _read_format(f"{name}.content", _required(name, given, "content"), depth + 1)
+    content = _read_format(f"{name}.content", require_in(given, "content", name), depth + 1)
     tag = {
         "type": "tag",
-        "begin": read_str(f"{name}.begin", _required(name, given, "begin")),
+        "begin": read_str(f"{name}.begin", require_in(given, "begin", name)),
         "content": content,
         "end": end,
     }
@@ -170,23 +177,19 @@ def _with_flags(name: str, given: Format) -> Format:
 
 
 def _read_separated(name: str, given: Format, depth: int) -> Format:
-    _check_keys(
-        name, given, "at_least_one", "separator", "stop_after_first", "tags", "type"
-    )  # fmt: skip
+    check_keys(name, given, {"at_least_one", "separator", "stop_after_first", "tags", "type"})
     given = _with_flags(name, given)
-    separator = read_str(f"{name}.separator", _required(name, given, "separator"))
+    separator = read_str(f"{name}.separator", require_in(given, "separator", name))
     return {**given, "tags": _read_tags(f"{name}.tags", given, depth), "separator": separator}
 
 
 def _read_triggered(name: str, given: Format, depth: int, of_tags: str = "tags") -> Format:
-    _check_keys(
-        name, given, "at_least_one", "stop_after_first", "tags", "triggers", "type"
-    )  # fmt: skip
+    check_keys(name, given, {"at_least_one", "stop_after_first", "tags", "triggers", "type"})
     given = _with_flags(name, given)
     where = f"{name}.triggers"
     triggers = [
         read_str(f"{where}[{i}]", raw)
-        for i, raw in enumerate(_items(where, _required(name, given, "triggers")))
+        for i, raw in enumerate(_items(where, require_in(given, "triggers", name)))
     ]
     tags = _read_tags(f"{name}.{of_tags}", given, depth)
     for i, trigger in enumerate(triggers):
@@ -221,21 +224,7 @@ _READERS: dict[str, Callable[[str, Format, int], Format]] = {
 
 def _check_closed(name: str, tree: Format) -> None:
     if is_open(tree):
-        raise InvalidParameterError(
-            f"{name} may be any text, so nothing can follow it: only a tag's end can",
-            param=name,
-            code="unsupported_parameter",
-        )
-
-
-def _check_keys(name: str, given: Format, *known: str) -> None:
-    for key in given:
-        if key not in known:
-            raise InvalidParameterError(
-                f"{name} must hold only {', '.join(known)}, got {shown(key)}",
-                param=name,
-                code="unsupported_parameter",
-            )
+        raise unsupported(name, "may be any text, so nothing can follow it: only a tag's end can")
 
 
 def _items(name: str, value: Any) -> list[Any]:
@@ -244,14 +233,6 @@ def _items(name: str, value: Any) -> list[Any]:
     if not 1 <= len(value) <= MAX_ELEMENTS:
         raise out_of_range(name, f"an array of 1 to {MAX_ELEMENTS}", value)
     return value
-
-
-def _required(name: str, given: Format, key: str) -> Any:
-    if given.get(key) is None:
-        raise InvalidParameterError(
-            f"{name}.{key} is required", param=name, code="missing_required_parameter"
-        )
-    return given[key]
 
 
 def dumps(name: str, tree: Format) -> str:

@@ -14,6 +14,7 @@ import orjson
 from streamserve.api.fields import (
     FieldTable,
     Reader,
+    check_keys,
     list_of,
     out_of_range,
     read_bool,
@@ -21,6 +22,7 @@ from streamserve.api.fields import (
     read_str,
     shown,
     typed,
+    unsupported,
     wrong_type,
 )
 from streamserve.api.structural_tag import dumps, read_tree
@@ -237,11 +239,8 @@ def _read_response_format(name: str, value: Any) -> StructuredOutput | None:
 def _read_backend(name: str, value: Any) -> str:
     backend = read_str(name, value)
     if backend not in _BACKENDS:
-        raise InvalidParameterError(
-            f"{name} {shown(backend)} is not supported: it is one of {', '.join(_BACKENDS)}",
-            param=name,
-            code="unsupported_parameter",
-        )
+        allowed = ", ".join(_BACKENDS)
+        raise unsupported(name, f"{shown(backend)} is not supported: it is one of {allowed}")
     return backend
 
 
@@ -250,17 +249,6 @@ def check_described(where: str, given: Mapping[str, Any]) -> None:
     for key, reader in (("name", read_str), ("description", read_str), ("strict", read_bool)):
         if given.get(key) is not None:
             reader(f"{where}.{key}", given[key])
-
-
-def check_keys(name: str, given: Mapping[str, Any], known: set[str]) -> None:
-    """A constraint that nobody knows must not be passed over: the answer would be another."""
-    for key in given:
-        if key not in known:
-            raise InvalidParameterError(
-                f"{name} must hold only {', '.join(sorted(known))}, got {shown(key)}",
-                param=name,
-                code="unsupported_parameter",
-            )
 
 
 STRUCTURED_FIELDS: dict[str, Reader] = {

@@ -14,12 +14,14 @@ from streamserve.api.fields import (
     TypedReader,
     out_of_range,
     read_bool,
+    read_list,
     read_object,
     read_str,
     require_in,
     schema_of,
     shown,
     typed,
+    unsupported,
     wrong_type,
 )
 from streamserve.errors import InvalidParameterError
@@ -99,11 +101,7 @@ def read_function_type(name: str, value: Any) -> str:
     """``type`` of a tool or a call: there is one."""
     kind = read_str(name, value)
     if kind != "function":
-        raise InvalidParameterError(
-            f"{name} {shown(kind)} is not supported (only 'function' is)",
-            param=name,
-            code="unsupported_parameter",
-        )
+        raise unsupported(name, f"{shown(kind)} is not supported (only 'function' is)")
     return kind
 
 
@@ -140,13 +138,9 @@ def tools_reader(
 
     @typed({"type": "array", "maxItems": MAX_TOOLS, "items": table.schema()})
     def read(name: str, value: Any) -> Tools:
-        if not isinstance(value, list):
-            raise wrong_type(name, "an array of tools", value)
-        if len(value) > MAX_TOOLS:
-            raise out_of_range(name, f"an array of at most {MAX_TOOLS} tools", value)
         unknown: list[str] = []
         items: dict[str, Tool] = {}
-        for i, raw in enumerate(value):
+        for i, raw in enumerate(read_list(name, value, "tools", MAX_TOOLS)):
             where = f"{name}[{i}]"
             tool = read_tool(where, raw, unknown)
             if tool.name in items:
@@ -261,12 +255,9 @@ CALL_TABLE = FieldTable(
 @typed({"type": "array", "maxItems": MAX_CALLS, "items": CALL_TABLE.schema()})
 def read_tool_calls(name: str, value: Any) -> ToolCalls:
     """``tool_calls`` of a message."""
-    if not isinstance(value, list):
-        raise wrong_type(name, "an array of tool calls", value)
-    if len(value) > MAX_CALLS:
-        raise out_of_range(name, f"an array of at most {MAX_CALLS} tool calls", value)
+    calls = read_list(name, value, "tool calls", MAX_CALLS)
     unknown: list[str] = []
-    items = tuple(_read_call(f"{name}[{i}]", raw, unknown) for i, raw in enumerate(value))
+    items = tuple(_read_call(f"{name}[{i}]", raw, unknown) for i, raw in enumerate(calls))
     return ToolCalls(items, tuple(unknown))
 
 

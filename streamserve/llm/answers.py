@@ -243,17 +243,11 @@ class Answers:
                 stream.close()
 
     def _submit(self, prepared: Prepared) -> list[RequestStream]:
-        job, token_ids, engine = prepared.job, prepared.token_ids, self._engine
-        choices = job.choices
+        job = prepared.job
         origin: Origin = {"request_id": job.request_id, "priority": job.priority}
         if (adapter := prepared.adapter) is not None:
             origin |= {"adapter": adapter.slot, "cache_salt": adapter.salt}
-        if choices.beams is not None:
-            return engine.submit_beams(token_ids, job.params, choices.beams, choices.n, **origin)
-        params = choices.engine_params(job.params)
-        if choices.num_candidates > 1:
-            return engine.submit_choices(token_ids, params, choices.num_candidates, **origin)
-        return [engine.submit(token_ids, params, **origin)]
+        return job.choices.submit(self._engine, prepared.token_ids, job.params, **origin)
 
     async def _vector(self, prepared: Prepared) -> EmbeddingRequestOutput:
         with self._submitted(prepared) as [answer]:

@@ -9,6 +9,7 @@ from streamserve.api.chat_request import read_effort
 from streamserve.api.fields import (
     FieldTable,
     Refused,
+    check_keys,
     list_of,
     one_of,
     out_of_range,
@@ -19,7 +20,7 @@ from streamserve.api.fields import (
     typed,
 )
 from streamserve.api.sampling import StreamOptions
-from streamserve.api.structured import any_object, check_described, check_keys, json_schema
+from streamserve.api.structured import any_object, check_described, json_schema
 from streamserve.core.structured_output import StructuredOutput
 
 MAX_METADATA = 16

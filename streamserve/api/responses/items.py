@@ -20,7 +20,9 @@ from streamserve.api.fields import (
     read_str,
     require_in,
     shown,
+    string,
     typed,
+    unsupported,
     wrong_type,
 )
 from streamserve.api.tool_fields import read_arguments, read_name
@@ -30,8 +32,10 @@ Item = dict[str, Any]
 
 MAX_ITEMS = 4096
 MAX_PARTS = 1024
-MAX_ID = 128
 ROLES = ("assistant", "developer", "system", "user")
+
+read_id = string(1, 128)
+"""An id of an item, a call or a response."""
 
 # What servers put on the items of an answer, and clients send back.
 _STATUS = frozenset({"status"})
@@ -48,15 +52,6 @@ def unseal(content: str) -> str | None:
         return base64.b64decode(content, validate=True).decode()
     except (binascii.Error, ValueError):
         return None
-
-
-@typed({"type": "string", "minLength": 1, "maxLength": MAX_ID})
-def read_id(name: str, value: Any) -> str:
-    """An id of an item, a call or a response."""
-    text = read_str(name, value)
-    if not 1 <= len(text) <= MAX_ID:
-        raise out_of_range(name, f"a string of 1 to {MAX_ID} characters", text)
-    return text
 
 
 @typed({"type": "string"})
@@ -98,11 +93,7 @@ def _text_parts(kinds: tuple[str, ...], why: str) -> Callable[[str, Any], tuple[
         part = read_object(name, value)
         kind = read_str(f"{name}.type", require_in(part, "type", name))
         if kind not in kinds:
-            raise InvalidParameterError(
-                f"{name}.type {shown(kind)} is not supported: {why}",
-                param=f"{name}.type",
-                code="unsupported_parameter",
-            )
+            raise unsupported(f"{name}.type", f"{shown(kind)} is not supported: {why}")
         return read_str(f"{name}.text", require_in(part, "text", name))
 
     return list_of(read_part, "text parts", MAX_PARTS)
@@ -252,11 +243,8 @@ def _read_item(name: str, raw: Any, unknown: list[str]) -> Item:
         require_in(item, "type", name)
     table = _TABLES.get(kind or "")
     if table is None:
-        raise InvalidParameterError(
-            f"{name}.type {shown(kind)} is not supported (only {', '.join(_TABLES)} are)",
-            param=f"{name}.type",
-            code="unsupported_parameter",
-        )
+        allowed = ", ".join(_TABLES)
+        raise unsupported(f"{name}.type", f"{shown(kind)} is not supported (only {allowed} are)")
     return _kept(kind or "", table.read_inner(name, item, unknown))
 
 
