@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
 from typing import Protocol
 
 from streamserve.core.request import FinishReason
@@ -231,12 +230,7 @@ class RequestStream:
     async def __aenter__(self) -> RequestStream:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         self.close()
 
     def _grow(self, output: RequestOutput) -> None:

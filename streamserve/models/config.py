@@ -43,13 +43,7 @@ class NativeConfig(ModelConfig):
 def load_hf_config(
     path: Path | str, *, model_impl: ModelImpl = "auto", trust_remote_code: bool = False
 ) -> ModelConfig:
-    """Parses ``config.json`` and ``generation_config.json`` of a checkpoint's directory.
-
-    ``auto`` takes our decoder where it has the family, else transformers' model, whose code may be
-    the checkpoint's own with ``trust_remote_code``. Raises UnsupportedModelError, naming the value
-    and what is supported, for an architecture or a setting that is not built; ModelLoadError for a
-    config that is missing or damaged.
-    """
+    """`load_config` of a directory: its ``config.json`` and ``generation_config.json``."""
     directory = Path(path)
     values = _read_json(directory / "config.json", required=True)
     generation = _read_json(directory / "generation_config.json", required=False)
@@ -86,7 +80,7 @@ def parse_config(
 ) -> NativeConfig:
     """Of one of our families, found by the config if none is given.
 
-    Raises as `load_hf_config` does.
+    Raises as `load_config` does.
     """
     family = family or find_family(config)
     spec = family.spec(config)
