@@ -21,6 +21,7 @@ import torch
 
 from device_bench.interpreted import mended_interpreter
 from tests.hypothesis_profiles import load_profile
+from tests.native_builds import native_build
 
 load_profile()
 
@@ -58,11 +59,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Builds the C extension beside its sources: the tests run on the checkout's own code.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A CPU's tests can be run as those of an older one."""
+    parser.addoption("--native-build", help="the build of the native kernels to load")
 
-    Once, before the workers of a parallel run start; nothing happens when it is up to date. Where
-    it cannot be built, its tests are skipped.
+
+@pytest.fixture(autouse=True, scope="session")
+def build(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The build of the native kernels that was asked for."""
+    with native_build(request.config.getoption("--native-build")):
+        yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Builds the C extensions beside their sources: the tests run on the checkout's own code.
+
+    Once, before the workers of a parallel run start; nothing happens when they are up to date.
+    Where they cannot be built, their tests are skipped.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         return

@@ -41,6 +41,7 @@ __all__ = [
     "Quantization",
     "RecordedStep",
     "SamplingKernels",
+    "bfloat16_pays",
     "load",
     "load_sampling",
 ]
@@ -78,6 +79,11 @@ def load(
     return cast(Kernels, importlib.import_module(f"{__name__}.{chosen}"))
 
 
+def bfloat16_pays(head_sizes: tuple[tuple[int, int], ...], block_size: int = 16) -> bool:
+    """Whether on this CPU the fastest kernels for a model of these sizes are those for bfloat16."""
+    return _why_not_native() is None and _native_takes(head_sizes, block_size)
+
+
 def load_sampling(kernels: Kernels) -> SamplingKernels:
     """What samples on the device that a backend serves."""
     module = "triton.sampling" if kernels.name == "triton" else "naive_sampling"
@@ -88,6 +94,12 @@ def _why_not_native() -> str | None:
     from streamserve_kernels.native.library import why_not
 
     return why_not()
+
+
+def _native_takes(head_sizes: tuple[tuple[int, int], ...], block_size: int) -> bool:
+    return block_size % 16 == 0 and all(
+        head % 2 == 0 and value % 16 == 0 for head, value in head_sizes
+    )
 
 
 def _why_not_triton(device_type: str) -> str | None:
@@ -121,10 +133,7 @@ def _choose(
         return "naive"
     if dtype == torch.bfloat16:
         reason = _why_not_native()
-        sizes_fit = block_size % 16 == 0 and all(
-            head % 2 == 0 and value % 16 == 0 for head, value in head_sizes
-        )
-        if reason is None and sizes_fit:
+        if reason is None and _native_takes(head_sizes, block_size):
             return "native"
         if reason is not None:
             warnings.warn(

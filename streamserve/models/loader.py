@@ -27,7 +27,7 @@ from streamserve.models.tensor_parallel.decoder import ShareDecoder
 from streamserve.models.tensor_parallel.ranks import Ranks
 from streamserve.models.tensor_parallel.source import PartSource, ShareSource
 from streamserve.models.weights import Progress, build_weights
-from streamserve_kernels import Kernels, Quantization
+from streamserve_kernels import Kernels, Quantization, bfloat16_pays
 
 DTYPES = {
     "float32": torch.float32,
@@ -59,16 +59,18 @@ def load_config(
 def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     """The dtype that weights and activations take.
 
-    ``auto`` on a CPU is bfloat16 where the CPU multiplies it natively and float32 elsewhere; on
-    another device it is the checkpoint's own, with float32 halved to bfloat16. Raises
-    ModelLoadError for a name that is unknown.
+    ``auto`` on a CPU is bfloat16 where that is the faster one, which is wherever the compiled
+    kernels run or the CPU multiplies it natively, and float32 elsewhere; on another device it is
+    the checkpoint's own, with float32 halved to bfloat16. Raises ModelLoadError for a name that is
+    unknown.
     """
     if name != "auto":
         if name not in DTYPES:
             raise ModelLoadError(f"dtype {name!r} is unknown; these are: auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     if device.type == "cpu":
-        return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+        pays = cpu_multiplies_bfloat16() or bfloat16_pays(config.spec.head_sizes())
+        return torch.bfloat16 if pays else torch.float32
     return torch.float16 if config.dtype == torch.float16 else torch.bfloat16
 
 

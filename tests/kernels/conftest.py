@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels import Kernels, load
-from streamserve_kernels.native.library import why_not
+from streamserve_kernels.native.library import runnable_builds, why_not
 from tests.kernels.bounds import within_bounds
 from tests.kernels.pretended_gpu import HAS_GPU, IS_PRETENDED, OnCpu
+from tests.native_builds import native_build
 
 IS_INTERPRETED = find_spec("triton") is not None and not HAS_GPU
 TOLERANCE = {
@@ -39,6 +40,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     In float32 under the interpreter, and in both dtypes of half the size on a GPU.
     """
+    if "each_build" in metafunc.fixturenames and (builds := runnable_builds()):
+        metafunc.parametrize("each_build", builds, indirect=True, scope="session")
     if "device" not in metafunc.fixturenames:
         return
     marks = list(metafunc.definition.iter_markers("parametrize"))
@@ -88,7 +91,14 @@ def cpu() -> Kernels:
 
 
 @pytest.fixture(scope="session")
-def native() -> Kernels:
+def each_build(request: pytest.FixtureRequest) -> Iterator[None]:
+    with native_build(getattr(request, "param", None)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def native(each_build: None) -> Kernels:
+    """Each build that this CPU runs, for those who name it; the best for who asks in the test."""
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     return load("cpu", "native")

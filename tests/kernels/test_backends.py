@@ -37,6 +37,7 @@ def test_exported_names() -> None:
         "Quantization",
         "RecordedStep",
         "SamplingKernels",
+        "bfloat16_pays",
         "load",
         "load_sampling",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamserve_kernels import Kernels, NotRecordableError, load
+from streamserve_kernels import Kernels, NotRecordableError, bfloat16_pays, load
 from streamserve_kernels.native import library
 from streamserve_kernels.native.execute import Executable, pack_step
 from streamserve_kernels.pool import pool
@@ -22,7 +23,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None
     """Lets the library be looked for at another path; it is forgotten again."""
 
     def look(path: Path) -> None:
-        monkeypatch.setattr(library, "library_path", lambda: path)
+        monkeypatch.setattr(library, "library_path", lambda build: path)
         library.load_library.cache_clear()
 
     yield look
@@ -34,6 +35,7 @@ def test_it_serves_bfloat16_of_sizes_that_its_cache_takes(native: Kernels) -> No
         warnings.simplefilter("error")
         assert load("cpu", dtype=BF16) is native
         assert load("cpu", dtype=BF16, head_sizes=((64, 64), (192, 128)), block_size=48) is native
+        assert bfloat16_pays(((64, 64), (192, 128)))
         assert load("cpu", dtype=torch.float32).name == "cpu"
         assert load("cpu", dtype=torch.float16).name == "cpu"
         assert load("cpu").name == "cpu"
@@ -45,6 +47,7 @@ def test_it_serves_bfloat16_of_sizes_that_its_cache_takes(native: Kernels) -> No
         ):
             chosen = load("cpu", dtype=BF16, head_sizes=head_sizes, block_size=block_size)
             assert chosen.name == "cpu"
+            assert not bfloat16_pays(head_sizes, block_size)
 
 
 def test_another_device_is_refused() -> None:
@@ -55,10 +58,25 @@ def test_another_device_is_refused() -> None:
 def test_a_cpu_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
     assert not library.has_matrix_units()
-    with pytest.warns(RuntimeWarning, match="slower ones do: this CPU has no avx512_bf16, "):
+    with pytest.warns(RuntimeWarning, match="slower ones do: this CPU has no avx512_vnni, "):
         assert load("cpu", dtype=BF16).name == "cpu"
-    with pytest.raises(ImportError, match="cannot run here: this CPU has no avx512_bf16"):
+    with pytest.raises(ImportError, match="cannot run here: this CPU has no avx512_vnni"):
         load("cpu", "native")
+
+
+def test_the_best_build_that_the_cpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for build, needed in library.BUILDS.items():
+        monkeypatch.setattr(library, "_cpu_flags", lambda needed=needed: needed)
+        assert library.runnable_builds()[0] == build
+        for flag in needed:
+            monkeypatch.setattr(library, "_cpu_flags", lambda less=needed - {flag}: less)
+            assert build not in library.runnable_builds()
+
+
+def test_every_build_is_made() -> None:
+    setup = (Path(library.__file__).parents[3] / "setup.py").read_text()
+    table = setup.split("BUILDS = {")[1].split("}")[0]
+    assert re.findall(r'"(\w+)":', table) == list(library.BUILDS)
 
 
 def test_a_library_that_was_not_built(
@@ -67,6 +85,7 @@ def test_a_library_that_was_not_built(
     elsewhere(tmp_path / "_native.so")
     with pytest.warns(RuntimeWarning, match="slower ones do: it was not built"):
         assert load("cpu", dtype=BF16).name == "cpu"
+    assert not bfloat16_pays(((64, 64),))
     with pytest.raises(ImportError, match="it was not built"):
         load("cpu", "native")
     with warnings.catch_warnings():

@@ -16,11 +16,11 @@ from streamserve.models import (
     kv_bytes_per_block,
     load_config,
     load_model,
+    loader,
     resolve_dtype,
     resolve_model,
     supported_architectures,
 )
-from streamserve.models.loader import cpu_multiplies_bfloat16
 from tests.models.paged import PagedHarness, Sequence
 
 CPU = torch.device("cpu")
@@ -387,10 +387,19 @@ class TestResolve:
         config = load_config(checkpoint(tiny_llama())[0])
         assert resolve_dtype(name, config, CPU) == dtype
 
-    def test_auto_dtype(self, checkpoint, tiny_llama):
+    @pytest.mark.parametrize(
+        ("multiplies", "compiled", "dtype"),
+        [
+            (True, False, torch.bfloat16),
+            (False, True, torch.bfloat16),
+            (False, False, torch.float32),
+        ],
+    )
+    def test_auto_dtype(self, checkpoint, tiny_llama, monkeypatch, multiplies, compiled, dtype):
+        monkeypatch.setattr(loader, "cpu_multiplies_bfloat16", lambda: multiplies)
+        monkeypatch.setattr(loader, "bfloat16_pays", lambda sizes: compiled and sizes == ((8, 8),))
         config = load_config(checkpoint(tiny_llama())[0])
-        native = torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
-        assert resolve_dtype("auto", config, CPU) == native
+        assert resolve_dtype("auto", config, CPU) == dtype
         assert resolve_dtype("auto", config, torch.device("cuda")) == torch.bfloat16
         with pytest.raises(ModelLoadError, match="'int8' is unknown; these are: auto, float32"):
             resolve_dtype("int8", config, CPU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -105,3 +106,9 @@ class Executable:
             raise IndexError("the step's plan names blocks, slots or rows that are not there")
         if result:
             raise MemoryError("no memory for the scratch of the native kernels")
+
+
+@lru_cache(maxsize=64)
+def eager(count: int, attention: tuple[int, ...] = (0,) * 6) -> Executable:
+    """The row of ``count`` instructions that functions on tensors share: set, and run at once."""
+    return Executable(count, attention)

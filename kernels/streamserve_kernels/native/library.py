@@ -1,7 +1,8 @@
 """The compiled library behind this backend: found, checked against this CPU, declared for ctypes.
 
-It is built when the project is installed (see ``setup.py``), where there is a C compiler. In a
-checkout, ``python setup.py build_ext --inplace`` builds it beside this file.
+The same sources are built several times, for CPUs of more and of fewer instructions, when the
+project is installed (see ``setup.py``) where there is a C compiler. In a checkout,
+``python setup.py build_ext --inplace`` builds them beside this file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 8
+ABI = 9
 MAX_ARGS = 24
 # In the order of program.c.
 OPERATIONS = (
@@ -45,9 +46,12 @@ OPERATIONS = (
     "adapt_down",
     "adapt_up",
 )
-_NEEDED_FLAGS = frozenset(
-    ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_bf16", "avx512_vnni")
-)
+_AVX512 = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_vnni"))
+# The builds and the flags of /proc/cpuinfo that each needs, the fastest first.
+BUILDS = {
+    "v4_bf16": _AVX512 | {"avx512_bf16"},
+    "v4": _AVX512,
+}
 
 
 class Instruction(ctypes.Structure):
@@ -82,9 +86,9 @@ class Step(ctypes.Structure):
     )
 
 
-def library_path() -> Path:
-    """Where the library lies if it was built."""
-    return Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+def library_path(build: str) -> Path:
+    """Where a build lies if it was made."""
+    return Path(__file__).with_name(f"_native_{build}{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
 @lru_cache(maxsize=1)
@@ -100,23 +104,30 @@ def has_matrix_units() -> bool:
     return "amx_bf16" in _cpu_flags()
 
 
+def runnable_builds() -> tuple[str, ...]:
+    """The builds whose instructions this CPU has, the fastest first."""
+    return tuple(build for build, needed in BUILDS.items() if needed <= _cpu_flags())
+
+
 def why_not() -> str | None:
     """Why this backend cannot serve here, in a few words, or None if it can."""
-    missing = _NEEDED_FLAGS - _cpu_flags()
-    if missing:
+    builds = runnable_builds()
+    if not builds:
+        missing = list(BUILDS.values())[-1] - _cpu_flags()
         return f"this CPU has no {', '.join(sorted(missing))}"
-    if not library_path().exists():
+    path = library_path(builds[0])
+    if not path.exists():
         return "it was not built (no C compiler at installation?)"
     if load_library() is None:
-        return f"{library_path().name} was built from other sources: build it again"
+        return f"{path.name} was built from other sources: build it again"
     return None
 
 
 @lru_cache(maxsize=1)
 def load_library() -> ctypes.CDLL | None:
-    """The library, its functions declared; None if it was built from other sources than these."""
+    """The best build that runs here, its functions declared; None if it is not of these sources."""
     try:
-        library = ctypes.CDLL(str(library_path()))
+        library = ctypes.CDLL(str(library_path(runnable_builds()[0])))
         if library.ss_abi() != ABI:
             return None
     except (OSError, AttributeError):  # a file that is not ours, or none at all

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from streamserve_kernels import onednn
 from streamserve_kernels.huge_pages import Arena
 from streamserve_kernels.interface import PackedLinear
-from streamserve_kernels.native.execute import Executable, double_bits, pack_step
+from streamserve_kernels.native.execute import double_bits, eager, pack_step
 from streamserve_kernels.native.library import has_matrix_units
 from streamserve_kernels.native.symbol import as_symbol
 from streamserve_kernels.pool import pool
@@ -24,11 +23,6 @@ FEW_ROWS = 8
 _PARALLEL_BYTES = 65536
 
 _arena = Arena()
-
-
-@lru_cache(maxsize=1)
-def _executable() -> Executable:
-    return Executable(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +101,7 @@ class NativeLinear:
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.bfloat16)
-        executable = _executable()
+        executable = eager(1)
         executable.set(0, "linear", *self.arguments(y.data_ptr(), rows.data_ptr(), rows.stride(0)))
         executable.run(
             pack_step(rows.shape[0]),

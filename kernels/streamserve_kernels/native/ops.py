@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,18 +11,13 @@ from torch import Tensor
 from streamserve_kernels.experts import chosen_experts
 from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear, PrefixGroups
-from streamserve_kernels.native.execute import Executable, double_bits, group_fields, pack_step
+from streamserve_kernels.native.execute import double_bits, eager, group_fields, pack_step
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.record import ACTIVATION_CODES, GATED_CODES
 from streamserve_kernels.pool import pool
 
 # Elements below which a second thread costs more than it saves.
 _PARALLEL_ELEMENTS = 16384
-
-
-@lru_cache(maxsize=1)
-def _one() -> Executable:
-    return Executable(1)
 
 
 def _threads(elements: int) -> int:
@@ -65,7 +59,7 @@ def _norm(
         residual = residual.contiguous()
     out = torch.empty(x.shape, dtype=torch.bfloat16)
     total = None if residual is None else torch.empty(x.shape, dtype=torch.bfloat16)
-    executable = _one()
+    executable = eager(1)
     executable.set(
         0,
         operation,
@@ -150,7 +144,7 @@ def _rotary(
         _require("cos_sin", cos_sin, torch.float32)
         if cos_sin.shape[1] > key.shape[2]:
             raise ValueError(f"{cos_sin.shape[1]} elements do not turn in {key.shape[2]}")
-    executable = _one()
+    executable = eager(1)
     executable.set(
         0,
         "rotary_write",
@@ -220,7 +214,7 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
         raise ValueError(f"{src.shape[0]} blocks cannot be copied to {dst.shape[0]}")
     addresses = array.array("q", [cache.data_ptr() for cache in caches])
     sizes = array.array("q", [cache[0].nbytes for cache in caches])
-    executable = _one()
+    executable = eager(1)
     executable.set(
         0,
         "copy_blocks",
@@ -232,19 +226,6 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     )
     elements = sum(sizes) * src.shape[0] // 4
     executable.run(pack_step(len(caches)), _threads(elements))
-
-
-@lru_cache(maxsize=64)
-def _attention(
-    num_heads: int,
-    num_kv_heads: int,
-    value_size: int,
-    block_size: int,
-    has_window: bool,
-    num_blocks: int,
-) -> Executable:
-    sizes = (num_heads, num_kv_heads, value_size, block_size, int(has_window), num_blocks)
-    return Executable(2, sizes)
 
 
 def paged_attention(
@@ -299,8 +280,9 @@ def paged_attention(
         double_bits(soft_cap or 0.0),
         0 if sinks is None else sinks.data_ptr(),
     )
-    executable = _attention(
-        num_heads, num_kv_heads, value_size, block_size, bool(window), key_cache.shape[0]
+    num_blocks = key_cache.shape[0]
+    executable = eager(
+        2, (num_heads, num_kv_heads, value_size, block_size, int(bool(window)), num_blocks)
     )
     executable.set(0, "attend", *args)
     executable.set(1, "attend_merge", *args)
@@ -343,7 +325,7 @@ def _activate(operation: str, x: Tensor, kind: str, width: int) -> Tensor:
         x = x.contiguous()
     stride = x.stride(0) if x.dim() == 2 else x.shape[-1]
     out = torch.empty((*x.shape[:-1], width), dtype=torch.bfloat16)
-    executable = _one()
+    executable = eager(1)
     executable.set(0, operation, out.data_ptr(), x.data_ptr(), width, code, 0, stride)
     # an exp is worth about four copies
     executable.run(pack_step(x.numel() // x.shape[-1]), _threads(4 * x.numel()))

@@ -11,7 +11,6 @@ and the rounding of a few float32 sums. A row's result does not depend on the ro
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from streamserve_kernels.fp8 import NaiveFp8Linear, quantise_fp8_weight
 from streamserve_kernels.huge_pages import Arena
 from streamserve_kernels.interface import QuantLinear
-from streamserve_kernels.native.execute import Executable, done_flags, double_bits, pack_step
+from streamserve_kernels.native.execute import done_flags, double_bits, eager, pack_step
 from streamserve_kernels.native.library import why_not
 from streamserve_kernels.native.stored import prepare_stored
 from streamserve_kernels.native.symbol import as_symbol
@@ -61,11 +60,6 @@ class Scratch:
         self.own = torch.empty(pool().threads() * self.own_stride, dtype=torch.uint8)
 
 
-@lru_cache(maxsize=2)
-def _executable(count: int) -> Executable:
-    return Executable(count)
-
-
 class NativeQuantLinear:
     """A quantised weight in tiles; x may be bfloat16, float32 or float16, in rows at any stride."""
 
@@ -101,7 +95,7 @@ class NativeQuantLinear:
             weight = weight.float()
         if weight.stride(1) != 1:
             weight = weight.contiguous()
-        executable = _executable(1)
+        executable = eager(1)
         executable.set(
             0,
             "pack_quant",
@@ -129,7 +123,7 @@ class NativeQuantLinear:
             return self.unpack()[ids].to(self.dtype)
         ids = ids.contiguous()
         out = torch.empty(ids.shape[0], self.in_features, dtype=self.dtype)
-        executable = _executable(1)
+        executable = eager(1)
         executable.set(0, "embedding_quant", *self.embedding_arguments(out.data_ptr()))
         executable.run(pack_step(ids.shape[0], 0, 0, 0, ids.data_ptr()), 1)
         return out
@@ -211,7 +205,7 @@ class NativeQuantLinear:
             x_float32=is_float32,
             is_float32=is_float32,
         )
-        executable = _executable(2)
+        executable = eager(2)
         executable.set(0, "quantise", *args)
         executable.set(1, "linear_quant", *args)
         threads = 1 if self._tiles.nbytes < _PARALLEL_BYTES else pool().threads()

@@ -13,7 +13,6 @@ and a row's result does not depend on the rows beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from streamserve_kernels.huge_pages import Arena
-from streamserve_kernels.native.execute import Executable, done_flags, double_bits, pack_step
+from streamserve_kernels.native.execute import done_flags, double_bits, eager, pack_step
 from streamserve_kernels.native.symbol import as_symbol
 from streamserve_kernels.pool import pool
 from streamserve_kernels.quantised import Quantization
@@ -57,11 +56,6 @@ _FLOAT8_FACTOR = 256.0
 _LINE = 64
 
 _arena = Arena()
-
-
-@lru_cache(maxsize=4)
-def _executable(count: int) -> Executable:
-    return Executable(count)
 
 
 class GroupSums:
@@ -283,7 +277,7 @@ class LookupLinear:
         args = self.arguments(
             y.data_ptr(), rows.data_ptr(), rows.stride(0), sums, done, is_float32=is_float32
         )
-        executable = _executable(2 if self.has_offsets else 1)
+        executable = eager(2 if self.has_offsets else 1)
         if self.has_offsets:
             executable.set(0, "stored_sums", *args)
         executable.set(int(self.has_offsets), self.operation, *args)
@@ -334,7 +328,7 @@ class NativeStoredLinear(LookupLinear):
             dtype=torch.int64,
         )
         codes = plan.codes if plan.codes.stride(1) == 1 else plan.codes.contiguous()
-        executable = _executable(1)
+        executable = eager(1)
         executable.set(
             0, "stored_pack", codes.data_ptr(), codes.stride(0), self._descriptor.data_ptr()
         )
@@ -350,7 +344,7 @@ class NativeStoredLinear(LookupLinear):
     def _rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         ids = ids.contiguous()
         out = torch.empty(ids.shape[0], self.in_features, dtype=dtype)
-        executable = _executable(1)
+        executable = eager(1)
         arguments = self.rows_arguments(out.data_ptr(), is_float32=dtype == torch.float32)
         executable.set(0, "stored_rows", *arguments)
         executable.run(pack_step(ids.shape[0], 0, 0, 0, ids.data_ptr()), pool().threads())

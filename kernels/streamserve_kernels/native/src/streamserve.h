@@ -10,7 +10,7 @@
 #ifndef STREAMSERVE_H
 #define STREAMSERVE_H
 
-#include <immintrin.h>
+#include "simd.h"
 #include <stdint.h>
 
 typedef uint16_t bf16;
