@@ -10,7 +10,7 @@ from torch import Tensor
 from streamserve_kernels.interface import GatedKind, PackedLinear
 
 
-def chosen_experts(
+def moe(
     x: Tensor,
     router_logits: Tensor,
     gate_up: Sequence[PackedLinear],
@@ -24,10 +24,25 @@ def chosen_experts(
     weights, chosen = torch.softmax(router_logits.float(), dim=-1).topk(top_k, dim=-1)
     if renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
+    return chosen_experts(
+        x, chosen, weights, gate_up, down, lambda hidden: gated_activation(hidden, kind)
+    )
+
+
+def chosen_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Sequence[PackedLinear],
+    down: Sequence[PackedLinear],
+    activate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """See `naive.chosen_experts`."""
     output = torch.zeros(x.shape, dtype=torch.float32)
+    top_k = chosen.shape[1]
     # tokens sorted by expert: each expert's rows are one slice
     order = chosen.flatten().argsort(stable=True)
-    counts = torch.bincount(chosen.flatten(), minlength=len(gate_up)).tolist()
+    counts = torch.bincount(chosen.flatten(), minlength=len(up)).tolist()
     start = 0
     for e, count in enumerate(counts):
         if count == 0:
@@ -35,7 +50,7 @@ def chosen_experts(
         slots = order[start : start + count]
         start += count
         rows = slots // top_k
-        hidden = gated_activation(gate_up[e](x[rows]), kind)
+        hidden = activate(up[e](x[rows]))
         part = down[e](hidden).float() * weights.flatten()[slots, None]
         output.index_add_(0, rows, part)
     return output.to(x.dtype)

@@ -15,7 +15,7 @@ stride between tokens is free.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -286,6 +286,16 @@ class Kernels(Protocol):
         top_k: int,
         renormalise: bool,
         kind: GatedKind,
+    ) -> Tensor: ...
+
+    def chosen_experts(
+        self,
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        up: Sequence[PackedLinear],
+        down: Sequence[PackedLinear],
+        activate: Callable[[Tensor], Tensor],
     ) -> Tensor: ...
 
     def warm_up(

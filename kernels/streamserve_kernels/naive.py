@@ -7,7 +7,7 @@ tests compare with. Shape letters are those of `interface`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -454,10 +454,29 @@ def moe(
     weights = probabilities.gather(-1, chosen)
     if renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
+    return chosen_experts(
+        x, chosen, weights, gate_up, down, lambda hidden: gated_activation(hidden, kind)
+    )
+
+
+def chosen_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Sequence[PackedLinear],
+    down: Sequence[PackedLinear],
+    activate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Experts of x [T, H] that a router of the caller's chose -> [T, H].
+
+    A token goes to `chosen` [T, top_k], numbers of experts, all different, and takes what they give
+    times `weights` [T, top_k], in float32. Expert e maps H -> N (`up[e]`), N -> I (`activate` of
+    any rows [R, N], which asks the device for nothing), I -> H (`down[e]`).
+    """
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in range(len(gate_up)):
+    for e in range(len(up)):
         rows, slots = (chosen == e).nonzero(as_tuple=True)
-        hidden = gated_activation(linear(x[rows], gate_up[e]), kind)
+        hidden = activate(linear(x[rows], up[e]))
         output[rows] += weights[rows, slots, None] * linear(hidden, down[e]).float()
     return output.to(x.dtype)
 

@@ -49,12 +49,9 @@ class CudaBuilder:
 
     def build(self) -> BuiltModel:
         """As in `ModelBuilder`."""
-        setup, args = self._setup, self._setup.args
+        setup = self._setup
         with _room_for("the weights", setup, "a smaller model or dtype is needed"):
             model = setup.load(self._kernels)
-        self._has_graphs = model.is_capturable and not args.enforce_eager
-        if not (model.is_capturable or args.enforce_eager):
-            setup.warn("steps are not recorded as CUDA graphs: transformers' experts cannot be")
         with _room_for("the largest step", setup, "lower --max-num-batched-tokens"):
             memory = agreed(self._plan(model), setup.team)
         setup.say_plan(memory)
@@ -76,7 +73,7 @@ class CudaBuilder:
                 self._ladder,
                 max_num_batched_tokens=setup.scheduler.max_num_batched_tokens,
                 kv_caches=kv_caches,
-                enforce_eager=not self._has_graphs,
+                enforce_eager=setup.args.enforce_eager,
                 transfer=transfer,
             )
             built = BuiltModel(
@@ -106,7 +103,7 @@ class CudaBuilder:
             team,
             max_num_batched_tokens=self._setup.scheduler.max_num_batched_tokens,
             kv_caches=kv_caches,
-            enforce_eager=not self._has_graphs,
+            enforce_eager=self._setup.args.enforce_eager,
         )
         return BuiltModel(runner, profile, memory)
 
@@ -118,7 +115,7 @@ class CudaBuilder:
 
     def _plan(self, model: LanguageModel) -> MemoryPlan:
         setup, args, scheduler = self._setup, self._setup.args, self._setup.scheduler
-        graphs = list(self._ladder.graphs()) if self._has_graphs else []
+        graphs = [] if args.enforce_eager else list(self._ladder.graphs())
         step = profile_step_bytes(
             model,
             ladder=self._ladder,

@@ -154,7 +154,6 @@ class Decoder:
         self.device = device
         self.max_model_len = max_model_len
         self.nbytes = weights.nbytes()
-        self.is_capturable = True
         self.adapters = adapters
         self._weights = weights
         # Gemma multiplies by what is left of it in its own dtype.

@@ -30,11 +30,6 @@ class LanguageModel(Protocol):
     @property
     def nbytes(self) -> int: ...
     @property
-    def is_capturable(self) -> bool:
-        """Whether its forward can become a CUDA graph: it never asks the device for anything."""
-        ...
-
-    @property
     def adapters(self) -> AdapterTables | None:
         """The places for adapters, where it was loaded with some."""
         ...

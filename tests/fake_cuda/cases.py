@@ -27,6 +27,7 @@ class Case(NamedTuple):
 
 _DUMMY = ("--load-format", "dummy")
 _WITH_LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")
+_FOREIGN = ("--model-impl", "transformers")
 _LARGE = (
     "--max-num-batched-tokens", "2048", "--max-num-seqs", "80", "--max-model-len", "128",
     "--kv-cache-memory", "32MiB",
@@ -36,7 +37,10 @@ NATIVES = (
     "falcon-7b", "falcon-rw", "bloom", "mixtral", "qwen2-moe", "qwen3-moe", "deepseek-moe",
     "gpt-oss", "granite-moe", "phi3", "baichuan1-13b", "chatglm2", "glm", "qwen1", "smollm3",
 )  # fmt: skip
-FOREIGNERS = ("llama", "cohere2", "deepseek-v3", "olmo3", "olmoe", "nemotron", "granite", "gemma3n")
+FOREIGNERS = (
+    "llama", "cohere2", "deepseek-v2", "deepseek-v3", "glm4-moe", "olmo3", "olmoe", "nemotron",
+    "granite", "granite-moe", "gemma3n",
+)  # fmt: skip
 PACKED = (
     "gptq-4-act-order", "gptq-3", "gptq-2-v2", "gptq-8", "awq", "squeezellm-4",
     "squeezellm-3", "ct-int4", "ct-int8", "fp8-block", "fp8-tensor", "bnb-nf4", "bnb-int8",
@@ -59,7 +63,10 @@ CASES: dict[str, Case] = {
         f"moe-{kind}": Case("qwen2-moe", flags=("--quantization", kind)) for kind in ("int8", "fp8")
     },
     **{name: Case(name) for name in NATIVES},
-    **{f"transformers-{name}": Case(f"transformers-{name}") for name in FOREIGNERS},
+    **{f"transformers-{name}": Case(f"transformers-{name}", flags=_FOREIGN) for name in FOREIGNERS},
+    "transformers-olmoe-int8": Case(
+        "transformers-olmoe", flags=(*_FOREIGN, "--quantization", "int8")
+    ),
     **{kind: Case("stored", packed=kind) for kind in PACKED},
     **{kind: Case("gguf", packed=kind) for kind in GGUF},
 }

@@ -48,6 +48,9 @@ def install(index: int = 1, *, compile_with: Any = None) -> FakeDevice:
     _enter_on_every_thread()
     triton.runtime.driver.set_active(_Driver(device))
     _intercept(device, compile_with)
+    # Kernels write nothing here, and all take as long: the first candidate is chosen.
+    tuning: Any = importlib.import_module("streamserve_kernels.triton.tuning")
+    tuning.agree, tuning._MOST_CALLS = lambda *_: True, 0
     return device
 
 

@@ -192,6 +192,10 @@ def moe_calls() -> Iterator[Callable[[], object]]:
             x, logits = bf16(tokens, HIDDEN).to(dtype), bf16(tokens, num_experts).to(dtype)
             args = x, logits, gate_up, down
             yield lambda args=args: ours.moe(*args, 2, True, "silu")
+        for tokens in (1, 256):
+            x, chosen = bf16(tokens, HIDDEN).to(dtype), torch.zeros(tokens, 2, dtype=torch.int64)
+            args = x, chosen, bf16(tokens, 2).to(dtype), gate_up, down, lambda h: h[:, :inner]
+            yield lambda args=args: ours.chosen_experts(*args)
 
 
 def sampling_calls() -> Iterator[Callable[[], object]]:

@@ -159,6 +159,54 @@ def test_a_capture_follows_the_routing(device, dtype):
     torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
 
 
+class Chosen:
+    """By a router of somebody else's: int64, and weights of the model's dtype, at a stride."""
+
+    def __init__(self, experts: Experts, tokens: int, top_k: int) -> None:
+        scores = experts.normal(tokens, len(experts.ours[0]))
+        self.experts = scores.float().topk(top_k).indices
+        self.weights = scores.sigmoid()[:, : 2 * top_k : 2]
+
+
+def in_turns(rows: Tensor) -> Tensor:
+    """A gate that no kind is: values and gates take turns, and the result has gaps."""
+    return (rows[:, ::2].tanh() * rows[:, 1::2]).repeat_interleave(2, dim=1)[:, ::2]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 30])
+def test_experts_that_were_chosen_elsewhere_with_an_activation_of_the_callers(
+    device, dtype, tokens
+):
+    experts = Experts(10, 6, 36, 24, device, dtype, bias=True)
+    x, chosen = experts.normal(tokens, 36), Chosen(experts, tokens, 3)
+    found, expected = (
+        kernels.chosen_experts(x, chosen.experts, chosen.weights, *some, in_turns)
+        for kernels, some in ((ours, experts.ours), (naive, experts.naive))
+    )
+    torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_capture_follows_what_was_chosen_elsewhere(device, dtype, quantization):
+    experts = Experts(11, 6, 64, 32, device, dtype)
+    some = experts.ours
+    if quantization is not None:
+        some = tuple(
+            [ours.prepare_quantised(layer.weight, None, quantization) for layer in layers]
+            for layers in some
+        )
+    x, chosen, other = experts.normal(12, 64), *(Chosen(experts, 12, 2) for _ in range(2))
+    args = x, chosen.experts, chosen.weights, *some, in_turns
+    ours.chosen_experts(*args)
+    replay, found = capture(lambda: ours.chosen_experts(*args))
+    chosen.experts.copy_(other.experts)
+    chosen.weights.copy_(other.weights)
+    replay()
+    weights = tuple([naive.prepare_linear(layer.unpack()) for layer in layers] for layers in some)
+    expected = naive.chosen_experts(x, other.experts, other.weights, *weights, in_turns)
+    torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
+
+
 def test_experts_of_a_layer_are_alike(device):
     experts = Experts(8, 3, 32, 32, device, torch.float32)
     other = Experts(9, 3, 32, 48, device, torch.float32)

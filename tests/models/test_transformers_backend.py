@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import streamserve_kernels
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import Decoder, LanguageModel, load_config, load_model
+from streamserve.models.transformers_backend.modules import PackedExperts
 from streamserve_kernels import Kernels
 from tests.models.foreign import BASE, FOREIGN, GQA
 from tests.models.paged import PagedHarness, Sequence
@@ -72,6 +74,46 @@ def test_bfloat16_runs_on_the_kernels_that_a_server_would_choose(checkpoint, nam
         errors += (ours - expected).square().sum()
         usual += (theirs - expected).square().sum()
     assert errors < 2 * usual
+
+
+EXPERTS = {
+    "gated": lambda: _experts_of("olmoe", hidden_act="gelu"),
+    # Transposed, with biases; gates and values of its own activation take turns.
+    "gpt-oss": lambda: _experts_of("gpt_oss", num_local_experts=5),
+    "not-gated": lambda: _experts_of(
+        "nemotron_h", n_routed_experts=5, moe_intermediate_size=24, moe_latent_size=None
+    ),
+}
+
+
+def _experts_of(model_type: str, **options) -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_experts": 5}
+    config = transformers.AutoConfig.for_model(model_type, **sizes, **options)
+    config._experts_implementation = "eager"
+    library = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    (kind,) = (value for name, value in vars(library).items() if name.endswith("Experts"))
+    experts = kind(config)
+    random = torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data.normal_(std=0.3, generator=random)
+    return experts.requires_grad_(False)
+
+
+@pytest.mark.parametrize("backend", ["naive", "cpu", "triton"])
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_experts_are_transformers(name, backend, tokens):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the interpreter is not used beside a GPU")
+    experts = EXPERTS[name]()
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, 32, generator=random)
+    weights, chosen = torch.rand(tokens, 5, generator=random).topk(3)
+    expected = experts(x, chosen, weights)
+    ours = PackedExperts(experts, streamserve_kernels.load(CPU, backend), None)
+    torch.testing.assert_close(ours(x, chosen, weights), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -24,6 +24,7 @@ from streamserve_kernels.cpu.ops import (
 )
 from streamserve_kernels.cpu.packed_linear import linear, prepare_linear
 from streamserve_kernels.cpu.warming import warm_up
+from streamserve_kernels.experts import chosen_experts
 from streamserve_kernels.naive import embedding, kv_cache_shape, recorder
 from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 from streamserve_kernels.native.stored import prepare_stored
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterTable",
     "activation",
     "add_adapters",
+    "chosen_experts",
     "compilations",
     "copy_blocks",
     "embedding",

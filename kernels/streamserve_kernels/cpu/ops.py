@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from streamserve_kernels import naive
+from streamserve_kernels import experts, naive
 from streamserve_kernels.cpu import elementwise as bodies
-from streamserve_kernels.experts import chosen_experts
 from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear
 from streamserve_kernels.pool import pool
@@ -321,6 +320,4 @@ def moe(
     kind: GatedKind,
 ) -> Tensor:
     """See `naive.moe`."""
-    return chosen_experts(
-        x, router_logits, gate_up, down, top_k, renormalise, kind, gated_activation
-    )
+    return experts.moe(x, router_logits, gate_up, down, top_k, renormalise, kind, gated_activation)

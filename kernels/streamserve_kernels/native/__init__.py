@@ -15,6 +15,7 @@ instructions want them: `unpack_keys` and `unpack_values` tell how.
 
 from __future__ import annotations
 
+from streamserve_kernels.experts import chosen_experts
 from streamserve_kernels.naive import compilations, embedding, warm_up
 from streamserve_kernels.native.adapters import AdapterTable, add_adapters
 from streamserve_kernels.native.layout import (
@@ -46,6 +47,7 @@ __all__ = [
     "activation",
     "add_adapters",
     "check_head_sizes",
+    "chosen_experts",
     "compilations",
     "copy_blocks",
     "embedding",

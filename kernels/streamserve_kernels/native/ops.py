@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from streamserve_kernels.experts import chosen_experts
+from streamserve_kernels import experts
 from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear, PrefixGroups
 from streamserve_kernels.native.execute import double_bits, eager, group_fields, pack_step
@@ -342,6 +342,4 @@ def moe(
     kind: GatedKind,
 ) -> Tensor:
     """See `naive.moe`."""
-    return chosen_experts(
-        x, router_logits, gate_up, down, top_k, renormalise, kind, gated_activation
-    )
+    return experts.moe(x, router_logits, gate_up, down, top_k, renormalise, kind, gated_activation)

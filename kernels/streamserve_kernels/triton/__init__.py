@@ -34,7 +34,7 @@ from streamserve_kernels.triton.linear import (
     prepare_quantised,
     slow_quantisation,
 )
-from streamserve_kernels.triton.moe import moe
+from streamserve_kernels.triton.moe import chosen_experts, moe
 from streamserve_kernels.triton.runtime import compilations
 from streamserve_kernels.triton.stored import prepare_stored
 
@@ -42,6 +42,7 @@ __all__ = [
     "AdapterTable",
     "activation",
     "add_adapters",
+    "chosen_experts",
     "compilations",
     "copy_blocks",
     "embedding",

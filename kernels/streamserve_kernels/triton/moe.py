@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,13 +51,14 @@ _FLOAT32 = _Tile(16, 32, 32, 32, 4, 2)
 class _Table(NamedTuple):
     """Where an experts' layer has its weights: addresses [E] int64 on the device."""
 
-    gate_up: Tensor
-    gate_up_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
     down: Tensor
     down_bias: Tensor
     aligned: bool
 
 
+Activate = Callable[[Tensor], Tensor]
 _tables: dict[tuple[int, ...], _Table] = {}
 
 
@@ -78,10 +80,37 @@ def moe(
     if x.shape[0] == 0:
         return torch.empty_like(x)
     chosen, weights = _route(router_logits, top_k, renormalise)
-    experts, last = _dense(gate_up, x.dtype), _dense(down, x.dtype)
+    return _multiply(x, chosen, weights, gate_up, down, kind)
+
+
+def chosen_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Sequence[PackedLinear],
+    down: Sequence[PackedLinear],
+    activate: Activate,
+) -> Tensor:
+    """See `naive.chosen_experts`, and what `moe` says of quantised experts and captures."""
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    return _multiply(x, chosen.contiguous(), weights.contiguous(), up, down, activate)
+
+
+def _multiply(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Sequence[PackedLinear],
+    down: Sequence[PackedLinear],
+    activation: GatedKind | Activate,
+) -> Tensor:
+    experts, last = _dense(up, x.dtype), _dense(down, x.dtype)
     if experts is None or last is None:
-        return _one_by_one(x, chosen, weights, gate_up, down, kind)
-    return _grouped(x, chosen, weights, experts, last, kind)
+        if isinstance(activation, str):
+            activation = partial(gated_activation, kind=activation)
+        return _one_by_one(x, chosen, weights, up, down, activation)
+    return _grouped(x, chosen, weights, experts, last, activation)
 
 
 def _route(router_logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
@@ -112,19 +141,19 @@ def _dense(experts: Sequence[PackedLinear], dtype: torch.dtype) -> list[DenseLin
     return dense if len(dense) == len(experts) and dense[0].weight.dtype == dtype else None
 
 
-def _table(gate_up: list[DenseLinear], down: list[DenseLinear]) -> _Table:
+def _table(up: list[DenseLinear], down: list[DenseLinear]) -> _Table:
     """A table is its addresses, so it is found by them."""
-    both = gate_up + down
+    both = up + down
     weights = tuple(expert.weight.data_ptr() for expert in both)
     biases = tuple(0 if expert.bias is None else expert.bias.data_ptr() for expert in both)
     key = weights + biases
     found = _tables.get(key)
     if found is None:
-        for experts in (gate_up, down):
+        for experts in (up, down):
             kinds = {(e.weight.shape, e.weight.dtype, e.bias is None) for e in experts}
             if len(kinds) != 1:
                 raise ValueError(f"experts of a layer must be alike, these are {len(kinds)} kinds")
-        addresses = torch.tensor(key, dtype=torch.int64).view(4, -1).to(gate_up[0].device)
+        addresses = torch.tensor(key, dtype=torch.int64).view(4, -1).to(up[0].device)
         aligned = all(address % 16 == 0 for address in weights)
         found = _Table(addresses[0], addresses[2], addresses[1], addresses[3], aligned)
         _tables[key] = found
@@ -135,21 +164,21 @@ def _grouped(
     x: Tensor,
     chosen: Tensor,
     weights: Tensor,
-    gate_up: list[DenseLinear],
+    up: list[DenseLinear],
     down: list[DenseLinear],
-    kind: GatedKind,
+    activation: GatedKind | Activate,
 ) -> Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
     tokens, top_k = chosen.shape
-    num_experts, inner, hidden = len(gate_up), down[0].in_features, down[0].out_features
+    num_experts, inner, hidden = len(up), down[0].in_features, down[0].out_features
     pairs = tokens * top_k
     is_sorted = pairs > num_experts
     tile = _tile(pairs, num_experts, x.dtype)
     order, tile_experts = chosen, chosen
     if is_sorted:
         order, tile_experts = _order(chosen, num_experts, tile.block_m)
-    table = _table(gate_up, down)
+    table = _table(up, down)
 
     def product(
         a: Tensor,
@@ -157,8 +186,8 @@ def _grouped(
         width: int,
         block_n: int,
         rows_per_x: int,
-        activation: int,
         has_bias: bool,
+        kind: int = -1,
     ) -> Tensor:
         y = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
         num_tiles = tile_experts.numel()
@@ -173,7 +202,7 @@ def _grouped(
             width,
             a.shape[1],
             ROWS_PER_X=rows_per_x,
-            KIND=activation,
+            KIND=kind,
             HAS_BIAS=has_bias,
             SORTED=is_sorted,
             ALIGNED=table.aligned,
@@ -186,18 +215,16 @@ def _grouped(
         )
         return y
 
-    acted = product(
-        x,
-        (table.gate_up, table.gate_up_bias),
-        inner,
-        tile.gated_n,
-        top_k,
-        GATED_KINDS[kind],
-        gate_up[0].bias is not None,
-    )
-    parts = product(
-        acted, (table.down, table.down_bias), hidden, tile.down_n, 1, -1, down[0].bias is not None
-    )
+    first = table.up, table.up_bias
+    has_bias = up[0].bias is not None
+    if isinstance(activation, str):
+        kind = GATED_KINDS[activation]
+        acted = product(x, first, inner, tile.gated_n, top_k, has_bias, kind)
+    else:
+        hidden_rows = product(x, first, up[0].out_features, tile.down_n, top_k, has_bias)
+        acted = activation(hidden_rows).contiguous()
+    has_bias = down[0].bias is not None
+    parts = product(acted, (table.down, table.down_bias), hidden, tile.down_n, 1, has_bias)
     y = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     combine_kernel[(tokens, triton.cdiv(hidden, _COMBINED))](
         parts, weights, y, hidden, TOP_K=top_k, BLOCK=_COMBINED, num_warps=4
@@ -244,18 +271,18 @@ def _one_by_one(
     x: Tensor,
     chosen: Tensor,
     weights: Tensor,
-    gate_up: Sequence[PackedLinear],
+    up: Sequence[PackedLinear],
     down: Sequence[PackedLinear],
-    kind: GatedKind,
+    activate: Activate,
 ) -> Tensor:
     """Every expert multiplies every token, and those that did not choose it take nothing of it.
 
     The host cannot know who chose whom: E / top_k times the work, by the ordinary products.
     """
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in range(len(gate_up)):
+    for e in range(len(up)):
         picked = chosen == e
         share = torch.where(picked, weights, 0.0).sum(-1, keepdim=True)
-        part = down[e](gated_activation(gate_up[e](x), kind)).float()
+        part = down[e](activate(up[e](x))).float()
         total += torch.where(picked.any(-1, keepdim=True), share * part, 0.0)
     return total.to(x.dtype)

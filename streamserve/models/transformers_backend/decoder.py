@@ -39,7 +39,6 @@ class TransformersDecoder:
         self.kernels = kernels
         self.max_model_len = max_model_len
         self.adapters = None
-        self.is_capturable = not any(linear.copies > 1 for linear in spec.linears)
         self._step = Step()
         for index, (path, attention) in enumerate(
             zip(spec.attention_paths, spec.attention_specs, strict=True)

@@ -43,10 +43,11 @@ class QuantisedEmbedding(nn.Module):
 
 
 class PackedExperts:
-    """All experts of a layer: only those that some token chose are multiplied, each once."""
+    """All experts of a layer."""
 
     def __init__(self, module: Any, kernels: Kernels, quantization: Quantization | None) -> None:
         """Takes the stacked weights out of ``module``."""
+        self._kernels = kernels
         self._activate: Callable[[Tensor], Tensor] = (
             module._apply_gate if module.has_gate else module.act_fn
         )
@@ -59,23 +60,10 @@ class PackedExperts:
         yield from self._down
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Of x [T, H], chosen and weights [T, K] -> [T, H]; ids past the last expert are nobody."""
-        top_k = chosen.shape[1]
-        output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        flat = chosen.flatten()
-        # Sorted by expert, each one's tokens are one slice.
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(self._up)).tolist()
-        start = 0
-        for up, down, count in zip(self._up, self._down, counts, strict=False):
-            if count == 0:
-                continue
-            slots = order[start : start + count]
-            start += count
-            rows = slots // top_k
-            hidden = down(self._activate(up(x[rows])))
-            output.index_add_(0, rows, hidden.float() * weights.flatten()[slots, None])
-        return output.to(x.dtype)
+        """Of x [T, H], chosen and weights [T, K] -> [T, H]."""
+        return self._kernels.chosen_experts(
+            x, chosen, weights, self._up, self._down, self._activate
+        )
 
 
 class _Packing:

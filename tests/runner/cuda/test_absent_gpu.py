@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-CASES = ("llama", "llama-int8", "llama-fp8-cache")
+CASES = ("llama", "llama-int8", "llama-fp8-cache", "transformers-olmoe")
 # Copies to the device beside the one of the step's inputs; all of them from pinned memory, and
 # nobody waits for one. Of a step: blocks to copy, what edits its logits. Of a request, in its first
 # step: its history (2), its bad words (4), the prompt's tokens whose logprobs are asked for (2).
