@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
+from streamserve.errors import DeviceDeadError
 
 
 @dataclass(slots=True)
@@ -69,6 +70,10 @@ class StepProbe:
         future = self._runner.sample(step_id, masks)
         future.add_done_callback(partial(self._done, self._unsampled.pop(step_id)))
         return future
+
+    def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
+        """As of ``ModelRunner``."""
+        self._runner.on_death(hear)
 
     def close(self) -> None:
         """As of ``ModelRunner``."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.errors import DeviceDeadError
 
 PENDING_TOKEN = -1
 """In ``ScheduledRequest.token_ids``: the id that the previous step sampled, still on the device."""
@@ -179,6 +180,13 @@ class ModelRunner(Protocol):
         self, step_id: int, masks: Mapping[str, bytes] | None = None
     ) -> Future[ModelRunnerOutput]:
         """Sample the step's rows once its forward is done."""
+
+    def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
+        """Have ``hear`` called with the cause, once, when no step can run any more.
+
+        That may be on any thread, with or without a step in flight, and at once if it is so
+        already. From then on ``launch`` or the future of ``sample`` has a ``DeviceDeadError``.
+        """
 
     def close(self) -> None:
         """Wait for what is in flight and free the device. Idempotent."""

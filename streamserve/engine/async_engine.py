@@ -28,7 +28,7 @@ from streamserve.core.scheduler import RequestUpdate, Scheduler
 from streamserve.engine.admission import AdmissionLimits
 from streamserve.engine.failures import is_out_of_memory, name_of
 from streamserve.engine.front import EngineFront
-from streamserve.engine.futures import until_done
+from streamserve.engine.futures import call_soon, until_done
 from streamserve.engine.garbage import collect_idle
 from streamserve.engine.grammar import Grammars
 from streamserve.engine.grammar_masks import GrammarError, GrammarMasks
@@ -46,6 +46,7 @@ from streamserve.errors import (
 logger = logging.getLogger(__name__)
 
 MAX_CONSECUTIVE_FAILED_STEPS = 3
+_NO_STEP = "no step can run any more"
 _STOP_GRACE_S = 10.0
 """How long ``stop`` waits for a step that is on the device after every request has ended."""
 
@@ -60,9 +61,9 @@ class AsyncEngine(EngineFront):
     A step that raises is rolled back, and its requests run alone, once: the streams of those that
     fail alone raise ``EngineError``, the others go on with the tokens they would have had. Once
     ``MAX_CONSECUTIVE_FAILED_STEPS`` have failed, a request of the engine's own runs alone. If that
-    fails, too, or the device is lost, or the scheduler itself raises and its accounting can no
-    longer be trusted, the engine is dead: every stream and every later ``submit`` raises
-    ``EngineDeadError`` with the reason.
+    fails, too, or the device is lost, be it while nobody asks, or the scheduler itself raises and
+    its accounting can no longer be trusted, the engine is dead: every stream and every later
+    ``submit`` raises ``EngineDeadError`` with the reason.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class AsyncEngine(EngineFront):
         self._task: asyncio.Task[None] | None = None
         self._died = asyncio.Event()
         self._dead_reason: str | None = None
+        self._lost: DeviceDeadError | None = None  # the runner says so
         self._num_consecutive_failures = 0
         self._num_failed_steps = 0
         self._probe_id: str | None = None  # of the newest request of the engine's own
@@ -122,6 +124,8 @@ class AsyncEngine(EngineFront):
         """Create the step loop's task. ``submit`` works before: requests then wait."""
         if self._task is not None:
             raise RuntimeError("the engine was started already")
+        loop = asyncio.get_running_loop()
+        self._runner.on_death(lambda error: call_soon(loop, self._hear_death, error))
         self._task = asyncio.create_task(self._run(), name="streamserve-step-loop")
 
     async def stop(self, *, drain_timeout_s: float = 0.0) -> None:
@@ -228,8 +232,15 @@ class AsyncEngine(EngineFront):
                 await self._retire_step()
             elif self._is_stopping and not self._live:
                 return
+            elif self._lost is not None:
+                raise _DeadError(_NO_STEP) from self._lost
             else:
                 await self._wait_for_work()
+
+    def _hear_death(self, error: DeviceDeadError) -> None:
+        """The runner is dead: so is the engine, where it would launch a step or wait for work."""
+        self._lost = error
+        self._wake.set()
 
     def _launch_steps(self) -> None:
         """Fill the device's queue as far as the scheduler has something to launch."""
@@ -458,7 +469,7 @@ class AsyncEngine(EngineFront):
             return
         self._num_failed_steps += 1
         if isinstance(error, DeviceDeadError):
-            raise _DeadError("no step can run any more") from error
+            raise _DeadError(_NO_STEP) from error
         self._num_consecutive_failures += 1
         no_memory = is_out_of_memory(error)
         for request in self._scheduler.fail_step(step_id, out_of_memory=no_memory):

@@ -107,6 +107,10 @@ class FaultInjectingRunner:
             return _delayed(future, fault.delay_s)
         return _failed(future, _ERRORS[fault.kind](f"{fault.kind} was injected"))
 
+    def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
+        """See ``core.plan.ModelRunner``. An injected ``DEVICE_DEAD`` is a step's alone."""
+        self._runner.on_death(hear)
+
     def close(self) -> None:
         """See ``core.plan.ModelRunner``."""
         self._runner.close()

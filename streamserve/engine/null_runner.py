@@ -16,6 +16,7 @@ from streamserve.core.plan import (
     SchedulerOutput,
     TokenLogprobs,
 )
+from streamserve.errors import DeviceDeadError
 
 Pace = Callable[[Callable[[], None]], None]
 """Called with ``resolve`` for every step, on the event loop; calls it when the step may end."""
@@ -92,6 +93,9 @@ class NullRunner:
         else:
             self._pace(lambda: future.set_result(output))
         return future
+
+    def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
+        """It has nothing that could die."""
 
     def close(self) -> None:
         """There is nothing to free. Idempotent."""

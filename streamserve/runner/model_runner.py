@@ -25,6 +25,7 @@ from torch import Tensor
 
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from streamserve.errors import DeviceDeadError
 from streamserve.models.batch import ForwardBatch, KVCache
 from streamserve.runner.compilations import num_compilations
 from streamserve.runner.input_batch import InputBatch
@@ -152,6 +153,10 @@ class TorchModelRunner:
         without one are free. Raises RuntimeError when steps are sampled out of order.
         """
         return self._calls.sample(step_id, masks)
+
+    def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
+        """See ``core.plan.ModelRunner``."""
+        self._calls.on_death(hear)
 
     @property
     def num_compilations(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
+from streamserve.core.death import Death
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.errors import DeviceDeadError
 
@@ -29,6 +30,8 @@ class SampleCall:
 
 
 def _dead(error: BaseException) -> DeviceDeadError:
+    if isinstance(error, DeviceDeadError):
+        return error
     return DeviceDeadError(f"the device thread has died: {error!r}")
 
 
@@ -43,7 +46,7 @@ class StepCalls(Generic[_Work]):
         self.sample_calls: SimpleQueue[SampleCall | None] = SimpleQueue()
         self._unsampled: deque[int] = deque()
         self._closed = False
-        self._failure: BaseException | None = None
+        self._death = Death()
 
     @property
     def unsampled(self) -> list[int]:
@@ -54,8 +57,8 @@ class StepCalls(Generic[_Work]):
         """Raises RuntimeError once closed, DeviceDeadError once the device thread has died."""
         if self._closed:
             raise RuntimeError("the model runner is closed")
-        if self._failure is not None:
-            raise _dead(self._failure)
+        if self._death.cause is not None:
+            raise self._death.cause
 
     def launch(self, plan: SchedulerOutput) -> None:
         """See ``core.plan.ModelRunner``. Raises RuntimeError once closed."""
@@ -76,13 +79,17 @@ class StepCalls(Generic[_Work]):
         self._unsampled.popleft()
         future: Future[ModelRunnerOutput] = Future()
         self.sample_calls.put(SampleCall(masks, future))
-        if self._failure is not None:  # it died between the check and now
-            self._fail_waiting(self._failure)
+        if self._death.cause is not None:  # it died between the check and now
+            self._fail_waiting(self._death.cause)
         return future
+
+    def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
+        """See ``core.plan.ModelRunner``."""
+        self._death.on_death(hear)
 
     def fail(self, error: BaseException) -> None:
         """The device thread dies of ``error``: no call may wait for it for ever."""
-        self._failure = error
+        self._death.tell(_dead(error))
         self._fail_waiting(error)
 
     def _fail_waiting(self, error: BaseException) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from streamserve.api.server import ApiServer
+from streamserve.core.death import Death
 from streamserve.engine.null_runner import NullRunner
 from streamserve.errors import DeviceDeadError, EngineDeadError, StreamServeError
 from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, events_of, text_of, until
@@ -189,10 +190,16 @@ async def test_a_dead_engine_is_503_and_unhealthy():
     assert (health.status, health.json) == (503, {"status": "dead"})
 
 
-async def test_a_server_whose_device_has_died_ends_and_says_so():
+@pytest.mark.parametrize("is_idle", [False, True])
+async def test_a_server_whose_device_has_died_ends_and_says_so(is_idle):
+    death = Death()
+
     class DeadRunner(NullRunner):
         def launch(self, plan):
             raise DeviceDeadError("the device thread has died: Panic()")
+
+        def on_death(self, hear):
+            death.on_death(hear)
 
     api = Api(runner=DeadRunner())
 
@@ -200,8 +207,14 @@ async def test_a_server_whose_device_has_died_ends_and_says_so():
     server = ApiServer(api.app, api.config, on_ready=lambda _url: ready.set())
     running = asyncio.create_task(server.run())
     await ready.wait()
-    assert (await api.chat()).status in {500, 503}
-    assert (await api.call("GET", "/health")).status == 503
+    assert (await api.call("GET", "/health")).status == 200
+    if is_idle:
+        await asyncio.to_thread(death.tell, DeviceDeadError("rank 1 has died"))
+    else:
+        assert (await api.chat()).status in {500, 503}
+    for path in ("/health", "/ready", "/live"):
+        answer = await api.call("GET", path)
+        assert (answer.status, answer.json) == (503, {"status": "dead"})
     with pytest.raises(EngineDeadError, match="no step can run any more") as died:
         async with asyncio.timeout(60):
             await running  # nobody tells it to end

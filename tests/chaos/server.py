@@ -19,6 +19,7 @@ from streamserve.api.app import create_app
 from streamserve.api.server import serve
 from streamserve.config import ApiConfig, CacheConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
+from streamserve.core.death import Death
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.plan import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from streamserve.core.scheduler import Scheduler
@@ -70,6 +71,7 @@ class CarryingRunner:
         self._cells = [[0] * BLOCK_SIZE for _ in range(num_blocks)]
         self._rows: dict[str, _Row] = {}
         self._step_s = step_s
+        self.on_death = Death().on_death
         self._output: ModelRunnerOutput | None = None
 
     def launch(self, plan: SchedulerOutput) -> None:

@@ -1,8 +1,10 @@
 """A model on two ranks, two processes, as a user meets it; and whatever may befall one."""
 
 import signal
+import time
 from pathlib import Path
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -85,6 +87,30 @@ def test_a_rank_that_is_killed_is_the_end_of_every_stream_and_of_the_server() ->
             for stream in streams:
                 with pytest.raises(openai.APIError, match="engine is dead"):
                     list(stream)
+        assert server.process.wait(60) == 1
+        assert_gone(ranks)
+    assert "rank 1 (process" in server.output
+
+
+def test_a_rank_that_is_killed_while_nobody_asks_is_the_end_of_the_server() -> None:
+    with running_server(*FLAGS, "--drain-timeout", "3") as server:
+        ranks = others(server)
+        with server.client() as client:
+            # Whoever asked may come back for the rest: so long the server can be looked at.
+            stream = client.completions.create(
+                stream=True, extra_headers={"X-Stream-Resume": "1"}, **{**LONG, "max_tokens": 100}
+            )
+            next(iter(stream))
+            stream.close()
+        while server.metrics()["streamserve:num_requests_running"]:
+            time.sleep(0.01)
+        ranks[0].kill()
+        with httpx.Client(base_url=server.url) as balancer:
+            for _ in range(500):
+                if (health := balancer.get("/health")).status_code != 200:
+                    break
+                time.sleep(0.01)
+        assert (health.status_code, health.json()) == (503, {"status": "dead"})
         assert server.process.wait(60) == 1
         assert_gone(ranks)
     assert "rank 1 (process" in server.output

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamserve.config import CacheConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
+from streamserve.core.death import Death
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.core.sampling_params import SamplingParams
@@ -35,6 +36,7 @@ class FakeRunner:
     ``hold``: a step's future stays open until ``release``. ``failing``: step ids whose ``launch``
     or ``sample`` result raises. ``threaded``: futures resolve on another thread. ``spoilt``:
     requests that no step can have. ``max_tokens``: there is no memory for a step with more.
+    After ``death.tell`` nothing can be launched any more.
     """
 
     num_compilations = 0
@@ -61,11 +63,15 @@ class FakeRunner:
         self.plans: list[SchedulerOutput] = []
         self.known: dict[str, Any] = {}
         self.is_closed = False
+        self.death = Death()
+        self.on_death = self.death.on_death
         self._held: list[tuple[Future[ModelRunnerOutput], SchedulerOutput]] = []
         self._launched = asyncio.Event()
         self._pool = ThreadPoolExecutor(1) if threaded else None
 
     def launch(self, plan: SchedulerOutput) -> None:
+        if self.death.cause is not None:
+            raise self.death.cause
         self.plans.append(plan)
         self._launched.set()
         for request_id in plan.released_ids:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from concurrent.futures import Future
 
+from streamserve.core.death import Death
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
 
 _LIKED = frozenset(b'"]}:,0123456789 eE') | {257}
@@ -23,6 +24,7 @@ class RandomRunner:
         self.liked = liked
         self.seed = seed
         self.is_closed = False
+        self.on_death = Death().on_death
         self.num_masks: list[int] = []  # of each step
         self._plans: list[SchedulerOutput] = []
 

@@ -251,6 +251,116 @@ async def test_a_lost_device_is_death_for_all_at_once():
         assert len(runner.plans) == 3
 
 
+def gone() -> DeviceDeadError:
+    return DeviceDeadError("rank 1 has died")
+
+
+@pytest.mark.parametrize("has_answered", [False, True])
+async def test_a_runner_that_dies_while_nobody_asks_is_the_end_at_once(has_answered):
+    runner = FakeRunner()
+    async with serving(runner) as h:
+        if has_answered:
+            await h.answer()
+            await turns(50)  # it has put the house in order
+        await asyncio.to_thread(runner.death.tell, gone())
+        await turns(2)
+        assert h.engine.is_dead
+        await h.engine.wait_dead()
+        with pytest.raises(EngineDeadError, match="no step can run any more: DeviceDeadError"):
+            h.submit("late")
+        assert h.engine.stats().num_failed_steps == 0
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+async def test_who_comes_while_the_runner_dies_is_told_as_under_load(is_first):
+    runner = FakeRunner()
+    async with serving(runner) as h:
+        await turns()
+        streams = [h.submit("before")] if is_first else []
+        runner.death.tell(gone())
+        streams.append(h.submit("behind"))
+        for stream in streams:
+            with pytest.raises(EngineDeadError, match="no step can run any more: DeviceDeadError"):
+                await collect(stream)
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+
+
+async def test_who_waits_for_a_reader_hears_that_the_runner_has_died():
+    runner = FakeRunner()
+    async with serving(runner) as h:
+        stream = h.submit()
+        h.engine.hold("r", is_full=True)
+        await turns()
+        assert runner.plans == []
+        runner.death.tell(gone())
+        await turns(2)
+        assert h.engine.is_dead
+        with pytest.raises(EngineDeadError, match="no step can run any more"):
+            await collect(stream)
+
+
+@IN_FLIGHT
+async def test_what_a_runner_still_says_when_it_has_died_is_delivered(max_steps_in_flight):
+    runner = FakeRunner(hold=True)
+    async with serving(runner, max_steps_in_flight=max_steps_in_flight) as h:
+        streams = [h.submit("long"), h.submit("short", PROMPT[1:], max_tokens=1)]
+        await runner.launched()
+        runner.death.tell(gone())
+        await turns()
+        assert not h.engine.is_dead
+        runner.release_all()
+        assert (await collect(streams[1])).text == "H"
+        assert await text_before_error(streams[0]) == "H"
+        assert h.engine.is_dead
+
+
+async def test_an_engine_whose_runner_dies_before_it_starts_is_dead_when_it_has():
+    runner = FakeRunner()
+    runner.death.tell(gone())
+    async with serving(runner) as h:
+        await turns(2)
+        assert h.engine.is_dead
+
+
+@pytest.mark.parametrize("when", ["draining", "closing", "closed"])
+async def test_a_runner_that_ends_because_the_engine_does_is_no_death(when):
+    class Ending(FakeRunner):
+        def close(self):
+            if when == "closing":
+                self.death.tell(gone())
+            super().close()
+
+    runner = Ending(hold=True)
+    async with serving(runner) as h:
+        stream = h.submit(max_tokens=1)
+        await runner.launched()
+        stopping = asyncio.create_task(h.engine.stop(drain_timeout_s=60))
+        await turns()
+        if when == "draining":  # the last step is on its way
+            runner.death.tell(gone())
+        runner.release_all()
+        assert (await collect(stream)).text == "H"
+        await stopping
+        if when == "closed":
+            runner.death.tell(gone())
+        await turns()
+        assert not h.engine.is_dead
+
+
+def test_a_runner_may_outlive_the_loop_of_its_engine(caplog):
+    runner = FakeRunner.__new__(FakeRunner)
+
+    async def serve() -> None:
+        runner.__init__()
+        async with serving(runner):
+            await turns()
+
+    asyncio.run(serve())
+    runner.death.tell(gone())
+    assert caplog.text == ""
+
+
 class BrokenScheduler(Scheduler):
     """Raises in the method named ``broken``: the accounting cannot be trusted from then on."""
 

@@ -9,6 +9,7 @@ from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.fault_injection import FaultInjectingRunner, FaultKind, InjectedError
 from streamserve.engine.null_runner import NullRunner
 from streamserve.errors import DeviceDeadError, OutOfMemoryError
+from tests.engine.fakes import FakeRunner
 
 
 class Steps:
@@ -53,6 +54,13 @@ def test_a_fault_of_one_request_is_in_every_step_that_has_it():
         assert isinstance(steps.run("bad/1").exception(), InjectedError)
     steps.runner.clear()
     assert steps.run("bad").exception() is None
+
+
+def test_a_runner_that_has_died_is_heard_of_behind_its_faults():
+    runner, heard = FakeRunner(), []
+    FaultInjectingRunner(runner).on_death(heard.append)
+    runner.death.tell(DeviceDeadError("gone"))
+    assert heard == [runner.death.cause]
 
 
 async def test_a_slow_step_says_the_same_later():

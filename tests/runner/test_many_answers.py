@@ -30,6 +30,7 @@ class _Shared:
     def __init__(self, runner) -> None:
         self._runner = runner
         self.launch, self.sample = runner.launch, runner.sample
+        self.on_death = runner.on_death
         self.num_compilations = 0
 
     def close(self) -> None:

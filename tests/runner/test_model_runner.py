@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -389,6 +390,8 @@ class Panic(BaseException):
 
 
 def test_a_device_thread_that_dies_leaves_nobody_waiting(runner, model, caplog):
+    heard = Future()
+    runner.on_death(heard.set_result)
     result(runner, prompt_plan(0))
     model.fail_next = Panic("gone")
     runner.launch(decode_plan(1, 6, 3))
@@ -401,6 +404,33 @@ def test_a_device_thread_that_dies_leaves_nobody_waiting(runner, model, caplog):
     for future in futures:
         with pytest.raises(DeviceDeadError, match="Panic"):
             future.result(timeout=60)
-    with pytest.raises(DeviceDeadError):
+    cause = heard.result(60)
+    assert "Panic" in str(cause)
+    with pytest.raises(DeviceDeadError) as caught:
         runner.launch(decode_plan(3, 8, 3))
+    assert caught.value is cause
     assert "has died" in caplog.text
+
+
+def test_a_device_thread_that_dies_between_two_steps_is_heard_of(model, monkeypatch):
+    ladder = StepLadder(32, 4)
+    options = {"vocab_size": VOCAB, "block_size": BLOCK_SIZE, "max_model_len": 64}
+    runner, executor = assemble(model, model.caches(32), ladder, max_num_seqs=4, **options)
+    heard = Future()
+    runner.on_death(heard.set_result)
+
+    def capture_next() -> bool:
+        raise Panic("gone")
+
+    monkeypatch.setattr(executor, "capture_next", capture_next)
+    runner.on_device_thread(lambda: executor.want_graphs(ladder.graphs()))
+    assert "Panic" in str(heard.result(60))
+    runner.close()
+
+
+def test_a_runner_that_is_closed_has_not_died(runner):
+    heard = []
+    runner.on_death(heard.append)
+    result(runner, prompt_plan(0))
+    runner.close()
+    assert heard == []

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import streamserve_kernels
+from streamserve.core.death import Death
 from streamserve.core.plan import NewRequest, ScheduledRequest, SchedulerOutput
 from streamserve.core.pooling import Pooling
 from streamserve.core.sampling_params import SamplingParams
@@ -205,6 +206,10 @@ class Stuck:
 
     num_compilations = 0
 
+    def __init__(self) -> None:
+        self.death = Death()
+        self.on_death = self.death.on_death
+
     def launch(self, plan) -> None:
         pass
 
@@ -223,6 +228,32 @@ def test_a_step_that_does_not_end_is_the_end_of_all() -> None:
     assert isinstance(error, DeviceDeadError)
     assert "no step has ended on all ranks for 300 s" in str(error)
     runner.close()
+
+
+@pytest.mark.parametrize("is_first_rank", [False, True])
+def test_a_rank_that_dies_while_nobody_asks_is_heard_of_once(is_first_rank) -> None:
+    own, followers, heard = Stuck(), Threads(), []
+    runner = LeadRunner(own, followers, {})
+    runner.on_death(heard.append)
+    assert heard == []
+    error = DeviceDeadError("it has died")
+    (own.death.tell if is_first_rank else followers.fail)(error)
+    assert heard == [error]
+    assert followers.failure is error, "they end with it"
+    followers.fail(DeviceDeadError("so has another"))
+    own.death.tell(DeviceDeadError("so has the first"))
+    assert heard == [error]
+    runner.close()
+
+
+def test_a_runner_that_dies_while_it_follows_says_so() -> None:
+    runner, said = Stuck(), []
+
+    def receive() -> None:
+        runner.death.tell(DeviceDeadError("it has died"))
+
+    follow(receive, runner, {}, said.append)
+    assert said == [runner.death.cause]
 
 
 def test_the_rank_with_the_least_room_decides(checkpoint) -> None:

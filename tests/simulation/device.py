@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from streamserve.config import CacheConfig, SchedulerConfig
+from streamserve.core.death import Death
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.errors import DeviceDeadError, OutOfMemoryError
 from tests.unit.simulated import VOCAB_SIZE, SimulatedRunner
@@ -90,6 +91,19 @@ class SimulatedDevice:
         self._plan: SchedulerOutput | None = None
         self._queue: list[_Queued] = []
         self._error: Exception | None = None  # of the newest step
+        self._death = Death()
+        self.on_death = self._death.on_death
+
+    @property
+    def is_dead(self) -> bool:
+        return self._death.cause is not None
+
+    def die(self) -> None:
+        """Between two steps, or in one, which may be the last that ends well."""
+        cause = DeviceDeadError("the device has died")
+        for queued in self._queue[self.rng.randint(0, 1) :]:
+            queued.error = cause
+        self._death.tell(cause)
 
     def launch(self, plan: SchedulerOutput) -> None:
         try:
@@ -101,7 +115,8 @@ class SimulatedDevice:
         except BaseException as error:
             self._break(error)
         self._plan = plan
-        if (error := self._error_of(plan)) and self.rng.random() < self.faults.launch_share:
+        error = self._error_of(plan)
+        if error and (self.is_dead or self.rng.random() < self.faults.launch_share):
             self._fail(plan, len(self.runner.in_flight) - 1)
             raise error
         self._error = error
@@ -152,6 +167,8 @@ class SimulatedDevice:
 
     def _error_of(self, plan: SchedulerOutput) -> Exception | None:
         faults = self.faults
+        if self.is_dead:
+            return self._death.cause
         if faults.dies_at is not None and plan.step_id >= faults.dies_at:
             return DeviceDeadError("the device has died")
         if any(base_of(s.request_id) in faults.culprits for s in plan.scheduled):

@@ -32,6 +32,7 @@ from tests.simulation.virtual_time import AwaitPoints, VirtualLoop
 from tests.unit.simulated import VOCAB_SIZE, drafting, guesses
 
 MAX_MODEL_LEN = 48
+_TURNS_TO_HEAR = 3  # of the event loop: the runner's word, the step loop's end, and this task's own
 
 
 @dataclass
@@ -47,6 +48,7 @@ class World:
     accuracy: int | None  # of drafts, in three; prompt lookup without
     stop_at: float | None = None  # the engine is stopped in the middle
     drain_s: float = 0.0
+    dies_at_s: float | None = None  # the device, whatever it does then
 
 
 def make_world(seed: int) -> World:
@@ -80,6 +82,7 @@ def make_world(seed: int) -> World:
         accuracy=rng.choice([None, 0, 2, 3]),
         stop_at=rng.uniform(0.0, 2.0) if rng.random() < 0.1 else None,
         drain_s=rng.choice([0.0, 0.5, 100.0]),
+        dies_at_s=rng.uniform(0.0, 4.0) if rng.random() < 0.1 else None,
     )
 
 
@@ -177,6 +180,7 @@ class Play:
             world.cache, world.config, world.faults, self._rng, world.max_step_s
         )
         self.scheduler.device = self.device
+        self.died_idle = False
 
     def run(self) -> Play:
         """Play it to its end. Raises AssertionError, or what else goes wrong."""
@@ -211,10 +215,14 @@ class Play:
             task = asyncio.create_task(client.visit(self.engine, self.device.deserted))
             self._visits[task] = client
         if world.stop_at is not None:
-            asyncio.get_running_loop().call_later(world.stop_at, self._stop)
+            self.loop.call_later(world.stop_at, self._stop)
+        if world.dies_at_s is not None:
+            self.loop.call_later(world.dies_at_s, self._kill_device)
         for result in await asyncio.gather(*self._visits, return_exceptions=True):
             if result is not None and not isinstance(result, asyncio.CancelledError):
                 raise result
+        if world.dies_at_s is not None and world.stop_at is None:
+            await self._until_it_is_known(world.dies_at_s)
         await self.engine.stop()
         self._check_end()
 
@@ -243,11 +251,26 @@ class Play:
                 "refusals": sum(c.refusal is not None for c in self.world.clients),
                 "readers who left": sum(c.has_left for c in self.world.clients),
                 "dead engines": self.engine.is_dead,
+                "deaths of idle devices": self.died_idle,
             }
         )
 
     def _stop(self) -> None:
         self._stopping = asyncio.create_task(self.engine.stop(drain_timeout_s=self.world.drain_s))
+
+    def _kill_device(self) -> None:
+        self.died_idle = (
+            self.engine.is_idle and not self.engine.is_dead and not self.device.is_closed
+        )
+        self.device.die()
+
+    async def _until_it_is_known(self, dies_at_s: float) -> None:
+        """Nobody asks for anything any more: the engine hears of it all the same, at once."""
+        await asyncio.sleep(max(0.0, dies_at_s - self.loop.time()))
+        for _ in range(_TURNS_TO_HEAR):
+            await asyncio.sleep(0)
+        assert self.device.is_dead
+        assert self.engine.is_dead, "the device has died, and nobody knows"
 
     def _disconnect(self, task: asyncio.Task[Any]) -> None:
         if task not in self._visits:
@@ -265,7 +288,8 @@ class Play:
         device, engine = self.device, self.engine
         assert device.broken is None
         assert device.is_closed
-        is_hopeless = self.world.faults.dies_at is not None or "probe" in device.failed_alone
+        is_lost = device.is_dead or self.world.faults.dies_at is not None
+        is_hopeless = is_lost or "probe" in device.failed_alone
         assert not engine.is_dead or is_hopeless, engine.dead_reason
         for client in self.world.clients:
             client.check(

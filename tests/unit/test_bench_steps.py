@@ -7,6 +7,7 @@ import pytest
 from streamserve.cli.bench_load import Answer, gaps_between
 from streamserve.cli.bench_steps import Spread, StepProbe, StepRecord, decode_steps
 from streamserve.core.plan import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from streamserve.errors import DeviceDeadError
 
 
 class ScriptedRunner:
@@ -23,6 +24,9 @@ class ScriptedRunner:
 
     def sample(self, step_id, masks=None):
         return self.futures[step_id]
+
+    def on_death(self, hear):
+        hear(DeviceDeadError("gone"))
 
     def close(self):
         self.is_closed = True
@@ -51,6 +55,12 @@ def test_a_probe_writes_down_what_was_launched_and_when_it_was_done():
     assert (second.num_keys, second.launched_at, second.done_at) == (6, 2.0, None)
     probe.close()
     assert runner.is_closed
+
+
+def test_a_probe_passes_on_that_the_runner_has_died():
+    heard = []
+    StepProbe(ScriptedRunner()).on_death(heard.append)
+    assert [str(error) for error in heard] == ["gone"]
 
 
 def test_a_plan_that_could_not_be_launched_is_no_step():

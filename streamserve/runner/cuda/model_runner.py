@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput
+from streamserve.errors import DeviceDeadError
 from streamserve.models.batch import KVCache
 from streamserve.runner.compilations import num_compilations
 from streamserve.runner.cuda.graphs import StepExecutor
@@ -111,6 +112,10 @@ class CudaModelRunner:
         ]
         for thread in self._threads:
             thread.start()
+
+    def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
+        """See ``core.plan.ModelRunner``."""
+        self._calls.on_death(hear)
 
     @property
     def num_compilations(self) -> int:

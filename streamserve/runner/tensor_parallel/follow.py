@@ -20,7 +20,7 @@ def follow(
 ) -> None:
     """Does what comes until no more comes, then closes the runner.
 
-    ``fail`` is called, on the runner's thread, with the error of a step.
+    ``fail`` is called, on the runner's thread, with the error of a step, or that of its death.
     """
 
     def check(future: Future[ModelRunnerOutput]) -> None:
@@ -28,6 +28,7 @@ def follow(
         if error is not None:
             fail(error)
 
+    runner.on_death(fail)
     while (message := receive()) is not None:
         match message:
             case Launch(plan):

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from streamserve.core.clock import Clock, monotonic
+from streamserve.core.death import Death
 from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
 from streamserve.errors import DeviceDeadError
 from streamserve.runner.tensor_parallel.messages import Call, Launch, Message, Sample
@@ -68,9 +69,10 @@ class LeadRunner:
         self._clock = clock
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[Future[ModelRunnerOutput], float]] = {}
-        self._failure: DeviceDeadError | None = None
+        self._death = Death()
         self._is_closed = threading.Event()
         followers.on_failure(self._die)
+        own.on_death(followers.fail)
         self._watch = threading.Thread(target=self._look, name="streamserve-ranks", daemon=True)
         self._watch.start()
 
@@ -96,9 +98,13 @@ class LeadRunner:
         with self._lock:
             self._pending[step_id] = future, self._clock()
         found.add_done_callback(partial(self._resolve, step_id))
-        if self._failure is not None:  # it came between the check and now
-            self._die(self._failure)
+        if self._death.cause is not None:  # it came between the check and now
+            self._die(self._death.cause)
         return future
+
+    def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
+        """See ``core.plan.ModelRunner``. Any rank's is that of all."""
+        self._death.on_death(hear)
 
     def call(self, name: str) -> None:
         """Has every rank do what has this name. Only between two steps."""
@@ -111,7 +117,7 @@ class LeadRunner:
         if self._is_closed.is_set():
             return
         is_stuck = False
-        if self._failure is None:
+        if self._death.cause is None:
             self._own.close()
             self._is_closed.set()
             self._followers.send(None)
@@ -140,8 +146,8 @@ class LeadRunner:
             future.set_result(found.result())
 
     def _die(self, error: DeviceDeadError) -> None:
+        self._death.tell(error)
         with self._lock:
-            self._failure = self._failure or error
             pending = [future for future, _ in self._pending.values()]
             self._pending.clear()
         for future in pending:
@@ -149,8 +155,8 @@ class LeadRunner:
                 future.set_exception(error)
 
     def _raise_if_dead(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        if self._death.cause is not None:
+            raise self._death.cause
 
     def _look(self) -> None:
         """Steps that do not end are the end of all."""
