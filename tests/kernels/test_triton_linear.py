@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ pytest.importorskip("triton")
 
 from streamserve_kernels.interface import PackedLinear
 from streamserve_kernels.triton import tuning
-from streamserve_kernels.triton.linear import FEW_ROWS, linear, prepare_linear
+from streamserve_kernels.triton.linear import FEW_ROWS, linear, prepare_linear, prepare_quantised
 from streamserve_kernels.triton.runtime import INTERPRETED, compilations
 from streamserve_kernels.triton.split import SPLIT_ROWS, num_splits
 from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket, tune
@@ -192,7 +194,7 @@ def test_a_broken_file_is_ignored(device, tmp_path, content):
     packed = prepare_linear(torch.randn(8, 32, device=device))
     measure, asked = favour(packed.candidates(1)[1])
     tune([packed], [1], directory=tmp_path, measure=measure)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.json")
     path.write_bytes(content.encode("latin-1"))
     asked.clear()
     with pytest.warns(RuntimeWarning, match="is ignored"):
@@ -226,7 +228,8 @@ def test_each_version_measures_for_itself_and_no_file_is_written_in_part(
             measure, asked = favour(best)
             tune([packed], [1], directory=tmp_path, measure=measure)
             assert asked
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    names = set(tmp_path.iterdir())
     # What was known stays beside what is found, and a full disk leaves it as it was.
     path = tuning._path(tmp_path, packed.device)
     before = path.read_text()
@@ -240,15 +243,89 @@ def test_each_version_measures_for_itself_and_no_file_is_written_in_part(
         with pytest.warns(RuntimeWarning, match="was not written"):
             tune([other], [1], directory=tmp_path, measure=favour(best)[0])
     assert path.read_text() == before
+    assert set(tmp_path.iterdir()) == names
     tune([other], [1], directory=tmp_path, measure=favour(best)[0])
     assert json.loads(path.read_text()).keys() == {p.tuning_key(1) for p in (packed, other)}
+
+
+# Tunes a layer of so many outputs; stops, until it is sent a line, before it writes, then within a
+# function of a module.
+TUNE = """
+import sys
+from pathlib import Path
+import torch
+from streamserve_kernels.triton import tuning
+from streamserve_kernels.triton.linear import prepare_linear
+
+def stop_at(module, name):
+    function = getattr(module, name)
+    def stopped(*args, **options):
+        print(name, flush=True)
+        sys.stdin.readline()
+        return function(*args, **options)
+    setattr(module, name, stopped)
+
+directory, outputs, module, name = sys.argv[1:]
+stop_at(tuning, "_write")
+stop_at(getattr(tuning, module), name)
+layer = prepare_linear(torch.ones(int(outputs), 32))
+measure = lambda layers, x, config: float(config != tuning.LIBRARY)
+tuning.tune([layer], [1], directory=Path(directory), measure=measure)
+"""
+
+
+def test_two_processes_that_tune_at_once_keep_what_either_found(tmp_path):
+    """One comes to write while the other does; both began when nothing was known."""
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", TUNE, str(tmp_path), *args],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for args in (("8", "json", "dump"), ("16", "fcntl", "flock"))
+    )
+
+    def go_on(process: subprocess.Popen) -> None:
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+    with first, second:
+        assert (first.stdout.readline(), second.stdout.readline()) == ("_write\n", "_write\n")
+        go_on(first)
+        assert first.stdout.readline() == "dump\n"
+        go_on(second)
+        assert second.stdout.readline() == "flock\n"
+        go_on(second)
+        go_on(first)
+        assert (first.wait(60), second.wait(60)) == (0, 0)
+    (path,) = tmp_path.glob("*.json")
+    layers = [prepare_linear(torch.ones(outputs, 32)) for outputs in (8, 16)]
+    assert json.loads(path.read_text()).keys() == {layer.tuning_key(1) for layer in layers}
+
+
+def test_a_layer_whose_kernels_are_all_wrong_is_the_librarys(device, tmp_path):
+    weight = torch.randn(8, 64, device=device)
+    packed = prepare_quantised(weight, None, "int8")
+    assert LIBRARY not in packed.candidates(1)
+    asked = []
+
+    def measure(layers, x, config):
+        asked.append(config)
+        return float("inf")
+
+    for _ in range(2):  # the next start reads it
+        packed.choices.clear()
+        tune([packed], [1], directory=tmp_path, measure=measure)
+        assert packed.choices == {1: LIBRARY}
+    assert asked == list(packed.candidates(1))
 
 
 def test_a_stored_config_that_is_no_candidate_is_measured_anew(device, tmp_path):
     packed = prepare_linear(torch.randn(8, 32, device=device))
     measure, _ = favour(packed.candidates(1)[1])
     tune([packed], [1], directory=tmp_path, measure=measure)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.json")
     path.write_text(json.dumps({packed.tuning_key(1): Config("gemv", 1, 3)}))
     tune([packed], [1], directory=tmp_path, measure=measure)
     assert packed.choices == {1: packed.candidates(1)[1]}
@@ -296,7 +373,7 @@ def test_the_gpu_measures(tmp_path):
     ]
     chosen = tune(layers, [1, 4], directory=tmp_path)
     assert len(chosen) == 2
-    stored = json.loads(next(tmp_path.iterdir()).read_text())
+    stored = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert {key: tuning.Config(*value) for key, value in stored.items()} == chosen
 
 

@@ -7,10 +7,9 @@ finds is kept in a file per device and versions, so that the next start measures
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import re
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -130,7 +129,7 @@ def tune(
         size = count * same[0].in_features
         x = torch.linspace(-1.0, 1.0, size, device=device).to(same[0].dtype).view(count, -1)
         config = known.get(key)
-        if config not in candidates:
+        if config not in (*candidates, LIBRARY):
             config = candidates[0]
             if len(candidates) > 1 and measure is not None and time.monotonic() < deadline:
                 best = _best(measure, same, x, candidates, deadline)
@@ -141,7 +140,7 @@ def tune(
         same[0].run(x, config)
         chosen[key] = config
     if found:
-        _write(path, known | found)
+        _write(path, found)
     return chosen
 
 
@@ -152,13 +151,17 @@ def _best(
     candidates: tuple[Config, ...],
     deadline: float,
 ) -> Config | None:
-    """The fastest, or None if time was up before all were measured."""
+    """The fastest, or None if time was up before all were measured.
+
+    Where none can run, or all are wrong, the library is: every layer has it.
+    """
     times = {}
     for config in candidates:
         if time.monotonic() >= deadline:
             return None
         times[config] = measure(layers, x, config)
-    return min(times, key=lambda config: times[config])
+    best = min(times, key=lambda config: times[config])
+    return best if times[best] < float("inf") else LIBRARY
 
 
 def measure_on_gpu(layers: Sequence[Tunable], x: Tensor, config: Config) -> float:
@@ -220,22 +223,39 @@ def _path(directory: Path, device: torch.device) -> Path:
 def _read(path: Path) -> dict[str, Config]:
     """What was found before; a file that is not what we write is ignored with a warning."""
     try:
-        stored = json.loads(path.read_text())
-        return {str(key): Config(*values) for key, values in stored.items()}
+        return _parse(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, *_BROKEN) as error:
         warnings.warn(f"{path} is ignored: {error}", RuntimeWarning, stacklevel=3)
         return {}
 
 
-def _write(path: Path, configs: dict[str, Config]) -> None:
-    """Whole or not at all: another server may start at the same moment."""
+_BROKEN = ValueError, TypeError, AttributeError
+
+
+def _parse(path: Path) -> dict[str, Config]:
+    """Raises OSError, or one of `_BROKEN` for a file that is not what we write."""
+    stored = json.loads(path.read_text())
+    return {str(key): Config(*values) for key, values in stored.items()}
+
+
+def _write(path: Path, found: dict[str, Config]) -> None:
+    """Adds to what is there, whole or not at all: another server may do so at the same moment."""
+    new = path.with_suffix(".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w") as file:
-            json.dump(configs, file, indent=0, sort_keys=True)
-        Path(name).replace(path)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                there = _parse(path)
+            except (FileNotFoundError, *_BROKEN):
+                there = {}
+            try:
+                with new.open("w") as file:
+                    json.dump(there | found, file, indent=0, sort_keys=True)
+                new.replace(path)
+            finally:
+                new.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(f"{path} was not written: {error}", RuntimeWarning, stacklevel=3)
