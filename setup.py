@@ -14,6 +14,7 @@ SOURCES = sorted(Path("kernels/streamserve_kernels/native/src").glob("*.c"))
 BUILDS = {
     "v4_bf16": ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
     "v4": ("-march=x86-64-v4", "-mavx512vnni"),
+    "v3": ("-march=x86-64-v3",),
 }
 
 

@@ -1,4 +1,4 @@
-"""The native CPU backend, bfloat16 on AVX-512: plain C, a whole step in one parallel region.
+"""The native CPU backend, bfloat16 on AVX2 or AVX-512: plain C, a step in one parallel region.
 
 src/            the C sources: operations, and the program that runs a row of them
 library         finds the compiled library and says why it cannot serve, if so

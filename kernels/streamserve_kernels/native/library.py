@@ -46,11 +46,13 @@ OPERATIONS = (
     "adapt_down",
     "adapt_up",
 )
-_AVX512 = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_vnni"))
+_AVX2 = frozenset(("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"))
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_vnni"}
 # The builds and the flags of /proc/cpuinfo that each needs, the fastest first.
 BUILDS = {
     "v4_bf16": _AVX512 | {"avx512_bf16"},
     "v4": _AVX512,
+    "v3": _AVX2,
 }
 
 

@@ -1,4 +1,4 @@
-"""Quantised linear layers on the CPU: tiles of int8 or int4 weights for AVX512-VNNI.
+"""Quantised linear layers on the CPU: tiles of int8 or int4 weights for AVX512-VNNI or AVX2.
 
 The C side is `linear_quant.c`, which describes the tiles. Beyond what `quantised` says a weight
 is, activations are quantised to int8 with one scale per row and 64 inputs: an output differs

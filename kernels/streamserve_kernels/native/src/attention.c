@@ -195,8 +195,8 @@ static void weigh_last(float *acc, const bf16 *weights, const tile *t, int64_t k
                        int64_t value_size, int64_t num_rows) {
     const bf16 *line = t->values[key / 16] + key % 16 * value_size;
     for (int64_t d = 0; d < value_size; d += 16) {
-        const __m512bh value =
-            (__m512bh)_mm512_maskz_loadu_epi16(0x55555555u, line + 2 * d);
+        const __m512bh value = (__m512bh)_mm512_and_si512(_mm512_loadu_si512(line + 2 * d),
+                                                          _mm512_set1_epi32(0xffff));
         for (int64_t m = 0; m < num_rows; m++) {
             float *to = acc + m * value_size + d;
             const __m512bh p =
@@ -225,14 +225,26 @@ static void weigh(float *acc, const bf16 *weights, const tile *t, const asking *
 
 // 2**x within 3 parts in a million; exactly 0 of -infinity, and a NaN stays.
 static inline __m512 power_of_two(__m512 x) {
+#ifdef __AVX512F__
     // VSCALEFPS takes the floor of x, the polynomial what is above it.
     const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+    // What is too small to be a normal number is 0, what is too large still far above MOST_SUM.
+    x = _mm512_max_ps(_mm512_set1_ps(-127.0f), _mm512_min_ps(_mm512_set1_ps(127.0f), x));
+    const __m512 floor = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(x, floor);
+    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(floor), _mm512_set1_epi32(127));
+#endif
     __m512 p = _mm512_set1_ps(1.353416792e-2f);
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.201146061e-2f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.414427569e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.930038345e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.000002593f));
+#ifdef __AVX512F__
     return _mm512_scalef_ps(p, x);
+#else
+    return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
+#endif
 }
 
 // One query head of a unit.

@@ -7,7 +7,9 @@
 
 #define SS_INLINE static inline __attribute__((always_inline))
 
-#ifndef __AVX512BF16__
+#ifndef __AVX512F__
+#include "avx2.h"
+#elif !defined(__AVX512BF16__)
 
 // A pair's second element is the upper half of its 32 bits, and so a float but for the lower half.
 SS_INLINE __m512 ss_first_of_pairs(__m512bh pairs) {

@@ -1,0 +1,96 @@
+#ifndef STREAMSERVE_AVX2_NAMES_H
+#define STREAMSERVE_AVX2_NAMES_H
+
+// Intel's names stand for the functions of avx2.h, where the compiler has functions of its own that
+// it refuses for want of AVX-512.
+
+// Macros where the compiler does not optimise, or is another one.
+#undef _mm256_i32scatter_epi32
+#undef _mm512_cmp_ps_mask
+#undef _mm512_extracti64x4_epi64
+#undef _mm512_i32gather_epi32
+#undef _mm512_i32scatter_epi32
+#undef _mm512_mask_cmp_ps_mask
+#undef _mm512_roundscale_ps
+#undef _mm512_setr_epi32
+#undef _mm512_setr_ps
+#undef _mm512_ternarylogic_epi32
+
+#define _mm256_i32scatter_epi32 avx2_256_i32scatter_epi32
+#define _mm256_mask_storeu_epi16 avx2_256_mask_storeu_epi16
+#define _mm256_maskz_loadu_epi16 avx2_256_maskz_loadu_epi16
+#define _mm512_add_epi32 avx2_add_epi32
+#define _mm512_add_ps avx2_add_ps
+#define _mm512_and_si512 avx2_and_si512
+#define _mm512_broadcast_i32x4 avx2_broadcast_i32x4
+#define _mm512_broadcast_i64x4 avx2_broadcast_i64x4
+#define _mm512_castps256_ps512 avx2_castps256_ps512
+#define _mm512_castps_si512 avx2_castps_si512
+#define _mm512_castsi512_ps avx2_castsi512_ps
+#define _mm512_castsi512_si256 avx2_castsi512_si256
+#define _mm512_cvtepi32_epi8 avx2_cvtepi32_epi8
+#define _mm512_cvtepi32_ps avx2_cvtepi32_ps
+#define _mm512_cvtepi64_epi32 avx2_cvtepi64_epi32
+#define _mm512_cvtepi8_epi16 avx2_cvtepi8_epi16
+#define _mm512_cvtepi8_epi32 avx2_cvtepi8_epi32
+#define _mm512_cvtepu16_epi32 avx2_cvtepu16_epi32
+#define _mm512_cvtepu8_epi32 avx2_cvtepu8_epi32
+#define _mm512_cvtne2ps_pbh avx2_cvtne2ps_pbh
+#define _mm512_cvtneps_pbh avx2_cvtneps_pbh
+#define _mm512_cvtph_ps avx2_cvtph_ps
+#define _mm512_cvtps_epi32 avx2_cvtps_epi32
+#define _mm512_cvtsepi32_epi8 avx2_cvtsepi32_epi8
+#define _mm512_div_ps avx2_div_ps
+#define _mm512_dpbf16_ps avx2_dpbf16_ps
+#define _mm512_dpbusd_epi32 avx2_dpbusd_epi32
+#define _mm512_extracti64x4_epi64 avx2_extracti64x4_epi64
+#define _mm512_fmadd_ps avx2_fmadd_ps
+#define _mm512_fmsub_ps avx2_fmsub_ps
+#define _mm512_fnmadd_ps avx2_fnmadd_ps
+#define _mm512_i32scatter_epi32 avx2_i32scatter_epi32
+#define _mm512_load_ps avx2_load_ps
+#define _mm512_load_si512 avx2_load_si512
+#define _mm512_loadu_ps avx2_loadu_ps
+#define _mm512_loadu_si512 avx2_loadu_si512
+#define _mm512_mask_loadu_ps avx2_mask_loadu_ps
+#define _mm512_mask_max_ps avx2_mask_max_ps
+#define _mm512_mask_mov_ps avx2_mask_mov_ps
+#define _mm512_mask_reduce_max_ps avx2_mask_reduce_max_ps
+#define _mm512_mask_storeu_ps avx2_mask_storeu_ps
+#define _mm512_maskz_loadu_epi16 avx2_maskz_loadu_epi16
+#define _mm512_maskz_loadu_ps avx2_maskz_loadu_ps
+#define _mm512_maskz_sub_ps avx2_maskz_sub_ps
+#define _mm512_max_epi32 avx2_max_epi32
+#define _mm512_max_epu32 avx2_max_epu32
+#define _mm512_max_ps avx2_max_ps
+#define _mm512_min_epi32 avx2_min_epi32
+#define _mm512_min_ps avx2_min_ps
+#define _mm512_mul_ps avx2_mul_ps
+#define _mm512_or_si512 avx2_or_si512
+#define _mm512_permutex2var_epi16 avx2_permutex2var_epi16
+#define _mm512_permutexvar_epi16 avx2_permutexvar_epi16
+#define _mm512_reduce_add_epi32 avx2_reduce_add_epi32
+#define _mm512_reduce_add_ps avx2_reduce_add_ps
+#define _mm512_reduce_max_epu32 avx2_reduce_max_epu32
+#define _mm512_reduce_max_ps avx2_reduce_max_ps
+#define _mm512_reduce_min_ps avx2_reduce_min_ps
+#define _mm512_scalef_ps avx2_scalef_ps
+#define _mm512_set1_epi16 avx2_set1_epi16
+#define _mm512_set1_epi32 avx2_set1_epi32
+#define _mm512_set1_epi8 avx2_set1_epi8
+#define _mm512_set1_ps avx2_set1_ps
+#define _mm512_setzero_ps avx2_setzero_ps
+#define _mm512_setzero_si512 avx2_setzero_si512
+#define _mm512_slli_epi16 avx2_slli_epi16
+#define _mm512_slli_epi32 avx2_slli_epi32
+#define _mm512_srli_epi16 avx2_srli_epi16
+#define _mm512_srli_epi32 avx2_srli_epi32
+#define _mm512_srli_epi64 avx2_srli_epi64
+#define _mm512_store_ps avx2_store_ps
+#define _mm512_store_si512 avx2_store_si512
+#define _mm512_storeu_ps avx2_storeu_ps
+#define _mm512_storeu_si512 avx2_storeu_si512
+#define _mm512_sub_epi32 avx2_sub_epi32
+#define _mm512_sub_ps avx2_sub_ps
+
+#endif
