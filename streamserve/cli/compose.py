@@ -179,11 +179,17 @@ def all_ranks(setup: ModelSetup) -> Iterator[ModelSetup]:
         return
     setup.say(f"  ranks         {setup.args.tensor_parallel_size} processes, each with its share")
     team = LeadingTeam(setup.args, setup.path, setup.device)
+    num_threads = torch.get_num_threads()
     try:
+        if setup.device.type == "cpu":
+            torch.set_num_threads(team.num_threads)
         yield replace(setup, team=team)
     except BaseException as error:
         team.abandon(error)
         raise
+    finally:
+        # Of this thread and of later ones: the device thread, which has run steps, keeps its own.
+        torch.set_num_threads(num_threads)
 
 
 def set_up(args: Namespace, say: Say, warn: Say, *, rank: int = 0) -> ModelSetup:

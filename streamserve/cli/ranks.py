@@ -214,7 +214,7 @@ class Workers:
 
 
 class LeadingTeam:
-    """`Team` of the first rank: it starts the others."""
+    """`Team` of the first rank: it starts the others. ``num_threads``: of each rank on a CPU."""
 
     def __init__(self, args: Namespace, path: Path, device: torch.device) -> None:
         """Returns when all have met. Raises what one says that cannot start."""
@@ -222,9 +222,7 @@ class LeadingTeam:
         given = {name: value for name, value in vars(args).items() if not callable(value)}
         # The tokenizer and the rest of what serves are the first rank's alone.
         plain = Namespace(**{**given, "model": str(path), "revision": None})
-        num_threads = max(1, torch.get_num_threads() // size)
-        if device.type == "cpu":
-            torch.set_num_threads(num_threads)
+        self.num_threads = num_threads = max(1, torch.get_num_threads() // size)
         directory = tempfile.mkdtemp(prefix="streamserve-")
         try:
             orders = [

@@ -1,7 +1,10 @@
 """A model on two ranks, two processes, as a user meets it; and whatever may befall one."""
 
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -10,19 +13,23 @@ import psutil
 import pytest
 import torch
 
+from streamserve import LLM, AsyncLLM
 from streamserve.cli.ranks import LeadingTeam
+from streamserve.core.plan import SchedulerOutput
 from streamserve.engine.child import start_child
-from streamserve.errors import ModelLoadError
+from streamserve.errors import EngineDeadError, ModelLoadError
+from streamserve.runner.model_runner import Launched, TorchModelRunner
 from tests.e2e.servers import Server, running_server
 
+IN_PROCESS = {"tensor_parallel_size": 2, "device": "cpu", "dtype": "float32"}
 FLAGS = ("--tensor-parallel-size", "2", "--device", "cpu", "--dtype", "float32")
 STORY = [{"role": "user", "content": "Tell me a story."}]
 LONG = {"model": "box", "prompt": "Once", "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
 
 
-def others(server: Server) -> list[psutil.Process]:
-    """The processes of the other ranks."""
-    children = psutil.Process(server.process.pid).children()
+def others(server: Server | None = None) -> list[psutil.Process]:
+    """The processes of the other ranks: a server's, or this process's own."""
+    children = psutil.Process(None if server is None else server.process.pid).children()
     return [child for child in children if "rank_main" in " ".join(child.cmdline())]
 
 
@@ -114,6 +121,65 @@ def test_a_rank_that_is_killed_while_nobody_asks_is_the_end_of_the_server() -> N
         assert server.process.wait(60) == 1
         assert_gone(ranks)
     assert "rank 1 (process" in server.output
+
+
+@pytest.fixture
+def num_threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
+
+
+def our_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("streamserve-")]
+
+
+def test_in_process_a_killed_rank_is_an_error_and_nothing_is_left(num_threads: int) -> None:
+    before = our_threads()
+    with LLM(**IN_PROCESS) as llm:
+        assert torch.get_num_threads() == num_threads, "of the program's own work"
+        assert asked_on_new_thread(torch.get_num_threads) == num_threads
+        in_steps = counted_in_steps(llm._service.engine._runner._own)
+        llm.generate("Hello", use_tqdm=False)
+        assert set(in_steps) == {num_threads // 2}
+        [rank] = others()
+        rank.kill()
+        llm._loop.run(llm._service.engine.wait_dead())
+        with pytest.raises(EngineDeadError, match="no step can run any more: DeviceDeadError"):
+            llm.generate("Hello", use_tqdm=False)
+    assert_gone([rank])
+    assert (our_threads(), others()) == (before, [])
+    assert torch.get_num_threads() == num_threads
+
+
+async def test_in_process_a_rank_may_be_killed_before_anybody_asks() -> None:
+    before = our_threads()
+    llm = AsyncLLM(**IN_PROCESS)
+    [rank] = others()
+    rank.kill()
+    assert_gone([rank])
+    with pytest.raises(EngineDeadError, match="no step can run any more: DeviceDeadError"):
+        await anext(llm.generate("Hello"))
+    await llm.close()
+    assert (our_threads(), others()) == (before, [])
+
+
+def counted_in_steps(runner: TorchModelRunner) -> list[int]:
+    """The number of threads that each later step computes with."""
+    forward, found = runner._forward, []
+
+    def counting(plan: SchedulerOutput) -> Launched:
+        found.append(torch.get_num_threads())
+        return forward(plan)
+
+    runner._forward = counting
+    return found
+
+
+def asked_on_new_thread(ask: Callable[[], int]) -> int:
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(ask).result()
 
 
 def test_what_a_rank_says_that_cannot_start_is_the_error(tmp_path: Path) -> None:
