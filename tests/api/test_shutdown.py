@@ -18,6 +18,7 @@ from sse_starlette.sse import AppStatus
 from streamserve.api.server import ApiServer, signals_call
 from streamserve.config import StreamConfig
 from tests.api.harness import Api, Exchange, chat_body, events_of, text_of, until
+from tests.interpreter import run_python
 
 CHAT = "/v1/chat/completions"
 PROMPTLY_S = 30.0  # half of the drain that it does not wait for; it is 0.3 s on an idle machine
@@ -375,15 +376,11 @@ def test_a_server_without_a_model_imports_no_torch():
         "found = sorted(heavy & set(sys.modules))\n"
         "sys.exit(f'imported: {found}' if found else 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", code)
 
 
 def test_the_frame_benchmark_counts_no_merged_frame():
-    command = [sys.executable, "-m", "loadtest.frames", "--streams", "8", "--tokens", "50"]
-    done = subprocess.run(
-        [*command, "--repeats", "1"], capture_output=True, text=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    command = ("-m", "loadtest.frames", "--streams", "8", "--tokens", "50", "--repeats", "1")
+    done = run_python(*command, timeout_s=240)
     assert "8 streams, 400 tokens, 432 frames" in done.stdout
     assert "no frame merged" in done.stdout

@@ -1,10 +1,7 @@
 """The engine stays light: what it must never load."""
 
-import subprocess
-import sys
-from pathlib import Path
+from tests.interpreter import run_python
 
-ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "numpy", "numba", "huggingface_hub")
 SERVE = """
 import asyncio, sys, warnings
@@ -47,11 +44,4 @@ print([name for name in %r if name in sys.modules])
 
 
 def test_serving_without_a_model_loads_nothing_heavy():
-    result = subprocess.run(
-        [sys.executable, "-c", SERVE % (HEAVY,)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.stdout == "hello hello \n[]\n", result.stderr
+    assert run_python("-c", SERVE % (HEAVY,)).stdout == "hello hello \n[]\n"

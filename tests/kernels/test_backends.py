@@ -6,10 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +14,10 @@ import torch
 import streamserve_kernels
 from streamserve_kernels import Kernels, load
 from streamserve_kernels.pool import Pool, find_libgomp
+from tests.interpreter import ROOT, run_python
 from tests.kernels.conftest import paged_case
 
 FUNCTIONS = [n for n, member in vars(Kernels).items() if n[0] != "_" and callable(member)]
-ROOT = Path(streamserve_kernels.__file__).parents[1]
 
 
 def test_exported_names() -> None:
@@ -83,7 +80,7 @@ def test_triton_on_a_cpu_is_for_the_interpreter(interpreted: bool) -> None:
         "try: print(k.load('cpu', 'triton').name)\n"
         "except ValueError as error: print(error)"
     )
-    said = run_python(code, TRITON_INTERPRET=str(int(interpreted)))
+    said = run_python("-c", code, TRITON_INTERPRET=str(int(interpreted))).stdout.strip()
     if interpreted:
         assert said == "triton"
     else:
@@ -130,25 +127,12 @@ def test_backends_have_the_contracts_signatures(backend: str) -> None:
         ], name
 
 
-def run_python(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints."""
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **environment},
-    )
-    return out.stdout.strip()
-
-
 def test_importing_the_package_imports_no_compiler() -> None:
     code = (
         "import sys, streamserve_kernels as k; k.load('cpu', 'naive');"
         "print([m for m in ('numba', 'triton', 'transformers') if m in sys.modules])"
     )
-    assert run_python(code) == "[]"
+    assert run_python("-c", code).stdout == "[]\n"
 
 
 def test_a_cpu_never_imports_triton() -> None:
@@ -158,11 +142,11 @@ def test_a_cpu_never_imports_triton() -> None:
         "for dtype in (torch.float32, torch.bfloat16): k.load('cpu', dtype=dtype)\n"
         "print([m for m in ('triton', 'streamserve_kernels.triton') if m in sys.modules])"
     )
-    assert run_python(code) == "[]"
+    assert run_python("-c", code).stdout == "[]\n"
 
 
 def test_kernels_folder_is_no_package() -> None:
-    assert not (ROOT / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
 def use_everything(naive: Kernels, cpu: Kernels, dtype: torch.dtype) -> None:

@@ -1,11 +1,7 @@
 """The benchmark of a device: what it counts, what it prints, and that it outlives its rows."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +14,8 @@ from device_bench.timing import num_copies
 from device_bench.worker import Options, Report, supervise
 from streamserve_kernels import Kernels, naive
 from streamserve_kernels.ceilings import Ceilings, measure_ceilings
+from tests.interpreter import run_python
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy=2e12, read=3e12, product=800e12, product_fp8=1600e12)
 
@@ -254,13 +250,9 @@ def test_workers_that_do_not_start_end_the_table(tmp_path):
 
 def test_the_command_writes_both_files(tmp_path):
     page, data = tmp_path / "table.md", tmp_path / "table.json"
-    script = ROOT / "kernels" / "bench" / "run.py"
-    command = [sys.executable, str(script), "--device", "cpu", "--tiny", "--backend", "naive"]
+    command = ["kernels/bench/run.py", "--device", "cpu", "--tiny", "--backend", "naive"]
     command += ["--only", "rms_norm 64", "--markdown", str(page), "--json", str(data)]
-    environment = {**os.environ, "PYTHONPATH": ""}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "1 rows, 0 failed" in result.stdout
+    assert "1 rows, 0 failed" in run_python(*command, PYTHONPATH="").stdout
     [row] = json.loads(data.read_text())["rows"]
     assert (row["status"], row["method"]) == ("OK", "host")
     assert "rms_norm + residual" in page.read_text()

@@ -1,8 +1,6 @@
 """The one command that measures a GPU: a step that fails, hangs or leaves something behind."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -12,8 +10,7 @@ import psutil
 import pytest
 
 import gpu
-
-ROOT = Path(__file__).parents[2]
+from tests.interpreter import run_python
 
 
 @pytest.fixture
@@ -132,13 +129,11 @@ def test_the_whole_command_on_a_cpu(tmp_path):
     """Every step but the tests themselves, on a model small enough."""
     engine = "--kv-cache-memory 8MiB --dtype float32 --max-num-seqs 4"
     kernels = "--device cpu --tiny --backend naive --only rms_norm"
-    command = [sys.executable, str(ROOT / "kernels" / "bench" / "gpu.py"), str(tmp_path)]
+    command = ["kernels/bench/gpu.py", str(tmp_path)]
     command += ["--steps", "serve", "kernels", "latency", "throughput", "--shape", "tiny"]
     command += ["--engine-flags", engine, "--kernel-flags", kernels, "--batch-size", "2"]
     command += ["--streams", "3", "--input-len", "40", "--output-len", "8"]
-    environment = {**os.environ, "PYTHONPATH": ""}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run_python(*command, PYTHONPATH="")
     for name in ("kernels", "latency", "throughput", "serve"):
         assert f"{name}: done" in result.stdout
     assert len(list(tmp_path.iterdir())) <= 6  # few enough to be brought back

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from streamserve_kernels.triton.runtime import INTERPRETED
+from tests.interpreter import run_python
 
-ROOT = Path(__file__).parents[2]
 _SHARED_BYTES = 227 * 1024  # of a program on Hopper
 
 
@@ -22,18 +18,7 @@ _SHARED_BYTES = 227 * 1024  # of a program on Hopper
     [["elementwise", "adapters", "block rows"], ["linear"], ["moe"], ["sampling"], ["attention"]],
 )
 def test_every_kernel_compiles_for_hopper_and_spills_little(parts):
-    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels"))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    del environment["TRITON_INTERPRET"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.absent_gpu", *parts],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-m", "tests.kernels.absent_gpu", *parts, TRITON_INTERPRET=None)
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert kernels
     for kernel in kernels:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import string
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from streamserve.models import load_config, load_model
+from tests.interpreter import run_python
 from tests.models.paged import PagedHarness, Sequence
 from tools.make_checkpoint import (
     SHAPES,
@@ -23,6 +22,7 @@ from tools.make_checkpoint import (
 )
 
 CPU = torch.device("cpu")
+SCRIPT = "tools/make_checkpoint.py"
 PARAMETERS = {
     "smollm-135m": 134_515_008,
     "qwen-0.5b": 494_032_768,
@@ -39,13 +39,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_script_writes_the_same_bytes_for_the_same_seed(tiny, tmp_path):
-    script = Path(__file__).parents[2] / "tools" / "make_checkpoint.py"
     again, other = tmp_path / "again", tmp_path / "other"
     for directory, seed in ((again, "0"), (other, "1")):
-        command = [sys.executable, str(script), "tiny", str(directory), "--seed", seed]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        assert "of weights in" in result.stdout
+        done = run_python(SCRIPT, "tiny", str(directory), "--seed", seed)
+        assert "of weights in" in done.stdout
     for file in tiny.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes(), file.name
     weights = "model.safetensors"
@@ -53,9 +50,7 @@ def test_the_script_writes_the_same_bytes_for_the_same_seed(tiny, tmp_path):
 
 
 def test_a_config_alone_is_enough_for_random_weights(tiny, kernels, tmp_path):
-    script = Path(__file__).parents[2] / "tools" / "make_checkpoint.py"
-    command = [sys.executable, str(script), "tiny", str(tmp_path), "--config-only"]
-    subprocess.run(command, capture_output=True, check=True)
+    run_python(SCRIPT, "tiny", str(tmp_path), "--config-only")
     written = {file.name for file in tmp_path.iterdir()}
     assert written == {file.name for file in tiny.iterdir()} - {"model.safetensors"}
     decoder = load_model(

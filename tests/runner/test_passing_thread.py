@@ -1,7 +1,6 @@
 """Work beside the steps."""
 
-import subprocess
-import sys
+from tests.interpreter import run_python
 
 BACKGROUND = """
 import time
@@ -22,10 +21,7 @@ begun.wait()
 
 
 def test_the_end_of_the_process_waits_for_work_in_the_background():
-    done = subprocess.run(
-        [sys.executable, "-c", BACKGROUND], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == "left in order\n"
+    assert run_python("-c", BACKGROUND, timeout_s=60).stdout == "left in order\n"
 
 
 INTERRUPTED = """
@@ -49,7 +45,5 @@ except KeyboardInterrupt:
 
 
 def test_an_interrupt_ends_the_work_and_with_it_the_process():
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = run_python("-c", INTERRUPTED, timeout_s=60)
     assert (done.stdout, done.stderr) == ("interrupted\n", "")

@@ -7,8 +7,6 @@ template, nothing else.
 """
 
 import ast
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +14,8 @@ import pytest
 
 import streamserve
 import streamserve.models
+from tests.interpreter import ROOT, run_python
 
-ROOT = Path(__file__).parents[2]
 FLOORS = [
     "base",
     "core",
@@ -155,10 +153,7 @@ def test_serving_without_a_model_leaves_torch_alone():
     """The import of every torch-free floor, in a fresh interpreter."""
     light = sorted(m for m in MODULES if _floor(m) in TORCH_FREE)
     code = f"import sys, {', '.join(light)}; print(*sorted({HEAVY} & set(sys.modules)))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert result.stdout.split() == []
+    assert run_python("-c", code).stdout.split() == []
 
 
 def test_importing_the_package_and_its_names_leaves_torch_alone():
@@ -167,15 +162,7 @@ def test_importing_the_package_and_its_names_leaves_torch_alone():
         "import streamserve, sys; names = [getattr(streamserve, n) for n in streamserve.__all__]; "
         f"print(*sorted({HEAVY} & set(sys.modules)))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
-    )
-    assert result.stdout.split() == []
+    assert run_python("-c", code).stdout.split() == []
 
 
 @pytest.mark.parametrize("package", [streamserve, streamserve.models])
@@ -195,13 +182,4 @@ def test_serving_on_a_cpu_leaves_triton_alone():
         "print(*(m for m in sys.modules if m.split('.')[0] == 'triton' or '.cuda.' in m "
         "and m.startswith('streamserve')))"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert result.stdout.split() == []
+    assert run_python("-c", code).stdout.split() == []

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,9 +12,8 @@ from streamserve.models.catalogue import THROUGH_TRANSFORMERS, native_entries
 from streamserve.models.families import FAMILIES
 from streamserve.models.gguf.architectures import ARCHITECTURES
 from streamserve.models.loader import DTYPES as LOADED_DTYPES
+from tests.interpreter import run_python
 from tools.models_table import PAGE, README, render_page, render_readme
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_files_are_up_to_date():
@@ -64,15 +60,7 @@ def test_it_is_printed_without_torch():
         "import sys; from streamserve.cli import main; main(['models', '--json']); "
         "print({'torch', 'transformers', 'numpy'} & set(sys.modules), file=sys.stderr)"
     )
-    path = f"{ROOT}:{ROOT / 'kernels'}"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={"PYTHONPATH": path},
-    )
+    done = run_python("-c", code)
     assert done.stderr.strip() == "set()"
     printed = json.loads(done.stdout)
     assert {entry["architecture"] for entry in printed["native"]} == set(FAMILIES)

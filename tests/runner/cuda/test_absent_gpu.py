@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.interpreter import run_python
+
 CASES = ("llama", "llama-int8", "llama-fp8-cache", "transformers-olmoe")
 # Copies to the device beside the one of the step's inputs; all of them from pinned memory, and
 # nobody waits for one. Of a step: blocks to copy, what edits its logits. Of a request, in its first
@@ -41,18 +38,7 @@ HOST_COPIES = {"llama-fp8-cache": 10}
 @pytest.fixture(scope="module")
 def reports() -> dict[str, dict]:
     pytest.importorskip("triton")
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "kernels/bench"))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fake_cuda", *CASES],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_python("-m", "tests.fake_cuda", *CASES, TRITON_INTERPRET=None)
     return {report["case"]: report for report in map(json.loads, done.stdout.splitlines())}
 
 
