@@ -10,15 +10,16 @@ import torch
 
 from streamserve.cli.model_setup import BuiltModel, ModelSetup
 from streamserve.errors import ConfigError, KVCacheMemoryError, OutOfMemoryError
-from streamserve.models import KVCache, LanguageModel, kv_bytes_per_block
+from streamserve.models import LanguageModel, kv_bytes_per_block
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
 from streamserve.runner.cuda.memory import plan_gpu_memory, profile_step_bytes, read_gpu
+from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.memory import MemoryPlan, format_bytes, parse_bytes, plan_host_blocks
-from streamserve.runner.tensor_parallel.team import Team, agreed
+from streamserve.runner.tensor_parallel.team import agreed
 
 # The first with conversions from and to 8-bit floats: Ada.
 _FP8_CAPABILITY = (8, 9)
@@ -62,8 +63,6 @@ class CudaBuilder:
             kv_caches = new_kv_cache(
                 model.spec, memory, self._kv_dtype, setup.device, self._kernels
             )
-            if setup.team is not None:
-                return self._build_rank(model, memory, kv_caches, setup.team)
             transfer = None
             if self._num_host_blocks:
                 transfer = KVTransfer(kv_caches, self._num_host_blocks)
@@ -75,7 +74,10 @@ class CudaBuilder:
                 kv_caches=kv_caches,
                 enforce_eager=setup.args.enforce_eager,
                 transfer=transfer,
+                team=setup.team,
             )
+            if not isinstance(runner, CudaModelRunner):  # but that of all ranks
+                return BuiltModel(runner, profile, memory)
             built = BuiltModel(
                 runner,
                 profile,
@@ -89,23 +91,6 @@ class CudaBuilder:
             return replace(
                 built, num_host_blocks=transfer.num_host_blocks, max_transfers_per_step=per_step
             )
-
-    def _build_rank(
-        self, model: LanguageModel, memory: MemoryPlan, kv_caches: KVCache, team: Team
-    ) -> BuiltModel:
-        # Not imported for one device.
-        from streamserve.runner.tensor_parallel.cuda_build import build_rank_runner
-
-        runner, profile = build_rank_runner(
-            model,
-            memory,
-            self._ladder,
-            team,
-            max_num_batched_tokens=self._setup.scheduler.max_num_batched_tokens,
-            kv_caches=kv_caches,
-            enforce_eager=self._setup.args.enforce_eager,
-        )
-        return BuiltModel(runner, profile, memory)
 
     def _plan_host_blocks(self) -> int:
         swap_space = self._setup.args.swap_space

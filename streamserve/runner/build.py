@@ -20,7 +20,7 @@ from streamserve.runner.sampler import Sampler
 from streamserve.runner.step_buffers import step_sizes
 from streamserve.runner.tensor_parallel.drawing import rank_runner
 from streamserve.runner.tensor_parallel.team import Team, steered
-from streamserve.runner.warm_up import WarmUp
+from streamserve.runner.warm_up import WarmUp, closed_on_error
 from streamserve_kernels import Kernels
 
 
@@ -81,7 +81,7 @@ def build_runner(
         transfer=transfer,
     )
     runner, call = steered(own, {"whole model": lambda: own.replace_model(model)}, team)
-    try:
+    with closed_on_error(runner):
         warm_up = WarmUp(runner, memory, max_num_batched_tokens)
         if sizes:
             warm_up.run(sizes)
@@ -89,11 +89,7 @@ def build_runner(
         call("whole model")
         if sizes:
             warm_up.run_full_steps()
-        profile = warm_up.measure(sizes)
-    except BaseException:
-        runner.close()
-        raise
-    return runner, profile
+        return runner, warm_up.measure(sizes)
 
 
 def step_buffer_bytes(

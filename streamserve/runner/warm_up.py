@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -73,6 +74,16 @@ CPU_MEASURING = Measuring((1, 8, 32, 64, 128), seconds=0.7, whole_step=False)
 GPU_MEASURING = Measuring(
     (1, 8, 32, 64, 128, 256, 384, 512, 1024, 2048, 4096), seconds=2.0, whole_step=True
 )
+
+
+@contextmanager
+def closed_on_error(runner: ModelRunner) -> Iterator[None]:
+    """Closes a runner that does not become warm: its threads would keep the process."""
+    try:
+        yield
+    except BaseException:
+        runner.close()
+        raise
 
 
 class WarmUp:

@@ -22,7 +22,6 @@ from streamserve.models import load_model
 from streamserve.runner.build import build_runner, new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
 from streamserve.runner.cuda.step_key import StepLadder
-from streamserve.runner.tensor_parallel.cuda_build import build_rank_runner
 from streamserve.runner.tensor_parallel.follow import follow
 from streamserve.runner.tensor_parallel.lead import STEP_LIMIT_S, LeadRunner
 from streamserve.runner.tensor_parallel.team import agreed
@@ -90,15 +89,12 @@ class ThreadTeam:
 
 def build(model, *, on_device: bool, team: ThreadTeam | None = None):
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
-    options = {"max_num_batched_tokens": CHUNK}
     caches = new_kv_cache(model.spec, memory, model.dtype, CPU, model.kernels)
+    options = {"max_num_batched_tokens": CHUNK, "kv_caches": caches, "team": team}
     ladder = StepLadder(CHUNK, memory.max_num_seqs)
-    if not on_device:
-        options |= {"team": team, "max_num_sampled": 4 * memory.max_num_seqs}
-        return build_runner(model, memory, kv_caches=caches, **options)[0]
-    if team is None:
-        return build_cuda_runner(model, memory, ladder, kv_caches=caches, **options)[0]
-    return build_rank_runner(model, memory, ladder, team, kv_caches=caches, **options)[0]
+    if on_device:
+        return build_cuda_runner(model, memory, ladder, **options)[0]
+    return build_runner(model, memory, max_num_sampled=4 * memory.max_num_seqs, **options)[0]
 
 
 class Masked:

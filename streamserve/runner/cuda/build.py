@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from streamserve.core.clock import monotonic
+from streamserve.core.plan import ModelRunner
 from streamserve.core.step_time import StepProfile
 from streamserve.models import KVCache, LanguageModel
 from streamserve.runner.cuda.graphs import DeviceModel, StepExecutor
@@ -19,7 +21,9 @@ from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.cuda.timeline import timeline_of
 from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.memory import MemoryPlan
-from streamserve.runner.warm_up import GPU_MEASURING, WarmUp
+from streamserve.runner.tensor_parallel.cuda_drawing import rank_sampler
+from streamserve.runner.tensor_parallel.team import Team, steered
+from streamserve.runner.warm_up import GPU_MEASURING, WarmUp, closed_on_error
 from streamserve_kernels import load_sampling
 
 logger = logging.getLogger(__name__)
@@ -37,16 +41,20 @@ def build_cuda_runner(
     kv_caches: KVCache,
     enforce_eager: bool = False,
     transfer: KVTransfer | None = None,
-) -> tuple[CudaModelRunner, StepProfile]:
+    team: Team | None = None,
+) -> tuple[ModelRunner, StepProfile]:
     """Makes the arena, meets every shape of ``ladder`` once, captures the first graphs, measures.
 
-    After it nothing compiles; the remaining graphs are captured while nobody asks for anything.
-    ``enforce_eager`` means none at all. Raises what torch raises when the memory is not there after
-    all.
+    After it nothing compiles. The remaining graphs are captured while nobody asks for anything;
+    with a ``team``, where the model is a share and the runner that of all ranks, they are captured
+    here. ``enforce_eager`` means none at all. Raises what torch raises when the memory is not there
+    after all.
     """
-    launch_eagerly()
+    # The device thread holds the interpreter while it launches a large step; the event loop should
+    # not have to wait 5 ms for its turn.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     tune_linears(model, ladder)
-    runner, executor = assemble(
+    own, executor = assemble(
         model.one_of_each_layer(),
         kv_caches,
         ladder,
@@ -55,23 +63,35 @@ def build_cuda_runner(
         max_model_len=memory.max_model_len,
         max_num_seqs=memory.max_num_seqs,
         transfer=transfer,
+        sampler=DeviceSampler if team is None else partial(rank_sampler, team.ranks),
     )
-    try:
-        profile = _warm_up(
-            runner, executor, model, memory, ladder, max_num_batched_tokens, enforce_eager
-        )
-    except BaseException:
-        runner.close()
-        raise
-    return runner, profile
 
+    def use_whole_model() -> None:
+        # Behind the steps that are queued: another rank's may not have been launched yet.
+        own.on_device_thread(lambda: setattr(executor, "model", model))
 
-def launch_eagerly() -> None:
-    """The device thread holds the interpreter while it launches a large step.
+    def capture() -> None:
+        executor.want_graphs(ladder.graphs())
+        if team is None:
+            own.on_device_thread(lambda: _capture_first(executor, ladder))
+        else:
+            own.capture_graphs()
 
-    The event loop should not have to wait 5 ms for its turn.
-    """
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    started = monotonic()
+    with closed_on_error(own):
+        num_shapes = own.on_device_thread(lambda: _meet_shapes(executor, ladder))
+    runner, call = steered(own, {"whole model": use_whole_model, "graphs": capture}, team)
+    with closed_on_error(runner):
+        warm_up = WarmUp(runner, memory, max_num_batched_tokens, GPU_MEASURING)
+        warm_up.run_ragged()
+        warm_up.run_sampler()
+        warm_up.run_extras()
+        call("whole model")
+        warm_up.run_full_steps()
+        logger.info("%d shapes met in %.1f s", num_shapes, monotonic() - started)
+        if not enforce_eager and model.device.type == "cuda":
+            call("graphs")
+        return runner, warm_up.measure()
 
 
 def tune_linears(model: LanguageModel, ladder: StepLadder) -> None:
@@ -124,31 +144,7 @@ def assemble(
     return runner, executor
 
 
-def _warm_up(
-    runner: CudaModelRunner,
-    executor: StepExecutor,
-    model: LanguageModel,
-    memory: MemoryPlan,
-    ladder: StepLadder,
-    max_num_batched_tokens: int,
-    enforce_eager: bool,
-) -> StepProfile:
-    started = monotonic()
-    num_shapes = runner.on_device_thread(lambda: meet_shapes(executor, ladder))
-    warm_up = WarmUp(runner, memory, max_num_batched_tokens, GPU_MEASURING)
-    warm_up.run_ragged()
-    warm_up.run_sampler()
-    warm_up.run_extras()
-    executor.model = model
-    warm_up.run_full_steps()
-    logger.info("%d shapes met in %.1f s", num_shapes, monotonic() - started)
-    if not enforce_eager and model.device.type == "cuda":
-        executor.want_graphs(ladder.graphs())
-        runner.on_device_thread(lambda: _capture_first(executor, ladder))
-    return warm_up.measure()
-
-
-def meet_shapes(executor: StepExecutor, ladder: StepLadder) -> int:
+def _meet_shapes(executor: StepExecutor, ladder: StepLadder) -> int:
     """Runs steps of nothing but padding: every launch of a shape, whatever is in it."""
     keys = [*ladder.decodes(), *ladder.mixed()]
     for key in keys:
