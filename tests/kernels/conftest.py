@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamserve_kernels import Kernels, load
+from streamserve_kernels import QUANTIZATIONS, Kernels, load
 from streamserve_kernels.native.library import runnable_builds, why_not
 from tests.kernels.bounds import within_bounds
 from tests.kernels.pretended_gpu import HAS_GPU, IS_PRETENDED, OnCpu
@@ -80,6 +80,18 @@ def pretended() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Whatever ran before, a test draws the same numbers."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=QUANTIZATIONS)
+def quantization(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="session")
 def naive() -> Kernels:
     return load("cpu", "naive")
@@ -102,6 +114,11 @@ def native(each_build: None) -> Kernels:
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     return load("cpu", "native")
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """What shows every index right under the interpreter, and what a GPU is for."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def amid_nan(tensor: Tensor) -> Tensor:
@@ -140,8 +157,8 @@ def paged_case(
     dtype: torch.dtype,
     heads: tuple[int, int],
     head_size: int,
-    block_size: int,
     requests: list[tuple[int, int]],
+    block_size: int = 16,
     value_size: int | None = None,
     padding_rows: int = 0,
 ) -> Paged:

@@ -151,15 +151,7 @@ def test_kernels_folder_is_no_package() -> None:
 
 def use_everything(naive: Kernels, cpu: Kernels, dtype: torch.dtype) -> None:
     for requests in ([(40, 1), (3, 1)], [(70, 70), (20, 3)]):
-        case = paged_case(
-            naive,
-            seed=1,
-            dtype=dtype,
-            heads=(4, 2),
-            head_size=64,
-            block_size=16,
-            requests=requests,
-        )
+        case = paged_case(naive, seed=1, dtype=dtype, heads=(4, 2), head_size=64, requests=requests)
         for options in ({}, {"window": 9}, {"soft_cap": 2.0}, {"sinks": torch.zeros(4)}):
             cpu.paged_attention(*case.args, scale=0.1, **options)
     x = torch.ones(3, 64, dtype=dtype)
@@ -247,13 +239,7 @@ def test_one_thread_without_libgomp(naive: Kernels, monkeypatch: pytest.MonkeyPa
     lonely = Pool(None)
     assert lonely.threads() == 1
     case = paged_case(
-        naive,
-        seed=2,
-        dtype=torch.float32,
-        heads=(4, 2),
-        head_size=64,
-        block_size=16,
-        requests=[(100, 1), (30, 1)],
+        naive, seed=2, dtype=torch.float32, heads=(4, 2), head_size=64, requests=[(100, 1), (30, 1)]
     )
     expected = naive.paged_attention(*case.args, scale=0.1)
     monkeypatch.setattr(attention, "pool", lambda: lonely)

@@ -24,14 +24,7 @@ def test_attention_is_naive(
     naive: Kernels, native: Kernels, kind: str, requests: list[tuple[int, int]], count: int
 ) -> None:
     case = paged_case(
-        naive,
-        seed=5,
-        dtype=BF16,
-        heads=(9, 3),
-        head_size=64,
-        block_size=16,
-        requests=requests,
-        padding_rows=3,
+        naive, seed=5, dtype=BF16, heads=(9, 3), head_size=64, requests=requests, padding_rows=3
     )
     options = features(kind, 9)
     expected = naive.paged_attention(*case.args, scale=0.125, **options)
@@ -93,7 +86,6 @@ def test_windows_end_anywhere_in_a_tile(naive: Kernels, native: Kernels, window:
         dtype=BF16,
         heads=(4, 2),
         head_size=32,
-        block_size=16,
         requests=[(300, 150), (129, 1), (64, 64), (15, 2)],
     )
     expected = naive.paged_attention(*case.args, scale=0.2, window=window)
@@ -163,7 +155,6 @@ def test_maxima_that_grow_from_tile_to_tile(
         dtype=BF16,
         heads=(14, 2),
         head_size=64,
-        block_size=16,
         requests=[*MIXED, (700, 1), (900, 40)],
     )
     expected = naive.paged_attention(*case.args, scale=scale)

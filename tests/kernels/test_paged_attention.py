@@ -58,13 +58,7 @@ def dense_attention(
 @pytest.mark.parametrize("kind", ["plain", "window", "wide window", "alibi"])
 def test_naive_is_masked_sdpa(naive: Kernels, kind: str) -> None:
     case = paged_case(
-        naive,
-        seed=1,
-        dtype=torch.float32,
-        heads=(6, 2),
-        head_size=32,
-        block_size=16,
-        requests=MIXED,
+        naive, seed=1, dtype=torch.float32, heads=(6, 2), head_size=32, requests=MIXED
     )
     options = features(kind, 6)
     out = naive.paged_attention(*case.args, scale=0.2, **options)
@@ -79,13 +73,7 @@ def test_naive_is_masked_sdpa(naive: Kernels, kind: str) -> None:
 
 def test_naive_sink_is_one_more_logit_and_cap_comes_first(naive: Kernels) -> None:
     case = paged_case(
-        naive,
-        seed=2,
-        dtype=torch.float32,
-        heads=(2, 1),
-        head_size=8,
-        block_size=16,
-        requests=[(20, 1)],
+        naive, seed=2, dtype=torch.float32, heads=(2, 1), head_size=8, requests=[(20, 1)]
     )
     sinks = torch.tensor([0.3, -1.0])
     out = naive.paged_attention(*case.args, scale=1.0, soft_cap=2.0, sinks=sinks)
@@ -105,14 +93,7 @@ def test_cpu_is_naive(
     requests: list[tuple[int, int]],
 ) -> None:
     case = paged_case(
-        naive,
-        seed=5,
-        dtype=dtype,
-        heads=(9, 3),
-        head_size=64,
-        block_size=16,
-        requests=requests,
-        padding_rows=3,
+        naive, seed=5, dtype=dtype, heads=(9, 3), head_size=64, requests=requests, padding_rows=3
     )
     options = features(kind, 9)
     expected = naive.paged_attention(*case.args, scale=0.125, **options)
@@ -167,7 +148,6 @@ def test_value_heads_of_another_size(
         dtype=torch.float32,
         heads=(4, 2),
         head_size=64,
-        block_size=16,
         requests=requests,
         value_size=48,
     )
@@ -183,13 +163,7 @@ def test_one_long_sequence_is_cut_between_any_number_of_threads(
     naive: Kernels, cpu: Kernels, threads: int
 ) -> None:
     case = paged_case(
-        naive,
-        seed=9,
-        dtype=torch.float32,
-        heads=(4, 2),
-        head_size=64,
-        block_size=16,
-        requests=[(333, 1), (18, 2)],
+        naive, seed=9, dtype=torch.float32, heads=(4, 2), head_size=64, requests=[(333, 1), (18, 2)]
     )
     sinks = torch.tensor([0.5, 0.0, 4.0, -3.0])
     expected = naive.paged_attention(*case.args, scale=0.125, window=300, sinks=sinks)
@@ -204,13 +178,7 @@ def test_one_long_sequence_is_cut_between_any_number_of_threads(
 
 def test_prompt_longer_than_a_segment(naive: Kernels, cpu: Kernels) -> None:
     case = paged_case(
-        naive,
-        seed=10,
-        dtype=torch.float32,
-        heads=(2, 1),
-        head_size=64,
-        block_size=16,
-        requests=[(5000, 300)],
+        naive, seed=10, dtype=torch.float32, heads=(2, 1), head_size=64, requests=[(5000, 300)]
     )
     for options in ({}, {"alibi_slopes": torch.tensor([0.01, 0.3])}, {"soft_cap": 5.0}):
         expected = naive.paged_attention(*case.args, scale=0.125, **options)
@@ -225,7 +193,6 @@ def test_extreme_scores_stay_finite(naive: Kernels, cpu: Kernels) -> None:
         dtype=torch.float32,
         heads=(4, 2),
         head_size=64,
-        block_size=16,
         requests=[(100, 1), (300, 200)],
     )
     for scale in (1e-4, 100.0):
@@ -241,7 +208,6 @@ def test_batching_and_chunking_hardly_change_float32(naive: Kernels, cpu: Kernel
         dtype=torch.float32,
         heads=(9, 3),
         head_size=64,
-        block_size=16,
         requests=[(120, 120), (64, 1)],
     )
     query, key_cache, value_cache, table, lens, _ = case.args
@@ -268,13 +234,7 @@ def test_batching_and_chunking_hardly_change_float32(naive: Kernels, cpu: Kernel
 def test_wrong_kinds_of_tensors_are_refused(naive: Kernels, cpu: Kernels) -> None:
     """Compiled kernels read by address: a wrong dtype must not become a wrong answer."""
     case = paged_case(
-        naive,
-        seed=13,
-        dtype=torch.float32,
-        heads=(2, 1),
-        head_size=64,
-        block_size=16,
-        requests=[(20, 1)],
+        naive, seed=13, dtype=torch.float32, heads=(2, 1), head_size=64, requests=[(20, 1)]
     )
     for index, name in ((3, "block_table"), (4, "seq_lens"), (5, "query_start_loc")):
         args = list(case.args)

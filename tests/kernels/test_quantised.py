@@ -15,16 +15,6 @@ GROUP = 64  # of inputs that share the scale of a quantised activation
 SHAPES = [(16, 64), (37, 100), (1, 1), (5, 129), (64, 128), (130, 576), (48, 896), (33, 1536)]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=QUANTIZATIONS)
-def quantization(request):
-    return request.param
-
-
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**31),

@@ -43,11 +43,6 @@ FORMATS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> str:
     name: str = request.param

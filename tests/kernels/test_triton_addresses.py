@@ -94,7 +94,6 @@ def test_caches_and_queries_of_attention(naive, most, monkeypatch):
         dtype=torch.float32,
         heads=(2, 1),
         head_size=16,
-        block_size=16,
         requests=[(70, most), (33, 1)],
     )
     query, key_cache, value_cache, *rest = case.args

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamserve_kernels import Kernels, PrefixGroups
-from tests.kernels.conftest import TOLERANCE, Paged, paged_case
+from tests.kernels.conftest import TOLERANCE, Paged, dtype_on, paged_case
 from tests.kernels.pretended_gpu import capture
 from tests.kernels.test_paged_attention import DECODES, FEATURES, features
 from tests.kernels.test_prefix_groups import KINDS, options_of, share
@@ -30,8 +30,10 @@ PREFIXED_DRAFTS = [(100, 3), (97, 1), (130, 2), (70, 3), (99, 3), (200, 2), (150
 GROUPS = [((0, 4, 2), 33), ((5, 1), 60)]
 
 
-def dtype_on(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+def case_on(naive: Kernels, device: torch.device, **shape: object) -> Paged:
+    """Of a size that the interpreter can do, or a GPU's."""
+    sizes = {"dtype": dtype_on(device), "head_size": 64 if device.type == "cuda" else 16}
+    return paged_case(naive, **{**sizes, **shape})
 
 
 def only_interpreted(device: torch.device) -> None:
@@ -115,24 +117,22 @@ def few_at_a_time(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None
             monkeypatch.setattr(module, name, language.constexpr(size))
 
 
+def change_plans(monkeypatch: pytest.MonkeyPatch, device: torch.device, **changes: object) -> None:
+    """Of small tiles for many programs, so that small cases are cut in many places; and more."""
+    plan = attention_plan.plan
+    if device.type == "cpu":
+        tiles, taller = attention_plan.Tiles(16, 16), attention_plan.Tiles(32, 16)
+        changes |= {"split": tiles, "chunk": taller, "shared": taller, "programs_per_processor": 3}
+        monkeypatch.setattr(attention_plan, "FEW_ROWS", 0)
+    monkeypatch.setattr(
+        attention, "plan", lambda *args: dataclasses.replace(plan(*args), **changes)
+    )
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, device: torch.device, few_at_a_time: None) -> None:
-    """Many programs and small tiles, so that small cases are cut in many places."""
-    if device.type != "cpu":
-        return
-    plan = attention_plan.plan
-
-    def smaller(*args: object) -> attention_plan.Plan:
-        sizes = plan(*args)
-        tiles = attention_plan.Tiles(16, 16)
-        chunk = attention_plan.Tiles(32, 16)
-        shared = attention_plan.Tiles(32, 16)
-        return dataclasses.replace(
-            sizes, split=tiles, chunk=chunk, shared=shared, programs_per_processor=3
-        )
-
-    monkeypatch.setattr(attention, "plan", smaller)
-    monkeypatch.setattr(attention_plan, "FEW_ROWS", 0)
+    """See `change_plans`."""
+    change_plans(monkeypatch, device)
 
 
 @pytest.mark.parametrize("kind", FEATURES)
@@ -142,15 +142,8 @@ def test_features(naive: Kernels, device, dtype, kind, requests, monkeypatch) ->
         only_interpreted(device)
     not_in_float16(dtype, kind)
     monkeypatch.setattr(attention_plan, "FEW_ROWS", 0)
-    case = paged_case(
-        naive,
-        seed=5,
-        dtype=dtype,
-        heads=(6, 2),
-        head_size=64 if device.type == "cuda" else 16,
-        block_size=16,
-        requests=requests,
-        padding_rows=3,
+    case = case_on(
+        naive, device, seed=5, heads=(6, 2), requests=requests, dtype=dtype, padding_rows=3
     )
     most = max(count for _, count in requests)
     compare(naive, case, device, max_query_len=most, **features(kind, 6))
@@ -160,15 +153,7 @@ def test_features(naive: Kernels, device, dtype, kind, requests, monkeypatch) ->
 @pytest.mark.parametrize("kind", ["plain", "all"])
 @pytest.mark.parametrize("requests", [DECODES, CHUNKS], ids=["decode", "mixed"])
 def test_cut_in_many_places(naive: Kernels, device, kind, requests) -> None:
-    case = paged_case(
-        naive,
-        seed=6,
-        dtype=dtype_on(device),
-        heads=(6, 2),
-        head_size=64 if device.type == "cuda" else 16,
-        block_size=16,
-        requests=requests,
-    )
+    case = case_on(naive, device, seed=6, heads=(6, 2), requests=requests)
     case = padded(case, requests=5, rows=7)
     compare(
         naive,
@@ -182,14 +167,13 @@ def test_cut_in_many_places(naive: Kernels, device, kind, requests) -> None:
 @pytest.mark.parametrize("max_query_len", [None, 3, 9])
 def test_a_few_queries_each(naive: Kernels, device, max_query_len) -> None:
     """Drafts to verify, or a step that is small as a whole: all requests are split."""
-    case = paged_case(
+    # One of the requests sees key 63 last.
+    case = case_on(
         naive,
+        device,
         seed=7,
-        dtype=dtype_on(device),
         heads=(14, 2),
-        head_size=64 if device.type == "cuda" else 16,
-        block_size=16,
-        requests=[(102, 3), (70, 1), (3, 3), (90, 2), (33, 0), (17, 2)],  # one sees key 63 last
+        requests=[(102, 3), (70, 1), (3, 3), (90, 2), (33, 0), (17, 2)],
         padding_rows=2,
     )
     compare(naive, case, device, max_query_len=max_query_len, window=37)
@@ -248,15 +232,8 @@ def test_groups(naive: Kernels, device, dtype, requests, group_padding, kind) ->
     if kind not in {"plain", "all"}:
         only_interpreted(device)
     not_in_float16(dtype, kind)
-    case = paged_case(
-        naive,
-        seed=21,
-        dtype=dtype,
-        heads=(4, 2),
-        head_size=64 if device.type == "cuda" else 16,
-        block_size=16,
-        requests=requests,
-        padding_rows=3,
+    case = case_on(
+        naive, device, seed=21, heads=(4, 2), requests=requests, dtype=dtype, padding_rows=3
     )
     drafts = [((1, 4, 2, 6, 3, 0), 60)]
     groups = padded_groups(
@@ -285,27 +262,13 @@ def padded_groups(groups: PrefixGroups, count: int) -> PrefixGroups:
 def test_groups_whose_members_are_not_cut(naive: Kernels, device, monkeypatch) -> None:
     """Beside chunks, a member of a few queries attends to all of its keys in one program."""
     monkeypatch.setattr(attention_plan, "FEW_ROWS", 0)
-    case = paged_case(
-        naive,
-        seed=23,
-        dtype=dtype_on(device),
-        heads=(4, 2),
-        head_size=64 if device.type == "cuda" else 16,
-        block_size=16,
-        requests=PREFIXED_MIXED,
-    )
+    case = case_on(naive, device, seed=23, heads=(4, 2), requests=PREFIXED_MIXED)
     compare(naive, case, device, max_query_len=64, prefix_groups=share(case, GROUPS))
 
 
 def test_members_read_a_prefix_through_the_first(naive: Kernels, device) -> None:
-    case = paged_case(
-        naive,
-        seed=22,
-        dtype=dtype_on(device),
-        heads=(6, 2),
-        head_size=64 if device.type == "cuda" else 16,
-        block_size=16,
-        requests=[(100, 2), (97, 1), (130, 2), (150, 1)],
+    case = case_on(
+        naive, device, seed=22, heads=(6, 2), requests=[(100, 2), (97, 1), (130, 2), (150, 1)]
     )
     groups = share(case, [((3, 1, 0, 2), 96)])
     expected = naive.paged_attention(*case.args, scale=0.2)
@@ -327,7 +290,6 @@ def test_extreme_scores_stay_finite(naive: Kernels, device, scale) -> None:
         dtype=torch.float32,
         heads=(4, 2),
         head_size=16,
-        block_size=16,
         requests=[(100, 1), (90, 40)],
     )
     expected = naive.paged_attention(*case.args, scale=scale)
@@ -337,14 +299,8 @@ def test_extreme_scores_stay_finite(naive: Kernels, device, scale) -> None:
 
 @pytest.mark.parametrize("requests", [DECODES, CHUNKS], ids=["decode", "mixed"])
 def test_float8_caches(naive: Kernels, device, dtype, requests) -> None:
-    case = paged_case(
-        naive,
-        seed=12,
-        dtype=dtype,
-        heads=(4, 2),
-        head_size=64 if device.type == "cuda" else 16,
-        block_size=32,
-        requests=requests,
+    case = case_on(
+        naive, device, seed=12, heads=(4, 2), requests=requests, dtype=dtype, block_size=32
     )
     query, key_cache, value_cache, *rest = case.args
     caches = [cache.to(torch.float8_e4m3fn) for cache in (key_cache, value_cache)]
@@ -361,7 +317,6 @@ def test_views_of_a_fused_projection(naive: Kernels, device) -> None:
         dtype=dtype_on(device),
         heads=(4, 2),
         head_size=20,  # what pads it to 32 is another head, or NaN
-        block_size=16,
         requests=DECODES,
     )
     query, *rest = case.args
@@ -379,7 +334,6 @@ def test_nothing_to_do(naive: Kernels, device) -> None:
         dtype=dtype_on(device),
         heads=(4, 2),
         head_size=16,
-        block_size=16,
         requests=[(5, 1)],
         padding_rows=2,
     )
@@ -400,13 +354,7 @@ def test_nothing_to_do(naive: Kernels, device) -> None:
 
 def test_wrong_kinds_of_tensors_are_refused(naive: Kernels, device) -> None:
     case = paged_case(
-        naive,
-        seed=15,
-        dtype=torch.float32,
-        heads=(2, 1),
-        head_size=16,
-        block_size=16,
-        requests=[(20, 1)],
+        naive, seed=15, dtype=torch.float32, heads=(2, 1), head_size=16, requests=[(20, 1)]
     )
     args = moved(case.args, device)
     for index, name in ((3, "block_table"), (4, "seq_lens"), (5, "query_start_loc")):

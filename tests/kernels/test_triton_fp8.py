@@ -19,11 +19,6 @@ SMALL = [(1, 1), (5, 129), (37, 100), (48, 896)]
 LLAMA = [(6144, 4096), (4096, 14336)] if HAS_GPU else [(96, 512), (64, 1792)]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def test_codes_lie_within_half_a_step():
     x = torch.randn(50, 300) * torch.logspace(-3, 3, 50)[:, None]
     codes, scales = quantise_fp8(x)

@@ -17,7 +17,7 @@ from streamserve_kernels.triton.linear import FEW_ROWS, linear, prepare_linear, 
 from streamserve_kernels.triton.runtime import INTERPRETED, compilations
 from streamserve_kernels.triton.split import SPLIT_ROWS, num_splits
 from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket, tune
-from tests.kernels.conftest import amid_nan
+from tests.kernels.conftest import amid_nan, dtype_on
 from tests.kernels.pretended_gpu import HAS_GPU, IS_PRETENDED, capture
 
 # Odd sizes, less than a tile, several steps of the loop.
@@ -25,16 +25,6 @@ SMALL = [(5, 24), (37, 100), (130, 1160), (64, 2048)]
 LLAMA = [(6144, 4096), (4096, 4096), (4096, 14336)] if HAS_GPU else [(96, 512), (64, 1792)]
 # Relative to |x|·|w|: the sum, and the rounding of the result.
 SUM = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def dtype_for(device: torch.device) -> torch.dtype:
-    """What shows every index right under the interpreter, and what a GPU is for."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def check(y, x, weight, bias, config=None):
@@ -144,7 +134,7 @@ def test_the_contract(device):
 
 
 def test_a_row_that_is_no_number_stays_alone(device):
-    packed = prepare_linear(torch.randn(40, 128, device=device).to(dtype_for(device)))
+    packed = prepare_linear(torch.randn(40, 128, device=device).to(dtype_on(device)))
     x = torch.randn(5, 128, device=device).to(packed.dtype)
     expected = packed(x)
     x[2, 100] = torch.nan
@@ -165,7 +155,7 @@ def favour(best):
 
 
 def test_what_is_measured_is_chosen_and_kept(device, tmp_path):
-    dtype = dtype_for(device)
+    dtype = dtype_on(device)
     layers = [prepare_linear(torch.randn(40, 64, device=device).to(dtype)) for _ in range(3)]
     layers.append(prepare_linear(torch.randn(48, 64, device=device).to(dtype)))
     best = layers[0].candidates(1)[1]

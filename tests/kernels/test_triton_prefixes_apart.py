@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -14,13 +13,14 @@ from tests.kernels.test_prefix_groups import options_of, share
 
 pytest.importorskip("triton")
 
-from streamserve_kernels.triton import attention, attention_plan
+from streamserve_kernels.triton import attention
 from tests.kernels.test_triton_attention import (
     GROUPS,
     PREFIXED,
     PREFIXED_MIXED,
+    case_on,
+    change_plans,
     compare,
-    dtype_on,
     moved,
     padded_groups,
 )
@@ -28,17 +28,7 @@ from tests.kernels.test_triton_attention import (
 
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """And small tiles for many programs, so that small cases are cut in many places."""
-    plan = attention_plan.plan
-    changes: dict[str, object] = {"shared_apart": True}
-    if device.type == "cpu":
-        tiles = attention_plan.Tiles(16, 16)
-        changes |= {"split": tiles, "chunk": tiles, "shared": attention_plan.Tiles(32, 16)}
-        changes |= {"programs_per_processor": 3}
-        monkeypatch.setattr(attention_plan, "FEW_ROWS", 0)
-    monkeypatch.setattr(
-        attention, "plan", lambda *args: dataclasses.replace(plan(*args), **changes)
-    )
+    change_plans(monkeypatch, device, shared_apart=True)
 
 
 @pytest.mark.parametrize(
@@ -47,16 +37,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     ids=["decode-plain", "decode-all", "mixed-all"],
 )
 def test_groups(naive: Kernels, device, requests, kind) -> None:
-    case = paged_case(
-        naive,
-        seed=21,
-        dtype=dtype_on(device),
-        heads=(4, 2),
-        head_size=64 if device.type == "cuda" else 16,
-        block_size=16,
-        requests=requests,
-        padding_rows=3,
-    )
+    case = case_on(naive, device, seed=21, heads=(4, 2), requests=requests, padding_rows=3)
     compare(
         naive,
         case,

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from streamserve_kernels import QUANTIZATIONS, QuantLinear
+from streamserve_kernels import QuantLinear
 from streamserve_kernels.quantised import NaiveQuantLinear, packed_bytes
 from streamserve_kernels.triton.linear import (
     PACKED_ROWS,
@@ -20,7 +20,7 @@ from streamserve_kernels.triton.linear import (
 from streamserve_kernels.triton.packed import pack
 from streamserve_kernels.triton.stored import prepare_stored
 from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket
-from tests.kernels.conftest import amid_nan
+from tests.kernels.conftest import amid_nan, dtype_on
 from tests.kernels.pretended_gpu import HAS_GPU
 from tests.kernels.stored_cases import CASES
 
@@ -29,21 +29,6 @@ LLAMA = [(6144, 4096), (4096, 14336)] if HAS_GPU else [(96, 512), (64, 1792)]
 SUM = 1e-5
 # Of the stored kinds: in words and in planes, with zeros, minimums, tables and factored scales.
 IN_FLOAT16 = ("gptq4", "act-order", "gptq3", "q4_k", "nf4", "fp8-blocks")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=QUANTIZATIONS)
-def quantization(request):
-    return request.param
-
-
-def dtype_for(device: torch.device) -> torch.dtype:
-    """What shows every index right under the interpreter, and what a GPU is for."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def check(y, x, weight, bias, config):
@@ -95,7 +80,7 @@ def test_every_candidate_is_the_product(device, dtype, quantization):
 
 @pytest.mark.parametrize("rows", [1, 2, 17, 70])
 def test_odd_sizes_and_a_bias(device, quantization, rows):
-    dtype = dtype_for(device)
+    dtype = dtype_on(device)
     for shape in ((37, 100), (130, 264)):
         weight = torch.randn(shape, device=device).to(dtype)
         bias = amid_nan(weight[:, 0])
@@ -121,7 +106,7 @@ def test_inputs_are_split_between_programs(device, quantization, splits):
     """More rows than a tile has, fewer steps than splits, and counters that are zero again."""
     if quantization == "fp8":
         pytest.skip("cuBLAS multiplies those")
-    dtype = dtype_for(device)
+    dtype = dtype_on(device)
     config = Config("split", 32, 128, 16, 4, 2, splits=splits)
     for shape in SMALL:
         weight = torch.randn(shape, device=device).to(dtype)
@@ -153,7 +138,7 @@ def test_what_is_exact_stays_exact(device, quantization):
     else:
         weight[:, 0], weight[:, 1] = -128.5, 127.5
     packed = prepare_quantised(weight, None, quantization)
-    packed.dtype = dtype_for(device)
+    packed.dtype = dtype_on(device)
     x = torch.randint(-8, 9, (19, 192), device=device).to(packed.dtype)
     expected = (x.double() @ packed.unpack().double().T).to(packed.dtype)
     for rows in (1, 2, 19):
@@ -162,7 +147,7 @@ def test_what_is_exact_stays_exact(device, quantization):
 
 
 def test_views_and_more_dimensions(device, quantization):
-    dtype = dtype_for(device)
+    dtype = dtype_on(device)
     packed = prepare_quantised(torch.randn(40, 64, device=device).to(dtype), None, quantization)
     view = torch.randn(6, 200, device=device).to(dtype)[:, 71:135]
     expected = packed(view.contiguous())
@@ -175,7 +160,7 @@ def test_views_and_more_dimensions(device, quantization):
 
 
 def test_a_row_that_is_no_number_stays_alone(device, quantization):
-    dtype = dtype_for(device)
+    dtype = dtype_on(device)
     packed = prepare_quantised(torch.randn(40, 100, device=device).to(dtype), None, quantization)
     x = torch.randn(5, 100, device=device).to(dtype)
     expected = packed(x)
@@ -189,7 +174,7 @@ def test_a_large_weight_is_dequantised_in_pieces(device, quantization, monkeypat
     # The package has a function of that name.
     module = importlib.import_module("streamserve_kernels.triton.linear")
     monkeypatch.setattr(module, "_SCRATCH_ELEMENTS", 7 * 64)
-    dtype = dtype_for(device)
+    dtype = dtype_on(device)
     weight = torch.randn(40, 64, device=device).to(dtype)
     x = torch.randn(PACKED_ROWS + 1, 64, device=device).to(dtype)
     stored = CASES["q4_k"](40, 64).to(device)

@@ -9,15 +9,16 @@ pytest.importorskip("triton")
 
 from streamserve_kernels.triton.stored import PlanesLinear, prepare_stored
 from streamserve_kernels.triton.tuning import Config, bucket
+from tests.kernels.conftest import dtype_on
 from tests.kernels.stored_cases import CASES
-from tests.kernels.test_triton_quantised import check, dtype_for
+from tests.kernels.test_triton_quantised import check
 
 SPLIT = ("gptq2", "q4_1", "q4_k", "q6_k", "nf4", "squeezed4", "fp8-rows", "fp8-one", "fp8-blocks")
 
 
 def prepared(case: str, shape: tuple[int, int], device: torch.device) -> PlanesLinear:
     stored, bias = CASES[case](*shape), torch.randn(shape[0])
-    packed = prepare_stored(stored.to(device), bias.to(device), dtype_for(device))
+    packed = prepare_stored(stored.to(device), bias.to(device), dtype_on(device))
     assert isinstance(packed, PlanesLinear)
     return packed
 
@@ -25,8 +26,7 @@ def prepared(case: str, shape: tuple[int, int], device: torch.device) -> PlanesL
 @pytest.mark.parametrize("case", SPLIT)
 def test_inputs_are_split_between_programs(device, case):
     """Steps that are not whole, more rows than a tile has, counters that are zero again."""
-    torch.manual_seed(0)
-    dtype = dtype_for(device)
+    dtype = dtype_on(device)
     packed = prepared(case, (130, 576), device)
     held = packed.unpack()
     for rows, splits in ((20, 3), (3, 1)):
@@ -44,7 +44,7 @@ def test_every_float8_number(device):
     codes[:2, 127] = codes[:2, 255] = 1.0
     case = CASES["fp8-one"](3, 256)
     stored = type(case)(codes, torch.ones(1, 1), None)
-    packed = prepare_stored(stored.to(device), None, dtype_for(device))
+    packed = prepare_stored(stored.to(device), None, dtype_on(device))
     identity = torch.eye(256, device=device, dtype=packed.dtype)
     y = packed.run(identity, Config("split", 128, 128, 16, 4, 2))
     assert y.float()[:, :2].equal(codes.float()[:2].T.to(device))
