@@ -361,6 +361,11 @@ def text_of(events: list[Any], index: int = 0) -> str:
     return text
 
 
+def joined(deltas: list[dict[str, Any]], field: str) -> str:
+    """What the deltas of a stream say in one of their fields."""
+    return "".join(delta.get(field) or "" for delta in deltas)
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Give the event loop turns until ``condition`` holds."""
     async with asyncio.timeout(60):

@@ -10,7 +10,7 @@ import pytest
 
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.parsers.answer_format import choose_answer_format
-from tests.api.harness import Api
+from tests.api.harness import Api, joined
 from tests.api.scripted import ScriptedRunner
 from tests.api.test_forced_calls import STRICT
 from tests.api.test_tools import ADD, HI, TOOLS, deltas_of, finish_reasons
@@ -48,10 +48,6 @@ async def ask(text, **fields):
 
 def message_of(answer):
     return answer.json["choices"][0]["message"]
-
-
-def joined(deltas, field):
-    return "".join(delta.get(field) or "" for delta in deltas)
 
 
 async def test_channels():

@@ -4,15 +4,11 @@ import openai
 import pytest
 
 from streamserve.engine.parsers.answer_format import AnswerFormat
-from tests.api.harness import MODEL, Api, server_thread
+from tests.api.harness import MODEL, Api, joined, server_thread
 from tests.api.scripted import TEMPLATE, assert_refused, scripted, scripted_parts
 from tests.api.test_tools import CALL, HI, TOOLS, deltas_of, finish_reasons
 
 THOUGHT = "<think>\nHm, 1 < 2.\n</think>\n\nYes."
-
-
-def joined(deltas, field):
-    return "".join(delta.get(field) or "" for delta in deltas)
 
 
 async def test_thoughts_are_apart():

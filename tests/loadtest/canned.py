@@ -1,5 +1,8 @@
 """Runs as if they had been measured."""
 
+from streamserve.engine.byte_tokenizer import ByteTokenizer
+from streamserve.engine.chat_template import ChatTemplate
+from streamserve_loadtest.prompts import ExactPrompts
 from streamserve_loadtest.records import Record, Run
 
 
@@ -42,3 +45,10 @@ def run(
     rate: float | None = None,
 ) -> Run:
     return Run(server, workload, round_number, rate, records, 10.0, 0.02)
+
+
+def byte_prompts() -> ExactPrompts:
+    """Prompts whose tokens are bytes, under the plain template."""
+    tokenizer = ByteTokenizer()
+    template = ChatTemplate.builtin("plain", special_tokens=tokenizer.special_tokens)
+    return ExactPrompts(tokenizer, template)

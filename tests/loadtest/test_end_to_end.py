@@ -8,21 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from streamserve.engine.byte_tokenizer import ByteTokenizer
-from streamserve.engine.chat_template import ChatTemplate
 from streamserve_loadtest.cli import main
 from streamserve_loadtest.client import Target
 from streamserve_loadtest.drive import Driver, warm_up
-from streamserve_loadtest.prompts import ExactPrompts
 from streamserve_loadtest.stats import summarize
 from streamserve_loadtest.workloads import ClosedLoop, Group, Kind, OpenLoop, Turn, Workload
 from tests.api.harness import MODEL, Api, server_thread
-
-
-def prompts() -> ExactPrompts:
-    tokenizer = ByteTokenizer()
-    template = ChatTemplate.builtin("plain", special_tokens=tokenizer.special_tokens)
-    return ExactPrompts(tokenizer, template)
+from tests.loadtest.canned import byte_prompts
 
 
 def workload(*groups: Group) -> Workload:
@@ -37,7 +29,7 @@ async def play(load: Workload, **api):
     parts = Api(**api)
     async with parts.serving() as (host, port):
         target = Target(f"http://{host}:{port}", MODEL)
-        return await Driver(target, load, prompts()).run("null")
+        return await Driver(target, load, byte_prompts()).run("null")
 
 
 async def test_a_closed_loop_with_a_shared_prefix():
@@ -91,7 +83,7 @@ async def test_a_refusal_is_an_error_with_the_servers_words():
 
 async def test_nobody_there_is_an_error_of_each_request():
     target = Target("http://127.0.0.1:9", MODEL)
-    run = await Driver(target, workload(closed(Turn(40, 4))), prompts()).run()
+    run = await Driver(target, workload(closed(Turn(40, 4))), byte_prompts()).run()
     assert all(r.error.startswith("no connection") for r in run.records)
 
 
@@ -105,7 +97,7 @@ async def test_a_stream_that_breaks_off_is_an_error():
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         target = Target(f"http://127.0.0.1:{port}", MODEL)
-        record = await warm_up(target, workload(closed(Turn(40, 4))), prompts())
+        record = await warm_up(target, workload(closed(Turn(40, 4))), byte_prompts())
     assert record.error == "the stream ended without finish_reason and [DONE]"
 
 

@@ -6,18 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from streamserve.engine.byte_tokenizer import ByteTokenizer
-from streamserve.engine.chat_template import ChatTemplate
 from streamserve_loadtest.arrivals import arrival_times
 from streamserve_loadtest.drive import Planner
-from streamserve_loadtest.prompts import ExactPrompts, WordPrompts
+from streamserve_loadtest.prompts import WordPrompts
 from streamserve_loadtest.workloads import WORKLOADS, ClosedLoop, OpenLoop
-
-
-def byte_prompts() -> ExactPrompts:
-    tokenizer = ByteTokenizer()
-    template = ChatTemplate.builtin("plain", special_tokens=tokenizer.special_tokens)
-    return ExactPrompts(tokenizer, template)
+from tests.loadtest.canned import byte_prompts
 
 
 def plans(workload, *, seed=0, round_number=0, rate=None, prompts=None):

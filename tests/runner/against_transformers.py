@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import torch
@@ -23,6 +24,11 @@ VOCAB = 97
 MAX_LEN = 128
 BLOCK_SIZE = 4
 NUM_BLOCKS = 160
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(2, VOCAB) for _ in range(length)]
 
 
 class Pair:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from streamserve.core.plan import ModelRunner
+from tests.runner.loop import forget
 
 if TYPE_CHECKING:
     from tests.runner.against_transformers import Pair
@@ -35,3 +36,10 @@ def runner(pair: Pair) -> Iterator[ModelRunner]:
     runner = pair.runner()
     yield runner
     runner.close()
+
+
+@pytest.fixture
+def forget_requests(runner: ModelRunner) -> Iterator[None]:
+    """Each test has a scheduler of its own, so the runner starts every test with no request."""
+    yield
+    forget(runner)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from streamserve.config import CacheConfig, SchedulerConfig
 from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.plan import ModelRunner
 from streamserve.core.request import Request
 from streamserve.core.scheduler import Scheduler
+from streamserve.runner.cuda.model_runner import CudaModelRunner
 from tests.runner.tiny_llama import MAX_LEN
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 160
+
+
+def forget(runner: ModelRunner, request_ids: list[str] | None = None) -> None:
+    """Makes a runner forget these requests, or all of them."""
+    if isinstance(runner, CudaModelRunner):
+        batch, live = runner._batch, runner._batch.rows.request_ids
+    else:
+        batch, live = runner._input_batch, runner._input_batch.request_ids
+    for request_id in live if request_ids is None else request_ids:
+        batch._remove(request_id)
 
 
 class Loop:

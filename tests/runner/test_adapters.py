@@ -21,8 +21,7 @@ from streamserve.runner.cuda.build import build_cuda_runner
 from streamserve.runner.cuda.step_key import StepLadder
 from tests.models.test_adapters import merged_model, save_adapter
 from tests.runner.against_transformers import MAX_LEN, NUM_BLOCKS, VOCAB, Pair
-from tests.runner.loop import BLOCK_SIZE, Loop
-from tests.runner.test_end_to_end import forget
+from tests.runner.loop import BLOCK_SIZE, Loop, forget
 from tests.runner.tiny_llama import CPU, memory_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)

@@ -13,8 +13,10 @@ from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import OutOfMemoryError
 from streamserve.runner.cuda.model_runner import CudaModelRunner
-from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop
+from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop, forget
 from tests.runner.tiny_llama import CPU, MAX_LEN, VOCAB, memory_for, runner_of, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("forget_requests")
 
 NUM_HOST_BLOCKS = 300
 MAX_TOKENS = 48
@@ -44,25 +46,8 @@ def runner(build) -> Iterator[ModelRunner]:
     runner.close()
 
 
-def forget(runner: ModelRunner, request_ids: list[str] | None = None) -> None:
-    """Makes a runner forget these requests, or all of them."""
-    if isinstance(runner, CudaModelRunner):
-        batch, live = runner._batch, runner._batch.rows.request_ids
-    else:
-        batch, live = runner._input_batch, runner._input_batch.request_ids
-    for request_id in live if request_ids is None else request_ids:
-        batch._remove(request_id)
-
-
 def model_of(runner: ModelRunner):
     return runner._executor.model if isinstance(runner, CudaModelRunner) else runner._model
-
-
-@pytest.fixture(autouse=True)
-def forget_requests(runner):
-    """Each test has a scheduler of its own, so the runner starts every test with no request."""
-    yield
-    forget(runner)
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from itertools import count
 
 import pytest
@@ -17,8 +16,8 @@ from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
 from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.byte_tokenizer import ByteTokenizer
-from tests.runner.against_transformers import BLOCK_SIZE, MAX_LEN, NUM_BLOCKS, VOCAB
-from tests.runner.test_end_to_end import forget
+from tests.runner.against_transformers import BLOCK_SIZE, MAX_LEN, NUM_BLOCKS, VOCAB, prompt_of
+from tests.runner.loop import forget
 
 _numbers = count()
 EOS = frozenset(range(1, 90, 9))  # many, so that sequences end
@@ -71,11 +70,6 @@ async def _read(stream):
     outputs = [output async for output in stream]
     assert outputs[-1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
     return [token_id for output in outputs for token_id in output.token_ids], outputs[-1]
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(2, VOCAB) for _ in range(length)]
 
 
 def beams(engine, prompt, width, **params):

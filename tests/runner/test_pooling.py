@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from itertools import count
 
 import pytest
@@ -14,23 +13,14 @@ from streamserve.core.request import FinishReason, Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.runner.build import build_runner
 from streamserve_kernels.native.library import why_not
-from tests.runner.against_transformers import MAX_LEN, VOCAB, Pair
-from tests.runner.test_end_to_end import Loop, forget
+from tests.runner.against_transformers import MAX_LEN, Pair, prompt_of
+from tests.runner.loop import Loop
 from tests.runner.tiny_llama import memory_for, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("forget_requests")
 
 _numbers = count()
 LENGTHS = (1, 2, 5, 17, 40)
-
-
-@pytest.fixture(autouse=True)
-def forget_requests(runner):
-    yield
-    forget(runner)
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(2, VOCAB) for _ in range(length)]
 
 
 def pooled(token_ids: list[int], kind="last", **options) -> Request:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from itertools import count
 
 import pytest
@@ -11,15 +10,10 @@ import torch
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.runner.cuda.model_runner import CudaModelRunner
-from tests.runner.against_transformers import VOCAB, Pair
+from tests.runner.against_transformers import VOCAB, Pair, prompt_of
 from tests.runner.test_end_to_end import Loop
 
 _numbers = count()
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(2, VOCAB) for _ in range(length)]
 
 
 def request_of(token_ids: list[int], eos=frozenset(), **params) -> Request:

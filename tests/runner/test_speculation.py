@@ -13,8 +13,10 @@ from streamserve.core.request import FinishReason, Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.speculation import Propose
 from streamserve.runner.build import build_runner
-from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop
+from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop, forget
 from tests.runner.tiny_llama import VOCAB, memory_for, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("forget_requests")
 
 MAX_SEQS = 8
 MAX_SAMPLED = 48  # of so many seats with five drafts each
@@ -30,17 +32,6 @@ def runner(request, tmp_path_factory) -> Iterator[ModelRunner]:
     runner = build_runner(model, memory, max_num_batched_tokens=48)[0]
     yield runner
     runner.close()
-
-
-@pytest.fixture(autouse=True)
-def forget_requests(runner):
-    yield
-    forget(runner)
-
-
-def forget(runner) -> None:
-    for request_id in runner._input_batch.request_ids:
-        runner._input_batch._remove(request_id)
 
 
 def lookup(num_drafts: int) -> SpeculativeConfig:

@@ -391,6 +391,11 @@ class SimulatedRunner:
                     assert offset >= copying.copied.get(block_id, 0), "a source is overwritten"
 
 
+def shares(plan: SchedulerOutput) -> dict[str, int]:
+    """How many tokens of each request a plan computes."""
+    return {s.request_id: len(s.token_ids) for s in plan.scheduled}
+
+
 class Harness:
     """A scheduler, its cache and a simulated device, driven by hand."""
 

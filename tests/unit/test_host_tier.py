@@ -448,35 +448,8 @@ class OffloadMachine(SchedulerMachine):
         num_drafts=st.sampled_from([0, 0, 3]),
         accuracy=st.integers(0, 4),
     )
-    def start(
-        self,
-        num_blocks,
-        block_size,
-        budget,
-        max_num_seqs,
-        depth,
-        policy,
-        weak_hash,
-        num_host_blocks,
-        max_transfers,
-        num_drafts,
-        accuracy,
-    ):
-        super().start(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            budget=budget,
-            max_num_seqs=max_num_seqs,
-            depth=depth,
-            policy=policy,
-            caching=True,
-            weak_hash=weak_hash,
-            cascade_overhead=0,
-            num_host_blocks=num_host_blocks,
-            max_transfers=max_transfers,
-            num_drafts=num_drafts,
-            accuracy=accuracy,
-        )
+    def start(self, **drawn):
+        super().start(caching=True, cascade_overhead=0, **drawn)
 
 
 TestOffloadMachine = OffloadMachine.TestCase

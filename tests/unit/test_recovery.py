@@ -13,13 +13,9 @@ from streamserve.core.plan import (
 from streamserve.core.prefill import GOOD_STEPS_TO_DOUBLE, PrefillPacer
 from streamserve.core.request import FinishReason, RequestStatus
 from streamserve.errors import QueueFullError
-from tests.unit.simulated import Harness, drafting, guesses, naive_output
+from tests.unit.simulated import Harness, drafting, guesses, naive_output, shares
 
 DEPTHS = pytest.mark.parametrize("depth", [1, 2])
-
-
-def shares(plan):
-    return {s.request_id: len(s.token_ids) for s in plan.scheduled}
 
 
 @DEPTHS

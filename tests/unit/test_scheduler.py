@@ -9,12 +9,7 @@ from streamserve.core.plan import PENDING_TOKEN, ModelRunnerOutput
 from streamserve.core.request import FinishReason, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import ContextLengthError, QueueFullError
-from tests.unit.simulated import Harness, naive_output
-
-
-def shares(plan):
-    """How many tokens of each request a plan computes."""
-    return {s.request_id: len(s.token_ids) for s in plan.scheduled}
+from tests.unit.simulated import Harness, naive_output, shares
 
 
 def test_one_request_runs_to_its_end():

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamserve.engine.parsers.answer import AnswerParser
-from streamserve.engine.parsers.events import Content, ParsedMessage, Reasoning
+from streamserve.engine.parsers.events import Content, Reasoning
 from streamserve.engine.parsers.reasoning import (
     ReasoningParser,
     ReasoningTokens,
@@ -14,17 +14,9 @@ from streamserve.engine.parsers.reasoning import (
     thought_marks,
 )
 from streamserve.engine.parsers.tool_formats import HermesParser
-from tests.engine.parsers.cutting import cuts, pieces
+from tests.engine.parsers.cutting import cuts, pieces, read
 
 UNDECIDED, INSIDE, OVER = ThinkState
-
-
-def read(parser, parts):
-    message = ParsedMessage()
-    for part in parts:
-        message.add(parser.feed(part))
-    message.add(parser.finish())
-    return message
 
 
 EXAMPLES = [

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamserve.engine.parsers.argument_types import json_of, parameter_types
-from streamserve.engine.parsers.events import CallArguments, ParsedMessage
+from streamserve.engine.parsers.events import CallArguments
 from streamserve.engine.parsers.tool_formats import TOOL_PARSERS
-from tests.engine.parsers.cutting import cuts, pieces
+from tests.engine.parsers.cutting import cuts, pieces, read
 
 PARAMETERS = {
     "type": "object",
@@ -53,12 +53,8 @@ def written(family, arguments):
     return begin + "".join(argument.format(*pair) for pair in arguments) + end
 
 
-def read(family, parts, **kwargs):
-    parser, message = TOOL_PARSERS[family](TOOLS, **kwargs), ParsedMessage()
-    for part in parts:
-        message.add(parser.feed(part))
-    message.add(parser.finish())
-    return message
+def parsed(family, parts, **kwargs):
+    return read(TOOL_PARSERS[family](TOOLS, **kwargs), parts)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +97,7 @@ def test_a_value_has_the_type_of_its_parameter(key, text, value):
     assert json.loads(json_of(text, parameter_types(PARAMETERS, key))) == value
     if len(text) < 1000:
         for family in FORMATS:
-            [call] = read(family, [written(family, [(key, text), ("z", "1")])]).calls
+            [call] = parsed(family, [written(family, [(key, text), ("z", "1")])]).calls
             assert json.loads(call.arguments) == {key: value, "z": "1"}
 
 
@@ -124,7 +120,7 @@ lengthy = st.one_of(values, values.map(lambda text: 300 * (text + "x")))
 )
 def test_what_is_written_comes_back(family, arguments, bounds, is_certain):
     text = written(family, arguments.items())
-    [call] = read(family, pieces(text, bounds), is_certain=is_certain).calls
+    [call] = parsed(family, pieces(text, bounds), is_certain=is_certain).calls
     types = {key: parameter_types(PARAMETERS, key) for key in arguments}
     expected = {key: json.loads(json_of(text, types[key])) for key, text in arguments.items()}
     assert json.loads(call.arguments) == expected
@@ -146,14 +142,14 @@ def test_a_key_may_come_once_and_has_an_end(family):
     endless = written(family, [("k" * 300, "1")])
     for text in (twice, endless):
         for parts in ([text], list(text)):
-            assert read(family, parts).content == text
+            assert parsed(family, parts).content == text
 
 
 def test_a_grammar_lets_a_text_say_what_would_end_it_otherwise():
     text = written("qwen3_coder", [("s", "</function>")])
-    assert not read("qwen3_coder", [text]).content.startswith("<tool_call>")
-    [call] = read("qwen3_coder", [text], is_certain=True).calls
+    assert not parsed("qwen3_coder", [text]).content.startswith("<tool_call>")
+    [call] = parsed("qwen3_coder", [text], is_certain=True).calls
     assert json.loads(call.arguments) == {"s": "</function>"}
     bare = "<function=f></function>"
-    assert read("qwen3_coder", [bare]).calls
-    assert read("qwen3_coder", [bare], is_certain=True).content == bare
+    assert parsed("qwen3_coder", [bare]).calls
+    assert parsed("qwen3_coder", [bare], is_certain=True).content == bare

@@ -7,28 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamserve.engine.parsers.call_reader import HOLD_CHARACTERS
-from streamserve.engine.parsers.events import CallArguments, CallStart, Content, ParsedMessage
+from streamserve.engine.parsers.events import CallArguments, CallStart, Content
 from streamserve.engine.parsers.tool_formats import (
     TOOL_PARSERS,
     NamedParser,
     RequiredParser,
     tool_parser_of_template,
 )
-from tests.engine.parsers.cutting import cuts, pieces
+from tests.engine.parsers.cutting import cuts, pieces, read
 
 TOOLS = {
     "get_weather": {"type": "object", "properties": {"city": {"type": "string"}}},
     "add": {"type": "object", "properties": {"a": {"type": "integer"}}},
 }
 LONG = "x" * (2 * HOLD_CHARACTERS)
-
-
-def read(parser, parts):
-    message = ParsedMessage()
-    for part in parts:
-        message.add(parser.feed(part))
-    message.add(parser.finish())
-    return message
 
 
 def said(message):

@@ -15,13 +15,15 @@ import torch
 
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
-from streamserve.runner.build import build_runner, new_kv_cache
-from streamserve.runner.cuda.build import assemble, build_cuda_runner
+from streamserve.runner.build import build_runner
 from streamserve.runner.cuda.model_runner import CudaModelRunner
-from streamserve.runner.cuda.step_key import StepLadder
 from streamserve_kernels.triton.runtime import compiled_kernels
-from tests.runner.test_end_to_end import Loop, forget, prompts, requests
+from tests.runner.cuda.conftest import triton_runner
+from tests.runner.loop import Loop, forget
+from tests.runner.test_end_to_end import prompts, requests
 from tests.runner.tiny_llama import memory_for, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("forget_requests")
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 40
@@ -35,14 +37,6 @@ KINDS = {"greedy": GREEDY, "seeded": SEEDED, "mixed": MIXED}
 SHORT = [[3, 17, 90, 4, 201], [8, 8, 150, 33, 2, 71]]
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> torch.device:
-    pytest.importorskip("triton")
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the interpreter is not used beside a GPU")
-    return torch.device(request.param)
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("model")
@@ -52,33 +46,9 @@ def directory(tmp_path_factory):
 def runner(device, directory) -> Iterator[CudaModelRunner]:
     model = tiny_llama(directory, backend="triton", device=device, num_adapters=NUM_ADAPTERS)
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=SEATS)
-    caches = new_kv_cache(model.spec, memory, model.dtype, device, model.kernels)
-    if device.type == "cuda":
-        runner, _ = build_cuda_runner(
-            model,
-            memory,
-            StepLadder(MAX_TOKENS, SEATS, num_adapters=NUM_ADAPTERS),
-            max_num_batched_tokens=MAX_TOKENS,
-            kv_caches=caches,
-        )
-    else:  # the interpreter takes minutes for what warm-up meets, and compiles nothing
-        runner, _ = assemble(
-            model,
-            caches,
-            StepLadder(MAX_TOKENS, SEATS, num_adapters=NUM_ADAPTERS),
-            vocab_size=model.spec.vocab_size,
-            block_size=BLOCK_SIZE,
-            max_model_len=memory.max_model_len,
-            max_num_seqs=SEATS,
-        )
+    runner = triton_runner(model, memory, MAX_TOKENS, num_adapters=NUM_ADAPTERS)
     yield runner
     runner.close()
-
-
-@pytest.fixture(autouse=True)
-def forget_requests(runner):
-    yield
-    forget(runner)
 
 
 @pytest.fixture(scope="module")

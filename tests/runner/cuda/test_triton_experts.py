@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-
 from streamserve.core.sampling_params import SamplingParams
-from streamserve.runner.build import build_runner, new_kv_cache
-from streamserve.runner.cuda.build import assemble, build_cuda_runner
-from streamserve.runner.cuda.step_key import StepLadder
-from tests.runner.test_end_to_end import Loop, forget, requests
+from streamserve.runner.build import build_runner
+from tests.runner.cuda.conftest import triton_runner
+from tests.runner.loop import Loop, forget
+from tests.runner.test_end_to_end import requests
 from tests.runner.tiny_llama import memory_for, tiny_llama
 
 BLOCK_SIZE = 16
@@ -25,14 +22,6 @@ MIXTRAL = {
     "num_experts_per_tok": 2,
     "sliding_window": None,
 }
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> torch.device:
-    pytest.importorskip("triton")
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the interpreter is not used beside a GPU")
-    return torch.device(request.param)
 
 
 def loop(runner, **config) -> Loop:
@@ -52,25 +41,7 @@ def test_experts_in_a_batch_are_those_of_the_naive_kernels(device, tmp_path):
 
     model = tiny_llama(tmp_path, backend="triton", device=device, **MIXTRAL)
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=SEATS)
-    caches = new_kv_cache(model.spec, memory, model.dtype, device, model.kernels)
-    if device.type == "cuda":
-        runner, _ = build_cuda_runner(
-            model,
-            memory,
-            StepLadder(MAX_TOKENS, SEATS),
-            max_num_batched_tokens=MAX_TOKENS,
-            kv_caches=caches,
-        )
-    else:  # the interpreter takes minutes for what warm-up meets
-        runner, _ = assemble(
-            model,
-            caches,
-            StepLadder(MAX_TOKENS, SEATS),
-            vocab_size=model.spec.vocab_size,
-            block_size=BLOCK_SIZE,
-            max_model_len=memory.max_model_len,
-            max_num_seqs=SEATS,
-        )
+    runner = triton_runner(model, memory, MAX_TOKENS)
     before = model.kernels.compilations()
     found = loop(runner, max_steps_in_flight=2).run(requests(PROMPTS, GREEDY))
     assert found == expected
