@@ -12,7 +12,7 @@ from typing import cast
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from device_bench.row import Bench, Case, CheckError, Row, check_close
+from device_bench.row import Bench, Case, CheckError, Rate, Row, check_close
 from device_bench.timing import Call, num_copies
 from streamserve_kernels import QUANTIZATIONS, PackedLinear, Quantization
 
@@ -41,7 +41,6 @@ def rows(quick: bool) -> list[Row]:
 
 @lru_cache(maxsize=1)
 def _packed(bench: Bench, name: str, kind: str) -> list[PackedLinear]:
-    """Equal weights at different addresses, together more than the caches hold."""
     n, k = bench.sizes.linears()[name]
     weight = bench.randn(n, k) / k**0.5
 
@@ -50,12 +49,16 @@ def _packed(bench: Bench, name: str, kind: str) -> list[PackedLinear]:
             return bench.kernels.prepare_linear(weight)
         return bench.kernels.prepare_quantised(weight, None, cast(Quantization, kind))
 
-    first = make()
+    return rotated(bench, make())
+
+
+def rotated(bench: Bench, first: PackedLinear) -> list[PackedLinear]:
+    """Equal weights at different addresses, together more than the caches hold."""
     copies = num_copies(first.nbytes, bench.rotated_bytes)
     return [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
 
 
-def tune(bench: Bench, packed: Sequence[PackedLinear], count: int) -> None:
+def _tune(bench: Bench, packed: Sequence[PackedLinear], count: int) -> None:
     """Has the backend choose its kernel for so many rows, as a server does before it is ready."""
     is_triton = bench.kernels.name.startswith("triton")
     if is_triton and importlib.util.find_spec(_TUNING) is not None:
@@ -63,16 +66,28 @@ def tune(bench: Bench, packed: Sequence[PackedLinear], count: int) -> None:
 
 
 def _build(name: str, kind: str, count: int, bench: Bench) -> Case:
+    rate = "float8" if kind == "fp8" else "bfloat16"
+    return linear_case(bench, name, _packed(bench, name, kind), count, _TOLERANCE[kind], rate)
+
+
+def linear_case(
+    bench: Bench,
+    name: str,
+    packed: Sequence[PackedLinear],
+    count: int,
+    tolerance: float,
+    rate: Rate = "bfloat16",
+) -> Case:
+    """`count` rows times equal weights of the layer `name` in turn."""
     n, k = bench.sizes.linears()[name]
-    packed = _packed(bench, name, kind)
-    tune(bench, packed, count)
+    _tune(bench, packed, count)
     x = bench.randn(count, k)
 
     def check() -> None:
         if packed[0].in_features != k or packed[0].out_features != n:
             raise CheckError("the packed weight has another shape")
         expected = F.linear(x.float(), packed[0].unpack().float())
-        check_close(bench.kernels.linear(x, packed[0]), expected, _TOLERANCE[kind])
+        check_close(bench.kernels.linear(x, packed[0]), expected, tolerance)
 
     def call(one: PackedLinear) -> Call:
         return lambda: bench.kernels.linear(x, one)
@@ -82,12 +97,12 @@ def _build(name: str, kind: str, count: int, bench: Bench) -> Case:
         check=check,
         num_bytes=packed[0].nbytes + (x.numel() + count * n) * x.dtype.itemsize,
         flops=2 * count * n * k,
-        rate="float8" if kind == "fp8" else "bfloat16",
-        peers={"F.linear": partial(plain, bench, name, x)},
+        rate=rate,
+        peers={"F.linear": partial(_plain, bench, name, x)},
     )
 
 
-def plain(bench: Bench, name: str, x: Tensor) -> list[Call]:
+def _plain(bench: Bench, name: str, x: Tensor) -> list[Call]:
     """The product of torch itself, unquantised."""
     n, k = bench.sizes.linears()[name]
     copies = num_copies(n * k * x.dtype.itemsize, bench.rotated_bytes)

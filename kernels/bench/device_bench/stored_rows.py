@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
-from device_bench.linear_rows import plain, tune
-from device_bench.row import Bench, Case, Row, check_close
-from device_bench.timing import Call, num_copies
+from device_bench.linear_rows import linear_case, rotated
+from device_bench.row import Bench, Case, Row
 from stored_weights import STORED
-from streamserve_kernels import PackedLinear, QuantLinear
+from streamserve_kernels import PackedLinear
 from streamserve_kernels.stored import GroupedWeight, StoredWeight, TableWeight
 
 _TOLERANCE = 2e-2
@@ -54,30 +51,10 @@ def rows(quick: bool) -> list[Row]:
 
 
 @lru_cache(maxsize=1)
-def _packed(bench: Bench, kind: str) -> list[QuantLinear]:
+def _packed(bench: Bench, kind: str) -> list[PackedLinear]:
     stored = KINDS[kind](*bench.sizes.linears()["down"]).to(bench.device)
-    first = bench.kernels.prepare_stored(stored, None, bench.dtype)
-    copies = num_copies(first.nbytes, bench.rotated_bytes)
-    return [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+    return rotated(bench, bench.kernels.prepare_stored(stored, None, bench.dtype))
 
 
 def _build(kind: str, count: int, bench: Bench) -> Case:
-    n, k = bench.sizes.linears()["down"]
-    packed = _packed(bench, kind)
-    tune(bench, packed, count)
-    x = bench.randn(count, k)
-
-    def check() -> None:
-        expected = F.linear(x.float(), packed[0].unpack().float())
-        check_close(bench.kernels.linear(x, packed[0]), expected, _TOLERANCE)
-
-    def call(one: PackedLinear) -> Call:
-        return lambda: bench.kernels.linear(x, one)
-
-    return Case(
-        calls=[call(one) for one in packed],
-        check=check,
-        num_bytes=packed[0].nbytes + (x.numel() + count * n) * x.dtype.itemsize,
-        flops=2 * count * n * k,
-        peers={"F.linear": partial(plain, bench, "down", x)},
-    )
+    return linear_case(bench, "down", _packed(bench, kind), count, _TOLERANCE)

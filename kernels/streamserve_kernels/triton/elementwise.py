@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -33,7 +35,7 @@ def _warps(elements: int) -> int:
 
 @jit
 def _rms_norm_kernel(
-    x, residual, weight, normed, total, row_stride, residual_stride, H, eps, weight_offset,
+    x, residual, normed, total, row_stride, residual_stride, H, eps, weight, weight_offset,
     HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -66,24 +68,13 @@ def rms_norm(
     weight_offset: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `naive.rms_norm`."""
-    size = x.shape[-1]
-    rows = x.reshape(-1, size)
-    added = rows if residual is None else residual.reshape(-1, size)
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = normed if residual is None else torch.empty_like(normed)
-    block, overlap = triton.next_power_of_2(size), overlaps(x.device)
-    if rows.shape[0]:
-        _rms_norm_kernel[(rows.shape[0],)](
-            rows, added, weight, normed, total, rows.stride(0), added.stride(0), size, eps,
-            weight_offset, HAS_RESIDUAL=residual is not None, HAS_OFFSET=weight_offset != 0.0,
-            OVERLAP=overlap, BLOCK=block, num_warps=_warps(block), launch_pdl=overlap,
-        )  # fmt: skip
-    return normed if residual is None else (normed, total)
+    has_offset = weight_offset != 0.0
+    return _norm(_rms_norm_kernel, x, residual, eps, weight, weight_offset, HAS_OFFSET=has_offset)
 
 
 @jit
 def _layer_norm_kernel(
-    x, residual, weight, bias, normed, total, row_stride, residual_stride, H, eps,
+    x, residual, normed, total, row_stride, residual_stride, H, eps, weight, bias,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -120,6 +111,26 @@ def layer_norm(
     residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `naive.layer_norm`."""
+    return _norm(
+        _layer_norm_kernel,
+        x,
+        residual,
+        eps,
+        x if weight is None else weight,
+        x if bias is None else bias,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+    )
+
+
+def _norm(
+    kernel: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    *parameters: Tensor | float,
+    **constants: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     size = x.shape[-1]
     rows = x.reshape(-1, size)
     added = rows if residual is None else residual.reshape(-1, size)
@@ -127,12 +138,10 @@ def layer_norm(
     total = normed if residual is None else torch.empty_like(normed)
     block, overlap = triton.next_power_of_2(size), overlaps(x.device)
     if rows.shape[0]:
-        _layer_norm_kernel[(rows.shape[0],)](
-            rows, added, rows if weight is None else weight, rows if bias is None else bias,
-            normed, total, rows.stride(0), added.stride(0), size, eps,
-            HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None, OVERLAP=overlap, BLOCK=block, num_warps=_warps(block),
-            launch_pdl=overlap,
+        kernel[(rows.shape[0],)](
+            rows, added, normed, total, rows.stride(0), added.stride(0), size, eps, *parameters,
+            HAS_RESIDUAL=residual is not None, OVERLAP=overlap, BLOCK=block,
+            num_warps=_warps(block), launch_pdl=overlap, **constants,
         )  # fmt: skip
     return normed if residual is None else (normed, total)
 

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from streamserve_kernels.fp8 import FP8, quantise_fp8_weight
 from streamserve_kernels.quantised import FP8_TILE, Quantization
-from streamserve_kernels.triton.gemv import gemv_kernel
+from streamserve_kernels.triton.gemv import gemv
 from streamserve_kernels.triton.runtime import INTERPRETED, jit
 from streamserve_kernels.triton.tuning import LIBRARY, Config, bucket, usable
 
 _QUANTISE_BLOCK = 2048
-_VECTOR = 16  # codes that a thread loads at once
 _GEMV = (
     Config("gemv", 1, 4),
     Config("gemv", 1, 8),
@@ -154,24 +153,7 @@ class Fp8Linear:
         if config == LIBRARY:
             return self._library(codes, scales, x.dtype)[:, : self.out_features].reshape(shape)
         y = torch.empty(shape, dtype=x.dtype, device=x.device)
-        gemv_kernel[(-(-self.out_features // config.block_n),)](
-            codes,
-            self.codes,
-            self.scales if self.bias is None else self.bias,
-            scales,
-            self.scales,
-            y,
-            self.out_features,
-            self.codes.shape[1],
-            BLOCK_N=config.block_n,
-            BLOCK_K=32 * config.num_warps * _VECTOR,
-            VEC=_VECTOR,
-            HAS_BIAS=self.bias is not None,
-            HAS_SCALES=True,
-            OVERLAP=config.overlap,
-            num_warps=config.num_warps,
-            launch_pdl=config.overlap,
-        )
+        gemv(codes, self.codes, self.bias, y, config, (scales, self.scales))
         return y
 
     def quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:

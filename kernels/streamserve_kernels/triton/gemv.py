@@ -13,9 +13,25 @@ that x is there, so is the first tile of the weight.
 from __future__ import annotations
 
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from streamserve_kernels.triton.runtime import jit
+from streamserve_kernels.triton.tuning import Config
+
+ALIGNMENT = 16  # bytes that a thread loads at once
+
+
+@jit
+def store_tile(y, bias, acc, m, n, M, N, HAS_BIAS: tl.constexpr):
+    """Puts sums [BLOCK_M, BLOCK_N] into rows `m` and columns `n` of y [M, N]."""
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y + m.to(tl.int64)[:, None] * N + n[None, :],
+        acc.to(y.dtype.element_ty),
+        mask=(m < M)[:, None] & (n < N)[None, :],
+    )
 
 
 @jit
@@ -65,6 +81,41 @@ def gemv_kernel(
     tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
 
 
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    config: Config,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Fills y [1, N] with the product of x [1, K] and the first N rows of weight [.., K].
+
+    `scales` are those of float8 codes: x's [1], and the outputs' [N].
+    """
+    out_features, in_features = y.numel(), weight.shape[1]
+    vector = ALIGNMENT // weight.itemsize
+    x_scale, weight_scales = scales or (weight, weight)
+    gemv_kernel[(-(-out_features // config.block_n),)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        x_scale,
+        weight_scales,
+        y,
+        out_features,
+        in_features,
+        BLOCK_N=config.block_n,
+        BLOCK_K=32 * config.num_warps * vector,
+        VEC=vector,
+        HAS_BIAS=bias is not None,
+        HAS_SCALES=scales is not None,
+        OVERLAP=config.overlap,
+        num_warps=config.num_warps,
+        launch_pdl=config.overlap,
+    )
+
+
 @jit(do_not_specialize=["M"])
 def skinny_kernel(
     x,  # [M, K]
@@ -103,10 +154,4 @@ def skinny_kernel(
         if INTERPRETED:
             w, values = w.to(tl.float32), values.to(tl.float32)
         acc = tl.dot(values, w, acc, input_precision="ieee")
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        y + m.to(tl.int64)[:, None] * N + n[None, :],
-        acc.to(y.dtype.element_ty),
-        mask=(m < M)[:, None] & (n < N)[None, :],
-    )
+    store_tile(y, bias, acc, m, n, M, N, HAS_BIAS)

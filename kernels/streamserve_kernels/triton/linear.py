@@ -20,7 +20,7 @@ from torch import Tensor
 from streamserve_kernels.interface import PackedLinear, QuantLinear
 from streamserve_kernels.quantised import Quantization, quantise
 from streamserve_kernels.triton.fp8 import Fp8Linear
-from streamserve_kernels.triton.gemv import gemv_kernel, skinny_kernel
+from streamserve_kernels.triton.gemv import ALIGNMENT, gemv, skinny_kernel
 from streamserve_kernels.triton.packed import WHOLE_ROW, PackedWeight, pack
 from streamserve_kernels.triton.packed_gemm import packed_gemm_kernel
 from streamserve_kernels.triton.packed_gemv import MAGIC, packed_gemv_kernel
@@ -39,7 +39,6 @@ FEW_ROWS = 16
 PACKED_ROWS = 256
 # Elements of a dequantised piece: 64 MiB of bfloat16.
 _SCRATCH_ELEMENTS = 2**25
-_ALIGNMENT = 16  # bytes that a thread loads at once
 
 _GEMV = (
     Config("gemv", 1, 4),
@@ -92,12 +91,12 @@ def _rows_of(x: Tensor, in_features: int) -> Tensor:
     if x.shape[-1] != in_features:
         raise ValueError(f"expected rows of {in_features}, got {x.shape[-1]}")
     x = x.reshape(-1, in_features).contiguous()
-    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
 
 
 def _alignment(*tensors: Tensor | None) -> str:
     """Kernels are compiled anew for addresses of another alignment: part of a tuning key."""
-    aligned = all(t is None or t.data_ptr() % _ALIGNMENT == 0 for t in tensors)
+    aligned = all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors)
     return "" if aligned else ",unaligned"
 
 
@@ -166,33 +165,14 @@ class DenseLinear:
         if config.kernel == "split":
             split_linear(rows, self.weight, self.bias, y.view(count, -1), self.counters, config)
             return y
-        weight, bias = self.weight, self.weight if self.bias is None else self.bias
         if config.kernel == "gemv":
-            vector = _ALIGNMENT // self.weight.itemsize
-            gemv_kernel[(-(-out_features // config.block_n),)](
-                rows,
-                weight,
-                bias,
-                weight,
-                weight,
-                y,
-                out_features,
-                self.in_features,
-                BLOCK_N=config.block_n,
-                BLOCK_K=32 * config.num_warps * vector,
-                VEC=vector,
-                HAS_BIAS=self.bias is not None,
-                HAS_SCALES=False,
-                OVERLAP=config.overlap,
-                num_warps=config.num_warps,
-                launch_pdl=config.overlap,
-            )
+            gemv(rows, self.weight, self.bias, y, config)
             return y
         grid = -(-out_features // config.block_n), -(-count // config.block_m)
         skinny_kernel[grid](
             rows,
-            weight,
-            bias,
+            self.weight,
+            self.weight if self.bias is None else self.bias,
             y,
             count,
             out_features,

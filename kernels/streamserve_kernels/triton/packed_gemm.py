@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from streamserve_kernels.triton.gemv import store_tile
 from streamserve_kernels.triton.runtime import jit
 
 
@@ -80,13 +81,7 @@ def packed_gemm_kernel(
             acc = tl.dot(values, weight, acc, input_precision="ieee")
     if ROW_SCALES:
         acc *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        y + m.to(tl.int64)[:, None] * N + n[None, :],
-        acc.to(y.dtype.element_ty),
-        mask=(m < M)[:, None] & (n < N)[None, :],
-    )
+    store_tile(y, bias, acc, m, n, M, N, HAS_BIAS)
 
 
 @jit(do_not_specialize=["first_row", "group_shift"])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
+from streamserve_kernels.triton.gemv import store_tile
 from streamserve_kernels.triton.runtime import jit
 
 
@@ -111,13 +112,7 @@ def stored_product_kernel(
             if INTERPRETED:
                 w, values = w.to(tl.float32), values.to(tl.float32)
             acc = tl.dot(values, w, acc, input_precision="ieee")
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        y + m.to(tl.int64)[:, None] * N + n[None, :],
-        acc.to(y.dtype.element_ty),
-        mask=(m < M)[:, None] & (n < N)[None, :],
-    )
+    store_tile(y, bias, acc, m, n, M, N, HAS_BIAS)
 
 
 @jit(do_not_specialize=["first_row"])
