@@ -152,35 +152,11 @@ def create_app(
         # On the public port anybody could read who the others are.
         shows_tenants=config.admin_port is not None,
     )
-    small = _SmallEndpoints(context)
     operators = OperatorEndpoints(context, registry)
-    admin_routes = operators.admin_routes()
-    if faults is not None:
-        fault = FaultEndpoint(context, faults)
-        admin_routes.append(Route("/debug/inject_fault", fault.__call__, methods=["POST"]))
-    if adapters is not None and config.updates_adapters:
-        admin_routes += AdapterEndpoints(context, adapters).routes()
-    tokens = TokenEndpoints(context)
-    routes = [
-        Route("/v1/chat/completions", ChatEndpoint(context), methods=["POST"]),
-        Route("/v1/completions", CompletionEndpoint(context), methods=["POST"]),
-        Route("/v1/streams/{id}", StreamEndpoint(context), methods=["GET"]),
-        *cancel_routes(context.running),
-        *_responses_routes(context),
-        Route("/v1/messages", MessagesEndpoint(context), methods=["POST"]),
-        Route("/v1/messages/count_tokens", CountTokensEndpoint(context), methods=["POST"]),
-        Route("/v1/embeddings", EmbeddingEndpoint(context), methods=["POST"]),
-        Route("/v1/models", small.models),
-        Route("/v1/models/{model:path}", small.model),
-        Route("/tokenize", tokens.tokenize, methods=["POST"]),
-        Route("/detokenize", tokens.detokenize, methods=["POST"]),
-        *operators.health_routes(),
-    ]
+    admin_routes = _admin_routes(context, operators, faults, adapters)
+    routes = [*_public_routes(context), *operators.health_routes()]
     if config.admin_port is None:
         routes += admin_routes
-    if config.has_docs:
-        routes.append(Route("/openapi.json", small.openapi))
-    routes += page_routes(has_chat=config.has_pages, has_docs=config.has_pages and config.has_docs)
     key_check = Middleware(
         ApiKeyMiddleware, keys=keys, limiter=RateLimiter(clock), on_refused=metrics.refused
     )
@@ -196,6 +172,44 @@ def create_app(
     if config.admin_port is not None:
         app.admin = admin_app([*operators.health_routes(), *admin_routes], guards)
     return app
+
+
+def _admin_routes(
+    context: ApiContext,
+    operators: OperatorEndpoints,
+    faults: FaultInjectingRunner | None,
+    adapters: Adapters | None,
+) -> list[Route]:
+    routes = operators.admin_routes()
+    if faults is not None:
+        fault = FaultEndpoint(context, faults)
+        routes.append(Route("/debug/inject_fault", fault.__call__, methods=["POST"]))
+    if adapters is not None and context.config.updates_adapters:
+        routes += AdapterEndpoints(context, adapters).routes()
+    return routes
+
+
+def _public_routes(context: ApiContext) -> list[Route]:
+    config = context.config
+    small, tokens = _SmallEndpoints(context), TokenEndpoints(context)
+    routes = [
+        Route("/v1/chat/completions", ChatEndpoint(context), methods=["POST"]),
+        Route("/v1/completions", CompletionEndpoint(context), methods=["POST"]),
+        Route("/v1/streams/{id}", StreamEndpoint(context), methods=["GET"]),
+        *cancel_routes(context.running),
+        *_responses_routes(context),
+        Route("/v1/messages", MessagesEndpoint(context), methods=["POST"]),
+        Route("/v1/messages/count_tokens", CountTokensEndpoint(context), methods=["POST"]),
+        Route("/v1/embeddings", EmbeddingEndpoint(context), methods=["POST"]),
+        Route("/v1/models", small.models),
+        Route("/v1/models/{model:path}", small.model),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        *page_routes(has_chat=config.has_pages, has_docs=config.has_pages and config.has_docs),
+    ]
+    if config.has_docs:
+        routes.append(Route("/openapi.json", small.openapi))
+    return routes
 
 
 def _responses_routes(context: ApiContext) -> list[Route]:

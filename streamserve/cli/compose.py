@@ -228,7 +228,23 @@ def set_up(args: Namespace, say: Say, warn: Say, *, rank: int = 0) -> ModelSetup
     say(f"model {model_name(args)}: {config.architecture}, {dtype_name}{quantised}, on {device}")
     if config.unserved:
         say(f"  text only     requests with {config.unserved} are refused")
-    scheduler = SchedulerConfig(
+    return ModelSetup(
+        args=args,
+        path=path,
+        config=config,
+        dtype=dtype,
+        device=device,
+        scheduler=_scheduler_config(args, max_model_len),
+        quantization=quantization,
+        adapters=adapters,
+        say=say,
+        warn=warn,
+    )
+
+
+def _scheduler_config(args: Namespace, max_model_len: int) -> SchedulerConfig:
+    given = args.speculative_config
+    return SchedulerConfig(
         max_model_len=max_model_len,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -238,23 +254,7 @@ def set_up(args: Namespace, say: Say, warn: Say, *, rank: int = 0) -> ModelSetup
         max_steps_in_flight=2 if args.async_scheduling else 1,
         enable_cascade_attention=not args.disable_cascade_attn,
         itl_target_ms=args.itl_target_ms,
-        speculative=(
-            None
-            if args.speculative_config is None
-            else parse_speculative_config(args.speculative_config)
-        ),
-    )
-    return ModelSetup(
-        args=args,
-        path=path,
-        config=config,
-        dtype=dtype,
-        device=device,
-        scheduler=scheduler,
-        quantization=quantization,
-        adapters=adapters,
-        say=say,
-        warn=warn,
+        speculative=None if given is None else parse_speculative_config(given),
     )
 
 
