@@ -7,17 +7,9 @@ from typing import Any
 
 import transformers
 
-BASE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+from tests.models import native
+
+BASE = {**native.BASE, **native.ENDS}
 GQA = {**BASE, "num_key_value_heads": 2}
 WINDOWS = {
     "sliding_window": 6,
