@@ -95,7 +95,6 @@ class Table:
 
     `follow` are short forms that lean on the question before ("and {country}?").
     `keep` lists row keys that are never held out, because every newcomer asks them.
-    `any_row_words`: answers do not depend on the row (declines, jokes).
     """
 
     name: str
