@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -22,7 +23,11 @@ from streamserve_kernels.sampling import SamplingTensors
 from streamserve_kernels.triton import sampling
 from streamserve_kernels.triton.block_rows import TritonBlockRows
 from streamserve_kernels.triton.fp8 import Fp8Linear
-from streamserve_kernels.triton.linear import PackedQuantLinear, prepare_linear
+from streamserve_kernels.triton.linear import (
+    PackedQuantLinear,
+    prepare_linear,
+    prepare_quantised,
+)
 from streamserve_kernels.triton.packed import WHOLE_ROW, PackedWeight
 from streamserve_kernels.triton.runtime import INTERPRETED
 from streamserve_kernels.triton.stored import PlanesLinear
@@ -58,27 +63,65 @@ def spread(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def only_the_last_programs(count: int) -> Iterator[None]:
-    """Of the first dimension of a grid."""
+def only_some_programs(count: int, *, last: bool = True) -> Iterator[None]:
+    """Of the first dimension of a grid: so many at its end, or at its beginning."""
     from triton.runtime import interpreter
 
     launch = interpreter.GridExecutor.__call__
     builder = interpreter.interpreter_builder
-    program_id = builder.create_get_program_id
-    skipped = 0
+    program_id, num_programs = builder.create_get_program_id, builder.create_get_num_programs
+    skipped = left_out = 0
 
-    def launch_last(executor, *args, **kwargs) -> None:
-        nonlocal skipped
-        skipped, executor.grid = executor.grid[0] - count, (count, *executor.grid[1:])
+    def launch_some(executor, *args, **kwargs) -> None:
+        nonlocal skipped, left_out
+        length, *others = executor.grid
+        executor.grid = (min(length, count), *others)
+        left_out = length - executor.grid[0]
+        skipped = left_out if last else 0
         launch(executor, *args, **kwargs)
 
-    def later_id(axis):
-        found = program_id(axis)
-        return found if axis else type(found)(found.data + np.int32(skipped), found.dtype)
+    def added(found, number: int):
+        return type(found)(found.data + np.int32(number), found.dtype)
 
     with (
-        patch.object(interpreter.GridExecutor, "__call__", launch_last),
-        patch.object(builder, "create_get_program_id", later_id),
+        patch.object(interpreter.GridExecutor, "__call__", launch_some),
+        patch.object(
+            builder,
+            "create_get_program_id",
+            lambda axis: added(program_id(axis), 0 if axis else skipped),
+        ),
+        patch.object(
+            builder,
+            "create_get_num_programs",
+            lambda axis: added(num_programs(axis), 0 if axis else left_out),
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def far_outputs() -> Iterator[None]:
+    """Kernels write what is longer than 2^31 elements into memory that is hardly touched."""
+    new_empty, empty = torch.Tensor.new_empty, torch.empty
+
+    def made(make, dtype, shape, options):
+        if np.prod(shape, dtype=np.int64) <= 2**31:
+            return make(*shape, **options)
+        return far(*shape, stride=int(np.prod(shape[1:])), dtype=dtype)
+
+    with (
+        patch.object(
+            torch.Tensor,
+            "new_empty",
+            lambda like, *shape, **options: made(
+                partial(new_empty, like), like.dtype, shape, options
+            ),
+        ),
+        patch.object(
+            torch,
+            "empty",
+            lambda *shape, **options: made(empty, options.get("dtype"), shape, options),
+        ),
     ):
         yield
 
@@ -101,6 +144,40 @@ def test_caches_and_queries_of_attention(naive, most, monkeypatch):
     apart = spread(query), spread(key_cache), spread(value_cache)
     found = ours.paged_attention(*apart, *rest, scale=0.2, max_query_len=most)
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("length", "queries"), [(70, 20), (70, 1), (300, 1)], ids=["chunk", "decode", "merged"]
+)
+def test_outputs_of_attention(naive, length, queries):
+    """Of the last request of a step, whose first one has a million queries that nobody computes."""
+    many, heads, size, padding = 2**20, 8, 256, 60 - queries
+    case = paged_case(
+        naive,
+        seed=1,
+        dtype=torch.float32,
+        heads=(heads, 1),
+        head_size=size,
+        block_size=16,
+        requests=[(length, queries)],
+        padding_rows=padding,
+    )
+    expected = naive.paged_attention(*case.args, scale=0.1)
+    query, key_cache, value_cache, table, *_ = case.args
+    queried = far(many + 60, heads, size, stride=heads * size)
+    queried[many:] = query
+    args = (
+        queried,
+        key_cache,
+        value_cache,
+        table.expand(2, -1),
+        torch.tensor([many, length], dtype=torch.int32),
+        torch.tensor([0, many, many + queries], dtype=torch.int32),
+    )
+    # Those that share the keys of few queries, and the tiles of the last 64 rows, which come first.
+    with far_outputs(), only_some_programs(4 + 9, last=False):
+        found = ours.paged_attention(*args, scale=0.1)
+    torch.testing.assert_close(found[many:], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("rotates", [True, False])
@@ -134,6 +211,23 @@ def test_rows_of_norms_activations_and_the_embedding():
     torch.testing.assert_close(found, expected, **CLOSE)
     ids = torch.tensor([2, 0])
     assert ours.embedding(ids, apart[0]).equal(x[ids])
+
+
+def last_row(rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of more than 2^31 elements: that of the last row of K inputs."""
+    ids = torch.zeros(N, dtype=torch.int64)
+    ids[-1] = 1
+    with far_outputs(), only_some_programs(1):
+        return rows(ids)[-1]
+
+
+def test_rows_from_an_embedding():
+    weight = torch.randn(2, K)
+    assert last_row(lambda ids: ours.embedding(ids, weight)).equal(weight[1])
+    planes = PlanesLinear(grouped(3, 0, "all")(2, K), None, torch.float32)
+    assert last_row(planes.rows).equal(planes.unpack()[1])
+    words = prepare_quantised(weight, None, "int4")
+    assert last_row(words.rows).equal(words.unpack()[1])
 
 
 def test_rows_of_blocks():
@@ -190,7 +284,7 @@ def test_rows_of_adapters_and_experts():
 def check_last_rows(run, config: Config, weight: Tensor, rows: int) -> None:
     """The last two outputs are products with this [2, K] weight."""
     x = torch.randn(rows, weight.shape[1])
-    with only_the_last_programs(1 + (config.block_n < 2)):
+    with only_some_programs(1 + (config.block_n < 2)):
         y = run(x, config)
     torch.testing.assert_close(y[:, -2:], x @ weight.T, atol=1e-3, rtol=1e-4)
 
@@ -234,7 +328,7 @@ def test_rows_that_are_quantised(monkeypatch):
     x = far(N, K, stride=K)
     x[-2:] = torch.randn(2, K)
     layer = Fp8Linear(torch.ones(1, K), None)
-    with only_the_last_programs(2):
+    with only_some_programs(2):
         codes, scales = layer.quantise(x)
     expected, expected_scales = quantise_fp8(x[-2:])
     assert codes[-2:].float().equal(expected.float())

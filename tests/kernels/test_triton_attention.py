@@ -25,8 +25,6 @@ PREFIXED_MIXED = [(100, 2), (97, 1), (130, 20), (33, 33), (70, 2), (200, 1), (90
 CHUNKS = [(140, 1), (130, 33), (7, 7), (65, 3), (90, 0), (31, 1)]
 # Drafts to verify: more rows of a group than a tile has, and fewer queries than the most there are.
 PREFIXED_DRAFTS = [(100, 3), (97, 1), (130, 2), (70, 3), (99, 3), (200, 2), (150, 3)]
-# The first request is in the first group: rows of the second's last tile that nobody has are not
-# to be taken for its.
 GROUPS = [((0, 4, 2), 33), ((5, 1), 60)]
 
 
@@ -264,6 +262,38 @@ def test_groups_whose_members_are_not_cut(naive: Kernels, device, monkeypatch) -
     monkeypatch.setattr(attention_plan, "FEW_ROWS", 0)
     case = case_on(naive, device, seed=23, heads=(4, 2), requests=PREFIXED_MIXED)
     compare(naive, case, device, max_query_len=64, prefix_groups=share(case, GROUPS))
+
+
+@pytest.mark.usefixtures("small")
+def test_rows_of_a_group_that_nobody_has_are_not_the_first_requests(naive: Kernels, device) -> None:
+    """It is in the first group; one program has all of the second's keys, and writes for itself."""
+    case = paged_case(
+        naive,
+        seed=24,
+        dtype=dtype_on(device),
+        heads=(4, 2),
+        head_size=64 if device.type == "cuda" else 16,
+        block_size=16,
+        requests=PREFIXED,
+    )
+    groups = share(case, [((0, 4, 2), 33), ((5, 1), 16)])
+    compare(naive, case, device, max_query_len=1, prefix_groups=groups)
+
+
+@pytest.mark.usefixtures("small")
+def test_programs_divide_the_row_tiles_of_a_group(naive: Kernels, device) -> None:
+    """Six items of three tiles of keys among four programs: nearly all are put together."""
+    case = paged_case(
+        naive,
+        seed=25,
+        dtype=dtype_on(device),
+        heads=(6, 3),
+        head_size=64 if device.type == "cuda" else 16,
+        block_size=16,
+        requests=PREFIXED_DRAFTS,
+    )
+    groups = share(case, [((1, 4, 2, 6, 3, 0), 60)])
+    compare(naive, case, device, max_query_len=3, prefix_groups=groups)
 
 
 def test_members_read_a_prefix_through_the_first(naive: Kernels, device) -> None:
