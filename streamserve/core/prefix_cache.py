@@ -204,7 +204,8 @@ class PrefixCache:
 
     def adopt(self, node: PrefixNode, block: KVCacheBlock) -> None:
         """Let ``block``, which holds the node's content, stand for a node that has no block."""
-        if node.block is None and block.node is None:
+        if node.block is None:
+            assert block.node is None, f"{block} holds something else"
             node.block = block
             block.node = node
 

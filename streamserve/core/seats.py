@@ -114,7 +114,7 @@ class Seats:
     def take_idle(self) -> bool:
         """Take the last seat of a request that waits for its token to be chosen, if one does."""
         idle = next((r for r in reversed(self.running) if r.num_pending_tokens), None)
-        if idle is None or idle.num_steps_in_flight:
+        if idle is None:
             return False
         self.preempt(idle)
         return True
