@@ -71,18 +71,22 @@ def num_compiled(kernel: Any) -> int:
     return sum(len(of_device[0]) for of_device in kernel.device_caches.values())
 
 
+def said_of(kernel: Any, tool: str, flag: str) -> str:
+    """What one of the tools that triton brings along says."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [path, flag, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def resources(kernel: Any) -> dict[str, int]:
     """Registers of a thread, bytes of its stack (spills), shared bytes of a program.
 
     `limited`: the launch asks for fewer registers than a thread can have.
     """
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        told = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    told = said_of(kernel, "cuobjdump", "--dump-resource-usage")
     used = dict(re.findall(r"(REG|STACK):(\d+)", told))
     wgmma = kernel.asm["ptx"].count("wgmma.mma_async")
     return {
@@ -97,13 +101,7 @@ def resources(kernel: Any) -> dict[str, int]:
 
 def pace(kernel: Any) -> dict[str, int]:
     """What holds up the matrix units: products waited for, operands sent through shared memory."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        code = subprocess.run(
-            [tool, "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    code = said_of(kernel, "nvdisasm", "-c")
     loop = code[code.index("HGMMA") : code.rindex("HGMMA")]
     return {"waits": loop.count("WARPGROUP.DEPBAR.LE gsb0, 0x0"), "through": code.count("LDSM")}
 
