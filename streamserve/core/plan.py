@@ -179,7 +179,11 @@ class ModelRunner(Protocol):
     def sample(
         self, step_id: int, masks: Mapping[str, bytes] | None = None
     ) -> Future[ModelRunnerOutput]:
-        """Sample the step's rows once its forward is done."""
+        """Sample the oldest launched step, which must be ``step_id``, once its forward is done.
+
+        ``masks``: request id → packed bits, lowest first, 1 for a token that may come; requests
+        without one are free.
+        """
 
     def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
         """Have ``hear`` called with the cause, once, when no step can run any more.

@@ -130,11 +130,7 @@ class CudaModelRunner:
     def sample(
         self, step_id: int, masks: Mapping[str, bytes] | None = None
     ) -> Future[ModelRunnerOutput]:
-        """Sample the oldest launched step, which must be ``step_id``.
-
-        ``masks``: request id → packed bits, lowest first, 1 for a token that may come; requests
-        without one are free. Raises RuntimeError when steps are sampled out of order.
-        """
+        """See ``core.plan.ModelRunner``. Raises RuntimeError when it is another step's turn."""
         self._check_open()
         return self._calls.sample(step_id, masks)
 
