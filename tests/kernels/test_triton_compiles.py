@@ -25,9 +25,9 @@ def test_every_kernel_compiles_for_hopper_and_spills_little(parts):
         assert kernel["shared"] <= _SHARED_BYTES, kernel
         assert kernel["stack"] <= (512 if kernel["limited"] else 256), kernel
         if kernel["kernel"].endswith("stored_split_kernel"):
-            # Sixteen places are two products, and what a table holds is looked up in between.
+            # Sixteen places are two products, 32 four; what a table holds is looked up in between.
             assert kernel["wgmma"], kernel
-            assert kernel["waits"] <= 1, kernel
+            assert kernel["waits"] <= 3, kernel
         elif kernel["kernel"].endswith("split_kernel"):
             # Weights go from shared memory through registers, and products are not waited for.
             assert kernel["wgmma"], kernel

@@ -10,14 +10,28 @@ pytest.importorskip("triton")
 from streamserve_kernels.triton.stored import PlanesLinear, prepare_stored
 from streamserve_kernels.triton.tuning import Config, bucket
 from tests.kernels.conftest import dtype_on
-from tests.kernels.stored_cases import CASES
+from tests.kernels.stored_cases import CASES, grouped, squeezed
 from tests.kernels.test_triton_quantised import check
 
-SPLIT = ("gptq2", "q4_1", "q4_k", "q6_k", "nf4", "squeezed4", "fp8-rows", "fp8-one", "fp8-blocks")
+SPLIT = (
+    "gptq2",
+    "gptq3",
+    "table3",
+    "q4_1",
+    "q5_0",
+    "q4_k",
+    "q6_k",
+    "nf4",
+    "squeezed4",
+    "fp8-rows",
+    "fp8-one",
+    "fp8-blocks",
+)
+MORE = {"q3_k": grouped(3, 16, "all"), "table3": squeezed(3, sparse=False)}
 
 
 def prepared(case: str, shape: tuple[int, int], device: torch.device) -> PlanesLinear:
-    stored, bias = CASES[case](*shape), torch.randn(shape[0])
+    stored, bias = (CASES | MORE)[case](*shape), torch.randn(shape[0])
     packed = prepare_stored(stored.to(device), bias.to(device), dtype_on(device))
     assert isinstance(packed, PlanesLinear)
     return packed
@@ -52,8 +66,8 @@ def test_every_float8_number(device):
 
 
 def test_planes_that_do_not_fit(device):
-    """High bits one by one, inputs that are no whole words."""
-    for case, shape in (("gptq3", (40, 320)), ("q5_0", (40, 320)), ("q4_k", (40, 100))):
+    """Groups, or inputs, that are no whole words."""
+    for case, shape in (("q3_k", (40, 320)), ("q4_k", (40, 100))):
         assert prepared(case, shape, device).packed.split is None
 
 

@@ -1,8 +1,9 @@
-"""Products of tens of rows with stored weights of 2, 4, 6 or 8 bits: `split` for those.
+"""Products of tens of rows with stored weights of 2 to 8 bits: `split` for those.
 
-Planes of codes are read as words: place j of a word is its j-th code. Beside a plane of two high
-bits, whose words have twice as many, two words of low ones belong to each. `packed_split` says how
-weights get to the matrix units; what a table holds goes through shared memory after all.
+Planes of codes are read as words: place j of a word is its j-th code. Beside a plane of one or two
+high bits, whose words have more of them, two or four words of low ones belong to each.
+`packed_split` says how weights get to the matrix units; what a table holds goes through shared
+memory after all.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from streamserve_kernels.triton.stored_kernels import KernelWeight, numbers_of
 from streamserve_kernels.triton.tuning import Config
 
 _STEP_INPUTS = 64  # that the planes of a step's least words are whole for
+
+_WORD_CODES = 256  # of a step, at most: what it needs of x would not fit
 
 # By rows: tiles, in words, without their splits.
 _TILES = {
@@ -306,7 +309,7 @@ class SplitWords:
         low, high = weight.LOW_BITS.value, weight.HIGH_BITS.value
         words, rest = divmod(weight.group, 32 // (high or low))
         in_words = weight.group >= in_features or (rest == 0 and words & (words - 1) == 0)
-        if in_features % _STEP_INPUTS or high == 1 or not in_words:
+        if in_features % _STEP_INPUTS or not in_words:
             return None
         return SplitWords(weight, float8=float8)
 
@@ -314,7 +317,8 @@ class SplitWords:
         """For a bucket of rows: the tiles, with their splits."""
         words = 1 if self.high is None else 1 + self.ratio
         tiles, stage_bytes = [], []
-        for config in _TILES.get(rows, ()):
+        for tile in _TILES.get(rows, ()):
+            config = tile._replace(block_k=min(tile.block_k, _WORD_CODES // self.per))
             size = config.block_k * (2 * self.per * config.block_m + 4 * words * config.block_n)
             fits = size * config.stages <= SHARED_BYTES
             tiles.append(config if fits else config._replace(stages=2))
