@@ -212,13 +212,17 @@ def test_each_version_measures_for_itself_and_no_file_is_written_in_part(
     packed, other = (prepare_linear(torch.randn(n, 32, device=device)) for n in (8, 16))
     best = packed.candidates(1)[1]
     tune([packed], [1], directory=tmp_path, measure=favour(best)[0])
-    for module in (tuning.triton, tuning.torch):
+    for module, version in (
+        (tuning.triton, "__version__"),
+        (tuning.torch, "__version__"),
+        (tuning, "_CANDIDATES"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "__version__", "0.0")
+            patch.setattr(module, version, "0.0")
             measure, asked = favour(best)
             tune([packed], [1], directory=tmp_path, measure=measure)
             assert asked
-    assert len(list(tmp_path.glob("*.json"))) == 3
+    assert len(list(tmp_path.glob("*.json"))) == 4
     names = set(tmp_path.iterdir())
     # What was known stays beside what is found, and a full disk leaves it as it was.
     path = tuning._path(tmp_path, packed.device)
@@ -292,6 +296,36 @@ def test_two_processes_that_tune_at_once_keep_what_either_found(tmp_path):
     (path,) = tmp_path.glob("*.json")
     layers = [prepare_linear(torch.ones(outputs, 32)) for outputs in (8, 16)]
     assert json.loads(path.read_text()).keys() == {layer.tuning_key(1) for layer in layers}
+
+
+def test_all_that_was_chosen_has_run(device, tmp_path, monkeypatch):
+    """What was measured, read from the file, or is the first for lack of time: on no zeros."""
+    packed = prepare_linear(torch.randn(8, 32, device=device))
+    best, ran = packed.candidates(1)[1], []
+    run = type(packed).run
+
+    def watched(self, x, config):
+        ran.append((tuple(x.shape), config, bool(x.eq(0).any())))
+        return run(self, x, config)
+
+    monkeypatch.setattr(type(packed), "run", watched)
+    tune([packed], [1], directory=tmp_path, measure=favour(best)[0])
+    tune([packed], [1], directory=tmp_path, measure=favour(LIBRARY)[0])
+    tune([packed], [4], directory=tmp_path, seconds=0.0, measure=favour(best)[0])
+    assert ran == [
+        ((1, 32), best, False),
+        ((1, 32), best, False),
+        ((4, 32), packed.candidates(4)[0], False),
+    ]
+
+
+def test_only_a_device_that_can_overlap_kernels_is_given_such(monkeypatch):
+    candidates, device = (Config("gemv"), Config("gemv", overlap=True)), torch.device("cpu")
+    for can, expected in ((False, candidates[:1]), (True, candidates)):
+        monkeypatch.setattr(tuning, "overlaps", lambda device, can=can: can)
+        tuning.usable.cache_clear()
+        assert tuning.usable(candidates, device) == expected
+    tuning.usable.cache_clear()
 
 
 def test_a_layer_whose_kernels_are_all_wrong_is_the_librarys(device, tmp_path):
