@@ -216,7 +216,7 @@ static void memory(void) {
 
 // Loads and stores of everything, gathers and scatters.
 static void whole_moves(void) {
-    float to[64] __attribute__((aligned(64)));
+    float to[64] __attribute__((aligned(64))) = {0};
     const __m256i places = _mm256_setr_epi32(0, 7, 5, 4, 11, -2, 9, 1);
     const __m512i more = _mm512_setr_epi32(0, 7, 5, 4, 11, -2, 9, 1, 3, 2, 15, -1, 20, -7, 30, 8);
     BITS(loadu_si512, (const char *)(words[0] + 16 * (i / 2)) + 3)

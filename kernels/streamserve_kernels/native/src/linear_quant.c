@@ -1,8 +1,8 @@
-// y = x @ weightᵀ + bias for int8 and int4 weights on AVX512-VNNI, for any number of rows.
+// y = x @ weightᵀ + bias for int8 and int4 weights on AVX512-VNNI or AVX2, for any number of rows.
 //
 // Activations are quantised to int8 with one scale per row and 64 inputs; VPDPBUSD multiplies
 // unsigned by signed bytes, so weights are stored with their zero at 128 (int8) or 8 (int4), and
-// a sum starts at minus that zero times the sum of the activations, which makes it exact.
+// minus that zero times the sum of the activations is added to a sum, which makes it exact.
 //
 // A tile is 16 outputs x 64 inputs, and a weight is tiles [N / 16][K / 64], padded with zeros:
 //
@@ -26,10 +26,18 @@ enum {
     INT4_TILE = 576,
     ROW_TILE = 4,         // 4 rows x 4 tiles of columns run at 85% of the VNNI rate, 6 x 4 at 60%
     STREAM_ROWS = 4,      // most rows at which the weights' way from memory is what takes the time
-    WIDE = 4,             // tiles of columns at once where there are more rows
-    STREAM_AHEAD = 4096,  // bytes
     OWN_ROWS = 4,         // most rows that every thread quantises for itself: cheaper than to meet
 };
+
+// How a stream of weights is asked for, and how many bytes ahead. Zen 4 reads faster past the second
+// level; Cascade Lake has too few buffers before the first one for that.
+#ifdef __AVX512BF16__
+#define STREAM_HINT _MM_HINT_NTA
+enum { STREAM_AHEAD = 4096 };
+#else
+#define STREAM_HINT _MM_HINT_T1
+enum { STREAM_AHEAD = 8192 };
+#endif
 
 // A weight as the products read it.
 typedef struct {
@@ -180,7 +188,7 @@ INLINE void finish(const job *job, int64_t first_row, int64_t first_tile, const 
     }
 }
 
-// --- R rows x C tiles of columns: constants wherever these are inlined --------------------------
+// --- sums of products of bytes ------------------------------------------------------------------
 
 INLINE __m512i broadcast(const int8_t *x) {
     int32_t four;
@@ -188,11 +196,60 @@ INLINE __m512i broadcast(const int8_t *x) {
     return _mm512_set1_epi32(four);
 }
 
+// WIDE: tiles of columns at once where there are more than STREAM_ROWS rows. A group's sum is
+// `begin_sum`, then `add_8` or `add_4` for each line, then `end_8` or `end_4`.
+#ifdef __AVX512F__
+enum { WIDE = 4 };
+
 // Sets of sums, taken in turn by neighbouring lines, so that at least four chains of sums run.
 #define CHAINS(R, C) ((R) * (C) == 1 ? 4 : (R) * (C) < 4 ? 2 : 1)
 
+INLINE __m512i begin_sum(int32_t start) { return _mm512_set1_epi32(start); }
+INLINE __m512i add_8(__m512i sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+INLINE __m512i add_4(__m512i sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+INLINE __m512i end_8(__m512i sum, int32_t start) { return (void)start, sum; }
+INLINE __m512i end_4(__m512i sum, int32_t start) { return (void)start, sum; }
+#else
+// VPMADDUBSW adds two products as words and must not saturate. Codes of int4 cannot make it, not
+// even with eight lines in the same words: 16 · 15 · 127 < 2**15. Those of int8 lose their zero and
+// give their sign to x, which is never -128: 2 · 128 · 127 < 2**15.
+enum { WIDE = 1 };
+
+#define CHAINS(R, C) 1
+
+INLINE __m256i words_8(__m256i w, __m256i x) {
+    const __m256i code = _mm256_xor_si256(w, _mm256_set1_epi8((char)128));
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(x, code));
+}
+
+INLINE __m256i two_words(__m256i words, __m256i sum) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+}
+
+INLINE __m256i words_4(__m256i sum, __m256i w, __m256i x) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+}
+
+INLINE __m512i begin_sum(int32_t start) { return (void)start, _mm512_setzero_si512(); }
+INLINE __m512i add_8(__m512i sum, __m512i w, __m512i x) {
+    return (__m512i){two_words(words_8(w.low, x.low), sum.low),
+                     two_words(words_8(w.high, x.high), sum.high)};
+}
+INLINE __m512i add_4(__m512i sum, __m512i w, __m512i x) {
+    return (__m512i){words_4(sum.low, w.low, x.low), words_4(sum.high, w.high, x.high)};
+}
+INLINE __m512i end_8(__m512i sum, int32_t start) { return (void)start, sum; }
+INLINE __m512i end_4(__m512i sum, int32_t start) {
+    const __m256i from = _mm256_set1_epi32(start);
+    return (__m512i){two_words(sum.low, from), two_words(sum.high, from)};
+}
+#endif
+
+// --- R rows x C tiles of columns: constants wherever these are inlined --------------------------
+
 // Adds scale * (a[r][c] summed over the chains) to total[r][c].
-INLINE void add_group(float *total, const __m512i *a, const __m512 *scales, int R, int C) {
+INLINE void add_group(float *total, const __m512i *a, const int32_t *starts, const __m512 *scales,
+                      int bits, int R, int C) {
     const int U = CHAINS(R, C);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -202,6 +259,7 @@ INLINE void add_group(float *total, const __m512i *a, const __m512 *scales, int 
 #pragma GCC unroll 4
             for (int u = 1; u < U; u++)
                 sum = _mm512_add_epi32(sum, a[(u * R + r) * C + c]);
+            sum = bits == 8 ? end_8(sum, starts[r]) : end_4(sum, starts[r]);
             float *t = total + (r * C + c) * LANES;
             __m512 product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scales[r * C + c],
                                              _mm512_load_ps(t));
@@ -220,11 +278,11 @@ INLINE void start_sums(__m512i *a, const int32_t *starts, int R, int C) {
     const int count = CHAINS(R, C) * R * C;
 #pragma GCC unroll 32
     for (int i = 0; i < count; i++)
-        a[i] = i < R * C ? _mm512_set1_epi32(starts[i / C]) : _mm512_setzero_si512();
+        a[i] = i < R * C ? begin_sum(starts[i / C]) : _mm512_setzero_si512();
 }
 
 INLINE void int8_block(const job *job, int64_t first_row, int64_t first_tile,
-                       prefetch_lines prefetch, int R, int C) {
+                       prefetch_lines prefetch, int streams, int R, int C) {
     const int64_t groups = job->w->groups, tile_stride = groups * INT8_TILE;
     const int64_t x_stride = groups * GROUP;
     const int U = CHAINS(R, C);
@@ -243,7 +301,7 @@ INLINE void int8_block(const job *job, int64_t first_row, int64_t first_tile,
             int64_t at = (first_row + r) * groups + g;
             starts[r] = -128 * (job->x->sums[2 * at] + job->x->sums[2 * at + 1]);
         }
-        if (C > 1)
+        if (!streams)
             fetch(tile + prefetch.ahead, tile_stride, prefetch, C);
         start_sums(a, starts, R, C);
 #pragma GCC unroll 4
@@ -252,28 +310,28 @@ INLINE void int8_block(const job *job, int64_t first_row, int64_t first_tile,
 #pragma GCC unroll 8
             for (int c = 0; c < C; c++)
                 w[c] = _mm512_loadu_si512(tile + c * tile_stride + 64 * j);
-            if (C == 1)
-                _mm_prefetch((const char *)(tile + prefetch.ahead + 64 * j), _MM_HINT_NTA);
+            if (streams)
+                _mm_prefetch((const char *)(tile + prefetch.ahead + 64 * j), STREAM_HINT);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 __m512i four = broadcast(x + r * x_stride + 4 * j);
 #pragma GCC unroll 8
                 for (int c = 0; c < C; c++) {
                     __m512i *sum = a + (j % U * R + r) * C + c;
-                    *sum = _mm512_dpbusd_epi32(*sum, w[c], four);
+                    *sum = add_8(*sum, w[c], four);
                 }
             }
         }
 #pragma GCC unroll 32
         for (int i = 0; i < R * C; i++)
             scales[i] = _mm512_set1_ps(job->x->scales[(first_row + i / C) * groups + g]);
-        add_group(total, a, scales, R, C);
+        add_group(total, a, starts, scales, 8, R, C);
     }
     finish(job, first_row, first_tile, total, R, C);
 }
 
 INLINE void int4_block(const job *job, int64_t first_row, int64_t first_tile,
-                       prefetch_lines prefetch, int R, int C) {
+                       prefetch_lines prefetch, int streams, int R, int C) {
     const int64_t groups = job->w->groups, tile_stride = groups * INT4_TILE;
     const int64_t x_stride = groups * GROUP;
     const int U = CHAINS(R, C);
@@ -285,12 +343,12 @@ INLINE void int4_block(const job *job, int64_t first_row, int64_t first_tile,
     for (int64_t g = 0; g < groups; g++) {
         const uint8_t *tile = job->w->tiles + first_tile * tile_stride + g * INT4_TILE;
         const int8_t *x = job->x->values + first_row * x_stride + g * GROUP;
-        if (C > 1)
+        if (!streams)
             fetch(tile + prefetch.ahead, tile_stride, prefetch, C);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
-            if (C == 1 && half)
-                _mm_prefetch((const char *)(tile + prefetch.ahead + 512), _MM_HINT_NTA);
+            if (streams && half)
+                _mm_prefetch((const char *)(tile + prefetch.ahead + 512), STREAM_HINT);
             __m512i a[ROW_TILE * WIDE];
             __m512 scales[ROW_TILE * WIDE];
             int32_t starts[ROW_TILE];
@@ -305,8 +363,8 @@ INLINE void int4_block(const job *job, int64_t first_row, int64_t first_tile,
                 for (int c = 0; c < C; c++) {
                     const uint8_t *line = tile + c * tile_stride + 64 * (4 * half + j / 2);
                     __m512i both = _mm512_loadu_si512(line);
-                    if (C == 1 && j % 2 == 0)
-                        _mm_prefetch((const char *)(line + prefetch.ahead), _MM_HINT_NTA);
+                    if (streams && j % 2 == 0)
+                        _mm_prefetch((const char *)(line + prefetch.ahead), STREAM_HINT);
                     w[c] = _mm512_and_si512(j % 2 ? _mm512_srli_epi16(both, 4) : both, nibble);
                 }
 #pragma GCC unroll 8
@@ -315,7 +373,7 @@ INLINE void int4_block(const job *job, int64_t first_row, int64_t first_tile,
 #pragma GCC unroll 8
                     for (int c = 0; c < C; c++) {
                         __m512i *sum = a + (j % U * R + r) * C + c;
-                        *sum = _mm512_dpbusd_epi32(*sum, w[c], four);
+                        *sum = add_4(*sum, w[c], four);
                     }
                 }
             }
@@ -328,7 +386,7 @@ INLINE void int4_block(const job *job, int64_t first_row, int64_t first_tile,
                     scales[r * C + c] = _mm512_mul_ps(
                         w_scale, _mm512_set1_ps(job->x->scales[(first_row + r) * groups + g]));
             }
-            add_group(total, a, scales, R, C);
+            add_group(total, a, starts, scales, 4, R, C);
         }
     }
     finish(job, first_row, first_tile, total, R, C);
@@ -339,24 +397,24 @@ INLINE void int4_block(const job *job, int64_t first_row, int64_t first_tile,
 typedef void block_function(const job *, int64_t first_row, int64_t first_tile,
                             prefetch_lines);
 
-#define BLOCK(format, R, C)                                                                        \
-    static void format##_##R##x##C(const job *job, int64_t first_row,                  \
-                                        int64_t first_tile, prefetch_lines prefetch) {            \
-        format##_block(job, first_row, first_tile, prefetch, R, C);                                \
+#define BLOCK(format, name, streams, R, C)                                                         \
+    static void format##_##name##_##R(const job *job, int64_t first_row, int64_t first_tile,       \
+                                      prefetch_lines prefetch) {                                   \
+        format##_block(job, first_row, first_tile, prefetch, streams, R, C);                       \
     }
 #define BLOCKS(format)                                                                             \
-    BLOCK(format, 1, 1)                                                                            \
-    BLOCK(format, 2, 1)                                                                            \
-    BLOCK(format, 3, 1)                                                                            \
-    BLOCK(format, 4, 1)                                                                            \
-    BLOCK(format, 1, 4)                                                                            \
-    BLOCK(format, 2, 4)                                                                            \
-    BLOCK(format, 3, 4)                                                                            \
-    BLOCK(format, 4, 4)                                                                            \
-    static block_function *const format##_narrow[] = {format##_1x1, format##_2x1, format##_3x1,    \
-                                                      format##_4x1};                               \
-    static block_function *const format##_wide[] = {format##_1x4, format##_2x4, format##_3x4,      \
-                                                    format##_4x4};
+    BLOCK(format, narrow, 1, 1, 1)                                                                 \
+    BLOCK(format, narrow, 1, 2, 1)                                                                 \
+    BLOCK(format, narrow, 1, 3, 1)                                                                 \
+    BLOCK(format, narrow, 1, 4, 1)                                                                 \
+    BLOCK(format, wide, 0, 1, WIDE)                                                                \
+    BLOCK(format, wide, 0, 2, WIDE)                                                                \
+    BLOCK(format, wide, 0, 3, WIDE)                                                                \
+    BLOCK(format, wide, 0, 4, WIDE)                                                                \
+    static block_function *const format##_narrow[] = {format##_narrow_1, format##_narrow_2,        \
+                                                      format##_narrow_3, format##_narrow_4};       \
+    static block_function *const format##_wide[] = {format##_wide_1, format##_wide_2,              \
+                                                    format##_wide_3, format##_wide_4};
 
 BLOCKS(int8)
 BLOCKS(int4)
@@ -412,7 +470,7 @@ enum {
     SCALE,       // bits of a double: y is multiplied by it (float32 only)
     CAP,         // bits of a double: y = cap·tanh(y / cap), or 0 (float32 only)
 };
-enum { DONE_STRIDE = 8, BLOCK = WIDE * LANES, MOST_UNITS = 16 };
+enum { DONE_STRIDE = 8, BLOCK = 4 * LANES, MOST_UNITS = 16 };
 
 // Quantises the rows for all threads, where they are too many for each to do it alone.
 static int64_t quantise_units(const ss_context *context, const int64_t *args) {
