@@ -98,6 +98,10 @@ class SimulatedDevice:
     def is_dead(self) -> bool:
         return self._death.cause is not None
 
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
     def die(self) -> None:
         """Between two steps, or in one, which may be the last that ends well."""
         cause = DeviceDeadError("the device has died")

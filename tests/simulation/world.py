@@ -267,6 +267,8 @@ class Play:
     async def _until_it_is_known(self, dies_at_s: float) -> None:
         """Nobody asks for anything any more: the engine hears of it all the same, at once."""
         await asyncio.sleep(max(0.0, dies_at_s - self.loop.time()))
+        while self.device.num_queued:  # for somebody who has left
+            await asyncio.sleep(self.world.max_step_s)
         for _ in range(_TURNS_TO_HEAR):
             await asyncio.sleep(0)
         assert self.device.is_dead
