@@ -59,30 +59,45 @@ static void unit_columns(int64_t outputs, int num_threads, int64_t unit, int64_t
 // sums[m][v] += x[m] · weight columns. `rows`, `vectors` and `lines`, the cache lines asked for in
 // each turn, are constants where it is inlined.
 static inline __attribute__((always_inline)) void product(
-    float *tile, const bf16 *x, int64_t x_stride, const bf16 *weight, int64_t pairs,
+    float *tile, const ss_factor *x, int64_t x_stride, const bf16 *weight, int64_t pairs,
     const char *ahead, int rows, int vectors, int lines) {
     __m512 sums[ROW_TILE][4];
     for (int m = 0; m < rows; m++)
         for (int v = 0; v < vectors; v++) sums[m][v] = _mm512_load_ps(tile + m * BLOCK + LANES * v);
     for (int64_t k = 0; k < pairs; k++) {
         const bf16 *line = weight + k * 2 * BLOCK;
-        __m512bh w[4];
-        for (int v = 0; v < vectors; v++) w[v] = (__m512bh)_mm512_load_si512(line + 32 * v);
         for (int i = 0; i < lines; i++)
             _mm_prefetch(ahead + k * 4 * BLOCK + 64 * i, _MM_HINT_T1);
+#ifdef __AVX512BF16__
+        __m512bh w[4];
+        for (int v = 0; v < vectors; v++) w[v] = (__m512bh)_mm512_load_si512(line + 32 * v);
         for (int m = 0; m < rows; m++) {
             const __m512bh factor =
                 (__m512bh)_mm512_set1_epi32(*(const ss_pair *)(x + m * x_stride + 2 * k));
             for (int v = 0; v < vectors; v++)
                 sums[m][v] = _mm512_dpbf16_ps(sums[m][v], factor, w[v]);
         }
+#else
+        for (int second = 0; second < 2; second++) {
+            __m512 w[4];
+            for (int v = 0; v < vectors; v++) {
+                const __m512bh pairs_of = (__m512bh)_mm512_load_si512(line + 32 * v);
+                w[v] = second ? ss_second_of_pairs(pairs_of) : ss_first_of_pairs(pairs_of);
+            }
+            for (int m = 0; m < rows; m++) {
+                const __m512 factor = _mm512_set1_ps(x[m * x_stride + 2 * k + second]);
+                for (int v = 0; v < vectors; v++)
+                    sums[m][v] = _mm512_fmadd_ps(factor, w[v], sums[m][v]);
+            }
+        }
+#endif
     }
     for (int m = 0; m < rows; m++)
         for (int v = 0; v < vectors; v++) _mm512_store_ps(tile + m * BLOCK + LANES * v, sums[m][v]);
 }
 
 #define PRODUCT(R, V)                                                                             \
-    static void product_##R##_##V(float *tile, const bf16 *x, int64_t x_stride,                   \
+    static void product_##R##_##V(float *tile, const ss_factor *x, int64_t x_stride,                   \
                                   const bf16 *weight, int64_t pairs, const char *ahead,           \
                                   int lines) {                                                    \
         if (lines == 0) product(tile, x, x_stride, weight, pairs, ahead, R, V, 0);                \
@@ -97,7 +112,7 @@ PRODUCTS(3)
 PRODUCTS(4)
 PRODUCTS(5)
 PRODUCTS(6)
-typedef void (*product_function)(float *, const bf16 *, int64_t, const bf16 *, int64_t,
+typedef void (*product_function)(float *, const ss_factor *, int64_t, const bf16 *, int64_t,
                                  const char *, int);
 #define ROW(R) {product_##R##_1, product_##R##_2, product_##R##_3, product_##R##_4}
 static const product_function PRODUCT_OF[ROW_TILE][4] = {ROW(1), ROW(2), ROW(3),
@@ -115,11 +130,20 @@ static int begin(const ss_context *context, const int64_t *args) {
 static void multiply_group(float *sums, const bf16 *x, int64_t x_stride, const bf16 *weight,
                            int64_t pairs, int64_t rows, int64_t vectors, int asks) {
     const int64_t tiles = ss_ceil_div(rows, ROW_TILE);
-    const int64_t piece = tiles == 1 ? pairs : PIECE_PAIRS;
+    const int64_t piece = tiles == 1 && sizeof(ss_factor) == 2 ? pairs : PIECE_PAIRS;
     const int64_t ahead = tiles == 1 ? AHEAD : 4 * BLOCK * piece;
     memset(sums, 0, (size_t)(rows * BLOCK) * sizeof(float));
     for (int64_t k = 0; k < pairs; k += piece) {
         const int64_t count = ss_min(piece, pairs - k);
+#ifdef __AVX512BF16__
+        const ss_factor *factors = x + 2 * k;
+        const int64_t stride = x_stride;
+#else
+        float factors[GROUP_ROWS * 2 * PIECE_PAIRS] __attribute__((aligned(64)));
+        const int64_t stride = 2 * PIECE_PAIRS;
+        for (int64_t m = 0; m < rows; m++)
+            ss_widen_row(factors + m * stride, x + m * x_stride + 2 * k, 2 * count);
+#endif
         const bf16 *from = weight + k * 2 * BLOCK;
         int64_t line = 0;
         for (int64_t i = 0; i < tiles; i++) {
@@ -128,8 +152,8 @@ static void multiply_group(float *sums, const bf16 *x, int64_t x_stride, const b
             int lines = 0;
             if (asks && line < vectors)
                 lines = tiles == 1 ? 4 : tiles == 2 || (tiles == 3 && i == 0) ? 2 : 1;
-            PRODUCT_OF[tile_rows - 1][vectors - 1](sums + m * BLOCK, x + m * x_stride + 2 * k,
-                                                   x_stride, from, count,
+            PRODUCT_OF[tile_rows - 1][vectors - 1](sums + m * BLOCK, factors + m * stride,
+                                                   stride, from, count,
                                                    (const char *)from + ahead + 64 * line, lines);
             line += lines;
         }

@@ -4,12 +4,23 @@
 #define STREAMSERVE_SIMD_H
 
 #include <immintrin.h>
+#include <stdint.h>
 
 #define SS_INLINE static inline __attribute__((always_inline))
 
 #ifndef __AVX512F__
 #include "avx2.h"
-#elif !defined(__AVX512BF16__)
+#endif
+
+#ifdef __AVX512BF16__
+
+// What a product takes of a row: pairs as they are.
+typedef uint16_t ss_factor;
+
+#else
+
+// What a product takes of a row: it is widened once for many multiply-adds.
+typedef float ss_factor;
 
 // A pair's second element is the upper half of its 32 bits, and so a float but for the lower half.
 SS_INLINE __m512 ss_first_of_pairs(__m512bh pairs) {
@@ -20,6 +31,10 @@ SS_INLINE __m512 ss_second_of_pairs(__m512bh pairs) {
     return _mm512_castsi512_ps(
         _mm512_and_si512((__m512i)pairs, _mm512_set1_epi32((int)0xffff0000u)));
 }
+
+#endif
+
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
 
 // VDPBF16PS, which adds the second products first; here they are fused, and denormals count.
 SS_INLINE __m512 ss_dpbf16(__m512 sums, __m512bh a, __m512bh b) {

@@ -114,6 +114,16 @@ static inline __m512 ss_load_masked(const bf16 *from, __mmask16 mask) {
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 
+// to[i] = from[i], in float32; reads and writes no more than `count`.
+static inline void ss_widen_row(float *to, const bf16 *from, int64_t count) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) _mm512_storeu_ps(to + i, ss_load(from + i));
+    if (i < count) {
+        const __mmask16 left = ss_mask(count - i);
+        _mm512_mask_storeu_ps(to + i, left, ss_load_masked(from + i, left));
+    }
+}
+
 static inline __m256i ss_round(__m512 value) { return (__m256i)_mm512_cvtneps_pbh(value); }
 
 static inline void ss_store(bf16 *to, __m512 value) {
