@@ -95,7 +95,8 @@ static int place_next_unit(tile *t, const ss_context *context, const int64_t *ar
 
 // scores[m][v] = row m of the queries · keys of piece v. `num_rows` and `pieces` are constants where
 // it is inlined. Meanwhile `lines` of `ahead` are asked for in each turn.
-static inline __attribute__((always_inline)) void score_rows(float *scores, const bf16 *const *rows,
+static inline __attribute__((always_inline)) void score_rows(float *scores,
+                                                             const ss_factor *const *rows,
                                                              const tile *t,
                                                              const bf16 *const *ahead, int lines,
                                                              int64_t pairs, int num_rows,
@@ -103,12 +104,15 @@ static inline __attribute__((always_inline)) void score_rows(float *scores, cons
     __m512 sums[ROWS][TILE / 16];
     EACH(m, num_rows) EACH(v, pieces) sums[m][v] = _mm512_setzero_ps();
     for (int64_t d = 0; d < pairs; d++) {
-        __m512bh keys[TILE / 16];
-        EACH(v, pieces) keys[v] = (__m512bh)_mm512_loadu_si512(t->keys[v] + 32 * d);
         ASK(i, lines) _mm_prefetch((const char *)(ahead[i] + 32 * d), _MM_HINT_T1);
-        EACH(m, num_rows) {
-            const __m512bh q = (__m512bh)_mm512_set1_epi32(((const ss_pair *)rows[m])[d]);
-            EACH(v, pieces) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], q, keys[v]);
+        EACH(part, SS_PARTS) {
+            ss_elements keys[TILE / 16];
+            EACH(v, pieces)
+                keys[v] = ss_pairs_part(_mm512_loadu_si512(t->keys[v] + 32 * d), part);
+            EACH(m, num_rows) {
+                const ss_elements q = ss_factor_part(rows[m] + 2 * d, part);
+                EACH(v, pieces) sums[m][v] = ss_multiply_add(q, keys[v], sums[m][v]);
+            }
         }
     }
     EACH(m, num_rows) EACH(v, pieces) _mm512_store_ps(scores + m * TILE + 16 * v, sums[m][v]);
@@ -116,7 +120,7 @@ static inline __attribute__((always_inline)) void score_rows(float *scores, cons
 
 // acc[m] += weights[m] · values of the first keys, for `vectors` times 16 elements behind `first`.
 // Meanwhile `lines` of `ahead` are asked for in each turn, from the same place on.
-static inline __attribute__((always_inline)) void weigh_rows(float *acc, const bf16 *weights,
+static inline __attribute__((always_inline)) void weigh_rows(float *acc, const ss_factor *weights,
                                                              const bf16 *const *tile_values,
                                                              const bf16 *const *ahead, int lines,
                                                              int64_t pairs, int64_t value_size,
@@ -126,14 +130,17 @@ static inline __attribute__((always_inline)) void weigh_rows(float *acc, const b
         sums[m][v] = _mm512_load_ps(acc + m * value_size + 16 * v);
     for (int64_t s = 0; s < pairs; s++) {
         const int64_t at = (s % 8) * 2 * value_size;
-        __m512bh values[4];
-        EACH(v, vectors)
-            values[v] = (__m512bh)_mm512_loadu_si512(tile_values[s / 8] + at + 32 * v);
         ASK(i, lines) _mm_prefetch((const char *)(ahead[s / 8] + at + 32 * i), _MM_HINT_T1);
-        EACH(m, num_rows) {
-            const __m512bh p =
-                (__m512bh)_mm512_set1_epi32(((const ss_pair *)(weights + m * TILE))[s]);
-            EACH(v, vectors) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], p, values[v]);
+        EACH(part, SS_PARTS) {
+            ss_elements values[4];
+            EACH(v, vectors) {
+                const __m512i pairs = _mm512_loadu_si512(tile_values[s / 8] + at + 32 * v);
+                values[v] = ss_pairs_part(pairs, part);
+            }
+            EACH(m, num_rows) {
+                const ss_elements p = ss_factor_part(weights + m * TILE + 2 * s, part);
+                EACH(v, vectors) sums[m][v] = ss_multiply_add(p, values[v], sums[m][v]);
+            }
         }
     }
     EACH(m, num_rows) EACH(v, vectors)
@@ -141,12 +148,13 @@ static inline __attribute__((always_inline)) void weigh_rows(float *acc, const b
 }
 
 #define KERNELS(M, V)                                                                              \
-    static void score_##M##_##V(float *scores, const bf16 *const *rows, const tile *t,             \
+    static void score_##M##_##V(float *scores, const ss_factor *const *rows, const tile *t,        \
                                 const bf16 *const *ahead, int lines, int64_t pairs) {              \
         if (lines) score_rows(scores, rows, t, ahead, lines, pairs, M, V);                         \
         else score_rows(scores, rows, t, ahead, 0, pairs, M, V);                                   \
     }                                                                                              \
-    static void weigh_##M##_##V(float *acc, const bf16 *weights, const bf16 *const *tile_values,   \
+    static void weigh_##M##_##V(float *acc, const ss_factor *weights,                              \
+                                const bf16 *const *tile_values,                                    \
                                 const bf16 *const *ahead, int lines, int64_t pairs,                \
                                 int64_t value_size) {                                              \
         if (lines) weigh_rows(acc, weights, tile_values, ahead, lines, pairs, value_size, M, V);   \
@@ -163,9 +171,9 @@ ROW_KERNELS(6)
 #define OF(NAME)                                                                               \
     {OF_ROWS(NAME, 1), OF_ROWS(NAME, 2), OF_ROWS(NAME, 3), OF_ROWS(NAME, 4), OF_ROWS(NAME, 5), \
      OF_ROWS(NAME, 6)}
-static void (*const SCORE_OF[ROWS][4])(float *, const bf16 *const *, const tile *,
+static void (*const SCORE_OF[ROWS][4])(float *, const ss_factor *const *, const tile *,
                                        const bf16 *const *, int, int64_t) = OF(score);
-static void (*const WEIGH_OF[ROWS][4])(float *, const bf16 *, const bf16 *const *,
+static void (*const WEIGH_OF[ROWS][4])(float *, const ss_factor *, const bf16 *const *,
                                        const bf16 *const *, int, int64_t, int64_t) = OF(weigh);
 
 // Row tiles share the asking for the next tile: each asks for its share of all lines.
@@ -182,7 +190,7 @@ static int64_t share_end(const asking *ask, int64_t lines) {
     return ask->share < ask->shares ? lines * (ask->share + 1) / ask->shares : lines;
 }
 
-static void score(float *scores, const bf16 *const *rows, const tile *t, const asking *ask,
+static void score(float *scores, const ss_factor *const *rows, const tile *t, const asking *ask,
                   int64_t keys, int64_t head_size, int64_t num_rows) {
     const int64_t first = share_start(ask, TILE / 16), end = share_end(ask, TILE / 16);
     SCORE_OF[num_rows - 1][ss_ceil_div(keys, 16) - 1](scores, rows, t, ask->next->keys + first,
@@ -191,22 +199,21 @@ static void score(float *scores, const bf16 *const *rows, const tile *t, const a
 
 // The same of a key without a neighbour. What lies behind it belongs to nobody and may be anything,
 // even NaN.
-static void weigh_last(float *acc, const bf16 *weights, const tile *t, int64_t key,
+static void weigh_last(float *acc, const ss_factor *weights, const tile *t, int64_t key,
                        int64_t value_size, int64_t num_rows) {
     const bf16 *line = t->values[key / 16] + key % 16 * value_size;
     for (int64_t d = 0; d < value_size; d += 16) {
-        const __m512bh value = (__m512bh)_mm512_and_si512(_mm512_loadu_si512(line + 2 * d),
-                                                          _mm512_set1_epi32(0xffff));
+        const __m512i value =
+            _mm512_and_si512(_mm512_loadu_si512(line + 2 * d), _mm512_set1_epi32(0xffff));
         for (int64_t m = 0; m < num_rows; m++) {
             float *to = acc + m * value_size + d;
-            const __m512bh p =
-                (__m512bh)_mm512_set1_epi32(((const ss_pair *)(weights + m * TILE))[key / 2]);
-            _mm512_store_ps(to, _mm512_dpbf16_ps(_mm512_load_ps(to), p, value));
+            const ss_elements p = ss_factor_part(weights + m * TILE + key, 0);
+            _mm512_store_ps(to, ss_multiply_add(p, ss_pairs_part(value, 0), _mm512_load_ps(to)));
         }
     }
 }
 
-static void weigh(float *acc, const bf16 *weights, const tile *t, const asking *ask, int64_t keys,
+static void weigh(float *acc, const ss_factor *weights, const tile *t, const asking *ask, int64_t keys,
                   int64_t value_size, int64_t num_rows) {
     const int64_t vectors = value_size / 16, passes = ss_ceil_div(vectors, 4);
     for (int64_t i = 0; i < passes; i++) {
@@ -258,7 +265,7 @@ typedef struct {
 typedef struct {
     const row *rows;
     float *scores;      // [ROWS, TILE]
-    bf16 *weights;      // [ROWS, TILE]
+    ss_factor *weights; // [ROWS, TILE]
     float *references;  // [rows] what is subtracted from a row's exponents
     float *sums;        // [rows, 16] of the weights, by lane
     float *acc;         // [rows, Dv]
@@ -311,7 +318,7 @@ static __attribute__((noinline)) void raise_reference(const state *s, int64_t m,
 // Keys that are not `seen` weigh exactly 0; `masked`, a constant where it is inlined, tells whether
 // there are any.
 static inline __attribute__((always_inline)) void soften(const state *s, int64_t m,
-                                                         const float *scores, bf16 *weights,
+                                                         const float *scores, ss_factor *weights,
                                                          float scale, uint64_t seen, int masked) {
     if (s->references[m] == NO_REFERENCE) raise_reference(s, m, scores, scale, seen);
     __m512 sum;
@@ -325,9 +332,7 @@ static inline __attribute__((always_inline)) void soften(const state *s, int64_t
                                           p[v]);
             p[v] = power_of_two(p[v]);
         }
-        EACH(v, TILE / 32)
-            _mm512_store_si512(weights + 32 * v,
-                               (__m512i)_mm512_cvtne2ps_pbh(p[2 * v + 1], p[2 * v]));
+        EACH(v, TILE / 32) ss_store_factors(weights + 32 * v, p[2 * v], p[2 * v + 1]);
         sum = _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));
         if (raised || !_mm512_cmp_ps_mask(sum, _mm512_set1_ps(MOST_SUM), _CMP_GT_OQ)) break;
         raise_reference(s, m, scores, scale, seen);
@@ -344,22 +349,30 @@ static uint64_t lowest_bits(int64_t count) {
 static int attend_tile(const state *s, const tile *t, const asking *ask, int64_t first,
                        int64_t count) {
     const row *rows = s->rows + first;
-    const bf16 *queries[ROWS];
     int64_t least = rows[0].position, most = least;
     for (int64_t m = 0; m < count; m++) {
-        queries[m] = rows[m].query;
         least = ss_min(least, rows[m].position);
         most = ss_max(most, rows[m].position);
     }
     // Keys that come after all of these queries are left out, and those that lie too far back.
     const int64_t keys = ss_min(t->count, most + 1 - t->start);
     if (keys <= 0 || (s->window && t->start + t->count <= least - s->window + 1)) return 0;
+    const ss_factor *queries[ROWS];
+#if SS_WIDENS
+    float wide[count * s->head_size];
+    for (int64_t m = 0; m < count; m++) {
+        queries[m] = wide + m * s->head_size;
+        ss_widen_row(wide + m * s->head_size, rows[m].query, s->head_size);
+    }
+#else
+    for (int64_t m = 0; m < count; m++) queries[m] = rows[m].query;
+#endif
     score(s->scores, queries, t, ask, keys, s->head_size, count);
     const int whole = t->start + TILE <= least + 1 && t->count == TILE &&
                       (!s->window || t->start > most - s->window);
     for (int64_t m = 0; m < count; m++) {
         float *scores = s->scores + m * TILE;
-        bf16 *weights = s->weights + m * TILE;
+        ss_factor *weights = s->weights + m * TILE;
         if (s->reshapes) reshape(s, t, scores, rows + m);
         const float scale = s->reshapes ? 1.0f : s->scale;
         if (whole) {
@@ -393,7 +406,7 @@ static state begin_unit(const ss_context *context, const int64_t *args, const it
     state s = {
         .rows = rows,
         .scores = area,
-        .weights = (bf16 *)(area + ROWS * TILE),
+        .weights = (ss_factor *)(area + ROWS * TILE),
         .sums = area + 2 * ROWS * TILE,
         .acc = area + 2 * ROWS * TILE + 16 * room,
         .references = area + 2 * ROWS * TILE + (16 + value_size) * room,

@@ -11,10 +11,18 @@
 
 #include <string.h>
 
-// Sums of 6 rows by 64 outputs live in registers. More rows take turns on a piece of the weight that
-// stays in the second-level cache, and meanwhile ask for the next piece: that way the loads of one
-// pass over the weight hide behind the products of all rows.
-enum { BLOCK = 64, LANES = 16, ROW_TILE = 6, GROUP_ROWS = 48, PIECE_PAIRS = 256, AHEAD = 8192 };
+// The sums of a tile of rows live in registers, SUMS vectors of them at most: all 64 outputs of a
+// block at once where the rows are few, else half or a quarter of them. More rows take turns on a
+// piece of the weight that stays in the second-level cache, and meanwhile ask for the next piece: that
+// way the loads of one pass over the weight hide behind the products of all rows.
+enum { BLOCK = 64, LANES = 16, GROUP_ROWS = 48, PIECE_PAIRS = 256, AHEAD = 8192 };
+#if !SS_WIDENS
+enum { ROW_TILE = 6, SUMS = 24 };
+#elif defined(__AVX512F__)
+enum { ROW_TILE = 12, SUMS = 24 };
+#else
+enum { ROW_TILE = 6, SUMS = 6 };
+#endif
 
 enum {
     Y,          // address of y [rows, N], bfloat16 or float32
@@ -68,38 +76,27 @@ static inline __attribute__((always_inline)) void product(
         const bf16 *line = weight + k * 2 * BLOCK;
         for (int i = 0; i < lines; i++)
             _mm_prefetch(ahead + k * 4 * BLOCK + 64 * i, _MM_HINT_T1);
-#ifdef __AVX512BF16__
-        __m512bh w[4];
-        for (int v = 0; v < vectors; v++) w[v] = (__m512bh)_mm512_load_si512(line + 32 * v);
-        for (int m = 0; m < rows; m++) {
-            const __m512bh factor =
-                (__m512bh)_mm512_set1_epi32(*(const ss_pair *)(x + m * x_stride + 2 * k));
+        for (int part = 0; part < SS_PARTS; part++) {
+            ss_elements w[4];
             for (int v = 0; v < vectors; v++)
-                sums[m][v] = _mm512_dpbf16_ps(sums[m][v], factor, w[v]);
-        }
-#else
-        for (int second = 0; second < 2; second++) {
-            __m512 w[4];
-            for (int v = 0; v < vectors; v++) {
-                const __m512bh pairs_of = (__m512bh)_mm512_load_si512(line + 32 * v);
-                w[v] = second ? ss_second_of_pairs(pairs_of) : ss_first_of_pairs(pairs_of);
-            }
+                w[v] = ss_pairs_part(_mm512_load_si512(line + 32 * v), part);
             for (int m = 0; m < rows; m++) {
-                const __m512 factor = _mm512_set1_ps(x[m * x_stride + 2 * k + second]);
+                const ss_elements factor = ss_factor_part(x + m * x_stride + 2 * k, part);
                 for (int v = 0; v < vectors; v++)
-                    sums[m][v] = _mm512_fmadd_ps(factor, w[v], sums[m][v]);
+                    sums[m][v] = ss_multiply_add(factor, w[v], sums[m][v]);
             }
         }
-#endif
     }
     for (int m = 0; m < rows; m++)
         for (int v = 0; v < vectors; v++) _mm512_store_ps(tile + m * BLOCK + LANES * v, sums[m][v]);
 }
 
+// Those of more sums than there are registers for are empty.
 #define PRODUCT(R, V)                                                                             \
-    static void product_##R##_##V(float *tile, const ss_factor *x, int64_t x_stride,                   \
+    static void product_##R##_##V(float *tile, const ss_factor *x, int64_t x_stride,              \
                                   const bf16 *weight, int64_t pairs, const char *ahead,           \
                                   int lines) {                                                    \
+        if (R > ROW_TILE || R * V > SUMS) __builtin_unreachable();                                \
         if (lines == 0) product(tile, x, x_stride, weight, pairs, ahead, R, V, 0);                \
         else if (lines == 1) product(tile, x, x_stride, weight, pairs, ahead, R, V, 1);           \
         else if (lines == 2) product(tile, x, x_stride, weight, pairs, ahead, R, V, 2);           \
@@ -112,11 +109,30 @@ PRODUCTS(3)
 PRODUCTS(4)
 PRODUCTS(5)
 PRODUCTS(6)
+PRODUCTS(7)
+PRODUCTS(8)
+PRODUCTS(9)
+PRODUCTS(10)
+PRODUCTS(11)
+PRODUCTS(12)
 typedef void (*product_function)(float *, const ss_factor *, int64_t, const bf16 *, int64_t,
                                  const char *, int);
 #define ROW(R) {product_##R##_1, product_##R##_2, product_##R##_3, product_##R##_4}
-static const product_function PRODUCT_OF[ROW_TILE][4] = {ROW(1), ROW(2), ROW(3),
-                                                         ROW(4), ROW(5), ROW(6)};
+static const product_function PRODUCT_OF[12][4] = {
+    ROW(1), ROW(2), ROW(3), ROW(4),  ROW(5),  ROW(6),
+    ROW(7), ROW(8), ROW(9), ROW(10), ROW(11), ROW(12),
+};
+
+// A tile of rows by all `vectors` of a block; the lines are asked for in its first pass.
+static void multiply_tile(float *sums, const ss_factor *x, int64_t x_stride, const bf16 *weight,
+                          int64_t pairs, int64_t rows, int64_t vectors, const char *ahead,
+                          int lines) {
+    int64_t most = BLOCK / LANES;
+    while (rows * most > SUMS) most /= 2;
+    for (int64_t v = 0; v < vectors; v += most)
+        PRODUCT_OF[rows - 1][ss_min(most, vectors - v) - 1](
+            sums + LANES * v, x, x_stride, weight + 2 * LANES * v, pairs, ahead, v ? 0 : lines);
+}
 
 static int begin(const ss_context *context, const int64_t *args) {
     if (args[BEST])
@@ -130,20 +146,11 @@ static int begin(const ss_context *context, const int64_t *args) {
 static void multiply_group(float *sums, const bf16 *x, int64_t x_stride, const bf16 *weight,
                            int64_t pairs, int64_t rows, int64_t vectors, int asks) {
     const int64_t tiles = ss_ceil_div(rows, ROW_TILE);
-    const int64_t piece = tiles == 1 && sizeof(ss_factor) == 2 ? pairs : PIECE_PAIRS;
+    const int64_t piece = tiles == 1 && !SS_WIDENS ? pairs : PIECE_PAIRS;
     const int64_t ahead = tiles == 1 ? AHEAD : 4 * BLOCK * piece;
     memset(sums, 0, (size_t)(rows * BLOCK) * sizeof(float));
     for (int64_t k = 0; k < pairs; k += piece) {
         const int64_t count = ss_min(piece, pairs - k);
-#ifdef __AVX512BF16__
-        const ss_factor *factors = x + 2 * k;
-        const int64_t stride = x_stride;
-#else
-        float factors[GROUP_ROWS * 2 * PIECE_PAIRS] __attribute__((aligned(64)));
-        const int64_t stride = 2 * PIECE_PAIRS;
-        for (int64_t m = 0; m < rows; m++)
-            ss_widen_row(factors + m * stride, x + m * x_stride + 2 * k, 2 * count);
-#endif
         const bf16 *from = weight + k * 2 * BLOCK;
         int64_t line = 0;
         for (int64_t i = 0; i < tiles; i++) {
@@ -152,9 +159,18 @@ static void multiply_group(float *sums, const bf16 *x, int64_t x_stride, const b
             int lines = 0;
             if (asks && line < vectors)
                 lines = tiles == 1 ? 4 : tiles == 2 || (tiles == 3 && i == 0) ? 2 : 1;
-            PRODUCT_OF[tile_rows - 1][vectors - 1](sums + m * BLOCK, factors + m * stride,
-                                                   stride, from, count,
-                                                   (const char *)from + ahead + 64 * line, lines);
+            const bf16 *tile_x = x + m * x_stride + 2 * k;
+#if SS_WIDENS
+            float factors[ROW_TILE * 2 * PIECE_PAIRS] __attribute__((aligned(64)));
+            const int64_t stride = 2 * PIECE_PAIRS;
+            for (int64_t j = 0; j < tile_rows; j++)
+                ss_widen_row(factors + j * stride, tile_x + j * x_stride, 2 * count);
+#else
+            const ss_factor *factors = tile_x;
+            const int64_t stride = x_stride;
+#endif
+            multiply_tile(sums + m * BLOCK, factors, stride, from, count, tile_rows, vectors,
+                          (const char *)from + ahead + 64 * line, lines);
             line += lines;
         }
     }

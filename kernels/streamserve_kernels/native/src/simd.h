@@ -8,28 +8,66 @@
 
 #define SS_INLINE static inline __attribute__((always_inline))
 
+// Two neighbours, wherever a row of them starts.
+typedef int32_t ss_pair __attribute__((may_alias, aligned(2)));
+
 #ifndef __AVX512F__
 #include "avx2.h"
 #endif
 
+// A product of bfloat16 pairs, (a0, a1) of a row by (b0, b1) of each lane, in SS_PARTS parts: one
+// instruction where the CPU has it, else a multiply-add for each of the two, whose row is widened to
+// float32 beforehand.
 #ifdef __AVX512BF16__
 
-// What a product takes of a row: pairs as they are.
+#define SS_WIDENS 0
+enum { SS_PARTS = 1 };
 typedef uint16_t ss_factor;
+typedef __m512bh ss_elements;
+
+SS_INLINE ss_elements ss_factor_part(const ss_factor *pair, int part) {
+    (void)part;
+    return (__m512bh)_mm512_set1_epi32(*(const ss_pair *)pair);
+}
+
+SS_INLINE ss_elements ss_pairs_part(__m512i pairs, int part) {
+    (void)part;
+    return (__m512bh)pairs;
+}
+
+SS_INLINE __m512 ss_multiply_add(ss_elements factor, ss_elements pairs, __m512 sums) {
+    return _mm512_dpbf16_ps(sums, factor, pairs);
+}
+
+// to[32] = what two vectors of float32 are as factors; `to` is aligned to 64 bytes.
+SS_INLINE void ss_store_factors(ss_factor *to, __m512 first, __m512 second) {
+    _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
 
 #else
 
-// What a product takes of a row: it is widened once for many multiply-adds.
+#define SS_WIDENS 1
+enum { SS_PARTS = 2 };
 typedef float ss_factor;
+typedef __m512 ss_elements;
 
-// A pair's second element is the upper half of its 32 bits, and so a float but for the lower half.
-SS_INLINE __m512 ss_first_of_pairs(__m512bh pairs) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32((__m512i)pairs, 16));
+SS_INLINE ss_elements ss_factor_part(const ss_factor *pair, int part) {
+    return _mm512_set1_ps(pair[part]);
 }
 
-SS_INLINE __m512 ss_second_of_pairs(__m512bh pairs) {
-    return _mm512_castsi512_ps(
-        _mm512_and_si512((__m512i)pairs, _mm512_set1_epi32((int)0xffff0000u)));
+// The second of a pair is the upper half of its 32 bits, and so a float but for the lower half.
+SS_INLINE ss_elements ss_pairs_part(__m512i pairs, int part) {
+    return _mm512_castsi512_ps(part ? _mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u))
+                                    : _mm512_slli_epi32(pairs, 16));
+}
+
+SS_INLINE __m512 ss_multiply_add(ss_elements factor, ss_elements parts, __m512 sums) {
+    return _mm512_fmadd_ps(factor, parts, sums);
+}
+
+SS_INLINE void ss_store_factors(ss_factor *to, __m512 first, __m512 second) {
+    _mm512_store_ps(to, first);
+    _mm512_store_ps(to + 16, second);
 }
 
 #endif
@@ -38,8 +76,10 @@ SS_INLINE __m512 ss_second_of_pairs(__m512bh pairs) {
 
 // VDPBF16PS, which adds the second products first; here they are fused, and denormals count.
 SS_INLINE __m512 ss_dpbf16(__m512 sums, __m512bh a, __m512bh b) {
-    sums = _mm512_fmadd_ps(ss_second_of_pairs(a), ss_second_of_pairs(b), sums);
-    return _mm512_fmadd_ps(ss_first_of_pairs(a), ss_first_of_pairs(b), sums);
+    for (int part = 1; part >= 0; part--)
+        sums = _mm512_fmadd_ps(ss_pairs_part((__m512i)a, part), ss_pairs_part((__m512i)b, part),
+                               sums);
+    return sums;
 }
 
 // VCVTNEPS2BF16 in the lower halves of 32 bits: to the nearest, ties to even; denormals stay.

@@ -14,8 +14,6 @@
 #include <stdint.h>
 
 typedef uint16_t bf16;
-// Two neighbours, wherever a row of them starts.
-typedef int32_t ss_pair __attribute__((may_alias, aligned(2)));
 
 enum { SS_MAX_ARGS = 24, SS_MAX_THREADS = 256 };
 
