@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import struct
 from functools import lru_cache
-from typing import Any, cast
 
 import torch
 
@@ -80,7 +79,8 @@ class Executable:
         self._thread_num = threads.thread_num_address
 
     def __del__(self) -> None:
-        if handle := cast(Any, getattr(self, "_handle", None)):
+        # Of the interpreter's last things, when names of this module may be gone.
+        if handle := getattr(self, "_handle", None):
             self._free(handle)
 
     def set(self, index: int, operation: str, *args: int) -> None:
