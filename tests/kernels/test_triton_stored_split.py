@@ -69,6 +69,8 @@ def test_planes_that_do_not_fit(device):
     """Groups, or inputs, that are no whole words."""
     for case, shape in (("q3_k", (40, 320)), ("q4_k", (40, 100))):
         assert prepared(case, shape, device).packed.split is None
+    split = prepared("table3", (40, 320), device).packed.split
+    assert [len(split.candidates(rows)) for rows in (32, 64, 128)] == [1, 1, 0]
 
 
 @pytest.mark.gpu

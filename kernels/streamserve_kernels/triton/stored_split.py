@@ -315,6 +315,8 @@ class SplitWords:
 
     def candidates(self, rows: int) -> tuple[Config, ...]:
         """For a bucket of rows: the tiles, with their splits."""
+        if self.per == 32 and self.weight.table is not None and rows > 64:
+            return ()  # what goes through shared memory does not fit beside so many inputs
         words = 1 if self.high is None else 1 + self.ratio
         tiles, stage_bytes = [], []
         for tile in _TILES.get(rows, ()):
