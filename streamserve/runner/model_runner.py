@@ -114,6 +114,7 @@ class TorchModelRunner:
         """
         self._clock = clock
         self._model = model
+        self._kernels = model.kernels
         self._kv_caches = kv_caches
         self._transfer = transfer
         self._flat_caches = [cache for pair in kv_caches for cache in pair]
@@ -131,6 +132,7 @@ class TorchModelRunner:
         self._prompts = PromptsWanted()
         self._pools = Pools()
         self._calls: StepCalls[Never] = StepCalls()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="streamserve-device", daemon=True)
         self._thread.start()
 
@@ -157,14 +159,22 @@ class TorchModelRunner:
     @property
     def num_compilations(self) -> int:
         """Kernels compiled so far, ours and those of ``torch.compile``."""
-        return num_compilations(self._model.kernels)
+        return num_compilations(self._kernels)
 
     def close(self) -> None:
-        """Finish every step whose sample was asked for, then stop. Idempotent."""
+        """Finish every step whose sample was asked for, then stop. Idempotent.
+
+        Whoever holds the runner on holds neither weights nor cache.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._calls.close()
         self._thread.join()
         if self._transfer is not None:
             self._transfer.close()
+            self._transfer = None
+        del self._model, self._kv_caches, self._flat_caches, self._input_batch
 
     def _work(self) -> None:
         try:
@@ -256,7 +266,7 @@ class TorchModelRunner:
 
     def _copy_blocks(self, copies: list[BlockCopy]) -> None:
         pairs = torch.tensor(copies, dtype=torch.int64).to(self._model.device)
-        self._model.kernels.copy_blocks(
+        self._kernels.copy_blocks(
             self._flat_caches, pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
         )
 

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,7 +141,8 @@ def test_in_process_a_killed_rank_is_an_error_and_nothing_is_left(num_threads: i
     with LLM(**IN_PROCESS) as llm:
         assert torch.get_num_threads() == num_threads, "of the program's own work"
         assert asked_on_new_thread(torch.get_num_threads) == num_threads
-        in_steps = counted_in_steps(llm._service.engine._runner._own)
+        own = llm._service.engine._runner._own
+        model, in_steps = weakref.ref(own._model), counted_in_steps(own)
         llm.generate("Hello", use_tqdm=False)
         assert set(in_steps) == {num_threads // 2}
         [rank] = others()
@@ -149,6 +151,7 @@ def test_in_process_a_killed_rank_is_an_error_and_nothing_is_left(num_threads: i
         with pytest.raises(EngineDeadError, match="no step can run any more: DeviceDeadError"):
             llm.generate("Hello", use_tqdm=False)
     assert_gone([rank])
+    assert model() is None
     assert (our_threads(), others()) == (before, [])
     assert torch.get_num_threads() == num_threads
 

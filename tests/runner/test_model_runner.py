@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -410,6 +411,20 @@ def test_a_device_thread_that_dies_leaves_nobody_waiting(runner, model, caplog):
         runner.launch(decode_plan(3, 8, 3))
     assert caught.value is cause
     assert "has died" in caplog.text
+
+
+def test_a_closed_runner_holds_neither_weights_nor_cache():
+    model = FakeModel()
+    caches = model.caches(32)
+    runner = TorchModelRunner(model, caches, **OPTIONS)
+    result(runner, prompt_plan(0))
+    held = [weakref.ref(model), weakref.ref(caches[0][0])]
+    del model, caches
+    assert None not in [ref() for ref in held]
+    runner.close()
+    assert [ref() for ref in held] == [None, None]
+    assert runner.num_compilations >= 0
+    runner.close()
 
 
 def test_a_device_thread_that_dies_between_two_steps_is_heard_of(model, monkeypatch):

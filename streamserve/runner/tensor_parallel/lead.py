@@ -130,6 +130,7 @@ class LeadRunner:
             is_stuck = closing.is_alive()
         self._followers.close()
         self._watch.join()
+        self._commands = {}  # they hold the model
         if not is_stuck:
             self._release()
 
