@@ -97,7 +97,7 @@ static int place_next_unit(tile *t, const ss_context *context, const int64_t *ar
 // it is inlined. Meanwhile `lines` of `ahead` are asked for in each turn.
 static inline __attribute__((always_inline)) void score_rows(float *scores,
                                                              const ss_factor *const *rows,
-                                                             const tile *t,
+                                                             const bf16 *const *tile_keys,
                                                              const bf16 *const *ahead, int lines,
                                                              int64_t pairs, int num_rows,
                                                              int pieces) {
@@ -108,7 +108,7 @@ static inline __attribute__((always_inline)) void score_rows(float *scores,
         EACH(part, SS_PARTS) {
             ss_elements keys[TILE / 16];
             EACH(v, pieces)
-                keys[v] = ss_pairs_part(_mm512_loadu_si512(t->keys[v] + 32 * d), part);
+                keys[v] = ss_pairs_part(_mm512_loadu_si512(tile_keys[v] + 32 * d), part);
             EACH(m, num_rows) {
                 const ss_elements q = ss_factor_part(rows[m] + 2 * d, part);
                 EACH(v, pieces) sums[m][v] = ss_multiply_add(q, keys[v], sums[m][v]);
@@ -148,15 +148,18 @@ static inline __attribute__((always_inline)) void weigh_rows(float *acc, const s
 }
 
 #define KERNELS(M, V)                                                                              \
-    static void score_##M##_##V(float *scores, const ss_factor *const *rows, const tile *t,        \
-                                const bf16 *const *ahead, int lines, int64_t pairs) {              \
-        if (lines) score_rows(scores, rows, t, ahead, lines, pairs, M, V);                         \
-        else score_rows(scores, rows, t, ahead, 0, pairs, M, V);                                   \
+    static void score_##M##_##V(float *scores, const ss_factor *const *rows,                       \
+                                const bf16 *const *keys, const bf16 *const *ahead, int lines,      \
+                                int64_t pairs) {                                                   \
+        if (V > SS_VECTORS(M)) __builtin_unreachable();                                            \
+        if (lines) score_rows(scores, rows, keys, ahead, lines, pairs, M, V);                      \
+        else score_rows(scores, rows, keys, ahead, 0, pairs, M, V);                                \
     }                                                                                              \
     static void weigh_##M##_##V(float *acc, const ss_factor *weights,                              \
                                 const bf16 *const *tile_values,                                    \
                                 const bf16 *const *ahead, int lines, int64_t pairs,                \
                                 int64_t value_size) {                                              \
+        if (V > SS_VECTORS(M)) __builtin_unreachable();                                            \
         if (lines) weigh_rows(acc, weights, tile_values, ahead, lines, pairs, value_size, M, V);   \
         else weigh_rows(acc, weights, tile_values, ahead, 0, pairs, value_size, M, V);             \
     }
@@ -171,7 +174,7 @@ ROW_KERNELS(6)
 #define OF(NAME)                                                                               \
     {OF_ROWS(NAME, 1), OF_ROWS(NAME, 2), OF_ROWS(NAME, 3), OF_ROWS(NAME, 4), OF_ROWS(NAME, 5), \
      OF_ROWS(NAME, 6)}
-static void (*const SCORE_OF[ROWS][4])(float *, const ss_factor *const *, const tile *,
+static void (*const SCORE_OF[ROWS][4])(float *, const ss_factor *const *, const bf16 *const *,
                                        const bf16 *const *, int, int64_t) = OF(score);
 static void (*const WEIGH_OF[ROWS][4])(float *, const ss_factor *, const bf16 *const *,
                                        const bf16 *const *, int, int64_t, int64_t) = OF(weigh);
@@ -193,8 +196,13 @@ static int64_t share_end(const asking *ask, int64_t lines) {
 static void score(float *scores, const ss_factor *const *rows, const tile *t, const asking *ask,
                   int64_t keys, int64_t head_size, int64_t num_rows) {
     const int64_t first = share_start(ask, TILE / 16), end = share_end(ask, TILE / 16);
-    SCORE_OF[num_rows - 1][ss_ceil_div(keys, 16) - 1](scores, rows, t, ask->next->keys + first,
-                                                      (int)(end - first), head_size / 2);
+    const int64_t pieces = ss_ceil_div(keys, 16);
+    for (int64_t v = 0; v < pieces; v += SS_VECTORS(num_rows)) {
+        const int64_t count = ss_min(SS_VECTORS(num_rows), pieces - v);
+        SCORE_OF[num_rows - 1][count - 1](scores + 16 * v, rows, t->keys + v,
+                                          ask->next->keys + first, v ? 0 : (int)(end - first),
+                                          head_size / 2);
+    }
 }
 
 // The same of a key without a neighbour. What lies behind it belongs to nobody and may be anything,
@@ -215,7 +223,7 @@ static void weigh_last(float *acc, const ss_factor *weights, const tile *t, int6
 
 static void weigh(float *acc, const ss_factor *weights, const tile *t, const asking *ask, int64_t keys,
                   int64_t value_size, int64_t num_rows) {
-    const int64_t vectors = value_size / 16, passes = ss_ceil_div(vectors, 4);
+    const int64_t vectors = value_size / 16, passes = ss_ceil_div(vectors, SS_VECTORS(num_rows));
     for (int64_t i = 0; i < passes; i++) {
         const int64_t first = vectors * i / passes, count = vectors * (i + 1) / passes - first;
         const int64_t asked = share_start(ask, count), lines = share_end(ask, count) - asked;

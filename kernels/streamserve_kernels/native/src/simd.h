@@ -11,8 +11,12 @@
 // Two neighbours, wherever a row of them starts.
 typedef int32_t ss_pair __attribute__((may_alias, aligned(2)));
 
-#ifndef __AVX512F__
+// Vectors of 16 sums for each of up to 6 rows that stay in registers.
+#ifdef __AVX512F__
+#define SS_VECTORS(rows) 4
+#else
 #include "avx2.h"
+#define SS_VECTORS(rows) ((rows) <= 2 ? 2 : 1)
 #endif
 
 // A product of bfloat16 pairs, (a0, a1) of a row by (b0, b1) of each lane, in SS_PARTS parts: one
