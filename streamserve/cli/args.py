@@ -147,7 +147,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         default="auto",
         help="weights and activations; auto on a GPU: float16 or bfloat16, as the checkpoint; on a "
-        "CPU: bfloat16 where it multiplies it natively, else float32 (default: auto)",
+        "CPU: bfloat16 where that is faster, else float32 (default: auto)",
     )
     group.add_argument(
         "--max-model-len",
