@@ -410,25 +410,6 @@ SS_INLINE unsigned _mm512_reduce_max_epu32(__m512i a) { AVX2_HALVES(a, max_epu32
 
 // --- dot products -------------------------------------------------------------------------------
 
-SS_INLINE __m256 avx2_first_of_pairs(__m256i pairs) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-}
-
-SS_INLINE __m256 avx2_second_of_pairs(__m256i pairs) {
-    return _mm256_castsi256_ps(
-        _mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000u)));
-}
-
-SS_INLINE __m256 avx2_dpbf16(__m256 sums, __m256i a, __m256i b) {
-    sums = _mm256_fmadd_ps(avx2_second_of_pairs(a), avx2_second_of_pairs(b), sums);
-    return _mm256_fmadd_ps(avx2_first_of_pairs(a), avx2_first_of_pairs(b), sums);
-}
-
-// VDPBF16PS, which adds the second products first; here they are fused, and denormals count.
-SS_INLINE __m512 _mm512_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
-    return (__m512){avx2_dpbf16(sums.low, a.low, b.low), avx2_dpbf16(sums.high, a.high, b.high)};
-}
-
 // VPMADDUBSW would saturate: even and odd bytes are multiplied apart, as words.
 SS_INLINE __m256i avx2_dpbusd(__m256i sums, __m256i a, __m256i b) {
     const __m256i even =

@@ -41,7 +41,6 @@
 #define _mm512_cvtps_epi32 avx2_cvtps_epi32
 #define _mm512_cvtsepi32_epi8 avx2_cvtsepi32_epi8
 #define _mm512_div_ps avx2_div_ps
-#define _mm512_dpbf16_ps avx2_dpbf16_ps
 #define _mm512_dpbusd_epi32 avx2_dpbusd_epi32
 #define _mm512_extracti64x4_epi64 avx2_extracti64x4_epi64
 #define _mm512_fmadd_ps avx2_fmadd_ps

@@ -74,10 +74,6 @@ SS_INLINE void ss_store_factors(ss_factor *to, __m512 first, __m512 second) {
     _mm512_store_ps(to + 16, second);
 }
 
-#endif
-
-#if defined(__AVX512F__) && !defined(__AVX512BF16__)
-
 // VDPBF16PS, which adds the second products first; here they are fused, and denormals count.
 SS_INLINE __m512 ss_dpbf16(__m512 sums, __m512bh a, __m512bh b) {
     for (int part = 1; part >= 0; part--)
@@ -85,6 +81,12 @@ SS_INLINE __m512 ss_dpbf16(__m512 sums, __m512bh a, __m512bh b) {
                                sums);
     return sums;
 }
+
+#define _mm512_dpbf16_ps ss_dpbf16
+
+#endif
+
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
 
 // VCVTNEPS2BF16 in the lower halves of 32 bits: to the nearest, ties to even; denormals stay.
 SS_INLINE __m512i ss_nearest_bf16(__m512 value) {
@@ -106,7 +108,6 @@ SS_INLINE __m512bh ss_cvtne2ps(__m512 high, __m512 low) {
     return (__m512bh)_mm512_inserti64x4(first, ss_cvtneps(high), 1);
 }
 
-#define _mm512_dpbf16_ps ss_dpbf16
 #define _mm512_cvtneps_pbh ss_cvtneps
 #define _mm512_cvtne2ps_pbh ss_cvtne2ps
 
