@@ -40,8 +40,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     In float32 under the interpreter, and in both dtypes of half the size on a GPU.
     """
-    if "each_build" in metafunc.fixturenames and (builds := runnable_builds()):
-        metafunc.parametrize("each_build", builds, indirect=True, scope="session")
+    if "each_build" in metafunc.fixturenames:
+        asked_for = metafunc.config.getoption("--native-build")
+        if builds := (asked_for,) if asked_for else runnable_builds():
+            metafunc.parametrize("each_build", builds, indirect=True, scope="session")
     if "device" not in metafunc.fixturenames:
         return
     marks = list(metafunc.definition.iter_markers("parametrize"))
