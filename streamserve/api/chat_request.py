@@ -13,6 +13,7 @@ from streamserve.api.fields import (
     Reader,
     Refused,
     integer,
+    nested,
     one_of,
     out_of_range,
     read_bool,
@@ -35,8 +36,6 @@ from streamserve.api.sampling import (
     sampling_params,
 )
 from streamserve.api.tool_fields import (
-    ToolCalls,
-    Tools,
     ToolUse,
     read_tool_calls,
     read_tool_choice,
@@ -168,7 +167,7 @@ _OWNERS = {
 }
 
 
-def _check_message(where: str, message: dict[str, Any], unknown: list[str]) -> None:
+def _check_message(where: str, message: dict[str, Any]) -> None:
     """See that the fields belong to the role, and bring them into the form templates expect."""
     role = message["role"]
     for field, owner in _OWNERS.items():
@@ -184,22 +183,14 @@ def _check_message(where: str, message: dict[str, Any], unknown: list[str]) -> N
         thoughts = message.get("reasoning_content") or message.get("reasoning")
         if thoughts:
             message["reasoning"] = message["reasoning_content"] = thoughts
-        calls: ToolCalls | None = message.pop("tool_calls", None)
-        if calls is not None and calls.items:
-            message["tool_calls"] = list(calls.items)
-            unknown += calls.unknown
     elif role == "tool" and not require_in(message, "tool_call_id", where):
         raise out_of_range(f"{where}.tool_call_id", "the id of a call", "")
     require_in(message, "content", where)
+    if not message.get("tool_calls"):
+        message.pop("tool_calls", None)
 
 
 MESSAGE_TABLE = FieldTable(_MESSAGE_FIELDS, _MESSAGE_REFUSED, _MESSAGE_ANNOTATIONS, ("role",))
-
-
-@dataclass(frozen=True, slots=True)
-class _Messages:
-    items: tuple[dict[str, Any], ...]
-    unknown: tuple[str, ...]
 
 
 def _plain_message(raw: Any) -> dict[str, Any] | None:
@@ -231,24 +222,23 @@ _MESSAGE_SCHEMA = {
 }
 
 
-@typed({"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": _MESSAGE_SCHEMA})
-def _read_messages(name: str, value: Any) -> _Messages:
+@nested({"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": _MESSAGE_SCHEMA})
+def _read_messages(name: str, value: Any, unknown: list[str]) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list):
         raise wrong_type(name, "an array of messages", value)
     if not 1 <= len(value) <= MAX_MESSAGES:
         raise out_of_range(name, f"an array of 1 to {MAX_MESSAGES} messages", value)
-    items: list[dict[str, Any]] = []
-    unknown: list[str] = []
+    messages: list[dict[str, Any]] = []
     for i, raw in enumerate(value):
         plain = _plain_message(raw)
         if plain is not None:
-            items.append(plain)
+            messages.append(plain)
             continue
         where = f"{name}[{i}]"
         message = MESSAGE_TABLE.read_inner(where, raw, unknown)
-        _check_message(where, message, unknown)
-        items.append(message)
-    return _Messages(tuple(items), tuple(unknown))
+        _check_message(where, message)
+        messages.append(message)
+    return tuple(messages)
 
 
 read_effort = one_of(*EFFORTS)
@@ -339,14 +329,11 @@ def parse_chat_request(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     Raises ``InvalidParameterError`` for the first field that is wrong or not supported.
     """
     values, unknown = CHAT_TABLE.read(body)
-    messages: _Messages = require(values, "messages")
+    messages: tuple[dict[str, Any], ...] = require(values, "messages")
     add_prompt, continue_final = check_final_message(values)
-    use = tool_use(values)
-    tools: Tools | None = values.get("tools")
-    unknown += [*messages.unknown, *(tools.unknown if tools else ())]
     return ChatRequest(
         common=read_common(values, unknown),
-        messages=messages.items,
+        messages=messages,
         params=sampling_params(
             values,
             defaults,
@@ -360,7 +347,7 @@ def parse_chat_request(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         continue_final_message=continue_final,
         add_special_tokens=values.get("add_special_tokens", False),
         chat_template_kwargs=template_kwargs(values),
-        tools=use,
+        tools=tool_use(values),
         reasoning=_reasoning(values),
     )
 

@@ -87,9 +87,27 @@ class TypedReader(Generic[_T]):
         return self._read(name, value)
 
 
+class NestedReader(TypedReader[_T]):
+    """A reader of what holds objects: ``read_nested`` notes the names in them that nobody knows.
+
+    It takes the list that they are added to after the name and the value.
+    """
+
+    __slots__ = ("read_nested",)
+
+    def __init__(self, read_nested: Callable[[str, Any, list[str]], _T], schema: Schema) -> None:
+        super().__init__(lambda name, value: read_nested(name, value, []), schema)
+        self.read_nested = read_nested
+
+
 def typed(schema: Schema) -> Callable[[Callable[[str, Any], _T]], TypedReader[_T]]:
     """Decorates a reader with the schema of what it takes."""
     return lambda read: TypedReader(read, schema)
+
+
+def nested(schema: Schema) -> Callable[[Callable[[str, Any, list[str]], _T]], NestedReader[_T]]:
+    """As ``typed`` for a reader of what holds objects."""
+    return lambda read: NestedReader(read, schema)
 
 
 def schema_of(reader: Reader) -> Schema:
@@ -301,7 +319,9 @@ class FieldTable:
         for name, value in given.items():
             reader = self.honoured.get(name)
             if reader is not None:
-                if value is not None:
+                if isinstance(reader, NestedReader) and value is not None:
+                    values[name] = reader.read_nested(prefix + name, value, unknown)
+                elif value is not None:
                     values[name] = reader(prefix + name, value)
             elif name in self.refused:
                 self.refused[name].check(prefix + name, value)
@@ -319,6 +339,11 @@ class FieldTable:
             require_in(values, name, where)
         unknown += unknown_here
         return values
+
+    @property
+    def reader(self) -> NestedReader[dict[str, Any]]:
+        """Reads such an object where it is a field of another one."""
+        return NestedReader(self.read_inner, self.schema())
 
     def schema(self) -> Schema:
         """The object's schema. A field that is not required may be ``null``."""

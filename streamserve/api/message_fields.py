@@ -12,6 +12,7 @@ from streamserve.api.fields import (
     Schema,
     check_keys,
     integer,
+    nested,
     one_of,
     read_bool,
     read_object,
@@ -24,7 +25,7 @@ from streamserve.api.fields import (
 )
 from streamserve.api.sampling import COMMON_FIELDS
 from streamserve.api.structured import json_schema
-from streamserve.api.tool_fields import Tool, Tools, ToolUse, read_name, tools_reader
+from streamserve.api.tool_fields import Tool, ToolUse, check_tool_name, read_name, tools_reader
 from streamserve.core.structured_output import StructuredOutput
 from streamserve.errors import InvalidParameterError
 
@@ -53,14 +54,6 @@ _THOUGHT_TABLE = FieldTable(
     annotations=_CACHED | {"signature"},
     required=("thinking", "type"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """A field's value, and the names in it that nobody knows."""
-
-    value: Any
-    unknown: tuple[str, ...] = ()
 
 
 def _read_block(
@@ -92,16 +85,15 @@ def blocks_schema(*tables: FieldTable) -> Schema:
     return {"anyOf": [{"type": "string"}, {"type": "array", "items": items}]}
 
 
-@typed(blocks_schema(_TEXT_TABLE))
-def _read_texts(name: str, value: Any) -> Given:
-    unknown: list[str] = []
-    return Given(read_blocks(name, value, {"text": _TEXT_TABLE}, unknown), tuple(unknown))
+@nested(blocks_schema(_TEXT_TABLE))
+def read_texts(name: str, value: Any, unknown: list[str]) -> list[dict[str, Any]]:
+    """A string, or blocks of text."""
+    return read_blocks(name, value, {"text": _TEXT_TABLE}, unknown)
 
 
-read_system = _read_texts
 _TOOL_RESULT_TABLE = FieldTable(
     {
-        "content": _read_texts,
+        "content": read_texts,
         "is_error": read_bool,
         "tool_use_id": read_str,
         "type": one_of("tool_result"),
@@ -192,10 +184,10 @@ def read_message_tool_choice(name: str, value: Any) -> dict[str, Any]:
     return choice
 
 
-def message_tool_use(tools: Tools | None, choice: dict[str, Any] | None) -> ToolUse:
+def message_tool_use(tools: tuple[Tool, ...], choice: dict[str, Any] | None) -> ToolUse:
     """``tools`` and ``tool_choice`` together. Raises ``InvalidParameterError``."""
     kind = "auto" if choice is None else choice["type"]
-    if tools is None or not tools.items:
+    if not tools:
         if kind in ("any", "tool"):
             raise InvalidParameterError(
                 f"tool_choice {kind!r} may be given only with tools, got none",
@@ -206,10 +198,10 @@ def message_tool_use(tools: Tools | None, choice: dict[str, Any] | None) -> Tool
     choice = choice or {}
     tool_name = choice.get("name")
     if tool_name is not None:
-        tools.check_name("tool_choice.name", tool_name)
+        check_tool_name("tool_choice.name", tool_name, tools)
     is_parallel = not choice.get("disable_parallel_tool_use", False)
     words = {"any": "required", "tool": "named"}
-    return ToolUse(tools.items, words.get(kind, kind), tool_name, is_parallel)
+    return ToolUse(tools, words.get(kind, kind), tool_name, is_parallel)
 
 
 THINKING_TABLE = FieldTable(
@@ -272,9 +264,8 @@ def read_output_config(name: str, value: Any) -> dict[str, Any]:
 METADATA_TABLE = FieldTable({"user_id": COMMON_FIELDS["user"]})
 
 
-@typed(METADATA_TABLE.schema())
-def read_metadata(name: str, value: Any) -> Given:
-    """``metadata``: the value is the user, ``""`` for nobody."""
-    unknown: list[str] = []
-    values = METADATA_TABLE.read_inner(name, value, unknown)
-    return Given(values.get("user_id", ""), tuple(unknown))
+@nested(METADATA_TABLE.schema())
+def read_metadata(name: str, value: Any, unknown: list[str]) -> str:
+    """``metadata``: the user, ``""`` for nobody."""
+    user: str = METADATA_TABLE.read_inner(name, value, unknown).get("user_id", "")
+    return user

@@ -15,6 +15,7 @@ from streamserve.api.fields import (
     Refused,
     integer,
     list_of,
+    nested,
     one_of,
     out_of_range,
     read_bool,
@@ -25,7 +26,6 @@ from streamserve.api.fields import (
 )
 from streamserve.api.message_fields import (
     BLOCKS,
-    Given,
     ThinkingConfig,
     blocks_schema,
     message_tool_use,
@@ -35,11 +35,10 @@ from streamserve.api.message_fields import (
     read_message_tools,
     read_metadata,
     read_output_config,
-    read_system,
+    read_texts,
     read_thinking,
 )
 from streamserve.api.sampling import COMMON_FIELDS, SAMPLING_FIELDS, read_common, sampling_params
-from streamserve.api.tool_fields import Tools
 from streamserve.core.sampling_params import MAX_STOP_STRINGS, SamplingParams
 from streamserve.core.structured_output import StructuredOutput
 from streamserve.errors import InvalidParameterError
@@ -64,14 +63,13 @@ TURN_TABLE = FieldTable(
 )
 
 
-@typed({"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": TURN_TABLE.schema()})
-def _read_messages(name: str, value: Any) -> Given:
+@nested({"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": TURN_TABLE.schema()})
+def _read_messages(name: str, value: Any, unknown: list[str]) -> list[dict[str, Any]]:
     """The turns as chat messages; turns of one role that follow each other are one."""
     if not isinstance(value, list):
         raise wrong_type(name, "an array of messages", value)
     if not 1 <= len(value) <= MAX_MESSAGES:
         raise out_of_range(name, f"an array of 1 to {MAX_MESSAGES} messages", value)
-    unknown: list[str] = []
     turns: list[tuple[str, list[dict[str, Any]]]] = []
     for i, raw in enumerate(value):
         role, blocks = _read_turn(f"{name}[{i}]", raw, unknown)
@@ -86,8 +84,7 @@ def _read_messages(name: str, value: Any) -> Given:
             param=name,
             code="invalid_value",
         )
-    messages = [message for role, blocks in turns for message in _as_chat(role, blocks)]
-    return Given(messages, tuple(unknown))
+    return [message for role, blocks in turns for message in _as_chat(role, blocks)]
 
 
 def _read_turn(where: str, raw: Any, unknown: list[str]) -> tuple[str, list[dict[str, Any]]]:
@@ -146,8 +143,7 @@ def _assistant(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _tool_result(block: dict[str, Any]) -> dict[str, Any]:
-    given: Given | None = block.get("content")
-    texts = [] if given is None else [part["text"] for part in given.value]
+    texts = [part["text"] for part in block.get("content", ())]
     if block.get("is_error", False):
         # Chat templates have no word for it.
         texts = ["Error: " + texts[0], *texts[1:]] if texts else ["Error"]
@@ -183,7 +179,7 @@ _COUNT_FIELDS: dict[str, Reader] = {
     "model": read_str,
     "output_config": read_output_config,
     "output_format": read_format,
-    "system": read_system,
+    "system": read_texts,
     "thinking": read_thinking,
     "tool_choice": read_message_tool_choice,
     "tools": read_message_tools,
@@ -235,18 +231,12 @@ def parse_count_request(body: Mapping[str, Any], _defaults: Mapping[str, Any]) -
 def _chat_request(
     values: Mapping[str, Any], unknown: list[str], params: SamplingParams
 ) -> ChatRequest:
-    turns: Given = require(values, "messages")
-    system: Given = values.get("system", Given([]))
-    tools: Tools | None = values.get("tools")
-    metadata: Given = values.get("metadata", Given(""))
-    unknown += [*turns.unknown, *system.unknown, *metadata.unknown]
-    unknown += tools.unknown if tools else ()
-    messages = list(turns.value)
-    if texts := [block["text"] for block in system.value]:
+    messages: list[dict[str, Any]] = require(values, "messages")
+    if texts := [block["text"] for block in values.get("system", ())]:
         messages.insert(0, {"role": "system", "content": _content(texts)})
     continues = messages[-1]["role"] == "assistant"
     return ChatRequest(
-        common=read_common({**values, "user": metadata.value}, unknown),
+        common=read_common({**values, "user": values.get("metadata", "")}, unknown),
         messages=tuple(messages),
         params=params,
         extras=read_extras(values),
@@ -255,7 +245,7 @@ def _chat_request(
         continue_final_message=continues,
         add_special_tokens=False,
         chat_template_kwargs={},
-        tools=message_tool_use(tools, values.get("tool_choice")),
+        tools=message_tool_use(values.get("tools", ()), values.get("tool_choice")),
         reasoning=_reasoning(values),
     )
 

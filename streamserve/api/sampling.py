@@ -16,6 +16,7 @@ from streamserve.api.fields import (
     Refused,
     integer,
     list_of,
+    nested,
     number,
     out_of_range,
     positive,
@@ -155,19 +156,9 @@ _STREAM_OPTIONS_REFUSED = {"include_obfuscation": Refused((False,))}
 STREAM_OPTIONS_TABLE = FieldTable(_STREAM_OPTIONS, _STREAM_OPTIONS_REFUSED)
 
 
-@dataclass(frozen=True, slots=True)
-class _RawStreamOptions:
-    """Stream options as given, before it is known whether the request streams."""
-
-    options: StreamOptions
-    unknown: tuple[str, ...]
-
-
-@typed(STREAM_OPTIONS_TABLE.schema())
-def _read_stream_options(name: str, value: Any) -> _RawStreamOptions:
-    unknown: list[str] = []
-    values = STREAM_OPTIONS_TABLE.read_inner(name, value, unknown)
-    return _RawStreamOptions(StreamOptions(**values), tuple(unknown))
+@nested(STREAM_OPTIONS_TABLE.schema())
+def _read_stream_options(name: str, value: Any, unknown: list[str]) -> StreamOptions:
+    return StreamOptions(**STREAM_OPTIONS_TABLE.read_inner(name, value, unknown))
 
 
 SAMPLING_FIELDS: dict[str, Reader] = {
@@ -228,14 +219,13 @@ class Common:
 def read_common(values: Mapping[str, Any], unknown: list[str]) -> Common:
     """Build ``Common`` from fields that were read through a table."""
     stream = values.get("stream", False)
-    raw = values.get("stream_options")
-    if raw is not None and not stream:
+    options: StreamOptions = values.get("stream_options", StreamOptions())
+    if "stream_options" in values and not stream:
         raise InvalidParameterError(
             "stream_options may be given only with stream: true",
             param="stream_options",
             code="invalid_value",
         )
-    options = StreamOptions() if raw is None else raw.options
     return Common(
         model=values.get("model"),
         stream=stream,
@@ -244,13 +234,13 @@ def read_common(values: Mapping[str, Any], unknown: list[str]) -> Common:
         priority=values.get("priority"),
         cache_salt=values.get("cache_salt", ""),
         user=values.get("user", ""),
-        time_limits=time_limits(values),
-        unknown_fields=reported([*unknown, *(() if raw is None else raw.unknown)]),
-        length_field=length_field(values),
+        time_limits=_time_limits(values),
+        unknown_fields=reported(unknown),
+        length_field=_length_field(values),
     )
 
 
-def length_field(values: Mapping[str, Any]) -> str:
+def _length_field(values: Mapping[str, Any]) -> str:
     """The field in which a request says how long its answer may be."""
     return next((name for name in _LENGTH_FIELDS if name in values), "max_tokens")
 
@@ -264,7 +254,7 @@ def name_length(error: RequestError, field: str) -> None:
             error.param = field
 
 
-def time_limits(values: Mapping[str, Any]) -> TimeLimits | None:
+def _time_limits(values: Mapping[str, Any]) -> TimeLimits | None:
     """What a request asks of time, ``None`` if nothing."""
     given = [values.get(name) for name in TIME_FIELDS]
     if not any(given):
@@ -297,7 +287,7 @@ def sampling_params(
             prompt_logprobs=prompt_logprobs,
         )
     except InvalidParameterError as error:
-        name_length(error, length_field(values))
+        name_length(error, _length_field(values))
         raise
 
 

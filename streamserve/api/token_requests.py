@@ -28,7 +28,6 @@ from streamserve.api.fields import (
     wrong_type,
 )
 from streamserve.api.sampling import token_id
-from streamserve.api.tool_fields import NO_TOOLS, Tools
 from streamserve.engine.parsers.answer_format import AnswerFormat
 from streamserve.engine.preprocess import PromptEncoder
 from streamserve.errors import InvalidParameterError
@@ -96,8 +95,6 @@ _RENDERING = ("add_generation_prompt", "continue_final_message", "tools")
 def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat) -> TokenizeRequest:
     """Parse and check. Raises ``InvalidParameterError``."""
     values, unknown = TOKENIZE_TABLE.read(body)
-    for name in {"messages", "tools"} & values.keys():
-        unknown += values[name].unknown
     if ("prompt" in values) == ("messages" in values):
         raise InvalidParameterError(
             "either prompt or messages must be given, and not both",
@@ -110,14 +107,14 @@ def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat)
         special = values.get("add_special_tokens", True)
         return TokenizeRequest(model, reported(unknown), values["prompt"], special, strs)
     add_prompt, continue_final = check_final_message(values)
-    tools: Tools = values.get("tools", NO_TOOLS)
+    tools = [tool.definition for tool in values.get("tools", ())] or None
     rendering = {
         "add_generation_prompt": add_prompt,
         "continue_final_message": continue_final,
-        "tools": tools.definitions,
+        "tools": tools,
         **template_kwargs(values),
     }
-    messages = family_messages(values["messages"].items, answer_format, tools.definitions)
+    messages = family_messages(values["messages"], answer_format, tools)
     special = values.get("add_special_tokens", False)
     return TokenizeRequest(model, reported(unknown), None, special, strs, messages, rendering)
 
@@ -171,9 +168,8 @@ def detokenized(text: str) -> bytes:
 
 
 def _check_asks_no_rendering(values: dict[str, Any]) -> None:
-    asked = {**values, "tools": values.get("tools", NO_TOOLS).items}
     for name in _ONLY_OF_CHAT:
-        if asked.get(name):
+        if values.get(name):
             raise InvalidParameterError(
                 f"{name} may be given only with messages", param=name, code="invalid_value"
             )

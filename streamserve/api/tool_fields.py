@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import orjson
 
 from streamserve.api.fields import (
     FieldTable,
-    TypedReader,
+    NestedReader,
+    nested,
     out_of_range,
     read_bool,
     read_list,
@@ -63,27 +64,6 @@ class ToolUse:
         return self.choice in ("required", "named")
 
 
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """``tools`` as given, and the names in it that nobody knows."""
-
-    items: tuple[Tool, ...]
-    unknown: tuple[str, ...]
-
-    @property
-    def definitions(self) -> list[dict[str, Any]] | None:
-        """What a chat template sees: ``None`` is no tool."""
-        return [tool.definition for tool in self.items] or None
-
-    def check_name(self, param: str, name: str) -> None:
-        """Raise unless one of the tools has this name."""
-        names = [tool.name for tool in self.items]
-        if name not in names:
-            some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-            raise out_of_range(param, f"one of {some}", name)
-
-
-NO_TOOLS = Tools((), ())
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
@@ -116,7 +96,7 @@ FUNCTION_TABLE = FieldTable(
 )
 TOOL_TABLE = FieldTable(
     {
-        "function": TypedReader(read_object, FUNCTION_TABLE.schema()),
+        "function": FUNCTION_TABLE.reader,
         "type": read_function_type,
     },
     required=("type", "function"),
@@ -124,8 +104,7 @@ TOOL_TABLE = FieldTable(
 
 
 def _read_tool(name: str, value: Any, unknown: list[str]) -> Tool:
-    given = TOOL_TABLE.read_inner(name, value, unknown)
-    function = FUNCTION_TABLE.read_inner(f"{name}.function", given["function"], unknown)
+    function = TOOL_TABLE.read_inner(name, value, unknown)["function"]
     is_strict = function.pop("strict", False)
     parameters = function.get("parameters", NO_PARAMETERS)
     return Tool(function["name"], {"type": "function", "function": function}, parameters, is_strict)
@@ -133,22 +112,21 @@ def _read_tool(name: str, value: Any, unknown: list[str]) -> Tool:
 
 def tools_reader(
     read_tool: Callable[[str, Any, list[str]], Tool], table: FieldTable, name_field: str
-) -> TypedReader[Tools]:
+) -> NestedReader[tuple[Tool, ...]]:
     """A reader of ``tools``, each read by ``read_tool``, its name standing in ``name_field``."""
 
-    @typed({"type": "array", "maxItems": MAX_TOOLS, "items": table.schema()})
-    def read(name: str, value: Any) -> Tools:
-        unknown: list[str] = []
-        items: dict[str, Tool] = {}
+    @nested({"type": "array", "maxItems": MAX_TOOLS, "items": table.schema()})
+    def read(name: str, value: Any, unknown: list[str]) -> tuple[Tool, ...]:
+        tools: dict[str, Tool] = {}
         for i, raw in enumerate(read_list(name, value, "tools", MAX_TOOLS)):
             where = f"{name}[{i}]"
             tool = read_tool(where, raw, unknown)
-            if tool.name in items:
+            if tool.name in tools:
                 raise out_of_range(
                     f"{where}.{name_field}", "unlike the other tools' names", tool.name
                 )
-            items[tool.name] = tool
-        return Tools(tuple(items.values()), tuple(unknown))
+            tools[tool.name] = tool
+        return tuple(tools.values())
 
     return read
 
@@ -193,11 +171,19 @@ def read_tool_choice(name: str, value: Any) -> ToolChoice:
     return ToolChoice("named", read_name(f"{where}.name", require_in(function, "name", where)))
 
 
+def check_tool_name(param: str, name: str, tools: Sequence[Tool]) -> None:
+    """Raise ``InvalidParameterError`` unless one of the tools has this name."""
+    names = [tool.name for tool in tools]
+    if name not in names:
+        some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+        raise out_of_range(param, f"one of {some}", name)
+
+
 def tool_use(values: Mapping[str, Any]) -> ToolUse:
     """Put a request's fields together. Raises ``InvalidParameterError`` if they do not agree."""
-    tools: Tools = values.get("tools", NO_TOOLS)
+    tools: tuple[Tool, ...] = values.get("tools", ())
     choice: ToolChoice = values.get("tool_choice", ToolChoice("auto"))
-    if not tools.items:
+    if not tools:
         if choice.choice in ("required", "named"):
             raise InvalidParameterError(
                 "tool_choice may ask for a call only with tools, got none",
@@ -206,8 +192,8 @@ def tool_use(values: Mapping[str, Any]) -> ToolUse:
             )
         return ToolUse()
     if choice.name is not None:
-        tools.check_name("tool_choice.function.name", choice.name)
-    return ToolUse(tools.items, choice.choice, choice.name, values.get("parallel_tool_calls", True))
+        check_tool_name("tool_choice.function.name", choice.name, tools)
+    return ToolUse(tools, choice.choice, choice.name, values.get("parallel_tool_calls", True))
 
 
 @typed({"type": "string"})
@@ -227,14 +213,6 @@ def read_arguments(name: str, value: Any) -> dict[str, Any]:
     return arguments
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCalls:
-    """The calls of an assistant's message as templates expect them, and names nobody knows."""
-
-    items: tuple[dict[str, Any], ...]
-    unknown: tuple[str, ...]
-
-
 # What clients leave there that put a streamed call together, or parsed it.
 CALLED_TABLE = FieldTable(
     {"name": read_name, "arguments": read_arguments},
@@ -243,7 +221,7 @@ CALLED_TABLE = FieldTable(
 )
 CALL_TABLE = FieldTable(
     {
-        "function": TypedReader(read_object, CALLED_TABLE.schema()),
+        "function": CALLED_TABLE.reader,
         "id": read_str,
         "type": read_function_type,
     },
@@ -252,16 +230,9 @@ CALL_TABLE = FieldTable(
 )
 
 
-@typed({"type": "array", "maxItems": MAX_CALLS, "items": CALL_TABLE.schema()})
-def read_tool_calls(name: str, value: Any) -> ToolCalls:
-    """``tool_calls`` of a message."""
+@nested({"type": "array", "maxItems": MAX_CALLS, "items": CALL_TABLE.schema()})
+def read_tool_calls(name: str, value: Any, unknown: list[str]) -> list[dict[str, Any]]:
+    """``tool_calls`` of a message, as templates expect them."""
     calls = read_list(name, value, "tool calls", MAX_CALLS)
-    unknown: list[str] = []
-    items = tuple(_read_call(f"{name}[{i}]", raw, unknown) for i, raw in enumerate(calls))
-    return ToolCalls(items, tuple(unknown))
-
-
-def _read_call(name: str, value: Any, unknown: list[str]) -> dict[str, Any]:
-    call = CALL_TABLE.read_inner(name, value, unknown)
-    function = CALLED_TABLE.read_inner(f"{name}.function", call["function"], unknown)
-    return {"id": call["id"], "type": "function", "function": function}
+    read = (CALL_TABLE.read_inner(f"{name}[{i}]", raw, unknown) for i, raw in enumerate(calls))
+    return [{"id": call["id"], "type": "function", "function": call["function"]} for call in read]

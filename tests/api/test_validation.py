@@ -409,7 +409,7 @@ async def test_unknown_fields_are_named_and_logged_once(caplog):
             answer = await api.chat(messages=messages, max_tokens=1, **fields)
             assert answer.status == 200
             assert answer.headers["x-ignored-fields"] == (
-                "foo, b%C3%A4r%0D%0Ax, messages[0].mood, stream_options.x"
+                "messages[0].mood, foo, b%C3%A4r%0D%0Ax, stream_options.x"
             )
     assert len(caplog.records) == 4
     assert "\r" not in caplog.text

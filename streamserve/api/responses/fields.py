@@ -11,6 +11,7 @@ from streamserve.api.fields import (
     Refused,
     check_keys,
     list_of,
+    nested,
     one_of,
     out_of_range,
     read_bool,
@@ -78,7 +79,6 @@ class TextFormat:
 
     shown: dict[str, Any]
     grammar: StructuredOutput | None
-    unknown: tuple[str, ...] = ()
 
 
 PLAIN_TEXT = TextFormat({"format": {"type": "text"}, "verbosity": "medium"}, None)
@@ -132,13 +132,12 @@ def _read_format(name: str, value: Any) -> tuple[dict[str, Any], StructuredOutpu
 TEXT_TABLE = FieldTable({"format": _read_format}, {"verbosity": Refused(("medium",))})
 
 
-@typed({**TEXT_TABLE.schema(), "description": "What the answer looks like."})
-def read_text(name: str, value: Any) -> TextFormat:
+@nested({**TEXT_TABLE.schema(), "description": "What the answer looks like."})
+def read_text(name: str, value: Any, unknown: list[str]) -> TextFormat:
     """``text``."""
-    unknown: list[str] = []
     values = TEXT_TABLE.read_inner(name, value, unknown)
     shown, grammar = values.get("format", (PLAIN_TEXT.shown["format"], None))
-    return TextFormat({**PLAIN_TEXT.shown, "format": shown}, grammar, tuple(unknown))
+    return TextFormat({**PLAIN_TEXT.shown, "format": shown}, grammar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +146,6 @@ class ReasoningFields:
 
     effort: str | None = None
     summary: str | None = None
-    unknown: tuple[str, ...] = ()
 
 
 _read_summary = one_of(*_SUMMARIES)
@@ -161,13 +159,12 @@ REASONING_TABLE = FieldTable(
 )
 
 
-@typed({**REASONING_TABLE.schema(), "description": "How to think, and how to show it."})
-def read_reasoning(name: str, value: Any) -> ReasoningFields:
+@nested({**REASONING_TABLE.schema(), "description": "How to think, and how to show it."})
+def read_reasoning(name: str, value: Any, unknown: list[str]) -> ReasoningFields:
     """``reasoning``."""
-    unknown: list[str] = []
     values = REASONING_TABLE.read_inner(name, value, unknown)
     summary = values.get("summary", values.get("generate_summary"))
-    return ReasoningFields(values.get("effort"), summary, tuple(unknown))
+    return ReasoningFields(values.get("effort"), summary)
 
 
 STREAM_TABLE = FieldTable(
@@ -175,9 +172,7 @@ STREAM_TABLE = FieldTable(
 )
 
 
-@typed(STREAM_TABLE.schema())
-def read_stream_options(name: str, value: Any) -> tuple[StreamOptions, list[str]]:
+@nested(STREAM_TABLE.schema())
+def read_stream_options(name: str, value: Any, unknown: list[str]) -> StreamOptions:
     """``stream_options``."""
-    unknown: list[str] = []
-    values = STREAM_TABLE.read_inner(name, value, unknown)
-    return StreamOptions(**values), unknown
+    return StreamOptions(**STREAM_TABLE.read_inner(name, value, unknown))

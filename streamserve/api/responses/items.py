@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from streamserve.api.fields import (
@@ -14,6 +13,7 @@ from streamserve.api.fields import (
     Refused,
     Schema,
     list_of,
+    nested,
     one_of,
     out_of_range,
     read_object,
@@ -174,14 +174,6 @@ _TABLES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class InputItems:
-    """Items in the form in which they are kept, and the names in them that nobody knows."""
-
-    items: tuple[Item, ...]
-    unknown: tuple[str, ...] = ()
-
-
 def message_item(role: str, texts: Iterable[str]) -> Item:
     """A message as it is listed."""
     if role == "assistant":
@@ -260,23 +252,21 @@ def _schema() -> Schema:
     return {"anyOf": options}
 
 
-@typed(
+@nested(
     {"anyOf": [{"type": "string"}, {"type": "array", "maxItems": MAX_ITEMS, "items": _schema()}]}
 )
-def read_input(name: str, value: Any) -> InputItems:
-    """``input``: what a user says, or items."""
+def read_input(name: str, value: Any, unknown: list[str]) -> tuple[Item, ...]:
+    """``input``: what a user says, or items, in the form in which they are kept."""
     if isinstance(value, str):
-        return InputItems((message_item("user", (value,)),))
+        return (message_item("user", (value,)),)
     if not isinstance(value, list):
         raise wrong_type(name, "a string or an array of items", value)
     if len(value) > MAX_ITEMS:
         raise out_of_range(name, f"an array of at most {MAX_ITEMS} items", value)
-    unknown: list[str] = []
-    items = tuple(
+    return tuple(
         _plain_message(raw) or _read_item(f"{name}[{i}]", raw, unknown)
         for i, raw in enumerate(value)
     )
-    return InputItems(items, tuple(unknown))
 
 
 def _plain_message(raw: Any) -> Item | None:

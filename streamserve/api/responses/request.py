@@ -25,7 +25,6 @@ from streamserve.api.fields import (
     out_of_range,
     read_bool,
     read_str,
-    reported,
     require,
     schema_of,
 )
@@ -43,7 +42,7 @@ from streamserve.api.responses.fields import (
     read_text,
     read_truncation,
 )
-from streamserve.api.responses.items import InputItems, read_id, read_input
+from streamserve.api.responses.items import Item, read_id, read_input
 from streamserve.api.responses.messages import chat_messages
 from streamserve.api.responses.tools import (
     AllowedTools,
@@ -56,14 +55,11 @@ from streamserve.api.sampling import (
     COMMON_FIELDS,
     SAMPLING_FIELDS,
     TIME_FIELDS,
-    Common,
-    StreamOptions,
-    length_field,
+    read_common,
     sampling_params,
-    time_limits,
 )
 from streamserve.api.structured import STRUCTURED_FIELDS
-from streamserve.api.tool_fields import NO_TOOLS, ToolChoice, Tools
+from streamserve.api.tool_fields import ToolChoice
 from streamserve.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from streamserve.errors import InvalidParameterError
 
@@ -165,11 +161,9 @@ def parse_responses_request(
     Raises ``InvalidParameterError`` for the first field that is wrong or not supported.
     """
     values, unknown = RESPONSES_TABLE.read(body)
-    given: InputItems = require(values, "input")
-    tools: Tools = values.get("tools", NO_TOOLS)
+    given: tuple[Item, ...] = require(values, "input")
     text: TextFormat = values.get("text", PLAIN_TEXT)
     reasoning: ReasoningFields = values.get("reasoning", ReasoningFields())
-    unknown += [*given.unknown, *tools.unknown, *text.unknown, *reasoning.unknown]
     include = values.get("include", ())
     background, store = values.get("background", False), values.get("store")
     if background and store is False:
@@ -180,7 +174,7 @@ def parse_responses_request(
         )
     params = _params(values, defaults, text, include)
     previous_id: str | None = values.get("previous_response_id")
-    items = [context.resolved(item) for item in given.items]
+    items = [context.resolved(item) for item in given]
     messages = chat_messages(
         values.get("instructions"), (*context.items_before(previous_id), *items)
     )
@@ -188,7 +182,7 @@ def parse_responses_request(
         raise out_of_range("input", "at least one item", [])
     budget: int | None = values.get("thinking_token_budget")
     chat = ChatRequest(
-        common=_common(values, unknown),
+        common=read_common(values, unknown),
         messages=messages,
         params=params,
         extras=read_extras({}),
@@ -218,33 +212,10 @@ def parse_responses_request(
         is_stored=store,
         shows_summary=reasoning.summary is not None,
         seals_thoughts=ENCRYPTED in include,
-        repeated=_repeated(body, values, params, text, reasoning, tools),
+        repeated=_repeated(body, values, params, text, reasoning),
         input=orjson.dumps(items),
     )
     return ResponsesRequest(chat, settings, values.get("truncation") == "auto")
-
-
-def _common(values: Mapping[str, Any], unknown: list[str]) -> Common:
-    stream = values.get("stream", False)
-    options, unknown_here = values.get("stream_options", (StreamOptions(), []))
-    if "stream_options" in values and not stream:
-        raise InvalidParameterError(
-            "stream_options may be given only with stream: true",
-            param="stream_options",
-            code="invalid_value",
-        )
-    return Common(
-        model=values.get("model"),
-        stream=stream,
-        stream_options=options,
-        include_timing=False,
-        priority=values.get("priority"),
-        cache_salt=values.get("cache_salt", ""),
-        user=values.get("user", ""),
-        time_limits=time_limits(values),
-        unknown_fields=reported([*unknown, *unknown_here]),
-        length_field=length_field(values),
-    )
 
 
 def _params(
@@ -279,7 +250,6 @@ def _repeated(
     params: SamplingParams,
     text: TextFormat,
     reasoning: ReasoningFields,
-    tools: Tools,
 ) -> dict[str, Any]:
     """What a response says of its request, in OpenAI's words."""
     notes = {name: body.get(name) for name in _REPEATED}
@@ -296,7 +266,7 @@ def _repeated(
         "temperature": params.temperature,
         "text": text.shown,
         "tool_choice": _shown_choice(values.get("tool_choice")),
-        "tools": shown_tools(tools),
+        "tools": shown_tools(values.get("tools", ())),
         "top_logprobs": values.get("top_logprobs", 0),
         "top_p": params.top_p,
         "truncation": values.get("truncation", "disabled"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,8 @@ from streamserve.api.fields import (
 from streamserve.api.tool_fields import (
     MAX_TOOLS,
     NO_PARAMETERS,
-    NO_TOOLS,
     Tool,
     ToolChoice,
-    Tools,
     ToolUse,
     read_function_type,
     read_name,
@@ -128,16 +126,16 @@ def use_of_tools(values: Mapping[str, Any]) -> ToolUse:
     choice = values.get("tool_choice")
     if not isinstance(choice, AllowedTools):
         return tool_use(values)
-    tools: Tools = values.get("tools", NO_TOOLS)
-    known = {tool.name: tool for tool in tools.items}
+    tools: tuple[Tool, ...] = values.get("tools", ())
+    known = {tool.name for tool in tools}
     for name in choice.names:
         if name not in known:
             raise out_of_range("tool_choice.tools", "among the request's tools", name)
-    allowed = tuple(tool for tool in tools.items if tool.name in choice.names)
+    allowed = tuple(tool for tool in tools if tool.name in choice.names)
     return ToolUse(allowed, choice.mode, None, values.get("parallel_tool_calls", True))
 
 
-def shown_tools(tools: Tools) -> list[dict[str, Any]]:
+def shown_tools(tools: Iterable[Tool]) -> list[dict[str, Any]]:
     """The tools as a response repeats them."""
     return [
         {
@@ -147,5 +145,5 @@ def shown_tools(tools: Tools) -> list[dict[str, Any]]:
             "parameters": tool.parameters,
             "strict": tool.is_strict,
         }
-        for tool in tools.items
+        for tool in tools
     ]
