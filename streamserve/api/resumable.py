@@ -87,14 +87,16 @@ class ResumableAnswer(KeptAnswer):
         """Tell ``reader`` of news, and keep what it has not sent yet."""
         with self.read():
             self._readers.append(reader)
+            self.moved()  # it may have more than the one before was known to have
             try:
                 yield
             finally:
                 self._readers.remove(reader)
                 self._last_position = reader.position
+                self.moved()  # it may have had less than the others
 
     def moved(self) -> None:
-        """A reader has sent more."""
+        """What every reader has passed may be more than it was."""
         self._room.set()
 
     async def run(self) -> None:

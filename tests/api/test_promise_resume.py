@@ -277,6 +277,40 @@ async def test_promise_a_slow_reader_misses_nothing_of_what_another_has():
             assert Client().feed(reader.body).content == "abcdefghij" * 100
 
 
+async def test_promise_who_comes_back_with_more_than_was_known_to_be_sent_makes_room():
+    streams = StreamConfig(max_buffer_bytes=8192, max_replay_bytes=4096)
+    async with Api(streams=streams, max_model_len=2048).running() as api:
+        body = chat_body(stream=True, max_tokens=1000)
+        exchange = Exchange(api.app, "POST", CHAT, body, headers=RESUME)
+        await exchange.until(lambda e: b'"content":"a' in e.body)
+        exchange.leave()
+        await exchange.finished()
+        await until(lambda: api.engine.stats().num_paused == 1)
+        [kept] = api.app.context.kept._by_id.values()
+        num_known = kept.log.last
+        at = {"last-event-id": f"{kept.id}.{num_known}"}
+        rest = Client().feed((await api.call("POST", CHAT, body, headers=at)).body)
+        assert rest.content == ("abcdefghij" * 100)[num_known:]
+        assert rest.is_done
+
+
+async def test_promise_a_slow_reader_that_leaves_holds_nobody_up():
+    streams = StreamConfig(max_buffer_bytes=8192, max_replay_bytes=4096)
+    async with Api(streams=streams, max_model_len=2048).running() as api:
+        body = chat_body(stream=True, max_tokens=1000)
+        fast = Exchange(api.app, "POST", CHAT, body, headers=RESUME)
+        await fast.until(lambda e: bool(e.messages))
+        [kept] = api.app.context.kept._by_id.values()
+        slow = Exchange(api.app, "GET", f"/v1/streams/{kept.id}")
+        await slow.until(lambda e: len(e.messages) > 2)
+        slow.stall()
+        await until(lambda: api.engine.stats().num_paused == 1)
+        slow.leave()
+        for reader in (slow, fast):
+            await reader.finished()
+        assert Client().feed(fast.body).content == "abcdefghij" * 100
+
+
 async def test_promise_of_what_has_ended_the_oldest_that_nobody_reads_is_forgotten_first():
     streams = StreamConfig(max_kept_bytes=5000)  # 10 tokens take 2,010
     async with Api(streams=streams).running() as api:
