@@ -7,12 +7,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from streamserve.api.body import ignored_fields_headers
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.metrics import Delivery
 from streamserve.api.prompts import Endpoint, Work
+from streamserve.api.tenants import Tenant
 from streamserve.api.whole import Choice
 from streamserve.api.wire import Wire
 from streamserve.engine.parsers.answer import AnswerParser
@@ -35,6 +38,13 @@ class Call:
         name: str = self.scope.get("state", {}).get("request_id", "")
         return name
 
+    async def send_json(self, content: bytes, unknown_fields: Sequence[str] = ()) -> None:
+        """Send a whole answer. From now on it does not matter whether the client stays."""
+        headers = ignored_fields_headers(unknown_fields)
+        response = Response(content, headers=headers, media_type="application/json")
+        self.guard.release()
+        await response(self.scope, self.receive, self.send)
+
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
@@ -56,7 +66,7 @@ class Maker(Protocol):
     def context(self) -> ApiContext:
         """What all endpoints share."""
 
-    async def prepare_all(self, raw: bytes, salt: str) -> Work:
+    async def prepare(self, raw: bytes, tenant: Tenant) -> Work:
         """Parse, render, tokenise, compile."""
 
     def wire(self, work: Work, owner: str) -> Wire:

@@ -30,7 +30,8 @@ from streamserve.api.middleware import RAW_SEND, ApiKeyMiddleware, RequestIdMidd
 from streamserve.api.openapi import openapi
 from streamserve.api.operators import OperatorEndpoints, admin_app
 from streamserve.api.pages import page_routes
-from streamserve.api.prompts import PromptWorkers, TextLoader
+from streamserve.api.prompt_workers import PromptWorkers, TextLoader
+from streamserve.api.prompts import PromptReader
 from streamserve.api.rate_limits import RateLimiter
 from streamserve.api.request_log import RequestLog
 from streamserve.api.responses.archive import Archive
@@ -48,7 +49,7 @@ from streamserve.engine.adapters import Adapter, Adapters
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.fault_injection import FaultInjectingRunner
 from streamserve.engine.hang_watch import HangWatch
-from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
+from streamserve.engine.parsers.answer_format import AnswerFormat
 from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.tokenizer import Tokenizer
 
@@ -125,13 +126,12 @@ def create_app(
         tokenizer=tokenizer,
         config=config,
         max_model_len=max_model_len,
-        sampling_defaults=defaults,
+        prompts=PromptReader(preprocessor, tokenizer, defaults, answer_format, max_model_len),
         clock=clock,
         wall_clock=wall_clock,
         created=int(wall_clock()),
         metrics=metrics,
         kept=KeptAnswers(config.streams.max_kept_bytes, gate),
-        mark_ids=MarkIds(tokenizer),
         answer_format=answer_format,
         embedding=embedding,
         models=ServedModels(config.served_model_names, adapters),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.types import Receive, Scope
 
@@ -15,7 +14,8 @@ from streamserve.api.gate import Gate
 from streamserve.api.kept import KeptAnswers
 from streamserve.api.metrics import Metrics
 from streamserve.api.middleware import RAW_SEND
-from streamserve.api.prompts import PromptWorkers
+from streamserve.api.prompt_workers import PromptWorkers
+from streamserve.api.prompts import PromptReader
 from streamserve.api.request_log import RequestLog
 from streamserve.api.running import RunningAnswers
 from streamserve.api.served_models import ServedModels
@@ -25,7 +25,7 @@ from streamserve.config import ApiConfig, EmbeddingConfig
 from streamserve.core.clock import Clock
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.hang_watch import HangWatch
-from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
+from streamserve.engine.parsers.answer_format import AnswerFormat
 from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import InvalidParameterError
@@ -60,7 +60,7 @@ class ApiContext:
     tokenizer: Tokenizer
     config: ApiConfig
     max_model_len: int
-    sampling_defaults: Mapping[str, Any]
+    prompts: PromptReader
     clock: Clock
     wall_clock: Callable[[], float]
     created: int
@@ -69,7 +69,6 @@ class ApiContext:
     gate: Gate
     kept: KeptAnswers
     hang_watch: HangWatch
-    mark_ids: MarkIds
     request_log: RequestLog
     embedding: EmbeddingConfig
     models: ServedModels

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from streamserve.api.completion_request import Prompt, prompts_reader
-from streamserve.api.extras import EXTRA_FIELDS, Truncation, read_extras
+from streamserve.api.extras import EXTRA_FIELDS, ExtraFields, read_extras
 from streamserve.api.fields import (
     FieldTable,
     Reader,
@@ -22,9 +22,6 @@ from streamserve.core.pooling import Pooling
 from streamserve.core.sampling_params import SamplingParams
 
 MAX_INPUTS = 2048  # OpenAI's
-
-EncodingFormat = Literal["float", "base64"]
-
 
 _OF_ALL = ("cache_salt", "model", "priority", "user")
 
@@ -59,9 +56,9 @@ class EmbeddingRequest:
     """
 
     common: Common
-    inputs: tuple[Prompt, ...]
+    prompts: tuple[Prompt, ...]
     params: SamplingParams
-    truncation: Truncation
+    extras: ExtraFields
     encoding_format: str
     add_special_tokens: bool
 
@@ -72,9 +69,9 @@ def parse_embedding_request(body: Mapping[str, Any]) -> EmbeddingRequest:
     pooling = Pooling(dimensions=values.get("dimensions"), normalize=values.get("normalize", True))
     return EmbeddingRequest(
         common=read_common(values, unknown),
-        inputs=require(values, "input"),
+        prompts=require(values, "input"),
         params=SamplingParams(max_tokens=1, temperature=0.0, pooling=pooling),
-        truncation=read_extras(values).truncation,
+        extras=read_extras(values),
         encoding_format=values.get("encoding_format", "float"),
         add_special_tokens=values.get("add_special_tokens", True),
     )

@@ -13,16 +13,13 @@ from dataclasses import replace
 from functools import partial
 
 import orjson
-from starlette.responses import Response
 
 from streamserve.api.admitted import Call
-from streamserve.api.body import ignored_fields_headers, parse_json_object
 from streamserve.api.disconnect import ClientGoneError
-from streamserve.api.embedding_request import parse_embedding_request
 from streamserve.api.extras import Prompt
-from streamserve.api.generation import GenerationEndpoint, origin_of
+from streamserve.api.generation import GenerationEndpoint
 from streamserve.api.metrics import Delivery
-from streamserve.api.prompts import Work, embedding_work
+from streamserve.api.prompts import Work
 from streamserve.api.rate_limits import Allowance, allowance_of
 from streamserve.api.success import check_success
 from streamserve.api.tenants import tenant_of
@@ -45,16 +42,7 @@ _AT_ONCE = 64
 class EmbeddingEndpoint(GenerationEndpoint):
     """Reads and tokenises as those that generate, and answers with vectors."""
 
-    prompt_param = "input"
     endpoint = "embedding"
-
-    async def _prepare_here(self, raw: bytes, salt: str) -> Work:
-        request = parse_embedding_request(parse_json_object(raw))
-        self.check_common(request.common)
-        prompts = [
-            await self._prompt(given, request.add_special_tokens, salt) for given in request.inputs
-        ]
-        return embedding_work(request, prompts)
 
     async def _settled(self, work: Work) -> Work:
         work = await super()._settled(work)
@@ -79,17 +67,13 @@ class EmbeddingEndpoint(GenerationEndpoint):
 
     async def _answer(self, work: Work, call: Call) -> None:
         context = self._context
-        tenant, request_id = tenant_of(call.scope), f"embd-{secrets.token_hex(16)}"
+        request_id = f"embd-{secrets.token_hex(16)}"
         delivery = Delivery(context.metrics, context.clock, call.arrival_time)
-        is_heard = context.config.honours_priority
-        adapter = context.models.adapter_of(work.common.model)
         allowance = allowance_of(call.scope)
         vectors = _Vectors(
             context.engine,
             work,
-            lambda index: origin_of(
-                work, index, tenant, adapter, request_id, call.arrival_time, is_heard=is_heard
-            ),
+            lambda index: self._origin(work, index, call, request_id),
             allowance,
         )
         if allowance is not None:
@@ -108,13 +92,8 @@ class EmbeddingEndpoint(GenerationEndpoint):
         reason = FinishReason.ABORT
         try:
             await vectors.finish()
-            response = Response(
-                self._content(work, request_id, vectors.items),
-                headers=ignored_fields_headers(work.common.unknown_fields),
-                media_type="application/json",
-            )
-            call.guard.release()
-            await response(call.scope, call.receive, call.send)
+            content = self._content(work, request_id, vectors.items)
+            await call.send_json(content, work.common.unknown_fields)
             reason = FinishReason.STOP
         except ClientGoneError:
             raise
@@ -126,7 +105,7 @@ class EmbeddingEndpoint(GenerationEndpoint):
             delivery.end(reason)
             num_prompts = len(vectors.streams)
             context.request_log.ended(request_id, vectors.streams, num_prompts)
-            context.metrics.tenants.ended(tenant.name, vectors.streams, num_prompts)
+            context.metrics.tenants.ended(tenant_of(call.scope).name, vectors.streams, num_prompts)
 
     def _content(self, work: Work, request_id: str, items: list[bytes]) -> bytes:
         num_tokens = sum([len(prompt.token_ids) for prompt in work.prompts])

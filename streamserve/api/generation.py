@@ -7,36 +7,26 @@ it takes (a place, the engine's streams) it gives back there, whatever happens.
 from __future__ import annotations
 
 import secrets
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from streamserve.api.admitted import Admitted, Call
-from streamserve.api.body import ignored_fields_headers, parse_json_object
-from streamserve.api.chat_request import ChatRequest, parse_chat_request
-from streamserve.api.completion_request import parse_completion_request
+from streamserve.api.body import ignored_fields_headers
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import ClientGoneError, DisconnectGuard
 from streamserve.api.extras import Prompt
 from streamserve.api.fields import unsupported
-from streamserve.api.frames import (
-    CHAT,
-    COMPLETION,
-    PING,
-    Envelope,
-    Kind,
-)
-from streamserve.api.harmony_plan import plan_answer
+from streamserve.api.frames import CHAT, COMPLETION, PING, Envelope, Kind
 from streamserve.api.kept_generation import answer_kept, comes_back
 from streamserve.api.metrics import Delivery
 from streamserve.api.openai_wire import OpenAIWire
-from streamserve.api.prompts import LONG_BODY, ChatParser, Endpoint, PromptWorkers, Work, chat_work
-from streamserve.api.rate_limits import Allowance, allowance_of
+from streamserve.api.prompt_workers import LONG_BODY
+from streamserve.api.prompts import PROMPT_FIELDS, Endpoint, Work
+from streamserve.api.rate_limits import allowance_of
 from streamserve.api.resumption import resumption_of
 from streamserve.api.running import RunningAnswer
 from streamserve.api.sampling import Common, name_length
@@ -46,7 +36,6 @@ from streamserve.api.timing import TimedDelivery
 from streamserve.api.whole import Choice, best_choices, collect_all
 from streamserve.api.wire import Wire
 from streamserve.core.request import FinishReason
-from streamserve.engine.adapters import Adapter
 from streamserve.engine.intake import Origin
 from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.stream import RequestStream
@@ -58,12 +47,13 @@ from streamserve.errors import (
 )
 
 
-class GenerationEndpoint(ABC):
-    """What the two endpoints share: everything but the parsing of the body."""
+class GenerationEndpoint:
+    """What all endpoints share that hand prompts to the engine, in the order of a request's life:
+    read the body, prepare, admit, stream or collect.
+    """
 
-    kind: Kind
-    prompt_param: str
     endpoint: Endpoint
+    kind: Kind
     ping = PING  # keeps a silent stream open
 
     def __init__(self, context: ApiContext) -> None:
@@ -73,55 +63,6 @@ class GenerationEndpoint(ABC):
     def context(self) -> ApiContext:
         """What all endpoints share."""
         return self._context
-
-    async def prepare(self, raw: bytes, salt: str) -> Work:
-        """Parse, render and tokenise, apart from what has another ``salt``.
-
-        Raises ``RequestError``, ``EngineError``.
-        """
-        workers = self._context.prompt_workers
-        if workers is not None and len(raw) > LONG_BODY:
-            work = await self._prepare_elsewhere(workers, raw, salt)
-        else:
-            work = await self._prepare_here(raw, salt)
-        return await self._settled(work)
-
-    @abstractmethod
-    async def _prepare_here(self, raw: bytes, salt: str) -> Work:
-        """As ``prepare``, for what is short."""
-
-    def wire(self, work: Work, owner: str) -> Wire:
-        """How the answer looks. ``owner`` is the tenant that asked for it."""
-        context = self._context
-        envelope = Envelope(
-            kind=self.kind,
-            id=self.kind.id_prefix + secrets.token_hex(16),
-            created=int(context.wall_clock()),
-            model=work.common.model or context.config.served_model_names[0],
-        )
-        extras = work.fields.extras(work.params, context.tokenizer)
-        return OpenAIWire(envelope, work.common.stream_options, extras, work.choices.n)
-
-    async def _prepare_elsewhere(self, workers: PromptWorkers, raw: bytes, salt: str) -> Work:
-        work = await workers.read(self.endpoint, raw, salt)
-        self.check_common(work.common)
-        return work
-
-    async def _settled(self, work: Work) -> Work:
-        """With prompts as long as they are to be, and bad words as token ids."""
-        truncation = work.fields.truncation
-        if truncation.num_tokens is None and not work.params.bad_words:
-            return work
-        context = self._context
-        prompts: list[Prompt] = []
-        num_answer_tokens = 0 if work.params.ends_with_prompt else work.params.max_tokens or 1
-        for prompt in work.prompts:
-            ids = truncation.cut(prompt.token_ids, context.max_model_len, num_answer_tokens)
-            is_cut = len(ids) < len(prompt.token_ids)
-            echo = context.tokenizer.decode(ids) if is_cut and prompt.echo else prompt.echo
-            prompts.append(replace(prompt, token_ids=ids, echo=echo))
-        params = await context.preprocessor.bad_words(work.params)
-        return replace(work, params=params, prompts=prompts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = self._context
@@ -148,45 +89,85 @@ class GenerationEndpoint(ABC):
             if wish is not None:
                 await answer_kept(self, raw, call, wish)
                 return
-            work = await self.prepare_all(raw, tenant_of(scope).salt)
+            work = await self.prepare(raw, tenant_of(scope))
             del raw
             await self._answer(work, call)
+
+    async def prepare(self, raw: bytes, tenant: Tenant) -> Work:
+        """Parse, render, tokenise, and compile what the engine needs.
+
+        Raises ``RequestError``, ``EngineError``.
+        """
+        work = await self._settled(await self._read(raw, tenant))
+        grammar = work.params.structured_output
+        if grammar is None:
+            return work
+        own = replace(grammar, salt=tenant.salt)  # compiled for its tenant only
+        work = replace(work, params=replace(work.params, structured_output=own))
+        await self._context.engine.prepare(work.params)
+        return work
+
+    async def _read(self, raw: bytes, tenant: Tenant, referenced: bytes = b"") -> Work:
+        """Parse, render and tokenise, apart from what other tenants send.
+
+        ``referenced`` as in ``PromptReader``.
+        """
+        prompts, workers = self._context.prompts, self._context.prompt_workers
+        if workers is None or len(raw) + len(referenced) <= LONG_BODY:
+            request = prompts.parse(self.endpoint, raw, referenced)
+            if workers is None or not prompts.may_run_away(request):
+                self._check_common(request.common)
+                return await prompts.prepare(request, tenant.salt)
+        work = await workers.read(self.endpoint, raw, tenant.salt, referenced)
+        self._check_common(work.common)
+        return work
+
+    def _check_common(self, common: Common) -> None:
+        """Check what only the server's config can say."""
+        config = self._context.config
+        self._context.models.adapter_of(common.model)
+        if common.priority and not config.honours_priority:
+            raise unsupported(
+                "priority", f"must be 0 unless requests are scheduled by it, got {common.priority}"
+            )
+        self._context.check_unknown(common.unknown_fields)
+
+    async def _settled(self, work: Work) -> Work:
+        """With prompts as long as they are to be, and bad words as token ids."""
+        truncation = work.fields.truncation
+        if truncation.num_tokens is None and not work.params.bad_words:
+            return work
+        context = self._context
+        prompts: list[Prompt] = []
+        num_answer_tokens = 0 if work.params.ends_with_prompt else work.params.max_tokens or 1
+        for prompt in work.prompts:
+            ids = truncation.cut(prompt.token_ids, context.max_model_len, num_answer_tokens)
+            is_cut = len(ids) < len(prompt.token_ids)
+            echo = context.tokenizer.decode(ids) if is_cut and prompt.echo else prompt.echo
+            prompts.append(replace(prompt, token_ids=ids, echo=echo))
+        params = await context.preprocessor.bad_words(work.params)
+        return replace(work, params=params, prompts=prompts)
 
     async def _answer(self, work: Work, call: Call) -> None:
         """Have the answer made and send it."""
         admitted = self.admit(work, call)
         with self.making(admitted, call):
             if work.common.stream:
-                answer = self._answer_stream(admitted, call)
-                await answer(call.scope, call.receive, call.send)
+                stream = self._answer_stream(admitted, call)
+                await stream(call.scope, call.receive, call.send)
             else:
                 await self._send_whole(admitted, call)
-
-    async def prepare_all(self, raw: bytes, salt: str) -> Work:
-        """As ``prepare``, with what the engine needs besides."""
-        return await self.compiled(await self.prepare(raw, salt), salt)
-
-    async def compiled(self, work: Work, salt: str) -> Work:
-        """``work`` with its grammar ready, if it has one: for its tenant only."""
-        grammar = work.params.structured_output
-        if grammar is None:
-            return work
-        params = replace(work.params, structured_output=replace(grammar, salt=salt))
-        await self._context.engine.prepare(params)
-        return replace(work, params=params)
 
     def admit(self, work: Work, call: Call, wire: Wire | None = None) -> Admitted:
         """Hand the request to the engine; ``making`` must follow at once."""
         context = self._context
-        tenant = tenant_of(call.scope)
-        wire = wire or self.wire(work, tenant.name)
+        wire = wire or self.wire(work, tenant_of(call.scope).name)
         delivery_type = TimedDelivery if work.common.include_timing else Delivery
         deliveries = [
             delivery_type(context.metrics, context.clock, call.arrival_time)
             for _ in work.prompts_of_streams
         ]
-        allowance = allowance_of(call.scope)
-        streams = self._submit(work, tenant, wire.id, call.arrival_time, allowance)
+        streams = self._submit(work, call, wire.id)
         context.request_log.admitted(
             wire.id,
             call.scope,
@@ -195,6 +176,65 @@ class GenerationEndpoint(ABC):
             is_streamed=work.common.stream,
         )
         return Admitted(work, wire, streams, deliveries, self._parsers(work))
+
+    def _submit(self, work: Work, call: Call, request_id: str) -> list[RequestStream]:
+        """Hand all prompts to the engine, or none."""
+        streams: list[RequestStream] = []
+        work.choices.check_size(len(work.prompts))
+        allowance = allowance_of(call.scope)
+        if allowance is not None:
+            allowance.take_tokens([len(prompt.token_ids) for prompt in work.prompts])
+        try:
+            for index, prompt in enumerate(work.prompts):
+                of_prompt = work.choices.submit(
+                    self._context.engine,
+                    prompt.token_ids,
+                    work.params,
+                    **self._origin(work, index, call, request_id),
+                )
+                streams += of_prompt
+                if allowance is not None:  # the first computes the prompt
+                    of_prompt[0].on_scheduled = partial(allowance.settle, index)
+        except BaseException as exc:
+            for stream in streams:
+                stream.close()
+            if allowance is not None:
+                allowance.close()
+            if isinstance(exc, EngineError):
+                self._context.metrics.refused(exc.status, exc.code)
+            if isinstance(exc, ContextLengthError) and exc.param == "messages":
+                exc.param = PROMPT_FIELDS[self.endpoint]
+            if isinstance(exc, RequestError):
+                name_length(exc, work.common.length_field)
+            raise
+        return streams
+
+    def _origin(self, work: Work, index: int, call: Call, request_id: str) -> Origin:
+        """Who asks for what is made of a request's prompt."""
+        common, tenant = work.common, tenant_of(call.scope)
+        adapter = self._context.models.adapter_of(common.model)
+        has_priority = self._context.config.honours_priority
+        return {
+            "request_id": f"{request_id}-{index}" if index else request_id,
+            "priority": tenant.priority_of(common.priority) if has_priority else 0,
+            "cache_salt": (adapter.salt if adapter else "") + tenant.salt + common.cache_salt,
+            "shares_public_prefixes": bool(tenant.salt)
+            and not common.cache_salt
+            and adapter is None,
+            "adapter": None if adapter is None else adapter.slot,
+            "tenant": tenant.name or common.user,
+            "weight": tenant.weight,
+            "time_limits": common.time_limits,
+            "arrival_time": call.arrival_time,
+            "is_tokenized": work.prompts[index].is_tokenized,
+        }
+
+    def _parsers(self, work: Work) -> list[AnswerParser | None]:
+        """One for each stream of the engine's, or none."""
+        parsing, token_bytes = work.parsing, self._context.tokenizer.token_bytes
+        return [
+            None if parsing is None else parsing.new(token_bytes) for _ in work.prompts_of_streams
+        ]
 
     @contextmanager
     def making(self, admitted: Admitted, call: Call) -> Iterator[None]:
@@ -221,68 +261,17 @@ class GenerationEndpoint(ABC):
             context.request_log.ended(wire.id, streams, len(work.prompts))
             context.metrics.tenants.ended(owner, streams, len(work.prompts))
 
-    async def collect(self, admitted: Admitted) -> tuple[bytes, list[Choice]]:
-        """Wait for an answer in one piece: its content, and all candidates."""
-        work = admitted.work
-        candidates = await collect_all(
-            admitted.streams, work.prompts_of_streams, admitted.deliveries, admitted.parsers
+    def wire(self, work: Work, owner: str) -> Wire:
+        """How the answer looks. ``owner`` is the tenant that asked for it."""
+        context = self._context
+        envelope = Envelope(
+            kind=self.kind,
+            id=self.kind.id_prefix + secrets.token_hex(16),
+            created=int(context.wall_clock()),
+            model=work.common.model or context.config.served_model_names[0],
         )
-        choices = candidates
-        if work.choices.are_compared:
-            count, n = work.choices.num_candidates, work.choices.n
-            choices = best_choices(candidates, count, n)
-        return admitted.wire.whole(choices), candidates
-
-    async def _send_whole(self, admitted: Admitted, call: Call) -> None:
-        content, candidates = await self.collect(admitted)
-        headers = ignored_fields_headers(admitted.work.common.unknown_fields)
-        response = Response(content, headers=headers, media_type="application/json")
-        call.guard.release()
-        await response(call.scope, call.receive, call.send)
-        for choice, delivery in zip(candidates, admitted.deliveries, strict=True):
-            delivery.end(choice.finish_reason)
-
-    def _submit(
-        self,
-        work: Work,
-        tenant: Tenant,
-        request_id: str,
-        arrival_time: float,
-        allowance: Allowance | None = None,
-    ) -> list[RequestStream]:
-        """Hand all prompts to the engine, or none."""
-        streams: list[RequestStream] = []
-        work.choices.check_size(len(work.prompts))
-        is_heard = self._context.config.honours_priority
-        adapter = self._context.models.adapter_of(work.common.model)
-        if allowance is not None:
-            allowance.take_tokens([len(prompt.token_ids) for prompt in work.prompts])
-        try:
-            for index, prompt in enumerate(work.prompts):
-                of_prompt = work.choices.submit(
-                    self._context.engine,
-                    prompt.token_ids,
-                    work.params,
-                    **origin_of(
-                        work, index, tenant, adapter, request_id, arrival_time, is_heard=is_heard
-                    ),
-                )
-                streams += of_prompt
-                if allowance is not None:  # the first computes the prompt
-                    of_prompt[0].on_scheduled = partial(allowance.settle, index)
-        except BaseException as exc:
-            for stream in streams:
-                stream.close()
-            if allowance is not None:
-                allowance.close()
-            if isinstance(exc, EngineError):
-                self._context.metrics.refused(exc.status, exc.code)
-            if isinstance(exc, ContextLengthError) and exc.param == "messages":
-                exc.param = self.prompt_param
-            if isinstance(exc, RequestError):
-                name_length(exc, work.common.length_field)
-            raise
-        return streams
+        extras = work.fields.extras(work.params, context.tokenizer)
+        return OpenAIWire(envelope, work.common.stream_options, extras, work.choices.n)
 
     def _answer_stream(self, admitted: Admitted, call: Call) -> AnswerStream:
         work, wire, streams = admitted.work, admitted.wire, admitted.streams
@@ -312,108 +301,37 @@ class GenerationEndpoint(ABC):
             ),
         )
 
-    def _parsers(self, work: Work) -> list[AnswerParser | None]:
-        """One for each stream of the engine's, or none."""
-        parsing, token_bytes = work.parsing, self._context.tokenizer.token_bytes
-        return [
-            None if parsing is None else parsing.new(token_bytes) for _ in work.prompts_of_streams
-        ]
+    async def _send_whole(self, admitted: Admitted, call: Call) -> None:
+        content, candidates = await self.collect(admitted)
+        await call.send_json(content, admitted.work.common.unknown_fields)
+        for choice, delivery in zip(candidates, admitted.deliveries, strict=True):
+            delivery.end(choice.finish_reason)
 
-    async def _prompt(
-        self, given: str | list[int], add_special_tokens: bool, salt: str, *, echo: bool = False
-    ) -> Prompt:
-        """Text is tokenised; with ``echo`` it is kept, and that of token ids made."""
-        if isinstance(given, str):
-            token_ids = await self._context.preprocessor.encode(
-                given, add_special_tokens=add_special_tokens, salt=salt
-            )
-            return Prompt(token_ids, given if echo else "")
-        text = self._context.tokenizer.decode(given) if echo else ""
-        return Prompt(given, text, is_tokenized=False)
-
-    async def _rendered(self, request: ChatRequest, salt: str) -> Work:
-        """A chat as the template writes it, tokenised."""
-        plan = plan_answer(request, self._context.answer_format)
-        prompt = await self._context.preprocessor.chat(plan.messages, salt, **plan.rendering)
-        return chat_work(request, plan, prompt, self._context.mark_ids)
-
-    def check_common(self, common: Common) -> None:
-        """Check what only the server's config can say."""
-        config = self._context.config
-        self._context.models.adapter_of(common.model)
-        if common.priority and not config.honours_priority:
-            raise unsupported(
-                "priority", f"must be 0 unless requests are scheduled by it, got {common.priority}"
-            )
-        self._context.check_unknown(common.unknown_fields)
+    async def collect(self, admitted: Admitted) -> tuple[bytes, list[Choice]]:
+        """Wait for an answer in one piece: its content, and all candidates."""
+        work = admitted.work
+        candidates = await collect_all(
+            admitted.streams, work.prompts_of_streams, admitted.deliveries, admitted.parsers
+        )
+        choices = candidates
+        if work.choices.are_compared:
+            count, n = work.choices.num_candidates, work.choices.n
+            choices = best_choices(candidates, count, n)
+        return admitted.wire.whole(choices), candidates
 
 
 class ChatEndpoint(GenerationEndpoint):
     """``POST /v1/chat/completions``."""
 
-    prompt_param = "messages"
-    endpoint: Endpoint = "chat"
-    parse: ChatParser = staticmethod(parse_chat_request)
+    endpoint = "chat"
 
     def __init__(self, context: ApiContext) -> None:
         super().__init__(context)
         self.kind = replace(CHAT, role=context.config.response_role)
 
-    async def _prepare_here(self, raw: bytes, salt: str) -> Work:
-        request = self.parse(parse_json_object(raw), self._context.sampling_defaults)
-        workers = self._context.prompt_workers
-        if workers is not None and self._is_wild(request):
-            return await self._prepare_elsewhere(workers, raw, salt)
-        self.check_common(request.common)
-        return await self._rendered(request, salt)
-
-    def _is_wild(self, request: ChatRequest) -> bool:
-        """Whether its template may run away, as one has, or with what a client gives it.
-
-        Then a process should render it: that can be killed.
-        """
-        return bool(request.chat_template_kwargs) or self._context.preprocessor.has_run_away
-
 
 class CompletionEndpoint(GenerationEndpoint):
     """``POST /v1/completions``."""
 
-    kind = COMPLETION
-    prompt_param = "prompt"
     endpoint = "completion"
-
-    async def _prepare_here(self, raw: bytes, salt: str) -> Work:
-        request = parse_completion_request(parse_json_object(raw), self._context.sampling_defaults)
-        self.check_common(request.common)
-        prompts = [
-            await self._prompt(given, request.add_special_tokens, salt, echo=request.echo)
-            for given in request.prompts
-        ]
-        return Work(request.common, request.params, prompts, request.extras, request.choices)
-
-
-def origin_of(
-    work: Work,
-    index: int,
-    tenant: Tenant,
-    adapter: Adapter | None,
-    request_id: str,
-    arrival_time: float,
-    *,
-    is_heard: bool,
-) -> Origin:
-    """Who asks for what is made of a request's prompt; ``is_heard``: its priority counts."""
-    return {
-        "request_id": f"{request_id}-{index}" if index else request_id,
-        "priority": tenant.priority_of(work.common.priority) if is_heard else 0,
-        "cache_salt": (adapter.salt if adapter else "") + tenant.salt + work.common.cache_salt,
-        "shares_public_prefixes": bool(tenant.salt)
-        and not work.common.cache_salt
-        and adapter is None,
-        "adapter": None if adapter is None else adapter.slot,
-        "tenant": tenant.name or work.common.user,
-        "weight": tenant.weight,
-        "time_limits": work.common.time_limits,
-        "arrival_time": arrival_time,
-        "is_tokenized": work.prompts[index].is_tokenized,
-    }
+    kind = COMPLETION

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from starlette.responses import Response
+from collections.abc import Sequence
+
 from starlette.types import Receive, Scope, Send
 
 from streamserve.api.admitted import Admitted, Call, Maker
@@ -31,17 +32,18 @@ async def answer_kept(endpoint: Maker, raw: bytes, call: Call, wish: Resumption)
     else:
         answer = kept.of_key(origin)
     is_first = False
-    headers: dict[str, str] = {}
+    unknown_fields: Sequence[str] = ()
     if answer is None:
         endpoint.context.gate.check_open()  # it was there when the request came
-        work = await endpoint.prepare_all(raw, tenant_of(call.scope).salt)
+        work = await endpoint.prepare(raw, tenant_of(call.scope))
         wish.check(work, endpoint.endpoint)
-        headers = ignored_fields_headers(work.common.unknown_fields)
+        unknown_fields = work.common.unknown_fields
         answer = kept.of_key(origin)  # another may have come meanwhile
         if answer is None:
             is_first = True
             answer = _begin(endpoint, work, call, origin)
     if isinstance(answer, ResumableAnswer):
+        headers = ignored_fields_headers(unknown_fields)
         stream = _reader_of(
             answer, wish, endpoint.context, call.scope, call.guard, headers, is_first=is_first
         )
@@ -51,9 +53,7 @@ async def answer_kept(endpoint: Maker, raw: bytes, call: Call, wish: Resumption)
             endpoint.context.metrics.num_joined += 1
         with answer.read():
             content = await answer.content()
-        response = Response(content, headers=headers, media_type="application/json")
-        call.guard.release()
-        await response(call.scope, call.receive, call.send)
+        await call.send_json(content, unknown_fields)
         answer.delivered()
 
 

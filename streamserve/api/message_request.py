@@ -222,7 +222,7 @@ def parse_messages_request(body: Mapping[str, Any], defaults: Mapping[str, Any])
     return _chat_request(values, unknown, replace(params, structured_output=_format(values)))
 
 
-def parse_count_request(body: Mapping[str, Any], _defaults: Mapping[str, Any]) -> ChatRequest:
+def parse_count_request(body: Mapping[str, Any]) -> ChatRequest:
     """As ``parse_messages_request``, for a prompt that is only counted."""
     values, unknown = COUNT_TABLE.read(body)
     return _chat_request(values, unknown, SamplingParams(max_tokens=1))

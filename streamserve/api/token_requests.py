@@ -29,7 +29,7 @@ from streamserve.api.fields import (
 )
 from streamserve.api.sampling import token_id
 from streamserve.engine.parsers.answer_format import AnswerFormat
-from streamserve.engine.preprocess import PromptEncoder
+from streamserve.engine.preprocess import Preprocessor
 from streamserve.errors import InvalidParameterError
 
 _OF_CHAT = (
@@ -119,27 +119,21 @@ def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat)
     return TokenizeRequest(model, reported(unknown), None, special, strs, messages, rendering)
 
 
-def tokenize(
-    body: Mapping[str, Any], encoder: PromptEncoder, answer_format: AnswerFormat, max_model_len: int
+async def tokenize(
+    request: TokenizeRequest, preprocessor: Preprocessor, salt: str, max_model_len: int
 ) -> TokenAnswer:
-    """The whole of ``/tokenize``, on the caller's thread."""
-    request = parse_tokenize_request(body, answer_format)
+    """What ``/tokenize`` answers. Raises ``InvalidParameterError``."""
     special = request.add_special_tokens
     if request.prompt is not None:
-        ids = encoder.encode(request.prompt, add_special_tokens=special)
+        ids = await preprocessor.encode(request.prompt, add_special_tokens=special, salt=salt)
     else:
-        ids = encoder.chat(
-            request.messages, add_special_tokens=special, **request.rendering
-        ).token_ids
-    strs = encoder.id_to_token(ids) if request.return_token_strs else None
-    content = tokenized(ids, strs, max_model_len)
-    return TokenAnswer(content, request.model, request.unknown)
-
-
-def tokenized(ids: list[int], strs: list[str] | None, max_model_len: int) -> bytes:
-    """The answer of ``/tokenize``."""
+        prompt = await preprocessor.chat(
+            request.messages, salt, add_special_tokens=special, **request.rendering
+        )
+        ids = prompt.token_ids
+    strs = await preprocessor.id_to_token(ids) if request.return_token_strs else None
     content = {"count": len(ids), "max_model_len": max_model_len, "tokens": ids, "token_strs": strs}
-    return orjson.dumps(content)
+    return TokenAnswer(orjson.dumps(content), request.model, request.unknown)
 
 
 class DetokenizeRequest(NamedTuple):
@@ -156,15 +150,10 @@ def parse_detokenize_request(body: Mapping[str, Any]) -> DetokenizeRequest:
     return DetokenizeRequest(values.get("model"), reported(unknown), require(values, "tokens"))
 
 
-def detokenize(body: Mapping[str, Any], encoder: PromptEncoder) -> TokenAnswer:
-    """The whole of ``/detokenize``, on the caller's thread."""
-    request = parse_detokenize_request(body)
-    return TokenAnswer(detokenized(encoder.decode(request.tokens)), request.model, request.unknown)
-
-
-def detokenized(text: str) -> bytes:
-    """The answer of ``/detokenize``."""
-    return orjson.dumps({"prompt": text})
+async def detokenize(request: DetokenizeRequest, preprocessor: Preprocessor) -> TokenAnswer:
+    """What ``/detokenize`` answers. Raises ``InvalidParameterError``."""
+    text = await preprocessor.decode(request.tokens)
+    return TokenAnswer(orjson.dumps({"prompt": text}), request.model, request.unknown)
 
 
 def _check_asks_no_rendering(values: dict[str, Any]) -> None:

@@ -13,16 +13,15 @@ from starlette.responses import Response
 
 from streamserve.api.body import ignored_fields_headers, parse_json_object
 from streamserve.api.context import ApiContext
-from streamserve.api.prompts import LONG_BODY
+from streamserve.api.prompt_workers import LONG_BODY
 from streamserve.api.rate_limits import allowance_of
 from streamserve.api.tenants import tenant_of
 from streamserve.api.token_requests import (
     TokenAnswer,
-    TokenizeRequest,
-    detokenized,
+    detokenize,
     parse_detokenize_request,
     parse_tokenize_request,
-    tokenized,
+    tokenize,
 )
 from streamserve.errors import RequestError
 
@@ -77,19 +76,7 @@ class TokenEndpoints:
             return await workers.tokenize(raw, salt)
         context.models.adapter_of(asked.model)
         context.check_unknown(asked.unknown)
-        ids = await self._ids(asked, salt)
-        strs = await context.preprocessor.id_to_token(ids) if asked.return_token_strs else None
-        content = tokenized(ids, strs, context.max_model_len)
-        return TokenAnswer(content, asked.model, asked.unknown)
-
-    async def _ids(self, asked: TokenizeRequest, salt: str) -> list[int]:
-        preprocessor, special = self._context.preprocessor, asked.add_special_tokens
-        if asked.prompt is not None:
-            return await preprocessor.encode(asked.prompt, add_special_tokens=special, salt=salt)
-        prompt = await preprocessor.chat(
-            asked.messages, salt, add_special_tokens=special, **asked.rendering
-        )
-        return prompt.token_ids
+        return await tokenize(asked, context.preprocessor, salt, context.max_model_len)
 
     async def _detokenize(self, raw: bytes, salt: str) -> TokenAnswer:
         context = self._context
@@ -99,8 +86,7 @@ class TokenEndpoints:
         asked = parse_detokenize_request(parse_json_object(raw))
         context.models.adapter_of(asked.model)
         context.check_unknown(asked.unknown)
-        text = await context.preprocessor.decode(asked.tokens)
-        return TokenAnswer(detokenized(text), asked.model, asked.unknown)
+        return await detokenize(asked, context.preprocessor)
 
     def _checked(self, answer: TokenAnswer) -> Response:
         context = self._context

@@ -95,7 +95,8 @@ class Preprocessor:
     """Renders and tokenises on a small thread pool, with a time limit. Event-loop thread only.
 
     ``tokenizers`` releases the interpreter lock; Jinja does not, but a chat of ordinary length
-    renders in well under a millisecond.
+    renders in well under a millisecond. Without threads everything happens at once, without a
+    limit: no method then waits, and any one thread may have it.
     """
 
     def __init__(
@@ -186,7 +187,7 @@ class Preprocessor:
             self._pool = None
 
     async def _run(self, work: Callable[[], _T], *, num_characters: int, param: str) -> _T:
-        if num_characters <= INLINE_CHARACTERS:
+        if num_characters <= INLINE_CHARACTERS or not self._num_threads:
             return work()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="preprocess")

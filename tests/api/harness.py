@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from streamserve.api.app import ApiApp, create_app
-from streamserve.api.prompts import TextLoader
+from streamserve.api.prompt_workers import TextLoader
 from streamserve.api.server import ApiServer, bind_sockets
 from streamserve.config import (
     ApiConfig,

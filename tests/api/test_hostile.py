@@ -9,7 +9,7 @@ from streamserve.api.chat_request import CHAT_TABLE
 from streamserve.api.completion_request import COMPLETION_TABLE
 from streamserve.api.embedding_request import EMBEDDING_TABLE
 from streamserve.api.message_request import COUNT_TABLE, MESSAGES_TABLE
-from streamserve.api.prompts import PromptReader, payload_of
+from streamserve.api.prompt_workers import PromptWorker, payload_of
 from streamserve.api.responses.before import find_context
 from streamserve.api.responses.request import RESPONSES_TABLE
 from streamserve.api.token_requests import DETOKENIZE_TABLE, TOKENIZE_TABLE
@@ -212,9 +212,10 @@ async def test_one_more_than_a_limit_is_a_400_that_says_it(what):
 async def test_names_that_nobody_knows_are_told_of_only_so_far():
     """A million of them would hold up the streams."""
     unknown = {f"unknown-{i}-{'x' * 100}": 1 for i in range(5000)}
-    reader = PromptReader(byte_text, {}, AnswerFormat(), 512)
-    for letter, body in ((b"c", chat_body()), (b"p", {"prompt": "Hi"}), (b"e", {"input": "Hi"})):
-        assert len(reader(payload_of(letter, json.dumps({**body, **unknown}).encode()))) < 200_000
+    worker = PromptWorker(byte_text, {}, AnswerFormat(), 512)
+    bodies = {"chat": chat_body(), "completion": {"prompt": "Hi"}, "embedding": {"input": "Hi"}}
+    for endpoint, body in bodies.items():
+        assert len(worker(payload_of(endpoint, json.dumps({**body, **unknown}).encode()))) < 200_000
     async with Api().running() as api:
         for path, (_, body) in PATHS.items():
             answer = await api.call("POST", path, {**body, **unknown})
@@ -223,22 +224,22 @@ async def test_names_that_nobody_knows_are_told_of_only_so_far():
 
 
 @pytest.mark.parametrize(
-    ("letter", "body", "param"),
+    ("endpoint", "body", "param"),
     [
-        (b"c", chat_body(messages=[{"role": "user", "content": "x" * 512}]), "messages"),
-        (b"m", message_body(messages=[{"role": "user", "content": "x" * 512}]), "messages"),
-        (b"p", {"prompt": ["Hi", "x" * 512]}, "prompt"),
-        (b"p", {"prompt": [[1] * 512]}, "prompt"),
+        ("chat", chat_body(messages=[{"role": "user", "content": "x" * 512}]), "messages"),
+        ("messages", message_body(messages=[{"role": "user", "content": "x" * 512}]), "messages"),
+        ("completion", {"prompt": ["Hi", "x" * 512]}, "prompt"),
+        ("completion", {"prompt": [[1] * 512]}, "prompt"),
     ],
 )
-def test_what_is_too_long_stays_with_the_worker(letter, body, param):
-    reader = PromptReader(byte_text, {}, AnswerFormat(), 512)
+def test_what_is_too_long_stays_with_the_worker(endpoint, body, param):
+    worker = PromptWorker(byte_text, {}, AnswerFormat(), 512)
     with pytest.raises(ContextLengthError, match="maximum context length is 512") as refused:
-        reader(payload_of(letter, json.dumps(body).encode()))
+        worker(payload_of(endpoint, json.dumps(body).encode()))
     assert refused.value.param == param
-    if letter != b"m":
+    if endpoint != "messages":
         raw = json.dumps({**body, "truncate_prompt_tokens": 9}).encode()
-        assert reader(payload_of(letter, raw))
+        assert worker(payload_of(endpoint, raw))
 
 
 KEY = "0123456789abcdef" * 2

@@ -3,7 +3,7 @@
 import orjson
 import pytest
 
-from streamserve.api.prompts import LONG_BODY
+from streamserve.api.prompt_workers import LONG_BODY
 from streamserve.engine.text_source import byte_text
 from tests.api.harness import HI, Api, chat_body, message_body
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from streamserve.api.prompts import LONG_BODY
+from streamserve.api.prompt_workers import LONG_BODY
 from streamserve.engine.text_source import byte_text
 from tests.api.harness import Api, BrokenRunner, Exchange, until
 from tests.api.scripted import scripted

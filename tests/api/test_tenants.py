@@ -8,8 +8,7 @@ import signal
 import pytest
 
 from streamserve.api import generation, tokens
-from streamserve.api.prompts import PromptReader
-from streamserve.api.responses import endpoint
+from streamserve.api.prompt_workers import PromptWorker
 from streamserve.api.server import hangup_calls
 from streamserve.api.tenants import CHECK_INTERVAL_S, KeyRing, Tenant, read_key_file
 from streamserve.cli.args import parse_args, scheduling_policy
@@ -226,12 +225,11 @@ async def test_promise_private_no_tenant_tokenises_faster_for_what_another_sent(
 
     async def call(_pool, payload, *, timeout_s, owner):
         assert owner == own
-        return PromptReader(byte_text, {}, AnswerFormat(), 512)(payload)
+        return PromptWorker(byte_text, {}, AnswerFormat(), 512)(payload)
 
     monkeypatch.setattr(WorkerPool, "call", call)
     if is_elsewhere:
         monkeypatch.setattr(generation, "LONG_BODY", 0)
-        monkeypatch.setattr(endpoint, "LONG_BODY", 0)
         monkeypatch.setattr(tokens, "LONG_BODY", 0)
     api = Api(api_key_file=str(key_file), load_text=byte_text if is_elsewhere else None)
     async with api.running():

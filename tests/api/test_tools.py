@@ -6,7 +6,7 @@ import re
 import openai
 import pytest
 
-from streamserve.api.prompts import LONG_BODY
+from streamserve.api.prompt_workers import LONG_BODY
 from streamserve.engine.parsers.answer_format import AnswerFormat
 from streamserve.engine.text_source import byte_text
 from tests.api.harness import MODEL, Api, server_thread, until

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import secrets
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import orjson
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from streamserve.api.admitted import Call
 from streamserve.api.body import ignored_fields_headers
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import DisconnectGuard
-from streamserve.api.generation import ChatEndpoint
+from streamserve.api.generation import GenerationEndpoint
 from streamserve.api.metrics import Delivery
-from streamserve.api.prompts import LONG_BODY, Work, next_attempt, pack_response, unpack_response
+from streamserve.api.prompts import Work
 from streamserve.api.rate_limits import allowance_of
 from streamserve.api.responses.archive import Archive
 from streamserve.api.responses.background import BackgroundRun, LogResponse
 from streamserve.api.responses.frames import Finished
-from streamserve.api.responses.prompt import attempts
 from streamserve.api.responses.request import Settings
 from streamserve.api.responses.store import Stored, Turn
 from streamserve.api.responses.wire import ResponseWire
-from streamserve.api.resumption import resumption_of
 from streamserve.api.tenants import Tenant, tenant_of
 from streamserve.core.request import FinishReason
 from streamserve.engine.parsers.answer import AnswerParser
@@ -39,59 +35,26 @@ def settings_of(work: Work) -> Settings:
     return work.settings
 
 
-class ResponsesEndpoint(ChatEndpoint):
+class ResponsesEndpoint(GenerationEndpoint):
     """Create a response: streamed, whole, or in the background."""
 
-    prompt_param = "input"
     endpoint = "response"
 
     def __init__(self, context: ApiContext, archive: Archive) -> None:
         super().__init__(context)
         self._archive = archive
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
-        raw = await self._context.read_body(scope, receive)
-        resumption_of(scope, self.endpoint)  # raises for whatever it finds
-        async with DisconnectGuard(receive) as guard:
-            tenant = tenant_of(scope)
-            work = await self._read(raw, tenant)
-            del raw
-            settings = settings_of(work)
-            self._check_storage(settings)
-            work = await self.compiled(await self._settled(work), tenant.salt)
-            call = Call(scope, receive, send, arrival_time, guard)
-            if settings.is_background:
-                await self._in_background(work, call)
-            else:
-                await self._answer(work, call)
-
-    async def _read(self, raw: bytes, tenant: Tenant) -> Work:
-        """Parse, look up what is referred to, render and tokenise."""
+    async def _read(self, raw: bytes, tenant: Tenant, referenced: bytes = b"") -> Work:
         try:
-            return await self._read_payload(
-                pack_response(raw, await self._archive.context_of(raw, tenant.name)), tenant.salt
-            )
+            referenced = await self._archive.context_of(raw, tenant.name)
+            return await super()._read(raw, tenant, referenced)
         except InvalidParameterError as exc:
             if exc.param == "messages":  # as a chat calls it
                 exc.param = "input"
             raise
 
-    async def _read_payload(self, payload: bytes, salt: str) -> Work:
-        context = self._context
-        workers = context.prompt_workers
-        if workers is not None and len(payload) > LONG_BODY:
-            return await self._prepare_elsewhere(workers, payload, salt)
-        request = unpack_response(payload, context.sampling_defaults)
-        if workers is not None and self._is_wild(request.chat):
-            return await self._prepare_elsewhere(workers, payload, salt)
-        self.check_common(request.chat.common)
-        search = attempts(request, context.max_model_len)
-        work = await self._rendered(next(search), salt)
-        while (chat := next_attempt(search, work)) is not None:
-            work = await self._rendered(chat, salt)
-        return replace(work, settings=request.settings)
-
-    def _check_storage(self, settings: Settings) -> None:
+    async def _settled(self, work: Work) -> Work:
+        settings = settings_of(work)
         if (settings.is_background or settings.is_stored) and not self._archive.store.keeps_any:
             name = "background" if settings.is_background else "store"
             raise InvalidParameterError(
@@ -100,6 +63,13 @@ class ResponsesEndpoint(ChatEndpoint):
                 param=name,
                 code="unsupported_parameter",
             )
+        return await super()._settled(work)
+
+    async def _answer(self, work: Work, call: Call) -> None:
+        if settings_of(work).is_background:
+            await self._in_background(work, call)
+        else:
+            await super()._answer(work, call)
 
     def _parsers(self, work: Work) -> list[AnswerParser | None]:
         return [None] * len(work.prompts)  # the wire has its own
@@ -145,20 +115,12 @@ class ResponsesEndpoint(ChatEndpoint):
     async def _in_background(self, work: Work, call: Call) -> None:
         """Begin a response that goes on when its reader leaves, and answer with what there is."""
         run = self._start(work, call)
-        headers = ignored_fields_headers(work.common.unknown_fields)
-        answer: Response = (
-            LogResponse(
-                run.id,
-                run.log,
-                0,
-                **self._context.sse_options(call.scope, headers, call.guard),
-            )
-            if work.common.stream
-            else Response(run.response, headers=headers, media_type="application/json")
-        )
         if not work.common.stream:
-            call.guard.release()
-        await answer(call.scope, call.receive, call.send)
+            await call.send_json(run.response, work.common.unknown_fields)
+            return
+        headers = ignored_fields_headers(work.common.unknown_fields)
+        options = self._context.sse_options(call.scope, headers, call.guard)
+        await LogResponse(run.id, run.log, 0, **options)(call.scope, call.receive, call.send)
 
     def _start(self, work: Work, call: Call) -> BackgroundRun:
         context, archive = self._context, self._archive
@@ -171,10 +133,9 @@ class ResponsesEndpoint(ChatEndpoint):
         wire = self._wire(work, turn.key, finished)
         with ExitStack() as cleanup:
             cleanup.enter_context(context.gate.enter())
-            allowance = allowance_of(call.scope)
-            streams = self._submit(work, tenant, wire.id, call.arrival_time, allowance)
+            streams = self._submit(work, call, wire.id)
             place = cleanup.pop_all()
-        [stream] = streams
+        [stream], allowance = streams, allowance_of(call.scope)
         delivery = Delivery(context.metrics, context.clock, call.arrival_time)
         context.request_log.admitted(
             wire.id, call.scope, [work.prompts[0].token_ids], work.params, is_streamed=False
@@ -204,12 +165,7 @@ class InputTokensEndpoint(ResponsesEndpoint):
         raw = await self._context.read_body(scope, receive)
         async with DisconnectGuard(receive) as guard:
             work = await self._read(raw, tenant_of(scope))
-            guard.release()
             [prompt] = work.prompts
             content = {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
-            response = Response(
-                orjson.dumps(content),
-                headers=ignored_fields_headers(work.common.unknown_fields),
-                media_type="application/json",
-            )
-            await response(scope, receive, send)
+            call = Call(scope, receive, send, arrival_time, guard)
+            await call.send_json(orjson.dumps(content), work.common.unknown_fields)

@@ -55,6 +55,7 @@ from streamserve.api.sampling import (
     COMMON_FIELDS,
     SAMPLING_FIELDS,
     TIME_FIELDS,
+    Common,
     read_common,
     sampling_params,
 )
@@ -150,6 +151,11 @@ class ResponsesRequest:
     chat: ChatRequest
     settings: Settings
     truncates: bool
+
+    @property
+    def common(self) -> Common:
+        """What the chat says as every request does."""
+        return self.chat.common
 
 
 def parse_responses_request(
