@@ -17,6 +17,7 @@ from typing import Any
 from streamserve.api.fields import STATUS
 from streamserve.api.openapi import ENDPOINTS, OBJECTS, described
 from streamserve.cli.args import ONLY_ONE, build_parser
+from streamserve.cli.peer_flags import PeerAction
 from streamserve.cli.vllm_flags import RefuseAction
 
 FILE = Path(__file__).parents[1] / "docs" / "api.md"
@@ -154,7 +155,9 @@ def serve_actions() -> list[argparse.Action]:
         if isinstance(action, argparse._SubParsersAction)
     )
     actions = commands.choices["serve"]._actions
-    return [action for action in actions if action.dest != "help"]
+    return [
+        action for action in actions if action.dest != "help" and not isinstance(action, PeerAction)
+    ]
 
 
 def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -127,11 +127,24 @@ def retry_headers(seconds: float) -> dict[str, str]:
     }
 
 
+_OF_PEERS = {
+    **dict.fromkeys(("/v1", "/api/tags"), "/v1/models"),
+    **dict.fromkeys(("/api/chat", "/invocations"), "/v1/chat/completions"),
+    **dict.fromkeys(
+        ("/api/generate", "/completion", "/generate", "/generate_stream"), "/v1/completions"
+    ),
+}
+"""What clients of Ollama, llama.cpp's server and TGI ask for."""
+
+
 def _url_meant(request: Request) -> str:
     """The route that a client whose base URL is wrong was looking for, as a question."""
     path = route_path(request.scope).rstrip("/")
     known = {route.path for route in request.app.routes if isinstance(route, Route)}
-    meant = (path, f"/v1{path}", path.removeprefix("/v1"), path.removeprefix("/openai"))
+    meant = (
+        *(path, f"/v1{path}", path.removeprefix("/v1"), path.removeprefix("/openai")),
+        _OF_PEERS.get(path, ""),
+    )
     return next((f" (did you mean {name}?)" for name in meant if name in known), "")
 
 

@@ -16,11 +16,12 @@ from streamserve.cli.device_flags import GPU_DEFAULTS, default_text
 from streamserve.cli.environment import whole_text
 from streamserve.cli.front_flags import JsonListAction, add_front_flags
 from streamserve.cli.lora_flags import adapter_config, add_lora_flags, add_lora_serving_flags
+from streamserve.cli.peer_flags import add_peer_flags
 from streamserve.cli.quantization import QUANTIZATIONS, STORED_METHODS, check_quantization
 from streamserve.cli.source_flags import add_seed_flag, add_source_flags
 from streamserve.cli.speculative import parse_speculative_config
 from streamserve.cli.tools import add_tool_commands
-from streamserve.cli.values import gibibytes, integer, milliseconds, number, positive, size
+from streamserve.cli.values import gibibytes, integer, milliseconds, number, positive, size, tokens
 from streamserve.cli.vllm_flags import add_foreign_flags
 from streamserve.config import POLICIES, POOLING_KINDS
 from streamserve.errors import ConfigError
@@ -37,6 +38,10 @@ REASONING_PARSERS = (
     *("glm45", "deepseek_v3", "kimi_k2", "minimax_m2"),
 )
 KV_CACHE_DTYPES = ("auto", "fp8")
+_LOAD_FORMATS_OF_VLLM = {
+    **dict.fromkeys(("hf", "bitsandbytes"), "auto"),
+    **dict.fromkeys(("fastsafetensors", "runai_streamer"), "safetensors"),
+}
 ONLY_ONE = {
     "pipeline_parallel_size": "--tensor-parallel-size divides every layer instead",
 }
@@ -66,7 +71,12 @@ class CommandParser(argparse.ArgumentParser):
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """End the process with an error about words that are no flags."""
         flag = words[0].partition("=")[0]
-        meant = difflib.get_close_matches(flag, self._option_string_actions, 1)
+        ours = [
+            name
+            for name, action in self._option_string_actions.items()
+            if action.help != argparse.SUPPRESS
+        ]
+        meant = difflib.get_close_matches(flag, ours, 1, cutoff=0.75)
         hint = f" (did you mean {meant[0]}?)" if meant else ""
         self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
@@ -105,6 +115,7 @@ def build_parser() -> CommandParser:
     add_lora_serving_flags(serve)
     add_seed_flag(serve)
     add_foreign_flags(serve)
+    add_peer_flags(serve)
 
     chat = commands.add_parser(
         "chat",
@@ -151,12 +162,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-model-len",
-        type=positive,
+        type=tokens,
         metavar="N",
         help="tokens of prompt and answer together (default: what the model was made for)",
     )
     group.add_argument(
         "--load-format",
+        type=lambda text: _LOAD_FORMATS_OF_VLLM.get(text, text),
         choices=LOAD_FORMATS,
         default="auto",
         help="gguf: the GGUF file of a directory that holds others too; dummy: random weights from "
@@ -193,7 +205,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-num-batched-tokens",
-        type=positive,
+        type=tokens,
         metavar="N",
         help="tokens computed in one step, prompts and answers together "
         f"{default_text('max_num_batched_tokens')}",
@@ -208,7 +220,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-num-queued-tokens",
-        type=positive,
+        type=tokens,
         default=2**20,
         metavar="N",
         help="tokens of their prompts, likewise (default: %(default)s)",
@@ -273,6 +285,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--kv-cache-dtype",
+        type=lambda text: "fp8" if text == "fp8_e4m3" else text,
         choices=KV_CACHE_DTYPES,
         default="auto",
         help="auto: as --dtype; fp8 holds twice as many tokens, on a GPU only (default: auto)",
@@ -342,7 +355,8 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         nargs="+",
         metavar="KEY",
-        help="require one of these as bearer token (default: STREAMSERVE_API_KEY, else none)",
+        help="require one of these as bearer token (default: STREAMSERVE_API_KEY or "
+        "VLLM_API_KEY in the environment, else none)",
     )
     group.add_argument(
         "--api-key-file",
@@ -422,7 +436,7 @@ def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("chat")
     group.add_argument("--url", help="a running server (default: start an engine of its own)")
     group.add_argument(
-        "--api-key", metavar="KEY", help="of the server (default: STREAMSERVE_API_KEY, else none)"
+        "--api-key", metavar="KEY", help="of the server (default: as `serve` has it)"
     )
     group.add_argument(
         "--model-name", metavar="NAME", help="with --url: which model (default: the first listed)"
@@ -469,13 +483,19 @@ def model_name(args: argparse.Namespace) -> str:
     return "box" if args.model is None else whole_text(args.model)
 
 
+def _dashed(word: str) -> str:
+    """As vLLM, take ``--max_model_len`` for ``--max-model-len``."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse ``argv`` (default: the process's); exits with 2 and a usage line on a wrong flag.
 
     What a ``--config`` file says are defaults, which the other flags override. Raises
     ``ConfigError`` for a file that cannot be read.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser()
     if not argv:
         parser.print_help(sys.stderr)

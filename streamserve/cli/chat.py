@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +13,7 @@ import httpx
 import orjson
 
 from streamserve.cli.args import check_flags
-from streamserve.cli.environment import whole_text
+from streamserve.cli.environment import api_key_of_environment, whole_text
 from streamserve.cli.terminal import (
     Piece,
     Screen,
@@ -254,7 +253,7 @@ def run_chat(args: Namespace) -> int:
 
 
 async def _connect(args: Namespace, options: dict[str, object]) -> ChatBackend:
-    api_key = args.api_key or os.environ.get("STREAMSERVE_API_KEY")
+    api_key = args.api_key or api_key_of_environment()
     return await HttpBackend.connect(
         args.url, api_key=api_key, model=args.model_name, options=options
     )

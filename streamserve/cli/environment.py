@@ -24,3 +24,15 @@ def tolerate_any_encoding() -> None:
 def whole_text(argument: str) -> str:
     """An argument of the command line, with "?" for bytes that were no text."""
     return argument.encode(errors="replace").decode()
+
+
+def api_key_of_environment() -> str | None:
+    """The key that a server requires and a client sends where no flag says one."""
+    return os.environ.get("STREAMSERVE_API_KEY") or os.environ.get("VLLM_API_KEY") or None
+
+
+def unread_vllm_variables() -> list[str]:
+    """Names of vLLM's variables that are set, and say nothing to this server."""
+    return sorted(
+        name for name in os.environ if name.startswith("VLLM_") and name != "VLLM_API_KEY"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import ssl
 import sys
 import time
@@ -14,7 +13,11 @@ import orjson
 
 from streamserve import __version__
 from streamserve.cli.args import check_flags, model_name, scheduling_policy
-from streamserve.cli.environment import whole_text
+from streamserve.cli.environment import (
+    api_key_of_environment,
+    unread_vllm_variables,
+    whole_text,
+)
 from streamserve.cli.logs import set_up_logs
 from streamserve.config import ApiConfig, StreamConfig, TlsConfig
 from streamserve.errors import ConfigError
@@ -43,6 +46,8 @@ def run_serve(args: Namespace) -> int:
         for sock in (*sockets, *admin_sockets):
             stack.callback(sock.close)
         say(f"streamserve {__version__}")
+        if unread := unread_vllm_variables():
+            say(f"of no effect here, in the environment: {', '.join(unread)}")
         traces = _traces(args)
         app = _build_app(args, config)
         app.context.request_log.traces = traces
@@ -161,8 +166,8 @@ def api_config(args: Namespace) -> ApiConfig:
 
     keys = args.api_key
     if keys is None:
-        key = os.environ.get("STREAMSERVE_API_KEY")
-        keys = [key] if key else []
+        key = api_key_of_environment()
+        keys = [] if key is None else [key]
     if "" in keys:
         raise ConfigError("--api-key must not be empty")
     if args.api_key_file is not None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from argparse import ArgumentTypeError
+from fractions import Fraction
 
 from streamserve.errors import ConfigError
 from streamserve.runner.memory import parse_bytes
+
+_MULTIPLIERS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def integer(text: str) -> int:
@@ -20,6 +24,17 @@ def integer(text: str) -> int:
 def positive(text: str) -> int:
     """At least 1."""
     return _at_least(1, integer(text))
+
+
+def tokens(text: str) -> int:
+    """At least 1. As in vLLM ``32k`` is 32,000 and ``32K`` 32,768; ``25.6k`` is 25,600."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG])", text)
+    if match is None:
+        return positive(text)
+    value = Fraction(match[1]) * _MULTIPLIERS[match[2]]
+    if value.denominator != 1:
+        raise ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return _at_least(1, int(value))
 
 
 def count(text: str) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
     ("--device cuda:N picks a GPU", "device_ids"),
     (
         _MULTIMODAL,
-        "allowed_local_media_path allowed_media_domains limit_mm_per_prompt enable_mm_embeds! "
+        "allowed_local_media_path allowed_media_domains limit_mm_per_prompt=0 enable_mm_embeds! "
         "media_io_kwargs mm_processor_kwargs mm_processor_cache_gb=* mm_processor_cache_type=* "
         "mm_hasher_algorithm=* mm_shm_cache_max_object_size_mb=* mm_encoder_only! "
         "mm_encoder_tp_mode=* mm_encoder_attn_backend mm_encoder_attn_dtype "
@@ -89,7 +90,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
     ),
     (
         "--cuda-graph-sizes and --enforce-eager say what is recorded; nothing else is compiled",
-        "compilation_config max_cudagraph_capture_size max_seq_len_to_capture=*",
+        "compilation_config=0|1|2|3 max_cudagraph_capture_size max_seq_len_to_capture=*",
     ),
     (
         _OFFLOAD,
@@ -220,7 +221,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         "enable_ssl_refresh!",
     ),
     (
-        "the environment is not read, but for STREAMSERVE_API_KEY",
+        "of the environment only STREAMSERVE_API_KEY and VLLM_API_KEY are read",
         "fail_on_environ_validation!=*",
     ),
 )
@@ -243,6 +244,7 @@ _SHORT = {
     "api_server_count": "-asc",
     "diffusion_config": "-dc",
     "compilation_config": "-cc",
+    "optimization_level": "-O",
     "attention_config": "-ac",
 }
 
@@ -263,10 +265,19 @@ class ForeignFlag:
         return f"is not supported by this server: {self.instead}"
 
 
+_ZEROS = re.compile(r'\{?(?:\s*"?\w+"?\s*[:=]\s*0\s*,?)+\}?')
+"""``image=0,video=0``, or the same in JSON."""
+
+
 def _text(value: Any) -> str:
-    """As it stands in the table: a flag's text, or how a keyword's value would be written."""
+    """As it stands in the table: a flag's text, or how a keyword's value would be written.
+
+    Zeros by name are 0.
+    """
+    if isinstance(value, Mapping):
+        value = json.dumps(value, default=str)
     if isinstance(value, str):
-        return value
+        return "0" if _ZEROS.fullmatch(value) else value
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, default=str)

@@ -225,6 +225,15 @@ async def test_unknown_routes_and_methods_have_openais_shape(method, path, statu
         assert answer.headers["allow"]
 
 
+async def test_a_client_of_another_server_is_told_where_the_same_is_here():
+    async with Api().running() as api:
+        ollama = await api.call("POST", "/api/chat", chat_body())
+        base = await api.call("GET", "/v1")
+    assert (ollama.status, base.status) == (404, 404)
+    assert ollama.error["message"] == f"Unknown URL: POST /api/chat (did you mean {CHAT}?)"
+    assert base.error["message"] == "Unknown URL: GET /v1 (did you mean /v1/models?)"
+
+
 @pytest.mark.parametrize(
     "path", ["/chat/completions", "/v1/v1/chat/completions", "/v1/chat/completions/"]
 )

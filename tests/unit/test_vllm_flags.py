@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from streamserve.cli.args import build_parser, parse_args
+from streamserve.cli.environment import unread_vllm_variables
+from streamserve.cli.serve import api_config
 from streamserve.cli.vllm_flags import FOREIGN_FLAGS, option
 from streamserve.errors import ConfigError
 from streamserve.llm.keywords import flags_of
@@ -34,6 +36,7 @@ def refused(capsys, *flags: str) -> str:
         (["--num-gpu-blocks-override", "9"], ["--kv-cache-memory"]),
         (["--speculative-model", "m"], ["--speculative-config"]),
         (["--uds", "/tmp/x"], ["--host and --port"]),
+        (["--limit-mm-per-prompt", '{"image": 0, "video": 1}'], ["--limit-mm-per-prompt is not"]),
     ],
 )
 def test_what_is_not_built_is_refused_by_name_with_what_to_use_instead(capsys, flags, words):
@@ -46,9 +49,50 @@ def test_values_that_ask_for_nothing_are_taken():
     given = ["--data-parallel-size", "1", "--enable-chunked-prefill", "--no-fully-sharded-loras"]
     given += ["--disable-log-stats", "--disable-custom-all-reduce", "--cpu-offload-gb", "0"]
     given += ["--worker-cls", "auto", "--distributed-executor-backend", "mp"]
+    given += ["-O3", "--limit-mm-per-prompt", "image=0,video=0", "--compilation-config", "3"]
+    given += ["--limit-mm-per-prompt", '{"image": 0}', "-O.level=2"]
     args = parse_args(["serve", "a-model", *given])
     assert args.model == "a-model"
     assert not set(FOREIGN_FLAGS) & set(vars(args))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-c", "4096"], "-c is another server's: here it is --max-model-len;"),
+        (["-hf", "owner/name"], "-hf is another server's: here it is MODEL;"),
+        (["-m", "model.gguf"], "-m is another server's: here it is MODEL;"),
+        (["-ngl", "99"], "-ngl is another server's: here it is --device;"),
+        (["--max-total-tokens", "9"], "is another server's: here it is --max-model-len;"),
+    ],
+)
+def test_a_flag_of_another_server_is_refused_with_its_name_here(capsys, flags, message):
+    assert message in refused(capsys, *flags)
+
+
+def test_a_flag_that_nobody_knows_is_taken_for_none_that_is_refused_or_far_from_it(capsys):
+    for flag in ("--reload", "--rope-theta", "--verbose"):
+        assert "did you mean" not in refused(capsys, flag)
+    assert "did you mean --tool-call-parser?" in refused(capsys, "--tool-parser", "hermes")
+
+
+@pytest.mark.parametrize("name", ["STREAMSERVE_API_KEY", "VLLM_API_KEY"])
+def test_a_key_of_the_environment_is_required_unless_a_flag_says_another(monkeypatch, name):
+    monkeypatch.setenv(name, "secret")
+    assert api_config(parse_args(["serve"])).api_keys == ("secret",)
+    assert api_config(parse_args(["serve", "--api-key", "mine"])).api_keys == ("mine",)
+
+
+def test_our_own_key_of_the_environment_comes_before_vllms(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "theirs")
+    monkeypatch.setenv("STREAMSERVE_API_KEY", "ours")
+    assert api_config(parse_args(["serve"])).api_keys == ("ours",)
+
+
+def test_vllms_variables_that_say_nothing_here_are_known_by_name(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "read")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
+    assert unread_vllm_variables() == ["VLLM_CPU_KVCACHE_SPACE"]
 
 
 def test_every_foreign_flag_is_known_to_serve_and_hidden_from_its_help():
@@ -79,6 +123,14 @@ def test_every_foreign_flag_is_known_to_serve_and_hidden_from_its_help():
         (["--hf-token"], "hf_token", True),
         (["--seed", "5"], "seed", 5),
         (["-sc", NGRAM], "speculative_config", NGRAM),
+        (["--max-model-len", "32k"], "max_model_len", 32_000),
+        (["--max-model-len", "32K"], "max_model_len", 32_768),
+        (["--max-num-batched-tokens", "25.6k"], "max_num_batched_tokens", 25_600),
+        (["--max_model_len", "4096"], "max_model_len", 4096),
+        (["--served_model_name=my_model"], "served_model_name", ["my_model"]),
+        (["--kv-cache-dtype", "fp8_e4m3"], "kv_cache_dtype", "fp8"),
+        (["--load-format", "bitsandbytes"], "load_format", "auto"),
+        (["--load-format", "runai_streamer"], "load_format", "safetensors"),
     ],
 )
 def test_vllms_spellings_mean_the_same(flags, name, value):
@@ -92,6 +144,9 @@ def test_vllms_spellings_mean_the_same(flags, name, value):
         (["--override-generation-config", "{"], "must be JSON"),
         (["--override-generation-config", "[]"], "JSON object"),
         (["--max-log-len", "-1"], "at least 0"),
+        (["--max-model-len", "1.0005k"], "must be a whole number, got '1.0005k'"),
+        (["--max-model-len", "32kb"], "must be a whole number, got '32kb'"),
+        (["--max-model-len", "0k"], "at least 1, got 0"),
         (["--gpu-memory-utilization", "nan"], "must be a number, got 'nan'"),
     ],
 )
@@ -198,7 +253,7 @@ def test_keywords_are_the_flags():
         ),
         ({"hf_overrides": {"a": 1}}, "^hf_overrides is not supported"),
         ({"served_model_name": "a"}, "^served_model_name is for `streamserve serve`"),
-        ({"load_format": "bitsandbytes"}, "^load_format: invalid choice"),
+        ({"load_format": "tensorizer"}, "^load_format: invalid choice"),
     ],
 )
 def test_a_keyword_that_cannot_be_served_is_refused_by_name(keywords, message):
