@@ -150,6 +150,10 @@ class Scheduler:
         """The request that waits or runs under this id."""
         return self._seats.requests.get(request_id)
 
+    def is_taken(self, request_id: str) -> bool:
+        """Whether ``add`` would refuse this id."""
+        return self._seats.is_taken(request_id)
+
     def uses_adapter(self, slot: int) -> bool:
         """Whether a request has it, or had it in a step in flight. Looks at each of them."""
         return any(request.adapter == slot for request in self._seats.everyone())

@@ -78,13 +78,17 @@ class Seats:
             self._num_good_steps = 0
             self.num_seats = min(2 * self.num_seats, self._most)
 
+    def is_taken(self, request_id: str) -> bool:
+        """Whether a live request has this id, or one that a step still has."""
+        return request_id in self.requests or request_id in self._leaving
+
     def enter(self, request: Request) -> None:
         """A new request, to be queued or seated next.
 
         Raises ``ValueError`` if its id is in use; a finished one's is, until its last step retires.
         """
         request_id = request.request_id
-        if request_id in self.requests or request_id in self._leaving:
+        if self.is_taken(request_id):
             raise ValueError(f"request_id must be unique, got {request_id!r} again")
         self.requests[request_id] = request
 

@@ -153,9 +153,8 @@ class BeamGroup(Live):
 
     def _fork(self, scheduler: Scheduler, parent: Request, token_id: int) -> Request:
         first = self.request
-        self._num_made += 1
         child = Request(
-            f"{first.request_id}/{self._num_made}",
+            self._new_id(scheduler),
             parent.token_ids[: parent.num_prompt_tokens],
             first.sampling_params,
             arrival_time=first.arrival_time,
@@ -174,6 +173,14 @@ class BeamGroup(Live):
         child.chooses_on_host, child.may_draft = True, False
         scheduler.fork(parent, child)
         return child
+
+    def _new_id(self, scheduler: Scheduler) -> str:
+        """One that nobody has: a client may have chosen any."""
+        while True:
+            self._num_made += 1
+            request_id = f"{self.request.request_id}/{self._num_made}"
+            if not scheduler.is_taken(request_id):
+                return request_id
 
     def _output(self, hypothesis: Hypothesis) -> RequestOutput:
         """A sequence as its reader receives it, by the way of every answer."""

@@ -206,6 +206,15 @@ async def test_two_searches_that_fill_the_memory_both_end():
     assert outputs[0].token_ids == outputs[2].token_ids
 
 
+async def test_beams_take_no_id_that_somebody_else_may_have_chosen():
+    async with serving(BeamRunner()) as harness:
+        other = harness.engine.submit(
+            list(PROMPT), SamplingParams(max_tokens=8), request_id="r/1"
+        )
+        outputs = [await collect(stream) for stream in (*beams(harness), other)]
+    assert [len(output.token_ids) for output in outputs] == [4, 4, 8]
+
+
 async def test_too_many_beams_are_refused():
     async with serving(BeamRunner()) as harness:
         with pytest.raises(InvalidParameterError, match="best_of must be at most 19"):
