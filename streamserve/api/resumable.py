@@ -186,11 +186,12 @@ class ReplayStream(SseResponse):
         self._has_ids = has_ids
         self._is_first = is_first
         self._is_chat = answer.frames.is_chat
+        self._knows_all = False  # the end, or how it failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._answer.attached(self):
             await super().__call__(scope, receive, send)
-            if self._answer.is_over:
+            if self._knows_all:
                 self._answer.delivered()
 
     async def _send_events(self) -> None:
@@ -213,6 +214,11 @@ class ReplayStream(SseResponse):
             raise answer.error
         last = answer.frames.last(answer.finish_reason, answer.usage)
         await self._send_last(self._named(last) + answer.wire.ending([answer.usage]))
+        self._knows_all = True
+
+    async def _fail(self, exc: Exception) -> None:
+        await super()._fail(exc)
+        self._knows_all = exc is self._answer.error
 
     async def _send_piece(self, events: list[Event], position: int) -> None:
         answer = self._answer

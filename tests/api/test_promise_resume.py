@@ -311,6 +311,22 @@ async def test_promise_a_slow_reader_that_leaves_holds_nobody_up():
         assert Client().feed(fast.body).content == "abcdefghij" * 100
 
 
+async def test_promise_a_reader_that_was_given_up_may_come_back_though_the_server_ends():
+    streams = StreamConfig(stall_timeout_s=0.1)
+    async with Api(streams=streams).running() as api:
+        body = chat_body(stream=True, max_tokens=20)
+        exchange = Exchange(api.app, "POST", CHAT, body, headers=RESUME)
+        await exchange.until(lambda e: bool(e.messages))
+        exchange.stall()
+        await exchange.finished()
+        [kept] = api.app.context.kept._by_id.values()
+        assert kept.is_over
+        assert api.app.context.gate.num_inside == 1, "nobody has all of it"
+        rest = Client().feed((await api.call("GET", f"/v1/streams/{kept.id}")).body)
+        assert rest.content == "abcdefghij" * 2
+        assert api.app.context.gate.num_inside == 0
+
+
 async def test_promise_of_what_has_ended_the_oldest_that_nobody_reads_is_forgotten_first():
     streams = StreamConfig(max_kept_bytes=5000)  # 10 tokens take 2,010
     async with Api(streams=streams).running() as api:
