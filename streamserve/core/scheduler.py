@@ -109,7 +109,7 @@ class Scheduler:
 
     def count_waiting_tokens(self) -> int:
         """Tokens to be computed for those who wait. Looks at each of them."""
-        return sum(r.num_tokens - r.num_computed_tokens for r in self._seats.waiting)
+        return sum(r.num_tokens for r in self._seats.waiting)
 
     @property
     def num_waiting(self) -> int:

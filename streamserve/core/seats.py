@@ -265,6 +265,7 @@ class Seats:
             assert request.status is RequestStatus.RUNNING
             limit = request.num_tokens + request.num_pending_tokens + request.num_draft_tokens
             assert 0 <= request.num_computed_tokens <= limit
+            assert request.num_steps_in_flight or not request.num_draft_tokens, "drafts of no step"
         for request in self.yielding.values():
             assert request.status is RequestStatus.RUNNING, f"{request}: yields no seat"
             assert request.num_steps_in_flight

@@ -441,8 +441,6 @@ class AsyncEngine(EngineFront):
             return
         self._publish()  # what the step before gave them comes first
         for live, error in self._deadlines.missed(now):
-            if live.stream.has_ended:
-                continue
             if not self._finish(live, FinishReason.ERROR):
                 return
             self._end(live)

@@ -103,6 +103,23 @@ async def test_one_that_got_its_seat_in_time_may_take_longer():
     assert exchange.messages[0]["status"] == 200
 
 
+@pytest.mark.parametrize("max_tokens", [2, 20])
+async def test_promise_refusal_the_tokens_of_a_step_come_before_a_limit_that_has_passed(max_tokens):
+    clock = Clock()
+    async with Api(is_held=True, clock=clock).running() as api:
+        exchange = await asked(api, stream=True, max_tokens=max_tokens, deadline_ms=2000)
+        await api.pace.step()
+        await exchange.until(lambda e: b'"content":"a' in e.body)
+        await until(lambda: bool(api.pace.waiting))
+        clock.now += 3.0
+        await api.pace.step()
+        await exchange.finished()
+        assert b'"content":"b' in exchange.body
+        assert (b"[DONE]" in exchange.body) == (max_tokens == 2)
+        assert (b"deadline_exceeded" in exchange.body) == (max_tokens > 2)
+        assert not api.engine.is_dead
+
+
 async def test_a_time_that_has_passed_at_the_door_is_refused_with_a_status():
     clock = Clock()
     async with Api(clock=clock).running() as api:

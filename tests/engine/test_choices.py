@@ -43,6 +43,18 @@ async def test_each_choice_has_its_own_answer_and_the_prompt_is_computed_once():
     assert [len(s.token_ids) for s in scheduled] == [len(PROMPT), 1, 1]
 
 
+async def test_what_each_choice_said_is_found_by_the_next_turn():
+    answers = {"r": "one, " * 12, "r/1": "two, " * 12}
+    async with serving(FakeRunner(answers)) as harness:
+        for stream in choices(harness, n=2):
+            await collect(stream)
+        for i, text in enumerate(answers.values()):
+            turn = [*PROMPT, *text.encode(), 33]
+            params = SamplingParams(max_tokens=1)
+            stream = harness.engine.submit(turn, params, request_id=f"t{i}")
+            assert (await collect(stream)).usage.cached_tokens == len(turn) - 1
+
+
 async def test_choices_have_one_seed_and_an_index_each():
     runner = FakeRunner(ANSWERS)
     async with serving(runner) as harness:
@@ -208,9 +220,7 @@ async def test_two_searches_that_fill_the_memory_both_end():
 
 async def test_beams_take_no_id_that_somebody_else_may_have_chosen():
     async with serving(BeamRunner()) as harness:
-        other = harness.engine.submit(
-            list(PROMPT), SamplingParams(max_tokens=8), request_id="r/1"
-        )
+        other = harness.engine.submit(list(PROMPT), SamplingParams(max_tokens=8), request_id="r/1")
         outputs = [await collect(stream) for stream in (*beams(harness), other)]
     assert [len(output.token_ids) for output in outputs] == [4, 4, 8]
 

@@ -515,6 +515,21 @@ async def test_a_step_that_hangs_does_not_hold_up_the_end(monkeypatch):
         runner.release_all()
 
 
+async def test_who_is_paused_does_not_hold_up_the_end():
+    runner = FakeRunner({"r": "x" * 400}, hold=True)
+    async with serving(runner) as h:
+        stream = h.submit(max_tokens=400)
+        await runner.release()
+        await stream.get()
+        h.engine.hold("r", True)
+        runner.release_all()
+        while h.engine.has_work:
+            await asyncio.sleep(0)
+        await h.engine.stop(drain_timeout_s=0.01)
+        assert runner.is_closed
+        assert (await collect(stream)).finish_reason is FinishReason.ABORT
+
+
 async def test_starting_twice_is_misuse():
     async with serving(FakeRunner()) as h:
         with pytest.raises(RuntimeError):

@@ -12,12 +12,16 @@ BLOCK_SIZE = 4
 
 
 class FakeModel:
-    """Keys hold token ids, values positions. ``fail_next`` makes one forward raise."""
+    """Keys hold token ids, values positions. ``fail_next`` makes one forward raise.
+
+    With ``finds_likeliest`` it needs no logits where those are all that is asked for.
+    """
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.kernels = streamserve_kernels.load("cpu", "naive")
         self.fail_next: Exception | None = None
+        self.finds_likeliest = False
         self.num_forwards = 0
         self.grad_modes: list[bool] = []
 
@@ -27,8 +31,8 @@ class FakeModel:
             (torch.zeros(num_blocks, 1, BLOCK_SIZE, 1), torch.zeros(num_blocks, 1, BLOCK_SIZE, 1))
         ]
 
-    def greedy(self, batch: ForwardBatch, kv_caches: KVCache) -> None:
-        """Records nothing."""
+    def greedy(self, batch: ForwardBatch, kv_caches: KVCache) -> torch.Tensor | None:
+        return self.forward(batch, kv_caches).argmax(1) if self.finds_likeliest else None
 
     def forward(self, batch: ForwardBatch, kv_caches: KVCache, out=None) -> torch.Tensor:
         self.num_forwards += 1

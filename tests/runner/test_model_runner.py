@@ -147,6 +147,26 @@ def test_an_entry_is_empty_where_no_sample_was_asked_for(runner):
     assert output.sampled_token_ids == [greedy_after(PROMPT, 1)]
 
 
+def test_a_model_may_find_the_likeliest_tokens_itself(model):
+    model.finds_likeliest = True
+    runner = TorchModelRunner(model, model.caches(32), **OPTIONS)
+    prompts = {name: [*PROMPT, i] for i, name in enumerate("abc")}  # rows are padded to four
+    plan = SchedulerOutput(
+        0,
+        new_requests=[new(name, prompt) for name, prompt in prompts.items()],
+        scheduled=[
+            ScheduledRequest(name, 0, prompt, [2 * i, 2 * i + 1], True, 0)
+            for i, (name, prompt) in enumerate(prompts.items())
+        ],
+    )
+    expected = [greedy_after(prompt, 2) for prompt in prompts.values()]
+    assert result(runner, plan).sampled_token_ids == [first[:1] for first in expected]
+    decodes = [ScheduledRequest(name, 7, [PENDING_TOKEN], [], True, 1) for name in prompts]
+    output = result(runner, SchedulerOutput(1, scheduled=decodes))
+    assert output.sampled_token_ids == [both[1:] for both in expected]
+    runner.close()
+
+
 def test_copies_run_before_the_writes_of_their_plan(runner):
     result(runner, prompt_plan(0, blocks=(7, 2)))
     # "b" shares the first block and gets a copy of the second, which it then writes into.
@@ -411,6 +431,17 @@ def test_a_device_thread_that_dies_leaves_nobody_waiting(runner, model, caplog):
         runner.launch(decode_plan(3, 8, 3))
     assert caught.value is cause
     assert "has died" in caplog.text
+
+
+def test_a_device_thread_that_dies_while_it_samples_leaves_nobody_waiting(runner, monkeypatch):
+    def panic(*_args):
+        raise Panic("gone")
+
+    for name in ("greedy", "fetch"):  # the host's, and the device's
+        monkeypatch.setattr(runner._sampler, name, panic, raising=False)
+    runner.launch(prompt_plan(0))
+    with pytest.raises(DeviceDeadError, match="Panic"):
+        runner.sample(0).result(timeout=60)
 
 
 def test_a_closed_runner_holds_neither_weights_nor_cache():

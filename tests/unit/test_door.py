@@ -42,6 +42,7 @@ def test_promise_refusal_says_when_to_come_back_by_the_backlog_and_its_rate():
     assert refused.value.retry_after_s == pytest.approx(6.9)  # half of the tokens, one of two
     choices = [harness.request([2] * 50) for _ in range(3)]
     harness.scheduler.add_choices(source, choices)  # five wait
+    assert harness.scheduler._seats.num_waiting_tokens == 50 + 50 + 3, "what they will compute"
     harness.now = source.arrival_time + 60.0
     with pytest.raises(QueueFullError, match="at most 3 requests may wait, 5 do") as refused:
         harness.scheduler.add(another)
@@ -120,6 +121,18 @@ def test_what_was_spent_before_the_queue_counts():
     ask(harness, 10, TimeLimits(total_s=1.0), spent_s=0.5)
     with pytest.raises(DeadlineUnreachableError):
         ask(harness, 10, TimeLimits(total_s=1.0), spent_s=1.0)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "sjf"])
+def test_what_is_cached_takes_no_time(policy):
+    harness = TimedHarness(Machine(), policy=policy)
+    limits = TimeLimits(first_token_s=0.2)
+    with pytest.raises(DeadlineUnreachableError, match="ttft_ms"):
+        ask(harness, 2000, limits)
+    harness.add([999] * 2000, max_tokens=1)
+    while harness.scheduler.has_unfinished:
+        harness.timed_step()
+    ask(harness, 2000, limits)
 
 
 def test_without_a_measurement_nobody_is_refused():

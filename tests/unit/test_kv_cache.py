@@ -434,3 +434,13 @@ def test_a_look_up_that_goes_on_leaves_out_what_was_evicted_meanwhile():
     assert 0 < whole.num_tokens < 6 * BLOCK
     assert kv.find_prefix(request) == whole
     kv.check_integrity()
+
+
+def test_who_needs_every_row_of_its_prompt_has_nothing_cached():
+    kv = make()
+    compute(kv, [1] * 12)
+    request = make_request([1] * 12, "s")
+    assert kv.estimate_cached(request, 9) == 11
+    request.prompt_logprobs = []
+    assert kv.estimate_cached(request, 9) == 0
+    assert kv.find_prefix(request).num_tokens == 0

@@ -367,6 +367,30 @@ def test_several_tokens_of_one_step_end_at_the_first_stop():
     assert update.logprobs == ["five", "six"]
 
 
+def test_a_block_is_found_as_soon_as_an_answer_fills_it():
+    harness = Harness(block_size=4)
+    first = harness.add([1] * 6, max_tokens=20)
+    for _ in range(8):
+        harness.step()
+    second = harness.add([*first.token_ids[:12], 5], max_tokens=1)
+    harness.step()
+    assert first.status is RequestStatus.RUNNING
+    assert second.num_cached_tokens == 12
+    harness.run()
+
+
+def test_an_adapter_is_in_use_until_the_last_step_with_it_has_retired():
+    harness = Harness()
+    request = harness.request([1] * 4, max_tokens=9)
+    request.adapter = 2
+    harness.scheduler.add(request)
+    harness.launch()
+    harness.scheduler.finish(request, FinishReason.ABORT)
+    assert harness.scheduler.uses_adapter(2)
+    harness.retire()
+    assert not harness.scheduler.uses_adapter(2)
+
+
 def test_finish_works_exactly_once():
     harness = Harness()
     waiting, running = harness.add([1]), harness.add([2])
