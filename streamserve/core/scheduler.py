@@ -297,8 +297,7 @@ class Scheduler:
                 f" got {request.num_tokens}"
             )
         self._seats.enter(request)
-        if request.shares_public_prefixes:
-            self.kv_cache.recognise(request)
+        self.kv_cache.recognise(request)
         if self._shares is not None:
             self._shares.enter(request)
         if self._policy.looks_up_prefix or request.time_limits is not None:

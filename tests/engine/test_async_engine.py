@@ -241,6 +241,23 @@ async def test_an_idle_engine_checks_its_books_and_waits():
         assert (await h.answer("s")).text == "Hello, world!"
 
 
+async def test_a_request_that_comes_back_was_first_scheduled_before():
+    runner = FakeRunner({"a": "x" * 200, "b": "y" * 200}, hold=True)
+    async with serving(runner, num_blocks=8) as h:
+        found = []
+        streams = [h.submit(name, max_tokens=90) for name in "ab"]
+        for stream in streams:
+            stream.on_scheduled = found.append
+        await runner.release()
+        times = [stream.timings.first_scheduled for stream in streams]
+        runner.release_all()
+        for stream in streams:
+            await collect(stream)
+        assert h.engine.stats().num_preemptions > 0
+        assert [stream.timings.first_scheduled for stream in streams] == times
+        assert len(found) == 2
+
+
 async def test_preemption_does_not_show():
     async with serving(FakeRunner(default="x" * 90), num_blocks=10, max_num_seqs=4) as h:
         streams = [h.submit(f"r{n}", PROMPT[n:], max_tokens=100) for n in range(4)]

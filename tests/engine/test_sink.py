@@ -55,6 +55,7 @@ async def test_whatever_the_room_the_text_is_whole_and_in_order(room, params):
     async with serving(FakeRunner(default="Hello")) as h:
         await read(h.submit(**params), sink, outputs)
     assert "".join(sink.texts) == ("Hel" if "stop" in params else "Hello")
+    assert outputs[-1].usage.completion_tokens == 5
 
 
 async def test_nothing_overtakes_what_lies_in_the_mailbox():

@@ -44,3 +44,14 @@ async def test_a_stop_string_inside_a_step_drops_what_came_behind_it():
         assert output.text == "abcab"
         assert output.finish_reason is FinishReason.STOP
         assert output.usage.completion_tokens == len(output.token_ids) == 10
+
+
+async def test_what_came_behind_a_stop_string_is_not_cached():
+    answer = "abcabcabcabcabcabcabcabcabcabc"
+    async with serving(FakeRunner(default=answer), speculative=LOOKUP) as h:
+        prompt = list(range(15))  # the answer's second token begins a block
+        stopped = await h.answer("r", prompt, max_tokens=30, stop=("cabca",), min_tokens=14)
+        known = [*prompt, *stopped.token_ids]
+        later = await h.answer("s", [*prompt, *answer.encode()], max_tokens=1)
+        assert h.scheduler.speculation_stats.num_accepted_tokens
+        assert later.usage.cached_tokens <= len(known)

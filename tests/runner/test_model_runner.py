@@ -295,22 +295,26 @@ def test_the_model_is_replaced_only_between_steps(model):
     runner.close()
 
 
-def test_a_cancelled_future_does_not_stop_the_device(runner, model):
-    gate = threading.Event()
+@pytest.mark.parametrize("error", [None, RuntimeError("nobody hears of it")])
+def test_a_cancelled_future_does_not_stop_the_device(runner, model, error):
+    begun, gate = threading.Event(), threading.Event()
     forward = model.forward
 
     def held(batch, caches, *logits):
+        begun.set()
         gate.wait(60)
+        model.fail_next = error
         return forward(batch, caches, *logits)
 
     model.forward = held
     runner.launch(prompt_plan(0))
     future = runner.sample(0)
+    assert begun.wait(60)
     assert future.cancel()
-    gate.set()
     model.forward = forward
+    gate.set()
     expected = greedy_after(PROMPT, 2)
-    output = result(runner, decode_plan(1, 6, PENDING_TOKEN))
+    output = result(runner, decode_plan(1, 6, expected[0] if error else PENDING_TOKEN))
     assert output.sampled_token_ids == [[expected[1]]]
 
 

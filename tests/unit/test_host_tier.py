@@ -366,6 +366,17 @@ def test_what_is_on_the_host_counts_as_cached_for_the_order_of_prompts():
     assert known.num_uncached_tokens == 1
 
 
+def test_a_look_up_in_parts_goes_on_behind_what_is_on_the_host():
+    harness = offloading(20)
+    run(harness, [1] * 49)
+    run(harness, [2] * 76)
+    assert places(harness, [1] * 48) == [0, 12]
+    request = harness.request([1] * 49)
+    parts = [harness.kv._cache.match(request, 5) for _ in range(3)]
+    assert parts[:2] == [None, None]
+    assert parts[2].num_tokens == 48
+
+
 def test_host_blocks_need_the_prefix_cache():
     with pytest.raises(ConfigError, match="num_host_blocks must be 0 without prefix caching"):
         CacheConfig(num_blocks=4, num_host_blocks=1, enable_prefix_caching=False)

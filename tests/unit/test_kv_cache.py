@@ -331,6 +331,26 @@ def test_a_child_outlives_its_parents_block():
     assert kv.find_prefix(make_request([0, 0, 0, 0, 2, 2, 2, 2, 9])).num_tokens == 8
 
 
+def test_what_is_cached_of_a_long_prompt_counts_as_far_as_it_may_be_hashed():
+    kv = make()
+    compute(kv, list(range(16)))
+    assert kv.estimate_cached(make_request(list(range(17))), 2) == 2 * BLOCK
+
+
+def test_discarded_tokens_that_others_hold_stay_cached():
+    kv = make()
+    first, second = make_request(list(range(14)), "a"), make_request(list(range(14)), "b")
+    admit(kv, first)
+    retire(kv, first)
+    admit(kv, second)
+    retire(kv, second)
+    del first.token_ids[6:]
+    kv.free(first)
+    kv.check_integrity()
+    assert kv.find_prefix(make_request(list(range(14)))).num_tokens == 12
+    kv.free(second)
+
+
 def test_discarded_tokens_leave_the_cache():
     kv = make()
     request = make_request(list(range(14)))
@@ -420,8 +440,41 @@ def test_an_empty_cache_keeps_no_nodes():
     kv = make(num_blocks=3)
     for i in range(20):
         compute(kv, [i] * 9, salt=str(i))
-    assert len(kv._cache._roots) == 1
+    assert len(kv._cache._roots) == len(kv._cache._salts) == 1
     assert len(kv._cache._index) == 2
+
+
+def test_gates_go_with_what_lies_behind_them():
+    config = CacheConfig(num_blocks=3, block_size=BLOCK)
+    kv = KVCacheManager(config, public_prefixes=[[7] * BLOCK])
+    for i in range(20):
+        request = make_request([7] * BLOCK + [i] * 5, salt=str(i))
+        request.shares_public_prefixes = True
+        kv.recognise(request)
+        admit(kv, request)
+        retire(kv, request)
+        kv.free(request)
+    assert len(kv._cache._salts) == 2  # the root, and the gate of the last
+
+
+def test_tokens_of_an_answer_are_not_public():
+    config = CacheConfig(num_blocks=3, block_size=BLOCK)
+    kv = KVCacheManager(config, public_prefixes=[[7] * BLOCK])
+    request = make_request([7] * 3)
+    request.shares_public_prefixes = True
+    request.token_ids += [7, 7]
+    kv.recognise(request)
+    assert request.num_public_blocks == 0
+
+
+def test_a_lent_block_returns_only_if_nobody_else_holds_it():
+    pool = BlockPool(2, lambda node: None)
+    block = pool.allocate()
+    pool.touch(block)
+    pool.lend(block)
+    assert not pool.has_returning
+    pool.release(block)
+    assert pool.has_returning
 
 
 def test_a_look_up_that_goes_on_leaves_out_what_was_evicted_meanwhile():
