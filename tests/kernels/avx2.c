@@ -105,6 +105,7 @@ static void arithmetic(void) {
     BITS(ternarylogic_epi32, x, y, z, 0xca)
     BITS(slli_epi16, x, 7)
     BITS(slli_epi32, x, 16)
+    BITS(srai_epi32, x, 24)
     BITS(srli_epi16, x, 4)
     BITS(srli_epi32, x, 16)
     BITS(srli_epi64, x, 28)
@@ -121,8 +122,6 @@ static void across_lanes(void) {
     NUMBER(cmp_ps_mask, a, b, _CMP_GT_OQ)
     CASE('i', cmp_unordered, uint32_t, _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q))
     NUMBER(mask_cmp_ps_mask, m, a, b, _CMP_GE_OQ)
-    BITS(permutexvar_epi16, x, y)
-    BITS(permutex2var_epi16, x, y, z)
 }
 
 static void conversions(void) {

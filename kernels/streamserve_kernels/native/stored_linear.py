@@ -132,7 +132,7 @@ def _plan(weight: OneWeight) -> _Plan | None:
             (weight.row_scales() * _FLOAT8_FACTOR).contiguous(),
         )
     elif isinstance(weight, TableWeight):
-        if weight.table.shape[0] > 1 or weight.sparse is not None or weight.bits > 6:
+        if weight.table.shape[0] > 1 or weight.sparse is not None or weight.bits > 4:
             return None
         group = weight.group if weight.scales is not None else weight.shape[1]
         plan = _Plan(KINDS[weight.bits], weight.codes, weight.table[0], group, weight.scales)

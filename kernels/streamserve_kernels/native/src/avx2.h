@@ -57,6 +57,7 @@ AVX2_OF_3(fnmadd_ps)
     }
 AVX2_SHIFT(slli_epi16)
 AVX2_SHIFT(slli_epi32)
+AVX2_SHIFT(srai_epi32)
 AVX2_SHIFT(srli_epi16)
 AVX2_SHIFT(srli_epi32)
 AVX2_SHIFT(srli_epi64)
@@ -425,46 +426,26 @@ SS_INLINE __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
 
 // --- tables of words ----------------------------------------------------------------------------
 
-// The bytes of 32 words, 16 of them to a register, in each half of it.
+// The lower and the upper bytes of 16 words, in each half.
 typedef struct {
-    __m256i first, second;
-} avx2_bytes;
+    __m256i low, high;
+} avx2_table;
 
-SS_INLINE avx2_bytes avx2_bytes_of(__m256i low, __m256i high) {
-    const __m256i bytes = avx2_in_order(_mm256_packus_epi16(low, high));
-    return (avx2_bytes){_mm256_permute4x64_epi64(bytes, 0x44),
-                        _mm256_permute4x64_epi64(bytes, 0xee)};
+SS_INLINE avx2_table avx2_table_of(__m256i words) {
+    const __m256i low = _mm256_and_si256(words, _mm256_set1_epi16(0xff));
+    const __m256i bytes = _mm256_packus_epi16(low, _mm256_srli_epi16(words, 8));
+    return (avx2_table){_mm256_permute4x64_epi64(bytes, 0x88),
+                        _mm256_permute4x64_epi64(bytes, 0xdd)};
 }
 
-SS_INLINE __m256i avx2_look_up(__m256i at, avx2_bytes low, avx2_bytes high) {
+// The words that the lowest four bits of each word of `at` name.
+SS_INLINE __m256i avx2_look_up(__m256i at, avx2_table table) {
     // VPSHUFB takes the lowest four bits of a byte, and 0 where its highest is set.
-    const __m256i index = _mm256_and_si256(at, _mm256_set1_epi16(31));
+    const __m256i index = _mm256_and_si256(at, _mm256_set1_epi16(15));
     const __m256i even = _mm256_or_si256(index, _mm256_set1_epi16((short)0x8000));
     const __m256i odd = _mm256_or_si256(_mm256_slli_epi16(index, 8), _mm256_set1_epi16(0x80));
-    const __m256i first = _mm256_or_si256(_mm256_shuffle_epi8(low.first, even),
-                                          _mm256_shuffle_epi8(high.first, odd));
-    const __m256i second = _mm256_or_si256(_mm256_shuffle_epi8(low.second, even),
-                                           _mm256_shuffle_epi8(high.second, odd));
-    return _mm256_blendv_epi8(first, second, _mm256_cmpgt_epi16(index, _mm256_set1_epi16(15)));
-}
-
-SS_INLINE __m512i _mm512_permutexvar_epi16(__m512i at, __m512i table) {
-    const __m512i mask = _mm512_set1_epi16(0xff), even = _mm512_and_si512(table, mask);
-    const __m512i odd = _mm512_srli_epi16(table, 8);
-    const avx2_bytes low = avx2_bytes_of(even.low, even.high);
-    const avx2_bytes high = avx2_bytes_of(odd.low, odd.high);
-    return (__m512i){avx2_look_up(at.low, low, high), avx2_look_up(at.high, low, high)};
-}
-
-SS_INLINE __m512i _mm512_permutex2var_epi16(__m512i a, __m512i at, __m512i b) {
-    const __m512i first = _mm512_permutexvar_epi16(at, a);
-    const __m512i second = _mm512_permutexvar_epi16(at, b);
-    // The index's sixth bit, as the sign of each of its bytes' word.
-    const __m512i which = _mm512_slli_epi16(at, 10);
-    return (__m512i){
-        _mm256_blendv_epi8(first.low, second.low, _mm256_srai_epi16(which.low, 15)),
-        _mm256_blendv_epi8(first.high, second.high, _mm256_srai_epi16(which.high, 15)),
-    };
+    return _mm256_or_si256(_mm256_shuffle_epi8(table.low, even),
+                           _mm256_shuffle_epi8(table.high, odd));
 }
 
 #endif

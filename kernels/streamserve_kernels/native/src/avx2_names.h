@@ -66,8 +66,6 @@
 #define _mm512_min_ps avx2_min_ps
 #define _mm512_mul_ps avx2_mul_ps
 #define _mm512_or_si512 avx2_or_si512
-#define _mm512_permutex2var_epi16 avx2_permutex2var_epi16
-#define _mm512_permutexvar_epi16 avx2_permutexvar_epi16
 #define _mm512_reduce_add_epi32 avx2_reduce_add_epi32
 #define _mm512_reduce_add_ps avx2_reduce_add_ps
 #define _mm512_reduce_max_epu32 avx2_reduce_max_epu32
@@ -82,6 +80,7 @@
 #define _mm512_setzero_si512 avx2_setzero_si512
 #define _mm512_slli_epi16 avx2_slli_epi16
 #define _mm512_slli_epi32 avx2_slli_epi32
+#define _mm512_srai_epi32 avx2_srai_epi32
 #define _mm512_srli_epi16 avx2_srli_epi16
 #define _mm512_srli_epi32 avx2_srli_epi32
 #define _mm512_srli_epi64 avx2_srli_epi64

@@ -86,6 +86,25 @@ SS_INLINE __m512 ss_dpbf16(__m512 sums, __m512bh a, __m512bh b) {
 
 #endif
 
+// A table of 16 words twice, looked up by the lowest four bits of each word of `at`.
+#ifdef __AVX512F__
+typedef __m512i ss_table;
+
+SS_INLINE ss_table ss_table_of(__m512i words) { return words; }
+
+SS_INLINE __m512i ss_look_up(__m512i at, ss_table table) {
+    return _mm512_permutexvar_epi16(at, table);
+}
+#else
+typedef avx2_table ss_table;
+
+SS_INLINE ss_table ss_table_of(__m512i words) { return avx2_table_of(words.low); }
+
+SS_INLINE __m512i ss_look_up(__m512i at, ss_table table) {
+    return (__m512i){avx2_look_up(at.low, table), avx2_look_up(at.high, table)};
+}
+#endif
+
 #if defined(__AVX512F__) && !defined(__AVX512BF16__)
 
 // VCVTNEPS2BF16 in the lower halves of 32 bits: to the nearest, ties to even; denormals stay.

@@ -69,7 +69,8 @@ typedef struct {
     int64_t kind, outputs, inputs;
     int64_t group;  // inputs that share a scale, whole steps
     const uint8_t *codes;
-    const bf16 *table;    // [64]: what a code of up to 6 bits stands for, periodic
+    const bf16 *table;    // [64]: what a code of up to 6 bits stands for, periodic; of 5 and 6 bits
+                          // numbers one after the other
     const float *values;  // [256]: the same, exact, for every kind
     stored_numbers scales, offsets;
     int64_t offsets_are_zeros;  // subtracted from codes, else from weights

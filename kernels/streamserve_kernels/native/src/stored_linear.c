@@ -2,11 +2,12 @@
 // rows.
 //
 // A code is looked up: a table of up to 64 bfloat16 numbers lies in one or two registers, and VPERMW
-// turns 32 codes into 32 weights, without the scale. VDPBF16PS sums a group's products in float32,
+// turns 32 codes into 32 weights, without the scale. (AVX2 looks up to four bits up by bytes, and
+// converts more, whose weights follow one another.) VDPBF16PS sums a group's products in float32,
 // and only the sum is multiplied by the group's scale: nothing is rounded but what the table rounds.
 // Zeros and minimums meet the sum of a group's inputs, which is computed once.
 //
-// Codes are looked up in the registers of the product, again for every ROW_TILE rows: the units that
+// Codes are looked up in the registers of the product, again for every tile of rows: the units that
 // permute and shift are not those that multiply. Where it takes more than a permutation, many rows
 // pay for looking a piece up once, into the first-level cache. An output is a sum in
 // one order whatever the number of rows: a row's result does not depend on its batch.
@@ -23,6 +24,11 @@ enum {
     VECTORS = STORED_VECTORS,
     LINE = STORED_LINE,
     ROW_TILE = 6,
+#ifdef __AVX512F__
+    DIRECT_TILE = 6,
+#else
+    DIRECT_TILE = 3,
+#endif
     GROUP_ROWS = 48,      // rows that take turns on a piece
     DIRECT_INPUTS = 256,  // of a piece whose codes several tiles of rows look up
     DENSE_INPUTS = 128,   // of a piece that is looked up once
@@ -65,8 +71,11 @@ const ss_operation ss_stored_sums = {sums_units, sums_run, 0};
 
 // --- 32 weights: 16 outputs, two inputs each ----------------------------------------------------
 
+// What codes of up to 4, and of 5 and 6 bits stand for; the latter are numbers from `first` on.
 typedef struct {
+    ss_table few;
     __m512i low, high;
+    __m512 first;
 } lookup;
 
 INLINE __m512i words(const uint8_t *at, int line) { return _mm512_loadu_si512(at + LINE * line); }
@@ -92,25 +101,72 @@ INLINE __m512i last_bits(const uint8_t *at, int bits) {
     return code;
 }
 
+// The codes of up to 6 bits of pair `p` of a step, with rubbish above them.
+INLINE __m512i codes_of(int kind, const uint8_t *at, int p) {
+    switch (kind) {
+        case CODES_2: return moved(words(at, 0), 2 * p, 0);
+        case CODES_3:
+            return p < 15 ? moved(words(at, p / 5), 3 * (p % 5), 0) : last_bits(at, 3);
+        case CODES_4: return moved(words(at, 0), 4 * p, 0);
+        case CODES_5:
+            return p < 15 ? moved(words(at, p / 3), 5 * (p % 3), 0) : last_bits(at, 5);
+        default:
+            return p < 6 ? moved(words(at, p / 2), 6 * (p % 2), 0)
+                         : joined(moved(words(at, p - 6), 12, 0),
+                                  moved(words(at, 2), 12 + 2 * (p - 6), 4), 4);
+    }
+}
+
+#if SS_WIDENS
+
+// Whether a part is computed as the float32 number that it is, without a table.
+#ifdef __AVX512F__
+#define COMPUTED(kind) ((kind) >= CODES_INT8 && (kind) < DENSE)
+#else
+#define COMPUTED(kind) ((kind) >= CODES_5 && (kind) < DENSE)
+#endif
+
+INLINE __m512 computed_part(int kind, const uint8_t *at, int p, int part, lookup table) {
+    if (kind < CODES_INT8) {
+        const __m512i code = codes_of(kind, at, p);
+        const int mask = kind == CODES_5 ? 31 : 63;
+        const __m512i one = _mm512_and_si512(part ? _mm512_srli_epi32(code, 16) : code,
+                                             _mm512_set1_epi32(mask));
+        return _mm512_add_ps(_mm512_cvtepi32_ps(one), table.first);
+    }
+    const __m256i bytes = _mm256_loadu_si256((const __m256i *)(at + 32 * p));
+    if (kind == CODES_INT8)
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(bytes), part ? 16 : 24), 24));
+    // As float16 with the same exponent bits it is 256 times too small: scales make up.
+    const __m256i upper = part ? bytes : _mm256_slli_epi16(bytes, 8);
+    return _mm512_cvtph_ps(
+        _mm256_and_si256(_mm256_srai_epi16(upper, 1), _mm256_set1_epi16((short)0xbf80)));
+}
+
+#else
+#define COMPUTED(kind) 0
+#endif
+
 // The weights of pair `p` of a step; tables are periodic, so rubbish above a code does not matter.
 INLINE __m512i unpacked(int kind, const uint8_t *at, int p, lookup table) {
+#if SS_WIDENS
+    if (COMPUTED(kind)) {  // their lower halves are zeros
+        const __m512 first = computed_part(kind, at, p, 0, table);
+        const __m512 second = computed_part(kind, at, p, 1, table);
+        return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
+                               _mm512_castps_si512(second));
+    }
+#endif
     switch (kind) {
-        case CODES_2: return _mm512_permutexvar_epi16(moved(words(at, 0), 2 * p, 0), table.low);
+        case CODES_2:
         case CODES_3:
-            if (p < 15)
-                return _mm512_permutexvar_epi16(moved(words(at, p / 5), 3 * (p % 5), 0), table.low);
-            return _mm512_permutexvar_epi16(last_bits(at, 3), table.low);
-        case CODES_4: return _mm512_permutexvar_epi16(moved(words(at, 0), 4 * p, 0), table.low);
-        case CODES_5:
-            if (p < 15)
-                return _mm512_permutexvar_epi16(moved(words(at, p / 3), 5 * (p % 3), 0), table.low);
-            return _mm512_permutexvar_epi16(last_bits(at, 5), table.low);
-        case CODES_6: {
-            const __m512i code = p < 6 ? moved(words(at, p / 2), 6 * (p % 2), 0)
-                                       : joined(moved(words(at, p - 6), 12, 0),
-                                                moved(words(at, 2), 12 + 2 * (p - 6), 4), 4);
-            return _mm512_permutex2var_epi16(table.low, code, table.high);
-        }
+        case CODES_4: return ss_look_up(codes_of(kind, at, p), table.few);
+#ifdef __AVX512F__
+        case CODES_5: return _mm512_permutexvar_epi16(codes_of(kind, at, p), table.low);
+        case CODES_6:
+            return _mm512_permutex2var_epi16(table.low, codes_of(kind, at, p), table.high);
+#endif
         case CODES_INT8: {
             const __m128i *from = (const __m128i *)(at + 32 * p);
             const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from)));
@@ -118,7 +174,7 @@ INLINE __m512i unpacked(int kind, const uint8_t *at, int p, lookup table) {
             return (__m512i)_mm512_cvtne2ps_pbh(high, low);
         }
         case CODES_FLOAT8: {
-            // As float16 with the same exponent bits it is 256 times too small: scales make up.
+            // Like computed_part.
             const __m512i wide =
                 _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(at + 32 * p)));
             const __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7),
@@ -131,8 +187,17 @@ INLINE __m512i unpacked(int kind, const uint8_t *at, int p, lookup table) {
     }
 }
 
+// One part of it as a factor: see simd.h.
+INLINE ss_elements unpacked_part(int kind, const uint8_t *at, int p, int part, lookup table) {
+#if SS_WIDENS
+    if (COMPUTED(kind)) return computed_part(kind, at, p, part, table);
+#endif
+    return ss_pairs_part(unpacked(kind, at, p, table), part);
+}
+
 INLINE lookup lookup_of(const stored_weight *w) {
-    return (lookup){_mm512_loadu_si512(w->table), _mm512_loadu_si512(w->table + 32)};
+    const __m512i low = _mm512_loadu_si512(w->table), high = _mm512_loadu_si512(w->table + 32);
+    return (lookup){ss_table_of(low), low, high, _mm512_set1_ps(ss_widen(w->table[0]))};
 }
 
 // --- many rows: a piece of the weight, looked up once -------------------------------------------
@@ -183,10 +248,10 @@ typedef struct {
 // totals[r] += scale · (a[r] - zero · sum of inputs), or scale · a[r] - minimum · sum of inputs.
 INLINE void close_as(float *totals, __m512 a[ROW_TILE][VECTORS], const float *scales,
                      const float *offsets, const float *sums, int64_t sums_stride, int are,
-                     int R) {
+                     int count, int R) {
     __asm__ volatile("" ::: "memory");  // else all totals are loaded before it is known what to do
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) {
+    for (int v = 0; v < count; v++) {
         const __m512 scale = _mm512_load_ps(scales + LANES * v);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
@@ -206,72 +271,81 @@ INLINE void close_as(float *totals, __m512 a[ROW_TILE][VECTORS], const float *sc
 }
 
 INLINE void close_group(float *totals, __m512 a[ROW_TILE][VECTORS], const piece *p, int64_t g,
-                        int R) {
-    const float *scales = p->scales + g * BLOCK, *offsets = p->offsets + g * BLOCK;
+                        int v, int count, int R) {
+    const int64_t first = g * BLOCK + LANES * v;
+    const float *scales = p->scales + first, *offsets = p->offsets + first;
     const float *sums = p->sums + g;
     const int64_t stride = p->sums_stride;
     if (p->offsets_are == NO_OFFSETS)
-        close_as(totals, a, scales, offsets, sums, stride, NO_OFFSETS, R);
+        close_as(totals, a, scales, offsets, sums, stride, NO_OFFSETS, count, R);
     else if (p->offsets_are == ZEROS)
-        close_as(totals, a, scales, offsets, sums, stride, ZEROS, R);
+        close_as(totals, a, scales, offsets, sums, stride, ZEROS, count, R);
     else
-        close_as(totals, a, scales, offsets, sums, stride, MINIMUMS, R);
+        close_as(totals, a, scales, offsets, sums, stride, MINIMUMS, count, R);
 }
 
-// a[r] += x[r] · weights of a step.
-INLINE void add_step(__m512 a[ROW_TILE][VECTORS], const bf16 *x, int64_t x_stride,
-                     const uint8_t *codes, lookup table, int64_t ahead, int kind, int R) {
+// a[r][j] += x[r] · the weights of a step and vector v + j. `count`, the vectors, is a constant too.
+INLINE void add_step(__m512 a[ROW_TILE][VECTORS], const ss_factor *x, int64_t x_stride,
+                     const uint8_t *codes, lookup table, int64_t ahead, int kind, int v, int count,
+                     int R) {
     const int pairs = stored_step(kind) / 2, bytes = LINE * stored_lines(kind);
+    codes += v * bytes;
     if (ahead)
 #pragma GCC unroll 20
-        for (int line = 0; line < VECTORS * bytes; line += LINE)
+        for (int line = 0; line < count * bytes; line += LINE)
             _mm_prefetch((const char *)(codes + ahead + line), _MM_HINT_T1);
 #pragma GCC unroll 16
     for (int p = 0; p < pairs; p++) {
-        __m512bh weights[VECTORS];
+#pragma GCC unroll 2
+        for (int part = 0; part < SS_PARTS; part++) {
+            ss_elements weights[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++)
-            weights[v] = (__m512bh)unpacked(kind, codes + v * bytes, p, table);
+            for (int j = 0; j < count; j++)
+                weights[j] = unpacked_part(kind, codes + j * bytes, p, part, table);
 #pragma GCC unroll 6
-        for (int r = 0; r < R; r++) {
-            const __m512bh pair =
-                (__m512bh)_mm512_set1_epi32(*(const ss_pair *)(x + r * x_stride + 2 * p));
+            for (int r = 0; r < R; r++) {
+                const ss_elements factor = ss_factor_part(x + r * x_stride + 2 * p, part);
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++)
-                a[r][v] = _mm512_dpbf16_ps(a[r][v], pair, weights[v]);
+                for (int j = 0; j < count; j++)
+                    a[r][j] = ss_multiply_add(factor, weights[j], a[r][j]);
+            }
         }
     }
 }
 
-INLINE void multiply(float *sums, float *totals, const bf16 *x, int64_t x_stride, const piece *p,
-                     lookup table, int64_t ahead, int kind, int R) {
+INLINE void multiply(float *sums, float *totals, const ss_factor *x, int64_t x_stride,
+                     const piece *p, lookup table, int64_t ahead, int kind, int R) {
     const int step = stored_step(kind), step_bytes = VECTORS * LINE * stored_lines(kind);
-    const uint8_t *codes = p->codes;
-    for (int64_t k = 0, g = 0; k < p->inputs; g++) {
-        const int64_t end = ss_min(p->inputs, k + p->group);
-        __m512 a[ROW_TILE][VECTORS];
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < VECTORS; v++)
-                a[r][v] = p->goes_on ? _mm512_load_ps(sums + r * BLOCK + LANES * v)
-                                     : _mm512_setzero_ps();
-        for (; k < end; k += step, codes += step_bytes)
-            add_step(a, x + k, x_stride, codes, table, ahead, kind, R);
-        if (p->ends) {
-            close_group(totals, a, p, g, R);
-            continue;
+    const int count = SS_VECTORS(R);
+    for (int64_t from = 0, g = 0; from < p->inputs; from += p->group, g++) {
+        const int64_t end = ss_min(p->inputs, from + p->group);
+        for (int v = 0; v < VECTORS; v += count) {
+            __m512 a[ROW_TILE][VECTORS];
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < count; j++)
+                    a[r][j] = p->goes_on ? _mm512_load_ps(sums + r * BLOCK + LANES * (v + j))
+                                         : _mm512_setzero_ps();
+            const uint8_t *codes = p->codes + from / step * step_bytes;
+            for (int64_t k = from; k < end; k += step, codes += step_bytes)
+                add_step(a, x + k, x_stride, codes, table, ahead, kind, v, count, R);
+            if (p->ends) {
+                close_group(totals + LANES * v, a, p, g, v, count, R);
+                continue;
+            }
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < count; j++)
+                    _mm512_store_ps(sums + r * BLOCK + LANES * (v + j), a[r][j]);
         }
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < VECTORS; v++)
-                _mm512_store_ps(sums + r * BLOCK + LANES * v, a[r][v]);
     }
 }
 
-typedef void multiply_function(float *sums, float *totals, const bf16 *x, int64_t x_stride,
-                               const piece *p, const stored_weight *w);
+typedef void multiply_function(float *sums, float *totals, const ss_factor *x,
+                               int64_t x_stride, const piece *p, const stored_weight *w);
 
 #define MULTIPLY(kind, R, ahead)                                                                  \
-    static void multiply_##kind##_##R(float *sums, float *totals, const bf16 *x,                  \
+    static void multiply_##kind##_##R(float *sums, float *totals, const ss_factor *x,             \
                                       int64_t x_stride, const piece *p, const stored_weight *w) { \
+        if (R > (kind == DENSE ? ROW_TILE : DIRECT_TILE)) __builtin_unreachable();                \
         multiply(sums, totals, x, x_stride, p, lookup_of(w), ahead, kind, R);                     \
     }
 #define ALL_ROWS(kind, ahead)                                                                     \
@@ -371,7 +445,12 @@ static void read_numbers(float *to, const stored_numbers *numbers, const positio
 
 // Rows up to which it is faster to look codes up again and again.
 static int64_t most_direct_rows(int kind) {
+#ifdef __AVX512F__
     return kind == CODES_FLOAT8 ? 14 : kind == CODES_INT8 ? 24 : GROUP_ROWS;
+#else
+    (void)kind;
+    return DIRECT_TILE;
+#endif
 }
 
 // totals [rows][64] = x [rows][K] · the block's weights.
@@ -383,7 +462,9 @@ static void multiply_block(const position *at, const bf16 *x, int64_t x_stride, 
     const uint8_t *codes = w->codes + at->block * (w->inputs / step) * step_bytes;
     const int64_t tiles = ss_ceil_div(rows, ROW_TILE);
     const int is_dense = rows > most_direct_rows(kind), has_offsets = w->offsets.form != NO_NUMBERS;
-    const int64_t most = rows <= ROW_TILE ? w->inputs : is_dense ? DENSE_INPUTS : DIRECT_INPUTS;
+    const int64_t most = is_dense                         ? DENSE_INPUTS
+                       : tiles == 1 && !SS_WIDENS ? w->inputs
+                                                          : DIRECT_INPUTS;
     bf16 dense[DENSE_INPUTS * BLOCK] __attribute__((aligned(64)));
     float scales[PIECE_GROUPS * BLOCK] __attribute__((aligned(64)));
     float offsets[PIECE_GROUPS * BLOCK] __attribute__((aligned(64)));
@@ -417,10 +498,19 @@ static void multiply_block(const position *at, const bf16 *x, int64_t x_stride, 
         multiply_function *const *of = MULTIPLY_OF[is_dense ? DENSE : kind];
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t m = rows * t / tiles, tile_rows = rows * (t + 1) / tiles - m;
+            const bf16 *tile_x = x + m * x_stride + k;
+#if SS_WIDENS
+            float factors[ROW_TILE * DIRECT_INPUTS] __attribute__((aligned(64)));
+            const int64_t stride = DIRECT_INPUTS;
+            for (int64_t j = 0; j < tile_rows; j++)
+                ss_widen_row(factors + j * stride, tile_x + j * x_stride, count);
+#else
+            const ss_factor *factors = tile_x;
+            const int64_t stride = x_stride;
+#endif
             piece mine = p;
             if (has_offsets) mine.sums += m * at->groups;
-            of[tile_rows - 1](sums + m * BLOCK, totals + m * BLOCK, x + m * x_stride + k, x_stride,
-                              &mine, w);
+            of[tile_rows - 1](sums + m * BLOCK, totals + m * BLOCK, factors, stride, &mine, w);
         }
         k += count;
     }

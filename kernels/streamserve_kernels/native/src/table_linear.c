@@ -15,7 +15,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { ROW_TILE = 4, OUTPUTS = 4, WIDTH = 32, GROUP_ROWS = 48, STREAM_AHEAD = 4096 };
+// A tile of sums stays in registers.
+#ifdef __AVX512F__
+enum { ROW_TILE = 4, OUTPUTS = 4 };
+#else
+enum { ROW_TILE = 2, OUTPUTS = 2 };
+#endif
+enum { WIDTH = 32, GROUP_ROWS = 48, STREAM_AHEAD = 4096 };
 
 // Mirrored by stored_table.py.
 typedef struct {
@@ -27,18 +33,19 @@ typedef struct {
     const float *values;
 } table_weight;
 
-INLINE __m512i table_of(const table_weight *w, int64_t output, int bits) {
+INLINE ss_table table_of(const table_weight *w, int64_t output, int bits) {
     if (bits == 4)
-        return _mm512_broadcast_i64x4(ss_round(_mm512_loadu_ps(w->tables + 16 * output)));
-    return _mm512_broadcast_i32x4(
-        _mm256_castsi256_si128(ss_round(_mm512_castps256_ps512(_mm256_loadu_ps(w->tables + 8 * output)))));
+        return ss_table_of(
+            _mm512_broadcast_i64x4(ss_round(_mm512_loadu_ps(w->tables + 16 * output))));
+    const __m512 table = _mm512_castps256_ps512(_mm256_loadu_ps(w->tables + 8 * output));
+    return ss_table_of(_mm512_broadcast_i32x4(_mm256_castsi256_si128(ss_round(table))));
 }
 
 // The weights of inputs 32·q and up of a step; tables are periodic.
-INLINE __m512bh weights_of(const uint8_t *at, int q, __m512i table, int bits) {
+INLINE __m512bh weights_of(const uint8_t *at, int q, ss_table table, int bits) {
     if (bits == 4) {
         const __m512i code = _mm512_srli_epi16(_mm512_loadu_si512(at), (unsigned)(4 * q));
-        return (__m512bh)_mm512_permutexvar_epi16(code, table);
+        return (__m512bh)ss_look_up(code, table);
     }
     const __m512i low = _mm512_srli_epi16(_mm512_loadu_si512(at + 64 * (q / 8)),
                                           (unsigned)(2 * (q % 8)));
@@ -47,7 +54,7 @@ INLINE __m512bh weights_of(const uint8_t *at, int q, __m512i table, int bits) {
                                : _mm512_slli_epi16(line, (unsigned)(2 - q));
     const __m512i code =
         _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), low, high, 0xca);  // mask ? low : high
-    return (__m512bh)_mm512_permutexvar_epi16(code, table);
+    return (__m512bh)ss_look_up(code, table);
 }
 
 INLINE __mmask32 inputs_left(int64_t count) {
@@ -56,7 +63,7 @@ INLINE __mmask32 inputs_left(int64_t count) {
 
 // a[r][c] += x[r] · a step of output c.
 INLINE void add_step(__m512 a[ROW_TILE][OUTPUTS], const bf16 *x, int64_t x_stride, int64_t left,
-                     const uint8_t *codes, int64_t output_bytes, const __m512i *tables, int bits,
+                     const uint8_t *codes, int64_t output_bytes, const ss_table *tables, int bits,
                      int is_whole, int R) {
     const int parts = bits == 4 ? 4 : 16, bytes = bits == 4 ? 64 : 192;
 #pragma GCC unroll 4
@@ -90,7 +97,7 @@ INLINE void multiply(float *sums, const bf16 *x, int64_t x_stride, const table_w
     const int64_t output_bytes = ss_ceil_div(w->inputs, step) * bytes;
     const uint8_t *codes = w->codes + first * output_bytes;
     __m512 a[ROW_TILE][OUTPUTS];
-    __m512i tables[OUTPUTS];
+    ss_table tables[OUTPUTS];
     for (int c = 0; c < OUTPUTS; c++) {
         tables[c] = table_of(w, first + c, bits);
         for (int r = 0; r < R; r++) a[r][c] = _mm512_setzero_ps();
@@ -110,12 +117,13 @@ typedef void multiply_function(float *sums, const bf16 *x, int64_t x_stride, con
 #define MULTIPLY(bits, R)                                                                         \
     static void multiply_##bits##_##R(float *sums, const bf16 *x, int64_t x_stride,               \
                                       const table_weight *w, int64_t first) {                     \
+        if (R > ROW_TILE) __builtin_unreachable();                                                \
         multiply(sums, x, x_stride, w, first, bits, R);                                           \
     }
 #define ALL_ROWS(bits) MULTIPLY(bits, 1) MULTIPLY(bits, 2) MULTIPLY(bits, 3) MULTIPLY(bits, 4)
 ALL_ROWS(3)
 ALL_ROWS(4)
-static multiply_function *const MULTIPLY_OF[2][ROW_TILE] = {
+static multiply_function *const MULTIPLY_OF[2][4] = {
     {multiply_3_1, multiply_3_2, multiply_3_3, multiply_3_4},
     {multiply_4_1, multiply_4_2, multiply_4_3, multiply_4_4},
 };
