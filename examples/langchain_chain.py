@@ -1,6 +1,6 @@
 """A model in this process behind LangChain: `prompt | llm`, at once and streamed.
 
-Needs `pip install streamserve[langchain]`. The model is the first argument, or the box.
+Needs `pip install langchain-core`. The model is the first argument, or the box.
 """
 
 import sys

@@ -257,7 +257,11 @@ def measure_server(num_streams: int, args: argparse.Namespace) -> list[Result]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the measurements; 1 if frames were merged or a floor was not reached."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.frames",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--streams", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--tokens", type=int, default=1000, help="of each stream")
     parser.add_argument("--repeats", type=int, default=3)

@@ -184,7 +184,11 @@ def _row(gaps: Sequence[float], usual: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure a server, or one without a model that is started for it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.lateness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--url", help="of a server that runs; without: one is started")
     parser.add_argument("--model", default=MODEL_NAME)
     parser.add_argument("--streams", type=int, default=8)

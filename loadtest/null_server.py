@@ -153,7 +153,11 @@ def build_app(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until Ctrl-C; prints the URL when ready."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.null_server",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-num-seqs", type=int, default=64)

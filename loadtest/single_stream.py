@@ -97,7 +97,9 @@ def measure(url: str, vocab_size: int, rounds: int) -> list[Round]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.single_stream", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -113,7 +113,9 @@ def _spread(ratios: list[float]) -> str:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.speculation", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("checkpoint", nargs="?", help="default: the model in the box")
     parser.add_argument("--streams", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=5)

@@ -5,8 +5,8 @@
     llm = VLLM(model="./my-llama", max_new_tokens=128, top_k=10, temperature=0.8)
     print(llm.invoke("What is the capital of France?"))
 
-Needs ``pip install streamserve[langchain]``. Chat models go over HTTP: langchain_openai's
-``ChatOpenAI(base_url="http://127.0.0.1:8000/v1")``.
+Needs ``langchain-core``. Chat models go over HTTP: langchain_openai's
+``ChatOpenAI(model="box", base_url="http://127.0.0.1:8000/v1", api_key="none")``.
 """
 
 from __future__ import annotations

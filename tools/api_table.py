@@ -25,8 +25,8 @@ FILE = Path(__file__).parents[1] / "docs" / "api.md"
 _INTRO = """# The API: every request field and every flag
 
 Made by `python tools/api_table.py` from the tables that requests are read through and from the
-command line's parser; a test keeps it in step. A running server shows the same at `/docs`, and as
-a schema at `/openapi.json`.
+command line's parser; a test keeps it in step. A running server shows the fields at `/docs`, and as
+a schema at `/openapi.json`; `streamserve serve --help` shows the flags.
 
 **Honoured**: does what it does at OpenAI's or in vLLM (`/v1/messages`: at Anthropic's).
 **Refused**: only the values that ask for nothing pass, anything else is a 400 that names the field.
@@ -46,9 +46,10 @@ Each choice's last chunk (the one with a `finish_reason`) has a `timing` beside 
  "inter_token_p99_ms": 12.4, "total_ms": 1291.0, "cached_tokens": 48}
 ```
 
-All of it counts from the request's arrival, tokenising included, to frames that have left for the
-socket; `prefill_ms` is from the first step to the first token. Until a stream's first token,
-`include_progress` adds comments, which every SSE client skips, whenever something has changed:
+Times count from the request's arrival, tokenising included, to the first step (`queue_ms`) or to
+frames that have left for the socket; `prefill_ms` is from the first step to the first token. Until
+a stream's first token, `include_progress` adds comments, which every SSE client skips, whenever
+something has changed:
 
 ```
 : progress {"index":0,"state":"queued","place":3}

@@ -9,9 +9,9 @@ from typing import Any, Literal, Unpack
 from streamserve.api.fields import (
     Reader,
     integer,
+    number,
     out_of_range,
     read_bool,
-    read_number,
     typed,
     wrong_type,
 )
@@ -54,7 +54,7 @@ def _read_early_stopping(name: str, value: Any) -> bool | Literal["never"]:
 CHOICE_FIELDS: dict[str, Reader] = {
     "best_of": integer(1, MAX_CHOICES),
     "early_stopping": _read_early_stopping,
-    "length_penalty": read_number,
+    "length_penalty": number(-10.0, 10.0),
     "n": integer(1, MAX_CHOICES),
     "use_beam_search": read_bool,
 }

@@ -51,7 +51,7 @@ DESCRIPTIONS: dict[str, str] = {
     "disable_any_whitespace": "JSON without whitespace.",
     "disable_fallback": "There is one backend, and nothing to fall back to.",
     "generate_summary": "As `summary`.",
-    "grammar": "A grammar in Lark's form.",
+    "grammar": "A grammar in Lark's form, or GBNF.",
     "guided_choice": "As `structured_outputs.choice`.",
     "guided_decoding_backend": "There is one.",
     "guided_grammar": "As `structured_outputs.grammar`.",

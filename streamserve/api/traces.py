@@ -105,7 +105,10 @@ def traces_to(endpoint: str, clock: Clock, wall_clock: Callable[[], float]) -> R
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ConfigError("--otlp-traces-endpoint needs pip install 'streamserve[otel]'") from error
+        raise ConfigError(
+            "--otlp-traces-endpoint needs OpenTelemetry: pip install opentelemetry-sdk "
+            "opentelemetry-exporter-otlp-proto-http"
+        ) from error
     provider = TracerProvider(
         resource=Resource.create({"service.name": "streamserve"}),
         shutdown_on_exit=False,  # `close` does it, and waits no longer than it should

@@ -24,6 +24,7 @@ from streamserve.cli.tools import add_tool_commands
 from streamserve.cli.values import gibibytes, integer, milliseconds, number, positive, size, tokens
 from streamserve.cli.vllm_flags import add_foreign_flags
 from streamserve.config import POLICIES, POOLING_KINDS
+from streamserve.engine.builtin_templates import TEMPLATES
 from streamserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
@@ -176,7 +177,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_source_flags(group)
     group.add_argument(
-        "--chat-template", metavar="FILE", help="a Jinja file in place of the checkpoint's"
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja file in place of the checkpoint's, or the name of a format that is built in, "
+        f"one of {', '.join(TEMPLATES)}",
     )
     group.add_argument(
         "--pooling",
@@ -238,8 +242,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         type=milliseconds,
         metavar="MS",
         help="how long a step may take while answers stream: prompts get what is left of it "
-        "(default: twice what the step takes without prompts; more when a prompt has waited for "
-        "over two seconds)",
+        "(default: twice what the step takes without prompts, more where first tokens would come "
+        "late)",
     )
     group.add_argument(
         "--block-size",
@@ -280,8 +284,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         type=size,
         metavar="SIZE",
         help="memory for the KV cache, like 2GiB (default: on a GPU what "
-        "--gpu-memory-utilization leaves; on a CPU the least of 25%% of the free memory, 4GiB, and "
-        "what max-num-seqs × max-model-len can use)",
+        "--gpu-memory-utilization leaves, at most 8 times what max-num-seqs × max-model-len can "
+        "use; on a CPU the least of 25%% of the free memory, 4GiB, and what these can use)",
     )
     group.add_argument(
         "--kv-cache-dtype",

@@ -147,7 +147,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         "max_parallel_loading_workers=* model_weights",
     ),
     (
-        "no code of a checkpoint but its tokenizer's is ever run, see --trust-remote-code",
+        "code of a checkpoint, which only --trust-remote-code runs, is that of --revision",
         "code_revision",
     ),
     (
@@ -221,7 +221,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         "enable_ssl_refresh!",
     ),
     (
-        "of the environment only STREAMSERVE_API_KEY and VLLM_API_KEY are read",
+        "of vLLM's environment variables only VLLM_API_KEY is read",
         "fail_on_environ_validation!=*",
     ),
 )

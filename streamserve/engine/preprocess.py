@@ -1,4 +1,4 @@
-"""From what a client sent to token ids, off the event loop."""
+"""From what a client sent to token ids, off the event loop unless it is short."""
 
 from __future__ import annotations
 

@@ -45,10 +45,10 @@ Adapted = LoRARequest | Sequence[LoRARequest | None] | None
 class LLM:
     """A model, loaded, and an engine that runs on a thread of its own.
 
-    ``model`` is a Hugging Face directory or a hub id; without one it is the model in the box. The
-    keywords are the flags of ``streamserve serve`` with underscores, of which vLLM has most
-    (``dtype``, ``quantization``, ``max_model_len``, ``gpu_memory_utilization``, ``tokenizer``, …);
-    one of vLLM's that is not built is refused by name. ``seed`` is 0 if none is given, as in vLLM.
+    ``model`` is a Hugging Face directory, a GGUF file or a hub id; without one it is the model in
+    the box. The keywords are the flags of ``streamserve serve`` with underscores, of which vLLM has
+    most (``dtype``, ``quantization``, ``max_model_len``, ``gpu_memory_utilization``, …); one of
+    vLLM's that is not built is refused by name. ``seed`` is 0 if none is given, as in vLLM.
 
     It works in scripts without a ``__main__`` guard and inside a running event loop, which a call
     blocks: there, `AsyncLLM` is the better choice. Its methods may be called from several threads.

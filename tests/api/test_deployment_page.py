@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from streamserve.api.tenant_metrics import FAMILIES
 from tests.api.harness import Api
 
 PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
@@ -63,3 +64,15 @@ async def test_a_vllm_dashboard_finds_its_names_by_the_one_rule():
         "vllm:inter_token_latency_seconds_bucket",
         "vllm:e2e_request_latency_seconds_bucket",
     } <= found
+
+
+async def test_what_is_to_watch_is_measured():
+    [table] = re.findall(r"^\| to watch .*?\n\n", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    watched = set(re.findall(r"`(\w+_\w+)`", table))
+    assert {"num_requests_waiting", "tenant_requests_total"} <= watched
+    async with Api().running() as api:
+        text = (await api.call("GET", "/metrics")).body.decode()
+    families = list(text_string_to_metric_families(text))
+    names = {f"{f.name}_total" if f.type == "counter" else f.name for f in families}
+    known = {name.removeprefix("streamserve:") for name in names}
+    assert watched <= known | {f"{name}_total" for name, _ in FAMILIES}
