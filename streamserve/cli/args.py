@@ -432,7 +432,8 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         type=number,
         default=30.0,
         metavar="S",
-        help="seconds that running answers get to finish after Ctrl-C (default: %(default)s)",
+        help="seconds that running answers get to finish after Ctrl-C or SIGTERM (default: "
+        "%(default)s)",
     )
 
 

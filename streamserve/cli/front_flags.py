@@ -184,7 +184,7 @@ def _add_operator_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--enable-fault-injection",
         action="store_true",
-        help="for tests: POST /debug/inject_fault makes steps fail, hang or run out of memory",
+        help="for tests: POST /debug/inject_fault makes steps fail, come late or run out of memory",
     )
     group.add_argument(
         "--hang-timeout",

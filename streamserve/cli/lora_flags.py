@@ -21,7 +21,8 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
         "--enable-lora",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="serve LoRA adapters beside the model (default: with --lora-modules)",
+        help="serve LoRA adapters beside the model (default: with --lora-modules or "
+        "--allow-runtime-lora-updating)",
     )
     group.add_argument(
         "--max-loras",
@@ -31,7 +32,10 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
         f"{_DEFAULT_LORAS})",
     )
     group.add_argument(
-        "--max-cpu-loras", type=positive, metavar="N", help="the same: all are always at hand"
+        "--max-cpu-loras",
+        type=positive,
+        metavar="N",
+        help="as --max-loras, of which the larger counts: there is one place for each",
     )
     group.add_argument(
         "--max-lora-rank",
