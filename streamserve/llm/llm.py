@@ -46,8 +46,8 @@ class LLM:
     """A model, loaded, and an engine that runs on a thread of its own.
 
     ``model`` is a Hugging Face directory, a GGUF file or a hub id; without one it is the model in
-    the box. The keywords are the flags of ``streamserve serve`` with underscores, of which vLLM has
-    most (``dtype``, ``quantization``, ``max_model_len``, ``gpu_memory_utilization``, …); one of
+    the box. The keywords are the flags of ``streamserve serve`` for model and engine, with
+    underscores, of which vLLM has most (``dtype``, ``quantization``, ``max_model_len``, …); one of
     vLLM's that is not built is refused by name. ``seed`` is 0 if none is given, as in vLLM.
 
     It works in scripts without a ``__main__`` guard and inside a running event loop, which a call
