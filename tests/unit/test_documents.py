@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from streamserve.cli.args import REASONING_PARSERS, TOOL_CALL_PARSERS, build_parser
+from streamserve.cli.quantization import STORED_METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -92,7 +93,17 @@ def test_flags_that_are_named_exist():
         assert not named - known, page
 
 
+def named_in_first_column(text: str) -> set[str]:
+    """Of the rows of all tables, without their heads."""
+    rows = re.findall(r"(?<!\n\n)^\| (`.*?) \|", text, re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
+
+
 def test_every_parser_has_a_row():
-    rows = re.findall(r"^\| (`.*?) \|", text_of("docs/parsers.md"), re.MULTILINE)
-    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named == {*TOOL_CALL_PARSERS, *REASONING_PARSERS}
+    of_tools, of_thoughts = text_of("docs/parsers.md").split("\n\n| `--reasoning-parser` |")
+    assert named_in_first_column(of_tools) == set(TOOL_CALL_PARSERS)
+    assert named_in_first_column(of_thoughts) == set(REASONING_PARSERS)
+
+
+def test_every_stored_format_has_a_row():
+    assert named_in_first_column(text_of("docs/quantization.md")) == {*STORED_METHODS} - {"gguf"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -11,6 +12,7 @@ from streamserve.cli.args import DTYPES
 from streamserve.models.catalogue import THROUGH_TRANSFORMERS, native_entries
 from streamserve.models.families import FAMILIES
 from streamserve.models.gguf.architectures import ARCHITECTURES
+from streamserve.models.gguf.kinds import served_kinds
 from streamserve.models.loader import DTYPES as LOADED_DTYPES
 from tests.interpreter import run_python
 from tools.models_table import PAGE, README, render_page, render_readme
@@ -21,6 +23,15 @@ def test_the_files_are_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == render_page(), advice
     text = README.read_text(encoding="utf-8")
     assert text == render_readme(text), advice
+
+
+def test_the_page_of_gguf_names_all_that_is_read():
+    page = (PAGE.parent / "gguf.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert named - {"general.architecture"} == set(ARCHITECTURES)
+    [kinds] = re.findall(r"^## Kinds of weights\n\n(.*?), in any mixture", page, re.M | re.S)
+    assert set(re.split(r"[,;]\s+", kinds)) == set(served_kinds())
 
 
 def test_the_list_is_the_loaders():
