@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from streamserve.cli.args import REASONING_PARSERS, TOOL_CALL_PARSERS, build_parser
+from streamserve.cli.peer_flags import PeerAction
 from streamserve.cli.quantization import STORED_METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,8 @@ def test_every_file_of_the_kernels_is_on_their_map():
 
 def own_flags(parser: argparse.ArgumentParser) -> Iterator[str]:
     for action in parser._actions:
-        yield from action.option_strings
+        if not isinstance(action, PeerAction):
+            yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 yield from own_flags(command)
