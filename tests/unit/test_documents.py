@@ -3,13 +3,16 @@
 import argparse
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from streamserve.cli.args import REASONING_PARSERS, TOOL_CALL_PARSERS, build_parser
+from streamserve.cli.device_flags import CPU_DEFAULTS, GPU_DEFAULTS
 from streamserve.cli.peer_flags import PeerAction
 from streamserve.cli.quantization import STORED_METHODS
+from streamserve.cli.vllm_flags import option
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -93,6 +96,23 @@ def test_flags_that_are_named_exist():
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text_of(page)))
         assert not named - known, page
+
+
+def test_defaults_that_are_named_are_the_flags():
+    """As "`--a-flag` (60 s)", or in a table's second column; a CPU's, where a GPU has another."""
+    serve = build_parser().commands["serve"]
+    defaults = {flag: action.default for action in serve._actions for flag in action.option_strings}
+    for of_device in (GPU_DEFAULTS, CPU_DEFAULTS):
+        given = asdict(of_device).items()
+        defaults.update({option(name): value for name, value in given if value is not None})
+    units = {"": 1, "s": 1, "KiB": 2**10, "MiB": 2**20}
+    named = re.findall(
+        r"`(--[\w-]+)`(?: seconds)?(?: \||\s\()\s*([\d,.]+) ?(s|KiB|MiB|)\b",
+        "".join(map(text_of, PAGES)),
+    )
+    assert len(named) >= 10
+    for flag, number, unit in named:
+        assert defaults[flag] == float(number.replace(",", "")) * units[unit], flag
 
 
 def named_in_first_column(text: str) -> set[str]:
