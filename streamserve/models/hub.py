@@ -44,8 +44,9 @@ def resolve_model(
     looks_local = model.startswith(("/", ".", "~"))
     gguf = _GGUF_ID.fullmatch(model)
     if looks_local or not (gguf or _HUB_ID.fullmatch(model)):
+        what = "file" if model.endswith(".gguf") else "directory"
         raise ModelLoadError(
-            f"model {model!r}: there is no such directory ({directory.absolute()})"
+            f"model {model!r}: there is no such {what} ({directory.absolute()})"
             + ("" if looks_local else ", and it is no hub id (owner/name, owner/name:Q4_K_M)")
         )
     if gguf and load_format not in ("auto", "gguf", "dummy"):
@@ -128,7 +129,9 @@ def _local(path: Path, load_format: LoadFormat) -> Path:
         return file
     if path.is_dir() and load_format != "gguf":
         return path
-    what = "is no GGUF file" if path.is_file() else "holds no GGUF file"
+    what = "holds no GGUF file"
+    if path.is_file():
+        what = "is no GGUF file: checkpoints of other formats are given by their directory"
     if file is not None:
         what = f"is a GGUF file, which is not read as {load_format}"
     raise ModelLoadError(f"{path} {what}")

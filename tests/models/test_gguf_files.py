@@ -60,6 +60,15 @@ def test_a_file_a_directory_and_a_part_are_found(write, tmp_path):
         resolve_model(str(tmp_path), load_format="gguf")
     with pytest.raises(ModelLoadError, match="is a GGUF file, which is not read as safetensors"):
         resolve_model(str(path), load_format="safetensors")
+    with pytest.raises(ModelLoadError, match=r"none\.gguf': there is no such file"):
+        resolve_model(str(tmp_path / "none.gguf"))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    with pytest.raises(ModelLoadError, match=r"is no GGUF file: .* are given by their directory"):
+        resolve_model(str(weights))
+    blob = path.rename(tmp_path / "sha256-0123")  # as Ollama calls them
+    assert resolve_model(str(blob)) == blob
+    assert load_config(blob).architecture == "LlamaForCausalLM"
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ModelLoadError, match="empty holds no GGUF file"):
@@ -210,7 +219,10 @@ def test_damaged_files_are_refused(write):
     refused(data[:4] + struct.pack(">I", 3) + data[8:], "big-endian GGUF file")
     refused(data[:8] + struct.pack("<Q", 2**60) + data[16:], "damaged header: 11529")
     refused(data[:60], "damaged header")
-    refused(data[: len(data) // 2], r"tensor \S+ \(\d+ bytes at \d+\) lies outside the file")
+    refused(
+        data[: len(data) // 2],
+        r"tensor \S+ \(\d+ bytes at \d+\) lies outside the file .*: download",
+    )
     key = data.index(b"llama.context_length")
     refused(data[: key - 8] + struct.pack("<Q", 2**62) + data[key:], "lie outside the file")
     refused(data.replace(b"blk.1.ffn_up", b"blk.0.ffn_up"), "names a tensor twice")

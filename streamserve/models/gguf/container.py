@@ -21,6 +21,7 @@ from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.gguf.metadata import Array, Metadata
 from streamserve.models.tensor_files import MappedFile
 
+_MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
 _MAX_EXTENTS = 4
@@ -56,7 +57,7 @@ def find_gguf(path: Path) -> Path | None:
     None where there is none. Raises ModelLoadError where there are several to choose from.
     """
     if path.is_file():
-        return first_part(path) if path.suffix == ".gguf" else None
+        return first_part(path) if path.suffix == ".gguf" or _has_magic(path) else None
     found = sorted({first_part(file) for file in path.glob("*.gguf")})
     # What looks at pictures is a file of its own beside the model.
     found = [file for file in found if not file.name.startswith("mmproj")]
@@ -64,6 +65,12 @@ def find_gguf(path: Path) -> Path | None:
         names = ", ".join(file.name for file in found)
         raise ModelLoadError(f"{path} holds several GGUF checkpoints: name one of {names}")
     return found[0] if found else None
+
+
+def _has_magic(path: Path) -> bool:
+    """Whether a file of another name is GGUF, as those that Ollama keeps are."""
+    with path.open("rb") as file:
+        return file.read(4) == _MAGIC
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -151,7 +158,7 @@ class _Reader:
     def head(self) -> tuple[int, int]:
         """How many tensors and values there are."""
         path, magic = self._file.path, self._map[:4]
-        if magic != b"GGUF":
+        if magic != _MAGIC:
             raise ModelLoadError(f"{path} is no GGUF file: it begins with {magic!r}")
         self.offset = 4
         version = self._scalar("I")

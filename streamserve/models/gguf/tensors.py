@@ -154,7 +154,7 @@ def _parts(entry: TensorEntry) -> Iterator[tuple[str, _Slice]]:
     if entry.start + nbytes > len(entry.file.map):
         raise ModelLoadError(
             f"{path}: tensor {entry.name} ({nbytes} bytes at {entry.start}) lies outside the file "
-            f"({len(entry.file.map)} bytes)"
+            f"({len(entry.file.map)} bytes), which is cut short: download it again"
         )
     experts = _EXPERTS.search(entry.name)
     if experts is None:
