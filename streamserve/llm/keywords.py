@@ -32,7 +32,8 @@ class _KeywordParser(argparse.ArgumentParser):
     """Raises ``ConfigError`` in the keyword's name where a command line would end the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(re.sub(r"^argument (-\w+/)?--([\w-]+)\S*:", _keyword_named, message))
+        named = re.sub(r"^argument (-\w+/)?--([\w-]+)\S*:", _keyword_named, message)
+        raise ConfigError(named) from None  # what a parser said before helps nobody
 
 
 def _keyword_named(match: re.Match[str]) -> str:

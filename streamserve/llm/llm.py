@@ -53,7 +53,7 @@ class LLM:
     It works in scripts without a ``__main__`` guard and inside a running event loop, which a call
     blocks: there, `AsyncLLM` is the better choice. Its methods may be called from several threads.
     Ctrl-C in a call ends the call's requests, and the object stays usable. ``close``, leaving a
-    ``with`` block, and the end of the process stop the engine.
+    ``with`` block, and the end of the process stop the engine. It does not outlive a fork.
 
     Raises ``ConfigError``, ``ModelLoadError`` or ``KVCacheMemoryError``.
     """
@@ -250,6 +250,11 @@ class LLM:
     ) -> list[Job]:
         if not self._close.alive:
             raise ConfigError("this LLM is closed")
+        if not self._loop.is_here:
+            raise ConfigError(
+                f"this LLM runs in process {self._loop.process_id}, of which this one is a fork: "
+                "make it in the process that uses it, started by multiprocessing's 'spawn'"
+            )
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = per_prompt("sampling_params", sampling_params, len(prompts))
@@ -270,6 +275,8 @@ class LLM:
 
 def _close(service: Service, answers: Answers, loop: LoopThread) -> None:
     """Apart from the object, which nothing that runs may hold."""
+    if not loop.is_here:
+        return
     if loop.is_current:  # the object was found to be garbage there
         threading.Thread(target=_close, args=(service, answers, loop)).start()
         return

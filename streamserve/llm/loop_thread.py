@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from queue import SimpleQueue
@@ -19,9 +20,13 @@ class _End:
 
 
 class LoopThread:
-    """Runs coroutines for other threads. The thread ends with ``close``, or with the process."""
+    """Runs coroutines for other threads. The thread ends with ``close``, or with the process.
+
+    A fork of the process has no such thread: see ``is_here``.
+    """
 
     def __init__(self, name: str) -> None:
+        self.process_id = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -30,6 +35,11 @@ class LoopThread:
     def is_current(self) -> bool:
         """Whether the caller runs on this very thread."""
         return threading.current_thread() is self._thread
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the thread is one of this process."""
+        return os.getpid() == self.process_id
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Its result, waited for. An interrupt of the caller leaves it running."""

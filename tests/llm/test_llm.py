@@ -13,6 +13,7 @@ import pytest
 
 from streamserve import LLM, SamplingParams
 from streamserve.errors import ConfigError, ContextLengthError, InvalidParameterError
+from tests.interpreter import run_python
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -31,6 +32,27 @@ def wait_until_idle(llm: LLM) -> None:
                 await asyncio.sleep(0)
 
     llm._loop.run(wait())
+
+
+FORKS = """
+import os, sys
+from streamserve import LLM
+llm = LLM()
+if (child := os.fork()) == 0:
+    try:
+        llm.generate("Hi", use_tqdm=False)
+    except Exception as error:
+        print(error, flush=True)
+    sys.exit(3)
+print(os.getpid(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_fork_is_told_that_it_has_no_engine_and_may_end():
+    message, parent = run_python("-c", FORKS, timeout_s=200).stdout.splitlines()
+    process_id, exit_code = parent.split()
+    assert f"runs in process {process_id}, of which this one is a fork" in message
+    assert exit_code == "3"
 
 
 def test_results_come_in_the_order_of_the_prompts(llm):
