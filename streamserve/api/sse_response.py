@@ -76,6 +76,7 @@ class SseResponse(EventSourceResponse):
         super().__init__(
             _Nothing(), headers={"Cache-Control": "no-cache", **headers}, ping=ping_interval_s
         )
+        del self.headers["Connection"]  # the server's to say: it may close after this response
         self._name = name
         self._raw_send = raw_send
         self._stall_timeout_s = stall_timeout_s

@@ -135,6 +135,14 @@ async def test_every_frame_is_a_chunk_of_its_own_and_headers_come_before_the_fir
         assert await client.chunk() == b""
 
 
+async def test_a_stream_says_once_what_becomes_of_its_connection():
+    async with Api().serving() as address, connected(address) as client:
+        await client.send("POST", CHAT, chat_body(stream=True), headers=["Connection: close"])
+        raw = (await client.reader.readuntil(b"\r\n\r\n")).lower()
+        assert raw.count(b"\r\nconnection:") == 1
+        assert b"\r\nconnection: close\r\n" in raw
+
+
 async def test_pings_arrive_while_the_model_is_silent():
     api = Api(is_held=True, ping_interval_s=0.01)
     async with api.serving() as address, connected(address) as client:
