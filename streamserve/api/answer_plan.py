@@ -104,7 +104,7 @@ class AnswerPlan:
         self._budget = reasoning.budget
         if has_reasoning and reasoning.is_enabled is False:
             self._budget = 0  # for a template that opens the thoughts all the same
-        self._template_kwargs = self._merged_kwargs()
+        self._template_kwargs = {**answer_format.template_defaults, **self._merged_kwargs()}
 
     @property
     def rendering(self) -> dict[str, Any]:

@@ -73,7 +73,10 @@ class TokenAnswer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenizeRequest:
-    """A text, or a chat and how it is rendered, whose tokens are asked for."""
+    """A text, or a chat and how it is rendered, whose tokens are asked for.
+
+    ``has_template_kwargs``: the template gets something of the client's own.
+    """
 
     model: str | None
     unknown: Sequence[str]
@@ -82,14 +85,7 @@ class TokenizeRequest:
     return_token_strs: bool
     messages: tuple[dict[str, Any], ...] = ()
     rendering: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def has_template_kwargs(self) -> bool:
-        """Whether the template gets something of the client's own."""
-        return len(self.rendering) > len(_RENDERING)
-
-
-_RENDERING = ("add_generation_prompt", "continue_final_message", "tools")
+    has_template_kwargs: bool = False
 
 
 def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat) -> TokenizeRequest:
@@ -108,15 +104,20 @@ def parse_tokenize_request(body: Mapping[str, Any], answer_format: AnswerFormat)
         return TokenizeRequest(model, reported(unknown), values["prompt"], special, strs)
     add_prompt, continue_final = check_final_message(values)
     tools = [tool.definition for tool in values.get("tools", ())] or None
+    own = template_kwargs(values)
     rendering = {
         "add_generation_prompt": add_prompt,
         "continue_final_message": continue_final,
         "tools": tools,
-        **template_kwargs(values),
+        **answer_format.template_defaults,
+        **own,
     }
     messages = family_messages(values["messages"], answer_format, tools)
     special = values.get("add_special_tokens", False)
-    return TokenizeRequest(model, reported(unknown), None, special, strs, messages, rendering)
+    return TokenizeRequest(
+        *(model, reported(unknown), None, special, strs, messages, rendering),
+        has_template_kwargs=bool(own),
+    )
 
 
 async def tokenize(

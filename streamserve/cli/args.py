@@ -21,7 +21,16 @@ from streamserve.cli.quantization import QUANTIZATIONS, STORED_METHODS, check_qu
 from streamserve.cli.source_flags import add_seed_flag, add_source_flags
 from streamserve.cli.speculative import parse_speculative_config
 from streamserve.cli.tools import add_tool_commands
-from streamserve.cli.values import gibibytes, integer, milliseconds, number, positive, size, tokens
+from streamserve.cli.values import (
+    gibibytes,
+    integer,
+    json_object,
+    milliseconds,
+    number,
+    positive,
+    size,
+    tokens,
+)
 from streamserve.cli.vllm_flags import add_foreign_flags
 from streamserve.config import POLICIES, POOLING_KINDS
 from streamserve.engine.builtin_templates import TEMPLATES
@@ -367,6 +376,14 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="tenants by name, with their keys, weights and limits: docs/tenants.md; read again on "
         "SIGHUP and when it changes",
+    )
+    group.add_argument(
+        "--default-chat-template-kwargs",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="variables that the chat template gets where a request does not say them, like "
+        "'{\"enable_thinking\": false}' (default: none)",
     )
     group.add_argument(
         "--trust-request-chat-template",

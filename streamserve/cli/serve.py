@@ -35,10 +35,12 @@ def run_serve(args: Namespace) -> int:
     """Serve until a signal. Returns the exit code; raises ``StreamServeError``."""
     started = time.monotonic()
     # Before torch is imported and a model is loaded: a port in use is known in a moment.
+    from streamserve.api.chat_request import read_template_kwargs
     from streamserve.api.server import bind_admin_sockets, bind_sockets, serve
 
     config = api_config(args)
     check_flags(args)
+    read_template_kwargs("--default-chat-template-kwargs", args.default_chat_template_kwargs)
     set_up_logs(args.log_format, log_requests=config.log_requests)
     sockets = bind_sockets(config)
     admin_sockets = bind_admin_sockets(config)
@@ -136,7 +138,10 @@ def _answer_format(args: Namespace, template: ChatTemplate) -> AnswerFormat:
         tool_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
         enable_auto_tool_choice=args.enable_auto_tool_choice,
+        template_defaults=args.default_chat_template_kwargs,
     )
+    if unread := [name for name in chosen.template_defaults if name not in template.variables]:
+        warn(f"--default-chat-template-kwargs: the template does not read {', '.join(unread)}")
     for what, parser in (
         ("tool calls", chosen.tool_parser),
         ("reasoning", chosen.reasoning_parser),

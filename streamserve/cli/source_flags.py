@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
 
-from streamserve.cli.values import integer
+from streamserve.cli.values import integer, json_object
 
 TOKENIZER_MODES = ("auto", "hf", "slow")
 _NO_TOKENIZER_MODES = {
@@ -71,7 +69,7 @@ def add_source_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--override-generation-config",
-        type=_json_object,
+        type=json_object,
         metavar="JSON",
         help="sampling defaults that override those, like '{\"temperature\": 0.5}'",
     )
@@ -102,13 +100,3 @@ def _tokenizer_mode(text: str) -> str:
             f"must be one of {', '.join(TOKENIZER_MODES)}, got {text!r}"
         )
     return text
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be JSON, got {text!r}: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
-    return value

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from argparse import ArgumentTypeError
 from fractions import Fraction
+from typing import Any
 
 from streamserve.errors import ConfigError
 from streamserve.runner.memory import parse_bytes
@@ -77,6 +79,17 @@ def gibibytes(text: str) -> str | None:
     except ValueError:
         return size(text)
     return size(f"{text}GiB") if value else None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"must be JSON, got {text!r}: {error}") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value
 
 
 def _at_least(limit: int, value: int) -> int:

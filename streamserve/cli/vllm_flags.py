@@ -195,10 +195,6 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         "enable_force_include_usage!",
     ),
     (
-        "a request says it in chat_template_kwargs",
-        "default_chat_template_kwargs",
-    ),
-    (
         "--tool-call-parser says how the model writes calls",
         "exclude_tools_when_tool_choice_none!=* tool_strict_level",
     ),

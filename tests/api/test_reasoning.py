@@ -99,6 +99,21 @@ async def test_the_template_may_open_or_close_the_thinking(kwargs, text, thought
     assert (message.get("reasoning_content"), message["content"]) == (thoughts, content)
 
 
+async def test_the_servers_template_variables_hold_where_a_request_says_none():
+    async with scripted("Yes.", template_defaults={"enable_thinking": False}).running() as api:
+        answer = await api.chat()
+        await api.chat(chat_template_kwargs={"enable_thinking": True})
+        thinking = {"type": "enabled", "budget_tokens": 1024}
+        await api.message(max_tokens=2048, thinking=thinking)
+        await api.call("POST", "/v1/responses", {"input": "Hi"})
+        tokens = await api.call("POST", "/tokenize", {"messages": [HI]})
+        assert not api.app.context.preprocessor.has_run_away
+    off, on = "<think>\n\n</think>\n\n", "<think>\n"
+    ends = [prompt.partition("assistant: ")[2] for prompt in api.runner.prompts]
+    assert ends == [off, on, on, off]
+    assert tokens.json["count"] == answer.json["usage"]["prompt_tokens"]
+
+
 async def test_deepseek_thinks_without_saying_so():
     parts = scripted_parts("Hm.\n</think>\n\nYes.", reasoning_parser="deepseek_r1")
     async with Api(**parts).running() as api:

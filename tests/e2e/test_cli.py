@@ -82,6 +82,7 @@ def test_what_is_no_flag_is_said_in_one_line_too(run, args, message):
     [
         (["--chat-template", "{{ messages"], "the chat template of --chat-template cannot be read"),
         (["--chat-template", "none.jinja"], "--chat-template must be a file or one of"),
+        (["--default-chat-template-kwargs", '{"tools": []}'], "must not hold 'tools'"),
         (["--shared-system-prompt", "none.txt"], "--shared-system-prompt none.txt cannot be used"),
         (["--enable-auto-tool-choice"], "--enable-auto-tool-choice needs a --tool-call-parser"),
         (["--override-generation-config", '{"temperature": 9}'], "temperature must be between"),
@@ -95,6 +96,14 @@ def test_what_needs_no_weights_is_known_before_they_are_read(run, tmp_path, args
     result = run("serve", str(tmp_path), "--port", "0", "--dtype", "float32", *args)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert message in result.stderr
+
+
+def test_template_variables_that_the_template_does_not_read_are_named(run, tmp_path):
+    for file in box_path().glob("*.json"):
+        shutil.copy(file, tmp_path)
+    variables = '{"enable_thinking": false, "add_generation_prompt_": true}'
+    result = run("serve", str(tmp_path), "--port", "0", "--default-chat-template-kwargs", variables)
+    assert "does not read enable_thinking, add_generation_prompt_" in result.stderr
 
 
 def test_a_config_file_and_a_certificate_that_are_none(run, tmp_path):

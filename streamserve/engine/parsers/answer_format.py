@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.parsers.harmony import CHANNEL, MESSAGE
@@ -28,6 +31,7 @@ class AnswerFormat:
 
     ``template_variables`` are the names that the chat template reads; ``has_tools_in_messages``:
     it finds tools in the system message. ``has_text_arguments``: it takes a call's for JSON.
+    ``template_defaults`` are variables that it gets where a request does not say them.
     """
 
     tool_parser: str | None = None
@@ -35,6 +39,7 @@ class AnswerFormat:
     template_variables: frozenset[str] = frozenset()
     has_tools_in_messages: bool = False
     has_text_arguments: bool = False
+    template_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _one_of("tool-call-parser", self.tool_parser, TOOL_PARSER_NAMES)
@@ -76,6 +81,7 @@ def choose_answer_format(
     tool_parser: str | None = None,
     reasoning_parser: str | None = None,
     enable_auto_tool_choice: bool | None = None,
+    template_defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> AnswerFormat:
     """The parsers that the flags name, or else those of the template.
 
@@ -106,6 +112,7 @@ def choose_answer_format(
         template_variables=variables,
         has_tools_in_messages=in_messages,
         has_text_arguments=has_text_arguments(template.text),
+        template_defaults=dict(template_defaults),
     )
 
 
