@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from streamserve.api.chat_messages import ROLES, set_thoughts
 from streamserve.api.choices import Choices, read_choices
 from streamserve.api.extras import ExtraFields, read_extras
 from streamserve.api.fields import (
@@ -63,9 +64,6 @@ _RESERVED_KWARGS = frozenset(
     }
 )
 
-# Templates know "system"; OpenAI's newer name for the same voice is mapped to it.
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-
 _NOT_BUILT = "is not supported by this server yet"
 
 # OpenAI gave these up for tools in 2023.
@@ -80,14 +78,14 @@ _MESSAGE_REFUSED = {
 _MESSAGE_ANNOTATIONS = frozenset({"annotations"})
 
 
-@typed({"enum": [*_ROLES, "tool"]})
+@typed({"enum": [*ROLES, "tool"]})
 def _read_role(name: str, value: Any) -> str:
     role = read_str(name, value)
     if role == "function":
         raise unsupported(name, f"{role!r} {_LEGACY}")
-    if role != "tool" and role not in _ROLES:
-        raise out_of_range(name, f"one of {', '.join(_ROLES)}, tool", role)
-    return _ROLES.get(role, role)
+    if role != "tool" and role not in ROLES:
+        raise out_of_range(name, f"one of {', '.join(ROLES)}, tool", role)
+    return ROLES.get(role, role)
 
 
 def _read_part(name: str, value: Any) -> dict[str, str]:
@@ -179,10 +177,8 @@ def _check_message(where: str, message: dict[str, Any]) -> None:
             )
     if role == "assistant":
         message.setdefault("content", "")
-        # Templates know one name or the other.
-        thoughts = message.get("reasoning_content") or message.get("reasoning")
-        if thoughts:
-            message["reasoning"] = message["reasoning_content"] = thoughts
+        if thoughts := message.get("reasoning_content") or message.get("reasoning"):
+            set_thoughts(message, thoughts)
     elif role == "tool" and not require_in(message, "tool_call_id", where):
         raise out_of_range(f"{where}.tool_call_id", "the id of a call", "")
     require_in(message, "content", where)
@@ -198,9 +194,9 @@ def _plain_message(raw: Any) -> dict[str, Any] | None:
     if not isinstance(raw, dict) or len(raw) != 2:
         return None
     role, content = raw.get("role"), raw.get("content")
-    if not isinstance(role, str) or not isinstance(content, str) or role not in _ROLES:
+    if not isinstance(role, str) or not isinstance(content, str) or role not in ROLES:
         return None
-    return {"role": _ROLES[role], "content": content}
+    return {"role": ROLES[role], "content": content}
 
 
 # Only an assistant may have said nothing, and a tool says whose call it answers.
@@ -211,7 +207,7 @@ _MESSAGE_SCHEMA = {
     "anyOf": [
         {"properties": {"role": {"const": "assistant"}}},
         {
-            "properties": {"role": {"enum": sorted({*_ROLES} - {"assistant"})}, **_CONTENT},
+            "properties": {"role": {"enum": sorted({*ROLES} - {"assistant"})}, **_CONTENT},
             "required": ["content"],
         },
         {

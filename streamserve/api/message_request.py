@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from streamserve.api.chat_messages import set_thoughts, text_content, tool_call
 from streamserve.api.chat_request import MAX_MESSAGES, ChatRequest, ReasoningOptions
 from streamserve.api.choices import Choices
 from streamserve.api.extras import read_extras
@@ -108,17 +109,11 @@ def _as_chat(role: str, blocks: Sequence[dict[str, Any]]) -> Iterator[dict[str, 
             texts.append(block["text"])
             continue
         if texts:
-            yield {"role": role, "content": _content(texts)}
+            yield {"role": role, "content": text_content(texts)}
             texts = []
         yield _tool_result(block)
     if texts:
-        yield {"role": role, "content": _content(texts)}
-
-
-def _content(texts: Sequence[str]) -> str | list[dict[str, str]]:
-    if len(texts) == 1:
-        return texts[0]
-    return [{"type": "text", "text": text} for text in texts]
+        yield {"role": role, "content": text_content(texts)}
 
 
 def _assistant(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -127,13 +122,9 @@ def _assistant(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     message["content"] = "".join(b["text"] for b in blocks if b["type"] == "text")
     thoughts = "\n".join(b["thinking"] for b in blocks if b["type"] == "thinking")
     if thoughts:
-        message["reasoning"] = message["reasoning_content"] = thoughts
+        set_thoughts(message, thoughts)
     calls = [
-        {
-            "id": block["id"],
-            "type": "function",
-            "function": {"name": block["name"], "arguments": block["input"]},
-        }
+        tool_call(block["id"], block["name"], block["input"])
         for block in blocks
         if block["type"] == "tool_use"
     ]
@@ -147,7 +138,7 @@ def _tool_result(block: dict[str, Any]) -> dict[str, Any]:
     if block.get("is_error", False):
         # Chat templates have no word for it.
         texts = ["Error: " + texts[0], *texts[1:]] if texts else ["Error"]
-    content = _content(texts) if texts else ""
+    content = text_content(texts)
     return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
 
 
@@ -233,7 +224,7 @@ def _chat_request(
 ) -> ChatRequest:
     messages: list[dict[str, Any]] = require(values, "messages")
     if texts := [block["text"] for block in values.get("system", ())]:
-        messages.insert(0, {"role": "system", "content": _content(texts)})
+        messages.insert(0, {"role": "system", "content": text_content(texts)})
     continues = messages[-1]["role"] == "assistant"
     return ChatRequest(
         common=read_common({**values, "user": values.get("metadata", "")}, unknown),

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from streamserve.api.chat_messages import tool_call
 from streamserve.api.fields import (
     FieldTable,
     NestedReader,
@@ -235,4 +236,4 @@ def read_tool_calls(name: str, value: Any, unknown: list[str]) -> list[dict[str,
     """``tool_calls`` of a message, as templates expect them."""
     calls = read_list(name, value, "tool calls", MAX_CALLS)
     read = (CALL_TABLE.read_inner(f"{name}[{i}]", raw, unknown) for i, raw in enumerate(calls))
-    return [{"id": call["id"], "type": "function", "function": call["function"]} for call in read]
+    return [tool_call(call["id"], **call["function"]) for call in read]

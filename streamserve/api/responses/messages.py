@@ -7,11 +7,8 @@ from typing import Any
 
 import orjson
 
+from streamserve.api.chat_messages import ROLES, Message, set_thoughts, text_content, tool_call
 from streamserve.api.responses.items import Item, unseal
-
-Message = dict[str, Any]
-
-_ROLES = {"developer": "system", "system": "system", "user": "user"}
 
 
 def chat_messages(instructions: str | None, items: Iterable[Item]) -> tuple[Message, ...]:
@@ -28,7 +25,7 @@ def chat_messages(instructions: str | None, items: Iterable[Item]) -> tuple[Mess
         kind = item["type"]
         if kind == "message" and item["role"] != "assistant":
             turn = None
-            messages.append({"role": _ROLES[item["role"]], "content": _content(item["content"])})
+            messages.append({"role": ROLES[item["role"]], "content": _content(item["content"])})
         elif kind == "function_call_output":
             turn = None
             messages.append(
@@ -61,24 +58,15 @@ def _add(item: Item, turn: Message) -> None:
         turn["content"] = _content(item["content"])
     elif kind == "reasoning":
         if thoughts := _thoughts(item):
-            # Templates know one name or the other.
-            turn["reasoning"] = turn["reasoning_content"] = thoughts
+            set_thoughts(turn, thoughts)
     else:
         arguments = orjson.loads(item["arguments"]) if item["arguments"].strip() else {}
-        call = {"name": item["name"], "arguments": arguments}
-        turn.setdefault("tool_calls", []).append(
-            {"id": item["call_id"], "type": "function", "function": call}
-        )
+        call = tool_call(item["call_id"], item["name"], arguments)
+        turn.setdefault("tool_calls", []).append(call)
 
 
 def _content(content: str | list[dict[str, Any]]) -> str | list[dict[str, str]]:
-    """As chats have it: one text as a string, which is what templates know best."""
-    if isinstance(content, str):
-        return content
-    texts = [part["text"] for part in content]
-    if len(texts) > 1:
-        return [{"type": "text", "text": text} for text in texts]
-    return texts[0] if texts else ""
+    return content if isinstance(content, str) else text_content([p["text"] for p in content])
 
 
 def _thoughts(item: Item) -> str:
