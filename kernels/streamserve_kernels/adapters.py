@@ -77,6 +77,10 @@ class AdapterTable:
         self.out_features, self.in_features = out_features, in_features
         self.dtype, self.device, self.max_rank = dtype, device, max_rank
         self.entries: list[tuple[Tensor, Tensor] | None] = [None] * num_slots
+        self.make_room(num_slots)
+
+    def make_room(self, num_slots: int) -> None:
+        """Called once, for what a backend holds besides, or instead of, `entries`."""
 
     def set(self, slot: int, a: Tensor, b: Tensor) -> None:
         """Give a slot its matrices, a [R, K] and b [N, R]. Raises ValueError as `check` does."""

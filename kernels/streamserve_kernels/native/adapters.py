@@ -19,19 +19,10 @@ _PARALLEL_ELEMENTS = 16384
 class AdapterTable(adapters.AdapterTable):
     """As the naive one, of bfloat16 and packed; `max_rank` is even, as packed ranks are."""
 
-    def __init__(
-        self,
-        num_slots: int,
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_rank: int,
-    ) -> None:
-        if dtype != torch.bfloat16:
-            raise TypeError(f"the native kernels take bfloat16 adapters, got {dtype}")
-        max_rank += max_rank % 2
-        super().__init__(num_slots, out_features, in_features, dtype, device, max_rank)
+    def make_room(self, num_slots: int) -> None:
+        if self.dtype != torch.bfloat16:
+            raise TypeError(f"the native kernels take bfloat16 adapters, got {self.dtype}")
+        self.max_rank += self.max_rank % 2
         self.addresses = torch.zeros(num_slots, _ENTRY, dtype=torch.int64)
 
     def set(self, slot: int, a: Tensor, b: Tensor) -> None:

@@ -168,19 +168,11 @@ class AdapterTable(adapters.AdapterTable):
     queued, while it is written.
     """
 
-    def __init__(
-        self,
-        num_slots: int,
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_rank: int,
-    ) -> None:
-        super().__init__(num_slots, out_features, in_features, dtype, device, max_rank)
-        width = -(-max_rank // _RANKS) * _RANKS
-        self.a = torch.zeros(num_slots, width, in_features, dtype=dtype, device=device)
-        self.b = torch.zeros(num_slots, out_features, width, dtype=dtype, device=device)
+    def make_room(self, num_slots: int) -> None:
+        width = -(-self.max_rank // _RANKS) * _RANKS
+        dtype, device = self.dtype, self.device
+        self.a = torch.zeros(num_slots, width, self.in_features, dtype=dtype, device=device)
+        self.b = torch.zeros(num_slots, self.out_features, width, dtype=dtype, device=device)
         self.ranks = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
     def set(self, slot: int, a: Tensor, b: Tensor) -> None:

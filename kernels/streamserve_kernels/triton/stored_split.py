@@ -129,61 +129,21 @@ def _places(
         weights = four_places(a, b, c, d)
     else:
         e = _place(
-            words,
-            numbers,
-            rows,
-            weight,
-            FIRST + 4,
-            LOW,
-            HIGH,
-            ZERO,
-            FLOAT8,
-            GROUPS,
-            dtype,
+            words, numbers, rows, weight, FIRST + 4, LOW, HIGH, ZERO, FLOAT8, GROUPS, dtype,
             INTERPRETED,
-        )
+        )  # fmt: skip
         f = _place(
-            words,
-            numbers,
-            rows,
-            weight,
-            FIRST + 5,
-            LOW,
-            HIGH,
-            ZERO,
-            FLOAT8,
-            GROUPS,
-            dtype,
+            words, numbers, rows, weight, FIRST + 5, LOW, HIGH, ZERO, FLOAT8, GROUPS, dtype,
             INTERPRETED,
-        )
+        )  # fmt: skip
         g = _place(
-            words,
-            numbers,
-            rows,
-            weight,
-            FIRST + 6,
-            LOW,
-            HIGH,
-            ZERO,
-            FLOAT8,
-            GROUPS,
-            dtype,
+            words, numbers, rows, weight, FIRST + 6, LOW, HIGH, ZERO, FLOAT8, GROUPS, dtype,
             INTERPRETED,
-        )
+        )  # fmt: skip
         h = _place(
-            words,
-            numbers,
-            rows,
-            weight,
-            FIRST + 7,
-            LOW,
-            HIGH,
-            ZERO,
-            FLOAT8,
-            GROUPS,
-            dtype,
+            words, numbers, rows, weight, FIRST + 7, LOW, HIGH, ZERO, FLOAT8, GROUPS, dtype,
             INTERPRETED,
-        )
+        )  # fmt: skip
         weights = eight_places(a, b, c, d, e, f, g, h)
     return weights
 

@@ -17,8 +17,6 @@
 #include <math.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
 enum {
     GROUP = 64,  // inputs of a tile, and of one scale of an activation
     LANES = 16,  // outputs of a tile
@@ -70,14 +68,14 @@ typedef struct {
 
 // --- activations --------------------------------------------------------------------------------
 
-INLINE __m512 load_activations(const void *x, int is_float32, int64_t at, __mmask16 mask) {
+SS_INLINE __m512 load_activations(const void *x, int is_float32, int64_t at, __mmask16 mask) {
     return is_float32 ? _mm512_maskz_loadu_ps(mask, (const float *)x + at)
                       : ss_load_masked((const bf16 *)x + at, mask);
 }
 
 // A NaN among the inputs makes the scale NaN, and so the whole row of the product.
-INLINE void quantise_group(const void *x, int is_float32, int64_t at, int64_t count, int8_t *values,
-                           float *scale, int32_t *sums) {
+SS_INLINE void quantise_group(const void *x, int is_float32, int64_t at, int64_t count,
+                              int8_t *values, float *scale, int32_t *sums) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512 v[4];
     __m512i most = _mm512_setzero_si512();
@@ -123,7 +121,7 @@ static quant_rows rows_in(void *work, int64_t rows, int64_t groups) {
 // --- results ------------------------------------------------------------------------------------
 
 // Keeps the first of the largest; a NaN is never larger.
-INLINE void keep_best(best_entry *best, __m512 value, __mmask16 mask, int64_t column) {
+SS_INLINE void keep_best(best_entry *best, __m512 value, __mmask16 mask, int64_t column) {
     const __m512 most = _mm512_set1_ps(best->value);
     if (!_mm512_mask_cmp_ps_mask(mask, value, most, _CMP_GE_OQ)) return;
     const float largest = _mm512_mask_reduce_max_ps(
@@ -144,7 +142,7 @@ static __m512 scaled_and_capped(__m512 value, float scale, float cap) {
     return _mm512_loadu_ps(lanes);
 }
 
-INLINE void put(const output *out, int64_t row, int64_t column, int64_t outputs, __m512 value) {
+SS_INLINE void put(const output *out, int64_t row, int64_t column, int64_t outputs, __m512 value) {
     const __mmask16 mask = ss_mask(outputs - column);
     const int64_t at = row * outputs + column;
     if (!out->is_float32) {
@@ -170,8 +168,8 @@ typedef struct {
     int first, last;
 } prefetch_lines;
 
-INLINE void finish(const job *job, int64_t first_row, int64_t first_tile, const float *total, int R,
-                   int C) {
+SS_INLINE void finish(const job *job, int64_t first_row, int64_t first_tile, const float *total,
+                      int R, int C) {
     const quant_weight *w = job->w;
 #pragma GCC unroll 8
     for (int c = 0; c < C; c++) {
@@ -190,7 +188,7 @@ INLINE void finish(const job *job, int64_t first_row, int64_t first_tile, const 
 
 // --- sums of products of bytes ------------------------------------------------------------------
 
-INLINE __m512i broadcast(const int8_t *x) {
+SS_INLINE __m512i broadcast(const int8_t *x) {
     int32_t four;
     memcpy(&four, x, sizeof four);
     return _mm512_set1_epi32(four);
@@ -204,11 +202,15 @@ enum { WIDE = 4 };
 // Sets of sums, taken in turn by neighbouring lines, so that at least four chains of sums run.
 #define CHAINS(R, C) ((R) * (C) == 1 ? 4 : (R) * (C) < 4 ? 2 : 1)
 
-INLINE __m512i begin_sum(int32_t start) { return _mm512_set1_epi32(start); }
-INLINE __m512i add_8(__m512i sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
-INLINE __m512i add_4(__m512i sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
-INLINE __m512i end_8(__m512i sum, int32_t start) { return (void)start, sum; }
-INLINE __m512i end_4(__m512i sum, int32_t start) { return (void)start, sum; }
+SS_INLINE __m512i begin_sum(int32_t start) { return _mm512_set1_epi32(start); }
+SS_INLINE __m512i add_8(__m512i sum, __m512i w, __m512i x) {
+    return _mm512_dpbusd_epi32(sum, w, x);
+}
+SS_INLINE __m512i add_4(__m512i sum, __m512i w, __m512i x) {
+    return _mm512_dpbusd_epi32(sum, w, x);
+}
+SS_INLINE __m512i end_8(__m512i sum, int32_t start) { return (void)start, sum; }
+SS_INLINE __m512i end_4(__m512i sum, int32_t start) { return (void)start, sum; }
 #else
 // VPMADDUBSW adds two products as words and must not saturate. Codes of int4 cannot make it, not
 // even with eight lines in the same words: 16 · 15 · 127 < 2**15. Those of int8 lose their zero and
@@ -217,29 +219,29 @@ enum { WIDE = 1 };
 
 #define CHAINS(R, C) 1
 
-INLINE __m256i words_8(__m256i w, __m256i x) {
+SS_INLINE __m256i words_8(__m256i w, __m256i x) {
     const __m256i code = _mm256_xor_si256(w, _mm256_set1_epi8((char)128));
     return _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(x, code));
 }
 
-INLINE __m256i two_words(__m256i words, __m256i sum) {
+SS_INLINE __m256i two_words(__m256i words, __m256i sum) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
 }
 
-INLINE __m256i words_4(__m256i sum, __m256i w, __m256i x) {
+SS_INLINE __m256i words_4(__m256i sum, __m256i w, __m256i x) {
     return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
 }
 
-INLINE __m512i begin_sum(int32_t start) { return (void)start, _mm512_setzero_si512(); }
-INLINE __m512i add_8(__m512i sum, __m512i w, __m512i x) {
+SS_INLINE __m512i begin_sum(int32_t start) { return (void)start, _mm512_setzero_si512(); }
+SS_INLINE __m512i add_8(__m512i sum, __m512i w, __m512i x) {
     return (__m512i){two_words(words_8(w.low, x.low), sum.low),
                      two_words(words_8(w.high, x.high), sum.high)};
 }
-INLINE __m512i add_4(__m512i sum, __m512i w, __m512i x) {
+SS_INLINE __m512i add_4(__m512i sum, __m512i w, __m512i x) {
     return (__m512i){words_4(sum.low, w.low, x.low), words_4(sum.high, w.high, x.high)};
 }
-INLINE __m512i end_8(__m512i sum, int32_t start) { return (void)start, sum; }
-INLINE __m512i end_4(__m512i sum, int32_t start) {
+SS_INLINE __m512i end_8(__m512i sum, int32_t start) { return (void)start, sum; }
+SS_INLINE __m512i end_4(__m512i sum, int32_t start) {
     const __m256i from = _mm256_set1_epi32(start);
     return (__m512i){two_words(sum.low, from), two_words(sum.high, from)};
 }
@@ -248,8 +250,8 @@ INLINE __m512i end_4(__m512i sum, int32_t start) {
 // --- R rows x C tiles of columns: constants wherever these are inlined --------------------------
 
 // Adds scale * (a[r][c] summed over the chains) to total[r][c].
-INLINE void add_group(float *total, const __m512i *a, const int32_t *starts, const __m512 *scales,
-                      int bits, int R, int C) {
+SS_INLINE void add_group(float *total, const __m512i *a, const int32_t *starts,
+                         const __m512 *scales, int bits, int R, int C) {
     const int U = CHAINS(R, C);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -267,22 +269,22 @@ INLINE void add_group(float *total, const __m512i *a, const int32_t *starts, con
         }
 }
 
-INLINE void fetch(const uint8_t *from, int64_t tile_stride, prefetch_lines prefetch, int C) {
+SS_INLINE void fetch(const uint8_t *from, int64_t tile_stride, prefetch_lines prefetch, int C) {
     for (int j = prefetch.first; j < prefetch.last; j++)
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++)
             _mm_prefetch((const char *)(from + c * tile_stride + 64 * j), _MM_HINT_T1);
 }
 
-INLINE void start_sums(__m512i *a, const int32_t *starts, int R, int C) {
+SS_INLINE void start_sums(__m512i *a, const int32_t *starts, int R, int C) {
     const int count = CHAINS(R, C) * R * C;
 #pragma GCC unroll 32
     for (int i = 0; i < count; i++)
         a[i] = i < R * C ? begin_sum(starts[i / C]) : _mm512_setzero_si512();
 }
 
-INLINE void int8_block(const job *job, int64_t first_row, int64_t first_tile,
-                       prefetch_lines prefetch, int streams, int R, int C) {
+SS_INLINE void int8_block(const job *job, int64_t first_row, int64_t first_tile,
+                          prefetch_lines prefetch, int streams, int R, int C) {
     const int64_t groups = job->w->groups, tile_stride = groups * INT8_TILE;
     const int64_t x_stride = groups * GROUP;
     const int U = CHAINS(R, C);
@@ -330,8 +332,8 @@ INLINE void int8_block(const job *job, int64_t first_row, int64_t first_tile,
     finish(job, first_row, first_tile, total, R, C);
 }
 
-INLINE void int4_block(const job *job, int64_t first_row, int64_t first_tile,
-                       prefetch_lines prefetch, int streams, int R, int C) {
+SS_INLINE void int4_block(const job *job, int64_t first_row, int64_t first_tile,
+                          prefetch_lines prefetch, int streams, int R, int C) {
     const int64_t groups = job->w->groups, tile_stride = groups * INT4_TILE;
     const int64_t x_stride = groups * GROUP;
     const int U = CHAINS(R, C);

@@ -16,8 +16,6 @@
 
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
 enum {
     BLOCK = STORED_BLOCK,
     LANES = STORED_LANES,
@@ -78,22 +76,24 @@ typedef struct {
     __m512 first;
 } lookup;
 
-INLINE __m512i words(const uint8_t *at, int line) { return _mm512_loadu_si512(at + LINE * line); }
+SS_INLINE __m512i words(const uint8_t *at, int line) {
+    return _mm512_loadu_si512(at + LINE * line);
+}
 
 // Bits `from` and up of each word, at bit `to`; what lies beside them is rubbish.
-INLINE __m512i moved(__m512i word, int from, int to) {
+SS_INLINE __m512i moved(__m512i word, int from, int to) {
     return from > to ? _mm512_srli_epi16(word, (unsigned)(from - to))
          : from < to ? _mm512_slli_epi16(word, (unsigned)(to - from))
                      : word;
 }
 
-INLINE __m512i joined(__m512i low, __m512i high, int low_bits) {
+SS_INLINE __m512i joined(__m512i low, __m512i high, int low_bits) {
     const __m512i mask = _mm512_set1_epi16((short)((1 << low_bits) - 1));
     return _mm512_ternarylogic_epi32(mask, low, high, 0xca);  // mask ? low : high
 }
 
 // Codes of which every line has a bit, the highest.
-INLINE __m512i last_bits(const uint8_t *at, int bits) {
+SS_INLINE __m512i last_bits(const uint8_t *at, int bits) {
     __m512i code = moved(words(at, 0), 15, 0);
 #pragma GCC unroll 4
     for (int line = 1; line < bits; line++)
@@ -102,7 +102,7 @@ INLINE __m512i last_bits(const uint8_t *at, int bits) {
 }
 
 // The codes of up to 6 bits of pair `p` of a step, with rubbish above them.
-INLINE __m512i codes_of(int kind, const uint8_t *at, int p) {
+SS_INLINE __m512i codes_of(int kind, const uint8_t *at, int p) {
     switch (kind) {
         case CODES_2: return moved(words(at, 0), 2 * p, 0);
         case CODES_3:
@@ -126,7 +126,7 @@ INLINE __m512i codes_of(int kind, const uint8_t *at, int p) {
 #define COMPUTED(kind) ((kind) >= CODES_5 && (kind) < DENSE)
 #endif
 
-INLINE __m512 computed_part(int kind, const uint8_t *at, int p, int part, lookup table) {
+SS_INLINE __m512 computed_part(int kind, const uint8_t *at, int p, int part, lookup table) {
     if (kind < CODES_INT8) {
         const __m512i code = codes_of(kind, at, p);
         const int mask = kind == CODES_5 ? 31 : 63;
@@ -149,7 +149,7 @@ INLINE __m512 computed_part(int kind, const uint8_t *at, int p, int part, lookup
 #endif
 
 // The weights of pair `p` of a step; tables are periodic, so rubbish above a code does not matter.
-INLINE __m512i unpacked(int kind, const uint8_t *at, int p, lookup table) {
+SS_INLINE __m512i unpacked(int kind, const uint8_t *at, int p, lookup table) {
 #if SS_WIDENS
     if (COMPUTED(kind)) {  // their lower halves are zeros
         const __m512 first = computed_part(kind, at, p, 0, table);
@@ -188,21 +188,21 @@ INLINE __m512i unpacked(int kind, const uint8_t *at, int p, lookup table) {
 }
 
 // One part of it as a factor: see simd.h.
-INLINE ss_elements unpacked_part(int kind, const uint8_t *at, int p, int part, lookup table) {
+SS_INLINE ss_elements unpacked_part(int kind, const uint8_t *at, int p, int part, lookup table) {
 #if SS_WIDENS
     if (COMPUTED(kind)) return computed_part(kind, at, p, part, table);
 #endif
     return ss_pairs_part(unpacked(kind, at, p, table), part);
 }
 
-INLINE lookup lookup_of(const stored_weight *w) {
+SS_INLINE lookup lookup_of(const stored_weight *w) {
     const __m512i low = _mm512_loadu_si512(w->table), high = _mm512_loadu_si512(w->table + 32);
     return (lookup){ss_table_of(low), low, high, _mm512_set1_ps(ss_widen(w->table[0]))};
 }
 
 // --- many rows: a piece of the weight, looked up once -------------------------------------------
 
-INLINE void unpack(bf16 *dense, const uint8_t *codes, int64_t steps, lookup table, int kind) {
+SS_INLINE void unpack(bf16 *dense, const uint8_t *codes, int64_t steps, lookup table, int kind) {
     const int pairs = stored_step(kind) / 2, bytes = LINE * stored_lines(kind);
     for (int64_t s = 0; s < steps; s++)
 #pragma GCC unroll 4
@@ -246,9 +246,9 @@ typedef struct {
 } piece;
 
 // totals[r] += scale · (a[r] - zero · sum of inputs), or scale · a[r] - minimum · sum of inputs.
-INLINE void close_as(float *totals, __m512 a[ROW_TILE][VECTORS], const float *scales,
-                     const float *offsets, const float *sums, int64_t sums_stride, int are,
-                     int count, int R) {
+SS_INLINE void close_as(float *totals, __m512 a[ROW_TILE][VECTORS], const float *scales,
+                        const float *offsets, const float *sums, int64_t sums_stride, int are,
+                        int count, int R) {
     __asm__ volatile("" ::: "memory");  // else all totals are loaded before it is known what to do
 #pragma GCC unroll 4
     for (int v = 0; v < count; v++) {
@@ -270,8 +270,8 @@ INLINE void close_as(float *totals, __m512 a[ROW_TILE][VECTORS], const float *sc
     }
 }
 
-INLINE void close_group(float *totals, __m512 a[ROW_TILE][VECTORS], const piece *p, int64_t g,
-                        int v, int count, int R) {
+SS_INLINE void close_group(float *totals, __m512 a[ROW_TILE][VECTORS], const piece *p, int64_t g,
+                           int v, int count, int R) {
     const int64_t first = g * BLOCK + LANES * v;
     const float *scales = p->scales + first, *offsets = p->offsets + first;
     const float *sums = p->sums + g;
@@ -285,9 +285,9 @@ INLINE void close_group(float *totals, __m512 a[ROW_TILE][VECTORS], const piece 
 }
 
 // a[r][j] += x[r] · the weights of a step and vector v + j. `count`, the vectors, is a constant too.
-INLINE void add_step(__m512 a[ROW_TILE][VECTORS], const ss_factor *x, int64_t x_stride,
-                     const uint8_t *codes, lookup table, int64_t ahead, int kind, int v, int count,
-                     int R) {
+SS_INLINE void add_step(__m512 a[ROW_TILE][VECTORS], const ss_factor *x, int64_t x_stride,
+                        const uint8_t *codes, lookup table, int64_t ahead, int kind, int v,
+                        int count, int R) {
     const int pairs = stored_step(kind) / 2, bytes = LINE * stored_lines(kind);
     codes += v * bytes;
     if (ahead)
@@ -313,8 +313,8 @@ INLINE void add_step(__m512 a[ROW_TILE][VECTORS], const ss_factor *x, int64_t x_
     }
 }
 
-INLINE void multiply(float *sums, float *totals, const ss_factor *x, int64_t x_stride,
-                     const piece *p, lookup table, int64_t ahead, int kind, int R) {
+SS_INLINE void multiply(float *sums, float *totals, const ss_factor *x, int64_t x_stride,
+                        const piece *p, lookup table, int64_t ahead, int kind, int R) {
     const int step = stored_step(kind), step_bytes = VECTORS * LINE * stored_lines(kind);
     const int count = SS_VECTORS(R);
     for (int64_t from = 0, g = 0; from < p->inputs; from += p->group, g++) {
@@ -379,15 +379,17 @@ typedef struct {
     const float *inputs;  // sums of groups [rows][groups], where there are offsets
 } position;
 
-INLINE __m512 half(const uint16_t *from) {
+SS_INLINE __m512 half(const uint16_t *from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
 }
 
-INLINE void fetch(const void *at) { _mm_prefetch((const char *)at + NUMBERS_AHEAD, _MM_HINT_T1); }
+SS_INLINE void fetch(const void *at) {
+    _mm_prefetch((const char *)at + NUMBERS_AHEAD, _MM_HINT_T1);
+}
 
 // Groups `g` to `end` of codes, times the units that some of them share.
-INLINE void read_factored(float *to, const stored_numbers *numbers, const position *at, int64_t g,
-                          int64_t end, int is_half) {
+SS_INLINE void read_factored(float *to, const stored_numbers *numbers, const position *at,
+                             int64_t g, int64_t end, int is_half) {
     const int64_t units = ((at->groups - 1) >> numbers->shift) + 1;
     const int8_t *codes = (const int8_t *)numbers->values + (at->block * at->groups + g) * BLOCK;
     while (g < end) {

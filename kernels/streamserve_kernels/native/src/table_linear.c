@@ -13,8 +13,6 @@
 
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
 // A tile of sums stays in registers.
 #ifdef __AVX512F__
 enum { ROW_TILE = 4, OUTPUTS = 4 };
@@ -33,7 +31,7 @@ typedef struct {
     const float *values;
 } table_weight;
 
-INLINE ss_table table_of(const table_weight *w, int64_t output, int bits) {
+SS_INLINE ss_table table_of(const table_weight *w, int64_t output, int bits) {
     if (bits == 4)
         return ss_table_of(
             _mm512_broadcast_i64x4(ss_round(_mm512_loadu_ps(w->tables + 16 * output))));
@@ -42,7 +40,7 @@ INLINE ss_table table_of(const table_weight *w, int64_t output, int bits) {
 }
 
 // The weights of inputs 32·q and up of a step; tables are periodic.
-INLINE __m512bh weights_of(const uint8_t *at, int q, ss_table table, int bits) {
+SS_INLINE __m512bh weights_of(const uint8_t *at, int q, ss_table table, int bits) {
     if (bits == 4) {
         const __m512i code = _mm512_srli_epi16(_mm512_loadu_si512(at), (unsigned)(4 * q));
         return (__m512bh)ss_look_up(code, table);
@@ -57,14 +55,14 @@ INLINE __m512bh weights_of(const uint8_t *at, int q, ss_table table, int bits) {
     return (__m512bh)ss_look_up(code, table);
 }
 
-INLINE __mmask32 inputs_left(int64_t count) {
+SS_INLINE __mmask32 inputs_left(int64_t count) {
     return count >= WIDTH ? ~(__mmask32)0 : count <= 0 ? 0 : ((__mmask32)1 << count) - 1;
 }
 
 // a[r][c] += x[r] · a step of output c.
-INLINE void add_step(__m512 a[ROW_TILE][OUTPUTS], const bf16 *x, int64_t x_stride, int64_t left,
-                     const uint8_t *codes, int64_t output_bytes, const ss_table *tables, int bits,
-                     int is_whole, int R) {
+SS_INLINE void add_step(__m512 a[ROW_TILE][OUTPUTS], const bf16 *x, int64_t x_stride, int64_t left,
+                        const uint8_t *codes, int64_t output_bytes, const ss_table *tables,
+                        int bits, int is_whole, int R) {
     const int parts = bits == 4 ? 4 : 16, bytes = bits == 4 ? 64 : 192;
 #pragma GCC unroll 4
     for (int c = 0; c < OUTPUTS; c++)
@@ -91,8 +89,8 @@ INLINE void add_step(__m512 a[ROW_TILE][OUTPUTS], const bf16 *x, int64_t x_strid
 }
 
 // sums[r][c] = x[r] · output first + c.
-INLINE void multiply(float *sums, const bf16 *x, int64_t x_stride, const table_weight *w,
-                     int64_t first, int bits, int R) {
+SS_INLINE void multiply(float *sums, const bf16 *x, int64_t x_stride, const table_weight *w,
+                        int64_t first, int bits, int R) {
     const int step = bits == 4 ? 128 : 512, bytes = bits == 4 ? 64 : 192;
     const int64_t output_bytes = ss_ceil_div(w->inputs, step) * bytes;
     const uint8_t *codes = w->codes + first * output_bytes;
