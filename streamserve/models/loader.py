@@ -142,19 +142,7 @@ def load_model(
         )
     share = config.share if isinstance(config, ShareConfig) else None
     whole = config.spec if share is None else share.whole
-    names = config.family.weight_names(whole)
-    source: PartSource
-    file = gguf_file(Path(path))
-    if load_format == "dummy":
-        source = RandomSource(seed)
-    elif file is not None:
-        source = gguf_source(file, replace(config, spec=whole))
-    elif load_format == "gguf":
-        raise ModelLoadError(f"{path} is no GGUF file")
-    else:
-        files = open_tensor_files(Path(path), load_format)
-        reader = stored.reader if isinstance(stored, CheckpointQuantization) else None
-        source = CheckpointSource(files, names, whole, Path(path), reader)
+    source = _weight_source(Path(path), replace(config, spec=whole), load_format, seed)
     if share is not None:
         assert ranks is not None, "a share is one of several ranks'"
         held = ShareSource(source, share)
@@ -167,7 +155,7 @@ def load_model(
     if adapters is not None:
         beside = AdapterTables(
             whole,
-            names,
+            config.family.weight_names(whole),
             kernels,
             dtype=dtype,
             device=device,
@@ -183,3 +171,21 @@ def load_model(
         max_model_len=max_model_len,
         adapters=beside,
     )
+
+
+def _weight_source(
+    path: Path, config: NativeConfig, load_format: LoadFormat, seed: int
+) -> PartSource:
+    """Where the weights of an undivided model come from. Raises ModelLoadError."""
+    if load_format == "dummy":
+        return RandomSource(seed)
+    file = gguf_file(path)
+    if file is not None:
+        return gguf_source(file, config)
+    if load_format == "gguf":
+        raise ModelLoadError(f"{path} is no GGUF file")
+    files = open_tensor_files(path, load_format)
+    stored = config.stored_quantization
+    reader = stored.reader if isinstance(stored, CheckpointQuantization) else None
+    names = config.family.weight_names(config.spec)
+    return CheckpointSource(files, names, config.spec, path, reader)
