@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from streamserve.api.errors import error_content
 from streamserve.api.extras import Extras, Prompt
-from streamserve.api.frames import DONE, ChoiceFrames, Envelope, error_frame, usage_frame
+from streamserve.api.frames import (
+    DONE,
+    ChoiceFrames,
+    Envelope,
+    FrameOptions,
+    error_frame,
+    usage_frame,
+)
 from streamserve.api.parsed_frames import ParsedFrames
 from streamserve.api.sampling import StreamOptions
 from streamserve.api.whole import Choice, whole_answer
@@ -29,26 +36,15 @@ class OpenAIWire:
 
     def frames(self, index: int, prompt: Prompt, parser: AnswerParser | None) -> ChoiceFrames:
         """The chunks of one choice."""
-        include_usage = self._options.include_usage
-        continuous_usage = self._options.continuous_usage_stats
+        options: FrameOptions = {
+            "include_usage": self._options.include_usage,
+            "continuous_usage": self._options.continuous_usage_stats,
+            "prompt": prompt,
+            "extras": self._extras,
+        }
         if parser is None:
-            return ChoiceFrames(
-                self._envelope,
-                index,
-                include_usage=include_usage,
-                continuous_usage=continuous_usage,
-                prompt=prompt,
-                extras=self._extras,
-            )
-        return ParsedFrames(
-            self._envelope,
-            index,
-            parser,
-            include_usage=include_usage,
-            continuous_usage=continuous_usage,
-            prompt=prompt,
-            extras=self._extras,
-        )
+            return ChoiceFrames(self._envelope, index, **options)
+        return ParsedFrames(self._envelope, index, parser, **options)
 
     def ending(self, usages: Sequence[Usage]) -> bytes:
         """``[DONE]``, and before it the usage if it was asked for."""

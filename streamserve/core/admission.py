@@ -9,7 +9,6 @@ from streamserve.core.backlog import Backlog
 from streamserve.core.clock import Clock
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.policy import Policy
-from streamserve.core.prefix_cache import PrefixMatch
 from streamserve.core.request import Request, RequestStatus
 from streamserve.core.seats import Seats
 from streamserve.core.step import Step
@@ -68,13 +67,6 @@ class Admission:
                 break
         return num_admitted
 
-    def admit_alone(self, request: Request, step: Step) -> None:
-        """Seat a waiting request and schedule its first tokens, if there is room: it has no rival.
-
-        A step that is made for it alone waits for nobody who computes the same prefix.
-        """
-        self._admit_alone(request, step)
-
     def _yield_to(self, candidate: Request, turn: Request, step: Step) -> bool:
         """Take seats for a waiting request that outranks their holders; ``False`` if not now.
 
@@ -117,9 +109,13 @@ class Admission:
             answer = self._admit_fork(request, request.fork_source, step)
             if answer is not None:
                 return answer
-        return self._admit_alone(request, step)
+        return self.admit_alone(request, step)
 
-    def _admit_alone(self, request: Request, step: Step) -> _Answer:
+    def admit_alone(self, request: Request, step: Step) -> _Answer:
+        """Seat a waiting request that shares nothing with another one, if there is room.
+
+        A step that is made for it alone waits for nobody who computes the same prefix.
+        """
         claims, running = self._seats.claims, self._seats.running
         awaited_hash = None if step.is_alone else request.awaited_hash
         if awaited_hash is not None and claims.must_wait(request, awaited_hash):
@@ -145,13 +141,14 @@ class Admission:
         num_new = step.prefill.grant(match.num_tokens, num_left)
         if not num_new:
             return _Answer.NO_ROOM  # behind what is cached, a token costs more than is left
-        block_ids = self._admit_blocks(request, num_new, match, num_reserved)
+        allocate_slots = self._kv_cache.allocate_slots
+        block_ids = allocate_slots(request, num_new, match, num_reserved_blocks=num_reserved)
         if block_ids is None and match.partial is not None:
             # The copy needs a block more than the request alone: compute its tokens instead.
             match = match.without_partial()
             num_left = request.num_tokens - match.num_tokens
             num_new = step.prefill.grant(match.num_tokens, num_left)
-            block_ids = self._admit_blocks(request, num_new, match, num_reserved)
+            block_ids = allocate_slots(request, num_new, match, num_reserved_blocks=num_reserved)
         if block_ids is None:
             request.num_free_when_refused = num_spare
             return _Answer.NO_ROOM
@@ -191,10 +188,3 @@ class Admission:
         step.prefill.take(num_shared, num_left, samples=True)
         step.add(request, num_left, block_ids)
         return _Answer.ADMITTED
-
-    def _admit_blocks(
-        self, request: Request, num_new: int, match: PrefixMatch, num_reserved: int
-    ) -> list[int] | None:
-        return self._kv_cache.allocate_slots(
-            request, num_new, match, num_reserved_blocks=num_reserved
-        )

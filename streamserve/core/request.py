@@ -192,6 +192,26 @@ class Request:
         self.num_charged_outputs = 0
         self.num_free_when_refused = -1  # spare blocks when there was last no room to admit it
 
+    def sibling(self, request_id: str, choice_index: int = 0) -> Request:
+        """A new request for another answer to the same prompt, without limits of time."""
+        other = Request(
+            request_id,
+            self.token_ids[: self.num_prompt_tokens],
+            self.sampling_params,
+            arrival_time=self.arrival_time,
+            seed=self.seed,
+            eos_token_ids=self.eos_token_ids,
+            choice_index=choice_index,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+            shares_public_prefixes=self.shares_public_prefixes,
+            tenant=self.tenant,
+            weight=self.weight,
+            adapter=self.adapter,
+        )
+        other.prompt_logprobs = self.prompt_logprobs  # one list: they are found once
+        return other
+
     @property
     def num_tokens(self) -> int:
         """Tokens known to the host, prompt and output."""

@@ -86,22 +86,8 @@ class Intake:
         source = first.request
         found: list[Live] = []
         for choice_index in range(1, n):
-            request = self._request(
-                source.token_ids,
-                source.sampling_params,
-                source.seed,
-                choice_index,
-                request_id=f"{source.request_id}/{choice_index}",
-                priority=source.priority,
-                cache_salt=source.cache_salt,
-                shares_public_prefixes=source.shares_public_prefixes,
-                tenant=source.tenant,
-                weight=source.weight,
-                time_limits=source.time_limits,
-                adapter=source.adapter,
-                arrival_time=source.arrival_time,
-            )
-            request.prompt_logprobs = source.prompt_logprobs  # one list: they are found once
+            request = source.sibling(f"{source.request_id}/{choice_index}", choice_index)
+            request.time_limits = source.time_limits
             found.append(self._live(request))
         return found
 

@@ -152,24 +152,9 @@ class BeamGroup(Live):
         return sum(len(output.token_ids) for output in outputs)
 
     def _fork(self, scheduler: Scheduler, parent: Request, token_id: int) -> Request:
-        first = self.request
-        child = Request(
-            self._new_id(scheduler),
-            parent.token_ids[: parent.num_prompt_tokens],
-            first.sampling_params,
-            arrival_time=first.arrival_time,
-            seed=first.seed,
-            eos_token_ids=first.eos_token_ids,
-            priority=first.priority,
-            cache_salt=first.cache_salt,
-            shares_public_prefixes=first.shares_public_prefixes,
-            tenant=first.tenant,
-            weight=first.weight,
-            adapter=first.adapter,
-        )
+        child = self.request.sibling(self._new_id(scheduler))
         child.token_ids = [*parent.token_ids, token_id]
         child.block_hashes = list(parent.block_hashes)
-        child.prompt_logprobs = first.prompt_logprobs
         child.chooses_on_host, child.may_draft = True, False
         scheduler.fork(parent, child)
         return child

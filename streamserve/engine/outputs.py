@@ -25,7 +25,7 @@ class Usage:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """News of one request since the last one: merging two neighbours gives their union.
+    """News of one request since the last one; ``merge_outputs`` puts neighbours together.
 
     ``text`` is ready to show (never half a character, never a possible beginning of a stop
     string). ``token_ids`` and ``logprobs`` may run ahead of or behind the text by the tokens whose
@@ -45,22 +45,9 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs] | None = None
     embedding: array[float] | None = None
 
-    def merge(self, later: RequestOutput) -> RequestOutput:
-        """Return the output that says what ``self`` and then ``later`` say. Associative."""
-        return RequestOutput(
-            text=self.text + later.text,
-            token_ids=self.token_ids + later.token_ids,
-            usage=later.usage,
-            logprobs=self.logprobs + later.logprobs,
-            finish_reason=later.finish_reason,
-            stop_reason=later.stop_reason,
-            num_merged=self.num_merged + later.num_merged,
-            prompt_logprobs=self.prompt_logprobs,
-        )
-
 
 def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
-    """Fold ``merge`` over at least one output, in time linear in their size."""
+    """What at least one output, and those that follow it, say together. Associative, linear."""
     last = outputs[-1]
     return RequestOutput(
         text="".join([output.text for output in outputs]),

@@ -18,7 +18,7 @@ from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.byte_tokenizer import ByteTokenizer
-from streamserve.engine.outputs import RequestOutput
+from streamserve.engine.outputs import RequestOutput, merge_outputs
 from streamserve.engine.stream import RequestStream
 from streamserve.errors import OutOfMemoryError
 
@@ -225,9 +225,6 @@ async def serving(
 
 async def collect(stream: RequestStream) -> RequestOutput:
     """Everything a stream says, as one output."""
-    merged: RequestOutput | None = None
-    async for output in stream:
-        merged = output if merged is None else merged.merge(output)
-    assert merged is not None
+    merged = merge_outputs([output async for output in stream])
     assert merged.finish_reason is not None
     return merged

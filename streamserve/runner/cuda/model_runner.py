@@ -29,7 +29,7 @@ from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput
 from streamserve.errors import DeviceDeadError
 from streamserve.models.batch import KVCache
 from streamserve.runner.compilations import num_compilations
-from streamserve.runner.cuda.graphs import StepExecutor
+from streamserve.runner.cuda.graphs import StepExecutor, StepResult
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
 from streamserve.runner.cuda.sampling import DeviceSampler, Drawn
 from streamserve.runner.cuda.timeline import Mark, Timeline
@@ -61,6 +61,14 @@ class _Extras(NamedTuple):
 
 
 _NO_EXTRAS = _Extras()
+
+
+class _Forwarded(NamedTuple):
+    """A step whose forward the device was told of."""
+
+    step: DeviceStep
+    result: StepResult
+    extras: _Extras = _NO_EXTRAS
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +111,6 @@ class CudaModelRunner:
         self._device = executor.model.device
         self._prompts = PromptsWanted()
         self._pools = Pools()
-        self._extras = _NO_EXTRAS  # of the step that was queued last
         self._calls: StepCalls[Callable[[], None]] = StepCalls()
         self._queued: SimpleQueue[_Queued | None] = SimpleQueue()
         self._threads = [
@@ -190,10 +197,10 @@ class CudaModelRunner:
     def _launch_step(self, plan: SchedulerOutput) -> bool:
         """Queues a step's forward, then, when it was asked for, its sampling. False: closed."""
         failed: Exception | None = None
-        step: DeviceStep | None = None
+        forwarded: _Forwarded | None = None
         started = self._timeline.mark()
         try:
-            step = self._forward(plan)
+            forwarded = self._forward(plan)
         except Exception as error:
             failed = error
             self._batch.step_failed(plan)
@@ -205,7 +212,7 @@ class CudaModelRunner:
         try:
             if failed is not None:
                 raise failed
-            drawn = self._draw(step, call.masks)
+            drawn = None if forwarded is None else self._draw(forwarded, call.masks)
         except Exception as error:
             call.future.set_exception(step_error(error, self._device))
             return True
@@ -213,22 +220,22 @@ class CudaModelRunner:
             call.fail(error)
             raise
         ended = self._timeline.mark()
-        extras, self._extras = self._extras, _NO_EXTRAS
+        step = None if forwarded is None else forwarded.step
+        extras = _NO_EXTRAS if forwarded is None else forwarded.extras
         self._queued.put(_Queued(plan, step, drawn, extras, started, ended, call.future))
         return True
 
-    def _forward(self, plan: SchedulerOutput) -> DeviceStep | None:
+    def _forward(self, plan: SchedulerOutput) -> _Forwarded | None:
         for row, request in self._batch.apply(plan):
             self._sampler.begin_history(row, request, self._batch.edits[row])
         self._prompts.apply(plan)
         self._pools.apply(plan)
-        self._extras = _NO_EXTRAS
         if self._transfer is None:
             return self._compute(plan)
         with self._transfer.beside(plan):
             return self._compute(plan)
 
-    def _compute(self, plan: SchedulerOutput) -> DeviceStep | None:
+    def _compute(self, plan: SchedulerOutput) -> _Forwarded | None:
         if plan.block_copies:
             self._copy_blocks(plan.block_copies)
         if not plan.scheduled:
@@ -237,18 +244,22 @@ class CudaModelRunner:
         wanted = self._prompts.rows_of(plan)
         pools = self._pools.rows_of(plan) if self._pools.requests else []
         if wanted or pools:
-            self._result, hidden_states = self._executor.run_for_prompts(step.key)
-            self._extras = self._find(hidden_states, wanted, pools)
-            return step.without({part.place for part in pools if part.is_last})
-        self._result = self._executor.run(step.key)
-        return step
+            result, hidden_states = self._executor.run_for_prompts(step.key)
+            extras = self._find(hidden_states, wanted, pools, result.logits.shape[1])
+            step = step.without({part.place for part in pools if part.is_last})
+            return _Forwarded(step, result, extras)
+        return _Forwarded(step, self._executor.run(step.key))
 
     def _find(
-        self, hidden_states: Tensor, wanted: list[PromptRows], pools: list[PoolRows]
+        self,
+        hidden_states: Tensor,
+        wanted: list[PromptRows],
+        pools: list[PoolRows],
+        vocab_size: int,
     ) -> _Extras:
         prompts = pooled = None
         if wanted:
-            model, vocab_size = self._executor.model, self._result.logits.shape[1]
+            model = self._executor.model
             found = find_logprobs(
                 model, hidden_states, wanted, vocab_size, self._batch.logits_sizes
             )
@@ -261,14 +272,14 @@ class CudaModelRunner:
         pairs = upload(torch.tensor(copies, dtype=torch.int64).t().contiguous(), self._device)
         self._kernels.copy_blocks(self._flat_caches, pairs[0], pairs[1])
 
-    def _draw(self, step: DeviceStep | None, masks: Mapping[str, bytes] | None) -> Drawn | None:
-        if step is None or not step.rows.places:
+    def _draw(self, forwarded: _Forwarded, masks: Mapping[str, bytes] | None) -> Drawn | None:
+        step, (logits, token_ids) = forwarded.step, forwarded.result
+        if not step.rows.places:
             return None
-        token_ids: Tensor = self._result.token_ids
         if masks or not step.is_greedy:
-            token_ids = self._sampler.sample(self._result.logits, step, self._batch, masks)
+            token_ids = self._sampler.sample(logits, step, self._batch, masks)
             self._executor.remember(step.key, token_ids)
-        return self._sampler.fetch(self._result.logits, token_ids, step, self._batch)
+        return self._sampler.fetch(logits, token_ids, step, self._batch)
 
     def _enter_thread(self) -> None:
         """CUDA's current device is each thread's own."""
