@@ -12,6 +12,7 @@ from operator import attrgetter
 
 from streamserve.config import SchedulerConfig
 from streamserve.core.clock import Clock
+from streamserve.core.memory_backoff import MemoryBackoff
 from streamserve.core.pacing_stats import PacingStats
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
 from streamserve.core.request import Request
@@ -36,8 +37,6 @@ FIRST_TOKEN_BASE_S, FIRST_TOKEN_BASE_STEPS, FIRST_TOKEN_FACTOR = 0.4, 30, 1.3
 """When a prompt is late: so long after its arrival, or so many steps of one row where these take
 longer, and so many times what it takes alone. A slow model's prompts may wait as it answers."""
 MAX_PROMPTS_COUNTED = 32
-GOOD_STEPS_TO_DOUBLE = 32
-"""With chunks of half the size, after a step that found no memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +112,7 @@ class PrefillPacer:
         self._max_tokens = config.max_num_batched_tokens
         self._target_s = None if config.itl_target_ms is None else config.itl_target_ms / 1000
         self._model = model
-        self._chunk_limit: int | None = None  # while memory for more is not to be had
-        self._num_good_steps = 0  # with that limit
+        self.chunk_backoff = MemoryBackoff(config.max_num_batched_tokens)
         self.stats = PacingStats()
         self.last_report: StepReport | None = None
 
@@ -151,44 +149,12 @@ class PrefillPacer:
             max_stretch = max((len(prompts) + num_seated) / num_decodes, MAX_STRETCH)
             prompts += waiting[: max(min(num_seated, MAX_PROMPTS_COUNTED), 1)]
             limit_s = self._limit_s(model, model.predict(shape), prompts, max_stretch, clock())
-        num_left = self._max_tokens - num_taken
-        if self._chunk_limit is not None:
-            num_left = min(num_left, self._chunk_limit)
+        num_left = min(self._max_tokens - num_taken, self.chunk_backoff.limit)
         return PrefillBudget(max(num_left, 0), model, shape, limit_s)
 
     def open_alone(self) -> PrefillBudget:
         """The budget of a step with one request, that keeps nobody waiting."""
-        num_tokens = self._max_tokens
-        if self._chunk_limit is not None:
-            num_tokens = min(num_tokens, self._chunk_limit)
-        return PrefillBudget(num_tokens, None, StepShape(), 0.0)
-
-    def shrink(self, plan: SchedulerOutput) -> bool:
-        """A step found no memory: from now on half as many tokens of prompts.
-
-        ``False``: it had no two. The limit is raised again, step by step, where all goes well.
-        """
-        chunk_tokens = _chunk_tokens(plan)
-        if chunk_tokens < 2:
-            return False
-        self._chunk_limit = chunk_tokens // 2
-        self._num_good_steps = 0
-        return True
-
-    @property
-    def chunk_limit(self) -> int | None:
-        """Tokens of prompts in a step, while memory for more was not to be had."""
-        return self._chunk_limit
-
-    def went_well(self) -> None:
-        """A step has retired under a ``chunk_limit``."""
-        assert self._chunk_limit is not None
-        self._num_good_steps += 1
-        if self._num_good_steps == GOOD_STEPS_TO_DOUBLE:
-            self._num_good_steps = 0
-            self._chunk_limit *= 2
-            if self._chunk_limit >= self._max_tokens:
-                self._chunk_limit = None
+        return PrefillBudget(self.chunk_backoff.limit, None, StepShape(), 0.0)
 
     def _limit_s(
         self, model: StepTimeModel, decode_s: float, prompts: list[Request], most: float, now: float
@@ -214,7 +180,7 @@ class PrefillPacer:
         if self._model is None or seconds is None or not plan.scheduled:
             return
         shape = shape_of(plan)
-        chunk_tokens = _chunk_tokens(plan)
+        chunk_tokens = chunk_tokens_of(plan)
         draft_tokens = sum([s.sample - 1 for s in plan.scheduled if s.sample > 1])
         predicted = self._model.predict(shape)
         self._model.observe(shape, seconds, has_prompt=chunk_tokens > 0 or not draft_tokens)
@@ -227,7 +193,8 @@ class PrefillPacer:
             self.stats.chunk_tokens.observe(chunk_tokens)
 
 
-def _chunk_tokens(plan: SchedulerOutput) -> int:
+def chunk_tokens_of(plan: SchedulerOutput) -> int:
+    """Tokens of prompts in a plan, without those that decode, and without drafts."""
     return sum([len(s.token_ids) for s in plan.scheduled if len(s.token_ids) > 1 >= s.sample])
 
 

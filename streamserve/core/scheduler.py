@@ -24,7 +24,7 @@ from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.limits import ContextLimits
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.core.policy import POLICIES
-from streamserve.core.prefill import PrefillPacer
+from streamserve.core.prefill import PrefillPacer, chunk_tokens_of
 from streamserve.core.prefix_groups import PrefixGrouping, check_groups
 from streamserve.core.recovery import Recovery
 from streamserve.core.request import FinishReason, Request, RequestStatus, take_found
@@ -84,6 +84,7 @@ class Scheduler:
         # A seat is worth at least one token per step, so that no decode ever waits for budget.
         num_seats = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._seats = Seats(num_seats, kv_cache, self._policy)
+        self._backoffs = self.pacer.chunk_backoff, self._seats.backoff
         self.recovery = Recovery(self._seats)
         self._continuation = Continuation(self._seats, kv_cache)
         self._admission = Admission(self._seats, kv_cache, self._policy, clock, self._in_flight)
@@ -442,10 +443,9 @@ class Scheduler:
             )
         if output.prompt_logprobs or output.pooled:
             take_found(self._seats.requests, output)
-        if self.pacer.chunk_limit is not None:
-            self.pacer.went_well()
-        if self._seats.are_fewer:
-            self._seats.went_well()
+        for backoff in self._backoffs:
+            if backoff.is_reduced:
+                backoff.went_well()
         return step
 
     def _settle_drafts(self, request: Request, num_sampled: int, num_right: int) -> int:
@@ -473,7 +473,8 @@ class Scheduler:
         self._in_flight.remove(step)
         self.kv_cache.retire(step.plan, failed=True)
         is_smaller = out_of_memory and (
-            self.pacer.shrink(step.plan) or self._seats.shrink(len(step.requests))
+            self.pacer.chunk_backoff.halve(chunk_tokens_of(step.plan))
+            or self._seats.backoff.halve(len(step.requests))
         )
         failed: list[Request] = []
         for request, scheduled in zip(step.requests, step.plan.scheduled, strict=True):

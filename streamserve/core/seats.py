@@ -8,8 +8,8 @@ from itertools import chain
 from operator import attrgetter
 
 from streamserve.core.kv_cache_manager import KVCacheManager
+from streamserve.core.memory_backoff import MemoryBackoff
 from streamserve.core.policy import Policy
-from streamserve.core.prefill import GOOD_STEPS_TO_DOUBLE
 from streamserve.core.prefix_claims import PrefixClaims
 from streamserve.core.request import Request, RequestStatus
 from streamserve.core.step import Step
@@ -31,9 +31,8 @@ class Seats:
     """
 
     def __init__(self, num_seats: int, kv_cache: KVCacheManager, policy: Policy) -> None:
-        self.num_seats = num_seats  # to be given: fewer than there are while memory is short
+        self.backoff = MemoryBackoff(num_seats)
         self._most = num_seats
-        self._num_good_steps = 0  # with fewer
         self.requests: dict[str, Request] = {}  # waiting, running and paused
         self.paused: dict[str, Request] = {}
         self.num_waiting_tokens = 0  # of prompts
@@ -56,27 +55,9 @@ class Seats:
         return bool(self._leaving or self.yielding or self._kv_cache.has_returning_blocks)
 
     @property
-    def are_fewer(self) -> bool:
-        """Whether not all seats are given, after a step that found no memory."""
-        return self.num_seats < self._most
-
-    def shrink(self, num_requests: int) -> bool:
-        """A step with so many requests found no memory: give half as many seats from now on.
-
-        ``False``: it had no two. Who has a seat beyond that keeps it.
-        """
-        if num_requests < 2:
-            return False
-        self.num_seats = min(self.num_seats, num_requests // 2)
-        self._num_good_steps = 0
-        return True
-
-    def went_well(self) -> None:
-        """A step has retired while ``are_fewer``: after many of them twice as many are given."""
-        self._num_good_steps += 1
-        if self._num_good_steps == GOOD_STEPS_TO_DOUBLE:
-            self._num_good_steps = 0
-            self.num_seats = min(2 * self.num_seats, self._most)
+    def num_seats(self) -> int:
+        """Seats to be given. Who has one keeps it when there are fewer, while memory is short."""
+        return self.backoff.limit
 
     def is_taken(self, request_id: str) -> bool:
         """Whether a live request has this id, or one that a step still has."""

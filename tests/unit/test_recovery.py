@@ -2,15 +2,12 @@
 
 import pytest
 
-from streamserve.config import SchedulerConfig
+from streamserve.core.memory_backoff import GOOD_STEPS_TO_DOUBLE, MemoryBackoff
 from streamserve.core.plan import (
     ModelRunnerOutput,
     PromptLogprobs,
-    ScheduledRequest,
-    SchedulerOutput,
     TokenLogprobs,
 )
-from streamserve.core.prefill import GOOD_STEPS_TO_DOUBLE, PrefillPacer
 from streamserve.core.request import FinishReason, RequestStatus
 from streamserve.errors import QueueFullError
 from tests.unit.simulated import Harness, drafting, guesses, naive_output, shares
@@ -335,30 +332,21 @@ def test_without_a_chunk_to_halve_the_seats_are_halved(depth):
 
 
 def test_what_was_halved_is_doubled_again_as_long_as_all_goes_well():
-    config = SchedulerConfig(max_model_len=256, max_num_batched_tokens=50)
-    pacer = PrefillPacer(config, None)
-    plan = SchedulerOutput(0)
-    plan.scheduled.append(ScheduledRequest("r", 0, [1] * 26, [], 0, 0))
-    seats = Harness(max_num_seqs=10).scheduler._seats
-    assert [seats.shrink(n) for n in (1, 7, 9)] == [False, True, True]
-    assert seats.num_seats == 3, "never more than there were"
+    backoff = MemoryBackoff(10)
+    assert [backoff.halve(n) for n in (1, 7, 9)] == [False, True, True]
+    assert backoff.limit == 3, "never more than there was"
 
-    def limits_after(num_steps):
+    def limit_after(num_steps):
         for _ in range(num_steps):
-            seats.went_well()
-            if pacer.chunk_limit is not None:
-                pacer.went_well()
-        return pacer.chunk_limit, seats.num_seats
+            backoff.went_well()
+        return backoff.limit
 
-    assert pacer.shrink(plan)
-    assert limits_after(GOOD_STEPS_TO_DOUBLE - 1) == (13, 3)
-    assert pacer.shrink(plan)
-    assert seats.shrink(3)
-    assert limits_after(GOOD_STEPS_TO_DOUBLE - 1) == (13, 1), "it begins anew"
-    expected = [(26, 2), (None, 4), (None, 8), (None, 10)]
-    assert limits_after(1) == expected[0]
-    assert [limits_after(GOOD_STEPS_TO_DOUBLE) for _ in range(3)] == expected[1:]
-    assert not seats.are_fewer
+    assert limit_after(GOOD_STEPS_TO_DOUBLE - 1) == 3
+    assert backoff.halve(3)
+    assert limit_after(GOOD_STEPS_TO_DOUBLE - 1) == 1, "it begins anew"
+    assert limit_after(1) == 2
+    assert [limit_after(GOOD_STEPS_TO_DOUBLE) for _ in range(3)] == [4, 8, 10]
+    assert not backoff.is_reduced
 
 
 def test_who_finds_no_memory_alone_ends():
