@@ -39,7 +39,6 @@ from streamserve.engine.stats import EngineStats, stats_of
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import (
     DeviceDeadError,
-    EngineDeadError,
     EngineError,
 )
 
@@ -97,9 +96,8 @@ class AsyncEngine(EngineFront):
             tokenizer, limits, eos_token_ids, grammars, clock, self.abort, self.hold, seed
         )
         masks = GrammarMasks(tokenizer.token_bytes, vocab_size)
-        super().__init__(scheduler, tokenizer, grammars, intake, masks)
+        super().__init__(scheduler, tokenizer, grammars, intake, masks, clock)
         self._runner = runner
-        self._clock = clock
         self._idle_delay_s = idle_delay_s
         self._max_steps_in_flight = scheduler.config.max_steps_in_flight
         self.progress = ProgressBoard(self._live, clock).of  # of a request that has not ended
@@ -107,8 +105,6 @@ class AsyncEngine(EngineFront):
         self._unsampled: SchedulerOutput | None = None  # launched, its masks not yet known
         self._updates: list[RequestUpdate] = []  # of the last retired step, not yet text
         self._task: asyncio.Task[None] | None = None
-        self._died = asyncio.Event()
-        self._dead_reason: str | None = None
         self._lost: DeviceDeadError | None = None  # the runner says so
         self._num_consecutive_failures = 0
         self._num_failed_steps = 0
@@ -116,9 +112,6 @@ class AsyncEngine(EngineFront):
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
-        self._num_preemptions = 0  # of requests that have ended
-
-    # The public face: called by the API between two awaits of the step loop.
 
     async def start(self) -> None:
         """Create the step loop's task. ``submit`` works before: requests then wait."""
@@ -148,34 +141,6 @@ class AsyncEngine(EngineFront):
                 self._task.cancel()
                 return
         self._runner.close()
-
-    def abort(self, request_id: str) -> bool:
-        """End a request with ``ABORT``; its blocks are free by the next step.
-
-        Returns whether there was one to end.
-        """
-        live = self._live.get(request_id)
-        if live is None:
-            return False
-        if self._finish(live, FinishReason.ABORT):
-            self._end(live)
-            live.abort()
-            self._wake.set()
-        return True
-
-    @property
-    def is_dead(self) -> bool:
-        """Whether every request fails until the process is restarted."""
-        return self._dead_reason is not None
-
-    @property
-    def dead_reason(self) -> str | None:
-        """Why, in one line, ``None`` while alive."""
-        return self._dead_reason
-
-    async def wait_dead(self) -> None:
-        """Return when the engine is dead; it may never be."""
-        await self._died.wait()
 
     @property
     def is_idle(self) -> bool:
@@ -401,39 +366,6 @@ class AsyncEngine(EngineFront):
                 collect_idle()
             await self._wake.wait()
 
-    # Ends: each of a request's ends comes through ``_end``, once.
-
-    def _end(self, live: Live) -> None:
-        del self._live[live.request.request_id]
-        self._masks.drop(live.request.request_id)
-        self._num_preemptions += live.request.num_preemptions
-        live.stream.timings.finished = self._clock()
-        if isinstance(live, BeamGroup):
-            self._num_beam_groups -= 1
-            live.leave(self._live)
-
-    def _finish(
-        self,
-        live: Live,
-        reason: FinishReason,
-        *,
-        num_output_tokens: int | None = None,
-        stop_reason: int | str | None = None,
-    ) -> bool:
-        """Tell the scheduler that a request ends for a reason that it cannot know itself.
-
-        ``False``: it could not, which was the end of the engine and of every stream.
-        """
-        try:
-            for request in live.requests:
-                self._scheduler.finish(
-                    request, reason, num_output_tokens=num_output_tokens, stop_reason=stop_reason
-                )
-        except Exception as error:
-            self._die("the scheduler failed to finish a request", error)
-            return False
-        return True
-
     def _fail_late(self) -> None:
         """End the requests whose limits of time have passed."""
         now = self._clock()
@@ -496,23 +428,3 @@ class AsyncEngine(EngineFront):
         live = self._intake.one([0], params, 0, request_id=self._probe_id, cache_salt="probe")
         self._scheduler.add_probe(live.request)
         self._book(live)
-
-    def _die(self, reason: str, cause: BaseException | None) -> None:
-        if self._dead_reason is not None:
-            return
-        if cause is not None:
-            reason = f"{reason}: {name_of(cause)}"
-        self._dead_reason = reason
-        logger.critical("the engine is dead: %s", reason, exc_info=cause)
-        for live in dict.fromkeys(self._live.values()):
-            self._end(live)
-            live.fail(self._dead_error())
-        self._died.set()
-        self._wake.set()
-
-    def _dead_error(self) -> EngineDeadError:
-        return EngineDeadError(f"the engine is dead: {self._dead_reason}")
-
-    def _raise_if_dead(self) -> None:
-        if self._dead_reason is not None:
-            raise self._dead_error()

@@ -1,30 +1,34 @@
-"""How requests come into an engine: checked, made and queued between two steps of its loop."""
+"""How requests come into an engine and leave it, between two steps of its loop."""
 
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
+import logging
 from collections.abc import AsyncGenerator
 from typing import Unpack
 
+from streamserve.core.clock import Clock
+from streamserve.core.request import FinishReason
 from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
 from streamserve.core.scheduler import Scheduler
 from streamserve.engine.deadlines import Deadlines
-from streamserve.engine.failures import duplicate
+from streamserve.engine.failures import duplicate, name_of
 from streamserve.engine.grammar import Grammars
 from streamserve.engine.grammar_masks import GrammarMasks
 from streamserve.engine.intake import Intake, Origin
-from streamserve.engine.live import Live
+from streamserve.engine.live import BeamGroup, Live
 from streamserve.engine.outputs import RequestOutput
 from streamserve.engine.stream import RequestStream
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import EngineDeadError, RequestError
 
+logger = logging.getLogger(__name__)
 
-class EngineFront(ABC):
-    """The half of an engine that its callers talk to first; the step loop is the other.
 
-    Event-loop thread only.
+class EngineFront:
+    """The book of what an engine serves: how it is entered, and each way out of it.
+
+    The step loop is the other half (``AsyncEngine``). Event-loop thread only.
     """
 
     def __init__(
@@ -34,26 +38,23 @@ class EngineFront(ABC):
         grammars: Grammars,
         intake: Intake,
         masks: GrammarMasks,
+        clock: Clock,
     ) -> None:
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._grammars = grammars
         self._intake = intake
         self._masks = masks
+        self._clock = clock
         self._live: dict[str, Live] = {}
         self._wake = asyncio.Event()  # there may be work again
         self._deadlines = Deadlines()
         self._is_stopping = False
+        self._died = asyncio.Event()
+        self._dead_reason: str | None = None
         self._num_beam_groups = 0
+        self._num_preemptions = 0  # of requests that have ended
         self._num_generated = 0  # ids given by ``generate``
-
-    @abstractmethod
-    def _die(self, reason: str, cause: BaseException | None) -> None:
-        """End every stream: the engine cannot go on."""
-
-    @abstractmethod
-    def _raise_if_dead(self) -> None:
-        """Raise ``EngineDeadError`` if that has been."""
 
     async def prepare(self, params: SamplingParams) -> None:
         """Compile what ``submit`` needs; to be awaited just before it where there is a grammar.
@@ -176,6 +177,20 @@ class EngineFront(ABC):
         self._num_beam_groups += 1
         return list(group.streams)
 
+    def abort(self, request_id: str) -> bool:
+        """End a request with ``ABORT``; its blocks are free by the next step.
+
+        Returns whether there was one to end.
+        """
+        live = self._live.get(request_id)
+        if live is None:
+            return False
+        if self._finish(live, FinishReason.ABORT):
+            self._end(live)
+            live.abort()
+            self._wake.set()
+        return True
+
     def hold(self, request_id: str, is_full: bool) -> None:
         """Whether a request's reader has no room for more: nothing is generated for it then."""
         live = self._live.get(request_id)
@@ -187,6 +202,20 @@ class EngineFront(ABC):
         except Exception as error:
             self._die("the scheduler failed to pause or resume a request", error)
         self._wake.set()
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether every request fails until the process is restarted."""
+        return self._dead_reason is not None
+
+    @property
+    def dead_reason(self) -> str | None:
+        """Why, in one line, ``None`` while alive."""
+        return self._dead_reason
+
+    async def wait_dead(self) -> None:
+        """Return when the engine is dead; it may never be."""
+        await self._died.wait()
 
     def _check_open(self, request_id: str) -> None:
         self._raise_if_dead()
@@ -216,3 +245,57 @@ class EngineFront(ABC):
             self._deadlines.add(live)
         if live.matcher is not None or live.request.sampling_params.thinking is not None:
             self._masks.add(live.request, live.matcher)
+
+    def _end(self, live: Live) -> None:
+        """Each of a request's ends comes through here, once."""
+        del self._live[live.request.request_id]
+        self._masks.drop(live.request.request_id)
+        self._num_preemptions += live.request.num_preemptions
+        live.stream.timings.finished = self._clock()
+        if isinstance(live, BeamGroup):
+            self._num_beam_groups -= 1
+            live.leave(self._live)
+
+    def _finish(
+        self,
+        live: Live,
+        reason: FinishReason,
+        *,
+        num_output_tokens: int | None = None,
+        stop_reason: int | str | None = None,
+    ) -> bool:
+        """Tell the scheduler that a request ends for a reason that it cannot know itself.
+
+        ``False``: it could not, which was the end of the engine and of every stream.
+        """
+        try:
+            for request in live.requests:
+                self._scheduler.finish(
+                    request, reason, num_output_tokens=num_output_tokens, stop_reason=stop_reason
+                )
+        except Exception as error:
+            self._die("the scheduler failed to finish a request", error)
+            return False
+        return True
+
+    def _die(self, reason: str, cause: BaseException | None) -> None:
+        """End every stream: the engine cannot go on."""
+        if self._dead_reason is not None:
+            return
+        if cause is not None:
+            reason = f"{reason}: {name_of(cause)}"
+        self._dead_reason = reason
+        logger.critical("the engine is dead: %s", reason, exc_info=cause)
+        for live in dict.fromkeys(self._live.values()):
+            self._end(live)
+            live.fail(self._dead_error())
+        self._died.set()
+        self._wake.set()
+
+    def _dead_error(self) -> EngineDeadError:
+        return EngineDeadError(f"the engine is dead: {self._dead_reason}")
+
+    def _raise_if_dead(self) -> None:
+        """Raise ``EngineDeadError`` if it is."""
+        if self._dead_reason is not None:
+            raise self._dead_error()
