@@ -291,7 +291,7 @@ def require_in(values: Mapping[str, Any], field: str, where: str) -> Any:
 
 
 def check_keys(name: str, given: Mapping[str, Any], known: set[str]) -> None:
-    """A constraint that nobody knows must not be passed over: the answer would be another."""
+    """Raise ``InvalidParameterError`` for a key that is not known."""
     for key in given:
         if key not in known:
             allowed = ", ".join(sorted(known))
@@ -339,6 +339,18 @@ class FieldTable:
             require_in(values, name, where)
         unknown += unknown_here
         return values
+
+    def read_closed(self, where: str, value: Any) -> dict[str, Any]:
+        """As ``read_inner``, and a name that nobody knows is refused: the answer would be another.
+
+        For objects that say how to answer; their schema is ``closed_schema``.
+        """
+        check_keys(where, read_object(where, value), {*self.honoured})
+        return self.read_inner(where, value, [])
+
+    def closed_schema(self) -> Schema:
+        """The schema of what ``read_closed`` takes."""
+        return {**self.schema(), "additionalProperties": False}
 
     @property
     def reader(self) -> NestedReader[dict[str, Any]]:

@@ -10,7 +10,6 @@ from streamserve.api.fields import (
     FieldTable,
     Refused,
     Schema,
-    check_keys,
     integer,
     nested,
     one_of,
@@ -149,16 +148,6 @@ def _read_tool(where: str, raw: Any, unknown: list[str]) -> Tool:
 read_message_tools = tools_reader(_read_tool, MESSAGE_TOOL_TABLE, "name")
 
 
-def _read_all(name: str, value: Any, table: FieldTable) -> dict[str, Any]:
-    """An object that says how to answer: what nobody knows in it must not be passed over."""
-    check_keys(name, read_object(name, value), set(table.honoured))
-    return table.read_inner(name, value, [])
-
-
-def _closed(table: FieldTable) -> Schema:
-    return {**table.schema(), "additionalProperties": False}
-
-
 MESSAGE_CHOICE_TABLE = FieldTable(
     {
         "disable_parallel_tool_use": read_bool,
@@ -169,10 +158,10 @@ MESSAGE_CHOICE_TABLE = FieldTable(
 )
 
 
-@typed(_closed(MESSAGE_CHOICE_TABLE))
+@typed(MESSAGE_CHOICE_TABLE.closed_schema())
 def read_message_tool_choice(name: str, value: Any) -> dict[str, Any]:
     """``tool_choice``."""
-    choice = _read_all(name, value, MESSAGE_CHOICE_TABLE)
+    choice = MESSAGE_CHOICE_TABLE.read_closed(name, value)
     if choice["type"] == "tool":
         require_in(choice, "name", name)
     elif "name" in choice:
@@ -223,10 +212,10 @@ class ThinkingConfig:
     is_shown: bool = True
 
 
-@typed(_closed(THINKING_TABLE))
+@typed(THINKING_TABLE.closed_schema())
 def read_thinking(name: str, value: Any) -> ThinkingConfig:
     """``thinking``. Adaptive has no limit: how much is the model's own choice."""
-    values = _read_all(name, value, THINKING_TABLE)
+    values = THINKING_TABLE.read_closed(name, value)
     kind: str = values["type"]
     if kind == "enabled":
         require_in(values, "budget_tokens", name)
@@ -246,19 +235,19 @@ _FORMAT_TABLE = FieldTable(
 )
 
 
-@typed(_closed(_FORMAT_TABLE))
+@typed(_FORMAT_TABLE.closed_schema())
 def read_format(name: str, value: Any) -> StructuredOutput:
     """A format of the answer: JSON of a schema."""
-    return json_schema(f"{name}.schema", _read_all(name, value, _FORMAT_TABLE)["schema"])
+    return json_schema(f"{name}.schema", _FORMAT_TABLE.read_closed(name, value)["schema"])
 
 
 OUTPUT_TABLE = FieldTable({"effort": one_of(*_EFFORTS), "format": read_format})
 
 
-@typed(_closed(OUTPUT_TABLE))
+@typed(OUTPUT_TABLE.closed_schema())
 def read_output_config(name: str, value: Any) -> dict[str, Any]:
     """``output_config``."""
-    return _read_all(name, value, OUTPUT_TABLE)
+    return OUTPUT_TABLE.read_closed(name, value)
 
 
 METADATA_TABLE = FieldTable({"user_id": COMMON_FIELDS["user"]})

@@ -135,26 +135,20 @@ _OPTIONS: dict[str, Reader] = {
 STRUCTURED_OUTPUTS_TABLE = FieldTable({**_CONSTRAINTS, **_OPTIONS})
 
 
-@typed({**STRUCTURED_OUTPUTS_TABLE.schema(), "additionalProperties": False})
+@typed(STRUCTURED_OUTPUTS_TABLE.closed_schema())
 def _read_structured_outputs(name: str, value: Any) -> StructuredOutput:
     given = {key: v for key, v in read_object(name, value).items() if v is not None}
-    check_keys(name, given, {*_CONSTRAINTS, *_OPTIONS})
-    found = {
-        key: output
-        for key, reader in _CONSTRAINTS.items()
-        if key in given and (output := reader(f"{name}.{key}", given[key])) is not None
-    }
+    values = STRUCTURED_OUTPUTS_TABLE.read_closed(name, given)
+    found = {key: values[key] for key in _CONSTRAINTS if values.get(key) is not None}
     output = _only_one(name, found)
     if output is None:
         raise InvalidParameterError(
             f"{name} must hold one of {', '.join(_CONSTRAINTS)}", param=name, code="invalid_value"
         )
-    options = {key: reader(f"{name}.{key}", given[key]) for key, reader in _OPTIONS.items()
-               if key in given}  # fmt: skip
-    if options.get("disable_additional_properties") and output.kind in _OF_JSON:
+    if values.get("disable_additional_properties") and output.kind in _OF_JSON:
         output = replace(output, text=dumps(name, _closed(orjson.loads(output.text))))
-    whitespace = options.get("whitespace_pattern")
-    if options.get("disable_any_whitespace"):
+    whitespace = values.get("whitespace_pattern")
+    if values.get("disable_any_whitespace"):
         whitespace = _NO_WHITESPACE
     return _with_whitespace(output, f"{name}.whitespace_pattern", whitespace)
 
