@@ -193,3 +193,9 @@ async def test_tenants_are_counted_by_the_operators_names_and_on_the_operators_p
         ("key-1", "generation_tokens_total"): 12,
         ("key-2", "requests_refused_total"): 1,
     }
+
+
+async def test_an_answer_that_comes_at_once_has_a_time_to_its_first_token():
+    async with Api().running() as api:
+        await api.chat(stream=True, max_tokens=1)
+    assert sum(api.app.context.metrics.time_to_first_token.counts) == 1

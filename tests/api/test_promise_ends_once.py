@@ -4,7 +4,17 @@ import asyncio
 
 import pytest
 
-from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, events_of, text_of, until
+from streamserve.engine.null_runner import NullRunner
+from tests.api.harness import (
+    TEXT,
+    Api,
+    BrokenRunner,
+    Exchange,
+    chat_body,
+    events_of,
+    text_of,
+    until,
+)
 from tests.api.scripted import scripted
 
 CHAT = "/v1/chat/completions"
@@ -47,6 +57,26 @@ async def test_promise_failure_is_one_error_event_after_the_usage_and_no_done(n)
     num_tokens = sum(len(text_of(chunks, index)) for index in range(n))
     assert usage["usage"]["completion_tokens"] >= num_tokens > 0
     assert usage["usage"]["prompt_tokens"] == len("User: Hi\nAssistant:")
+
+
+class SecondFails(NullRunner):
+    """Fails every step with the third token of a request's second choice."""
+
+    def launch(self, plan):
+        if any(s.request_id.endswith("/1") and s.output_position == 2 for s in plan.scheduled):
+            raise RuntimeError("the second choice has burnt")
+        super().launch(plan)
+
+
+async def test_promise_one_choice_that_fails_ends_the_answer_and_all_tokens_are_counted():
+    async with Api(runner=SecondFails(TEXT)).running() as api:
+        answer = await api.chat(stream=True, max_tokens=300, n=2, stream_options=USAGE)
+        await until(lambda: api.engine.is_idle)
+    *chunks, usage, _ = answer.events
+    assert ends_of(answer.events) == ["error"]
+    first, second = (len(text_of(chunks, index)) for index in range(2))
+    assert first >= second == 2
+    assert usage["usage"]["completion_tokens"] >= first + second
 
 
 async def test_promise_a_failed_stream_that_asked_for_no_usage_has_none():

@@ -8,7 +8,13 @@ import pytest
 
 from streamserve.core.request import FinishReason
 from streamserve.core.sampling_params import BeamSearchParams, SamplingParams
-from streamserve.errors import ContextLengthError, EngineError, InvalidParameterError
+from streamserve.errors import (
+    ContextLengthError,
+    DeviceDeadError,
+    EngineDeadError,
+    EngineError,
+    InvalidParameterError,
+)
 from tests.engine.beam_runner import BeamRunner
 from tests.engine.fakes import PROMPT, FakeRunner, collect, serving, turns
 
@@ -192,6 +198,21 @@ async def test_a_beam_that_fails_alone_fails_them_all():
                 await collect(stream)
         assert harness.engine.is_idle
         assert (await harness.answer("after", max_tokens=2)).finish_reason is not None
+
+
+async def test_a_search_dies_with_the_engine():
+    runner = BeamRunner(hold=True)
+    async with serving(runner) as harness:
+        streams = beams(harness, width=3, n=2, max_tokens=50)
+        await runner.release(3)
+        await runner.launched()
+        runner.error, runner.failing_samples = DeviceDeadError("gone"), set(range(99))
+        runner.release_all()
+        for stream in streams:
+            with pytest.raises(EngineDeadError):
+                await collect(stream)
+        async with asyncio.timeout(60):
+            await harness.engine.wait_dead()
 
 
 async def test_beams_run_beside_others_and_with_little_memory():

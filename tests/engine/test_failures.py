@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamserve.core.request import FinishReason
+from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.scheduler import Scheduler
+from streamserve.core.time_limits import TimeLimits
 from streamserve.engine.async_engine import MAX_CONSECUTIVE_FAILED_STEPS
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.failures import is_out_of_memory
@@ -513,6 +515,24 @@ async def test_a_step_that_hangs_does_not_hold_up_the_end(monkeypatch):
         assert (await collect(stream)).finish_reason is FinishReason.ABORT
         assert not runner.is_closed, "a step has it"
         runner.release_all()
+
+
+async def test_a_limit_passes_while_its_request_is_paused():
+    runner = FakeRunner({"r": "x" * 400}, hold=True)
+    async with serving(runner) as h:
+        params = SamplingParams(max_tokens=400)
+        limits = TimeLimits(total_s=0.2)
+        stream = h.engine.submit(list(PROMPT), params, request_id="r", time_limits=limits)
+        await runner.release()
+
+        async def read():
+            await stream.get()
+            h.engine.hold("r", True)
+            runner.release_all()
+            await collect(stream)
+
+        with pytest.raises(EngineError, match="deadline_ms"):
+            await asyncio.wait_for(read(), 60)
 
 
 async def test_who_is_paused_does_not_hold_up_the_end():

@@ -5,9 +5,10 @@ import pickle
 import pytest
 
 from streamserve.core import admission
-from streamserve.core.plan import PENDING_TOKEN, ModelRunnerOutput
-from streamserve.core.request import FinishReason, RequestStatus
+from streamserve.core.plan import PENDING_TOKEN, ModelRunnerOutput, NewRequest
+from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.stopping import append_tokens
 from streamserve.errors import ContextLengthError, QueueFullError
 from tests.unit.simulated import Harness, naive_output, shares
 
@@ -357,6 +358,22 @@ def test_where_an_answer_ends(params, sampled, kept, reason, stop_reason):
     harness.scheduler.check_integrity()
 
 
+def test_an_end_of_sequence_that_is_ignored_is_a_stop_id_like_others():
+    params = SamplingParams(max_tokens=9, ignore_eos=True, stop_token_ids=(0,))
+    eos = frozenset({0})
+    request = Request("x", [1, 2], params, arrival_time=0.0, seed=0, eos_token_ids=eos)
+    request.max_num_tokens = 11
+    assert append_tokens(request, [0]) == ([0], FinishReason.STOP, 0)
+
+
+def test_the_token_that_comes_of_an_answer_of_none_is_not_the_requests():
+    params = SamplingParams(max_tokens=0)
+    request = Request("x", [1, 2], params, arrival_time=0.0, seed=0)
+    request.max_num_tokens = 3
+    assert append_tokens(request, [7]) == ([], FinishReason.LENGTH, None)
+    assert request.token_ids == [1, 2]
+
+
 def test_several_tokens_of_one_step_end_at_the_first_stop():
     harness = Harness()
     request = harness.add([1, 2], max_tokens=9, stop_token_ids=(6,), logprobs=0)
@@ -377,6 +394,26 @@ def test_a_block_is_found_as_soon_as_an_answer_fills_it():
     assert first.status is RequestStatus.RUNNING
     assert second.num_cached_tokens == 12
     harness.run()
+
+
+def test_a_runner_is_told_all_that_it_must_know_of_a_request():
+    harness = Harness()
+    params = SamplingParams(max_tokens=9)
+    request = Request(
+        "x",
+        [1, 2, 3],
+        params,
+        arrival_time=0.0,
+        seed=5,
+        eos_token_ids=frozenset({7}),
+        choice_index=4,
+        adapter=2,
+    )
+    harness.scheduler.add(request)
+    plan = harness.scheduler.schedule()
+    assert plan.new_requests == [NewRequest("x", [1, 2, 3], 3, params, 5, 4, frozenset({7}), 2)]
+    request.token_ids.append(9)
+    assert plan.new_requests[0].token_ids == [1, 2, 3], "a list of its own"
 
 
 def test_an_adapter_is_in_use_until_the_last_step_with_it_has_retired():
