@@ -23,6 +23,17 @@ class Ceilings:
     read: float
     product: float  # bfloat16 multiplications and additions, two for each pair
     product_fp8: float | None = None
+    product_float32: float | None = None  # of a CPU, which may multiply bfloat16 far slower
+
+    @property
+    def best_product(self) -> tuple[float, str]:
+        """The faster of bfloat16 and float32, and its name: what a floor of products is divided by.
+
+        bfloat16 can be computed in float32, so that no CPU multiplies it at less than this.
+        """
+        if self.product_float32 is None or self.product_float32 <= self.product:
+            return self.product, "bfloat16"
+        return self.product_float32, "float32"
 
     @property
     def bandwidth(self) -> float:
@@ -39,13 +50,14 @@ def measure_ceilings(device: torch.device, scale: float = 1.0) -> Ceilings:
         torch.cuda.set_device(device)  # events are of the current one
     num_bytes = max(2**12, int(scale * _BYTES[device.type]))
     size = max(64, int(scale**0.5 * _PRODUCT[device.type]))
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    product_s = fastest(lambda: a @ b, device)
+    wide = [torch.randn(size, size, device=device) for _ in range(2)]
+    a, b = (matrix.bfloat16() for matrix in wide)
     return Ceilings(
         copy=copy_bandwidth(device, num_bytes),
         read=read_bandwidth(device, num_bytes),
-        product=2 * size**3 / product_s,
+        product=_product(a, b),
         product_fp8=_fp8_product(a, b),
+        product_float32=_product(*wide) if device.type == "cpu" else None,
     )
 
 
@@ -60,6 +72,11 @@ def read_bandwidth(device: torch.device, num_bytes: int | None = None) -> float:
     """Bytes per second of summing a buffer that no cache holds."""
     data = torch.ones((_BYTES[device.type] if num_bytes is None else num_bytes) // 4, device=device)
     return data.nbytes / fastest(data.sum, device)
+
+
+def _product(a: Tensor, b: Tensor) -> float:
+    """The rate of torch's product of two square matrices."""
+    return 2 * len(a) ** 3 / fastest(lambda: a @ b, a.device)
 
 
 def _fp8_product(a: Tensor, b: Tensor) -> float | None:

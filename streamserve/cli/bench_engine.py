@@ -99,9 +99,9 @@ def _build(args: Namespace) -> Subject:
     service = build_service(args, say=_say, warn=_warn, observed=observed)
     service.finish_warm_up()
     ceilings = measured_ceilings(service)
+    rate, dtype = ceilings.best_product
     _say(
-        f"  measured      {ceilings.bandwidth / 1e9:.0f} GB/s,"
-        f" {ceilings.product / 1e12:.2f} TFLOP/s of bfloat16"
+        f"  measured      {ceilings.bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.2f} TFLOP/s of {dtype}"
     )
     freeze_gc()
     stored = service.config.stored_quantization

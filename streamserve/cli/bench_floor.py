@@ -33,13 +33,15 @@ class ModelCosts:
         return num_bytes / ceilings.bandwidth
 
     def prompt_s(self, num_tokens: int, ceilings: Ceilings) -> float:
-        """Seconds of a prompt's products and attention, all of it at the rate of a large product.
+        """Seconds of a prompt's products and attention, all of it at the rate of a large product:
+        of bfloat16 or, where that is faster, of float32. Fewer bits may do better.
 
         No less than reading the weights once.
         """
         pairs = num_tokens * (num_tokens + 1) / 2
         flops = num_tokens * self.flops_per_token + pairs * self.flops_per_pair
-        return max(flops / ceilings.product, self.weight_bytes / ceilings.bandwidth)
+        rate, _ = ceilings.best_product
+        return max(flops / rate, self.weight_bytes / ceilings.bandwidth)
 
 
 def model_costs(service: Service, quantization: Quantization | None) -> ModelCosts:

@@ -26,13 +26,20 @@ def test_latency_of_several_batches(run: Run, dummy: list[str], tmp_path: Path):
     assert "3 x 33 + 9" in result.stdout
     content = json.loads(file.read_text())
     assert content["machine"]["torch"]
-    assert content["ceilings"]["read"] > 0
+    ceilings, costs = content["ceilings"], content["costs"]
+    rates = {"bfloat16": ceilings["product"], "float32": ceilings["product_float32"]}
+    faster = max(rates, key=lambda dtype: rates[dtype])
+    assert f"TFLOP/s of {faster}\n" in result.stdout
+    flops = 33 * costs["flops_per_token"] + 33 * 34 / 2 * costs["flops_per_pair"]
+    read_s = costs["weight_bytes"] / max(ceilings["copy"], ceilings["read"])
     for found, batch_size in zip(content["results"], (1, 3), strict=True):
         assert (found["batch_size"], found["input_len"], found["output_len"]) == (batch_size, 33, 9)
         # Nine tokens, the first of a prompt's last token from the cache: eight pairs of neighbours
         # at most, fewer where the batch took more than one step to get going.
         assert 1 <= found["steps"]["num_steps"] <= 16
         assert 34 * batch_size <= found["steps"]["mean_keys"] <= 41 * batch_size
+        floor_s = batch_size * max(flops / rates[faster], read_s)
+        assert found["prompt_floor_s"] == pytest.approx(floor_s)
         assert found["decode_floor_s"] > 0
         assert found["share_of_floor"] > 0
         assert found["first_token"]["median"] > 0

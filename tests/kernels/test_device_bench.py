@@ -184,8 +184,16 @@ def test_the_json_holds_every_number():
 
 def test_ceilings_of_this_machine_are_numbers():
     measured = measure_ceilings(CPU, scale=1e-3)
-    assert min(measured.copy, measured.read, measured.product) > 0
+    assert min(measured.copy, measured.read, measured.product, measured.product_float32) > 0
     assert measured.product_fp8 is None
+
+
+@pytest.mark.parametrize(
+    ("float32", "best"),
+    [(None, (4e10, "bfloat16")), (3e10, (4e10, "bfloat16")), (3e11, (3e11, "float32"))],
+)
+def test_products_have_the_faster_of_two_ceilings(float32, best):
+    assert Ceilings(2e10, 2e10, product=4e10, product_float32=float32).best_product == best
 
 
 WORKER = """
