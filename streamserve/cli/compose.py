@@ -52,6 +52,7 @@ from streamserve.models.tensor_parallel.config import share_config
 from streamserve.runner.devices import choose_device, device_of_rank, visible_gpus
 from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.passing_thread import in_background
+from streamserve.runner.warm_up import closed_on_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,8 @@ def _build(
     grammars = Grammars(tokenizer, eos_token_ids, setup.config.vocab_size)
     in_background(lambda _: grammars.warm())  # it would stop every stream for a moment later
     built = builder.build()
-    adapters = _load_adapters(setup, built)
+    with closed_on_error(built.runner):
+        adapters = _load_adapters(setup, built)
     cache = CacheConfig(
         num_blocks=built.memory.num_blocks,
         block_size=built.memory.block_size,

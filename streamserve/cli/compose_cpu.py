@@ -27,19 +27,22 @@ class CpuBuilder:
         setup.say_plan(self._memory)
         self._kernels = setup.choose_kernels()
         # A virtual machine may take seconds to get gigabytes from its host; nobody waits for that.
-        self._kv_caches = new_kv_cache(
+        kv_caches = new_kv_cache(
             setup.config.spec, self._memory, setup.dtype, setup.device, self._kernels
         )
-        in_background(lambda is_exiting: touch_kv_cache(self._kv_caches, is_exiting))
+        in_background(lambda is_exiting: touch_kv_cache(kv_caches, is_exiting))
+        self._kv_caches = kv_caches
 
     def build(self) -> BuiltModel:
         """As in `ModelBuilder`."""
         model = on_passing_thread(lambda: self._setup.load(self._kernels))
+        # jinja2's errors keep whoever has called it, a builder too, until garbage is collected.
+        kv_caches, self._kv_caches = self._kv_caches, []
         runner, profile = build_runner(
             model,
             self._memory,
             max_num_batched_tokens=self._setup.scheduler.max_num_batched_tokens,
-            kv_caches=self._kv_caches,
+            kv_caches=kv_caches,
             max_num_sampled=self._setup.scheduler.max_num_sampled,
             team=self._setup.team,
         )

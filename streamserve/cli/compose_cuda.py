@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.memory import MemoryPlan, format_bytes, parse_bytes, plan_host_blocks
 from streamserve.runner.tensor_parallel.team import agreed
+from streamserve.runner.warm_up import closed_on_error
 
 # The first with conversions from and to 8-bit floats: Ada.
 _FP8_CAPABILITY = (8, 9)
@@ -59,13 +60,15 @@ class CudaBuilder:
         if self._num_host_blocks:
             host_bytes = format_bytes(self._num_host_blocks * self._block_bytes)
             setup.say(f"  host blocks   {self._num_host_blocks:,}, {host_bytes}")
-        with _room_for("the KV cache", setup, "lower --gpu-memory-utilization"):
+        room = _room_for("the KV cache", setup, "lower --gpu-memory-utilization")
+        with room, ExitStack() as on_error:
             kv_caches = new_kv_cache(
                 model.spec, memory, self._kv_dtype, setup.device, self._kernels
             )
             transfer = None
             if self._num_host_blocks:
                 transfer = KVTransfer(kv_caches, self._num_host_blocks)
+                on_error.enter_context(closed_on_error(transfer))
             runner, profile = build_cuda_runner(
                 model,
                 memory,
@@ -76,6 +79,7 @@ class CudaBuilder:
                 transfer=transfer,
                 team=setup.team,
             )
+            on_error.enter_context(closed_on_error(runner))
             if not isinstance(runner, CudaModelRunner):  # but that of all ranks
                 return BuiltModel(runner, profile, memory)
             built = BuiltModel(

@@ -32,6 +32,10 @@ class AdapterBank(Protocol):
         """Free a slot that no step in flight uses."""
         ...
 
+    def close(self) -> None:
+        """Let go of the memory of all slots, once no step runs any more."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
@@ -57,6 +61,10 @@ class Adapters:
     def serve(self, is_used: Callable[[int], bool]) -> None:
         """``is_used``: whether a request or a step in flight has this slot."""
         self._is_used = is_used
+
+    def close(self) -> None:
+        """Let go of the bank's memory, once the engine has stopped."""
+        self._bank.close()
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(list(self._by_name.values()))

@@ -94,8 +94,10 @@ class Answers:
         self._adapters = adapters
 
     def close(self) -> None:
-        """Let go of the threads that tokenise."""
+        """Let go of the threads that tokenise, and of adapters. Behind the engine's end."""
         self._preprocessor.close()
+        if self._adapters is not None:
+            self._adapters.close()
 
     async def prepare(self, jobs: Sequence[Job], options: ChatOptions) -> list[Prepared]:
         """Tokenise and check them all. Raises ``RequestError`` for the first that cannot be."""

@@ -147,6 +147,11 @@ class AdapterTables:
         for table in self._tables.values():
             table.clear(slot)
 
+    def close(self) -> None:
+        """Let go of the memory, once no step runs any more. Nothing can be loaded then."""
+        self._tables.clear()
+        self.current.adapters = None
+
     def _of_module(self, found: _Matrices, module: Module, layer: int) -> _Pair | None:
         pieces = module_pieces(self._names, module, "weight")
         assert module.columns is not None

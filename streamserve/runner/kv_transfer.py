@@ -13,7 +13,7 @@ On a GPU each direction has a stream of its own, beside the one that computes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -58,8 +58,12 @@ class KVTransfer:
         self._is_pinned = self._blocks.device.type == "cuda"
         # Even: a piece's indices then begin at 16 bytes, and the kernel is compiled only once.
         num_rows = max(staging_bytes // self._host[0].nbytes // 2, 1) * 2
-        self._stores = _Lane(self._blocks, num_rows)
-        self._loads = _Lane(self._blocks, num_rows)
+        try:
+            self._stores = _Lane(self._blocks, num_rows)
+            self._loads = _Lane(self._blocks, num_rows)
+        except BaseException:
+            self.close()
+            raise
 
     @staticmethod
     def device_bytes(kv_bytes_per_block: int, staging_bytes: int = STAGING_BYTES) -> int:
@@ -101,7 +105,8 @@ class KVTransfer:
 
     def close(self) -> None:
         """Wait for what is being copied, and unpin the host's memory. Idempotent."""
-        self._synchronize()
+        with suppress(torch.AcceleratorError):  # a device that is lost copies nothing any more
+            self._synchronize()
         if self._is_pinned:
             self._is_pinned = False
             _cudart().cudaHostUnregister(self._host.data_ptr())

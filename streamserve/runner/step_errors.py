@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 
 from streamserve.errors import DeviceDeadError, OutOfMemoryError
@@ -10,9 +12,11 @@ from streamserve.errors import DeviceDeadError, OutOfMemoryError
 def step_error(error: Exception, device: torch.device) -> Exception:
     """``error`` as the engine should see it: no memory, a device that is lost, or itself.
 
-    After some errors of a GPU (an illegal address, an assertion in a kernel) every later call of
-    this process fails: asking it to finish what it was given tells.
+    The frames that it came through let go of their variables: whoever keeps an error would keep a
+    step's tensors. After some errors of a GPU (an illegal address, an assertion in a kernel) every
+    later call of this process fails: asking it to finish what it was given tells.
     """
+    traceback.clear_frames(error.__traceback__)
     found: Exception
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         found = OutOfMemoryError(str(error).partition("\n")[0])

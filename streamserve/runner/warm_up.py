@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Protocol
 
 from streamserve.core.clock import monotonic
 from streamserve.core.plan import (
@@ -69,6 +70,14 @@ class Measuring:
     whole_step: bool
 
 
+class Closes(Protocol):
+    """A runner, or what it will own."""
+
+    def close(self) -> None:
+        """Idempotent."""
+        ...
+
+
 CPU_MEASURING = Measuring((1, 8, 32, 64, 128), seconds=0.7, whole_step=False)
 # Rows cost next to nothing until they are hundreds: where the slope begins is what matters.
 GPU_MEASURING = Measuring(
@@ -77,12 +86,12 @@ GPU_MEASURING = Measuring(
 
 
 @contextmanager
-def closed_on_error(runner: ModelRunner) -> Iterator[None]:
+def closed_on_error(opened: Closes) -> Iterator[None]:
     """Closes a runner that does not become warm: its threads would keep the process."""
     try:
         yield
     except BaseException:
-        runner.close()
+        opened.close()
         raise
 
 

@@ -35,6 +35,9 @@ class Bank:
     def clear(self, slot: int) -> None:
         del self.held[slot]
 
+    def close(self) -> None:
+        self.held.clear()
+
 
 @pytest.fixture
 async def api():

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from weakref import WeakSet
 
 ROOT = str(Path(__file__).parents[2])
 Clock = dict[int, int]  # by stream: how many of its operations
@@ -87,6 +88,7 @@ class FakeDevice:
         self.log: list[Entry] = []
         self.findings: Counter[str] = Counter()
         self.live_bytes = self.peak_bytes = 0
+        self.graphs: WeakSet[Graph] = WeakSet()
         self.fail_when: Callable[[str], BaseException | None] = lambda name: None
         self._lock = threading.RLock()
         self._done: Clock = {}  # what the host knows to be done
@@ -133,9 +135,11 @@ class FakeDevice:
         arrive: Callable[[], None] | None = None,
     ) -> None:
         """Notes an operation of the current stream. ``arrive``: when the host knows of its end."""
-        error = self.fail_when(name)
-        if error is not None:
-            raise error
+        if (error := self.fail_when(name)) is not None:
+            try:
+                raise error
+            finally:
+                del error  # it has this frame
         with self._lock:
             stream = self.current
             self._note(kind, name, stream)
@@ -211,6 +215,7 @@ class FakeDevice:
     def capture_begin(self, graph: Graph) -> None:
         self._note("capture", "begin", self.current)
         self.current.graph = graph
+        self.graphs.add(graph)
 
     def capture_end(self) -> None:
         self.current.graph = None

@@ -215,11 +215,11 @@ class _Capture:
 
 class _Cudart:
     def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802
-        tensors.pinned[address] = address + num_bytes
+        tensors.registered[address] = address + num_bytes
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        if tensors.pinned.pop(address, None) is None:
+        if tensors.registered.pop(address, None) is None:
             tensors.device.find("memory is unpinned that was not pinned")
         return 0
 

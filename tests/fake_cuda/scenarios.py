@@ -13,6 +13,7 @@ from streamserve.core.pooling import Pooling
 from streamserve.core.request import FinishReason, Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import OutOfMemoryError
+from tests.fake_cuda.closing import held
 from tests.fake_cuda.engine import Engine
 
 _numbers = count()
@@ -205,7 +206,7 @@ def failed_capture(engine: Engine) -> None:
     executor.run_eagerly = spoiled  # type: ignore[method-assign]
     executor.want_graphs([bad, good])
     runner.capture_graphs()
-    executor.run_eagerly = run_eagerly  # type: ignore[method-assign]
+    del executor.run_eagerly
     stream = runner.on_device_thread(lambda: torch.cuda.current_stream().cuda_stream)
     found = good in executor._graphs, bad in executor._graphs, stream
     executor._graphs[bad] = removed[0]
@@ -214,8 +215,11 @@ def failed_capture(engine: Engine) -> None:
     assert found == (True, False, 0), found
 
 
-def closed(engine: Engine) -> list[str]:
-    """Steps are in flight, one was launched and nobody has asked for its sample."""
+def closed(engine: Engine) -> dict[str, Any]:
+    """Steps are in flight, one was launched and nobody has asked for its sample.
+
+    What was found, and what is held when the runner is closed, by somebody who holds it on.
+    """
     loop = engine.loop()
     for request in requests(prompts(3)):
         loop.scheduler.add(request)
@@ -225,8 +229,10 @@ def closed(engine: Engine) -> list[str]:
     engine.runner.launch(plan)
     engine.device.findings.clear()
     engine.runner.close()
+    if engine.built.adapters is not None:
+        engine.built.adapters.close()
     assert all(future.done() and future.exception() is None for future in loop.futures)
-    return sorted(engine.device.findings)
+    return {"findings": sorted(engine.device.findings), **held(engine.device)}
 
 
 SCENARIOS: dict[str, Callable[[Engine], None]] = {

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -31,8 +32,8 @@ _ASKING = {
     "aten::repeat_interleave",
 }
 device = FakeDevice(0)  # replaced by `runtime.install`
-pinned: dict[int, int] = {}  # ends of pinned ranges of the host's memory, by their starts
-_pinned_tensors: list[Tensor] = []
+registered: dict[int, int] = {}  # ends of ranges of the host's memory, by their starts
+_pinned: dict[int, tuple[StorageWeakRef, int]] = {}  # with their bytes, by address of the object
 
 
 class DeviceTensor(torch.Tensor):
@@ -147,7 +148,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     mine = [x for x in flat if isinstance(x, DeviceTensor)]
     name: str = func._schema.name
     if kwargs.pop("pin_memory", False):
-        return _pinned(func(*args, **kwargs))
+        return _pin(func(*args, **kwargs))
     to_device = any(isinstance(x, torch.device) and x.type == "cuda" for x in flat)
     if not mine and not to_device:
         return func(*args, **kwargs)
@@ -243,21 +244,27 @@ def _without_indices(x: Any) -> Any:
 
 def is_pinned(host: Tensor) -> bool:
     """Whether the device can copy from it, or to it, by itself."""
-    start = host.data_ptr()
-    return any(low <= start and start + host.nbytes <= high for low, high in pinned.items())
-
-
-def _pinned(host: Tensor) -> Tensor:
-    pinned[host.untyped_storage().data_ptr()] = host.untyped_storage().data_ptr() + max(
-        host.untyped_storage().nbytes(), 1
+    start, end = host.data_ptr(), host.data_ptr() + host.nbytes
+    return host.untyped_storage()._cdata in _pinned or any(
+        low <= start and end <= high for low, high in registered.items()
     )
-    _pinned_tensors.append(host)  # kept: an address is never given twice
+
+
+def num_pinned_bytes() -> int:
+    """Of memory that is pinned now."""
+    asked = sum(size for storage, size in _pinned.values() if not storage.expired())
+    return asked + sum(high - low for low, high in registered.items())
+
+
+def _pin(host: Tensor) -> Tensor:
+    storage = StorageWeakRef(host.untyped_storage())
+    _pinned[storage.cdata] = storage, host.untyped_storage().nbytes()
     return host
 
 
 def pin(host: Tensor) -> Tensor:
     """`Tensor.pin_memory`."""
-    return _pinned(host.clone())
+    return _pin(host.clone())
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool) -> Tensor:

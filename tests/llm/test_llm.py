@@ -369,3 +369,18 @@ def test_an_object_that_nobody_holds_is_closed():
     gc.collect()
     assert gone() is None
     assert len(loop_threads()) == before
+
+
+def test_a_closed_object_holds_neither_weights_nor_cache_nor_adapters():
+    gc.disable()  # nothing waits for it
+    try:
+        llm = LLM(dtype="float32", enable_lora=True, max_loras=2)
+        runner, bank = llm._service.engine._runner, llm._service.adapters._bank
+        held = [weakref.ref(runner._model), weakref.ref(runner._kv_caches[0][0])]
+        held.append(weakref.ref(bank._tables[0, "layers.qkv"]))
+        del runner, bank
+        assert None not in [ref() for ref in held]
+        llm.close()
+        assert [ref() for ref in held] == [None] * 3
+    finally:
+        gc.enable()

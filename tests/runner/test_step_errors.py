@@ -1,5 +1,7 @@
 """What the engine is told of a step that failed."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -46,3 +48,19 @@ def test_a_device_is_lost_if_nothing_ends_on_it_any_more(is_lost, monkeypatch):
 def test_other_errors_are_themselves():
     error = ValueError("a plan that cannot be right")
     assert step_error(error, CUDA) is error
+
+
+def test_an_error_keeps_nothing_of_the_step():
+    held = []
+
+    def compute():
+        states = torch.empty(4)
+        held.append(weakref.ref(states))
+        raise ValueError("a plan that cannot be right")
+
+    try:
+        compute()
+    except ValueError as error:
+        kept = step_error(error, CPU)
+    assert kept.__traceback__.tb_next is not None
+    assert held[0]() is None

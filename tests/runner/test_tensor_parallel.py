@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -160,18 +161,22 @@ def checkpoint(tmp_path):
     return tmp_path, random_checkpoint(LLAMA, tmp_path)
 
 
-@pytest.fixture
-def led(checkpoint, on_device):
-    """The runner of two ranks, and the model of one."""
-    path, config = checkpoint
-    shares = load_shares(path, config, 2, **OPTIONS)
+def lead(shares, on_device) -> tuple[LeadRunner, Threads]:
+    """The runner of two ranks."""
     followers = Threads()
     teams = [ThreadTeam(share._ranks, followers) for share in shares]
     followers.thread = threading.Thread(
         target=partial(_until_the_end, build, shares[1], on_device=on_device, team=teams[1])
     )
     followers.thread.start()
-    runner = build(shares[0], on_device=on_device, team=teams[0])
+    return build(shares[0], on_device=on_device, team=teams[0]), followers
+
+
+@pytest.fixture
+def led(checkpoint, on_device):
+    """The runner of two ranks, and the model of one."""
+    path, config = checkpoint
+    runner, followers = lead(load_shares(path, config, 2, **OPTIONS), on_device)
     yield runner, load_model(path, config=config, **OPTIONS), followers
     runner.close()
 
@@ -195,6 +200,20 @@ def test_ranks_serve_what_one_device_serves(led, on_device) -> None:
     assert answers == expected[0]
     for found, wanted in ((logprobs, expected[1]), (vectors, expected[2])):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_that_are_closed_hold_neither_shares_nor_caches(checkpoint, on_device) -> None:
+    shares = load_shares(*checkpoint, 2, **OPTIONS)
+    held = [weakref.ref(share) for share in shares]
+    runner, followers = lead(shares, on_device)
+    own = runner._own
+    caches = own._flat_caches
+    held.append(weakref.ref(caches[0]))
+    del shares, own, caches
+    assert None not in [ref() for ref in held]
+    runner.close()
+    assert followers.failure is None
+    assert [ref() for ref in held] == [None] * 3
 
 
 class Stuck:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from streamserve_kernels.triton.runtime import jit
+from streamserve_kernels.triton.runtime import forget_with, jit
 
 _COPIED = 2048  # words of a program of `copy_blocks`
 
@@ -200,6 +200,7 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
         key = tuple(cache.data_ptr() for cache in same)
         if key not in _addresses:
             _addresses[key] = torch.tensor(key, dtype=torch.int64, device=src.device)
+            forget_with(same[0], _addresses, key)
         words = num_bytes // 8
         grid = (len(src), len(same), triton.cdiv(words, _COPIED))
         _copy_kernel[grid](_addresses[key], src, dst, words, BLOCK=_COPIED, num_warps=8)

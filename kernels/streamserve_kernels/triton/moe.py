@@ -20,7 +20,7 @@ from streamserve_kernels.triton.moe_kernels import (
     order_kernel,
     route_kernel,
 )
-from streamserve_kernels.triton.runtime import INTERPRETED
+from streamserve_kernels.triton.runtime import INTERPRETED, forget_with
 
 _SCANNED = 1024  # pairs at a time, when they are counted and ordered
 _COMBINED = 1024  # outputs of a program of the last sum
@@ -157,6 +157,7 @@ def _table(up: list[DenseLinear], down: list[DenseLinear]) -> _Table:
         aligned = all(address % 16 == 0 for address in weights)
         found = _Table(addresses[0], addresses[2], addresses[1], addresses[3], aligned)
         _tables[key] = found
+        forget_with(up[0].weight, _tables, key)
     return found
 
 

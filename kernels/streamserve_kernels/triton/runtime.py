@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cache, partial
 from typing import Any
 
@@ -38,6 +39,11 @@ def compiled_kernels() -> dict[str, int]:
             name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
             compiled[name] = compiled.get(name, 0) + len(of_device[0])
     return compiled
+
+
+def forget_with(owner: torch.Tensor, known: dict[Any, Any], key: Any) -> None:
+    """Takes `key`, made of the address of `owner` and more, out of `known` when that is freed."""
+    weakref.finalize(owner, known.pop, key, None).atexit = False
 
 
 @cache

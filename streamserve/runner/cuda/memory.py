@@ -71,10 +71,15 @@ class StepBytes:
 
 def read_gpu(device: torch.device) -> GpuReading:
     """Looks at ``device`` when all that was queued on it is done and torch keeps nothing spare."""
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
+    free_spare(device)
     free, total = torch.cuda.mem_get_info(device)
     return GpuReading(total, free, torch.cuda.memory_reserved(device))
+
+
+def free_spare(device: torch.device) -> None:
+    """Waits for all that was queued on a GPU; what torch keeps spare of it then is the driver's."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
 
 
 def profile_step_bytes(
@@ -110,8 +115,7 @@ def _peak_bytes(model: LanguageModel, batch: ForwardBatch, caches: KVCache) -> i
     device = model.device
     with torch.inference_mode():
         model.forward(batch, caches)  # compiling and tuning take memory of their own
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+        free_spare(device)
         torch.cuda.reset_peak_memory_stats(device)
         allocated, reserved = (
             torch.cuda.memory_allocated(device),

@@ -13,11 +13,13 @@ waits for the one event behind the copy of the ids. (It spins in the driver whil
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import NamedTuple, TypeVar
@@ -31,6 +33,7 @@ from streamserve.models.batch import KVCache
 from streamserve.runner.compilations import num_compilations
 from streamserve.runner.cuda.graphs import StepExecutor, StepResult
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
+from streamserve.runner.cuda.memory import free_spare
 from streamserve.runner.cuda.sampling import DeviceSampler, Drawn
 from streamserve.runner.cuda.timeline import Mark, Timeline
 from streamserve.runner.kv_transfer import KVTransfer
@@ -111,6 +114,7 @@ class CudaModelRunner:
         self._device = executor.model.device
         self._prompts = PromptsWanted()
         self._pools = Pools()
+        self._is_closed = False
         self._calls: StepCalls[Callable[[], None]] = StepCalls()
         self._queued: SimpleQueue[_Queued | None] = SimpleQueue()
         self._threads = [
@@ -153,19 +157,38 @@ class CudaModelRunner:
                 done.set_exception(error)
 
         self._calls.plans.put(run)
-        return done.result()
+        try:
+            return done.result()
+        except Exception:
+            del done  # the error has a frame that has it: they would keep each other
+            raise
 
     def capture_graphs(self) -> None:
         """Captures at once the graphs that are left; otherwise that happens while nobody asks."""
         self.on_device_thread(self._executor.capture_all)
 
     def close(self) -> None:
-        """Finish every step whose sample was asked for, then stop. Idempotent."""
+        """Finish every step whose sample was asked for, then stop. Idempotent.
+
+        Whoever holds the runner on holds no memory of the device, no graph and no pinned memory.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._calls.close()
         for thread in self._threads:
             thread.join()
+        self._free_spare()  # a step that was launched, and not asked for, still runs
         if self._transfer is not None:
             self._transfer.close()
+        del self._transfer, self._executor, self._batch, self._sampler, self._flat_caches
+        self._free_spare()
+
+    def _free_spare(self) -> None:
+        if self._device.type == "cuda":
+            gc.collect()  # modules of transformers refer to each other
+            with suppress(torch.AcceleratorError):  # a device that is lost
+                free_spare(self._device)
 
     def _check_open(self) -> None:
         self._calls.check_open()
@@ -215,6 +238,7 @@ class CudaModelRunner:
             drawn = None if forwarded is None else self._draw(forwarded, call.masks)
         except Exception as error:
             call.future.set_exception(step_error(error, self._device))
+            del failed, forwarded, call  # the error has this frame: they would keep each other
             return True
         except BaseException as error:
             call.fail(error)

@@ -35,6 +35,9 @@ COPIES_BACK = {"logprobs": 3, "prompt_logprobs": 4, "embeddings": 4, "everything
 HOST_COPIES = {"llama-fp8-cache": 10}
 
 
+NOTHING = {"device bytes": 0, "pinned bytes": 0, "graphs": 0, "threads": []}
+
+
 @pytest.fixture(scope="module")
 def reports() -> dict[str, dict]:
     pytest.importorskip("triton")
@@ -53,7 +56,7 @@ def test_nothing_went_wrong(report):
         assert (name, scenario["error"], scenario["findings"]) == (name, None, {})
         assert scenario["steps"] or name == "failed_capture"
     assert report["graphs"] >= 9
-    assert report["closed"] == []
+    assert report["closed"] == {"findings": [], **NOTHING}
 
 
 def test_no_step_waits_and_each_has_one_copy_of_its_inputs(report):
@@ -80,3 +83,16 @@ def test_every_kernel_was_met_before_the_runner_was_ready(report):
         # A sum that was begun in an earlier step is the one thing that no warm-up has.
         assert set(scenario["late operations"]) <= {"aten::add_"}, name
     assert report["compilations"] == 0
+
+
+def test_whoever_closes_an_llm_has_nothing_of_the_device():
+    """The object is held on, or the error that it died of; or it was never built."""
+    pytest.importorskip("triton")
+    report = json.loads(run_python("-m", "tests.fake_cuda.closing", TRITON_INTERPRET=None).stdout)
+    assert report.pop("findings") == {}
+    before = report.pop("open")
+    assert all(before[what] for what in NOTHING), before
+    errors = {name: left.pop("error", None) for name, left in report.items()}
+    assert report == dict.fromkeys(report, NOTHING)
+    assert errors.pop("dead") == "EngineDeadError"
+    assert set(errors.values()) == {None, "KVCacheMemoryError"}, errors

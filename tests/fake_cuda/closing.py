@@ -1,0 +1,121 @@
+"""`python -m tests.fake_cuda.closing`: what an `LLM` leaves of a device when it is closed, as JSON.
+
+Somebody holds the object on, or the error that it died of; or it could not be built.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+
+from tests.fake_cuda import runtime
+from tests.fake_cuda.device import FakeDevice
+from tests.fake_cuda.tensors import num_pinned_bytes
+
+OPTIONS: dict[str, Any] = {
+    "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 32,
+    "kv_cache_memory": "8MiB", "swap_space": "8MiB", "enable_lora": True, "max_loras": 2,
+}  # fmt: skip
+FAILURES = (1, 4)  # tenths of what a device is asked for while an engine is built
+
+
+def held(device: FakeDevice) -> dict[str, Any]:
+    """What nobody has let go of."""
+    return {
+        "device bytes": device.live_bytes,
+        "pinned bytes": num_pinned_bytes(),
+        "graphs": len(device.graphs),
+        "threads": sorted(t.name for t in threading.enumerate() if "streamserve" in t.name),
+    }
+
+
+def main() -> None:
+    os.environ["HOME"] = tempfile.mkdtemp()  # nothing that was measured before
+    device = runtime.install()
+    from streamserve import LLM
+    from streamserve.errors import StreamServeError
+
+    def opened() -> LLM:
+        return LLM(device=f"cuda:{device.index}", **OPTIONS)
+
+    def answer(llm: LLM) -> None:
+        llm.generate("Hello", use_tqdm=False)
+
+    gc.disable()  # nothing waits for it
+    with counted(device) as asked:
+        llm = opened()
+    answer(llm)
+    before = held(device)
+    llm.close()
+    reports = {"open": before, "closed": held(device)}
+
+    for tenths in FAILURES:
+        said = None
+        with failing(device, len(asked) * tenths // 10):
+            try:
+                opened().close()
+            except StreamServeError as error:
+                said = type(error).__name__
+        reports[f"failed at {tenths}"] = {"error": said, **held(device)}
+
+    llm = opened()
+    with lost(device):
+        try:
+            answer(llm)
+        except StreamServeError as error:
+            kept = error
+        llm.close()
+    reports["dead"] = {"error": type(kept).__name__, **held(device)}
+    print(json.dumps({**reports, "findings": dict(device.findings)}))
+
+
+@contextmanager
+def counted(device: FakeDevice) -> Iterator[list[str]]:
+    """The names of all that the device is asked for."""
+    names: list[str] = []
+    device.fail_when = names.append  # type: ignore[assignment]
+    yield names
+    device.fail_when = lambda name: None
+
+
+@contextmanager
+def failing(device: FakeDevice, number: int) -> Iterator[None]:
+    """There is no memory for this one of the things that the device is asked for."""
+    left = number
+
+    def fail(name: str) -> BaseException | None:
+        nonlocal left
+        left -= 1
+        return torch.OutOfMemoryError("CUDA out of memory") if left == 0 else None
+
+    device.fail_when = fail
+    yield
+    device.fail_when = lambda name: None
+
+
+@contextmanager
+def lost(device: FakeDevice) -> Iterator[None]:
+    """Nothing can be asked of the device any more."""
+
+    def error(*_: object) -> torch.AcceleratorError:
+        return torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize(*_: object) -> NoReturn:
+        raise error()
+
+    works = torch.cuda.synchronize
+    device.fail_when, torch.cuda.synchronize = error, synchronize
+    yield
+    device.fail_when, torch.cuda.synchronize = (lambda name: None), works
+
+
+if __name__ == "__main__":
+    main()
