@@ -128,9 +128,11 @@ class ApiServer:
         self._on_draining = on_draining
         self._shutdown_wanted = asyncio.Event()
         self._now_wanted = asyncio.Event()
+        self._is_told_to_end = False
 
     def request_shutdown(self) -> None:
         """What a signal calls: drain at the first call, end now at the second."""
+        self._is_told_to_end |= not self._app.context.engine.is_dead
         if self._shutdown_wanted.is_set():
             self._now_wanted.set()
         self._shutdown_wanted.set()
@@ -139,7 +141,8 @@ class ApiServer:
         """Serve until ``request_shutdown``.
 
         Raises ``ConfigError`` if it cannot listen, and ``EngineDeadError`` after an orderly end if
-        the engine died: whoever supervises the process starts another.
+        the engine died: whoever supervises the process starts another. Not where it was told to end
+        before that, and all that it had begun ended well.
         """
         config, context = self._config, self._app.context
         sockets = bind_sockets(config) if self._sockets is None else self._sockets
@@ -159,7 +162,8 @@ class ApiServer:
                 workers.start()
             async with self._admin_server():
                 await server.serve(sockets)
-            if engine.is_dead:
+            ended_well = self._is_told_to_end and not engine.has_failed_requests
+            if engine.is_dead and not ended_well:
                 raise EngineDeadError(f"the engine is dead: {engine.dead_reason}")
         except OSError as exc:
             raise _cannot_listen(config.host, config.port, exc) from exc

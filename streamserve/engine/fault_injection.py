@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
 
+from streamserve.core.death import Death
 from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
 from streamserve.errors import DeviceDeadError, OutOfMemoryError
 
@@ -56,6 +57,8 @@ class FaultInjectingRunner:
         self._runner = runner
         self._faults: list[_Fault] = []
         self._plans: dict[int, SchedulerOutput] = {}  # launched, not sampled
+        self._death = Death()
+        runner.on_death(self._death.tell)
 
     def inject(
         self,
@@ -67,9 +70,10 @@ class FaultInjectingRunner:
     ) -> None:
         """Let the next ``num_steps`` steps go wrong; of those with ``request_id`` in it, if given.
 
-        ``SLOW_STEP``: their results come ``delay_s`` late. ``REQUEST_EXCEPTION`` needs a
-        ``request_id`` (that of a choice or of a beam belongs to its request) and ends with
-        ``clear`` only. Raises ValueError for what cannot be.
+        ``DEVICE_DEAD``, but of one request, is heard of at once, as a device's that dies while
+        nobody asks for anything. ``SLOW_STEP``: the steps' results come ``delay_s`` late.
+        ``REQUEST_EXCEPTION`` needs a ``request_id`` (that of a choice or of a beam belongs to its
+        request) and ends with ``clear`` only. Raises ValueError for what cannot be.
         """
         if kind is FaultKind.REQUEST_EXCEPTION and request_id is None:
             raise ValueError(f"request_id must be given for {kind}")
@@ -78,9 +82,11 @@ class FaultInjectingRunner:
         if not 0.0 <= delay_s <= 60.0:
             raise ValueError(f"delay_s must be between 0 and 60, got {delay_s}")
         self._faults.append(_Fault(kind, num_steps, request_id, delay_s))
+        if kind is FaultKind.DEVICE_DEAD and request_id is None:
+            self._death.tell(DeviceDeadError(f"{kind} was injected"))
 
     def clear(self) -> None:
-        """Forget what was asked for and has not happened."""
+        """Forget what was asked for and has not happened. Who is dead stays dead."""
         self._faults.clear()
 
     @property
@@ -108,8 +114,8 @@ class FaultInjectingRunner:
         return _failed(future, _ERRORS[fault.kind](f"{fault.kind} was injected"))
 
     def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
-        """See ``core.plan.ModelRunner``. An injected ``DEVICE_DEAD`` is a step's alone."""
-        self._runner.on_death(hear)
+        """See ``core.plan.ModelRunner``."""
+        self._death.on_death(hear)
 
     def close(self) -> None:
         """See ``core.plan.ModelRunner``."""

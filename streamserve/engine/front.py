@@ -51,6 +51,7 @@ class EngineFront:
         self._deadlines = Deadlines()
         self._is_stopping = False
         self._died = asyncio.Event()
+        self._has_failed_requests = False
         self._dead_reason: str | None = None
         self._num_beam_groups = 0
         self._num_preemptions = 0  # of requests that have ended
@@ -213,6 +214,11 @@ class EngineFront:
         """Why, in one line, ``None`` while alive."""
         return self._dead_reason
 
+    @property
+    def has_failed_requests(self) -> bool:
+        """Whether a request was ended, or refused, because the engine is dead."""
+        return self._has_failed_requests
+
     async def wait_dead(self) -> None:
         """Return when the engine is dead; it may never be."""
         await self._died.wait()
@@ -289,6 +295,7 @@ class EngineFront:
         for live in dict.fromkeys(self._live.values()):
             self._end(live)
             live.fail(self._dead_error())
+            self._has_failed_requests = True
         self._died.set()
         self._wake.set()
 
@@ -298,4 +305,5 @@ class EngineFront:
     def _raise_if_dead(self) -> None:
         """Raise ``EngineDeadError`` if it is."""
         if self._dead_reason is not None:
+            self._has_failed_requests = True
             raise self._dead_error()

@@ -1,5 +1,7 @@
 """The hook that lets things go wrong on purpose."""
 
+import asyncio
+
 import pytest
 
 from streamserve.engine.text_source import byte_text
@@ -35,9 +37,21 @@ async def test_a_step_fails_and_the_next_request_is_right():
 
 async def test_what_was_asked_for_can_be_taken_back():
     async with Api(has_faults=True).running() as api:
-        await api.call("POST", PATH, {"kind": "device_dead"})
+        await api.call("POST", PATH, {"kind": "step_exception"})
         await api.call("POST", PATH, {"kind": "clear"})
         assert (await api.chat(max_tokens=3)).status == 200
+        assert api.engine.stats().num_failed_steps == 0
+
+
+async def test_a_device_that_dies_while_nobody_asks_is_the_end_of_the_server():
+    async with Api(has_faults=True).running() as api:
+        await api.call("POST", PATH, {"kind": "device_dead"})
+        async with asyncio.timeout(60):
+            await api.engine.wait_dead()
+        assert (await api.call("GET", "/health")).json == {"status": "dead"}
+        assert not api.engine.has_failed_requests
+        assert (await api.chat()).status == 503
+        assert api.engine.has_failed_requests
 
 
 async def test_a_worker_that_dies_is_replaced():

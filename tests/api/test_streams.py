@@ -1,11 +1,13 @@
 """What happens to a stream: silence, slow and leaving readers, failures."""
 
 import asyncio
+import contextlib
 
 import pytest
 
 from streamserve.api.server import ApiServer
 from streamserve.core.death import Death
+from streamserve.engine.fault_injection import FaultKind
 from streamserve.engine.null_runner import NullRunner
 from streamserve.errors import DeviceDeadError, EngineDeadError, StreamServeError
 from tests.api.harness import Api, BrokenRunner, Exchange, chat_body, events_of, text_of, until
@@ -219,6 +221,29 @@ async def test_a_server_whose_device_has_died_ends_and_says_so(is_idle):
         async with asyncio.timeout(60):
             await running  # nobody tells it to end
     assert isinstance(died.value, StreamServeError), "the exit code is 1"
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+async def test_a_death_while_it_drains_is_a_failure_where_it_cuts_a_stream(is_cut):
+    api = Api(has_faults=True, is_held=is_cut)
+    ready = asyncio.Event()
+    server = ApiServer(api.app, api.config, on_ready=lambda _url: ready.set())
+    running = asyncio.create_task(server.run())
+    await ready.wait()
+    with api.app.context.gate.enter():  # somebody still reads
+        answers = [asyncio.create_task(api.chat())] if is_cut else []
+        if is_cut:
+            await until(lambda: api.engine.num_steps > 0)
+        server.request_shutdown()
+        await until(lambda: not api.app.context.gate.is_open)
+        api.engine._runner.inject(FaultKind.DEVICE_DEAD)
+        api.pace.let_go()
+        await api.engine.wait_dead()
+        assert [(await answer).status for answer in answers] == [503] * is_cut
+    error = pytest.raises(EngineDeadError) if is_cut else contextlib.nullcontext()
+    async with asyncio.timeout(60):
+        with error:
+            await running
 
 
 async def test_a_batch_is_admitted_whole_or_not_at_all():

@@ -63,6 +63,17 @@ def test_a_runner_that_has_died_is_heard_of_behind_its_faults():
     assert heard == [runner.death.cause]
 
 
+def test_an_injected_death_is_heard_of_once_and_that_of_one_request_only_by_its_step():
+    steps, heard = Steps(), []
+    steps.runner.on_death(heard.append)
+    steps.runner.inject(FaultKind.DEVICE_DEAD, request_id="bad")
+    assert isinstance(steps.run("bad").exception(), DeviceDeadError)
+    assert heard == []
+    for _ in range(2):
+        steps.runner.inject(FaultKind.DEVICE_DEAD)
+    assert [str(cause) for cause in heard] == ["device_dead was injected"]
+
+
 async def test_a_slow_step_says_the_same_later():
     steps = Steps()
     steps.runner.inject(FaultKind.SLOW_STEP, delay_s=0.0)
