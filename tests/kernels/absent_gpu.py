@@ -254,7 +254,9 @@ def planned_attention_calls() -> Iterator[Callable[[], object]]:
         (HEADS, 80, 16, torch.bfloat16, {"window": 100}),
         (1, 256, 32, torch.bfloat16, {"soft_cap": 30.0}),
         (KV_HEADS, 64, 32, torch.bfloat16, {"alibi_slopes": torch.zeros(HEADS)}),
+        (KV_HEADS, SIZE, BLOCK_SIZE, torch.float32, {}),
     ):
+        of_query = torch.float32 if dtype == torch.float32 else torch.bfloat16
         caches = [bf16(4, kv_heads, block_size, size).to(dtype) for _ in range(2)]
         for tokens, requests, longest, groups in (
             (1, 1, 1, False),
@@ -265,9 +267,12 @@ def planned_attention_calls() -> Iterator[Callable[[], object]]:
         ):
             if groups and "window" in more:
                 continue
+            if dtype == torch.float32 and not groups:
+                continue
             members = requests, requests // 2 + 1, requests // 2
             shared = PrefixGroups(*(ints(n) for n in members)) if groups else None
-            args = bf16(tokens, HEADS, size), *caches, ints(requests, width), ints(requests)
+            query = bf16(tokens, HEADS, size).to(of_query)
+            args = query, *caches, ints(requests, width), ints(requests)
             yield (
                 lambda args=args, requests=requests, longest=longest, shared=shared, more=more: (
                     paged_attention(

@@ -79,7 +79,9 @@ def paged_attention(
     if groups is not None and 0 in {len(groups.members), len(groups.num_blocks)}:
         groups = None
     group = num_heads // key_cache.shape[1]
-    sizes = plan(group, query.shape[2], num_tokens, max_query_len, groups is not None)
+    # The interpreter's float32 stands for any dtype.
+    is_float32 = query.dtype == torch.float32 and not INTERPRETED
+    sizes = plan(group, query.shape[2], num_tokens, max_query_len, groups is not None, is_float32)
     constants = _constants(
         query, key_cache, value_cache, sizes, (window, alibi_slopes, soft_cap, sinks, groups)
     )

@@ -6,7 +6,7 @@ launch is captured into a CUDA graph and replayed for other lengths.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,17 @@ FEW_ROWS = 512
 FEW_REQUESTS = 16
 # Drafts to verify: a group's members with no more queries than this attend to its prefix together.
 SHARED_QUERIES = 8
+# Of float32, but for decodes of one tile: larger ones do not fit into registers.
+FLOAT32 = Tiles(16, 16)
 
 
 def plan(
-    group: int, head_size: int, num_tokens: int, max_query_len: int | None, has_groups: bool
+    group: int,
+    head_size: int,
+    num_tokens: int,
+    max_query_len: int | None,
+    has_groups: bool,
+    is_float32: bool = False,
 ) -> Plan:
     """Sizes for `num_tokens` queries, at most `max_query_len` of a request.
 
@@ -68,6 +75,21 @@ def plan(
     128 x 64 on eight.
     """
     most = num_tokens if max_query_len is None else min(max_query_len, num_tokens)
+    if is_float32:
+        found = plan(group, head_size, num_tokens, max_query_len, has_groups)
+        if found.split.rows == 16 and not (found.has_chunks or has_groups):
+            return found
+        split_queries = found.split_queries
+        if found.has_chunks:
+            split_queries = max(1, min(SPLIT_QUERIES, FLOAT32.rows // group))
+        return replace(
+            found,
+            split=FLOAT32,
+            chunk=FLOAT32,
+            shared=FLOAT32,
+            split_queries=split_queries,
+            stages=2,
+        )
     keys = 64 if head_size <= 128 else 32
     if most * group <= 64 or num_tokens * group <= FEW_ROWS:
         return Plan(
