@@ -16,7 +16,7 @@ from typing import Any
 
 from streamserve.api.fields import STATUS
 from streamserve.api.openapi import ENDPOINTS, OBJECTS, described
-from streamserve.cli.args import ONLY_ONE, build_parser
+from streamserve.cli.args import build_parser
 from streamserve.cli.peer_flags import PeerAction
 from streamserve.cli.vllm_flags import RefuseAction
 
@@ -132,9 +132,8 @@ def _flags() -> str:
             continue
         names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar}`"
         help_text = (action.help or "") % {**vars(action), "prog": "streamserve"}
-        status = "refused, but for 1" if action.dest in ONLY_ONE else "honoured"
         choices = " ".join(f"`{choice}`" for choice in action.choices or ())
-        rows.append((names, status, choices, help_text))
+        rows.append((names, "honoured", choices, help_text))
     own = markdown_table(("flag", "", "values", ""), rows)
     return own + _FOREIGN + markdown_table(("flag", "", "instead"), foreign)
 

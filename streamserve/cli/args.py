@@ -52,10 +52,6 @@ _LOAD_FORMATS_OF_VLLM = {
     **dict.fromkeys(("hf", "bitsandbytes"), "auto"),
     **dict.fromkeys(("fastsafetensors", "runai_streamer"), "safetensors"),
 }
-ONLY_ONE = {
-    "pipeline_parallel_size": "--tensor-parallel-size divides every layer instead",
-}
-"""Flags that may only say 1, and why."""
 
 _EXAMPLES = """examples:
   streamserve serve                       the model in the box, on http://127.0.0.1:8000
@@ -342,14 +338,6 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="divide every layer among N GPUs of this machine, or N processes on a CPU; N must "
         "divide the model's heads and widths (default: %(default)s)",
     )
-    group.add_argument(
-        "--pipeline-parallel-size",
-        "-pp",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="only 1: --tensor-parallel-size divides a model",
-    )
 
 
 def _add_http_flags(parser: argparse.ArgumentParser) -> None:
@@ -475,9 +463,6 @@ def check_flags(args: Namespace) -> None:
 
     What depends on the device is for `device_flags`.
     """
-    for flag, why in ONLY_ONE.items():
-        if (value := getattr(args, flag)) != 1:
-            raise ConfigError(f"--{flag.replace('_', '-')} must be 1 ({why}), got {value}")
     if args.model == "":
         raise ConfigError("MODEL must be a directory or a hub id, got ''")
     check_quantization(args.quantization)

@@ -30,8 +30,9 @@ _PLUGIN = "no code of yours is loaded into the server"
 _GROUPS: tuple[tuple[str, str], ...] = (
     (
         _DEVICES,
-        "data_parallel_size=1 data_parallel_rank=0 data_parallel_start_rank=0 "
-        "data_parallel_size_local=1 data_parallel_address data_parallel_rpc_port "
+        "pipeline_parallel_size=1 data_parallel_size=1 data_parallel_rank=0 "
+        "data_parallel_start_rank=0 data_parallel_size_local=1 data_parallel_address "
+        "data_parallel_rpc_port "
         "data_parallel_backend=* data_parallel_hybrid_lb! data_parallel_external_lb! "
         "data_parallel_multi_port_external_lb! data_parallel_supervisor_port "
         "dp_supervisor_probe_interval_s=* dp_supervisor_probe_timeout_s=* "
@@ -223,6 +224,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
 )
 
 _SHORT = {
+    "pipeline_parallel_size": "-pp",
     "data_parallel_size": "-dp",
     "data_parallel_rank": "-dpn",
     "data_parallel_start_rank": "-dpr",

@@ -35,7 +35,6 @@ def test_help_names_every_flag(run):
     [
         (["--tensor-parallel-size", "3"], "must divide the model's 4 (attention heads), got 3"),
         (["--tensor-parallel-size", "2", "--enable-lora"], "--enable-lora must not be given with"),
-        (["--pipeline-parallel-size", "4"], "--pipeline-parallel-size must be 1"),
         (["--quantization", "int3"], "must be one of int8, int4, fp8, or what the checkpoint is"),
         (["--quantization", "awq_marlin"], "--quantization awq_marlin: the checkpoint is not"),
         (["--gpu-memory-utilization", "1.5"], "at most 1, got 1.5"),
@@ -65,6 +64,7 @@ def test_a_wrong_flag_is_refused_in_one_line(run, args, message):
             ["--fully-sharded-loras"],
             "--fully-sharded-loras is not supported by this server: adapters",
         ),
+        (["-pp", "4"], "-pp is not supported by this server: --tensor-parallel-size divides"),
         (["--kv-cache-memory", "many"], "must look like 4GiB, 512MiB or 2G, got 'many'"),
         (["--max-num-seqs", "some"], "argument --max-num-seqs: must be a whole number, got 'some'"),
         (["--max-model-length=9"], "--max-model-length=9 (did you mean --max-model-len?)"),

@@ -4,7 +4,6 @@ import argparse
 
 from streamserve.api.chat_request import CHAT_TABLE
 from streamserve.api.completion_request import COMPLETION_TABLE
-from streamserve.cli.args import ONLY_ONE
 from streamserve.cli.vllm_flags import RefuseAction
 from tools.api_table import FILE, render, serve_actions
 
@@ -30,4 +29,3 @@ def test_every_field_and_every_flag_is_in_it():
         for flag in action.option_strings:
             assert f"`{flag}`" in text
     assert argparse.SUPPRESS not in text
-    assert {action.dest for action in serve_actions()} >= set(ONLY_ONE)

@@ -193,7 +193,7 @@ def test_a_config_file_that_is_none(tmp_path, content, message):
         ("chat_template", {"a": 1}, "^chat_template must be a string"),
         ("kv_cache_memory", "many", "^kv_cache_memory: must look like 4GiB"),
         ("speculative_config", 3, "^speculative_config must be a string, got 3$"),
-        ("pipeline_parallel_size", 2, "^pipeline_parallel_size must be 1"),
+        ("pipeline_parallel_size", 2, "^pipeline_parallel_size is not supported by this server"),
     ],
 )
 def test_a_keyword_of_no_such_type_is_refused_by_name(name, value, message):
