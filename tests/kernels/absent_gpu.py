@@ -176,9 +176,14 @@ def adapter_calls() -> Iterator[Callable[[], object]]:
 def moe_calls() -> Iterator[Callable[[], object]]:
     from streamserve_kernels import triton as ours
 
-    num_experts, inner = 8, 1024
-    for with_bias, dtype in ((False, torch.bfloat16), (True, torch.bfloat16), (False, torch.float)):
-        shapes = (2 * inner, HIDDEN), (HIDDEN, inner)
+    num_experts = 8
+    for hidden, inner, with_bias, dtype in (
+        (HIDDEN, 1024, False, torch.bfloat16),
+        (HIDDEN, 1024, True, torch.bfloat16),
+        (HIDDEN, 1024, False, torch.float),
+        (52, 100, False, torch.bfloat16),  # rows at odd addresses
+    ):
+        shapes = (2 * inner, hidden), (hidden, inner)
         gate_up, down = (
             [
                 ours.prepare_linear(bf16(*shape).to(dtype), bf16(shape[0]) if with_bias else None)
@@ -187,12 +192,19 @@ def moe_calls() -> Iterator[Callable[[], object]]:
             for shape in shapes
         )
         for tokens in (1, 32, 256, 1024):
-            x, logits = bf16(tokens, HIDDEN).to(dtype), bf16(tokens, num_experts).to(dtype)
+            x, logits = bf16(tokens, hidden).to(dtype), bf16(tokens, num_experts).to(dtype)
             args = x, logits, gate_up, down
             yield lambda args=args: ours.moe(*args, 2, True, "silu")
         for tokens in (1, 256):
-            x, chosen = bf16(tokens, HIDDEN).to(dtype), torch.zeros(tokens, 2, dtype=torch.int64)
-            args = x, chosen, bf16(tokens, 2).to(dtype), gate_up, down, lambda h: h[:, :inner]
+            x, chosen = bf16(tokens, hidden).to(dtype), torch.zeros(tokens, 2, dtype=torch.int64)
+            args = (
+                x,
+                chosen,
+                bf16(tokens, 2).to(dtype),
+                gate_up,
+                down,
+                lambda h, inner=inner: h[:, :inner],
+            )
             yield lambda args=args: ours.chosen_experts(*args)
 
 

@@ -44,6 +44,13 @@ _TILES = (
     _Tile(64, 64, 64, 128, 4, 4),
     _Tile(128, 64, 64, 128, 8, 3),
 )
+# Of weights whose rows do not begin at 16 bytes: every number has an address of its own, and those
+# of twice as many inputs do not fit into registers.
+_ODD_TILES = (
+    *_TILES[:2],
+    _Tile(64, 32, 64, 64, 4, 3),
+    _Tile(128, 32, 64, 128, 8, 3),
+)
 # Float32 is not what these kernels are for: one that is right, and fits.
 _FLOAT32 = _Tile(16, 32, 32, 32, 4, 2)
 
@@ -175,11 +182,12 @@ def _grouped(
     num_experts, inner, hidden = len(up), down[0].in_features, down[0].out_features
     pairs = tokens * top_k
     is_sorted = pairs > num_experts
-    tile = _tile(pairs, num_experts, x.dtype)
+    table = _table(up, down)
+    is_odd = not table.aligned or inner % 16 != 0 or hidden % 16 != 0
+    tile = _tile(pairs, num_experts, x.dtype, is_odd)
     order, tile_experts = chosen, chosen
     if is_sorted:
         order, tile_experts = _order(chosen, num_experts, tile.block_m)
-    table = _table(up, down)
 
     def product(
         a: Tensor,
@@ -233,13 +241,14 @@ def _grouped(
     return y
 
 
-def _tile(pairs: int, num_experts: int, dtype: torch.dtype) -> _Tile:
+def _tile(pairs: int, num_experts: int, dtype: torch.dtype, is_odd: bool) -> _Tile:
     if dtype == torch.float32:
         return _FLOAT32
+    tiles = _ODD_TILES if is_odd else _TILES
     if pairs <= num_experts:
-        return _TILES[0]
+        return tiles[0]
     rows = pairs / num_experts
-    return _TILES[1] if rows <= 16 else _TILES[2] if rows <= 96 else _TILES[3]
+    return tiles[1] if rows <= 16 else tiles[2] if rows <= 96 else tiles[3]
 
 
 def _order(chosen: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor]:
