@@ -37,7 +37,8 @@ from streamserve.core.sampling_params import MAX_LOGPROBS, SamplingParams
 MAX_PROMPTS = 256
 DEFAULT_MAX_TOKENS = 16  # OpenAI's for this endpoint
 
-Prompt = str | list[int]
+GivenPrompt = str | list[int]
+"""A prompt as a request has it: a text, or its token ids."""
 
 _PROMPT_KINDS = "a string, an array of strings, token ids, or an array of arrays of token ids"
 
@@ -49,7 +50,7 @@ def read_token_ids(name: str, value: list[Any]) -> list[int]:
     return [token_id(f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 
-def prompts_reader(max_prompts: int, what: str) -> TypedReader[tuple[Prompt, ...]]:
+def prompts_reader(max_prompts: int, what: str) -> TypedReader[tuple[GivenPrompt, ...]]:
     """A reader of one prompt or up to ``max_prompts``, each text or token ids."""
     size = {"type": "array", "minItems": 1, "maxItems": max_prompts}
 
@@ -66,13 +67,13 @@ def prompts_reader(max_prompts: int, what: str) -> TypedReader[tuple[Prompt, ...
             ]
         }
     )
-    def read(name: str, value: Any) -> tuple[Prompt, ...]:
+    def read(name: str, value: Any) -> tuple[GivenPrompt, ...]:
         return _read_prompts(name, value, max_prompts, what)
 
     return read
 
 
-def _read_prompts(name: str, value: Any, max_prompts: int, what: str) -> tuple[Prompt, ...]:
+def _read_prompts(name: str, value: Any, max_prompts: int, what: str) -> tuple[GivenPrompt, ...]:
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list):
@@ -86,7 +87,7 @@ def _read_prompts(name: str, value: Any, max_prompts: int, what: str) -> tuple[P
         raise out_of_range(name, f"at most {max_prompts} {what}", value)
     if isinstance(first, str):
         return tuple(read_str(f"{name}[{i}]", item) for i, item in enumerate(value))
-    prompts: list[Prompt] = []
+    prompts: list[GivenPrompt] = []
     for i, item in enumerate(value):
         if not isinstance(item, list):
             raise wrong_type(f"{name}[{i}]", "a string or an array of token ids", item)
@@ -119,7 +120,7 @@ class CompletionRequest:
     """A completion request whose every field is valid; one choice for each prompt, in order."""
 
     common: Common
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[GivenPrompt, ...]
     params: SamplingParams
     extras: ExtraFields
     choices: Choices

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamserve.api.completion_request import Prompt, prompts_reader
+from streamserve.api.completion_request import GivenPrompt, prompts_reader
 from streamserve.api.extras import EXTRA_FIELDS, ExtraFields, read_extras
 from streamserve.api.fields import (
     FieldTable,
@@ -56,7 +56,7 @@ class EmbeddingRequest:
     """
 
     common: Common
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[GivenPrompt, ...]
     params: SamplingParams
     extras: ExtraFields
     encoding_format: str

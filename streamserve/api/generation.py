@@ -107,18 +107,18 @@ class GenerationEndpoint:
         await self._context.engine.prepare(work.params)
         return work
 
-    async def _read(self, raw: bytes, tenant: Tenant, referenced: bytes = b"") -> Work:
+    async def _read(self, raw: bytes, tenant: Tenant, references: bytes = b"") -> Work:
         """Parse, render and tokenise, apart from what other tenants send.
 
-        ``referenced`` as in ``PromptReader``.
+        ``references`` as in ``PromptReader``.
         """
         prompts, workers = self._context.prompts, self._context.prompt_workers
-        if workers is None or len(raw) + len(referenced) <= LONG_BODY:
-            request = prompts.parse(self.endpoint, raw, referenced)
+        if workers is None or len(raw) + len(references) <= LONG_BODY:
+            request = prompts.parse(self.endpoint, raw, references)
             if workers is None or not prompts.may_run_away(request):
                 self._check_common(request.common)
                 return await prompts.prepare(request, tenant.salt)
-        work = await workers.read(self.endpoint, raw, tenant.salt, referenced)
+        work = await workers.read(self.endpoint, raw, tenant.salt, references)
         self._check_common(work.common)
         return work
 

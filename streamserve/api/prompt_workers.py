@@ -38,9 +38,9 @@ Task = Endpoint | Literal["tokenize", "detokenize"]
 TextLoader = Callable[[], tuple[Tokenizer, ChatTemplate]]
 
 
-def payload_of(task: Task, raw: bytes, salt: str = "", referenced: bytes = b"") -> bytes:
+def payload_of(task: Task, raw: bytes, salt: str = "", references: bytes = b"") -> bytes:
     """What a worker is sent: a body as it came, whose it is, and what it refers to."""
-    return pickle.dumps((task, raw, salt, referenced), pickle.HIGHEST_PROTOCOL)
+    return pickle.dumps((task, raw, salt, references), pickle.HIGHEST_PROTOCOL)
 
 
 class PromptWorker:
@@ -63,7 +63,7 @@ class PromptWorker:
 
     def __call__(self, payload: bytes) -> bytes:
         """``payload`` is what ``payload_of`` makes. Raises ``RequestError``."""
-        task, raw, salt, referenced = pickle.loads(payload)
+        task, raw, salt, references = pickle.loads(payload)
         answer: Any
         if task == "tokenize":
             answer = self._tokenize(raw, salt)
@@ -71,16 +71,16 @@ class PromptWorker:
             asked = parse_detokenize_request(parse_json_object(raw))
             answer = _result_of(detokenize(asked, self._preprocessor))
         else:
-            answer = self._read(task, raw, salt, referenced)
+            answer = self._read(task, raw, salt, references)
         return pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
 
     def _tokenize(self, raw: bytes, salt: str) -> TokenAnswer:
         asked = parse_tokenize_request(parse_json_object(raw), self._answer_format)
         return _result_of(tokenize(asked, self._preprocessor, salt, self._max_model_len))
 
-    def _read(self, endpoint: Endpoint, raw: bytes, salt: str, referenced: bytes) -> Any:
+    def _read(self, endpoint: Endpoint, raw: bytes, salt: str, references: bytes) -> Any:
         """``Work`` and, apart, its prompts: as arrays, whose ids are pickled as they lie there."""
-        request = self._reader.parse(endpoint, raw, referenced)
+        request = self._reader.parse(endpoint, raw, references)
         work = _result_of(self._reader.prepare(request, salt))
         if endpoint in _ANSWERED and work.fields.truncation.num_tokens is None:
             self._check_length(work, PROMPT_FIELDS[endpoint])
@@ -131,14 +131,14 @@ class PromptWorkers:
         self._pool.start()
 
     async def read(
-        self, endpoint: Endpoint, raw: bytes, salt: str, referenced: bytes = b""
+        self, endpoint: Endpoint, raw: bytes, salt: str, references: bytes = b""
     ) -> Work:
         """As ``PromptReader.parse`` and ``prepare``.
 
         Raises ``RequestError`` for what the client did, the time limit included, and
         ``EngineError`` if the process dies.
         """
-        payload = payload_of(endpoint, raw, salt, referenced)
+        payload = payload_of(endpoint, raw, salt, references)
         work: Work
         work, packed = await self._call(payload, salt, PROMPT_FIELDS[endpoint])
         prompts = [Prompt(ids.tolist(), echo, is_ours) for ids, echo, is_ours in packed]

@@ -18,7 +18,7 @@ from streamserve.api.embedding_request import EmbeddingRequest, parse_embedding_
 from streamserve.api.extras import ExtraFields, Prompt
 from streamserve.api.harmony_plan import plan_answer
 from streamserve.api.message_request import parse_count_request, parse_messages_request
-from streamserve.api.responses.before import read_context
+from streamserve.api.responses.references import read_references
 from streamserve.api.responses.request import ResponsesRequest, Settings, parse_responses_request
 from streamserve.api.sampling import Common
 from streamserve.core.sampling_params import SamplingParams
@@ -81,8 +81,8 @@ class PromptReader:
         self._mark_ids = MarkIds(tokenizer)
         self._max_model_len = max_model_len
 
-    def parse(self, endpoint: Endpoint, raw: bytes, referenced: bytes = b"") -> Request:
-        """Check every field. ``referenced``: what a body of ``/v1/responses`` refers to, packed."""
+    def parse(self, endpoint: Endpoint, raw: bytes, references: bytes = b"") -> Request:
+        """Check every field. ``references``: what a body of ``/v1/responses`` refers to, packed."""
         body, defaults = parse_json_object(raw), self._defaults
         match endpoint:
             case "chat":
@@ -96,7 +96,7 @@ class PromptReader:
             case "messages":
                 return parse_messages_request(body, defaults)
             case "response":
-                return parse_responses_request(body, defaults, read_context(referenced))
+                return parse_responses_request(body, defaults, read_references(references))
 
     def may_run_away(self, request: Request) -> bool:
         """Whether a template renders it that has run away once, or may with what a client gives it.

@@ -10,7 +10,7 @@ from streamserve.api.completion_request import COMPLETION_TABLE
 from streamserve.api.embedding_request import EMBEDDING_TABLE
 from streamserve.api.message_request import COUNT_TABLE, MESSAGES_TABLE
 from streamserve.api.prompt_workers import PromptWorker, payload_of
-from streamserve.api.responses.before import find_context
+from streamserve.api.responses.references import find_references
 from streamserve.api.responses.request import RESPONSES_TABLE
 from streamserve.api.token_requests import DETOKENIZE_TABLE, TOKENIZE_TABLE
 from streamserve.engine.parsers.answer_format import AnswerFormat
@@ -257,7 +257,7 @@ async def found_in(raw):
 
     counting = asyncio.create_task(count())
     item = {"id": f"msg_{KEY}_7"}
-    packed = await find_context(raw, lambda _: None, lambda _: False, lambda _: [item])
+    packed = await find_references(raw, lambda _: None, lambda _: False, lambda _: [item])
     counting.cancel()
     return item["id"].encode() in packed, turns
 

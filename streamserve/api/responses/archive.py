@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from streamserve.api.errors import HttpError
 from streamserve.api.responses.background import BackgroundRun
-from streamserve.api.responses.before import find_context
 from streamserve.api.responses.items import Item
+from streamserve.api.responses.references import find_references
 from streamserve.api.responses.store import Owner, ResponseStore, Stored, Turn
 
 
@@ -43,7 +43,7 @@ class Archive:
         stored = None if previous is None else self.store.get(previous, owner)
         return Turn(key, None if stored is None else stored.turn, given, b"[]")
 
-    async def context_of(self, raw: bytes, owner: Owner) -> bytes:
+    async def references_of(self, raw: bytes, owner: Owner) -> bytes:
         """What a body refers to, packed. Raises ``InvalidParameterError``."""
 
         def before(response_id: str) -> bytes | None:
@@ -58,4 +58,4 @@ class Archive:
             stored = self.store.get(response_id, owner)
             return [] if stored is None else stored.turn.items()
 
-        return await find_context(raw, before, is_running, items_of)
+        return await find_references(raw, before, is_running, items_of)

@@ -44,10 +44,10 @@ class ResponsesEndpoint(GenerationEndpoint):
         super().__init__(context)
         self._archive = archive
 
-    async def _read(self, raw: bytes, tenant: Tenant, referenced: bytes = b"") -> Work:
+    async def _read(self, raw: bytes, tenant: Tenant, references: bytes = b"") -> Work:
         try:
-            referenced = await self._archive.context_of(raw, tenant.name)
-            return await super()._read(raw, tenant, referenced)
+            references = await self._archive.references_of(raw, tenant.name)
+            return await super()._read(raw, tenant, references)
         except InvalidParameterError as exc:
             if exc.param == "messages":  # as a chat calls it
                 exc.param = "input"

@@ -28,7 +28,6 @@ from streamserve.api.fields import (
     require,
     schema_of,
 )
-from streamserve.api.responses.before import NO_CONTEXT, Context
 from streamserve.api.responses.fields import (
     ENCRYPTED,
     LOGPROBS,
@@ -44,6 +43,7 @@ from streamserve.api.responses.fields import (
 )
 from streamserve.api.responses.items import Item, read_id, read_input
 from streamserve.api.responses.messages import chat_messages
+from streamserve.api.responses.references import NO_REFERENCES, References
 from streamserve.api.responses.tools import (
     AllowedTools,
     read_tool_choice,
@@ -159,9 +159,9 @@ class ResponsesRequest:
 
 
 def parse_responses_request(
-    body: Mapping[str, Any], defaults: Mapping[str, Any], context: Context = NO_CONTEXT
+    body: Mapping[str, Any], defaults: Mapping[str, Any], references: References = NO_REFERENCES
 ) -> ResponsesRequest:
-    """Parse and check; ``defaults`` are the model's sampling defaults, ``context`` is what the body
+    """Parse and check; ``defaults`` are the model's sampling defaults, ``references`` what the body
     refers to.
 
     Raises ``InvalidParameterError`` for the first field that is wrong or not supported.
@@ -180,9 +180,9 @@ def parse_responses_request(
         )
     params = _params(values, defaults, text, include)
     previous_id: str | None = values.get("previous_response_id")
-    items = [context.resolved(item) for item in given]
+    items = [references.resolved(item) for item in given]
     messages = chat_messages(
-        values.get("instructions"), (*context.items_before(previous_id), *items)
+        values.get("instructions"), (*references.items_before(previous_id), *items)
     )
     if not messages:
         raise out_of_range("input", "at least one item", [])

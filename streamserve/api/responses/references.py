@@ -24,7 +24,7 @@ _ITEM_ID = re.compile(rf"[a-z]+_({KEY})_i?[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class References:
     """What was looked up. A response that is still being written is there as ``None``."""
 
     previous: Mapping[str, Sequence[Item] | None] = field(default_factory=dict)
@@ -61,10 +61,10 @@ class Context:
         return self.items[item["id"]]
 
 
-NO_CONTEXT = Context()
+NO_REFERENCES = References()
 
 
-async def find_context(
+async def find_references(
     raw: bytes,
     before: Callable[[str], bytes | None],
     is_running: Callable[[str], bool],
@@ -117,12 +117,12 @@ async def _found(
     return found
 
 
-def read_context(packed: bytes | memoryview) -> Context:
-    """What ``find_context`` packed."""
+def read_references(packed: bytes | memoryview) -> References:
+    """What ``find_references`` packed."""
     if not packed:
-        return NO_CONTEXT
+        return NO_REFERENCES
     content = orjson.loads(packed)
-    return Context(content["previous"], content["items"])
+    return References(content["previous"], content["items"])
 
 
 def response_of(item_id: str) -> str:
