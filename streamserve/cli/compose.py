@@ -208,7 +208,12 @@ def set_up(args: Namespace, say: Say, warn: Say, *, rank: int = 0) -> ModelSetup
     if args.chat_template is not None:
         ChatTemplate.given(args.chat_template)
     path = model_directory(args, say)
-    config = load_config(path, model_impl=args.model_impl, trust_remote_code=args.trust_remote_code)
+    config = load_config(
+        path,
+        model_impl=args.model_impl,
+        trust_remote_code=args.trust_remote_code,
+        hf_overrides=args.hf_overrides,
+    )
     if size > 1:
         config = share_config(config, rank, size)
     stored = None if config.stored_quantization is None else config.stored_quantization.name

@@ -61,6 +61,15 @@ def add_source_flags(group: argparse._ArgumentGroup) -> None:
         "where --model-impl comes to transformers (default: off)",
     )
     group.add_argument(
+        "--hf-overrides",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="values in place of those of config.json, like "
+        '\'{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, '
+        '"original_max_position_embeddings": 32768}}\'; for the native decoder (default: none)',
+    )
+    group.add_argument(
         "--generation-config",
         default="auto",
         metavar="auto|vllm|DIR",

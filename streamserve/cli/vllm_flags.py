@@ -141,11 +141,15 @@ _GROUPS: tuple[tuple[str, str], ...] = (
     ),
     (
         "checkpoints are read as they are: a directory's own config.json counts",
-        "hf_config_path hf_overrides config_format=auto|hf quantization_config "
+        "hf_config_path config_format=auto|hf quantization_config "
         "allow_deprecated_quantization! quantization_param_path model_loader_extra_config "
         "ignore_patterns safetensors_load_strategy=* safetensors_prefetch_num_threads=* "
         "safetensors_prefetch_block_size=* pt_load_map_location=cpu use_tqdm_on_load!=* "
         "max_parallel_loading_workers=* model_weights",
+    ),
+    (
+        """--hf-overrides '{"rope_scaling": {…}, "rope_theta": …}' says it""",
+        "rope_scaling rope_theta",
     ),
     (
         "code of a checkpoint, which only --trust-remote-code runs, is that of --revision",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -41,11 +42,15 @@ class NativeConfig(ModelConfig):
 
 
 def load_hf_config(
-    path: Path | str, *, model_impl: ModelImpl = "auto", trust_remote_code: bool = False
+    path: Path | str,
+    *,
+    model_impl: ModelImpl = "auto",
+    trust_remote_code: bool = False,
+    hf_overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> ModelConfig:
     """`load_config` of a directory: its ``config.json`` and ``generation_config.json``."""
     directory = Path(path)
-    values = _read_json(directory / "config.json", required=True)
+    values = _overridden(_read_json(directory / "config.json", required=True), hf_overrides)
     generation = _read_json(directory / "generation_config.json", required=False)
     config = HfConfig(values, str(directory / "config.json"))
     part = None if model_impl == "transformers" else find_text_part(config)
@@ -62,12 +67,44 @@ def load_hf_config(
             parse_config(text, family=part.family(text), **stated), unserved=part.unserved
         )
     elif model_impl == "transformers" or (model_impl == "auto" and not has_family(config)):
+        if hf_overrides:
+            raise UnsupportedModelError(
+                f"{config.source}: --hf-overrides is for the native decoder's families"
+            )
         return _transformers_config(directory, config, stated, model_impl, trust_remote_code)
     else:
         parsed = parse_config(config, **stated)
     names = parsed.family.weight_names(parsed.spec)
     stored = stored_quantization(values, directory, names, parsed.spec)
     return replace(parsed, stored_quantization=stored)
+
+
+def _overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with others in their places; of an object only the names that are given."""
+    found = dict(values)
+    if isinstance(values.get("rope_parameters"), dict):
+        overrides = _as_rope_parameters(overrides)
+    for name, value in overrides.items():
+        old = found.get(name)
+        if isinstance(old, dict) and isinstance(value, dict):
+            found[name] = {**old, **value}
+        else:
+            found[name] = value
+    return found
+
+
+def _as_rope_parameters(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with what once had names of its own where configs of today have it."""
+    rest = dict(overrides)
+    parameters: dict[str, Any] = {
+        name: rest.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rest
+    }
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(rest.get(name), dict):
+            parameters |= rest.pop(name)
+    if "type" in parameters:
+        parameters.setdefault("rope_type", parameters["type"])
+    return {**rest, "rope_parameters": parameters} if parameters else rest
 
 
 def parse_config(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from types import MappingProxyType
+from typing import Any, get_args
 
 import torch
 
@@ -39,20 +41,32 @@ DTYPES = {
 
 
 def load_config(
-    path: Path | str, *, model_impl: ModelImpl = "auto", trust_remote_code: bool = False
+    path: Path | str,
+    *,
+    model_impl: ModelImpl = "auto",
+    trust_remote_code: bool = False,
+    hf_overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> ModelConfig:
     """A checkpoint's config, of a directory or of a GGUF file; no weight is read.
 
     ``auto`` takes our decoder where it has the family, else transformers' model, whose code may be
-    the checkpoint's own with ``trust_remote_code``. Raises UnsupportedModelError, naming the value
+    the checkpoint's own with ``trust_remote_code``. ``hf_overrides`` take the place of values in
+    ``config.json``, for our decoder only. Raises UnsupportedModelError, naming the value
     and what is supported, for an architecture or a setting that is not built; ModelLoadError for a
     config that is missing or damaged.
     """
     file = gguf_file(Path(path))
     if file is None:
-        return load_hf_config(path, model_impl=model_impl, trust_remote_code=trust_remote_code)
+        return load_hf_config(
+            path,
+            model_impl=model_impl,
+            trust_remote_code=trust_remote_code,
+            hf_overrides=hf_overrides,
+        )
     if model_impl == "transformers":
         raise UnsupportedModelError(f"{file}: a GGUF file is read by the native decoder only")
+    if hf_overrides:
+        raise UnsupportedModelError(f"{file}: --hf-overrides is for a config.json, not for GGUF")
     return load_gguf_config(file)
 
 

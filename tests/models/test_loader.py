@@ -254,6 +254,9 @@ class TestTensors:
         assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 class TestConfig:
     def test_what_a_config_says(self, checkpoint, tiny_llama):
         directory, _ = checkpoint(tiny_llama(eos_token_id=[7, 8]))
@@ -273,6 +276,48 @@ class TestConfig:
         config = load_config(directory)
         assert config.eos_token_ids == (3, 4)
         assert config.sampling_defaults == {"temperature": 0.6, "top_k": 20}
+
+    @pytest.mark.parametrize(
+        ("file", "overrides", "same"),
+        [
+            (
+                {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+                {"rope_scaling": YARN},
+                {"rope_parameters": {"rope_theta": 5e5, **YARN}},
+            ),
+            (
+                {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+                {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 7e5},
+                {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7e5}},
+            ),
+            (
+                {"rope_parameters": None, "rope_theta": 5e5},
+                {"rope_scaling": YARN, "max_position_embeddings": 512},
+                {
+                    "rope_parameters": {"rope_theta": 5e5, **YARN},
+                    "max_position_embeddings": 512,
+                },
+            ),
+        ],
+    )
+    def test_values_are_overridden_as_if_the_file_held_them(
+        self, checkpoint, tiny_llama, file, overrides, same
+    ):
+        directory, _ = checkpoint(tiny_llama())
+        edit_config(directory, **file)
+        config = load_config(directory, hf_overrides=overrides)
+        assert config.spec != load_config(directory).spec
+        edit_config(directory, **same)
+        held = load_config(directory)
+        assert (config.spec, config.max_position_embeddings) == (
+            held.spec,
+            held.max_position_embeddings,
+        )
+
+    def test_values_that_another_reader_would_need_are_not_overridden(self, checkpoint, tiny_llama):
+        directory, _ = checkpoint(tiny_llama())
+        with pytest.raises(UnsupportedModelError, match="--hf-overrides is for the native"):
+            load_config(directory, model_impl="transformers", hf_overrides={"rope_theta": 5e5})
 
     @pytest.mark.parametrize(
         ("rope", "longest"),

@@ -37,6 +37,7 @@ def refused(capsys, *flags: str) -> str:
         (["--num-gpu-blocks-override", "9"], ["--kv-cache-memory"]),
         (["--speculative-model", "m"], ["--speculative-config"]),
         (["--uds", "/tmp/x"], ["--host and --port"]),
+        (["--rope-scaling", "{}"], ["--rope-scaling is not supported", "--hf-overrides"]),
         (["--limit-mm-per-prompt", '{"image": 0, "video": 1}'], ["--limit-mm-per-prompt is not"]),
     ],
 )
@@ -72,7 +73,7 @@ def test_a_flag_of_another_server_is_refused_with_its_name_here(capsys, flags, m
 
 
 def test_a_flag_that_nobody_knows_is_taken_for_none_that_is_refused_or_far_from_it(capsys):
-    for flag in ("--reload", "--rope-theta", "--verbose"):
+    for flag in ("--reload", "--rope-thetas", "--verbose"):
         assert "did you mean" not in refused(capsys, flag)
     assert "did you mean --tool-call-parser?" in refused(capsys, "--tool-parser", "hermes")
 
@@ -203,6 +204,11 @@ def test_a_keyword_of_no_such_type_is_refused_by_name(name, value, message):
     assert "argparse.ArgumentError" not in shown
 
 
+def test_an_object_is_given_as_one():
+    yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    assert flags_of(None, {"hf_overrides": yarn}).hf_overrides == yarn
+
+
 def test_a_model_is_a_name_or_a_path():
     assert flags_of(Path("a") / "b", {}).model == "a/b"
     with pytest.raises(ConfigError, match="model must be a string, got 5"):
@@ -254,7 +260,7 @@ def test_keywords_are_the_flags():
             {"fully_sharded_loras": True},
             "^fully_sharded_loras is not supported by this server: adapters",
         ),
-        ({"hf_overrides": {"a": 1}}, "^hf_overrides is not supported"),
+        ({"quantization_config": {"a": 1}}, "^quantization_config is not supported"),
         ({"served_model_name": "a"}, "^served_model_name is for `streamserve serve`"),
         ({"load_format": "tensorizer"}, "^load_format: invalid choice"),
     ],
