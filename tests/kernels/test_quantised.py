@@ -78,7 +78,7 @@ def test_every_backend_holds_the_same_weight(backend, quantization, shape, dtype
 
 
 def activation_bound(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[R, N]: sum over groups of (largest |x| / 254) * (sum of |w|); see cpu/quant_linear.py."""
+    """[R, N]: sum over groups of (largest |x| / 254) * (sum of |w|); see native/quant_linear.py."""
     spare = -x.shape[1] % GROUP
     x = torch.nn.functional.pad(x.double(), (0, spare)).view(x.shape[0], -1, GROUP)
     weight = torch.nn.functional.pad(weight.double(), (0, spare)).view(weight.shape[0], -1, GROUP)

@@ -2,7 +2,7 @@
 
 At batch 1 a step reads every weight once and computes almost nothing, so what counts is to keep
 loads in flight. oneDNN's own kernel reached 9-11 GB/s on one core at a chat model's shapes where
-this one reaches 12-14 (prefetching 4 KiB ahead; the README has the table), and it needs no second
+this one reaches 12-14 (prefetching 4 KiB ahead), and it needs no second
 copy of the weight. The packed layout, for N in blocks of W and K padded to Kp:
 
     [ceil(N / W)][Kp / 2][W][2]     two neighbours in k side by side, as the dot-product units want
