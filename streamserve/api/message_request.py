@@ -156,10 +156,13 @@ def _read_stops(name: str, value: Any) -> tuple[str, ...]:
     return stops
 
 
+_CLEAR_NOTHING = {"type": "clear_thinking_20251015", "keep": "all"}
+"""Claude Code says it in each of its requests."""
+
 _ANNOTATIONS = frozenset({"cache_control", "service_tier", "user_profile_id", "workspace_id"})
 _REFUSED: dict[str, Refused] = {
     "container": Refused(),
-    "context_management": Refused(({}, {"edits": []})),
+    "context_management": Refused(({}, {"edits": []}, {"edits": [_CLEAR_NOTHING]})),
     "diagnostics": Refused(),
     "inference_geo": Refused(),
     "mcp_servers": Refused(([],)),

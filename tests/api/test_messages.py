@@ -331,6 +331,10 @@ TEXT = {"type": "text", "text": "Hi"}
         ({"container": "x"}, "container is not supported"),
         ({"speed": "fast"}, "speed is not supported"),
         ({"context_management": {"edits": [{}]}}, "context_management is not supported"),
+        (
+            {"context_management": {"edits": [{"type": "clear_thinking_20251015"}]}},
+            "context_management is not supported",
+        ),
     ],
 )  # fmt: skip
 async def test_refused_by_name(fields, said):
@@ -344,6 +348,13 @@ async def test_a_model_that_does_not_think_says_so():
         assert "thinking.budget_tokens is not supported" in answer.error["message"]
         # How much to think is the model's choice here, and this one's is not to.
         assert (await api.message(thinking={"type": "adaptive"}, max_tokens=2)).status == 200
+
+
+async def test_edits_of_the_context_that_clear_nothing_are_taken():
+    edits = [{"type": "clear_thinking_20251015", "keep": "all"}]
+    async with Api().running() as api:
+        answer = await api.message(context_management={"edits": edits}, max_tokens=2)
+    assert answer.status == 200
 
 
 async def test_unknown_fields_are_named():
