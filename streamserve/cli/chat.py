@@ -60,9 +60,11 @@ class HttpBackend:
     async def connect(
         cls, url: str, *, api_key: str | None, model: str | None, options: dict[str, object]
     ) -> HttpBackend:
-        """Connect to ``url`` (with or without ``/v1``) and pick the first model it lists."""
+        """Connect to ``url``, which may lack ``http://`` or end in ``/v1``, and pick a model."""
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         base = url.rstrip("/").removesuffix("/v1")
+        if "://" not in base:
+            base = f"http://{base}"
         timeout = httpx.Timeout(10.0, read=None)
         client = httpx.AsyncClient(base_url=base, headers=headers, timeout=timeout)
         try:

@@ -14,6 +14,9 @@ from streamserve.errors import ConfigError
 from streamserve.models import ModelConfig, read_sampling_defaults, resolve_model
 from streamserve.models.config import SAMPLING_FIELDS
 
+BOX = "box"
+"""What the model in the box is called where it is named."""
+
 
 def box_path() -> Path:
     """The directory of the model in the box."""
@@ -22,7 +25,7 @@ def box_path() -> Path:
 
 def model_directory(args: Namespace, say: Say) -> Path:
     """Where the model is, downloaded if it must be. Raises ``ModelLoadError``."""
-    if args.model is None:
+    if args.model is None or (args.model == BOX and not Path(BOX).exists()):
         return box_path()
     return _resolve(args, args.model, say, revision=args.revision, load_format=args.load_format)
 

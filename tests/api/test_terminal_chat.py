@@ -12,7 +12,7 @@ from streamserve.cli.chat import Conversation, HttpBackend, chat_loop
 from streamserve.cli.local_chat import LocalBackend
 from streamserve.cli.terminal import Piece, Screen, read_line, read_message
 from streamserve.errors import StreamServeError
-from tests.api.harness import Api
+from tests.api.harness import MODEL, Api
 from tests.api.scripted import TEMPLATE, scripted_parts
 
 THOUGHT = "<think>\nHm, 1 < 2.\n</think>\n\nYes."
@@ -39,6 +39,14 @@ def shown(*pieces, is_watched=True, has_colours=True):
         screen.show(piece)
     screen.end()
     return stream.getvalue()
+
+
+async def test_a_url_may_lack_its_scheme_or_have_the_apis_path():
+    async with Api().serving() as (host, port):
+        for url in (f"{host}:{port}", f"http://{host}:{port}/v1/", f"{host}:{port}/v1"):
+            backend = await HttpBackend.connect(url, api_key=None, model=None, options={})
+            assert backend.name == MODEL
+            await backend.close()
 
 
 def test_thoughts_are_dimmed_and_apart():

@@ -2,11 +2,17 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from streamserve.cli.args import parse_args
-from streamserve.cli.model_source import box_path, sampling_defaults, tokenizer_directory
+from streamserve.cli.model_source import (
+    box_path,
+    model_directory,
+    sampling_defaults,
+    tokenizer_directory,
+)
 from streamserve.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from streamserve.models import load_config, tokenizer_backend
 from tools.make_checkpoint import make_tokenizer, write_config
@@ -46,6 +52,14 @@ def test_defaults_are_the_models_or_openais_or_a_folders_and_can_be_overridden(m
 def test_what_is_no_default_is_refused(model, flags, message):
     with pytest.raises(ConfigError, match=message):
         defaults(model, *flags)
+
+
+def test_the_model_in_the_box_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = parse_args(["serve", "box"])
+    assert model_directory(args, print) == box_path()
+    (tmp_path / "box").mkdir()
+    assert model_directory(args, print) == Path("box")
 
 
 def test_the_tokenizer_may_lie_elsewhere(tmp_path):
