@@ -14,7 +14,7 @@ from streamserve.api.body import ignored_fields_headers
 from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.metrics import Delivery
-from streamserve.api.prompts import Endpoint, Work
+from streamserve.api.prompts import Endpoint, Prepared
 from streamserve.api.tenants import Tenant
 from streamserve.api.whole import Choice
 from streamserve.api.wire import Wire
@@ -50,7 +50,7 @@ class Call:
 class Admitted:
     """A request that the engine has taken: a stream, a delivery and a parser for each candidate."""
 
-    work: Work
+    prepared: Prepared
     wire: Wire
     streams: list[RequestStream]
     deliveries: Sequence[Delivery]
@@ -66,13 +66,13 @@ class Maker(Protocol):
     def context(self) -> ApiContext:
         """What all endpoints share."""
 
-    async def prepare(self, raw: bytes, tenant: Tenant) -> Work:
+    async def prepare(self, raw: bytes, tenant: Tenant) -> Prepared:
         """Parse, render, tokenise, compile."""
 
-    def wire(self, work: Work, owner: str) -> Wire:
+    def wire(self, prepared: Prepared, owner: str) -> Wire:
         """How the answer looks."""
 
-    def admit(self, work: Work, call: Call, wire: Wire | None = None) -> Admitted:
+    def admit(self, prepared: Prepared, call: Call, wire: Wire | None = None) -> Admitted:
         """Hand the request to the engine; ``making`` must follow at once."""
 
     def making(self, admitted: Admitted, call: Call) -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ from streamserve.api.disconnect import ClientGoneError
 from streamserve.api.extras import Prompt
 from streamserve.api.generation import GenerationEndpoint
 from streamserve.api.metrics import Delivery
-from streamserve.api.prompts import Work
+from streamserve.api.prompts import Prepared
 from streamserve.api.rate_limits import Allowance, allowance_of
 from streamserve.api.success import check_success
 from streamserve.api.tenants import tenant_of
@@ -44,16 +44,16 @@ class EmbeddingEndpoint(GenerationEndpoint):
 
     endpoint = "embedding"
 
-    async def _settled(self, work: Work) -> Work:
-        work = await super()._settled(work)
-        pooling = work.params.pooling
+    async def _settled(self, prepared: Prepared) -> Prepared:
+        prepared = await super()._settled(prepared)
+        pooling = prepared.params.pooling
         assert pooling is not None
         pooling = pooling.settled(self._context.embedding)
-        work = replace(work, params=replace(work.params, pooling=pooling))
-        is_one = len(work.prompts) == 1
-        for index, prompt in enumerate(work.prompts):
-            self._check(prompt, work.params, "input" if is_one else f"input[{index}]")
-        return work
+        prepared = replace(prepared, params=replace(prepared.params, pooling=pooling))
+        is_one = len(prepared.prompts) == 1
+        for index, prompt in enumerate(prepared.prompts):
+            self._check(prompt, prepared.params, "input" if is_one else f"input[{index}]")
+        return prepared
 
     def _check(self, prompt: Prompt, params: SamplingParams, name: str) -> None:
         """Raise what the engine has against an input, in the name that it has here."""
@@ -65,19 +65,19 @@ class EmbeddingEndpoint(GenerationEndpoint):
             message = str(error).replace("prompt", name, 1)
             raise InvalidParameterError(message, param="input") from None
 
-    async def _answer(self, work: Work, call: Call) -> None:
+    async def _answer(self, prepared: Prepared, call: Call) -> None:
         context = self._context
         request_id = f"embd-{secrets.token_hex(16)}"
         delivery = Delivery(context.metrics, context.clock, call.arrival_time)
         allowance = allowance_of(call.scope)
         vectors = _Vectors(
             context.engine,
-            work,
-            lambda index: self._origin(work, index, call, request_id),
+            prepared,
+            lambda index: self._origin(prepared, index, call, request_id),
             allowance,
         )
         if allowance is not None:
-            allowance.take_tokens([len(prompt.token_ids) for prompt in work.prompts])
+            allowance.take_tokens([len(prompt.token_ids) for prompt in prepared.prompts])
         try:
             vectors.start()
         except BaseException as error:
@@ -85,15 +85,15 @@ class EmbeddingEndpoint(GenerationEndpoint):
             if isinstance(error, EngineError):
                 context.metrics.refused(error.status)
             raise
-        token_ids = [prompt.token_ids for prompt in work.prompts]
+        token_ids = [prompt.token_ids for prompt in prepared.prompts]
         context.request_log.admitted(
-            request_id, call.scope, token_ids, work.params, is_streamed=False
+            request_id, call.scope, token_ids, prepared.params, is_streamed=False
         )
         reason = FinishReason.ABORT
         try:
             await vectors.finish()
-            content = self._content(work, request_id, vectors.items)
-            await call.send_json(content, work.common.unknown_fields)
+            content = self._content(prepared, request_id, vectors.items)
+            await call.send_json(content, prepared.common.unknown_fields)
             reason = FinishReason.STOP
         except ClientGoneError:
             raise
@@ -107,14 +107,14 @@ class EmbeddingEndpoint(GenerationEndpoint):
             context.request_log.ended(request_id, vectors.streams, num_prompts)
             context.metrics.tenants.ended(tenant_of(call.scope).name, vectors.streams, num_prompts)
 
-    def _content(self, work: Work, request_id: str, items: list[bytes]) -> bytes:
-        num_tokens = sum([len(prompt.token_ids) for prompt in work.prompts])
+    def _content(self, prepared: Prepared, request_id: str, items: list[bytes]) -> bytes:
+        num_tokens = sum([len(prompt.token_ids) for prompt in prepared.prompts])
         rest = orjson.dumps(
             {
                 "id": request_id,
                 "object": "list",
                 "created": int(self._context.wall_clock()),
-                "model": work.common.model or self._context.config.served_model_names[0],
+                "model": prepared.common.model or self._context.config.served_model_names[0],
                 "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
             }
         )
@@ -130,19 +130,19 @@ class _Vectors:
     def __init__(
         self,
         engine: AsyncEngine,
-        work: Work,
+        prepared: Prepared,
         origin: Callable[[int], Origin],
         allowance: Allowance | None,
     ) -> None:
         self._engine = engine
-        self._work = work
+        self._work = prepared
         self._origin = origin
         self._allowance = allowance
-        self._encode = _base64_item if work.encoding_format == "base64" else _float_item
-        self._waiting = deque(range(len(work.prompts)))
+        self._encode = _base64_item if prepared.encoding_format == "base64" else _float_item
+        self._waiting = deque(range(len(prepared.prompts)))
         self._live: dict[int, RequestStream] = {}
         self.streams: list[RequestStream] = []
-        self.items = [b""] * len(work.prompts)
+        self.items = [b""] * len(prepared.prompts)
 
     def start(self) -> None:
         """Submit the first input: what it raises is the answer."""

@@ -25,7 +25,7 @@ from streamserve.api.kept_generation import answer_kept, comes_back
 from streamserve.api.metrics import Delivery
 from streamserve.api.openai_wire import OpenAIWire
 from streamserve.api.prompt_workers import LONG_BODY
-from streamserve.api.prompts import PROMPT_FIELDS, Endpoint, Work
+from streamserve.api.prompts import PROMPT_FIELDS, Endpoint, Prepared
 from streamserve.api.rate_limits import allowance_of
 from streamserve.api.resumption import resumption_of
 from streamserve.api.running import RunningAnswer
@@ -89,25 +89,25 @@ class GenerationEndpoint:
             if wish is not None:
                 await answer_kept(self, raw, call, wish)
                 return
-            work = await self.prepare(raw, tenant_of(scope))
+            prepared = await self.prepare(raw, tenant_of(scope))
             del raw
-            await self._answer(work, call)
+            await self._answer(prepared, call)
 
-    async def prepare(self, raw: bytes, tenant: Tenant) -> Work:
+    async def prepare(self, raw: bytes, tenant: Tenant) -> Prepared:
         """Parse, render, tokenise, and compile what the engine needs.
 
         Raises ``RequestError``, ``EngineError``.
         """
-        work = await self._settled(await self._read(raw, tenant))
-        grammar = work.params.structured_output
+        prepared = await self._settled(await self._read(raw, tenant))
+        grammar = prepared.params.structured_output
         if grammar is None:
-            return work
+            return prepared
         own = replace(grammar, salt=tenant.salt)  # compiled for its tenant only
-        work = replace(work, params=replace(work.params, structured_output=own))
-        await self._context.engine.prepare(work.params)
-        return work
+        prepared = replace(prepared, params=replace(prepared.params, structured_output=own))
+        await self._context.engine.prepare(prepared.params)
+        return prepared
 
-    async def _read(self, raw: bytes, tenant: Tenant, references: bytes = b"") -> Work:
+    async def _read(self, raw: bytes, tenant: Tenant, references: bytes = b"") -> Prepared:
         """Parse, render and tokenise, apart from what other tenants send.
 
         ``references`` as in ``PromptReader``.
@@ -118,9 +118,9 @@ class GenerationEndpoint:
             if workers is None or not prompts.may_run_away(request):
                 self._check_common(request.common)
                 return await prompts.prepare(request, tenant.salt)
-        work = await workers.read(self.endpoint, raw, tenant.salt, references)
-        self._check_common(work.common)
-        return work
+        prepared = await workers.read(self.endpoint, raw, tenant.salt, references)
+        self._check_common(prepared.common)
+        return prepared
 
     def _check_common(self, common: Common) -> None:
         """Check what only the server's config can say."""
@@ -132,65 +132,65 @@ class GenerationEndpoint:
             )
         self._context.check_unknown(common.unknown_fields)
 
-    async def _settled(self, work: Work) -> Work:
+    async def _settled(self, prepared: Prepared) -> Prepared:
         """With prompts as long as they are to be, and bad words as token ids."""
-        truncation = work.fields.truncation
-        if truncation.num_tokens is None and not work.params.bad_words:
-            return work
-        context = self._context
+        truncation = prepared.fields.truncation
+        if truncation.num_tokens is None and not prepared.params.bad_words:
+            return prepared
+        context, params = self._context, prepared.params
         prompts: list[Prompt] = []
-        num_answer_tokens = 0 if work.params.ends_with_prompt else work.params.max_tokens or 1
-        for prompt in work.prompts:
+        num_answer_tokens = 0 if params.ends_with_prompt else params.max_tokens or 1
+        for prompt in prepared.prompts:
             ids = truncation.cut(prompt.token_ids, context.max_model_len, num_answer_tokens)
             is_cut = len(ids) < len(prompt.token_ids)
             echo = context.tokenizer.decode(ids) if is_cut and prompt.echo else prompt.echo
             prompts.append(replace(prompt, token_ids=ids, echo=echo))
-        params = await context.preprocessor.bad_words(work.params)
-        return replace(work, params=params, prompts=prompts)
+        params = await context.preprocessor.bad_words(params)
+        return replace(prepared, params=params, prompts=prompts)
 
-    async def _answer(self, work: Work, call: Call) -> None:
+    async def _answer(self, prepared: Prepared, call: Call) -> None:
         """Have the answer made and send it."""
-        admitted = self.admit(work, call)
+        admitted = self.admit(prepared, call)
         with self.making(admitted, call):
-            if work.common.stream:
+            if prepared.common.stream:
                 stream = self._answer_stream(admitted, call)
                 await stream(call.scope, call.receive, call.send)
             else:
                 await self._send_whole(admitted, call)
 
-    def admit(self, work: Work, call: Call, wire: Wire | None = None) -> Admitted:
+    def admit(self, prepared: Prepared, call: Call, wire: Wire | None = None) -> Admitted:
         """Hand the request to the engine; ``making`` must follow at once."""
         context = self._context
-        wire = wire or self.wire(work, tenant_of(call.scope).name)
-        delivery_type = TimedDelivery if work.common.include_timing else Delivery
+        wire = wire or self.wire(prepared, tenant_of(call.scope).name)
+        delivery_type = TimedDelivery if prepared.common.include_timing else Delivery
         deliveries = [
             delivery_type(context.metrics, context.clock, call.arrival_time)
-            for _ in work.prompts_of_streams
+            for _ in prepared.prompts_of_streams
         ]
-        streams = self._submit(work, call, wire.id)
+        streams = self._submit(prepared, call, wire.id)
         context.request_log.admitted(
             wire.id,
             call.scope,
-            [prompt.token_ids for prompt in work.prompts],
-            work.params,
-            is_streamed=work.common.stream,
+            [prompt.token_ids for prompt in prepared.prompts],
+            prepared.params,
+            is_streamed=prepared.common.stream,
         )
-        return Admitted(work, wire, streams, deliveries, self._parsers(work))
+        return Admitted(prepared, wire, streams, deliveries, self._parsers(prepared))
 
-    def _submit(self, work: Work, call: Call, request_id: str) -> list[RequestStream]:
+    def _submit(self, prepared: Prepared, call: Call, request_id: str) -> list[RequestStream]:
         """Hand all prompts to the engine, or none."""
         streams: list[RequestStream] = []
-        work.choices.check_size(len(work.prompts))
+        prepared.choices.check_size(len(prepared.prompts))
         allowance = allowance_of(call.scope)
         if allowance is not None:
-            allowance.take_tokens([len(prompt.token_ids) for prompt in work.prompts])
+            allowance.take_tokens([len(prompt.token_ids) for prompt in prepared.prompts])
         try:
-            for index, prompt in enumerate(work.prompts):
-                of_prompt = work.choices.submit(
+            for index, prompt in enumerate(prepared.prompts):
+                of_prompt = prepared.choices.submit(
                     self._context.engine,
                     prompt.token_ids,
-                    work.params,
-                    **self._origin(work, index, call, request_id),
+                    prepared.params,
+                    **self._origin(prepared, index, call, request_id),
                 )
                 streams += of_prompt
                 if allowance is not None:  # the first computes the prompt
@@ -205,13 +205,13 @@ class GenerationEndpoint:
             if isinstance(exc, ContextLengthError) and exc.param == "messages":
                 exc.param = PROMPT_FIELDS[self.endpoint]
             if isinstance(exc, RequestError):
-                name_length(exc, work.common.length_field)
+                name_length(exc, prepared.common.length_field)
             raise
         return streams
 
-    def _origin(self, work: Work, index: int, call: Call, request_id: str) -> Origin:
+    def _origin(self, prepared: Prepared, index: int, call: Call, request_id: str) -> Origin:
         """Who asks for what is made of a request's prompt."""
-        common, tenant = work.common, tenant_of(call.scope)
+        common, tenant = prepared.common, tenant_of(call.scope)
         adapter = self._context.models.adapter_of(common.model)
         has_priority = self._context.config.honours_priority
         return {
@@ -226,23 +226,23 @@ class GenerationEndpoint:
             "weight": tenant.weight,
             "time_limits": common.time_limits,
             "arrival_time": call.arrival_time,
-            "is_tokenized": work.prompts[index].is_tokenized,
+            "is_tokenized": prepared.prompts[index].is_tokenized,
         }
 
-    def _parsers(self, work: Work) -> list[AnswerParser | None]:
+    def _parsers(self, prepared: Prepared) -> list[AnswerParser | None]:
         """One for each stream of the engine's, or none."""
-        parsing, token_bytes = work.parsing, self._context.tokenizer.token_bytes
-        return [
-            None if parsing is None else parsing.new(token_bytes) for _ in work.prompts_of_streams
-        ]
+        parsing, token_bytes = prepared.parsing, self._context.tokenizer.token_bytes
+        prompts = prepared.prompts_of_streams
+        return [None if parsing is None else parsing.new(token_bytes) for _ in prompts]
 
     @contextmanager
     def making(self, admitted: Admitted, call: Call) -> Iterator[None]:
         """An admitted request's life: it is found while it lasts, and all is given back."""
-        context, work, wire = self._context, admitted.work, admitted.wire
+        context, prepared, wire = self._context, admitted.prepared, admitted.wire
         streams, deliveries = admitted.streams, admitted.deliveries
         owner, allowance = tenant_of(call.scope).name, allowance_of(call.scope)
-        running = RunningAnswer(wire.id, self.endpoint, owner, call.name, streams, work.choices.n)
+        n = prepared.choices.n
+        running = RunningAnswer(wire.id, self.endpoint, owner, call.name, streams, n)
         try:
             with context.running.entry(running):
                 yield
@@ -258,30 +258,30 @@ class GenerationEndpoint:
                 delivery.end(FinishReason.ABORT)  # unless it has ended already
             if allowance is not None:
                 allowance.close()
-            context.request_log.ended(wire.id, streams, len(work.prompts))
-            context.metrics.tenants.ended(owner, streams, len(work.prompts))
+            context.request_log.ended(wire.id, streams, len(prepared.prompts))
+            context.metrics.tenants.ended(owner, streams, len(prepared.prompts))
 
-    def wire(self, work: Work, owner: str) -> Wire:
+    def wire(self, prepared: Prepared, owner: str) -> Wire:
         """How the answer looks. ``owner`` is the tenant that asked for it."""
         context = self._context
         envelope = Envelope(
             kind=self.kind,
             id=self.kind.id_prefix + secrets.token_hex(16),
             created=int(context.wall_clock()),
-            model=work.common.model or context.config.served_model_names[0],
+            model=prepared.common.model or context.config.served_model_names[0],
         )
-        extras = work.fields.extras(work.params, context.tokenizer)
-        return OpenAIWire(envelope, work.common.stream_options, extras, work.choices.n)
+        extras = prepared.fields.extras(prepared.params, context.tokenizer)
+        return OpenAIWire(envelope, prepared.common.stream_options, extras, prepared.choices.n)
 
     def _answer_stream(self, admitted: Admitted, call: Call) -> AnswerStream:
-        work, wire, streams = admitted.work, admitted.wire, admitted.streams
+        prepared, wire, streams = admitted.prepared, admitted.wire, admitted.streams
         choices = [
             StreamedChoice(stream, wire.frames(index, prompt, parser), delivery, parser)
             for index, (stream, delivery, prompt, parser) in enumerate(
                 zip(
                     streams,
                     admitted.deliveries,
-                    work.prompts_of_streams,
+                    prepared.prompts_of_streams,
                     admitted.parsers,
                     strict=True,
                 )
@@ -290,32 +290,32 @@ class GenerationEndpoint:
         limits = self._context.config.streams
         for stream in streams:
             stream.max_unread_bytes = limits.max_unread_bytes // len(streams)
-        has_progress = work.common.stream_options.include_progress
+        has_progress = prepared.common.stream_options.include_progress
         return AnswerStream(
             wire,
             choices,
             progress_of=self._context.engine.progress if has_progress else None,
             ping=self.ping,
             **self._context.sse_options(
-                call.scope, ignored_fields_headers(work.common.unknown_fields), call.guard
+                call.scope, ignored_fields_headers(prepared.common.unknown_fields), call.guard
             ),
         )
 
     async def _send_whole(self, admitted: Admitted, call: Call) -> None:
         content, candidates = await self.collect(admitted)
-        await call.send_json(content, admitted.work.common.unknown_fields)
+        await call.send_json(content, admitted.prepared.common.unknown_fields)
         for choice, delivery in zip(candidates, admitted.deliveries, strict=True):
             delivery.end(choice.finish_reason)
 
     async def collect(self, admitted: Admitted) -> tuple[bytes, list[Choice]]:
         """Wait for an answer in one piece: its content, and all candidates."""
-        work = admitted.work
+        prepared = admitted.prepared
         candidates = await collect_all(
-            admitted.streams, work.prompts_of_streams, admitted.deliveries, admitted.parsers
+            admitted.streams, prepared.prompts_of_streams, admitted.deliveries, admitted.parsers
         )
         choices = candidates
-        if work.choices.are_compared:
-            count, n = work.choices.num_candidates, work.choices.n
+        if prepared.choices.are_compared:
+            count, n = prepared.choices.num_candidates, prepared.choices.n
             choices = best_choices(candidates, count, n)
         return admitted.wire.whole(choices), candidates
 

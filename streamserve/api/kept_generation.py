@@ -13,7 +13,7 @@ from streamserve.api.disconnect import ClientGoneError, DisconnectGuard
 from streamserve.api.errors import HttpError
 from streamserve.api.kept import KeptAnswer, KeptAnswers, KeptOrigin, WholeAnswer
 from streamserve.api.openai_wire import OpenAIWire
-from streamserve.api.prompts import Endpoint, Work
+from streamserve.api.prompts import Endpoint, Prepared
 from streamserve.api.resumable import ReplayStream, ResumableAnswer
 from streamserve.api.resumption import Resumption, read_resumption, resumption_of
 from streamserve.api.tenants import tenant_of
@@ -35,13 +35,13 @@ async def answer_kept(endpoint: Maker, raw: bytes, call: Call, wish: Resumption)
     unknown_fields: Sequence[str] = ()
     if answer is None:
         endpoint.context.gate.check_open()  # it was there when the request came
-        work = await endpoint.prepare(raw, tenant_of(call.scope))
-        wish.check(work, endpoint.endpoint)
-        unknown_fields = work.common.unknown_fields
+        prepared = await endpoint.prepare(raw, tenant_of(call.scope))
+        wish.check(prepared, endpoint.endpoint)
+        unknown_fields = prepared.common.unknown_fields
         answer = kept.of_key(origin)  # another may have come meanwhile
         if answer is None:
             is_first = True
-            answer = _begin(endpoint, work, call, origin)
+            answer = _begin(endpoint, prepared, call, origin)
     if isinstance(answer, ResumableAnswer):
         headers = ignored_fields_headers(unknown_fields)
         stream = _reader_of(
@@ -57,19 +57,19 @@ async def answer_kept(endpoint: Maker, raw: bytes, call: Call, wish: Resumption)
         answer.delivered()
 
 
-def _begin(endpoint: Maker, work: Work, call: Call, origin: KeptOrigin) -> KeptAnswer:
+def _begin(endpoint: Maker, prepared: Prepared, call: Call, origin: KeptOrigin) -> KeptAnswer:
     """Have an answer made that is kept."""
     context = endpoint.context
     limits = context.config.streams
-    if not work.common.stream:
-        admitted = endpoint.admit(work, call)
+    if not prepared.common.stream:
+        admitted = endpoint.admit(prepared, call)
         whole = WholeAnswer(admitted.wire.id, origin, limits.resume_timeout_s, context.kept)
         context.kept.add(whole)
         whole.start(whole.run(lambda: _make_whole(endpoint, admitted, call)))
         return whole
-    wire = endpoint.wire(work, origin.owner)
+    wire = endpoint.wire(prepared, origin.owner)
     assert isinstance(wire, OpenAIWire)
-    admitted = endpoint.admit(work, call, wire)
+    admitted = endpoint.admit(prepared, call, wire)
     [stream], [delivery], [parser] = admitted.streams, admitted.deliveries, admitted.parsers
     stream.max_unread_bytes = limits.max_unread_bytes
     answer = ResumableAnswer(
@@ -77,7 +77,7 @@ def _begin(endpoint: Maker, work: Work, call: Call, origin: KeptOrigin) -> KeptA
         origin,
         limits.resume_timeout_s,
         context.kept,
-        frames=wire.frames(0, work.prompts[0], None),
+        frames=wire.frames(0, prepared.prompts[0], None),
         stream=stream,
         parser=parser,
         delivery=delivery,

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from streamserve.api.body import parse_json_object
 from streamserve.api.extras import Prompt
-from streamserve.api.prompts import PROMPT_FIELDS, Endpoint, PromptReader, Work
+from streamserve.api.prompts import PROMPT_FIELDS, Endpoint, Prepared, PromptReader
 from streamserve.api.token_requests import (
     TokenAnswer,
     detokenize,
@@ -44,7 +44,7 @@ def payload_of(task: Task, raw: bytes, salt: str = "", references: bytes = b"") 
 
 
 class PromptWorker:
-    """What a worker process does: from a body to ``Work``, or a ``TokenAnswer``, pickled."""
+    """What a worker process does: from a body to ``Prepared``, or a ``TokenAnswer``, pickled."""
 
     def __init__(
         self,
@@ -79,19 +79,19 @@ class PromptWorker:
         return _result_of(tokenize(asked, self._preprocessor, salt, self._max_model_len))
 
     def _read(self, endpoint: Endpoint, raw: bytes, salt: str, references: bytes) -> Any:
-        """``Work`` and, apart, its prompts: as arrays, whose ids are pickled as they lie there."""
+        """``Prepared`` and, apart, its prompts: as arrays, which are pickled as they lie there."""
         request = self._reader.parse(endpoint, raw, references)
-        work = _result_of(self._reader.prepare(request, salt))
-        if endpoint in _ANSWERED and work.fields.truncation.num_tokens is None:
-            self._check_length(work, PROMPT_FIELDS[endpoint])
-        packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in work.prompts]
-        return replace(work, prompts=[]), packed
+        prepared = _result_of(self._reader.prepare(request, salt))
+        if endpoint in _ANSWERED and prepared.fields.truncation.num_tokens is None:
+            self._check_length(prepared, PROMPT_FIELDS[endpoint])
+        packed = [(array("I", p.token_ids), p.echo, p.is_tokenized) for p in prepared.prompts]
+        return replace(prepared, prompts=[]), packed
 
-    def _check_length(self, work: Work, param: str) -> None:
+    def _check_length(self, prepared: Prepared, param: str) -> None:
         """Refuse here what is too long: to hand millions of ids over takes longer than a step."""
-        for prompt in work.prompts:
+        for prompt in prepared.prompts:
             try:
-                check_length(len(prompt.token_ids), work.params, self._max_model_len)
+                check_length(len(prompt.token_ids), prepared.params, self._max_model_len)
             except ContextLengthError as error:
                 error.param = param
                 raise
@@ -132,17 +132,17 @@ class PromptWorkers:
 
     async def read(
         self, endpoint: Endpoint, raw: bytes, salt: str, references: bytes = b""
-    ) -> Work:
+    ) -> Prepared:
         """As ``PromptReader.parse`` and ``prepare``.
 
         Raises ``RequestError`` for what the client did, the time limit included, and
         ``EngineError`` if the process dies.
         """
         payload = payload_of(endpoint, raw, salt, references)
-        work: Work
-        work, packed = await self._call(payload, salt, PROMPT_FIELDS[endpoint])
+        prepared: Prepared
+        prepared, packed = await self._call(payload, salt, PROMPT_FIELDS[endpoint])
         prompts = [Prompt(ids.tolist(), echo, is_ours) for ids, echo, is_ours in packed]
-        return replace(work, prompts=prompts)
+        return replace(prepared, prompts=prompts)
 
     async def tokenize(self, raw: bytes, salt: str) -> TokenAnswer:
         """What ``/tokenize`` answers, but for what only the server can say. Raises as ``read``."""

@@ -41,9 +41,11 @@ PROMPT_FIELDS: Mapping[Endpoint, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """A parsed request, ready for the engine. ``parsing`` is for text that is more than content,
-    ``settings`` is of ``/v1/responses``, ``encoding_format`` that of vectors.
+class Prepared:
+    """A request that was parsed, rendered and tokenised: ready for the engine.
+
+    ``parsing`` is for text that is more than content, ``settings`` is of ``/v1/responses``,
+    ``encoding_format`` that of vectors.
     """
 
     common: Common
@@ -64,7 +66,7 @@ class Work:
 
 
 class PromptReader:
-    """Makes ``Work`` of bodies, for one model. Raises ``InvalidParameterError``."""
+    """Makes ``Prepared`` of bodies, for one model. Raises ``InvalidParameterError``."""
 
     def __init__(
         self,
@@ -108,35 +110,36 @@ class PromptReader:
             bool(chat.chat_template_kwargs) or self._preprocessor.has_run_away
         )
 
-    async def prepare(self, request: Request, salt: str) -> Work:
+    async def prepare(self, request: Request, salt: str) -> Prepared:
         """Render and tokenise, apart from what has another ``salt``."""
         match request:
             case ChatRequest():
                 return await self._rendered(request, salt)
             case ResponsesRequest():
-                work = await self._cut_to_fit(request, salt)
-                return replace(work, settings=request.settings)
+                prepared = await self._cut_to_fit(request, salt)
+                return replace(prepared, settings=request.settings)
             case EmbeddingRequest():
-                prompts = await self._tokenised(request, salt)
-                work = Work(request.common, request.params, prompts, request.extras, Choices())
-                return replace(work, encoding_format=request.encoding_format)
-            case CompletionRequest():
-                prompts = await self._tokenised(request, salt, echo=request.echo)
-                return Work(
-                    request.common, request.params, prompts, request.extras, request.choices
+                return Prepared(
+                    request.common,
+                    request.params,
+                    await self._tokenised(request, salt),
+                    request.extras,
+                    Choices(),
+                    encoding_format=request.encoding_format,
                 )
+            case CompletionRequest():
+                return _prepared(request, await self._tokenised(request, salt, echo=request.echo))
 
-    async def _rendered(self, request: ChatRequest, salt: str) -> Work:
+    async def _rendered(self, request: ChatRequest, salt: str) -> Prepared:
         plan = plan_answer(request, self._answer_format)
         prompt = await self._preprocessor.chat(plan.messages, salt, **plan.rendering)
-        prompts = [Prompt(prompt.token_ids)]
-        work = Work(request.common, request.params, prompts, request.extras, request.choices)
+        prepared = _prepared(request, [Prompt(prompt.token_ids)])
         if plan.is_plain:
-            return work
+            return prepared
         params = plan.params(prompt.text, self._mark_ids)
-        return replace(work, params=params, parsing=plan.parsing(prompt.text))
+        return replace(prepared, params=params, parsing=plan.parsing(prompt.text))
 
-    async def _cut_to_fit(self, request: ResponsesRequest, salt: str) -> Work:
+    async def _cut_to_fit(self, request: ResponsesRequest, salt: str) -> Prepared:
         """Render the chat or, with ``truncation: "auto"``, as much of its end as the context holds.
 
         What goes are whole turns from the beginning, up to a user's message; what the system says
@@ -144,22 +147,22 @@ class PromptReader:
         """
         chat = request.chat
         limit = self._max_model_len - (chat.params.max_tokens or 1)
-        work = await self._rendered(chat, salt)
-        if len(work.prompts[0].token_ids) <= limit or not request.truncates:
-            return work
+        prepared = await self._rendered(chat, salt)
+        if len(prepared.prompts[0].token_ids) <= limit or not request.truncates:
+            return prepared
         starts = [i for i, message in enumerate(chat.messages) if message["role"] == "user"]
         low, high = 0, len(starts) - 1
-        longest: Work | None = None  # that fits so far: it begins at ``starts[high]``
+        longest: Prepared | None = None  # that fits so far: it begins at ``starts[high]``
         while low < high:
             middle = (low + high) // 2
-            work = await self._rendered(_beginning_at(chat, starts[middle]), salt)
-            if len(work.prompts[0].token_ids) <= limit:
-                longest, high = work, middle
+            prepared = await self._rendered(_beginning_at(chat, starts[middle]), salt)
+            if len(prepared.prompts[0].token_ids) <= limit:
+                longest, high = prepared, middle
             else:
                 low = middle + 1
         if longest is None and starts:
             return await self._rendered(_beginning_at(chat, starts[low]), salt)
-        return longest or work
+        return longest or prepared
 
     async def _tokenised(
         self, request: CompletionRequest | EmbeddingRequest, salt: str, *, echo: bool = False
@@ -176,6 +179,10 @@ class PromptReader:
                 text = self._tokenizer.decode(given) if echo else ""
                 prompts.append(Prompt(given, text, is_tokenized=False))
         return prompts
+
+
+def _prepared(request: ChatRequest | CompletionRequest, prompts: list[Prompt]) -> Prepared:
+    return Prepared(request.common, request.params, prompts, request.extras, request.choices)
 
 
 def _beginning_at(chat: ChatRequest, start: int) -> ChatRequest:

@@ -10,7 +10,7 @@ from starlette.types import Scope
 
 from streamserve.api.errors import HttpError
 from streamserve.api.kept import KeptOrigin
-from streamserve.api.prompts import Endpoint, Work
+from streamserve.api.prompts import Endpoint, Prepared
 from streamserve.api.tenants import tenant_of
 
 _MAX_KEY = 255
@@ -36,24 +36,24 @@ class Resumption:
         owner = tenant_of(scope).name
         return KeptOrigin(owner, endpoint, sha256(body).digest(), self.idempotency_key)
 
-    def check(self, work: Work, endpoint: Endpoint) -> None:
+    def check(self, prepared: Prepared, endpoint: Endpoint) -> None:
         """Raise 400 for what cannot be had together."""
         name = "X-Stream-Resume" if self.wants_ids else "Idempotency-Key"
-        if not work.common.stream:
+        if not prepared.common.stream:
             if self.wants_ids:
                 raise _refused("stream", f"must be true with {name}")
             return
         if endpoint not in _RESUMABLE:
             raise _refused("stream", f"must be false with {name}")
-        options = work.common.stream_options
+        options = prepared.common.stream_options
         unwanted = {
-            "n": work.choices.n > 1,
-            "prompt": len(work.prompts) > 1,
-            "logprobs": work.params.logprobs is not None,
-            "return_token_ids": work.fields.token_ids,
-            "echo": any(prompt.echo for prompt in work.prompts),
+            "n": prepared.choices.n > 1,
+            "prompt": len(prepared.prompts) > 1,
+            "logprobs": prepared.params.logprobs is not None,
+            "return_token_ids": prepared.fields.token_ids,
+            "echo": any(prompt.echo for prompt in prepared.prompts),
             "stream_options.continuous_usage_stats": options.continuous_usage_stats,
-            "include_timing": work.common.include_timing,
+            "include_timing": prepared.common.include_timing,
             "stream_options.include_progress": options.include_progress,
         }
         for field, is_wanted in unwanted.items():

@@ -15,7 +15,7 @@ from streamserve.api.context import ApiContext
 from streamserve.api.disconnect import DisconnectGuard
 from streamserve.api.generation import GenerationEndpoint
 from streamserve.api.metrics import Delivery
-from streamserve.api.prompts import Work
+from streamserve.api.prompts import Prepared
 from streamserve.api.rate_limits import allowance_of
 from streamserve.api.responses.archive import Archive
 from streamserve.api.responses.background import BackgroundRun, LogResponse
@@ -29,10 +29,10 @@ from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.errors import InvalidParameterError
 
 
-def settings_of(work: Work) -> Settings:
+def settings_of(prepared: Prepared) -> Settings:
     """What the request says about its response."""
-    assert work.settings is not None
-    return work.settings
+    assert prepared.settings is not None
+    return prepared.settings
 
 
 class ResponsesEndpoint(GenerationEndpoint):
@@ -44,7 +44,7 @@ class ResponsesEndpoint(GenerationEndpoint):
         super().__init__(context)
         self._archive = archive
 
-    async def _read(self, raw: bytes, tenant: Tenant, references: bytes = b"") -> Work:
+    async def _read(self, raw: bytes, tenant: Tenant, references: bytes = b"") -> Prepared:
         try:
             references = await self._archive.references_of(raw, tenant.name)
             return await super()._read(raw, tenant, references)
@@ -53,8 +53,8 @@ class ResponsesEndpoint(GenerationEndpoint):
                 exc.param = "input"
             raise
 
-    async def _settled(self, work: Work) -> Work:
-        settings = settings_of(work)
+    async def _settled(self, prepared: Prepared) -> Prepared:
+        settings = settings_of(prepared)
         if (settings.is_background or settings.is_stored) and not self._archive.store.keeps_any:
             name = "background" if settings.is_background else "store"
             raise InvalidParameterError(
@@ -63,21 +63,21 @@ class ResponsesEndpoint(GenerationEndpoint):
                 param=name,
                 code="unsupported_parameter",
             )
-        return await super()._settled(work)
+        return await super()._settled(prepared)
 
-    async def _answer(self, work: Work, call: Call) -> None:
-        if settings_of(work).is_background:
-            await self._in_background(work, call)
+    async def _answer(self, prepared: Prepared, call: Call) -> None:
+        if settings_of(prepared).is_background:
+            await self._in_background(prepared, call)
         else:
-            await super()._answer(work, call)
+            await super()._answer(prepared, call)
 
-    def _parsers(self, work: Work) -> list[AnswerParser | None]:
-        return [None] * len(work.prompts)  # the wire has its own
+    def _parsers(self, prepared: Prepared) -> list[AnswerParser | None]:
+        return [None] * len(prepared.prompts)  # the wire has its own
 
-    def wire(self, work: Work, owner: str) -> ResponseWire:
+    def wire(self, prepared: Prepared, owner: str) -> ResponseWire:
         """The response, which is kept when it has ended, unless that is not wanted."""
         archive = self._archive
-        settings = settings_of(work)
+        settings = settings_of(prepared)
         turn = self._turn(settings, owner)
 
         def finished(response: bytes, output: bytes) -> None:
@@ -85,60 +85,60 @@ class ResponsesEndpoint(GenerationEndpoint):
                 turn.output = output
                 archive.store.put(f"resp_{turn.key}", Stored(owner, response, turn))
 
-        return self._wire(work, turn.key, finished)
+        return self._wire(prepared, turn.key, finished)
 
     def _turn(self, settings: Settings, owner: str) -> Turn:
         key = secrets.token_hex(16)
         return self._archive.turn(key, settings.previous, settings.input, owner)
 
-    def _wire(self, work: Work, key: str, finished: Finished) -> ResponseWire:
+    def _wire(self, prepared: Prepared, key: str, finished: Finished) -> ResponseWire:
         context = self._context
-        settings = settings_of(work)
+        settings = settings_of(prepared)
         keeps = settings.is_stored is not False and self._archive.store.keeps_any
         fields: dict[str, Any] = {
             "id": f"resp_{key}",
             "object": "response",
             "created_at": int(context.wall_clock()),
-            "model": work.common.model or context.config.served_model_names[0],
+            "model": prepared.common.model or context.config.served_model_names[0],
             "store": keeps,
             **settings.repeated,
         }
         return ResponseWire(
             key,
             fields,
-            work,
+            prepared,
             tokenizer=context.tokenizer,
             clock=context.wall_clock,
             finished=finished,
         )
 
-    async def _in_background(self, work: Work, call: Call) -> None:
+    async def _in_background(self, prepared: Prepared, call: Call) -> None:
         """Begin a response that goes on when its reader leaves, and answer with what there is."""
-        run = self._start(work, call)
-        if not work.common.stream:
-            await call.send_json(run.response, work.common.unknown_fields)
+        run = self._start(prepared, call)
+        if not prepared.common.stream:
+            await call.send_json(run.response, prepared.common.unknown_fields)
             return
-        headers = ignored_fields_headers(work.common.unknown_fields)
+        headers = ignored_fields_headers(prepared.common.unknown_fields)
         options = self._context.sse_options(call.scope, headers, call.guard)
         await LogResponse(run.id, run.log, 0, **options)(call.scope, call.receive, call.send)
 
-    def _start(self, work: Work, call: Call) -> BackgroundRun:
+    def _start(self, prepared: Prepared, call: Call) -> BackgroundRun:
         context, archive = self._context, self._archive
         tenant = tenant_of(call.scope)
-        turn = self._turn(settings_of(work), tenant.name)
+        turn = self._turn(settings_of(prepared), tenant.name)
 
         def finished(_response: bytes, output: bytes) -> None:
             turn.output = output
 
-        wire = self._wire(work, turn.key, finished)
+        wire = self._wire(prepared, turn.key, finished)
         with ExitStack() as cleanup:
             cleanup.enter_context(context.gate.enter())
-            streams = self._submit(work, call, wire.id)
+            streams = self._submit(prepared, call, wire.id)
             place = cleanup.pop_all()
         [stream], allowance = streams, allowance_of(call.scope)
         delivery = Delivery(context.metrics, context.clock, call.arrival_time)
         context.request_log.admitted(
-            wire.id, call.scope, [work.prompts[0].token_ids], work.params, is_streamed=False
+            wire.id, call.scope, [prepared.prompts[0].token_ids], prepared.params, is_streamed=False
         )
 
         def ended(run: BackgroundRun) -> None:
@@ -164,8 +164,8 @@ class InputTokensEndpoint(ResponsesEndpoint):
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrival_time: float) -> None:
         raw = await self._context.read_body(scope, receive)
         async with DisconnectGuard(receive) as guard:
-            work = await self._read(raw, tenant_of(scope))
-            [prompt] = work.prompts
+            prepared = await self._read(raw, tenant_of(scope))
+            [prompt] = prepared.prompts
             content = {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
             call = Call(scope, receive, send, arrival_time, guard)
-            await call.send_json(orjson.dumps(content), work.common.unknown_fields)
+            await call.send_json(orjson.dumps(content), prepared.common.unknown_fields)

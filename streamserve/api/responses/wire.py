@@ -7,7 +7,7 @@ from typing import Any
 
 from streamserve.api.extras import Prompt
 from streamserve.api.logprobs import TokenNames
-from streamserve.api.prompts import Work
+from streamserve.api.prompts import Prepared
 from streamserve.api.responses.frames import Finished, ResponseFrames, Snapshots
 from streamserve.api.whole import Choice
 from streamserve.engine.outputs import RequestOutput, Usage
@@ -24,25 +24,25 @@ class ResponseWire:
         self,
         key: str,
         fields: dict[str, Any],
-        work: Work,
+        prepared: Prepared,
         *,
         tokenizer: Tokenizer,
         clock: Callable[[], float],
         finished: Finished,
     ) -> None:
         """``key`` is the id without its prefix; ``fields`` is all that does not change."""
-        settings = work.settings
+        settings = prepared.settings
         assert settings is not None
         self.id = f"resp_{key}"
         self._finished = finished
         self.response: bytes | None = None
-        parser = None if work.parsing is None else work.parsing.new(tokenizer.token_bytes)
+        parser = None if prepared.parsing is None else prepared.parsing.new(tokenizer.token_bytes)
         self.events = ResponseFrames(
             key,
             Snapshots(fields, clock),
             self._end,
             parser=parser,
-            names=None if work.params.logprobs is None else TokenNames(tokenizer),
+            names=None if prepared.params.logprobs is None else TokenNames(tokenizer),
             shows_summary=settings.shows_summary,
             seals_thoughts=settings.seals_thoughts,
             is_queued=settings.is_background,
