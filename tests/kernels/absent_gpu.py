@@ -61,7 +61,11 @@ def install() -> None:
         before = num_compiled(self)
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if num_compiled(self) > before:
-            print(json.dumps({"kernel": self._fn_name, **resources(kernel)}), flush=True)
+            found = {
+                "launch_pdl": bool(options.get("launch_pdl")),
+                "waits_for_grid": "griddepcontrol.wait" in kernel.asm["ptx"],
+            }
+            print(json.dumps({"kernel": self._fn_name, **found, **resources(kernel)}), flush=True)
         return kernel
 
     JITFunction.run = compile_only

@@ -10,6 +10,14 @@ from streamserve_kernels.triton.runtime import INTERPRETED
 from tests.interpreter import run_python
 
 _SHARED_BYTES = 227 * 1024  # of a program on Hopper
+# What stands between a layer's products: each begins while the one before it runs.
+_BETWEEN = {
+    "_rms_norm_kernel",
+    "_heads_kernel",
+    "attention_kernel",
+    "merge_kernel",
+    "_activation_kernel",
+}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="beside a GPU the kernels are compiled anyway")
@@ -23,6 +31,9 @@ def test_every_kernel_compiles_for_hopper_and_spills_little(parts):
     assert kernels
     for kernel in kernels:
         assert kernel["shared"] <= _SHARED_BYTES, kernel
+        # Whoever begins while the kernel before it runs waits for what that writes.
+        assert kernel["launch_pdl"] == kernel["waits_for_grid"], kernel
+        assert kernel["launch_pdl"] or kernel["kernel"].rpartition(".")[2] not in _BETWEEN, kernel
         assert kernel["stack"] <= (512 if kernel["limited"] else 256), kernel
         if kernel["kernel"].endswith("stored_split_kernel"):
             # Sixteen places are two products, 32 four; what a table holds is looked up in between.

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from streamserve_kernels.triton.runtime import forget_with, jit
+from streamserve_kernels.triton.runtime import forget_with, jit, overlaps
 
 _COPIED = 2048  # words of a program of `copy_blocks`
 
@@ -29,8 +30,12 @@ def _heads_kernel(
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROT: tl.constexpr, BLOCK_ROT: tl.constexpr,
     INTERLEAVED: tl.constexpr, WRITES: tl.constexpr, FLOAT8: tl.constexpr, HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A token's heads, HEADS at a time: first those of the query, then of key and value."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     query_parts: tl.constexpr = (HQ + HEADS - 1) // HEADS if ROT > 0 else 0
@@ -121,6 +126,7 @@ def _run(
     if caches is not None:
         parts += triton.cdiv(num_kv_heads, heads)
     key_cache, value_cache = (key, value) if caches is None else caches
+    overlap = overlaps(key.device)
     strides = (
         (0, 0, 0, 0) if caches is None else (*key_cache.stride()[:2], *value_cache.stride()[:2])
     )
@@ -134,8 +140,8 @@ def _run(
         BLOCK_D=size_block, BLOCK_DV=triton.next_power_of_2(value_size),
         ROT=rotated, BLOCK_ROT=turned_block,
         INTERLEAVED=interleaved, WRITES=caches is not None,
-        FLOAT8=key_cache.dtype == torch.float8_e4m3fn, HEADS=heads,
-        num_warps=min(max(threads // 32, 1), heads),
+        FLOAT8=key_cache.dtype == torch.float8_e4m3fn, HEADS=heads, OVERLAP=overlap,
+        num_warps=min(max(threads // 32, 1), heads), launch_pdl=overlap,
     )  # fmt: skip
 
 
