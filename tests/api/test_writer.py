@@ -4,6 +4,8 @@ import asyncio
 
 from uvicorn.protocols.http.flow_control import FlowControl
 
+from streamserve.api.frames import PING
+from streamserve.api.sse_response import SseResponse
 from streamserve.api.writer import UvicornWriter
 from tests.api.harness import until
 
@@ -95,3 +97,76 @@ async def test_a_reader_that_does_not_read_is_not_waited_for_behind_an_error(mon
     UvicornWriter(cycle).close_connection()
     assert cycle.transport.ended == ["closed"]
     await until(lambda: cycle.transport.ended == ["closed", "aborted"])
+
+
+class Silent(SseResponse):
+    """Sends nothing by itself; ``sent`` are the parts that have found room."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.has_room = asyncio.Event()
+        self.has_room.set()
+        super().__init__(
+            "silent",
+            headers={},
+            ping_interval_s=3600.0,
+            raw_send=self._take,
+            stall_timeout_s=60.0,
+            on_stall=lambda: None,
+        )
+
+    async def _take(self, message) -> None:
+        await self.has_room.wait()
+        self.sent.append(message["body"])
+
+    async def _send_events(self) -> None:
+        """Nothing."""
+
+    def _failure(self, exc: Exception) -> bytes:
+        return b""
+
+    async def ring(self) -> None:
+        """The timer of the pings rings."""
+        self._stop_comments()
+        self._on_timer()
+        await turns()
+
+
+async def turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_each_turn_of_the_timer_in_which_nothing_was_written_brings_a_ping():
+    response = Silent()
+    await response.ring()
+    await response.ring()
+    assert response.sent == [PING] * 2
+    await response._send(b"frame")
+    await response.ring()
+    assert response.sent == [PING, PING, b"frame"]
+    await response.ring()
+    assert response.sent[3:] == [PING]
+    response._stop_comments()
+
+
+async def test_no_ping_waits_behind_one_that_waits():
+    response = Silent()
+    response.has_room.clear()
+    for _ in range(3):
+        response._on_timer()
+        await turns()
+    response.has_room.set()
+    await turns()
+    assert response.sent == [PING]
+    response._stop_comments()
+
+
+async def test_no_ping_follows_the_end():
+    response = Silent()
+    response._on_timer()
+    response._end()
+    await turns()
+    await response.ring()
+    assert response.sent == []
+    response._stop_comments()

@@ -246,6 +246,41 @@ async def test_beams_take_no_id_that_somebody_else_may_have_chosen():
     assert [len(output.token_ids) for output in outputs] == [4, 4, 8]
 
 
+@pytest.mark.parametrize("is_search", [False, True])
+async def test_all_requests_of_an_answer_are_the_same_clients(is_search, monkeypatch):
+    origin = {
+        "adapter": 1,
+        "arrival_time": 0.5,
+        "cache_salt": "salt",
+        "priority": 3,
+        "shares_public_prefixes": True,
+        "tenant": "tenant",
+        "weight": 2.0,
+    }
+    entered = []
+    async with serving(BeamRunner()) as harness:
+        seats, engine = harness.scheduler._seats, harness.engine
+        enter = seats.enter
+
+        def spy(request):
+            entered.append(request)
+            enter(request)
+
+        monkeypatch.setattr(seats, "enter", spy)
+        params = SamplingParams(max_tokens=6)
+        if is_search:
+            search = BeamSearchParams(beam_width=3)
+            streams = engine.submit_beams(list(PROMPT), params, search, 2, request_id="r", **origin)
+        else:
+            streams = engine.submit_choices(list(PROMPT), params, 3, request_id="r", **origin)
+        for stream in streams:
+            await collect(stream)
+    assert len(entered) > 2
+    for request in entered:
+        assert {name: getattr(request, name) for name in origin} == origin
+        assert request.seed == entered[0].seed
+
+
 async def test_too_many_beams_are_refused():
     async with serving(BeamRunner()) as harness:
         with pytest.raises(InvalidParameterError, match="best_of must be at most 19"):
