@@ -12,6 +12,9 @@ from streamserve.errors import ModelLoadError
 from streamserve.models.slow_tokenizer import SlowTokenizer, load_slow
 from streamserve.models.vocabularies import own_tokenizer
 
+_PATTERNS = ("*token*", "vocab*", "merges*", "*.model", "*.tiktoken")
+"""Without any such file there is nothing to make a tokenizer of."""
+
 
 def tokenizer_backend(
     directory: Path, *, trust_remote_code: bool, slow: bool = False
@@ -33,6 +36,11 @@ def tokenizer_backend(
         raise ModelLoadError(
             f"{directory} holds no tokenizer.json, and its tokenizer is code of its own ({code}), "
             "which runs only with --trust-remote-code"
+        )
+    if not any(found for pattern in _PATTERNS for found in directory.glob(pattern)):
+        raise ModelLoadError(
+            f"{directory} holds no tokenizer (no tokenizer.json, tokenizer.model or vocab.json): "
+            "download the model's tokenizer files, too, or name its directory with --tokenizer"
         )
     from transformers import AutoTokenizer, PreTrainedTokenizer
 

@@ -113,6 +113,13 @@ def test_a_vocabulary_without_code_needs_no_trust(tmp_path):
 
 
 def test_no_tokenizer_at_all(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelLoadError, match=r"holds no tokenizer \(no .*name its directory with"):
+        tokenizer_backend(tmp_path, trust_remote_code=False)
+
+
+def test_files_of_which_no_tokenizer_is_made(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"no tokenizer.json, and transformers makes no"):
         tokenizer_backend(tmp_path, trust_remote_code=False)
 
