@@ -48,10 +48,8 @@ class Subject:
 def run_latency(flags: Sequence[str], prog: str) -> int:
     """Returns the exit code; raises ``StreamServeError``."""
     args = latency_parser(prog).parse(flags)
-    subject = _build(args)
     shapes = list(product(args.batch_size, args.input_len, args.output_len))
-    for shape in shapes:
-        _check_shape(subject.service, *shape)
+    subject = _build(args, shapes)
 
     async def measure() -> list[LatencyResult]:
         load = await _start(subject, args)
@@ -72,9 +70,10 @@ def run_latency(flags: Sequence[str], prog: str) -> int:
 def run_throughput(flags: Sequence[str], prog: str) -> int:
     """Returns the exit code; raises ``StreamServeError``."""
     args = throughput_parser(prog).parse(flags)
-    subject = _build(args)
-    longest = [round(n * (1.0 + args.spread)) for n in (args.input_len, args.output_len)]
-    _check_shape(subject.service, 1, *longest)
+    input_len, output_len = (
+        round(n * (1.0 + args.spread)) for n in (args.input_len, args.output_len)
+    )
+    subject = _build(args, [(1, input_len, output_len)])
 
     async def measure() -> ThroughputResult:
         load = await _start(subject, args)
@@ -88,7 +87,11 @@ def run_throughput(flags: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _build(args: Namespace) -> Subject:
+def _build(args: Namespace, shapes: Sequence[tuple[int, int, int]]) -> Subject:
+    """Raises ``ConfigError`` for shapes that could not run, before anything is measured.
+
+    `shapes` are (requests at once, tokens of a prompt, tokens of an answer).
+    """
     check_flags(args)
     probes: list[StepProbe] = []
 
@@ -98,6 +101,8 @@ def _build(args: Namespace) -> Subject:
 
     service = build_service(args, say=_say, warn=_warn, observed=observed)
     service.finish_warm_up()
+    for shape in shapes:
+        _check_shape(service, *shape)
     ceilings = measured_ceilings(service)
     rate, dtype = ceilings.best_product
     _say(

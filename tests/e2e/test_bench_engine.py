@@ -84,3 +84,4 @@ def test_what_the_engine_could_not_run_at_once_is_refused(run, dummy, flags, mes
     result = run("bench", "latency", *dummy, *flags)
     assert result.returncode == 1
     assert message in result.stderr
+    assert "measured" not in result.stdout  # at once, then
