@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import openvino
 import openvino_genai as ov
 import tokenizers
 import uvicorn
@@ -55,8 +56,11 @@ class Engine:
         scheduler.max_num_batched_tokens = max_num_batched_tokens
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = True
+        # A CPU without products of bfloat16 computes in float32.
+        abilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        precision = "bf16" if "BF16" in abilities else "f32"
         self.pipeline = ov.ContinuousBatchingPipeline(
-            str(directory), scheduler, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"}
+            str(directory), scheduler, "CPU", {"INFERENCE_PRECISION_HINT": precision}
         )
         self.tokenizer = self.pipeline.get_tokenizer()
         self._new: queue.SimpleQueue[Job] = queue.SimpleQueue()
