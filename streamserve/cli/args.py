@@ -20,6 +20,7 @@ from streamserve.cli.peer_flags import add_peer_flags
 from streamserve.cli.quantization import QUANTIZATIONS, STORED_METHODS, check_quantization
 from streamserve.cli.source_flags import add_seed_flag, add_source_flags
 from streamserve.cli.speculative import parse_speculative_config
+from streamserve.cli.spelling import usual_spelling
 from streamserve.cli.tools import add_tool_commands
 from streamserve.cli.values import (
     gibibytes,
@@ -490,19 +491,13 @@ def model_name(args: argparse.Namespace) -> str:
     return "box" if args.model is None else whole_text(args.model)
 
 
-def _dashed(word: str) -> str:
-    """As vLLM, take ``--max_model_len`` for ``--max-model-len``."""
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse ``argv`` (default: the process's); exits with 2 and a usage line on a wrong flag.
 
     What a ``--config`` file says are defaults, which the other flags override. Raises
     ``ConfigError`` for a file that cannot be read.
     """
-    argv = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
+    argv = usual_spelling(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     if not argv:
         parser.print_help(sys.stderr)

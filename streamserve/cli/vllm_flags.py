@@ -181,7 +181,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
     ),
     (
         "structured output has one backend and its settings are the request's",
-        "structured_outputs_config guided_decoding_backend=auto reasoning_config",
+        "structured_outputs_config guided_decoding_backend=auto|guidance reasoning_config",
     ),
     (
         "the server speaks HTTP over TCP: --host and --port",

@@ -37,6 +37,7 @@ def refused(capsys, *flags: str) -> str:
         (["--num-gpu-blocks-override", "9"], ["--kv-cache-memory"]),
         (["--speculative-model", "m"], ["--speculative-config"]),
         (["--uds", "/tmp/x"], ["--host and --port"]),
+        (["--structured-outputs-config.backend", "xgrammar"], ["--structured-outputs-config is"]),
         (["--rope-scaling", "{}"], ["--rope-scaling is not supported", "--hf-overrides"]),
         (["--limit-mm-per-prompt", '{"image": 0, "video": 1}'], ["--limit-mm-per-prompt is not"]),
     ],
@@ -51,6 +52,7 @@ def test_values_that_ask_for_nothing_are_taken():
     given = ["--data-parallel-size", "1", "--enable-chunked-prefill", "--no-fully-sharded-loras"]
     given += ["--disable-log-stats", "--disable-custom-all-reduce", "--cpu-offload-gb", "0"]
     given += ["--worker-cls", "auto", "--distributed-executor-backend", "mp"]
+    given += ["--guided-decoding-backend", "guidance"]
     given += ["-O3", "--limit-mm-per-prompt", "image=0,video=0", "--compilation-config", "3"]
     given += ["--limit-mm-per-prompt", '{"image": 0}', "-O.level=2"]
     args = parse_args(["serve", "a-model", *given])
@@ -137,6 +139,16 @@ def test_every_foreign_flag_is_known_to_serve_and_hidden_from_its_help():
 )
 def test_vllms_spellings_mean_the_same(flags, name, value):
     assert getattr(parse_args(["serve", *flags]), name) == value
+
+
+def test_keys_of_an_object_may_be_set_by_dots():
+    flags = ["--hf-overrides.rope_theta", "5e5", "--hf_overrides.rope_scaling.rope_type=yarn"]
+    flags += ["--default-chat-template-kwargs.enable_thinking", "false"]
+    flags += ["--limit-mm-per-prompt.image", "0", "--port", "9"]
+    args = parse_args(["serve", *flags, "--default-chat-template-kwargs.tools_in_user_message"])
+    assert args.hf_overrides == {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn"}}
+    variables = {"enable_thinking": False, "tools_in_user_message": True}
+    assert (args.default_chat_template_kwargs, args.port) == (variables, 9)
 
 
 @pytest.mark.parametrize(
