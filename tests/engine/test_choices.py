@@ -137,6 +137,21 @@ async def test_beams_come_best_first_and_end_with_their_last_token():
     assert outputs[0].logprobs == []
 
 
+async def test_both_beams_may_go_on_from_the_second():
+    first = {"": "a-0.5 b-0.6", "a": "c-3.0 d-4.0", "b": "e-0.1 f-0.2"}
+    runner = BeamRunner({**first, "be": "x-0.1 y-5.0", "bf": "z-0.1 w-5.0"})
+    async with serving(runner) as harness:
+        outputs = [await collect(stream) for stream in beams(harness, max_tokens=3)]
+    assert [output.text for output in outputs] == ["bex", "bfz"]
+
+
+async def test_beams_say_what_was_cached_of_their_prompt():
+    async with serving(BeamRunner()) as harness:
+        for num_cached in (0, len(PROMPT) - 1):
+            outputs = [await collect(stream) for stream in beams(harness)]
+            assert [output.usage.cached_tokens for output in outputs] == [num_cached] * 2
+
+
 async def test_beams_report_the_logprobs_of_their_tokens():
     runner = BeamRunner({"": "a-0.5 b-1.0", "a": "c-1.0 d-1.2", "b": "e-0.1 $-0.2"})
     async with serving(runner) as harness:
