@@ -21,8 +21,8 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros on the CPU, a mapping of their own, in huge pages where the system has them.
 
-    Zeroed memory is only promised until it is written. Raises OSError or MemoryError when the
-    system refuses the mapping.
+    Zeroed memory is only promised until it is written. Raises MemoryError when the system
+    refuses the mapping.
     """
     num_bytes = prod(shape) * dtype.itemsize
     if not hasattr(mmap, "MADV_HUGEPAGE") or num_bytes < HUGE_PAGE:
@@ -59,7 +59,10 @@ def _advise(tensor: Tensor, advice: int) -> None:
 
 
 def _mapping(num_bytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"the system refuses {num_bytes} bytes: {error.strerror}") from error
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StreamServeError as error:
         print(f"streamserve: {error}", file=sys.stderr)
         return 1
+    except MemoryError as error:
+        hint = "--kv-cache-memory asks for less, and `ulimit -v` shows the limit of a process"
+        print(f"streamserve: not enough memory: {error}; {hint}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         # A device thread may be inside torch: an orderly exit would tear it down there and abort.
         sys.stdout.flush()

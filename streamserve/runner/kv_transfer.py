@@ -218,7 +218,7 @@ def _host_rows(num_rows: int, blocks: BlockRows) -> Tensor:
     size = format_bytes(num_rows * blocks.width * blocks.dtype.itemsize)
     try:
         rows = huge_pages.zeros((num_rows, blocks.width), blocks.dtype)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         raise KVCacheMemoryError(f"the host has no {size} of memory for KV blocks") from error
     if (
         blocks.device.type == "cuda"

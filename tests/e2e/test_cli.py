@@ -6,10 +6,13 @@ import socket
 import subprocess
 
 import pytest
+import torch
 
 from streamserve import __version__
+from streamserve.cli import main
 from streamserve.cli.args import build_parser
 from streamserve.cli.model_source import box_path
+from streamserve_kernels.huge_pages import zeros
 from tests.e2e.servers import command, environment, running_server
 
 
@@ -17,6 +20,17 @@ def test_version():
     """By itself, as a person calls it."""
     said = subprocess.check_output(command("--version"), text=True, env=environment())
     assert said == f"streamserve {__version__}\n"
+
+
+def test_memory_that_the_system_refuses_is_said_in_one_line(monkeypatch, capsys):
+    def serve(_args):
+        zeros((2**46,), torch.uint8)
+
+    monkeypatch.setattr("streamserve.cli.serve.run_serve", serve)
+    assert main(["serve"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"streamserve: not enough memory: the system refuses {2**46} bytes: ")
+    assert "--kv-cache-memory" in said
 
 
 def test_help_names_every_flag(run):
