@@ -40,7 +40,10 @@ class GrammarTrial:
         timeout_s: float = 8.0,
         memory_limit: int = 2**30,
     ) -> None:
-        """``cpu_limit_s`` is of processor time, so that a busy machine refuses nothing."""
+        """``cpu_limit_s`` is of processor time, so that a busy machine refuses nothing.
+
+        Each tool, or tag of a structural tag, adds a fortieth of a second to it.
+        """
         self._special_tokens = list(special_tokens)
         self._cpu_limit_s = cpu_limit_s
         self._timeout_s = timeout_s

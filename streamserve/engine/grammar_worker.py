@@ -24,8 +24,9 @@ from streamserve.engine.grammar_trial import Task, Verdict
 from streamserve.engine.lark_writer import with_special_ids
 
 _NUM_STEPS = 48
-_NUM_FEW_PARTS = 16  # more are walked through less far: all share one limit of time
+_NUM_FEW_PARTS = 16  # more are walked through less far
 _MAX_MASK_S = 0.01
+_PART_CPU_S = 0.025
 _MAX_MESSAGE = 400
 
 
@@ -84,6 +85,8 @@ class _Trier:
             grammar, parts = llguidance_grammar(
                 kind, task.text, task.whitespace_pattern, self._special_tokens
             )
+            left_s, _ = signal.getitimer(signal.ITIMER_PROF)
+            signal.setitimer(signal.ITIMER_PROF, left_s + _PART_CPU_S * len(parts))
             # A walk through the whole may never leave its free text.
             num_steps = _NUM_STEPS if len(parts) <= _NUM_FEW_PARTS else _NUM_STEPS // 4
             errors = (self._error_of(part, num_steps) for part in (grammar, *parts))

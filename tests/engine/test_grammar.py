@@ -163,3 +163,12 @@ def test_a_worker_that_dies_is_replaced():
     assert small(slow).error == "too complex: it needs more than the limit of 1 MiB"
     small.close()
     small.close()
+
+
+def test_each_tool_adds_to_the_limit_of_time():
+    schemas = [{"properties": {"p": {"type": "string", "maxLength": i}}} for i in range(1, 129)]
+    tools = [{"name": f"f{i}", "arguments": schema} for i, schema in enumerate(schemas)]
+    task = json.dumps({"parser": "hermes", "answer": None, "tools": tools})
+    trial = GrammarTrial(cpu_limit_s=0.1)
+    assert trial(Task("tool_calls", task, None)).error == ""
+    trial.close()
