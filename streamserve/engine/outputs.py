@@ -58,4 +58,5 @@ def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
         stop_reason=last.stop_reason,
         num_merged=sum([output.num_merged for output in outputs]),
         prompt_logprobs=outputs[0].prompt_logprobs,
+        embedding=last.embedding,
     )

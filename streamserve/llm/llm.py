@@ -26,6 +26,7 @@ from streamserve.llm.prompts import (
     Message,
     Prompt,
     Prompts,
+    is_conversation,
     lora_requests,
     per_prompt,
     read_conversations,
@@ -138,8 +139,7 @@ class LLM:
 
         Leaving the loop early ends the request.
         """
-        is_conversation = isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping)
-        [read] = (read_conversations if is_conversation else read_prompts)(prompt)
+        [read] = read_conversations(prompt) if is_conversation(prompt) else read_prompts([prompt])
         [job] = self._jobs([read], sampling_params, None, lora_request)
 
         async def work(put: Any) -> None:

@@ -54,8 +54,13 @@ class Job:
     @property
     def is_conversation(self) -> bool:
         """Whether a chat template makes the prompt."""
-        prompt = self.prompt
-        return not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
+        return is_conversation(self.prompt)
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether it begins with a message."""
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    return is_list and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def read_prompts(prompts: Any) -> list[str | list[int]]:

@@ -244,6 +244,8 @@ def test_a_prompt_that_cannot_fit_is_refused_before_any_is_computed(llm):
         (lambda llm: llm.generate("a", lora_request=object()), InvalidParameterError, "lora_"),
         (lambda llm: llm.generate("a", frobnicate=1), TypeError, "frobnicate"),
         (lambda llm: llm.generate(""), InvalidParameterError, "at least one token"),
+        (lambda llm: list(llm.stream("")), InvalidParameterError, "at least one token"),
+        (lambda llm: llm.stream([]), InvalidParameterError, "must be a string, token ids"),
         (
             lambda llm: llm.chat(CAPITAL, chat_template_content_format="openai"),
             InvalidParameterError,
