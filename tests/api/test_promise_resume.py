@@ -260,17 +260,23 @@ async def test_promise_what_the_last_reader_has_makes_room_for_more():
         assert client.content == "abcdefghij" * 100
 
 
+async def held_up_by_a_slow_reader(api):
+    """Two readers of one answer, which is paused since the second has stalled."""
+    body = chat_body(stream=True, max_tokens=1000)
+    fast = Exchange(api.app, "POST", CHAT, body, headers=RESUME)
+    await fast.until(lambda e: bool(e.messages))
+    [kept] = api.app.context.kept._by_id.values()
+    slow = Exchange(api.app, "GET", f"/v1/streams/{kept.id}")
+    await slow.until(lambda e: len(e.messages) > 2)
+    slow.stall()
+    await until(lambda: api.engine.stats().num_paused == 1)
+    return fast, slow
+
+
 async def test_promise_a_slow_reader_misses_nothing_of_what_another_has():
     streams = StreamConfig(max_buffer_bytes=8192, max_replay_bytes=4096)
     async with Api(streams=streams, max_model_len=2048).running() as api:
-        body = chat_body(stream=True, max_tokens=1000)
-        fast = Exchange(api.app, "POST", CHAT, body, headers=RESUME)
-        await fast.until(lambda e: bool(e.messages))
-        [kept] = api.app.context.kept._by_id.values()
-        slow = Exchange(api.app, "GET", f"/v1/streams/{kept.id}")
-        await slow.until(lambda e: len(e.messages) > 2)
-        slow.stall()
-        await until(lambda: api.engine.stats().num_paused == 1)
+        fast, slow = await held_up_by_a_slow_reader(api)
         slow.read_on()
         for reader in (fast, slow):
             await reader.finished()
@@ -297,14 +303,7 @@ async def test_promise_who_comes_back_with_more_than_was_known_to_be_sent_makes_
 async def test_promise_a_slow_reader_that_leaves_holds_nobody_up():
     streams = StreamConfig(max_buffer_bytes=8192, max_replay_bytes=4096)
     async with Api(streams=streams, max_model_len=2048).running() as api:
-        body = chat_body(stream=True, max_tokens=1000)
-        fast = Exchange(api.app, "POST", CHAT, body, headers=RESUME)
-        await fast.until(lambda e: bool(e.messages))
-        [kept] = api.app.context.kept._by_id.values()
-        slow = Exchange(api.app, "GET", f"/v1/streams/{kept.id}")
-        await slow.until(lambda e: len(e.messages) > 2)
-        slow.stall()
-        await until(lambda: api.engine.stats().num_paused == 1)
+        fast, slow = await held_up_by_a_slow_reader(api)
         slow.leave()
         for reader in (slow, fast):
             await reader.finished()
