@@ -6,11 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from streamserve.errors import ConfigError
+
 
 def usual_spelling(argv: Sequence[str]) -> list[str]:
     """``argv`` with dashes in the flags' names, and one JSON object for what was set by dots.
 
-    A key without a value is true. What is no JSON is a string.
+    A key without a value is true. What is no JSON is a string. Raises ``ConfigError`` for a key of
+    what has a value.
     """
     objects: dict[str, dict[str, Any]] = {}
     usual: list[str] = []
@@ -30,6 +33,8 @@ def usual_spelling(argv: Sequence[str]) -> list[str]:
             place = objects.setdefault(flag, {})
             for key in keys[:-1]:
                 place = place.setdefault(key, {})
+                if not isinstance(place, dict):
+                    raise ConfigError(f"{name}: {key} has a value already, got a key of it")
             place[keys[-1]] = _parsed(value)
     return usual + [f"{flag}={json.dumps(value)}" for flag, value in objects.items()]
 

@@ -285,3 +285,8 @@ def test_a_keyword_that_cannot_be_served_is_refused_by_name(keywords, message):
 def test_a_keyword_that_nobody_knows():
     with pytest.raises(TypeError, match="'frobnicate'"):
         flags_of(None, {"frobnicate": json})
+
+
+def test_a_dotted_key_of_what_has_a_value_is_refused():
+    with pytest.raises(ConfigError, match=r"--hf-overrides\.a\.b: a has a value already"):
+        parse_args(["serve", "--hf-overrides.a", "1", "--hf-overrides.a.b", "2"])
