@@ -41,22 +41,13 @@ CHUNKS = {
     "64 x 128, 4 warps, stages 2": {"chunk": Tiles(64, 128), "warps": 4, "stages": 2},
     "128 x 32, stages 4": {"chunk": Tiles(128, 32), "stages": 4},
 }
-# In one launch a thread has 255 registers: eight warps, or two programs of four, fill a processor.
+# A thread has 255 registers: eight warps, or two programs of four, fill a processor.
 SHARED = {
     "as planned": {},
-    "128 x 32, 4 warps": {"shared": Tiles(128, 32)},
-    "apart: 64 x 64, 4 warps": {"shared_apart": True, "shared_warps": 4},
-    "apart: 64 x 64, 4 warps, own 2": {
-        "shared_apart": True,
-        "shared_warps": 4,
-        "programs_per_processor": 2,
-    },
-    "apart: 128 x 64, 8 warps": {"shared_apart": True, "shared": Tiles(128, 64)},
-    "apart: 128 x 64, 8 warps, any registers": {
-        "shared_apart": True,
-        "shared": Tiles(128, 64),
-        "registers_apart": 255,
-    },
+    "64 x 32": {"shared": Tiles(64, 32)},
+    "64 x 128, stages 2": {"shared": Tiles(64, 128), "stages": 2},
+    "stages 2": {"stages": 2},
+    "stages 4": {"stages": 4},
 }
 CASES = {
     "decode 64 x 4k": (DECODES, Shape(((4096, 1),) * 64)),

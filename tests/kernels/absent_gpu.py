@@ -16,7 +16,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,21 +243,6 @@ def sampling_calls() -> Iterator[Callable[[], object]]:
 
 
 def attention_calls() -> Iterator[Callable[[], object]]:
-    from streamserve_kernels import PrefixGroups
-    from streamserve_kernels.triton import attention, attention_plan
-
-    yield from planned_attention_calls()
-    planned = attention.plan
-    attention.plan = lambda *args: replace(
-        planned(*args), shared_apart=True, shared=attention_plan.Tiles(128, 64)
-    )
-    groups = PrefixGroups(*(ints(n) for n in (64, 2, 1)))
-    caches = [bf16(4, KV_HEADS, 64, SIZE) for _ in range(2)]
-    args = bf16(64, HEADS, SIZE), *caches, ints(64, 64), ints(64), ints(65)
-    yield lambda: attention.paged_attention(*args, scale=0.1, prefix_groups=groups, max_query_len=1)
-
-
-def planned_attention_calls() -> Iterator[Callable[[], object]]:
     from streamserve_kernels import PrefixGroups
     from streamserve_kernels.triton.attention import paged_attention
 

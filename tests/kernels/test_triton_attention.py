@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -439,3 +440,30 @@ def test_captured_once_and_replayed_for_other_lengths(naive: Kernels, device, dt
         old[tuple(slice(size) for size in new.shape)].copy_(new)
     replay()
     torch.testing.assert_close(out.cpu(), expected, **tolerance(dtype))
+
+
+@pytest.mark.gpu
+def test_launches_that_overlap_wait_for_each_other(naive: Kernels, device) -> None:
+    """Both of an attention overlap, and its queries are what the attention before has left."""
+    shape = {"heads": (32, 8), "head_size": 128, "block_size": 64, "dtype": torch.bfloat16}
+    case = paged_case(naive, seed=19, requests=[(2048 + 64 * r, 1) for r in range(1, 25)], **shape)
+    groups = moved(share(case, [(tuple(range(24)), 2048)]), device)
+    query, *rest = moved(case.args, device)
+
+    def chain(between: Callable[[], object]) -> torch.Tensor:
+        out = query
+        for _ in range(20):
+            out = attention.paged_attention(
+                out, *rest, scale=1.0, prefix_groups=groups, max_query_len=1
+            )
+            between()
+        return out
+
+    expected = chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(lambda: None)
+    for _ in range(3):
+        graph.replay()
+        assert out.equal(expected)
+        out.zero_()

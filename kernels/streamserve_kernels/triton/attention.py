@@ -1,7 +1,6 @@
 """Ragged paged attention on a GPU: the host's side.
 
-One launch does all kinds of work of a step (or two, if the plan has shared prefixes apart), another
-one merges what was split:
+One launch does all kinds of work of a step, another one merges what was split:
 
 - requests with few queries (decodes): flash-decoding (Dao et al. 2023) over equal shares of all
   their keys together, whatever their lengths (`attention_work`, `attention_split`)
@@ -102,56 +101,38 @@ def paged_attention(
     if groups is not None:
         of_groups = (*groups, len(groups.members), num_groups)
 
-    def attend(grid: int, c: Constants, shared: int, warps: int, stages: int, **more: int) -> None:
-        attention_kernel[(grid,)](
-            output,
-            scratch.parts,
-            scratch.logs,
-            scratch.places,
-            query,
-            query.stride(0),
-            key_cache,
-            *key_cache.stride()[:3],
-            value_cache,
-            *value_cache.stride()[:3],
-            block_table,
-            block_table.stride(0),
-            seq_lens,
-            query_start_loc,
-            num_requests,
-            num_tokens,
-            *of_groups,
-            alibi_slopes,
-            sinks,
-            scale * LOG2_E,
-            soft_cap if soft_cap is not None else 1.0,
-            window if window is not None else 0,
-            *most,
-            programs,
-            shared,
-            *bases,
-            c=c,
-            num_warps=warps,
-            num_stages=stages,
-            launch_pdl=c.overlaps,
-            **more,
-        )
-
-    if groups is not None and sizes.shared_apart:
-        only = constants._replace(does_own=False, has_chunks=False)
-        most_registers = {"maxnreg": sizes.registers_apart}
-        attend(
-            shared_programs,
-            only,
-            shared_programs,
-            sizes.shared_warps,
-            sizes.shared_stages,
-            **most_registers,
-        )
-        own = constants._replace(does_shared=False)
-        attend(grid - shared_programs, own, 0, sizes.warps, sizes.stages, **most_registers)
-    else:
-        attend(grid, constants, shared_programs, sizes.warps, sizes.stages)
+    attention_kernel[(grid,)](
+        output,
+        scratch.parts,
+        scratch.logs,
+        scratch.places,
+        query,
+        query.stride(0),
+        key_cache,
+        *key_cache.stride()[:3],
+        value_cache,
+        *value_cache.stride()[:3],
+        block_table,
+        block_table.stride(0),
+        seq_lens,
+        query_start_loc,
+        num_requests,
+        num_tokens,
+        *of_groups,
+        alibi_slopes,
+        sinks,
+        scale * LOG2_E,
+        soft_cap if soft_cap is not None else 1.0,
+        window if window is not None else 0,
+        *most,
+        programs,
+        shared_programs,
+        *bases,
+        c=constants,
+        num_warps=sizes.warps,
+        num_stages=sizes.stages,
+        launch_pdl=constants.overlaps,
+    )
     slots = num_requests * sizes.split_queries if sizes.has_chunks else num_tokens
     merge_kernel[(slots, num_heads)](
         output,
@@ -237,8 +218,6 @@ def _constants(
         has_sinks=sinks,
         has_groups=groups,
         has_chunks=sizes.has_chunks,
-        does_shared=True,
-        does_own=True,
         unscaled=not cap and not slopes,
         ieee=query.dtype == torch.float32,
         overlaps=overlaps(query.device),

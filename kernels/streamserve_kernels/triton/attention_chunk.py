@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from streamserve_kernels.triton.attention_loop import (
     attend,
@@ -46,6 +47,8 @@ def chunk_tile(
     count = tl.where(real, after, num_tokens) - first
     length = tl.load(batch.seq_lens + request, mask=real, other=0)
     first_row = (tile - first_tile) * ROWS
+    if c.overlaps:
+        gdc_wait()
     if (first_row < count * c.group) & (
         (count > batch.split_queries) | (request >= batch.num_requests)
     ):

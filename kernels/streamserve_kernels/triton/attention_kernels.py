@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from streamserve_kernels.triton.attention_chunk import chunk_tile
 from streamserve_kernels.triton.attention_loop import Cache, Rule
@@ -46,12 +46,12 @@ def attention_kernel(
     shared_whole_base,
     c: tl.constexpr,
 ):  # fmt: skip
-    """Programs: those of shared prefixes, of split requests, then a tile of a chunk each."""
+    """Programs: those of shared prefixes, of split requests, then a tile of a chunk each.
+
+    Whose work is whose is found out before the kernel before this one has ended.
+    """
     if c.overlaps:
-        # The launch behind that of shared prefixes begins when nothing before the two is left.
-        if c.does_shared or not c.has_groups:
-            gdc_wait()
-        gdc_launch_dependents()  # once nothing before this kernel is left: see `merge_row`
+        gdc_launch_dependents()
     cache = Cache(
         key_cache, key_block, key_head, key_row, value_cache, value_block, value_head, value_row
     )
@@ -61,7 +61,7 @@ def attention_kernel(
     )  # fmt: skip
     rule = Rule(scale, soft_cap, window)
     program = tl.program_id(0)
-    if c.has_groups and c.does_shared:
+    if c.has_groups:
         if program < shared_programs:
             shared_parts(
                 query, query_stride, parts, logs, places + 1 + num_requests, slopes, sinks, cache,
@@ -77,14 +77,11 @@ def attention_kernel(
                 query, query_stride, output, num_tokens, slopes, sinks, cache, batch, rule,
                 index // c.num_kv_heads, index % c.num_kv_heads, c,
             )  # fmt: skip
-    if c.does_own:
-        if (program >= 0) & (program < programs):
-            own_parts(
-                query, query_stride, output, parts, logs, places, slopes, sinks, cache, batch,
-                rule, program, programs, whole_base, c,
-            )  # fmt: skip
-    if c.overlaps and c.has_groups and not c.does_shared:
-        gdc_wait()  # the merge waits for this launch, and so for that of shared prefixes too
+    if (program >= 0) & (program < programs):
+        own_parts(
+            query, query_stride, output, parts, logs, places, slopes, sinks, cache, batch,
+            rule, program, programs, whole_base, c,
+        )  # fmt: skip
 
 
 @jit(do_not_specialize=MERGE_COUNTS, do_not_specialize_on_alignment=MERGE_BUFFERS)

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+MASKED = tl.constexpr(-1.0e30)  # a score, before it is scaled
+NOTHING = tl.constexpr(-1.0e20)  # the largest of no scores
+
 
 class Constants(NamedTuple):
     """What a kernel is compiled for. A path's `rows` and `keys` are the size of its score tiles."""
@@ -30,8 +33,6 @@ class Constants(NamedTuple):
     has_sinks: bool
     has_groups: bool
     has_chunks: bool
-    does_shared: bool  # this launch attends to shared prefixes
-    does_own: bool  # and to all else
     unscaled: bool  # scores are scaled in the exponent
     ieee: bool  # float32 operands are multiplied as such, not as TF32
     overlaps: bool  # see `runtime.overlaps`
@@ -74,9 +75,7 @@ def score(
     """Base-2 scores [M, N] of products q·k; what a row may not see becomes hugely negative.
 
     Where nothing else happens to a score it is left unscaled, for the exponential to do both.
-
-    Hugely, not infinitely: a row that sees nothing in its first tiles then needs no special case,
-    because the first visible key scales what came before by 2^-huge = 0.
+    Hugely, not infinitely: no difference is that of two infinities.
     """
     if c.has_cap:
         # cap·tanh(x / cap) with tanh(y) = 1 - 2 / (1 + e^2y): exact at both ends
@@ -94,7 +93,7 @@ def score(
                 visible = visible & (position[:, None] - keys[None, :] < rule.window)
         else:
             visible = keys[None, :] < limit
-        scores = tl.where(visible, scores, -1.0e30)
+        scores = tl.where(visible, scores, MASKED)
     return scores
 
 
@@ -254,13 +253,19 @@ def attend(
 
 @triton.jit
 def begin(sinks, head, valid, with_sink, ROWS: tl.constexpr, c: tl.constexpr):
-    """The softmax of nothing, or of the sink alone: (peak, weight, acc)."""
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    """The softmax of nothing, or of the sink alone: (peak, weight, acc).
+
+    Nothing is below every score and far above what is masked: a row that sees nothing in its first
+    tiles keeps a weight of exactly 0. With their own largest score as its peak, the masked ones
+    would weigh 2^(x·scale - x·scale), of which a GPU rounds the second product and not the first.
+    """
+    peak = tl.full([ROWS], NOTHING, tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     if c.has_sinks:
-        sink = tl.load(sinks + head, mask=valid & with_sink, other=float("-inf")).to(tl.float32)
-        peak = sink * 1.4426950408889634
-        weight = tl.where(peak == float("-inf"), 0.0, 1.0)
+        there = valid & with_sink
+        sink = tl.load(sinks + head, mask=there, other=float("-inf")).to(tl.float32)
+        peak = tl.maximum(sink * 1.4426950408889634, NOTHING)
+        weight = tl.where(peak == NOTHING, 0.0, 1.0)
     DV: tl.constexpr = c.block_dv
     return peak, weight, tl.zeros([ROWS, DV], tl.float32)
 

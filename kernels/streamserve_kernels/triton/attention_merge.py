@@ -68,8 +68,6 @@ def merge_row(
     row = number * c.group + head % c.group
 
     if c.overlaps:
-        # Only now: the attention kernel lets this one begin when all that was before it is done, so
-        # the step's own tensors are there.
         gdc_wait()
     own = tl.full([], 0, tl.int32)  # parts
     own_first = own  # program

@@ -31,13 +31,6 @@ class Plan:
     stages: int  # key tiles on their way, and the one in use
     programs_per_processor: int
     shared_programs_per_processor: int
-    # Shared prefixes have a launch of their own, whose programs are as large as suits them; the one
-    # of all else runs beside it.
-    shared_apart: bool = False
-    shared_warps: int = 8
-    shared_stages: int = 3
-    # Of a thread, in both of them: of 65,536, 168 leave room for twelve warps on a processor.
-    registers_apart: int = 168
 
 
 def power_of_two(size: int, least: int = 16) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from streamserve_kernels.triton.attention_loop import (
     attend,
@@ -13,12 +14,10 @@ from streamserve_kernels.triton.attention_loop import (
     store_output,
 )
 from streamserve_kernels.triton.attention_work import (
-    find,
     group_work,
     membership,
     own_work,
     share_of,
-    survey,
 )
 
 
@@ -79,13 +78,11 @@ def own_parts(
 
     Leaves in `places` what a merge must know: each program's share, and each request's first unit.
     """
-    total = survey(batch, rule, False, c)
-    share = share_of(total, programs)
+    share, at, end, request, passed = share_of(program, programs, batch, rule, False, c)
+    if c.overlaps:
+        gdc_wait()
     if program == 0:
         tl.store(places, share)
-    at = program * share
-    end = tl.minimum(at + share, total)
-    request, passed = find(at, batch, rule, False, c)
     prefix = tl.full([], 0, tl.int32)
     if c.has_groups:
         looked_up = prefix - 1  # the request whose prefix it is
@@ -164,13 +161,11 @@ def shared_parts(
 
     Leaves in `places` each program's share, and each group's first unit.
     """
-    total = survey(batch, rule, True, c)
-    share = share_of(total, programs)
+    share, at, end, group, passed = share_of(program, programs, batch, rule, True, c)
+    if c.overlaps:
+        gdc_wait()
     if program == 0:
         tl.store(places, share)
-    at = program * share
-    end = tl.minimum(at + share, total)
-    group, passed = find(at, batch, rule, True, c)
     while at < end:
         first, count, num_keys, key_tiles, row_tiles = group_work(
             group, group < batch.num_groups, batch, c

@@ -50,8 +50,10 @@ def forget_with(owner: torch.Tensor, known: dict[Any, Any], key: Any) -> None:
 def overlaps(device: torch.device) -> bool:
     """Whether kernels may start while the ones before them run: programmatic dependent launch.
 
-    A kernel that is launched so (`launch_pdl`) waits (`gdc_wait`) before it touches anything but
-    weights, in every program: the kernel after it relies on it for all that came before.
+    A kernel that is launched so (`launch_pdl`) waits (`gdc_wait`) in every program before it
+    touches what a kernel has written or may still read: the kernel after it relies on it for all
+    that came before. Weights may be read earlier, and what a copy has brought, which no kernel
+    passes: of a step's inputs its lengths, positions and tables, but not its token ids.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
