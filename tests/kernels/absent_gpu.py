@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def install() -> None:
             found = {
                 "launch_pdl": bool(options.get("launch_pdl")),
                 "waits_for_grid": "griddepcontrol.wait" in kernel.asm["ptx"],
+                "programs": math.prod(grid),
             }
             print(json.dumps({"kernel": self._fn_name, **found, **resources(kernel)}), flush=True)
         return kernel
@@ -99,6 +101,7 @@ def resources(kernel: Any) -> dict[str, int]:
         "limited": kernel.metadata.maxnreg is not None,
         "wgmma": wgmma,
         **(pace(kernel) if wgmma else {}),
+        **(accesses(kernel) if kernel.metadata.name == "_heads_kernel" else {}),
     }
 
 
@@ -107,6 +110,15 @@ def pace(kernel: Any) -> dict[str, int]:
     code = said_of(kernel, "nvdisasm", "-c")
     loop = code[code.index("HGMMA") : code.rindex("HGMMA")]
     return {"waits": loop.count("WARPGROUP.DEPBAR.LE gsb0, 0x0"), "through": code.count("LDSM")}
+
+
+def accesses(kernel: Any) -> dict[str, int]:
+    """Its loads and stores of 16 bytes, those of fewer, and the loads before it waits."""
+    code = said_of(kernel, "nvdisasm", "-c")
+    found = re.findall(r"\b(?:LDG|STG)\.E\S*", code)
+    wide = sum(access.endswith(".128") for access in found)
+    early = code[: code.index("ACQBULK")].count("LDG.E")
+    return {"wide": wide, "narrow": len(found) - wide, "early": early}
 
 
 def bf16(*shape: int) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 
 from streamserve_kernels.triton.runtime import INTERPRETED
 from tests.interpreter import run_python
+from tests.kernels.absent_gpu import HEADS, KV_HEADS
 
 _SHARED_BYTES = 227 * 1024  # of a program on Hopper
 # What stands between a layer's products: each begins while the one before it runs.
@@ -18,6 +19,8 @@ _BETWEEN = {
     "merge_kernel",
     "_activation_kernel",
 }
+# A step begins with these: what was there before them may be read before a wait.
+_FIRST = {"_resolve_kernel", "_gather_kernel"}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="beside a GPU the kernels are compiled anyway")
@@ -33,9 +36,18 @@ def test_every_kernel_compiles_for_hopper_and_spills_little(parts):
         assert kernel["shared"] <= _SHARED_BYTES, kernel
         # Whoever begins while the kernel before it runs waits for what that writes.
         assert kernel["launch_pdl"] == kernel["waits_for_grid"], kernel
-        assert kernel["launch_pdl"] or kernel["kernel"].rpartition(".")[2] not in _BETWEEN, kernel
+        name = kernel["kernel"].rpartition(".")[2]
+        assert kernel["launch_pdl"] or name not in _BETWEEN, kernel
+        assert not (kernel["launch_pdl"] and name in _FIRST), kernel
         assert kernel["stack"] <= (512 if kernel["limited"] else 256), kernel
-        if kernel["kernel"].endswith("stored_split_kernel"):
+        if name == "_heads_kernel":
+            # A token's slot and position, cosines and sines.
+            assert kernel["early"] >= 4, kernel
+            if kernel["programs"] > HEADS + 2 * KV_HEADS:
+                # Slot and position are 8 bytes, and so are eight numbers of a float8 cache.
+                assert kernel["narrow"] <= 4, kernel
+                assert kernel["shared"] == 0, kernel
+        elif kernel["kernel"].endswith("stored_split_kernel"):
             # Sixteen places are two products, 32 four; what a table holds is looked up in between.
             assert kernel["wgmma"], kernel
             assert kernel["waits"] <= 3, kernel

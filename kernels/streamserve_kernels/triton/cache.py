@@ -13,6 +13,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from streamserve_kernels.triton.runtime import forget_with, jit, overlaps
 
 _COPIED = 2048  # words of a program of `copy_blocks`
+# Up to so many, each head has a program of its own. The programs of more tokens are fewer and
+# larger: what comes next cannot begin before the last of them has.
+_FEW_TOKENS = 8
 
 
 @jit
@@ -26,16 +29,15 @@ def _store_cached(pointers, values, mask, FLOAT8: tl.constexpr):
 def _heads_kernel(
     query, key, value, positions, cos_sin, key_cache, value_cache, slots,
     query_stride, key_stride, value_stride, block_stride, head_stride, value_block_stride,
-    value_head_stride, block_size, cos_stride,
+    value_head_stride, cos_stride,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROT: tl.constexpr, BLOCK_ROT: tl.constexpr,
-    INTERLEAVED: tl.constexpr, WRITES: tl.constexpr, FLOAT8: tl.constexpr, HEADS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr, WRITES: tl.constexpr,
+    FLOAT8: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A token's heads, HEADS at a time: first those of the query, then of key and value."""
     if OVERLAP:
         gdc_launch_dependents()
-        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     query_parts: tl.constexpr = (HQ + HEADS - 1) // HEADS if ROT > 0 else 0
@@ -43,16 +45,25 @@ def _heads_kernel(
     half: tl.constexpr = ROT // 2
     is_query = part < query_parts
     is_value = part >= query_parts + key_parts
+    # A step's inputs and a table may be read before the wait: see `overlaps`.
+    if WRITES:
+        slot = tl.load(slots + token)
+    if ROT > 0:
+        i = tl.arange(0, BLOCK_ROT)
+        row = tl.load(positions + token) * cos_stride
+        # In the heads' shape: numbers of one row would go through shared memory to their threads.
+        pairs = tl.broadcast_to(i[None, :], (HEADS, BLOCK_ROT))
+        turns = (pairs < half) & (part < query_parts + key_parts)
+        cos = tl.load(cos_sin + row + pairs, mask=turns, other=0.0)
+        sin = tl.load(cos_sin + row + half + pairs, mask=turns, other=0.0)
+    if OVERLAP:
+        gdc_wait()
     if ROT > 0:
         if not is_value:
-            i = tl.arange(0, BLOCK_ROT)
             if INTERLEAVED:
                 first, second = 2 * i, 2 * i + 1
             else:
                 first, second = i, i + half
-            row = tl.load(positions + token) * cos_stride
-            cos = tl.load(cos_sin + row + i, mask=i < half, other=0.0)[None, :]
-            sin = tl.load(cos_sin + row + half + i, mask=i < half, other=0.0)[None, :]
             local = tl.where(is_query, part, part - query_parts) * HEADS + tl.arange(0, HEADS)
             count = tl.where(is_query, HQ, HKV)
             mask = (local < count)[:, None] & (i < half)[None, :]
@@ -68,8 +79,7 @@ def _heads_kernel(
             tl.store(base + second[None, :], turned, mask=mask)
             if WRITES:
                 if not is_query:
-                    slot = tl.load(slots + token)
-                    at = slot // block_size * block_stride + slot % block_size * D
+                    at = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * D
                     written = mask & (slot >= 0)
                     target = key_cache + at + local[:, None] * head_stride
                     _store_cached(target + first[None, :], rotated, written, FLOAT8)
@@ -80,24 +90,22 @@ def _heads_kernel(
                         kept = tl.load(base + j[None, :], mask=rest, other=0.0)
                         _store_cached(target + j[None, :], kept, rest & (slot >= 0), FLOAT8)
     elif not is_value:
-        slot = tl.load(slots + token)
         local = part * HEADS + tl.arange(0, HEADS)
         j = tl.arange(0, BLOCK_D)
         mask = (local < HKV)[:, None] & (j < D)[None, :]
         kept = tl.load(key + token * key_stride + local[:, None] * D + j[None, :], mask=mask)
-        at = slot // block_size * block_stride + slot % block_size * D
+        at = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * D
         target = key_cache + at + local[:, None] * head_stride + j[None, :]
         _store_cached(target, kept, mask & (slot >= 0), FLOAT8)
     if WRITES:
         if is_value:
-            slot = tl.load(slots + token)
             local = (part - query_parts - key_parts) * HEADS + tl.arange(0, HEADS)
             j = tl.arange(0, BLOCK_DV)
             mask = (local < HKV)[:, None] & (j < DV)[None, :]
             kept = tl.load(
                 value + token * value_stride + local[:, None] * DV + j[None, :], mask=mask
             )
-            at = slot // block_size * value_block_stride + slot % block_size * DV
+            at = slot // BLOCK_SIZE * value_block_stride + slot % BLOCK_SIZE * DV
             target = value_cache + at + local[:, None] * value_head_stride + j[None, :]
             _store_cached(target, kept, mask & (slot >= 0), FLOAT8)
 
@@ -117,11 +125,12 @@ def _run(
         return
     value_size, num_heads = value.shape[2], query.shape[1]
     rotated = 0 if cos_sin is None else cos_sin.shape[1]
-    heads = 1 if tokens <= 64 else 4
+    heads = 1 if tokens <= _FEW_TOKENS else 8
     turned_block = max(triton.next_power_of_2(rotated // 2), 1)
     size_block = triton.next_power_of_2(size)
-    # A pair of elements belongs to one thread: another that held a copy of it might read it turned.
-    threads = heads * (turned_block if rotated else size_block)
+    # 16 bytes of 16-bit numbers for a thread, or of pairs twice that. A pair belongs to one thread:
+    # another that held a copy of it might read it turned.
+    num_warps = min(max(heads * (turned_block if rotated else size_block) // (8 * 32), 1), 4)
     parts = (triton.cdiv(num_heads, heads) if rotated else 0) + triton.cdiv(num_kv_heads, heads)
     if caches is not None:
         parts += triton.cdiv(num_kv_heads, heads)
@@ -134,14 +143,14 @@ def _run(
         query, key, value, positions, key if cos_sin is None else cos_sin,
         key_cache, value_cache, slots,
         query.stride(0), key.stride(0), value.stride(0), *strides,
-        1 if caches is None else key_cache.shape[2],
         0 if cos_sin is None else cos_sin.stride(0),
         HQ=num_heads, HKV=num_kv_heads, D=size, DV=value_size,
         BLOCK_D=size_block, BLOCK_DV=triton.next_power_of_2(value_size),
         ROT=rotated, BLOCK_ROT=turned_block,
+        BLOCK_SIZE=1 if caches is None else key_cache.shape[2],
         INTERLEAVED=interleaved, WRITES=caches is not None,
         FLOAT8=key_cache.dtype == torch.float8_e4m3fn, HEADS=heads, OVERLAP=overlap,
-        num_warps=min(max(threads // 32, 1), heads), launch_pdl=overlap,
+        num_warps=num_warps, launch_pdl=overlap,
     )  # fmt: skip
 
 
