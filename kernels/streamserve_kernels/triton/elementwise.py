@@ -39,14 +39,14 @@ def _rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < H
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     h = tl.load(x + row * row_stride + at, mask=inside, other=0.0)
-    w = tl.load(weight + at, mask=inside, other=0.0)  # here, so that nothing waits for it later
     if HAS_RESIDUAL:
         r = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
         h = (h.to(tl.float32) + r.to(tl.float32)).to(x.dtype.element_ty)
@@ -78,17 +78,17 @@ def _layer_norm_kernel(
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < H
-    h = tl.load(x + row * row_stride + at, mask=inside, other=0.0)
-    if HAS_WEIGHT:  # here, so that nothing waits for it later; and the bias
+    if HAS_WEIGHT:
         w = tl.load(weight + at, mask=inside, other=0.0)
     if HAS_BIAS:
         b = tl.load(bias + at, mask=inside, other=0.0)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    h = tl.load(x + row * row_stride + at, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         r = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
         h = (h.to(tl.float32) + r.to(tl.float32)).to(x.dtype.element_ty)

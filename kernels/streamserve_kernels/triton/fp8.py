@@ -22,6 +22,7 @@ _GEMV = (
     Config("gemv", 1, 4),
     Config("gemv", 1, 8),
     Config("gemv", 1, 4, overlap=True),
+    Config("gemv", 1, 8, overlap=True),
     LIBRARY,
 )
 _CAPABILITY = (8, 9)

@@ -7,19 +7,37 @@ takes up to sixteen, the least that a tile of the matrix units has.
 A program sums its outputs over all inputs, in float32 and in a fixed order.
 
 With OVERLAP a kernel starts while the one before it still runs: see `runtime.overlaps`. By the time
-that x is there, so is the first tile of the weight.
+that x is there, so is the first tile of the weight, and more of it is in the last-level cache or on
+its way there: behind attention of few tokens, which leaves memory idle, all of a small weight.
 """
 
 from __future__ import annotations
 
+import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from streamserve_kernels.triton.runtime import jit
+from streamserve_kernels.triton.runtime import jit, num_processors, prefetch
 from streamserve_kernels.triton.tuning import Config
 
 ALIGNMENT = 16  # bytes that a thread loads at once
+# Of its part of the weight, what a program asks for before x is there; and how many programs of a
+# processor do so, about those that it holds at once. All must leave room in an H100's 50 MB.
+AHEAD_BYTES = 32 * 1024
+_WAITING_PROGRAMS = 8
+
+
+def ahead(block_n: int, rows: Tensor) -> int:
+    """Elements of each of a program's rows of a weight [N, ..] to ask for before x is there."""
+    most: int = triton.next_power_of_2(rows.shape[1])
+    return min(AHEAD_BYTES // (block_n * rows.itemsize), most)
+
+
+def waiting_programs(device: torch.device) -> int:
+    """Programs that may start before x is there."""
+    return _WAITING_PROGRAMS * num_processors(device)
 
 
 @jit
@@ -44,8 +62,10 @@ def gemv_kernel(
     y,  # [N]
     N,
     K,
+    waiting,  # programs that start before x is there
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # VEC inputs a thread
+    AHEAD: tl.constexpr,  # inputs of an output that those ask for
     VEC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
@@ -60,6 +80,9 @@ def gemv_kernel(
     w = tl.load(tile, mask=here & (inputs < K)[None, :], other=0.0, eviction_policy="evict_first")
     if OVERLAP:
         gdc_launch_dependents()
+        if AHEAD > BLOCK_K:
+            if tl.program_id(0) < waiting:
+                prefetch(weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K, 0, K, AHEAD)
         gdc_wait()
     for start in range(0, K, BLOCK_K):
         k = start + inputs
@@ -105,8 +128,10 @@ def gemv(
         y,
         out_features,
         in_features,
+        waiting_programs(x.device),
         BLOCK_N=config.block_n,
         BLOCK_K=32 * config.num_warps * vector,
+        AHEAD=ahead(config.block_n, weight),
         VEC=vector,
         HAS_BIAS=bias is not None,
         HAS_SCALES=scales is not None,
@@ -125,9 +150,11 @@ def skinny_kernel(
     M,
     N,
     K,
+    waiting,  # programs that start before x is there
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,  # inputs of an output that those ask for
     HAS_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched with `launch_pdl`
     STAGES: tl.constexpr,
@@ -137,6 +164,8 @@ def skinny_kernel(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     if OVERLAP:
         gdc_launch_dependents()
+        if tl.program_id(0) < waiting:
+            prefetch(weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K, 0, K, AHEAD)
         gdc_wait()
     offsets = tl.arange(0, BLOCK_K)
     weight_rows = weight + n.to(tl.int64)[None, :] * K

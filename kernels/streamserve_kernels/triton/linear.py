@@ -20,7 +20,13 @@ from torch import Tensor
 from streamserve_kernels.interface import PackedLinear, QuantLinear
 from streamserve_kernels.quantised import Quantization, quantise
 from streamserve_kernels.triton.fp8 import Fp8Linear
-from streamserve_kernels.triton.gemv import ALIGNMENT, gemv, skinny_kernel
+from streamserve_kernels.triton.gemv import (
+    ALIGNMENT,
+    ahead,
+    gemv,
+    skinny_kernel,
+    waiting_programs,
+)
 from streamserve_kernels.triton.packed import WHOLE_ROW, PackedWeight, pack
 from streamserve_kernels.triton.packed_gemm import packed_gemm_kernel
 from streamserve_kernels.triton.packed_gemv import MAGIC, packed_gemv_kernel
@@ -48,13 +54,16 @@ _GEMV = (
     Config("gemv", 1, 2, overlap=True),
     LIBRARY,
 )
-_SKINNY = (
-    LIBRARY,
+_SKINNY_TILES = (
     Config("skinny", 16, 32, 256, 4, 4),
     Config("skinny", 16, 16, 256, 4, 4),
-    Config("skinny", 16, 16, 256, 4, 4, overlap=True),
     Config("skinny", 16, 32, 128, 4, 5),
     Config("skinny", 16, 64, 128, 4, 4),
+)
+_SKINNY = (
+    LIBRARY,
+    *_SKINNY_TILES,
+    *(config._replace(overlap=True) for config in _SKINNY_TILES),
 )
 _PACKED_GEMV = (
     Config("gemv", 1, 4),
@@ -177,9 +186,11 @@ class DenseLinear:
             count,
             out_features,
             self.in_features,
+            waiting_programs(x.device),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
+            AHEAD=max(ahead(config.block_n, self.weight), 128 // self.weight.itemsize),
             HAS_BIAS=self.bias is not None,
             OVERLAP=config.overlap,
             STAGES=config.stages,
@@ -361,9 +372,11 @@ class PackedQuantLinear(DequantisedLinear[PackedWeight]):
             packed_gemv_kernel[(-(-self.out_features // config.block_n),)](
                 *tensors,
                 *sizes,
+                waiting_programs(rows.device),
                 BITS=packed.bits,
                 BLOCK_N=config.block_n,
                 BLOCK_W=128 * config.num_warps,
+                AHEAD=ahead(config.block_n, packed.words),
                 ROW_SCALES=packed.group_shift == WHOLE_ROW,
                 HAS_ZEROS=packed.zeros is not None,
                 HAS_BIAS=self.bias is not None,

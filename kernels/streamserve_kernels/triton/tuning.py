@@ -26,7 +26,7 @@ from streamserve_kernels.triton.runtime import overlaps
 
 DEFAULT_SECONDS = 20.0
 # What was found among other candidates is not read: there may be better ones now.
-_CANDIDATES = 2
+_CANDIDATES = 3
 # Between them the calls of a measurement should touch more than a last-level cache holds.
 _MEASURED_BYTES = 256 * 2**20
 _MOST_CALLS = 64
@@ -53,9 +53,17 @@ LIBRARY = Config("library")  # cuBLAS
 
 @lru_cache(maxsize=64)
 def usable(candidates: tuple[Config, ...], device: torch.device) -> tuple[Config, ...]:
-    """Those that the device has the instructions for."""
+    """Those that the device has the instructions for.
+
+    What overlaps hides its start behind whatever comes before it in a step, which is not seen where
+    it is measured behind itself: the same kernel without it is not tried.
+    """
     if overlaps(device):
-        return candidates
+        return tuple(
+            config
+            for config in candidates
+            if config.overlap or config._replace(overlap=True) not in candidates
+        )
     return tuple(config for config in candidates if not config.overlap)
 
 
