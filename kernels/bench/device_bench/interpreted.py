@@ -23,6 +23,8 @@ def mended_interpreter() -> Iterator[None]:
       element, which NumPy no longer makes an int.
     - Numbers become bfloat16 and float8 by rounding to the nearest, as on a GPU, and are multiplied
       as what they are.
+    - A float32 product that is added, or subtracted, enters the sum unrounded, as a GPU's fused
+      multiply-add has it; reduced, selected or cast it is rounded.
     - What a called function would put into `triton.language` is put there once for a launch: its
       caller has done so already.
     - No sum of integers is made a second time to see whether it fits, of which without `debug`
@@ -44,6 +46,7 @@ def mended_interpreter() -> Iterator[None]:
             (interpreter, "_convert_float", _rounding(interpreter._convert_float)),
             (interpreter, "_get_np_dtype", _remembering(interpreter._get_np_dtype)),
             (interpreter.InterpreterBuilder, "create_dot", _multiplying(interpreter)),
+            *_contracting(interpreter.InterpreterBuilder),
             (interpreter.GridExecutor, "_restore_args_dev", _leave_in_place),
             (language.core.block_type, "__init__", _block_type(language.core)),
             (language.core.tensor, "__init__", _tensor(language.core)),
@@ -123,6 +126,69 @@ def _multiplying(interpreter: Any) -> Callable[..., Any]:
         return create_dot(builder, a, b, d, *how)
 
     return dot
+
+
+def _contracting(builder_class: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """A product remembers its factors, for a sum that takes it as it is, negated or broadcast.
+
+    In float64 products of float32 are exact, and a sum is rounded once more: hardly ever is it
+    another number than that of a fused multiply-add.
+    """
+
+    def keeping(name: str, factors_of: Callable[..., Any]) -> tuple[Any, str, Callable[..., Any]]:
+        plain = getattr(builder_class, name)
+
+        def kept(builder: Any, *args: Any) -> Any:
+            made = plain(builder, *args)
+            if (factors := factors_of(made.data, *args)) is not None:
+                made.attr["factors"] = factors
+            return made
+
+        return builder_class, name, kept
+
+    def contracted(name: str, add: Any) -> tuple[Any, str, Callable[..., Any]]:
+        plain = getattr(builder_class, name)
+
+        def summed(builder: Any, a: Any, b: Any) -> Any:
+            if "factors" in a.attr:
+                total = add(np.multiply(*a.attr["factors"], dtype=np.float64), b.data)
+            elif "factors" in b.attr:
+                total = add(a.data, np.multiply(*b.attr["factors"], dtype=np.float64))
+            else:
+                return plain(builder, a, b)
+            return type(a)(total.astype(np.float32), a.dtype.scalar)
+
+        return builder_class, name, summed
+
+    def of_product(made: Any, a: Any, b: Any) -> Any:
+        return (a.data, b.data) if made.dtype == np.float32 else None
+
+    def negated(_: Any, arg: Any) -> Any:
+        factors = arg.attr.get("factors")
+        return factors and (np.negative(factors[0]), factors[1])
+
+    def broadcast(made: Any, arg: Any, *_: Any) -> Any:
+        factors = arg.attr.get("factors")
+        return factors and [np.broadcast_to(x, made.shape) for x in factors]
+
+    def splat(made: Any, _: Any, arg: Any) -> Any:
+        return broadcast(made, arg)
+
+    def expanded(_: Any, arg: Any, axis: int) -> Any:
+        factors = arg.attr.get("factors")
+        return factors and [
+            np.expand_dims(np.broadcast_to(x, arg.data.shape), axis) for x in factors
+        ]
+
+    yield contracted("create_fadd", np.add)
+    yield contracted("create_fsub", np.subtract)
+    yield keeping("create_fmul", of_product)
+    yield keeping("create_splat", splat)
+    yield keeping("create_broadcast", broadcast)
+    yield keeping("create_expand_dims", expanded)
+    # Triton 3.6 negates by a subtraction from zero, which rounds.
+    if hasattr(builder_class, "create_fneg"):
+        yield keeping("create_fneg", negated)
 
 
 def _remembering(np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
