@@ -24,6 +24,7 @@ from streamserve_kernels.interface import (
     PrefixGroups,
     QuantLinear,
     RecordedStep,
+    WritingLinear,
 )
 from streamserve_kernels.quantised import QUANTIZATIONS, Quantization
 from streamserve_kernels.sampling import SamplingKernels
@@ -41,6 +42,7 @@ __all__ = [
     "Quantization",
     "RecordedStep",
     "SamplingKernels",
+    "WritingLinear",
     "bfloat16_pays",
     "load",
     "load_sampling",

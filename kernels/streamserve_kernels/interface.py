@@ -76,6 +76,15 @@ class PackedLinear(Protocol):
 
 
 @runtime_checkable
+class WritingLinear(Protocol):
+    """A `PackedLinear` whose product can be put where it is wanted."""
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """`linear(x, self)` of x [M, K] into out [M, N], contiguous, in x's dtype."""
+        ...
+
+
+@runtime_checkable
 class QuantLinear(PackedLinear, Protocol):
     """A quantised weight: see `streamserve_kernels.quantised`, or `stored`, for what it is.
 

@@ -21,7 +21,14 @@ from streamserve.models.layers import Attention, BoundNorm, bind_mlp, bind_norm
 from streamserve.models.rope import cos_sin_table
 from streamserve.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from streamserve.models.weights import DecoderWeights, Weights
-from streamserve_kernels import Kernels, NotRecordableError, PackedLinear, QuantLinear, RecordedStep
+from streamserve_kernels import (
+    Kernels,
+    NotRecordableError,
+    PackedLinear,
+    QuantLinear,
+    RecordedStep,
+    WritingLinear,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +296,8 @@ class Decoder:
         """Runs one step and writes its keys and values into ``kv_caches``.
 
         Returns logits [L, V] float32 for the rows ``batch.logits_indices``; L may be 0. They are
-        written into ``logits`` if that is given. A recorded step's are overwritten by the next.
+        written into ``logits`` if that is given: see `compute_logits`. A recorded step's are
+        overwritten by the next.
         """
         recorded = self._recorded_for(batch, kv_caches)
         if recorded is not None:
@@ -352,14 +360,26 @@ class Decoder:
             thin._adapted_blocks = [self._adapted_blocks[index] for index in thin._cache_indices]
         return thin
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """The smallest dtype that holds the logits as they are: the head's, or float32."""
+        is_plain = self.spec.logit_scale == 1.0 and self.spec.logit_soft_cap is None
+        return self.dtype if is_plain else torch.float32
+
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
-        """Normed hidden states [L, H] -> logits [L, V] float32, in ``out`` if that is given."""
+        """Normed hidden states [L, H] -> logits [L, V] float32.
+
+        Or in ``out`` if that is given, of float32 or of ``logits_dtype``.
+        """
         if out is None:
             shape = (hidden_states.shape[0], self.spec.vocab_size)
             out = hidden_states.new_empty(shape, dtype=torch.float32)
         if hidden_states.shape[0] == 0:
             return out
-        out.copy_(self._head(hidden_states))
+        if out.dtype == hidden_states.dtype and isinstance(self._head, WritingLinear):
+            self._head.write(hidden_states, out)
+        else:
+            out.copy_(self._head(hidden_states))
         if self.spec.logit_scale != 1.0:
             out *= self.spec.logit_scale
         cap = self.spec.logit_soft_cap

@@ -28,8 +28,8 @@ class PromptModel(Protocol):
     def hidden_states(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         """Final normed hidden states ``[L, H]``."""
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits ``[L, V]`` float32."""
+    def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits ``[L, V]`` float32, or in ``out``."""
 
 
 class PromptRows(NamedTuple):

@@ -84,6 +84,9 @@ def run_case(
         "seconds": round(time.monotonic() - started, 1),
         "said": engine.said,
         "graphs": engine.runner._executor.num_graphs,
+        "copies in graphs": sum(
+            entry.name == "aten::copy_" for graph in device.graphs for entry in graph.entries
+        ),
         "kernels": len(runtime.compiled),
         "findings while building": dict(device.findings),
         "scenarios": {},

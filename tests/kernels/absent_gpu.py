@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +229,7 @@ def sampling_calls() -> Iterator[Callable[[], object]]:
     from streamserve_kernels.triton import sampling
 
     rows = 64
-    logits, floats, doubles = (
-        torch.zeros(rows, VOCAB),
-        torch.zeros(rows),
-        torch.zeros(rows).double(),
-    )
+    floats, doubles = torch.zeros(rows), torch.zeros(rows).double()
     edits = LogitsEditTensors(
         rows=ints(rows),
         counts=ints(rows, VOCAB),
@@ -247,10 +244,11 @@ def sampling_calls() -> Iterator[Callable[[], object]]:
     )
     asked = SamplingTensors(floats, ints(rows), doubles, floats, doubles)
     ids = ints(rows, dtype=torch.int64)
-    yield lambda: sampling.greedy(logits)
-    yield lambda: sampling.sample(logits, asked)
-    yield lambda: sampling.sample(logits, asked, edits)
-    yield lambda: sampling.logprobs(logits, ids, 20)
+    for logits in (torch.zeros(rows, VOCAB), bf16(rows, VOCAB)):
+        yield partial(sampling.greedy, logits)
+        yield partial(sampling.sample, logits, asked)
+        yield partial(sampling.sample, logits, asked, edits)
+        yield partial(sampling.logprobs, logits, ids, 20)
     yield lambda: sampling.add_tokens(edits.counts, edits.rows, ids)
 
 

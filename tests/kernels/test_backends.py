@@ -34,6 +34,7 @@ def test_exported_names() -> None:
         "Quantization",
         "RecordedStep",
         "SamplingKernels",
+        "WritingLinear",
         "bfloat16_pays",
         "load",
         "load_sampling",

@@ -51,6 +51,20 @@ def test_every_candidate_is_the_product(device, dtype):
                 check(packed.run(x, config), x, weight, None, config)
 
 
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_a_product_is_written_where_it_is_wanted(device, dtype, kind):
+    weight, bias = torch.randn(128, 192, device=device), torch.randn(128, device=device)
+    for given in (None, bias.to(dtype)):
+        args = weight.to(dtype), given
+        packed = prepare_linear(*args) if kind is None else prepare_quantised(*args, kind)
+        for rows in (1, 5, 64, SPLIT_ROWS + 1):
+            x = torch.randn(rows, 192, device=device).to(dtype)
+            around = torch.full((rows + 2, 128), float("nan"), dtype=dtype, device=device)
+            packed.write(x, around[1:-1])
+            assert torch.equal(around[1:-1], packed(x))
+            assert around.isnan().sum() == 2 * 128
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_row_of_odd_sizes_with_a_bias(device, dtype):
     for shape in SMALL:

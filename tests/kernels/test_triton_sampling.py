@@ -156,6 +156,20 @@ def test_rows_of_another_type_at_a_stride(device, vocab_size):
     assert sampling.greedy(logits).tolist() == naive_sampling.greedy(case.logits).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_16_bits_are_as_their_copy_in_float32(device, vocab_size, dtype):
+    case = edited_case(vocab_size, 15)
+    logits = case.logits.to(device, dtype)
+    copy, tensors, edits = logits.float(), case.tensors(device), case.edits(device)
+    assert torch.equal(sampling.greedy(logits), sampling.greedy(copy))
+    for change in (None, edits):
+        ids = sampling.sample(logits, tensors, change)
+        assert torch.equal(ids, sampling.sample(copy, tensors, change))
+    found, expected = (sampling.logprobs(rows, ids, 4) for rows in (logits, copy))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def awkward_rows(vocab_size: int) -> Tensor:
     logits = random_rows(5, vocab_size, seed=10).round()
     logits[1, ::2] = float("nan")

@@ -19,6 +19,7 @@ class FakeModel:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
+        self.logits_dtype = torch.float32
         self.kernels = streamserve_kernels.load("cpu", "naive")
         self.fail_next: Exception | None = None
         self.finds_likeliest = False

@@ -109,6 +109,15 @@ def _alignment(*tensors: Tensor | None) -> str:
     return "" if aligned else ",unaligned"
 
 
+def _library(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """The library's product, as a tensor of its own or in `out` [M, N]."""
+    if out is None:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
 class DenseLinear:
     """A row-major weight [N, K], never copied if it was one; x in the weight's dtype."""
 
@@ -158,19 +167,28 @@ class DenseLinear:
         return usable((LIBRARY, *split_candidates(rows, self.weight)), self.device)
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x, self._chosen(x))
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """See `WritingLinear`."""
+        self.run(x, self._chosen(x), out)
+
+    def _chosen(self, x: Tensor) -> Config:
         count = x.numel() // self.in_features
         if count > SPLIT_ROWS or count == 0 or x.dtype != self.dtype:
-            return F.linear(x, self.weight, self.bias)
+            return LIBRARY
         rows = bucket(count)
-        return self.run(x, self.choices.get(rows) or self.candidates(rows)[0])
+        return self.choices.get(rows) or self.candidates(rows)[0]
 
-    def run(self, x: Tensor, config: Config) -> Tensor:
-        """The product by one of the candidates for as many rows."""
+    def run(self, x: Tensor, config: Config, out: Tensor | None = None) -> Tensor:
+        """The product by one of the candidates for as many rows, in `out` if that is given."""
         if config == LIBRARY:
-            return F.linear(x, self.weight, self.bias)
+            return _library(x, self.weight, self.bias, out)
         rows = _rows_of(x, self.in_features)
         count, out_features = rows.shape[0], self.out_features
-        y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
+        y = out
+        if y is None:
+            y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
         if config.kernel == "split":
             split_linear(rows, self.weight, self.bias, y.view(count, -1), self.counters, config)
             return y
@@ -287,41 +305,42 @@ class DequantisedLinear(Generic[Held]):
         count = x.numel() // self.in_features
         if count == 0:
             return x.new_empty(*x.shape[:-1], self.out_features)
+        return self.run(x, self._chosen(x))
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """See `WritingLinear`."""
+        if x.shape[0]:
+            self.run(x, self._chosen(x), out)
+
+    def _chosen(self, x: Tensor) -> Config:
         if x.dtype != self.dtype:
-            return self._another_dtype(x)
-        rows = bucket(count)
-        return self.run(x, self.choices.get(rows) or self.candidates(rows)[0])
+            return LIBRARY  # nothing was measured for it, and no kernel may have been compiled
+        rows = bucket(x.numel() // self.in_features)
+        return self.choices.get(rows) or self.candidates(rows)[0]
 
-    def _another_dtype(self, x: Tensor) -> Tensor:
-        """No choice was measured for it, and no kernel may have been compiled: the plain way."""
-        return self.run(x, LIBRARY)
-
-    def run(self, x: Tensor, config: Config) -> Tensor:
-        """The product by one of the candidates for as many rows."""
+    def run(self, x: Tensor, config: Config, out: Tensor | None = None) -> Tensor:
+        """The product by one of the candidates for as many rows, in `out` if that is given."""
         rows = _rows_of(x, self.in_features)
         if self.columns is not None:
             rows = rows.index_select(1, self.columns)
         shape = *x.shape[:-1], self.out_features
         if config == LIBRARY:
-            return self._through_scratch(rows).view(shape)
-        y = torch.empty(shape, dtype=x.dtype, device=x.device)
+            return self._through_scratch(rows, out).view(shape)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
         self._launch(rows, config, y)
         return y
 
-    def _through_scratch(self, rows: Tensor) -> Tensor:
+    def _through_scratch(self, rows: Tensor, out: Tensor | None) -> Tensor:
         """Dequantised in x's dtype, a piece at a time: a copy of a head would not fit beside it."""
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         piece = max(1, _SCRATCH_ELEMENTS // self.in_features)
         if self.out_features <= piece:
-            return F.linear(rows, self.packed.unpack(rows.dtype), bias)
-        y = rows.new_empty(rows.shape[0], self.out_features)
+            return _library(rows, self.packed.unpack(rows.dtype), bias, out)
+        y = rows.new_empty(rows.shape[0], self.out_features) if out is None else out
         for start in range(0, self.out_features, piece):
             here = slice(start, min(start + piece, self.out_features))
-            weight = self.packed.unpack(rows.dtype, here).t()
-            if bias is None:
-                torch.mm(rows, weight, out=y[:, here])
-            else:
-                torch.addmm(bias[here], rows, weight, out=y[:, here])
+            weight = self.packed.unpack(rows.dtype, here)
+            _library(rows, weight, None if bias is None else bias[here], y[:, here])
         return y
 
 

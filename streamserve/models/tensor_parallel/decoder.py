@@ -60,7 +60,7 @@ class ShareDecoder(Decoder):
             out = hidden_states.new_empty((num_rows, vocab_size), dtype=torch.float32)
         if num_rows == 0:
             return out
-        own = hidden_states.new_empty((num_rows, self._share.held.vocab_size), dtype=torch.float32)
+        own = hidden_states.new_empty((num_rows, self._share.held.vocab_size), dtype=out.dtype)
         found = self._ranks.all_gather(super().compute_logits(hidden_states, own))
         return out.copy_(found.transpose(0, 1).reshape(num_rows, -1)[:, :vocab_size])
 

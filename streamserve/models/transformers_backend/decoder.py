@@ -87,6 +87,10 @@ class TransformersDecoder:
         # Strictly increasing rows that are as many as the tokens are all of them.
         return states if rows.shape[0] == states.shape[0] else states.index_select(0, rows)
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        return torch.float32
+
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         num_rows = hidden_states.shape[0]
         if out is None:

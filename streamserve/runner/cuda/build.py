@@ -137,7 +137,7 @@ def assemble(
     )
     sampling = load_sampling(kernels)
     last_tokens = torch.zeros(batch.unused_row + 1, dtype=torch.int64, device=device)
-    logits = torch.empty((max_num_seqs, vocab_size), dtype=torch.float32, device=device)
+    logits = torch.empty((max_num_seqs, vocab_size), dtype=model.logits_dtype, device=device)
     executor = StepExecutor(model, kv_caches, batch.arena, sampling, last_tokens, logits)
     draws = sampler(sampling, vocab_size, max_num_seqs, device)
     runner = CudaModelRunner(kernels, kv_caches, batch, executor, draws, timeline, transfer)

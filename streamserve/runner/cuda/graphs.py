@@ -46,14 +46,18 @@ class DeviceModel(PromptModel, Protocol):
     def kernels(self) -> Kernels:
         """The backend."""
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """In which logits are kept."""
+
     def forward(self, batch: ForwardBatch, kv_caches: KVCache, logits: Tensor) -> Tensor:
-        """Writes and returns logits ``[L, V]`` float32."""
+        """Writes and returns logits ``[L, V]``."""
 
 
 class StepResult(NamedTuple):
     """Of the rows that get logits."""
 
-    logits: Tensor  # [L, V] float32
+    logits: Tensor  # [L, V] in the model's `logits_dtype`
     token_ids: Tensor  # [L] int64, the arg-max
 
 
@@ -69,7 +73,7 @@ class StepExecutor:
         last_tokens: Tensor,
         logits: Tensor,
     ) -> None:
-        """``logits`` ``[seats, V]`` float32: one place for all steps, and for all graphs."""
+        """``logits`` ``[seats, V]``: one place for all steps, and for all graphs."""
         self.model = model
         self._logits = logits
         self._kv_caches = kv_caches
@@ -141,7 +145,7 @@ class StepExecutor:
         hidden_states = all_hidden_states(self.model, inputs.batch, self._kv_caches)
         sampled = hidden_states.index_select(0, inputs.batch.logits_indices)
         logits = self._logits[: key.num_seqs]
-        logits.copy_(self.model.compute_logits(sampled))
+        self.model.compute_logits(sampled, logits)
         return self._finish(inputs, logits), hidden_states
 
     def _finish(self, inputs: StepInputs, logits: Tensor) -> StepResult:

@@ -100,28 +100,31 @@ def profile_step_bytes(
     caches = allocate_kv_cache(model.spec, _NUM_BLOCKS, block_size, kv_dtype, device, model.kernels)
     shape = ProfileShape(ladder.largest.num_seqs, max_model_len, block_size)
 
+    seats = (ladder.largest.num_seqs, model.spec.vocab_size)
+    logits = torch.empty(seats, dtype=model.logits_dtype, device=device)  # `reserve` counts them
+
     def peak(num_tokens: int) -> int:
         batches = profile_batches(shape, num_tokens, device)
         if num_adapters := ladder.largest.num_adapters:
             batches = (_with_adapters(batch, num_adapters) for batch in batches)
-        return max(_peak_bytes(model, batch, caches) for batch in batches)
+        return max(_peak_bytes(model, batch, caches, logits) for batch in batches)
 
     graphed = max((key.num_tokens for key in graphs), default=0)
     return StepBytes(peak(ladder.largest.num_tokens), peak(graphed) if graphed else 0)
 
 
-def _peak_bytes(model: LanguageModel, batch: ForwardBatch, caches: KVCache) -> int:
+def _peak_bytes(model: LanguageModel, batch: ForwardBatch, caches: KVCache, logits: Tensor) -> int:
     """What a step takes at its peak, the pieces that torch's allocator makes of it included."""
-    device = model.device
+    device, logits = model.device, logits[: len(batch.logits_indices)]
     with torch.inference_mode():
-        model.forward(batch, caches)  # compiling and tuning take memory of their own
+        model.forward(batch, caches, logits)  # compiling and tuning take memory of their own
         free_spare(device)
         torch.cuda.reset_peak_memory_stats(device)
         allocated, reserved = (
             torch.cuda.memory_allocated(device),
             torch.cuda.memory_reserved(device),
         )
-        model.forward(batch, caches)
+        model.forward(batch, caches, logits)
         torch.cuda.synchronize(device)
     return max(
         torch.cuda.max_memory_allocated(device) - allocated,

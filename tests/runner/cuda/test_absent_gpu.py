@@ -69,6 +69,12 @@ def test_no_step_waits_and_each_has_one_copy_of_its_inputs(report):
             assert counts.get("d2h", 0) <= 1 + more + COPIES_BACK.get(name, 0), (name, counts)
 
 
+def test_logits_are_sampled_from_where_the_head_put_them(report):
+    """A step's graph copies nothing; a model through transformers has a head of its own."""
+    is_ours = not report["case"].startswith("transformers")
+    assert report["copies in graphs"] == (0 if is_ours else report["graphs"])
+
+
 def test_the_host_waits_for_nothing_but_the_event_behind_each_step(report):
     for name, scenario in report["scenarios"].items():
         if name != "failed_capture":  # which waits for the device before and after

@@ -91,6 +91,26 @@ def loop(runner, **config) -> Loop:
     )
 
 
+GRANITE = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [({}, torch.bfloat16), ({**GRANITE, "logits_scaling": 3.0}, torch.float32)],
+    ids=["plain", "scaled"],
+)
+def test_logits_are_kept_in_the_smallest_dtype_that_holds_them(device, tmp_path, changes, dtype):
+    model = tiny_llama(tmp_path, backend="triton", device=device, dtype=torch.bfloat16, **changes)
+    assert model.logits_dtype == dtype
+    for rows in (1, 3):
+        hidden_states = torch.randn(rows, 64, device=device).bfloat16()
+        expected = model.compute_logits(hidden_states)
+        kept = torch.full_like(expected, float("nan"), dtype=dtype)
+        assert model.compute_logits(hidden_states, kept) is kept
+        assert expected.dtype == torch.float32
+        assert torch.equal(kept.float(), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batched_and_overlapped_is_solo(device, runner, expected, kind):
     if kind != "mixed" and device.type == "cpu":
