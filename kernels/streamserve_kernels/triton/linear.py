@@ -19,6 +19,7 @@ from torch import Tensor
 
 from streamserve_kernels.interface import PackedLinear, QuantLinear
 from streamserve_kernels.quantised import Quantization, quantise
+from streamserve_kernels.triton.ahead import announce
 from streamserve_kernels.triton.fp8 import Fp8Linear
 from streamserve_kernels.triton.gemv import (
     ALIGNMENT,
@@ -152,6 +153,19 @@ class DenseLinear:
     def unpack(self) -> Tensor:
         return self.weight
 
+    def announce(self) -> None:
+        """Says that this product comes after the next norm, activation or attention: a hint."""
+        announce(self)
+
+    def asks_for_itself(self, rows: int) -> bool:
+        return self._choice(rows).overlap
+
+    def _choice(self, rows: int) -> Config:
+        if rows > SPLIT_ROWS:
+            return LIBRARY
+        of = bucket(rows)
+        return self.choices.get(of) or self.candidates(of)[0]
+
     def tuning_key(self, rows: int) -> str:
         bias = "" if self.bias is None else ",bias"
         shape = f"{self.out_features}x{self.in_features}"
@@ -175,10 +189,7 @@ class DenseLinear:
 
     def _chosen(self, x: Tensor) -> Config:
         count = x.numel() // self.in_features
-        if count > SPLIT_ROWS or count == 0 or x.dtype != self.dtype:
-            return LIBRARY
-        rows = bucket(count)
-        return self.choices.get(rows) or self.candidates(rows)[0]
+        return LIBRARY if count == 0 or x.dtype != self.dtype else self._choice(count)
 
     def run(self, x: Tensor, config: Config, out: Tensor | None = None) -> Tensor:
         """The product by one of the candidates for as many rows, in `out` if that is given."""
