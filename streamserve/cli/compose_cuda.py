@@ -14,7 +14,12 @@ from streamserve.models import LanguageModel, kv_bytes_per_block
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
-from streamserve.runner.cuda.memory import plan_gpu_memory, profile_step_bytes, read_gpu
+from streamserve.runner.cuda.memory import (
+    free_work_spaces,
+    plan_gpu_memory,
+    profile_step_bytes,
+    read_gpu,
+)
 from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.kv_transfer import KVTransfer
@@ -151,6 +156,7 @@ def _room_for(what: str, setup: ModelSetup, advice: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, OutOfMemoryError) as error:
+        free_work_spaces()
         free, total = torch.cuda.mem_get_info(setup.device)
         raise KVCacheMemoryError(
             f"{what} did not fit into {setup.device}: {format_bytes(free)} of "

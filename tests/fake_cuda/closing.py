@@ -33,6 +33,7 @@ def held(device: FakeDevice) -> dict[str, Any]:
         "device bytes": device.live_bytes,
         "pinned bytes": num_pinned_bytes(),
         "graphs": len(device.graphs),
+        "work spaces": len(device.work_spaces),
         "threads": sorted(t.name for t in threading.enumerate() if "streamserve" in t.name),
     }
 
@@ -67,6 +68,7 @@ def main() -> None:
         reports[f"failed at {tenths}"] = {"error": said, **held(device)}
 
     llm = opened()
+    opened().close()  # which takes nothing from the one that is left
     with lost(device):
         try:
             answer(llm)

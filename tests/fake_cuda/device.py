@@ -19,6 +19,7 @@ from pathlib import Path
 from weakref import WeakSet
 
 ROOT = str(Path(__file__).parents[2])
+_PRODUCTS = {"aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm"}
 Clock = dict[int, int]  # by stream: how many of its operations
 
 
@@ -89,6 +90,7 @@ class FakeDevice:
         self.findings: Counter[str] = Counter()
         self.live_bytes = self.peak_bytes = 0
         self.graphs: WeakSet[Graph] = WeakSet()
+        self.work_spaces: set[int] = set()  # cuBLAS's, by stream
         self.fail_when: Callable[[str], BaseException | None] = lambda name: None
         self._lock = threading.RLock()
         self._done: Clock = {}  # what the host knows to be done
@@ -143,6 +145,8 @@ class FakeDevice:
         with self._lock:
             stream = self.current
             self._note(kind, name, stream)
+            if name in _PRODUCTS:
+                self.work_spaces.add(stream.number)
             if stream.graph is not None:
                 if kind not in ("kernel", "launch"):
                     self._spoil(stream.graph, f"{kind} {name}")
@@ -242,6 +246,14 @@ class FakeDevice:
             self.live_bytes += num_bytes
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
             return found
+
+    def clear_work_spaces(self) -> None:
+        """cuBLAS's, on every stream; graphs that were captured with one still write to it."""
+        with self._lock:
+            for graph in self.graphs:
+                if any(entry.name in _PRODUCTS for entry in graph.entries):
+                    self.find("a graph is left without cuBLAS's work space")
+            self.work_spaces.clear()
 
     def freed(self, allocation: Allocation) -> None:
         with self._lock:

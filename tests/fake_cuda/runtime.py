@@ -40,6 +40,7 @@ def install(index: int = 1, *, compile_with: Any = None) -> FakeDevice:
     torch.version.cuda = torch.version.cuda or "13.0"
     torch.Generator = _Generator  # type: ignore[misc]
     torch._C._host_emptyCache = lambda: None
+    torch._C._cuda_clearCublasWorkspaces = device.clear_work_spaces
     torch.Tensor.pin_memory = lambda self, *_: tensors.pin(self)  # type: ignore[method-assign]
     torch.Tensor.is_pinned = lambda self, *_: tensors.is_pinned(self)  # type: ignore[method-assign]
     torch.Tensor.to = _indexed(torch.Tensor.to)  # type: ignore[method-assign]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from streamserve.runner.memory import MIB, AvailableMemory, MemoryPlan, plan_mem
 from streamserve_kernels import PrefixGroups
 from streamserve_kernels.adapters import AdapterRows, StepAdapters
 
+# The process's, whose graphs use cuBLAS's work spaces; torch has those once for the process.
+open_runners: WeakSet[object] = WeakSet()
 # The fewest blocks that a step can run on; all sequences of the profile share them.
 _NUM_BLOCKS = 4
 # Attention over more keys than these needs no more memory, only time.
@@ -80,6 +83,15 @@ def free_spare(device: torch.device) -> None:
     """Waits for all that was queued on a GPU; what torch keeps spare of it then is the driver's."""
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
+
+
+def free_work_spaces() -> None:
+    """Has torch let go of cuBLAS's work spaces, where no runner of the process is open.
+
+    It keeps one for each stream that has multiplied, which captured graphs go on using.
+    """
+    if not open_runners:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def profile_step_bytes(

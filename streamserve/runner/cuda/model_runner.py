@@ -33,7 +33,7 @@ from streamserve.models.batch import KVCache
 from streamserve.runner.compilations import num_compilations
 from streamserve.runner.cuda.graphs import StepExecutor, StepResult
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
-from streamserve.runner.cuda.memory import free_spare
+from streamserve.runner.cuda.memory import free_spare, free_work_spaces, open_runners
 from streamserve.runner.cuda.sampling import DeviceSampler, Drawn
 from streamserve.runner.cuda.timeline import Mark, Timeline
 from streamserve.runner.kv_transfer import KVTransfer
@@ -121,6 +121,7 @@ class CudaModelRunner:
             threading.Thread(target=work, name=f"streamserve-{name}", daemon=True)
             for name, work in (("device", self._launch_steps), ("results", self._resolve_steps))
         ]
+        open_runners.add(self)
         for thread in self._threads:
             thread.start()
 
@@ -171,6 +172,8 @@ class CudaModelRunner:
         """Finish every step whose sample was asked for, then stop. Idempotent.
 
         Whoever holds the runner on holds no memory of the device, no graph and no pinned memory.
+        The process's last runner leaves no work spaces of cuBLAS either, which torch would keep;
+        other CUDA graphs of the process that multiply must not be replayed after it.
         """
         if self._is_closed:
             return
@@ -182,11 +185,13 @@ class CudaModelRunner:
         if self._transfer is not None:
             self._transfer.close()
         del self._transfer, self._executor, self._batch, self._sampler, self._flat_caches
+        open_runners.discard(self)
         self._free_spare()
 
     def _free_spare(self) -> None:
         if self._device.type == "cuda":
             gc.collect()  # modules of transformers refer to each other
+            free_work_spaces()
             with suppress(torch.AcceleratorError):  # a device that is lost
                 free_spare(self._device)
 

@@ -35,7 +35,7 @@ COPIES_BACK = {"logprobs": 3, "prompt_logprobs": 4, "embeddings": 4, "everything
 HOST_COPIES = {"llama-fp8-cache": 10}
 
 
-NOTHING = {"device bytes": 0, "pinned bytes": 0, "graphs": 0, "threads": []}
+NOTHING = {"device bytes": 0, "pinned bytes": 0, "graphs": 0, "work spaces": 0, "threads": []}
 
 
 @pytest.fixture(scope="module")
