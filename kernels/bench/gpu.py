@@ -20,6 +20,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -37,7 +38,8 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/kernels", "tests/models", "tests/runner")  # the others know nothing of a device
+_GPU_MARK = "mark.gpu"
+_GIVEN_DEVICE = re.compile(r"def \w+\([^)]*\bdevice\b")
 ONE_ENGINE = ("tests/runner/",)  # which the tests of a file share: a worker's each would be built
 # What no card has run to its end, then what so much has changed in that it is as good as new.
 FIRST_TESTS = (
@@ -185,9 +187,27 @@ def end_group(process: subprocess.Popen[Any], grace_s: float) -> None:
     process.wait()
 
 
+def gpu_test_files() -> list[str]:
+    """The files with tests of the GPU: the others, ten times as many tests, need not be collected.
+
+    They mark them, or ask for the device that a conftest.py above gives with such a mark.
+    """
+    tests = ROOT / "tests"
+    giving = [p.parent for p in tests.rglob("conftest.py") if _GPU_MARK in p.read_text()]
+    found = []
+    for path in sorted(tests.rglob("test_*.py")):
+        text = path.read_text()
+        is_given = any(path.is_relative_to(folder) for folder in giving)
+        if _GPU_MARK in text or (is_given and _GIVEN_DEVICE.search(text)):
+            found.append(str(path.relative_to(ROOT)))
+    return found
+
+
 def run_tests(step: Step) -> None:
+    """Raises StepError that names the files which could not be collected; the others have run."""
     told = step.plan.output / "tests.jsonl"
-    command = [sys.executable, "-m", "pytest", *TESTS, "-m", "gpu", "-q", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", *gpu_test_files(), "-m", "gpu", "-q", "--tb=short"]
+    command += ["--continue-on-collection-errors"]
     command += ["-p", "tell_failures", "--tell-to", str(told)]
     command += [f"--first={path}" for path in FIRST_TESTS]
     command += step.plan.test_flags
@@ -195,8 +215,19 @@ def run_tests(step: Step) -> None:
     if importlib.util.find_spec("xdist") is not None and "-n" not in command:
         command += ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "loadgroup"]
         command += [f"--together={path}" for path in ONE_ENGINE]
-    with compiling(step):
-        step.run(command)
+    try:
+        with compiling(step):
+            step.run(command)
+    except StepError as error:
+        if missing := not_collected(told):
+            raise StepError(f"{error}; not collected: {' '.join(missing)}") from None
+        raise
+
+
+def not_collected(told: Path) -> list[str]:
+    """The files of which `tell_failures` says so."""
+    tests = map(json.loads, told.read_text().splitlines() if told.exists() else ())
+    return [test["test"] for test in tests if test["outcome"] == "not collected"]
 
 
 @contextmanager
@@ -365,7 +396,8 @@ def described(plan: Plan, names: Sequence[str], seconds: float) -> str:
     lines = [f"{name:12}at most {plan.limits[name]:4.0f} s" for name in chosen]
     lines += [f"{'together':12}at most {min(total, seconds):4.0f} s", ""]
     lines += [f"model        {plan.shape}", f"streams      {plan.streams}"]
-    return "\n".join([*lines, f"tests        {' '.join(TESTS)}, first {' '.join(FIRST_TESTS)}"])
+    tests = f"tests        of {len(gpu_test_files())} files, first {' '.join(FIRST_TESTS)}"
+    return "\n".join([*lines, tests])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

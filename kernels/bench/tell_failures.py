@@ -1,5 +1,7 @@
 """A pytest plugin: a failure is told when it happens, and every test leaves a line in a file.
 
+So does a file that could not be collected.
+
 `pytest -p tell_failures --tell-to FILE --first PATH`. A run that is ended early has lost nothing
 then, and what it was for has come first.
 """
@@ -49,17 +51,23 @@ class _Teller:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
-        if self._file is not None:
-            told = {
-                "test": report.nodeid,
-                "outcome": report.outcome,
-                "s": round(report.duration, 2),
-            }
-            with self._file.open("a") as file:
-                file.write(json.dumps(told) + "\n")
+        self._keep(report.nodeid, report.outcome, s=round(report.duration, 2))
         if report.failed:
-            terminal = self._config.pluginmanager.get_plugin("terminalreporter")
-            terminal.ensure_newline()
-            terminal.write_line(f"FAILED {report.nodeid} ({report.when})")
-            terminal.write_line(report.longreprtext)
-            terminal.write_line("", flush=True)
+            self._say(f"FAILED {report.nodeid} ({report.when})", report.longreprtext)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._keep(report.nodeid, "not collected")
+            self._say(f"NOT COLLECTED {report.nodeid}", report.longreprtext)
+
+    def _keep(self, test: str, outcome: str, **more: float) -> None:
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(json.dumps({"test": test, "outcome": outcome, **more}) + "\n")
+
+    def _say(self, *lines: str) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        terminal.ensure_newline()
+        for line in lines:
+            terminal.write_line(line)
+        terminal.write_line("", flush=True)

@@ -105,7 +105,7 @@ def test_wrong():
 def test_that_ends_everything():
     os.killpg(0, signal.SIGKILL)
 """)
-    monkeypatch.setattr(gpu, "TESTS", (str(tmp_path),))
+    monkeypatch.setattr(gpu, "gpu_test_files", lambda: [str(tmp_path)])
     monkeypatch.setattr(gpu, "FIRST_TESTS", (failing.name,))
     monkeypatch.setattr(gpu, "kernels_command", lambda plan, seconds: python("pass"))
     flags = ("-n", "0", "-m", "not soak")
@@ -115,6 +115,38 @@ def test_that_ends_everything():
     assert json.loads(line)["outcome"] == "failed"
     assert "assert [1] == [2]" in (plan.output / "log.txt").read_text()
     assert "assert [1] == [2]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_file_that_cannot_be_collected_is_named_and_the_others_run(
+    plan, tmp_path, monkeypatch, workers
+):
+    (tmp_path / "test_one.py").write_text("def test_well(): pass")
+    (tmp_path / "test_two.py").write_text("import a_package_that_is_missing")
+    monkeypatch.setattr(gpu, "gpu_test_files", lambda: [str(tmp_path)])
+    monkeypatch.setattr(gpu, "kernels_command", lambda plan, seconds: python("pass"))
+    flags = ("-n", workers, "-m", "not soak")
+    with pytest.raises(gpu.StepError, match=r"ended with 1; not collected: \S*test_two\.py$"):
+        gpu.run_tests(gpu.Step(replace(plan, test_flags=flags), "tests", 120.0))
+    told = map(json.loads, (plan.output / "tests.jsonl").read_text().splitlines())
+    found = {test["test"].rpartition("/")[2]: test["outcome"] for test in told}
+    assert found == {"test_two.py": "not collected", "test_one.py::test_well": "passed"}
+    assert "No module named 'a_package_that_is_missing'" in (plan.output / "log.txt").read_text()
+
+
+def test_no_file_with_tests_of_the_gpu_is_left_out(request):
+    """Of what is collected here: where all files are, this is all of them."""
+    files = gpu.gpu_test_files()
+    with_tests = {
+        str(item.path.relative_to(gpu.ROOT))
+        for item in request.session.items
+        if item.get_closest_marker("gpu") is not None
+    }
+    assert with_tests <= set(files)
+    assert "tests/models/test_staging.py" in files  # its tests are marked
+    assert "tests/kernels/test_triton_elementwise.py" in files  # its fixtures are
+    for first in gpu.FIRST_TESTS:
+        assert any(file.startswith(first) for file in files)
 
 
 def test_a_server_that_dies_while_starting_is_not_waited_for(plan):
