@@ -17,13 +17,7 @@ from torch import Tensor
 
 from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
-from streamserve.models.layers import (
-    Attention,
-    BoundNorm,
-    announcement,
-    bind_mlp,
-    bind_norm,
-)
+from streamserve.models.layers import Attention, BoundNorm, bind_mlp, bind_norm
 from streamserve.models.rope import cos_sin_table
 from streamserve.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from streamserve.models.weights import DecoderWeights, Weights
@@ -43,7 +37,6 @@ class Block:
     """One layer. Takes what the last one left, (x, residual) whose sum is the hidden state."""
 
     __slots__ = (
-        "_announce_mlp",
         "_attention",
         "_attention_norm",
         "_attention_post_norm",
@@ -71,8 +64,6 @@ class Block:
 
         self._attention = attention
         self._mlp = mlp
-        linears = weights.linears
-        self._announce_mlp = announcement(linears.get("layers.gate_up", linears.get("layers.up")))
         self._attention_norm = norm("attention_norm") or BoundNorm()
         self._mlp_norm = norm("mlp_norm")
         self._attention_post_norm = norm("attention_post_norm")
@@ -101,12 +92,11 @@ class Block:
         x, residual: [T, H] -> [T, H] or [L, H]. The last layer is given the rows that need logits:
         every token must leave its key and value, but only those rows are worth finishing.
         """
-        attention = self._attention
-        attention.announce()
         if residual is None:
             normed, residual = self._attention_norm.norm(x), x
         else:
             normed, residual = self._attention_norm.add_norm(x, residual)
+        attention = self._attention
         query = attention.write(normed, batch, key_cache, value_cache)
         if rows is None:
             attended = attention.attend(query, batch, key_cache, value_cache)
@@ -119,7 +109,6 @@ class Block:
             if self._parallel:
                 normed = normed.index_select(0, rows)
         x = attention.output(attended)
-        self._announce_mlp()
         if self._plain:
             normed, residual = self._mlp_norm.add_norm(x, residual)  # type: ignore[union-attr]
             return self._mlp(normed), residual

@@ -17,19 +17,6 @@ from streamserve.models.weights import NormWeights, Weights
 from streamserve_kernels import GatedKind, Kernels
 
 
-def announcement(product: object) -> Callable[[], None]:
-    """To be called before the norm, activation or attention whose result ``product`` multiplies.
-
-    A backend may bring its weight closer meanwhile; where it has no use for that, nothing happens.
-    """
-    announce: Callable[[], None] = getattr(product, "announce", _nothing)
-    return announce
-
-
-def _nothing() -> None:
-    pass
-
-
 class BoundNorm:
     """No norm at all; `bind_norm` makes the others."""
 
@@ -91,7 +78,6 @@ class Attention:
 
     __slots__ = (
         "_alibi_slopes",
-        "_announce_output",
         "_attend",
         "_cos_sin",
         "_embedding",
@@ -106,7 +92,6 @@ class Attention:
         "_spec",
         "_splits",
         "_write_kv",
-        "announce",
         "output",
     )
 
@@ -128,8 +113,6 @@ class Attention:
         self._spec = spec
         self._qkv = weights.linears["layers.qkv"]
         self.output: Callable[[Tensor], Tensor] = weights.linears["layers.output"]
-        self.announce = announcement(self._qkv)
-        self._announce_output = announcement(self.output)
         self._attend = kernels.paged_attention
         self._embedding = kernels.embedding
         self._write_kv = kernels.write_kv
@@ -188,7 +171,6 @@ class Attention:
             longest = batch.max_seq_len
             if longest is None or longest > spec.window:
                 groups = None  # the window may cut the prefix, for each query at another place
-        self._announce_output()
         return self._attend(
             query,
             key_cache,
@@ -251,23 +233,18 @@ def _bind_plain(
     spec: MlpSpec, weights: Weights, kernels: Kernels, prefix: str
 ) -> Callable[[Tensor], Tensor]:
     down = weights.linears[prefix + "down"]
-    announce_down = announcement(down)
     if spec.gated:
         gate_up, kind = weights.linears[prefix + "gate_up"], _gated_kind(spec.activation)
         gated_activation = kernels.gated_activation
 
         def gated(x: Tensor) -> Tensor:
-            both = gate_up(x)
-            announce_down()
-            return down(gated_activation(both, kind))
+            return down(gated_activation(gate_up(x), kind))
 
         return gated
     up, plain_kind, activation = weights.linears[prefix + "up"], spec.activation, kernels.activation
 
     def plain(x: Tensor) -> Tensor:
-        hidden = up(x)
-        announce_down()
-        return down(activation(hidden, plain_kind))
+        return down(activation(up(x), plain_kind))
 
     return plain
 

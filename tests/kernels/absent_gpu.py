@@ -65,7 +65,6 @@ def install() -> None:
             found = {
                 "launch_pdl": bool(options.get("launch_pdl")),
                 "waits_for_grid": "griddepcontrol.wait" in kernel.asm["ptx"],
-                "asks_ahead": "prefetch.global.L2" in kernel.asm["ptx"],
                 "programs": math.prod(grid),
             }
             print(json.dumps({"kernel": self._fn_name, **found, **resources(kernel)}), flush=True)

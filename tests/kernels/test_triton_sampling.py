@@ -167,7 +167,8 @@ def test_rows_of_16_bits_are_as_their_copy_in_float32(device, vocab_size, dtype)
         assert torch.equal(ids, sampling.sample(copy, tensors, change))
     found, expected = (sampling.logprobs(rows, ids, 4) for rows in (logits, copy))
     for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
+        # Threads hold other elements of 16 bits than of 32, and add them up in another order.
+        torch.testing.assert_close(one, other, rtol=0.0, atol=1e-5)
 
 
 def awkward_rows(vocab_size: int) -> Tensor:

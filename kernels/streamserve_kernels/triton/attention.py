@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels.interface import PrefixGroups
-from streamserve_kernels.triton.ahead import taken
 from streamserve_kernels.triton.attention_kernels import attention_kernel, merge_kernel
 from streamserve_kernels.triton.attention_loop import Constants
 from streamserve_kernels.triton.attention_plan import Plan, plan, power_of_two
@@ -147,7 +146,6 @@ def paged_attention(
         window if window is not None else 0,
         *most,
         *bases,
-        *taken(query, num_tokens),
         c=constants,
         num_warps=1,
         launch_pdl=constants.overlaps,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from streamserve_kernels.triton.ahead import NEXT_COUNTS
 from streamserve_kernels.triton.attention_chunk import chunk_tile
 from streamserve_kernels.triton.attention_loop import Cache, Rule
 from streamserve_kernels.triton.attention_merge import merge_row
@@ -25,7 +24,7 @@ BUFFERS = (
 )  # fmt: skip
 MERGE_COUNTS = (
     "num_requests", "num_members", "num_groups", "window", "split_queries", "shared_queries",
-    "part_base", "whole_base", "shared_whole_base", *NEXT_COUNTS,
+    "part_base", "whole_base", "shared_whole_base",
 )  # fmt: skip
 MERGE_BUFFERS = BUFFERS[1:]
 
@@ -91,7 +90,6 @@ def merge_kernel(
     seq_lens, query_start_loc, num_requests,
     members, starts, num_blocks, num_members, num_groups, window,
     split_queries, shared_queries, part_base, whole_base, shared_whole_base,
-    next_weight, next_width, next_lines, next_total,
     c: tl.constexpr,
 ):  # fmt: skip
     """A program per query and head: of all tokens, or beside chunks of split requests only."""
@@ -104,6 +102,5 @@ def merge_kernel(
     merge_row(
         output, parts, logs, places, batch, Rule(0.0, 0.0, window),
         tl.program_id(0), tl.program_id(1), c.has_chunks,
-        part_base, whole_base, shared_whole_base,
-        next_weight, next_width, next_lines, next_total, c,
+        part_base, whole_base, shared_whole_base, c,
     )  # fmt: skip

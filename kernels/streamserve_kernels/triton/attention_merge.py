@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from streamserve_kernels.triton.ahead import ask_ahead
 from streamserve_kernels.triton.attention_work import (
     REQUESTS,
     group_work,
@@ -41,8 +40,7 @@ def parts_of(places, sequence, item, key_tiles):
 @triton.jit
 def merge_row(
     output, parts, logs, places, batch, rule, slot, head, by_request: tl.constexpr,
-    part_base, whole_base, shared_whole_base,
-    next_weight, next_width, next_lines, next_total, c: tl.constexpr,
+    part_base, whole_base, shared_whole_base, c: tl.constexpr,
 ):  # fmt: skip
     """The output of one query and head, unless one program has written it alone.
 
@@ -71,8 +69,6 @@ def merge_row(
 
     if c.overlaps:
         gdc_wait()
-        # Only now: what is brought while keys and values stream by would be gone again.
-        ask_ahead(next_weight, next_width, next_lines, next_total)
     own = tl.full([], 0, tl.int32)  # parts
     own_first = own  # program
     if key_tiles > 0:

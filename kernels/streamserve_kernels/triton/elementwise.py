@@ -11,7 +11,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from streamserve_kernels.interface import ActivationKind, GatedKind
-from streamserve_kernels.triton.ahead import NEXT_COUNTS, ask_ahead, taken
 from streamserve_kernels.triton.runtime import jit, overlaps
 
 _ELEMENTS = 1024  # of a program of the activations
@@ -34,10 +33,9 @@ def _warps(elements: int) -> int:
     return min(max(elements // 512, 1), 16)
 
 
-@jit(do_not_specialize=NEXT_COUNTS)
+@jit
 def _rms_norm_kernel(
-    x, residual, normed, total, row_stride, residual_stride, H, eps,
-    next_weight, next_width, next_lines, next_total, weight, weight_offset,
+    x, residual, normed, total, row_stride, residual_stride, H, eps, weight, weight_offset,
     HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +45,6 @@ def _rms_norm_kernel(
     w = tl.load(weight + at, mask=inside, other=0.0)
     if OVERLAP:
         gdc_launch_dependents()
-        ask_ahead(next_weight, next_width, next_lines, next_total)
         gdc_wait()
     h = tl.load(x + row * row_stride + at, mask=inside, other=0.0)
     if HAS_RESIDUAL:
@@ -75,10 +72,9 @@ def rms_norm(
     return _norm(_rms_norm_kernel, x, residual, eps, weight, weight_offset, HAS_OFFSET=has_offset)
 
 
-@jit(do_not_specialize=NEXT_COUNTS)
+@jit
 def _layer_norm_kernel(
-    x, residual, normed, total, row_stride, residual_stride, H, eps,
-    next_weight, next_width, next_lines, next_total, weight, bias,
+    x, residual, normed, total, row_stride, residual_stride, H, eps, weight, bias,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +87,6 @@ def _layer_norm_kernel(
         b = tl.load(bias + at, mask=inside, other=0.0)
     if OVERLAP:
         gdc_launch_dependents()
-        ask_ahead(next_weight, next_width, next_lines, next_total)
         gdc_wait()
     h = tl.load(x + row * row_stride + at, mask=inside, other=0.0)
     if HAS_RESIDUAL:
@@ -144,8 +139,7 @@ def _norm(
     block, overlap = triton.next_power_of_2(size), overlaps(x.device)
     if rows.shape[0]:
         kernel[(rows.shape[0],)](
-            rows, added, normed, total, rows.stride(0), added.stride(0), size, eps,
-            *taken(rows, rows.shape[0]), *parameters,
+            rows, added, normed, total, rows.stride(0), added.stride(0), size, eps, *parameters,
             HAS_RESIDUAL=residual is not None, OVERLAP=overlap, BLOCK=block,
             num_warps=_warps(block), launch_pdl=overlap, **constants,
         )  # fmt: skip
@@ -189,14 +183,13 @@ def gate(x, up, KIND: tl.constexpr):
     return y
 
 
-@jit(do_not_specialize=NEXT_COUNTS)
+@jit
 def _activation_kernel(
-    x, y, row_stride, size, next_weight, next_width, next_lines, next_total,
-    KIND: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, row_stride, size, KIND: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
-        ask_ahead(next_weight, next_width, next_lines, next_total)
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -220,8 +213,7 @@ def _activate(x: Tensor, kind: str, gated: bool) -> Tensor:
     if y.numel():
         grid, overlap = (rows.shape[0], triton.cdiv(size, _ELEMENTS)), overlaps(x.device)
         _activation_kernel[grid](
-            rows, y, rows.stride(0), size, *taken(rows, rows.shape[0]),
-            KIND=kinds[kind], GATED=gated, OVERLAP=overlap,
+            rows, y, rows.stride(0), size, KIND=kinds[kind], GATED=gated, OVERLAP=overlap,
             BLOCK=_ELEMENTS, num_warps=4, launch_pdl=overlap,
         )  # fmt: skip
     return y

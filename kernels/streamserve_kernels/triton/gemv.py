@@ -7,37 +7,24 @@ takes up to sixteen, the least that a tile of the matrix units has.
 A program sums its outputs over all inputs, in float32 and in a fixed order.
 
 With OVERLAP a kernel starts while the one before it still runs: see `runtime.overlaps`. By the time
-that x is there, so is the first tile of the weight, and more of it is in the last-level cache or on
-its way there: behind attention of few tokens, which leaves memory idle, all of a small weight.
+that x is there, so is the first tile of the weight; and all of a small one is in the last-level
+cache, or on its way there.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from streamserve_kernels.triton.runtime import jit, num_processors, prefetch
+from streamserve_kernels.triton.runtime import jit, prefetch
 from streamserve_kernels.triton.tuning import Config
 
 ALIGNMENT = 16  # bytes that a thread loads at once
-# Of its part of the weight, what a program asks for before x is there; and how many programs of a
-# processor do so, about those that it holds at once. All must leave room in an H100's 50 MB.
-AHEAD_BYTES = 32 * 1024
-_WAITING_PROGRAMS = 8
-
-
-def ahead(block_n: int, rows: Tensor) -> int:
-    """Elements of each of a program's rows of a weight [N, ..] to ask for before x is there."""
-    most: int = triton.next_power_of_2(rows.shape[1])
-    return min(AHEAD_BYTES // (block_n * rows.itemsize), most)
-
-
-def waiting_programs(device: torch.device) -> int:
-    """Programs that may start before x is there."""
-    return _WAITING_PROGRAMS * num_processors(device)
+# Of a weight that an H100's last-level cache of 50 MB has room for, a program asks for all of its
+# part before x is there: attention of few tokens leaves memory idle as long as that takes.
+ASKED_BYTES = 36 * 2**20
 
 
 @jit
@@ -62,10 +49,9 @@ def gemv_kernel(
     y,  # [N]
     N,
     K,
-    waiting,  # programs that start before x is there
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # VEC inputs a thread
-    AHEAD: tl.constexpr,  # inputs of an output that those ask for
+    AHEAD: tl.constexpr,  # inputs of an output to ask for before x is there
     VEC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
@@ -81,8 +67,7 @@ def gemv_kernel(
     if OVERLAP:
         gdc_launch_dependents()
         if AHEAD > BLOCK_K:
-            if tl.program_id(0) < waiting:
-                prefetch(weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K, 0, K, AHEAD)
+            prefetch(weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K, 0, K, AHEAD)
         gdc_wait()
     for start in range(0, K, BLOCK_K):
         k = start + inputs
@@ -128,10 +113,9 @@ def gemv(
         y,
         out_features,
         in_features,
-        waiting_programs(x.device),
         BLOCK_N=config.block_n,
         BLOCK_K=32 * config.num_warps * vector,
-        AHEAD=ahead(config.block_n, weight),
+        AHEAD=triton.next_power_of_2(in_features) if weight.nbytes <= ASKED_BYTES else 0,
         VEC=vector,
         HAS_BIAS=bias is not None,
         HAS_SCALES=scales is not None,
@@ -150,11 +134,9 @@ def skinny_kernel(
     M,
     N,
     K,
-    waiting,  # programs that start before x is there
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,  # inputs of an output that those ask for
     HAS_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched with `launch_pdl`
     STAGES: tl.constexpr,
@@ -164,8 +146,6 @@ def skinny_kernel(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     if OVERLAP:
         gdc_launch_dependents()
-        if tl.program_id(0) < waiting:
-            prefetch(weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K, 0, K, AHEAD)
         gdc_wait()
     offsets = tl.arange(0, BLOCK_K)
     weight_rows = weight + n.to(tl.int64)[None, :] * K

@@ -19,15 +19,8 @@ from torch import Tensor
 
 from streamserve_kernels.interface import PackedLinear, QuantLinear
 from streamserve_kernels.quantised import Quantization, quantise
-from streamserve_kernels.triton.ahead import announce
 from streamserve_kernels.triton.fp8 import Fp8Linear
-from streamserve_kernels.triton.gemv import (
-    ALIGNMENT,
-    ahead,
-    gemv,
-    skinny_kernel,
-    waiting_programs,
-)
+from streamserve_kernels.triton.gemv import ALIGNMENT, gemv, skinny_kernel
 from streamserve_kernels.triton.packed import WHOLE_ROW, PackedWeight, pack
 from streamserve_kernels.triton.packed_gemm import packed_gemm_kernel
 from streamserve_kernels.triton.packed_gemv import MAGIC, packed_gemv_kernel
@@ -153,19 +146,6 @@ class DenseLinear:
     def unpack(self) -> Tensor:
         return self.weight
 
-    def announce(self) -> None:
-        """Says that this product comes after the next norm, activation or attention: a hint."""
-        announce(self)
-
-    def asks_for_itself(self, rows: int) -> bool:
-        return self._choice(rows).overlap
-
-    def _choice(self, rows: int) -> Config:
-        if rows > SPLIT_ROWS:
-            return LIBRARY
-        of = bucket(rows)
-        return self.choices.get(of) or self.candidates(of)[0]
-
     def tuning_key(self, rows: int) -> str:
         bias = "" if self.bias is None else ",bias"
         shape = f"{self.out_features}x{self.in_features}"
@@ -189,7 +169,10 @@ class DenseLinear:
 
     def _chosen(self, x: Tensor) -> Config:
         count = x.numel() // self.in_features
-        return LIBRARY if count == 0 or x.dtype != self.dtype else self._choice(count)
+        if count > SPLIT_ROWS or count == 0 or x.dtype != self.dtype:
+            return LIBRARY
+        rows = bucket(count)
+        return self.choices.get(rows) or self.candidates(rows)[0]
 
     def run(self, x: Tensor, config: Config, out: Tensor | None = None) -> Tensor:
         """The product by one of the candidates for as many rows, in `out` if that is given."""
@@ -215,11 +198,9 @@ class DenseLinear:
             count,
             out_features,
             self.in_features,
-            waiting_programs(x.device),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
-            AHEAD=max(ahead(config.block_n, self.weight), 128 // self.weight.itemsize),
             HAS_BIAS=self.bias is not None,
             OVERLAP=config.overlap,
             STAGES=config.stages,
@@ -402,11 +383,9 @@ class PackedQuantLinear(DequantisedLinear[PackedWeight]):
             packed_gemv_kernel[(-(-self.out_features // config.block_n),)](
                 *tensors,
                 *sizes,
-                waiting_programs(rows.device),
                 BITS=packed.bits,
                 BLOCK_N=config.block_n,
                 BLOCK_W=128 * config.num_warps,
-                AHEAD=ahead(config.block_n, packed.words),
                 ROW_SCALES=packed.group_shift == WHOLE_ROW,
                 HAS_ZEROS=packed.zeros is not None,
                 HAS_BIAS=self.bias is not None,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from streamserve_kernels.triton.runtime import jit, prefetch
+from streamserve_kernels.triton.runtime import jit
 
 MAGIC = 0x4B000000  # 2**23 as the bits of a float32
 
@@ -32,11 +32,9 @@ def packed_gemv_kernel(
     G,
     magic,  # MAGIC
     group_shift,  # chunk >> group_shift is the group
-    waiting,  # programs that start before x is there
     BITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,  # four words, a chunk, a thread
-    AHEAD: tl.constexpr,  # words of an output that those ask for
     ROW_SCALES: tl.constexpr,  # G is 1
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -57,9 +55,6 @@ def packed_gemv_kernel(
     w = tl.load(tile, mask=here & (offsets < W)[:, None], other=0, eviction_policy="evict_first")
     if OVERLAP:
         gdc_launch_dependents()
-        if AHEAD > BLOCK_W:
-            if tl.program_id(0) < waiting:
-                prefetch(words + tl.minimum(n, N - 1).to(tl.int64)[:, None] * W, 0, W, AHEAD)
         gdc_wait()
     for start in range(0, W, BLOCK_W):
         this = w.to(tl.uint32, bitcast=True)  # shifts bring in zeros

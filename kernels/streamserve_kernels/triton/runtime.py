@@ -70,21 +70,15 @@ def num_processors(device: torch.device) -> int:
 
 
 @triton.jit
-def fetch_line(pointers):
-    """Brings the lines of memory that `pointers` point into on their way to L2."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def prefetch(rows, first, width, LENGTH: tl.constexpr):
     """Brings LENGTH elements from the first of each row [R, 1] of `width` on their way, to L2."""
     LINE: tl.constexpr = 128 * 8 // rows.dtype.element_ty.primitive_bitwidth
     at = tl.minimum(first + tl.arange(0, LENGTH // LINE) * LINE, width - 1)
-    fetch_line(rows + at[None, :])
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [(rows + at[None, :]).to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -103,7 +103,8 @@ def test_logits_are_kept_in_the_smallest_dtype_that_holds_them(device, tmp_path,
     model = tiny_llama(tmp_path, backend="triton", device=device, dtype=torch.bfloat16, **changes)
     assert model.logits_dtype == dtype
     for rows in (1, 3):
-        hidden_states = torch.randn(rows, 64, device=device).bfloat16()
+        # Not drawn on the device: its generator is not to be used while another thread captures.
+        hidden_states = torch.randn(rows, 64).to(device, torch.bfloat16)
         expected = model.compute_logits(hidden_states)
         kept = torch.full_like(expected, float("nan"), dtype=dtype)
         assert model.compute_logits(hidden_states, kept) is kept
