@@ -143,6 +143,6 @@ def sampling_peers(
         from flashinfer.sampling import top_k_top_p_sampling_from_logits as sample
 
         k = top_k or bench.sizes.vocab
-        return rotated(bench, lambda logits: sample(logits, k, top_p))
+        return rotated(bench, lambda logits: sample(logits.float(), k, top_p))
 
     return {"FlashInfer": make}
