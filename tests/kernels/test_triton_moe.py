@@ -202,7 +202,9 @@ def test_a_capture_follows_what_was_chosen_elsewhere(device, dtype, quantization
     chosen.experts.copy_(other.experts)
     chosen.weights.copy_(other.weights)
     replay()
-    weights = tuple([naive.prepare_linear(layer.unpack()) for layer in layers] for layers in some)
+    weights = tuple(
+        [naive.prepare_linear(layer.unpack().to(dtype)) for layer in layers] for layers in some
+    )
     expected = naive.chosen_experts(x, other.experts, other.weights, *weights, in_turns)
     torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
 
