@@ -166,9 +166,12 @@ def linear_calls() -> Iterator[Callable[[], object]]:
     layers += [prepare_quantised(weight, None, kind) for kind in ("int8", "int4", "fp8")]
     for case in ("gptq4", "gptq3", "q4_k", "q6_k", "nf4", "squeezed3", "fp8-blocks"):
         layers.append(prepare_stored(CASES[case](512, HIDDEN), None, torch.bfloat16))
-    for layer in layers:
-        for rows in (1, 8, 64, 128):
-            for config in layer.candidates(rows):
+    calls = [(layer, rows) for layer in layers for rows in (1, 8, 32, 64, 128)]
+    zero_per_row = prepare_stored(CASES["gptq4-rows"](512, HIDDEN), None, torch.bfloat16)
+    for layer, rows in (*calls, (zero_per_row, 64)):
+        for config in layer.candidates(rows):
+            # With 32 rows, tiles that are not split are half of those with 64.
+            if rows != 32 or config.kernel == "split":
                 yield lambda layer=layer, rows=rows, config=config: layer.run(
                     bf16(rows, HIDDEN), config
                 )

@@ -43,9 +43,10 @@ def test_inputs_are_split_between_programs(device, case):
     dtype = dtype_on(device)
     packed = prepared(case, (130, 576), device)
     held = packed.unpack()
+    words = packed.packed.split.candidates(32)[0].block_k
     for rows, splits in ((20, 3), (3, 1)):
         x = torch.randn(rows, 576, device=device).to(dtype)
-        config = Config("split", 16, 128, 16, 4, 2, splits=splits)
+        config = Config("split", 16, 128, words, 4, 2, splits=splits)
         y = packed.run(x, config)
         check(y, x, held, packed.bias, config)
         assert packed.run(x[2:3], config).equal(y[2:3])  # whoever is beside it

@@ -93,8 +93,8 @@ def in_mantissa(word, MASK: tl.constexpr, INTERPRETED: tl.constexpr):
 @jit
 def weights_of_place(
     words,  # [BLOCK_N, BLOCK_W] uint32
-    zero,  # [BLOCK_N, GROUPS or 1, 1] or a number
-    scale,  # [BLOCK_N, GROUPS, 1]; anything for no GROUPS
+    zero,  # [BLOCK_N, GROUPS, 1] or a number
+    scale,  # [BLOCK_N, GROUPS, 1] or a number; anything for no GROUPS
     PLACE: tl.constexpr,
     BITS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -196,9 +196,13 @@ def packed_split_kernel(
     inputs = tl.arange(0, WIDTH)
     row_width = (all_steps * WIDTH).to(tl.int64)
     x_rows = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * row_width
-    GROUPS: tl.constexpr = (BLOCK_W + GROUP_WORDS - 1) // GROUP_WORDS if GROUP_WORDS > 0 else 0
-    if HAS_ZEROS and GROUP_WORDS == 0:
-        row_zero = tl.load(zeros + rows).to(tl.float32)
+    # A row's zero is that of a group: against a tile of two dimensions it would send every weight
+    # through shared memory.
+    ROW_ZERO: tl.constexpr = HAS_ZEROS and GROUP_WORDS == 0
+    GROUP: tl.constexpr = BLOCK_W if ROW_ZERO else GROUP_WORDS
+    GROUPS: tl.constexpr = (BLOCK_W + GROUP - 1) // GROUP if GROUP > 0 else 0
+    if ROW_ZERO:
+        row_zero = tl.load(zeros + rows).to(tl.float32)[:, :, None]
     first = split * steps
     count = tl.minimum(steps, all_steps - first)
     tl.assume(count > 0)
@@ -218,7 +222,7 @@ def packed_split_kernel(
         scale = 1.0
         zero = 2.0 ** (BITS - 1)
         if GROUP_WORDS == 0:
-            if HAS_ZEROS:
+            if ROW_ZERO:
                 zero = row_zero
         else:
             group = start // GROUP_WORDS + tl.arange(0, GROUPS)
