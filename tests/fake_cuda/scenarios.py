@@ -215,6 +215,21 @@ def failed_capture(engine: Engine) -> None:
     assert found == (True, False, 0), found
 
 
+def asked_before_captured(engine: Engine) -> None:
+    """Requests come before anybody had time for the graphs: a step has its own captured."""
+    executor, runner = engine.runner._executor, engine.runner
+    removed = dict(executor._graphs)
+    executor._graphs.clear()
+    runner.on_device_thread(lambda: executor.want_graphs(removed))
+    num_replays = executor.num_replays
+    loop = engine.loop()
+    loop.run(requests(prompts(6)))
+    steps = [plan for plan in loop.plans if plan.scheduled]
+    assert executor.num_replays - num_replays == (len(steps) if removed else 0)
+    runner.capture_graphs()
+    assert executor._graphs.keys() == removed.keys()
+
+
 def closed(engine: Engine) -> dict[str, Any]:
     """Steps are in flight, one was launched and nobody has asked for its sample.
 
@@ -240,6 +255,6 @@ SCENARIOS: dict[str, Callable[[Engine], None]] = {
     for scenario in (
         plain, chunks, alone, prefixes, seeded, truncated, logprobs, penalties, many_penalties,
         biases, bad_words, masks, prompt_logprobs, embeddings, preempted, everything, cancelled,
-        out_of_memory, failed_capture,
+        out_of_memory, failed_capture, asked_before_captured,
     )
 }  # fmt: skip

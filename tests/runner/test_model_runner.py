@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from streamserve.core.plan import (
 )
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import DeviceDeadError
+from streamserve.runner.cuda import build
 from streamserve.runner.cuda.build import assemble
 from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve.runner.cuda.step_key import StepLadder
@@ -475,6 +477,57 @@ def test_a_device_thread_that_dies_between_two_steps_is_heard_of(model, monkeypa
     monkeypatch.setattr(executor, "capture_next", capture_next)
     runner.on_device_thread(lambda: executor.want_graphs(ladder.graphs()))
     assert "Panic" in str(heard.result(60))
+    runner.close()
+
+
+class CountedTime:
+    """A timeline whose device takes what a test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def mark(self):
+        at = self.now
+        return SimpleNamespace(
+            at=at, wait=lambda: None, seconds_since=lambda earlier: at - earlier.at
+        )
+
+
+def test_a_step_whose_graph_is_wanted_has_it_captured_and_is_not_charged_for_it(model, monkeypatch):
+    time = CountedTime()
+    monkeypatch.setattr(build, "timeline_of", lambda device: time)
+    ladder = StepLadder(32, 4)
+    options = {"vocab_size": VOCAB, "block_size": BLOCK_SIZE, "max_model_len": 64}
+    runner, executor = assemble(model, model.caches(32), ladder, max_num_seqs=4, **options)
+    captured = []
+
+    def capture(key):
+        time.now += 100.0
+        captured.append(key)
+        if key.is_decode:
+            raise RuntimeError("spoiled")
+        found = executor.run_eagerly(key)
+
+        def replay() -> None:
+            time.now += 1.0
+            found.token_ids.copy_(executor.run_eagerly(key).token_ids)
+
+        executor._graphs[key] = SimpleNamespace(replay=replay), found
+
+    monkeypatch.setattr(executor, "_capture", capture)
+    monkeypatch.setattr(executor, "capture_next", lambda: None)  # nobody is idle
+    prompt, decode = ladder.key(6, 1), ladder.key(1, 1)
+    runner.on_device_thread(lambda: executor.want_graphs([prompt, decode]))
+    first, second = greedy_after(PROMPT, 2)
+    outputs = [result(runner, prompt_plan(step, name)) for step, name in enumerate("ab")]
+    assert [output.sampled_token_ids for output in outputs] == [[[first]]] * 2
+    assert [output.duration_s for output in outputs] == [1.0, 1.0]
+    assert executor.num_replays == 2
+    for step in (2, 3):  # what cannot be captured is tried once
+        output = result(runner, decode_plan(step, 6, first, request_id="b"))
+        assert output.sampled_token_ids == [[second]]
+    assert captured == [prompt, decode]
+    assert executor.num_wanted == 0
     runner.close()
 
 

@@ -45,10 +45,10 @@ def build_cuda_runner(
 ) -> tuple[ModelRunner, StepProfile]:
     """Makes the arena, meets every shape of ``ladder`` once, captures the first graphs, measures.
 
-    After it nothing compiles. The remaining graphs are captured while nobody asks for anything;
-    with a ``team``, where the model is a share and the runner that of all ranks, they are captured
-    here. ``enforce_eager`` means none at all. Raises what torch raises when the memory is not there
-    after all.
+    After it nothing compiles. The remaining graphs are captured while nobody asks for anything, or
+    when a step needs one; with a ``team``, where the model is a share and the runner that of all
+    ranks, they are captured here. ``enforce_eager`` means none at all. Raises what torch raises
+    when the memory is not there after all.
     """
     # The device thread holds the interpreter while it launches a large step; the event loop should
     # not have to wait 5 ms for its turn.

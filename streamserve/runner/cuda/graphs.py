@@ -11,7 +11,6 @@ them.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -82,7 +81,7 @@ class StepExecutor:
         self._resolve_tokens = cast(DeviceKernels, model.kernels).resolve_tokens
         self._last_tokens = last_tokens
         self._graphs: dict[StepKey, tuple[Any, StepResult]] = {}
-        self._wanted: deque[StepKey] = deque()
+        self._wanted: dict[StepKey, None] = {}  # in order
         self._pool: Any = None
         self.num_replays = 0
 
@@ -93,27 +92,34 @@ class StepExecutor:
 
     @property
     def num_wanted(self) -> int:
-        """Graphs that `capture_next` has still to capture."""
+        """Graphs that are still to be captured."""
         return len(self._wanted)
 
     def want_graphs(self, keys: Iterable[StepKey]) -> None:
-        """Has `capture_next` capture these, in this order."""
-        self._wanted.extend(key for key in keys if key not in self._graphs)
+        """Has `capture_next` capture these, in this order, or `capture` when a step needs one."""
+        self._wanted.update(dict.fromkeys(key for key in keys if key not in self._graphs))
 
     def capture_next(self) -> bool:
-        """Captures the next graph; False if there is none left. Nothing may be in flight.
+        """Captures the next graph, as `capture` does; False if there is none left."""
+        if self._wanted:
+            self.capture(next(iter(self._wanted)))
+        return bool(self._wanted)
 
-        A shape that cannot be captured runs launch by launch, and says so.
+    def capture(self, key: StepKey) -> bool:
+        """Captures the graph of a shape, if it is still to be captured; whether it was.
+
+        Waits for all that is in flight. It takes about as long as to run such a step launch by
+        launch does; one that cannot be captured runs so ever after, and says so.
         """
-        if not self._wanted:
+        if key not in self._wanted:
             return False
-        key = self._wanted.popleft()
+        del self._wanted[key]
         try:
             self._capture(key)
         except RuntimeError as error:
             logger.warning("%s runs without a CUDA graph: %s", key, error)
             self._pool = None  # torch takes the one that failed for still being recorded to
-        return bool(self._wanted)
+        return True
 
     def capture_all(self) -> None:
         """Captures every graph that is wanted."""

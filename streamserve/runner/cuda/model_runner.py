@@ -51,7 +51,7 @@ from streamserve_kernels.uploads import upload
 
 _T = TypeVar("_T")
 
-_IDLE_S = 0.05  # without a plan for so long, the next graph is captured
+_IDLE_S = 0.05  # without a plan for so long, graphs are captured
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class _Forwarded(NamedTuple):
     step: DeviceStep
     result: StepResult
     extras: _Extras = _NO_EXTRAS
+    started: Mark | None = None  # behind the capture of its graph, which is none of its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,7 @@ class CudaModelRunner:
             raise
 
     def capture_graphs(self) -> None:
-        """Captures at once the graphs that are left; otherwise that happens while nobody asks."""
+        """Captures at once the graphs that are left, which otherwise happens by and by."""
         self.on_device_thread(self._executor.capture_all)
 
     def close(self) -> None:
@@ -215,11 +216,13 @@ class CudaModelRunner:
 
     def _next_plan(self) -> SchedulerOutput | Callable[[], None] | None:
         """The next plan; until it comes, graphs are captured one after the other."""
+        patience_s = _IDLE_S
         while self._executor.num_wanted:
             try:
-                return self._calls.plans.get(timeout=_IDLE_S)
+                return self._calls.plans.get(timeout=patience_s)
             except queue.Empty:
                 self._executor.capture_next()
+                patience_s = 0.0
         return self._calls.plans.get()
 
     def _launch_step(self, plan: SchedulerOutput) -> bool:
@@ -249,8 +252,9 @@ class CudaModelRunner:
             call.fail(error)
             raise
         ended = self._timeline.mark()
-        step = None if forwarded is None else forwarded.step
-        extras = _NO_EXTRAS if forwarded is None else forwarded.extras
+        step, extras = None, _NO_EXTRAS
+        if forwarded is not None:
+            step, extras, started = forwarded.step, forwarded.extras, forwarded.started or started
         self._queued.put(_Queued(plan, step, drawn, extras, started, ended, call.future))
         return True
 
@@ -277,7 +281,9 @@ class CudaModelRunner:
             extras = self._find(hidden_states, wanted, pools, result.logits.shape[1])
             step = step.without({part.place for part in pools if part.is_last})
             return _Forwarded(step, result, extras)
-        return _Forwarded(step, self._executor.run(step.key))
+        # A server that is asked from its first moment on would otherwise never have its graphs.
+        started = self._timeline.mark() if self._executor.capture(step.key) else None
+        return _Forwarded(step, self._executor.run(step.key), started=started)
 
     def _find(
         self,
