@@ -7,24 +7,19 @@ takes up to sixteen, the least that a tile of the matrix units has.
 A program sums its outputs over all inputs, in float32 and in a fixed order.
 
 With OVERLAP a kernel starts while the one before it still runs: see `runtime.overlaps`. By the time
-that x is there, so is the first tile of the weight; and all of a small one is in the last-level
-cache, or on its way there.
+that x is there, so is the first tile of the weight; to ask for more made whole steps slower.
 """
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from streamserve_kernels.triton.runtime import jit, prefetch
+from streamserve_kernels.triton.runtime import jit
 from streamserve_kernels.triton.tuning import Config
 
 ALIGNMENT = 16  # bytes that a thread loads at once
-# Of a weight that an H100's last-level cache of 50 MB has room for, a program asks for all of its
-# part before x is there: attention of few tokens leaves memory idle as long as that takes.
-ASKED_BYTES = 36 * 2**20
 
 
 @jit
@@ -51,7 +46,6 @@ def gemv_kernel(
     K,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # VEC inputs a thread
-    AHEAD: tl.constexpr,  # inputs of an output to ask for before x is there
     VEC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
@@ -66,8 +60,6 @@ def gemv_kernel(
     w = tl.load(tile, mask=here & (inputs < K)[None, :], other=0.0, eviction_policy="evict_first")
     if OVERLAP:
         gdc_launch_dependents()
-        if AHEAD > BLOCK_K:
-            prefetch(weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K, 0, K, AHEAD)
         gdc_wait()
     for start in range(0, K, BLOCK_K):
         k = start + inputs
@@ -115,7 +107,6 @@ def gemv(
         in_features,
         BLOCK_N=config.block_n,
         BLOCK_K=32 * config.num_warps * vector,
-        AHEAD=triton.next_power_of_2(in_features) if weight.nbytes <= ASKED_BYTES else 0,
         VEC=vector,
         HAS_BIAS=bias is not None,
         HAS_SCALES=scales is not None,

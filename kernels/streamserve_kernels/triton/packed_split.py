@@ -16,8 +16,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from streamserve_kernels.triton.packed import WHOLE_ROW, WORDS_PER_CHUNK, PackedWeight
-from streamserve_kernels.triton.runtime import INTERPRETED, jit, prefetch
-from streamserve_kernels.triton.split import finish, plan, with_splits
+from streamserve_kernels.triton.runtime import INTERPRETED, jit
+from streamserve_kernels.triton.split import finish, plan, prefetch, with_splits
 from streamserve_kernels.triton.tuning import Config
 
 _ORDER_BLOCK = 1024

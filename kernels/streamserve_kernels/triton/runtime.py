@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 # Triton's interpreter runs kernels as numpy on a CPU (TRITON_INTERPRET=1). Kernels take it as a
 # constexpr where they must differ: its tl.dot is wrong for bfloat16, so operands become float32.
@@ -67,18 +66,3 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@triton.jit
-def prefetch(rows, first, width, LENGTH: tl.constexpr):
-    """Brings LENGTH elements from the first of each row [R, 1] of `width` on their way, to L2."""
-    LINE: tl.constexpr = 128 * 8 // rows.dtype.element_ty.primitive_bitwidth
-    at = tl.minimum(first + tl.arange(0, LENGTH // LINE) * LINE, width - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [(rows + at[None, :]).to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

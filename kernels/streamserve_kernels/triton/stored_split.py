@@ -19,8 +19,8 @@ from streamserve_kernels.triton.packed_split import (
     in_mantissa,
     in_order,
 )
-from streamserve_kernels.triton.runtime import INTERPRETED, jit, prefetch
-from streamserve_kernels.triton.split import SHARED_BYTES, finish, plan, with_splits
+from streamserve_kernels.triton.runtime import INTERPRETED, jit
+from streamserve_kernels.triton.split import SHARED_BYTES, finish, plan, prefetch, with_splits
 from streamserve_kernels.triton.stored_kernels import KernelWeight, numbers_of
 from streamserve_kernels.triton.tuning import Config
 
