@@ -71,7 +71,7 @@ def test_planes_that_do_not_fit(device):
     for case, shape in (("q3_k", (40, 320)), ("q4_k", (40, 100))):
         assert prepared(case, shape, device).packed.split is None
     split = prepared("table3", (40, 320), device).packed.split
-    assert [len(split.candidates(rows)) for rows in (32, 64, 128)] == [1, 1, 0]
+    assert [len(split.candidates(rows)) for rows in (1, 16, 32, 64, 128)] == [1, 1, 1, 1, 0]
 
 
 @pytest.mark.gpu
@@ -79,7 +79,7 @@ def test_planes_that_do_not_fit(device):
 def test_every_candidate_is_the_product(case):
     packed = prepared(case, (4096, 4096), torch.device("cuda"))
     held = packed.unpack()
-    for rows in (24, 64, 100):
+    for rows in (1, 5, 24, 64, 100):
         x = torch.randn(rows, 4096, device="cuda").bfloat16()
         for config in packed.candidates(bucket(rows)):
             check(packed.run(x, config), x, held, packed.bias, config)

@@ -188,17 +188,16 @@ class PlanesLinear(DequantisedLinear[PlanesWeight]):
         return f"planes,{options},{shape},{self.dtype}{bias},{rows}"
 
     def candidates(self, rows: int) -> tuple[Config, ...]:
-        if rows == 1:
-            return _GEMV
         if rows > PACKED_ROWS:
             return (LIBRARY,)
         if self.dtype == torch.float32:
-            return _FLOAT32
+            return _GEMV if rows == 1 else _FLOAT32
+        words = self.packed.split
+        split = () if words is None else usable(words.candidates(rows), self.device)
         if rows <= FEW_ROWS:
-            return _FEW
-        split = self.packed.split
-        more = () if split is None else usable(split.candidates(rows), self.device)
-        return (*_MANY, *more)
+            # Codes read byte by byte take several times as long: all rows of a tile are worth it.
+            return (*split, *(_GEMV if rows == 1 else _FEW))
+        return (*_MANY, *split)
 
     def _launch(self, rows: Tensor, config: Config, y: Tensor) -> None:
         packed, count = self.packed, rows.shape[0]

@@ -30,6 +30,7 @@ _WORD_CODES = 256  # of a step, at most: what it needs of x would not fit
 
 # By rows: tiles, in words, without their splits.
 _TILES = {
+    16: (Config("split", 16, 128, 16, 4, 4, overlap=True),),
     32: (Config("split", 32, 128, 16, 4, 4, overlap=True),),
     64: (Config("split", 64, 128, 16, 4, 3, overlap=True),),
     128: (Config("split", 128, 128, 16, 8, 3, overlap=True),),
@@ -274,12 +275,12 @@ class SplitWords:
         return SplitWords(weight, float8=float8)
 
     def candidates(self, rows: int) -> tuple[Config, ...]:
-        """For a bucket of rows: the tiles, with their splits."""
+        """For a bucket of rows: the tiles, with their splits. The least has sixteen rows."""
         if self.per == 32 and self.weight.table is not None and rows > 64:
             return ()  # what goes through shared memory does not fit beside so many inputs
         words = 1 if self.high is None else 1 + self.ratio
         tiles, stage_bytes = [], []
-        for tile in _TILES.get(rows, ()):
+        for tile in _TILES.get(max(rows, 16), ()):
             config = tile._replace(block_k=min(tile.block_k, _WORD_CODES // self.per))
             size = config.block_k * (2 * self.per * config.block_m + 4 * words * config.block_n)
             fits = size * config.stages <= SHARED_BYTES
