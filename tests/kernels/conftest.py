@@ -18,6 +18,8 @@ from tests.kernels.pretended_gpu import HAS_GPU, IS_PRETENDED, OnCpu
 from tests.native_builds import native_build
 
 IS_INTERPRETED = find_spec("triton") is not None and not HAS_GPU
+# Made while no GPU is pretended: a test that chooses sizes by a device's type gets a GPU's.
+_DEVICES = {name: torch.device(name) for name in ("cpu", "cuda")}
 TOLERANCE = {
     torch.float32: {"atol": 2e-6, "rtol": 1e-5},
     # one rounding of the result, and of the operands inside flash attention
@@ -65,7 +67,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     pytest.importorskip("triton")
     if request.param == "cpu" and (HAS_GPU or IS_PRETENDED):
         pytest.skip("the interpreter is not used beside a GPU")
-    return torch.device(request.param)
+    return _DEVICES[request.param]
 
 
 @pytest.fixture(autouse=True)

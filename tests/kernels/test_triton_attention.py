@@ -10,7 +10,7 @@ import torch
 
 from streamserve_kernels import Kernels, PrefixGroups
 from tests.kernels.conftest import TOLERANCE, Paged, dtype_on, paged_case
-from tests.kernels.pretended_gpu import capture
+from tests.kernels.pretended_gpu import IS_PRETENDED, capture
 from tests.kernels.test_paged_attention import DECODES, FEATURES, features
 from tests.kernels.test_prefix_groups import KINDS, options_of, share
 
@@ -443,6 +443,7 @@ def test_captured_once_and_replayed_for_other_lengths(naive: Kernels, device, dt
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(IS_PRETENDED, reason="there is nothing to wait for")
 def test_launches_that_overlap_wait_for_each_other(naive: Kernels, device) -> None:
     """Both of an attention overlap, and its queries are what the attention before has left."""
     shape = {"heads": (32, 8), "head_size": 128, "block_size": 64, "dtype": torch.bfloat16}

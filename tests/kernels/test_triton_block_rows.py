@@ -64,5 +64,5 @@ def test_nothing_to_move_moves_nothing(device):
 
 
 def test_a_gpu_gets_the_kernel(device):
-    blocks = block_rows(caches_of(SHAPES["layers alike"], torch.bfloat16, device))
-    assert (type(blocks) is BlockRows) == (device.type == "cpu")
+    caches = caches_of(SHAPES["layers alike"], torch.bfloat16, device)
+    assert (type(block_rows(caches)) is BlockRows) == (caches[0].device.type == "cpu")
