@@ -1,9 +1,10 @@
 """All that is measured on a GPU, in two commands: `python kernels/bench/gpu.py OUTPUT 1`, then 2.
 
 Steps come in the order of what is least known: in part 1 the tests of the GPU, an engine without
-HTTP, the same engine behind HTTP under load; in part 2 the kernels' table, throughput, and
-transformers on the same shape. Each has a limit, and the command has one; a step that fails or
-hangs does not keep the next from running, and whatever it started is ended with it.
+HTTP, the same engine behind HTTP under load; in part 2 the kernels' table, what a step takes its
+time with, throughput, and transformers on the same shape. Each has a limit, and the command has
+one; a step that fails or hangs does not keep the next from running, and whatever it started is
+ended with it.
 
 OUTPUT holds a few files, written as things happen, so that nothing is lost with a machine:
 
@@ -52,17 +53,26 @@ FIRST_TESTS = (
     "tests/kernels/test_triton_quantised.py",
 )
 _POLL_S = 0.2
-_SUMMARY_LINES = {"tests": 30, "kernels": 4, "latency": 10, "throughput": 8, "serve": 14, "peer": 8}
+_SUMMARY_LINES = {
+    "tests": 30,
+    "kernels": 4,
+    "latency": 10,
+    "profile": 60,
+    "throughput": 8,
+    "serve": 14,
+    "peer": 8,
+}
 _LIMITS = {
-    "tests": 200.0,
-    "latency": 90.0,
-    "serve": 150.0,
-    "kernels": 140.0,
+    "tests": 170.0,
+    "latency": 80.0,
+    "serve": 100.0,
+    "kernels": 120.0,
+    "profile": 100.0,
     "throughput": 70.0,
     "peer": 70.0,
 }
 # A quarter of an hour on a rented machine: two commands of ten minutes at most, and its start.
-PARTS = {1: ("tests", "latency", "serve"), 2: ("kernels", "throughput", "peer")}
+PARTS = {1: ("tests", "latency", "serve"), 2: ("kernels", "profile", "throughput", "peer")}
 _GRACE_S = 5.0  # for a process to end when it is asked to
 
 
@@ -268,6 +278,16 @@ def run_latency(step: Step) -> None:
     measure(step, "latency", ["--batch-size", *map(str, step.plan.batch_sizes)])
 
 
+def run_profile(step: Step) -> None:
+    plan, found = step.plan, step.plan.work / "profile.json"
+    command = [sys.executable, "kernels/bench/step_profile.py", *plan.engine(), "--sweep"]
+    command += ["--batch-size", *map(str, plan.batch_sizes), "--input-len", str(plan.input_len)]
+    try:
+        step.run([*command, "--json", str(found)])
+    finally:
+        step.keep(found, "profile")
+
+
 def run_throughput(step: Step) -> None:
     requests = str(4 * max(step.plan.batch_sizes))
     measure(step, "throughput", ["--num-requests", requests, "--spread", "0.5"])
@@ -328,6 +348,7 @@ STEPS: dict[str, Callable[[Step], None]] = {
     "latency": run_latency,
     "serve": run_serve,
     "kernels": run_kernels,
+    "profile": run_profile,
     "throughput": run_throughput,
     "peer": run_peer,
 }

@@ -49,10 +49,10 @@ def run_latency(flags: Sequence[str], prog: str) -> int:
     """Returns the exit code; raises ``StreamServeError``."""
     args = latency_parser(prog).parse(flags)
     shapes = list(product(args.batch_size, args.input_len, args.output_len))
-    subject = _build(args, shapes)
+    subject = build(args, shapes)
 
     async def measure() -> list[LatencyResult]:
-        load = await _start(subject, args)
+        load = await start(subject, args)
         results = []
         for shape in shapes:
             results.append(await _latency(subject, load, *shape, args.rounds))
@@ -73,10 +73,10 @@ def run_throughput(flags: Sequence[str], prog: str) -> int:
     input_len, output_len = (
         round(n * (1.0 + args.spread)) for n in (args.input_len, args.output_len)
     )
-    subject = _build(args, [(1, input_len, output_len)])
+    subject = build(args, [(1, input_len, output_len)])
 
     async def measure() -> ThroughputResult:
-        load = await _start(subject, args)
+        load = await start(subject, args)
         result = await _throughput(subject, load, args)
         await subject.service.engine.stop()
         return result
@@ -87,7 +87,7 @@ def run_throughput(flags: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _build(args: Namespace, shapes: Sequence[tuple[int, int, int]]) -> Subject:
+def build(args: Namespace, shapes: Sequence[tuple[int, int, int]]) -> Subject:
     """Raises ``ConfigError`` for shapes that could not run, before anything is measured.
 
     `shapes` are (requests at once, tokens of a prompt, tokens of an answer).
@@ -134,7 +134,7 @@ def _check_shape(service: Service, batch_size: int, input_len: int, output_len: 
         )
 
 
-async def _start(subject: Subject, args: Namespace) -> Load:
+async def start(subject: Subject, args: Namespace) -> Load:
     """Start the engine and have it answer once."""
     service = subject.service
     await service.engine.start()

@@ -40,14 +40,14 @@ class StepProbe:
 
     def __init__(self, runner: ModelRunner, clock: Clock = monotonic) -> None:
         self.steps: list[StepRecord] = []
-        self._runner = runner
+        self.runner = runner
         self._clock = clock
         self._unsampled: dict[int, StepRecord] = {}
 
     @property
     def num_compilations(self) -> int:
         """As of ``ModelRunner``."""
-        return self._runner.num_compilations
+        return self.runner.num_compilations
 
     def launch(self, plan: SchedulerOutput) -> None:
         """As of ``ModelRunner``."""
@@ -59,7 +59,7 @@ class StepProbe:
             num_keys=sum(s.start + len(s.token_ids) for s in plan.scheduled),
             launched_at=self._clock(),
         )
-        self._runner.launch(plan)
+        self.runner.launch(plan)
         self.steps.append(record)
         self._unsampled[plan.step_id] = record
 
@@ -67,17 +67,17 @@ class StepProbe:
         self, step_id: int, masks: Mapping[str, bytes] | None = None
     ) -> Future[ModelRunnerOutput]:
         """As of ``ModelRunner``."""
-        future = self._runner.sample(step_id, masks)
+        future = self.runner.sample(step_id, masks)
         future.add_done_callback(partial(self._done, self._unsampled.pop(step_id)))
         return future
 
     def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
         """As of ``ModelRunner``."""
-        self._runner.on_death(hear)
+        self.runner.on_death(hear)
 
     def close(self) -> None:
         """As of ``ModelRunner``."""
-        self._runner.close()
+        self.runner.close()
 
     def _done(self, record: StepRecord, future: Future[ModelRunnerOutput]) -> None:
         if not future.cancelled() and future.exception() is None:

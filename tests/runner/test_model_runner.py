@@ -531,6 +531,27 @@ def test_a_step_whose_graph_is_wanted_has_it_captured_and_is_not_charged_for_it(
     runner.close()
 
 
+def test_the_graphs_of_so_many_decodes_are_captured_anew(model, monkeypatch):
+    ladder = StepLadder(32, 4)
+    options = {"vocab_size": VOCAB, "block_size": BLOCK_SIZE, "max_model_len": 64}
+    runner, executor = assemble(model, model.caches(32), ladder, max_num_seqs=4, **options)
+    captured = []
+
+    def capture(key) -> None:
+        captured.append(key)
+        executor._graphs[key] = object(), None
+
+    monkeypatch.setattr(executor, "_capture", capture)
+    keys = [*ladder.decodes(), *ladder.mixed()]
+    runner.on_device_thread(lambda: executor.want_graphs(keys))
+    runner.capture_graphs()
+    assert captured == keys
+    runner.on_device_thread(lambda: executor.capture_again(2))
+    assert captured[len(keys) :] == [key for key in ladder.decodes() if key.num_seqs == 2]
+    assert executor._graphs.keys() == set(keys)
+    runner.close()
+
+
 def test_a_runner_that_is_closed_has_not_died(runner):
     heard = []
     runner.on_death(heard.append)

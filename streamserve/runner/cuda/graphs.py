@@ -126,6 +126,16 @@ class StepExecutor:
         while self._wanted:
             self.capture_next()
 
+    def capture_again(self, num_seqs: int) -> None:
+        """Captures the graph of so many decodes anew, if it is there: a product has another kernel.
+
+        As `capture`.
+        """
+        for key in [key for key in self._graphs if key.is_decode and key.num_seqs == num_seqs]:
+            del self._graphs[key]
+            self.want_graphs([key])
+            self.capture(key)
+
     def run(self, key: StepKey) -> StepResult:
         """Queues a step whose inputs are in the arena."""
         found = self._graphs.get(key)

@@ -1,0 +1,68 @@
+"""What a step takes its time with, and its products' kernels tried in it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton")
+
+import step_profile
+from device_bench.step_sweep import Event, Part, parts, sweep
+from streamserve_kernels.triton.tuning import LIBRARY, Config
+
+
+def test_a_kernel_counts_from_the_end_of_all_before_it():
+    """The second one starts early and ends last; the third, inside it, costs nothing."""
+    step = [
+        Event("product", 0.0, 10.0),
+        Event("norm", 4.0, 13.0),
+        Event("copy", 5.0, 11.0),
+        Event("product", 15.0, 20.0),
+    ]
+    again = [Event(e.name, e.begin + 100.0, e.end + 100.0) for e in step]
+    found = parts([*again, *step], num_steps=2)
+    assert found == [
+        Part("product", 2.0, (10.0 + 7.0 + 80.0 + 10.0 + 7.0) / 2, (2.0 + 80.0 + 2.0) / 2),
+        Part("norm", 1.0, 3.0, 0.0),
+        Part("copy", 1.0, 0.0, 0.0),
+    ]
+    assert sum(part.prolonged for part in found) == 120.0 / 2
+
+
+def product(chosen: Config, *candidates: Config) -> SimpleNamespace:
+    return SimpleNamespace(choices={4: chosen}, candidates=lambda rows: candidates)
+
+
+def test_each_kernel_is_tried_in_the_step_and_the_best_is_left():
+    early, other = Config("gemv", 1, 4, overlap=True), Config("gemv", 1, 8, overlap=True)
+    late = early._replace(overlap=False)
+    first = [product(LIBRARY, early, LIBRARY) for _ in range(2)]
+    second = [product(other, early, other)]
+    seconds = {LIBRARY: 5000.0, early: 6000.0, late: 4000.0}
+
+    def measure() -> float:
+        assert first[0].choices == first[1].choices
+        chosen = first[0].choices[4], second[0].choices[4]
+        # Hardly better is not better.
+        return seconds[chosen[0]] + (3000.0 if chosen[1] == other else 2999.0)
+
+    tried = sweep({"a": first, "b": second}, 4, measure)
+    assert [(one.key, one.config, one.seconds) for one in tried] == [
+        ("a", LIBRARY, 8000.0),
+        ("a", early, 9000.0),
+        ("a", late, 7000.0),
+        ("b", other, 7000.0),
+        ("b", early, 6999.0),
+        ("b", late, 6999.0),
+        ("b", other._replace(overlap=False), 6999.0),
+    ]
+    assert {layer.choices[4] for layer in first} == {late}
+    assert second[0].choices == {4: other}
+
+
+def test_without_a_gpu_there_is_nothing_to_profile(monkeypatch, capsys):
+    monkeypatch.setattr(step_profile.torch.cuda, "is_available", lambda: False)
+    assert step_profile.main(["/nowhere", "--sweep", "--batch-size", "1", "64"]) == 2
+    assert "no GPU" in capsys.readouterr().err
