@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from triton.errors import TritonError
 
 from device_bench.step_sweep import Event, Part, Tried, parts, sweep
 from streamserve.cli.bench_engine import Subject, build, start
@@ -27,7 +28,7 @@ from streamserve.cli.bench_flags import latency_parser
 from streamserve.cli.bench_load import Load
 from streamserve.cli.bench_steps import decode_steps
 from streamserve.errors import StreamServeError
-from streamserve_kernels.triton.tuning import Tunable, bucket
+from streamserve_kernels.triton.tuning import Config, Tunable, bucket
 from streamserve_loadtest.cli import run_async
 
 _STEPS = 40  # of a measurement
@@ -62,7 +63,8 @@ class Profiler:
 
     async def sweep(self, batch_size: int) -> list[Tried]:
         """Steps are measured on the loop, and the sweep waits for each in a thread of its own."""
-        rows = bucket(batch_size)
+        keys = self._executor.decode_graphs(batch_size)
+        rows = bucket(keys[0].num_seqs)
         products: dict[str, list[Tunable]] = {}
         for linear in self._executor.model.linears():
             if isinstance(linear, Tunable) and len(linear.candidates(rows)) > 1:
@@ -70,10 +72,21 @@ class Profiler:
         loop = asyncio.get_running_loop()
 
         def measure() -> float:
-            self._runner.on_device_thread(lambda: self._executor.capture_again(batch_size))
+            self._runner.on_device_thread(lambda: self._executor.capture_again(keys))
             return asyncio.run_coroutine_threadsafe(self.seconds(batch_size), loop).result()
 
-        return await asyncio.to_thread(sweep, products, rows, measure)
+        def can_run(product: Tunable, config: Config) -> bool:
+            def run() -> bool:
+                x = torch.zeros(rows, product.in_features, dtype=product.dtype)
+                try:
+                    product.run(x.to(product.device), config)
+                except TritonError:  # more shared memory than there is
+                    return False
+                return True
+
+            return bool(self._runner.on_device_thread(run))
+
+        return await asyncio.to_thread(sweep, products, rows, measure, can_run)
 
     async def _answers(self, batch_size: int) -> None:
         if batch_size not in self._prompts:

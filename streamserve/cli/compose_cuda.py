@@ -15,6 +15,7 @@ from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
 from streamserve.runner.cuda.memory import (
+    free_spare,
     free_work_spaces,
     plan_gpu_memory,
     profile_step_bytes,
@@ -157,6 +158,7 @@ def _room_for(what: str, setup: ModelSetup, advice: str) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, OutOfMemoryError) as error:
         free_work_spaces()
+        free_spare(setup.device)
         free, total = torch.cuda.mem_get_info(setup.device)
         raise KVCacheMemoryError(
             f"{what} did not fit into {setup.device}: {format_bytes(free)} of "

@@ -211,7 +211,11 @@ class LLM:
         return SamplingParams(**self._service.sampling_defaults)
 
     def close(self) -> None:
-        """Stop the engine and free the model. Idempotent; what runs in other threads fails."""
+        """Stop the engine and free the model. Idempotent; what runs in other threads fails.
+
+        On a GPU the last engine of the process to be closed frees cuBLAS's work spaces too, which
+        the caller's own CUDA graphs may use: those must not be replayed after it.
+        """
         self._close()
 
     def __enter__(self) -> LLM:

@@ -36,12 +36,12 @@ def _kernel(a, b, c, out, FORM: tl.constexpr):
     tl.store(out + at, left)
 
 
-def run(form: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def run(form: str, device: torch.device, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """What is left of products after their rounded selves, and the rounding errors."""
     random = torch.Generator().manual_seed(1)
     a, b = (torch.randn(16, generator=random) for _ in range(2))
     out = torch.empty(16, device=device)
-    _kernel[(1,)](*(x.to(device) for x in (a, b, a * b)), out, FORM=form)
+    _kernel[(1,)](*(x.to(device) for x in (a, b, a * b)), out, FORM=form, **options)
     errors = a.double() * b.double() - (a * b).double()
     assert errors.ne(0).sum() > 8
     return out.cpu(), errors.float()
@@ -53,6 +53,12 @@ def run(form: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_product_that_is_added_is_not_rounded(device, form) -> None:
     found, errors = run(form, device)
     assert found.equal(-errors if form == "z - product" else errors)
+
+
+def test_it_is_where_a_launch_says_so(device) -> None:
+    found, _ = run("product - z", device, enable_fp_fusion=False)
+    assert not found.any()
+    assert run("product - z", device)[0].any()
 
 
 def test_nor_is_that_of_two_numbers(device) -> None:

@@ -40,6 +40,8 @@ def test_each_kernel_is_tried_in_the_step_and_the_best_is_left():
     late = early._replace(overlap=False)
     first = [product(LIBRARY, early, LIBRARY) for _ in range(2)]
     second = [product(other, early, other)]
+    no_room = Config("gemv", 1, 16, overlap=True)
+    first[0].candidates = lambda rows: (early, no_room, LIBRARY)
     seconds = {LIBRARY: 5000.0, early: 6000.0, late: 4000.0}
 
     def measure() -> float:
@@ -48,7 +50,11 @@ def test_each_kernel_is_tried_in_the_step_and_the_best_is_left():
         # Hardly better is not better.
         return seconds[chosen[0]] + (3000.0 if chosen[1] == other else 2999.0)
 
-    tried = sweep({"a": first, "b": second}, 4, measure)
+    def can_run(layer: SimpleNamespace, config: Config) -> bool:
+        assert layer in (first[0], second[0])
+        return config.block_n < 16
+
+    tried = sweep({"a": first, "b": second}, 4, measure, can_run)
     assert [(one.key, one.config, one.seconds) for one in tried] == [
         ("a", LIBRARY, 8000.0),
         ("a", early, 9000.0),

@@ -65,6 +65,17 @@ def test_a_product_is_written_where_it_is_wanted(device, dtype, kind):
             assert around.isnan().sum() == 2 * 128
 
 
+@pytest.mark.parametrize("elements", [2**25, 10 * 64])
+def test_and_by_the_library_as_a_whole_or_piece_by_piece(device, monkeypatch, elements):
+    monkeypatch.setattr(sys.modules[linear.__module__], "_SCRATCH_ELEMENTS", elements)
+    weight, bias, x = (torch.randn(*size, device=device) for size in ((24, 64), (24,), (3, 64)))
+    packed = prepare_quantised(weight, bias, "int8")
+    around = torch.full((5, 24), float("nan"), device=device)
+    packed.run(x, LIBRARY, around[1:-1])
+    assert torch.equal(around[1:-1], packed.run(x, LIBRARY))
+    assert around.isnan().sum() == 2 * 24
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_row_of_odd_sizes_with_a_bias(device, dtype):
     for shape in SMALL:

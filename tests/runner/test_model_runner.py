@@ -20,7 +20,7 @@ from streamserve.core.plan import (
 )
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import DeviceDeadError
-from streamserve.runner.cuda import build
+from streamserve.runner.cuda import build, graphs
 from streamserve.runner.cuda.build import assemble
 from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve.runner.cuda.step_key import StepLadder
@@ -515,7 +515,7 @@ def test_a_step_whose_graph_is_wanted_has_it_captured_and_is_not_charged_for_it(
         executor._graphs[key] = SimpleNamespace(replay=replay), found
 
     monkeypatch.setattr(executor, "_capture", capture)
-    monkeypatch.setattr(executor, "capture_next", lambda: None)  # nobody is idle
+    monkeypatch.setattr(executor, "capture_next", lambda: threading.Event().wait(0.01))
     prompt, decode = ladder.key(6, 1), ladder.key(1, 1)
     runner.on_device_thread(lambda: executor.want_graphs([prompt, decode]))
     first, second = greedy_after(PROMPT, 2)
@@ -541,14 +541,24 @@ def test_the_graphs_of_so_many_decodes_are_captured_anew(model, monkeypatch):
         captured.append(key)
         executor._graphs[key] = object(), None
 
+    def spoiled(key) -> None:
+        raise RuntimeError("spoiled")
+
     monkeypatch.setattr(executor, "_capture", capture)
     keys = [*ladder.decodes(), *ladder.mixed()]
     runner.on_device_thread(lambda: executor.want_graphs(keys))
     runner.capture_graphs()
     assert captured == keys
-    runner.on_device_thread(lambda: executor.capture_again(2))
-    assert captured[len(keys) :] == [key for key in ladder.decodes() if key.num_seqs == 2]
+    of_three = executor.decode_graphs(3)
+    assert of_three == [key for key in ladder.decodes() if key.num_seqs == 4]
+    assert executor.decode_graphs(5) == []
+    monkeypatch.setattr(graphs.torch.cuda, "synchronize", lambda device: None)
+    runner.on_device_thread(lambda: executor.capture_again(of_three))
+    assert captured[len(keys) :] == of_three
     assert executor._graphs.keys() == set(keys)
+    monkeypatch.setattr(executor, "_capture", spoiled)
+    with pytest.raises(RuntimeError, match="spoiled"):
+        runner.on_device_thread(lambda: executor.capture_again(of_three))
     runner.close()
 
 

@@ -46,7 +46,7 @@ def mended_interpreter() -> Iterator[None]:
             (interpreter, "_convert_float", _rounding(interpreter._convert_float)),
             (interpreter, "_get_np_dtype", _remembering(interpreter._get_np_dtype)),
             (interpreter.InterpreterBuilder, "create_dot", _multiplying(interpreter)),
-            *_contracting(interpreter.InterpreterBuilder),
+            *_contracting(interpreter),
             (interpreter.GridExecutor, "_restore_args_dev", _leave_in_place),
             (language.core.block_type, "__init__", _block_type(language.core)),
             (language.core.tensor, "__init__", _tensor(language.core)),
@@ -128,12 +128,32 @@ def _multiplying(interpreter: Any) -> Callable[..., Any]:
     return dot
 
 
-def _contracting(builder_class: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+class _Fusion:
+    """Whether the kernel that runs was launched with fused products."""
+
+    def __init__(self, executor_class: Any) -> None:
+        self.is_on = True
+        launch = executor_class.__call__
+
+        def launched(executor: Any, *args: Any, **options: Any) -> Any:
+            self.is_on = options.get("enable_fp_fusion", True)
+            try:
+                return launch(executor, *args, **options)
+            finally:
+                self.is_on = True
+
+        self.launched = launched
+
+
+def _contracting(interpreter: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """A product remembers its factors, for a sum that takes it as it is, negated or broadcast.
+
+    But not in a kernel that is launched with ``enable_fp_fusion=False``.
 
     In float64 products of float32 are exact, and a sum is rounded once more: hardly ever is it
     another number than that of a fused multiply-add.
     """
+    builder_class, fusion = interpreter.InterpreterBuilder, _Fusion(interpreter.GridExecutor)
 
     def keeping(name: str, factors_of: Callable[..., Any]) -> tuple[Any, str, Callable[..., Any]]:
         plain = getattr(builder_class, name)
@@ -161,7 +181,7 @@ def _contracting(builder_class: Any) -> Iterator[tuple[Any, str, Callable[..., A
         return builder_class, name, summed
 
     def of_product(made: Any, a: Any, b: Any) -> Any:
-        return (a.data, b.data) if made.dtype == np.float32 else None
+        return (a.data, b.data) if fusion.is_on and made.dtype == np.float32 else None
 
     def negated(_: Any, arg: Any) -> Any:
         factors = arg.attr.get("factors")
@@ -180,6 +200,7 @@ def _contracting(builder_class: Any) -> Iterator[tuple[Any, str, Callable[..., A
             np.expand_dims(np.broadcast_to(x, arg.data.shape), axis) for x in factors
         ]
 
+    yield interpreter.GridExecutor, "__call__", fusion.launched
     yield contracted("create_fadd", np.add)
     yield contracted("create_fsub", np.subtract)
     yield keeping("create_fmul", of_product)

@@ -59,12 +59,16 @@ class Tried(NamedTuple):
 
 
 def sweep(
-    products: Mapping[str, Sequence[Tunable]], rows: int, measure: Callable[[], float]
+    products: Mapping[str, Sequence[Tunable]],
+    rows: int,
+    measure: Callable[[], float],
+    can_run: Callable[[Tunable, Config], bool],
 ) -> list[Tried]:
     """Tries each product's kernels in turn, and leaves the best of them chosen.
 
-    `measure` makes a step anew with what is chosen and returns its seconds. A kernel is kept where
-    the step is shorter by more than noise. Also without overlapping are tried those that overlap.
+    `measure` makes a step anew with what is chosen and returns its seconds; before it, `can_run`
+    loads a kernel, if the device has room for it. A kernel is kept where the step is shorter by
+    more than noise. Also without overlapping are tried those that overlap.
     """
     tried = []
     best = measure()
@@ -74,7 +78,7 @@ def sweep(
         candidates = layers[0].candidates(rows)
         plain = [config._replace(overlap=False) for config in candidates]
         for config in dict.fromkeys([*candidates, *plain]):
-            if config != kept.config:
+            if config != kept.config and can_run(layers[0], config):
                 _choose(layers, rows, config)
                 tried.append(Tried(key, config, measure()))
         fastest = min((one for one in tried if one.key == key), key=lambda one: one.seconds)

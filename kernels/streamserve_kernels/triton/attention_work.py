@@ -138,32 +138,45 @@ def units(sequence, batch, rule, shared: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
+def survey(batch, rule, shared: tl.constexpr, c: tl.constexpr):
+    """Units of all sequences."""
+    several: tl.constexpr = REQUESTS_WITH_GROUPS if c.has_groups else REQUESTS
+    step: tl.constexpr = GROUPS if shared else several
+    total = tl.full([], 0, tl.int32)
+    for base in range(0, batch.num_groups if shared else batch.num_requests, step):
+        total += tl.sum(units(base + tl.arange(0, step), batch, rule, shared, c), 0)
+    return total
+
+
+@triton.jit
+def find(unit, batch, rule, shared: tl.constexpr, c: tl.constexpr):
+    """(the sequence of a unit, units of the sequences before it)."""
+    several: tl.constexpr = REQUESTS_WITH_GROUPS if c.has_groups else REQUESTS
+    step: tl.constexpr = GROUPS if shared else several
+    count = batch.num_groups if shared else batch.num_requests
+    passed = tl.full([], 0, tl.int32)
+    found = tl.full([], 0, tl.int32)
+    before = tl.full([], 0, tl.int32)
+    for base in range(0, count, step):
+        sequence = base + tl.arange(0, step)
+        work = units(sequence, batch, rule, shared, c)
+        ended = (passed + tl.cumsum(work, 0) <= unit) & (sequence < count)
+        found += tl.sum(ended.to(tl.int32), 0)
+        before += tl.sum(tl.where(ended, work, 0), 0)
+        passed += tl.sum(work, 0)
+    return found, before
+
+
+@triton.jit
 def share_of(program, programs, batch, rule, shared: tl.constexpr, c: tl.constexpr):
     """(units of each program, this one's first unit and the one after its last, the sequence of the
     first, units of the sequences before that).
 
-    Reads nothing but the step's own tensors. Only what does not fit into one turn is read twice.
+    Reads nothing but the step's own tensors. In two passes: where the first turn of both was read
+    once, before their loops, Triton 3.8 no longer pipelined the loop over keys.
     """
-    several: tl.constexpr = REQUESTS_WITH_GROUPS if c.has_groups else REQUESTS
-    step: tl.constexpr = GROUPS if shared else several
-    count = batch.num_groups if shared else batch.num_requests
-    sequence = tl.arange(0, step)
-    work = units(sequence, batch, rule, shared, c)
-    total = tl.sum(work, 0)
-    for base in range(step, count, step):
-        total += tl.sum(units(base + tl.arange(0, step), batch, rule, shared, c), 0)
+    total = survey(batch, rule, shared, c)
     share = tl.maximum((total + programs - 1) // programs, LEAST_UNITS)
     at = program * share
-
-    ended = (tl.cumsum(work, 0) <= at) & (sequence < count)
-    found = tl.sum(ended.to(tl.int32), 0)
-    before = tl.sum(tl.where(ended, work, 0), 0)
-    passed = tl.sum(work, 0)
-    for base in range(step, count, step):
-        sequence = base + tl.arange(0, step)
-        work = units(sequence, batch, rule, shared, c)
-        ended = (passed + tl.cumsum(work, 0) <= at) & (sequence < count)
-        found += tl.sum(ended.to(tl.int32), 0)
-        before += tl.sum(tl.where(ended, work, 0), 0)
-        passed += tl.sum(work, 0)
+    found, before = find(at, batch, rule, shared, c)
     return share, at, tl.minimum(at + share, total), found, before

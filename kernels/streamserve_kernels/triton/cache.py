@@ -128,8 +128,8 @@ def _run(
     heads = 1 if tokens <= _FEW_TOKENS else 8
     turned_block = max(triton.next_power_of_2(rotated // 2), 1)
     size_block = triton.next_power_of_2(size)
-    # 16 bytes of 16-bit numbers for a thread, or of pairs twice that. A pair belongs to one thread:
-    # another that held a copy of it might read it turned.
+    # 16 bytes of 16-bit numbers for a thread, or of pairs twice that. A pair belongs to one thread,
+    # or warp: another that held a copy of it might read it turned.
     num_warps = min(max(heads * (turned_block if rotated else size_block) // (8 * 32), 1), 4)
     parts = (triton.cdiv(num_heads, heads) if rotated else 0) + triton.cdiv(num_kv_heads, heads)
     if caches is not None:

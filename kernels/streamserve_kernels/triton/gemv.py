@@ -7,7 +7,7 @@ takes up to sixteen, the least that a tile of the matrix units has.
 A program sums its outputs over all inputs, in float32 and in a fixed order.
 
 With OVERLAP a kernel starts while the one before it still runs: see `runtime.overlaps`. By the time
-that x is there, so is the first tile of the weight; to ask for more made whole steps slower.
+that x is there, so is a row's first tile of the weight; to ask for more made whole steps slower.
 """
 
 from __future__ import annotations

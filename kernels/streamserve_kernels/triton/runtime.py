@@ -53,8 +53,8 @@ def overlaps(device: torch.device) -> bool:
     A kernel that is launched so (`launch_pdl`) waits (`gdc_wait`) in every program before it
     touches what a kernel has written or may still read: the kernel after it relies on it for all
     that came before. Weights and tables may be read earlier, and what a copy has brought, which no
-    kernel passes: of a step's inputs its lengths, positions, slots and block table, but not its
-    token ids. (A tensor made by a kernel is there early too, once another one that is launched
+    kernel passes: of a step's inputs its lengths, groups, positions and slots, but not its token
+    ids. (A tensor made by a kernel is there early too, once another one that is launched
     otherwise has followed, as each step's `resolve_tokens` and embedding are.)
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,7 +1,8 @@
 """Weights that a checkpoint holds quantised, on the GPU: `naive.prepare_stored` says what they are.
 
 4 and 8 bits with whole zero points become the words of `packed`, whose kernels are the fastest; all
-others keep the planes of `stored_naive` and are dequantised by `stored_kernels`.
+others keep the planes of `stored_naive`, which `stored_split` reads in words for up to 128 rows,
+and `stored_kernels` byte by byte.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Products of tens of rows with stored weights of 2 to 8 bits: `split` for those.
+"""Products of up to 128 rows with stored weights of 2 to 8 bits: `split` for those.
 
 Planes of codes are read as words: place j of a word is its j-th code. Beside a plane of one or two
 high bits, whose words have more of them, two or four words of low ones belong to each.

@@ -83,6 +83,7 @@ class StepExecutor:
         self._graphs: dict[StepKey, tuple[Any, StepResult]] = {}
         self._wanted: dict[StepKey, None] = {}  # in order
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None  # of captures
         self.num_replays = 0
 
     @property
@@ -109,7 +110,8 @@ class StepExecutor:
         """Captures the graph of a shape, if it is still to be captured; whether it was.
 
         Waits for all that is in flight. It takes about as long as to run such a step launch by
-        launch does; one that cannot be captured runs so ever after, and says so.
+        launch does, and what torch keeps spare is the driver's after it; a shape that cannot be
+        captured runs launch by launch ever after, and says so.
         """
         if key not in self._wanted:
             return False
@@ -126,15 +128,21 @@ class StepExecutor:
         while self._wanted:
             self.capture_next()
 
-    def capture_again(self, num_seqs: int) -> None:
-        """Captures the graph of so many decodes anew, if it is there: a product has another kernel.
+    def decode_graphs(self, num_seqs: int) -> list[StepKey]:
+        """Shapes with a graph that a step of so many decodes may have."""
+        decodes = [key for key in self._graphs if key.is_decode and key.num_seqs >= num_seqs]
+        size = min((key.num_seqs for key in decodes), default=0)
+        return [key for key in decodes if key.num_seqs == size]
 
-        As `capture`.
+    def capture_again(self, keys: Iterable[StepKey]) -> None:
+        """Captures graphs that there are anew: a product has another kernel.
+
+        Waits for all that is in flight. Raises RuntimeError where a capture fails.
         """
-        for key in [key for key in self._graphs if key.is_decode and key.num_seqs == num_seqs]:
+        torch.cuda.synchronize(self.model.device)
+        for key in keys:
             del self._graphs[key]
-            self.want_graphs([key])
-            self.capture(key)
+            self._capture(key)
 
     def run(self, key: StepKey) -> StepResult:
         """Queues a step whose inputs are in the arena."""
@@ -180,8 +188,14 @@ class StepExecutor:
         graph = torch.cuda.CUDAGraph()
         # `torch.cuda.graph` stays on its stream when the capture fails.
         here = torch.cuda.stream(torch.cuda.current_stream(self.model.device))
-        # Other threads wait for events meanwhile: that must not spoil the capture.
-        with here, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads wait for events meanwhile: that must not spoil the capture. And on torch's
+        # own stream for captures, a caller's graphs would share cuBLAS's work space with these.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
+        recording = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with here, recording:
             result = self.run_eagerly(key)
         torch.cuda.synchronize(self.model.device)
         self._graphs[key] = graph, result

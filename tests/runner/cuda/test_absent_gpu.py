@@ -78,7 +78,7 @@ def test_logits_are_sampled_from_where_the_head_put_them(report):
 
 def test_the_host_waits_for_nothing_but_the_event_behind_each_step(report):
     for name, scenario in report["scenarios"].items():
-        waits = scenario["waits"]
+        waits = dict(scenario["waits"])
         num_waits = waits.pop("streamserve-device: wait device", 0)
         if name != "failed_capture":
             assert waits.keys() == {"streamserve-results: wait event"}, name
