@@ -194,7 +194,8 @@ class PrefixCache:
         self, parent: PrefixNode, token_ids: list[int], block_hash: bytes, block: KVCacheBlock
     ) -> PrefixNode:
         """Cache a full block; returns its content's node, which an older block may already hold."""
-        node = self._index.get(block_hash)
+        # A request that shares the block has cached it already, maybe beside one of the same hash.
+        node = block.node or self._index.get(block_hash)
         if node is None or node.parent is not parent or node.token_ids != token_ids:
             node = PrefixNode(parent, token_ids, block_hash)
             self._index.setdefault(block_hash, node)

@@ -383,6 +383,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.drain()
 
 
+def test_a_shared_block_is_cached_once_though_another_has_its_hash():
+    """What the machine found: choices of two requests, whose first blocks have one hash."""
+    machine = SchedulerMachine()
+    limits = {"num_blocks": 6, "block_size": 2, "budget": 2, "max_num_seqs": 2, "depth": 1}
+    none = {"cascade_overhead": 0, "num_host_blocks": 0, "num_drafts": 0, "accuracy": 0}
+    machine.start(**limits, **none, policy="sjf", caching=True, weak_hash=True, max_transfers=1)
+    params = {"salt": "", "stops": False}
+    machine.add(0, 0, [1, 1], priority=0, max_tokens=1, min_tokens=0, copies=1, **params)
+    machine.add_choices([0, 2], num_others=1, max_tokens=1, **params)
+    machine.add_choices([0, 2, 0], num_others=1, max_tokens=2, **params)
+    machine.drain()
+    machine.everything_adds_up()
+    assert len(machine.ends) == 5
+
+
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
     max_examples=max(300, settings.default.max_examples),
