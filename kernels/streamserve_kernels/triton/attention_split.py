@@ -81,8 +81,7 @@ def own_parts(
     share, at, end, request, passed = share_of(program, programs, batch, rule, False, c)
     if c.overlaps:
         gdc_wait()
-    if program == 0:
-        tl.store(places, share)
+    tl.store(places, share, mask=program == 0)
     prefix = tl.full([], 0, tl.int32)
     if c.has_groups:
         looked_up = prefix - 1  # the request whose prefix it is
@@ -164,8 +163,7 @@ def shared_parts(
     share, at, end, group, passed = share_of(program, programs, batch, rule, True, c)
     if c.overlaps:
         gdc_wait()
-    if program == 0:
-        tl.store(places, share)
+    tl.store(places, share, mask=program == 0)
     while at < end:
         first, count, num_keys, key_tiles, row_tiles = group_work(
             group, group < batch.num_groups, batch, c
