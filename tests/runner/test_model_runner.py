@@ -20,7 +20,7 @@ from streamserve.core.plan import (
 )
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import DeviceDeadError
-from streamserve.runner.cuda import build, graphs
+from streamserve.runner.cuda import build
 from streamserve.runner.cuda.build import assemble
 from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve.runner.cuda.step_key import StepLadder
@@ -552,7 +552,6 @@ def test_the_graphs_of_so_many_decodes_are_captured_anew(model, monkeypatch):
     of_three = executor.decode_graphs(3)
     assert of_three == [key for key in ladder.decodes() if key.num_seqs == 4]
     assert executor.decode_graphs(5) == []
-    monkeypatch.setattr(graphs.torch.cuda, "synchronize", lambda device: None)
     runner.on_device_thread(lambda: executor.capture_again(of_three))
     assert captured[len(keys) :] == of_three
     assert executor._graphs.keys() == set(keys)

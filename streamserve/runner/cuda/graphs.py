@@ -139,9 +139,7 @@ class StepExecutor:
 
         Waits for all that is in flight. Raises RuntimeError where a capture fails.
         """
-        torch.cuda.synchronize(self.model.device)
         for key in keys:
-            del self._graphs[key]
             self._capture(key)
 
     def run(self, key: StepKey) -> StepResult:
