@@ -66,10 +66,10 @@ _LIMITS = {
     "tests": 170.0,
     "latency": 80.0,
     "serve": 100.0,
-    "kernels": 120.0,
-    "profile": 100.0,
-    "throughput": 70.0,
-    "peer": 70.0,
+    "kernels": 110.0,
+    "profile": 130.0,
+    "throughput": 60.0,
+    "peer": 60.0,
 }
 # A quarter of an hour on a rented machine: two commands of ten minutes at most, and its start.
 PARTS = {1: ("tests", "latency", "serve"), 2: ("kernels", "profile", "throughput", "peer")}

@@ -1,8 +1,8 @@
 """Where a step's time goes on a GPU: `python kernels/bench/step_profile.py DIR --batch-size 1 64`.
 
 For each batch size a table of what prolongs its decode steps, from a profile of their graph; then,
-with `--sweep`, every kernel of every product tried in that graph. Takes the flags of `streamserve
-bench latency`; what a sweep finds is told, and kept nowhere.
+with `--sweep`, attention's sizes and every kernel of every product tried in that graph. Takes the
+flags of `streamserve bench latency`; what a sweep finds is told, and kept nowhere.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from triton.errors import TritonError
 
-from device_bench.step_sweep import Event, Part, Tried, parts, sweep
+from device_bench.attention_plans import DECODES, changed
+from device_bench.step_sweep import Choice, Event, Part, Tried, of_products, parts, sweep
 from streamserve.cli.bench_engine import Subject, build, start
 from streamserve.cli.bench_flags import latency_parser
 from streamserve.cli.bench_load import Load
@@ -64,6 +67,7 @@ class Profiler:
     async def sweep(self, batch_size: int) -> list[Tried]:
         """Steps are measured on the loop, and the sweep waits for each in a thread of its own."""
         keys = self._executor.decode_graphs(batch_size)
+        on_device_thread = self._runner.on_device_thread
         rows = bucket(keys[0].num_seqs)
         products: dict[str, list[Tunable]] = {}
         for linear in self._executor.model.linears():
@@ -72,21 +76,31 @@ class Profiler:
         loop = asyncio.get_running_loop()
 
         def measure() -> float:
-            self._runner.on_device_thread(lambda: self._executor.capture_again(keys))
+            on_device_thread(lambda: self._executor.capture_again(keys))
             return asyncio.run_coroutine_threadsafe(self.seconds(batch_size), loop).result()
 
-        def can_run(product: Tunable, config: Config) -> bool:
-            def run() -> bool:
+        def can_multiply(product: Tunable, config: Config) -> bool:
+            def run() -> None:
                 x = torch.zeros(rows, product.in_features, dtype=product.dtype)
-                try:
-                    product.run(x.to(product.device), config)
-                except TritonError:  # more shared memory than there is
-                    return False
-                return True
+                product.run(x.to(product.device), config)
 
-            return bool(self._runner.on_device_thread(run))
+            return bool(on_device_thread(lambda: _fits(run)))
 
-        return await asyncio.to_thread(sweep, products, rows, measure, can_run)
+        with ExitStack() as sizes:
+
+            def choose(option: str) -> None:
+                sizes.close()
+                sizes.enter_context(changed(DECODES[option]))
+
+            def can_attend(option: str) -> bool:
+                """Runs the step of before once more: its answers are finished."""
+                choose(option)
+                steps = [partial(self._executor.run_eagerly, key) for key in keys]
+                return all(bool(on_device_thread(lambda step=step: _fits(step))) for step in steps)
+
+            attention = Choice("attention", "as planned", list(DECODES), choose, can_attend)
+            choices = [attention, *of_products(products, rows, can_multiply)]
+            return await asyncio.to_thread(sweep, choices, measure)
 
     async def _answers(self, batch_size: int) -> None:
         if batch_size not in self._prompts:
@@ -94,6 +108,15 @@ class Profiler:
             self._prompts[batch_size] = prompts
             await self._load.answers(prompts, 1)
         await self._load.answers(self._prompts[batch_size], _STEPS)
+
+
+def _fits(run: Callable[[], object]) -> bool:
+    """Whether a kernel runs. Some want more shared memory than there is."""
+    try:
+        run()
+    except TritonError:
+        return False
+    return True
 
 
 def _events(found: profile) -> list[Event]:
@@ -126,7 +149,7 @@ def described(found: Sequence[Part]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     own = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    own.add_argument("--sweep", action="store_true", help="try the products' kernels in the step")
+    own.add_argument("--sweep", action="store_true", help="try its kernels in the step")
     args, rest = own.parse_known_args(argv)
     flags = latency_parser("step_profile.py").parse(rest)
     if not torch.cuda.is_available():
@@ -149,9 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.sweep:
                 tried = await profiler.sweep(size)
                 for one in tried:
-                    print(f"{one.seconds * 1e3:8.3f} ms  {one.key}  {one.config}", flush=True)
+                    print(f"{one.seconds * 1e3:8.3f} ms  {one.key}  {one.option}", flush=True)
                 results[str(size)]["tried"] = [
-                    {**one._asdict(), "config": str(one.config)} for one in tried
+                    {**one._asdict(), "option": str(one.option)} for one in tried
                 ]
         await subject.service.engine.stop()
         return results

@@ -103,6 +103,7 @@ def resources(kernel: Any) -> dict[str, int]:
         "wgmma": wgmma,
         **(pace(kernel) if wgmma else {}),
         **(accesses(kernel) if kernel.metadata.name == "_heads_kernel" else {}),
+        **(conversions(kernel) if kernel.metadata.name == "attention_kernel" else {}),
     }
 
 
@@ -120,6 +121,11 @@ def accesses(kernel: Any) -> dict[str, int]:
     wide = sum(access.endswith(".128") for access in found)
     early = code[: code.index("ACQBULK")].count("LDG.E")
     return {"wide": wide, "narrow": len(found) - wide, "early": early}
+
+
+def conversions(kernel: Any) -> dict[str, int]:
+    """Those at a quarter of the rate that packed ones have."""
+    return {"slow_conversions": said_of(kernel, "nvdisasm", "-c").count("F2F.")}
 
 
 def bf16(*shape: int) -> Tensor:

@@ -9,7 +9,9 @@ import pytest
 pytest.importorskip("triton")
 
 import step_profile
-from device_bench.step_sweep import Event, Part, parts, sweep
+from device_bench.attention_plans import CHUNKS, DECODES, SHARED, changed
+from device_bench.step_sweep import Event, Part, of_products, parts, sweep
+from streamserve_kernels.triton import attention
 from streamserve_kernels.triton.tuning import LIBRARY, Config
 
 
@@ -29,6 +31,10 @@ def test_a_kernel_counts_from_the_end_of_all_before_it():
         Part("copy", 1.0, 0.0, 0.0),
     ]
     assert sum(part.prolonged for part in found) == 120.0 / 2
+
+
+# Tokens, most of a request, whether there are groups.
+ASKED = [(1, 1, False), (64, 1, False), (64, 1, True), (4096, 4096, False)]
 
 
 def product(chosen: Config, *candidates: Config) -> SimpleNamespace:
@@ -54,8 +60,8 @@ def test_each_kernel_is_tried_in_the_step_and_the_best_is_left():
         assert layer in (first[0], second[0])
         return config.block_n < 16
 
-    tried = sweep({"a": first, "b": second}, 4, measure, can_run)
-    assert [(one.key, one.config, one.seconds) for one in tried] == [
+    tried = sweep(of_products({"a": first, "b": second}, 4, can_run), measure)
+    assert tried == [
         ("a", LIBRARY, 8000.0),
         ("a", early, 9000.0),
         ("a", late, 7000.0),
@@ -66,6 +72,22 @@ def test_each_kernel_is_tried_in_the_step_and_the_best_is_left():
     ]
     assert {layer.choices[4] for layer in first} == {late}
     assert second[0].choices == {4: other}
+
+
+@pytest.mark.parametrize("candidates", [DECODES, CHUNKS, SHARED])
+def test_sizes_of_attention_are_changes_of_the_plan(candidates):
+    """As planned is the first, and nothing else is as planned for both few and many requests."""
+    plan = attention.plan
+    ask = [(4, 128, tokens, most, groups) for tokens, most, groups in ASKED]
+    planned = [plan(*sizes) for sizes in ask]
+    made = {}
+    for name, changes in candidates.items():
+        with changed(changes):
+            made[name] = [attention.plan(*sizes) for sizes in ask]
+        assert attention.plan is plan
+    assert made.pop("as planned") == planned
+    assert planned not in made.values()
+    assert len({repr(sizes) for sizes in made.values()}) == len(made)
 
 
 def test_without_a_gpu_there_is_nothing_to_profile(monkeypatch, capsys):

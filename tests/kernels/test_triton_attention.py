@@ -341,6 +341,40 @@ def test_float8_caches(naive: Kernels, device, dtype, requests) -> None:
     torch.testing.assert_close(out.cpu(), expected, **tolerance(query.dtype))
 
 
+@pytest.mark.parametrize("requests", [DECODES, CHUNKS], ids=["decode", "mixed"])
+def test_queries_beyond_float16_beside_float8_caches(naive: Kernels, device, requests) -> None:
+    """They are multiplied as float16: what is too large is the largest, and NaN is NaN."""
+    case = case_on(
+        naive, device, seed=15, heads=(4, 2), requests=requests, dtype=torch.bfloat16, block_size=32
+    )
+    query, key_cache, value_cache, *rest = case.args
+    caches = [cache.to(torch.float8_e4m3fn) for cache in (key_cache, value_cache)]
+    query[:, :2, 0], query[:, 2:, 0] = 1e5, -1e5
+    if requests is DECODES:  # of a chunk's rows the interpreter warns
+        query[1, 3, 2] = float("nan")
+    expected = naive.paged_attention(
+        query, *(cache.to(query.dtype) for cache in caches), *rest, scale=0.2
+    )
+    out = attention.paged_attention(*moved((query, *caches, *rest), device), scale=0.2)
+    assert expected.isnan().any(2).sum() == (requests is DECODES)
+    # Scores of 10,000 are known to a few thousandths.
+    torch.testing.assert_close(out.cpu(), expected, equal_nan=True, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize("cache_bytes", [1, 2])
+@pytest.mark.parametrize(("tokens", "groups"), [(1, False), (64, False), (64, True)])
+def test_a_processors_programs_have_as_much_on_their_way(head_size, cache_bytes, tokens, groups):
+    plan = attention_plan.plan(4, head_size, tokens, 1, groups, cache_bytes)
+    programs = plan.programs_per_processor + groups
+    tile = 2 * plan.split.keys * attention_plan.power_of_two(head_size) * cache_bytes
+    on_the_way = programs * (plan.stages - 1) * tile
+    assert on_the_way <= attention_plan.ON_THE_WAY
+    assert on_the_way == attention_plan.ON_THE_WAY or plan.stages == 6
+    # Beside what is in use, queries and weights, they have room (227 KiB).
+    assert on_the_way + programs * (tile + 8 * 1024) <= 227 * 1024
+
+
 def test_views_of_a_fused_projection(naive: Kernels, device) -> None:
     case = paged_case(
         naive,

@@ -47,6 +47,8 @@ def test_every_kernel_compiles_for_hopper_and_spills_little(parts):
                 # Slot and position are 8 bytes, and so are eight numbers of a float8 cache.
                 assert kernel["narrow"] <= 4, kernel
                 assert kernel["shared"] == 0, kernel
+        elif name == "attention_kernel":
+            assert kernel["slow_conversions"] == 0, kernel
         elif kernel["kernel"].endswith("stored_split_kernel"):
             # Sixteen places are two products, 32 four; what a table holds is looked up in between.
             assert kernel["wgmma"], kernel

@@ -1,13 +1,14 @@
-"""What a step on a GPU takes its time with, and which kernels of its products are best in it.
+"""What a step on a GPU takes its time with, and which of its kernels are best in it.
 
 Both in the step's CUDA graph, where kernels overlap: what each prolongs it by, not how long each
-runs; and a product's kernel by the time of the whole step, not of itself.
+runs; and a kernel by the time of the whole step, not of itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from streamserve_kernels.triton.tuning import Config, Tunable
 
@@ -50,44 +51,66 @@ def parts(events: Iterable[Event], num_steps: int) -> list[Part]:
     return sorted(found, key=lambda part: part.prolonged, reverse=True)
 
 
-class Tried(NamedTuple):
-    """A kernel for all products of one key, and what a step took with it."""
+class Choice(NamedTuple):
+    """Something of a step that may be done in several ways."""
 
     key: str
-    config: Config
+    now: Hashable
+    options: Sequence[Hashable]
+    choose: Callable[[Any], object]
+    can_run: Callable[[Any], bool]  # loads a kernel too: a graph is not the place for it
+
+
+class Tried(NamedTuple):
+    """A choice, and what a step took with it."""
+
+    key: str
+    option: Hashable
     seconds: float
 
 
-def sweep(
-    products: Mapping[str, Sequence[Tunable]],
-    rows: int,
-    measure: Callable[[], float],
-    can_run: Callable[[Tunable, Config], bool],
-) -> list[Tried]:
-    """Tries each product's kernels in turn, and leaves the best of them chosen.
+def sweep(choices: Iterable[Choice], measure: Callable[[], float]) -> list[Tried]:
+    """Tries each choice's options in turn, and leaves the best of them chosen.
 
-    `measure` makes a step anew with what is chosen and returns its seconds; before it, `can_run`
-    loads a kernel, if the device has room for it. A kernel is kept where the step is shorter by
-    more than noise. Also without overlapping are tried those that overlap.
+    `measure` makes a step anew with what is chosen and returns its seconds. An option is kept where
+    the step is shorter by more than noise.
     """
     tried = []
     best = measure()
-    for key, layers in products.items():
-        kept = Tried(key, layers[0].choices[rows], best)
+    for choice in choices:
+        kept = Tried(choice.key, choice.now, best)
         tried.append(kept)
-        candidates = layers[0].candidates(rows)
-        plain = [config._replace(overlap=False) for config in candidates]
-        for config in dict.fromkeys([*candidates, *plain]):
-            if config != kept.config and can_run(layers[0], config):
-                _choose(layers, rows, config)
-                tried.append(Tried(key, config, measure()))
-        fastest = min((one for one in tried if one.key == key), key=lambda one: one.seconds)
+        found = [kept]
+        for option in dict.fromkeys(choice.options):
+            if option != choice.now and choice.can_run(option):
+                choice.choose(option)
+                found.append(Tried(choice.key, option, measure()))
+        fastest = min(found, key=lambda one: one.seconds)
         if fastest.seconds < best * (1.0 - _NOISE):
             kept, best = fastest, fastest.seconds
-        _choose(layers, rows, kept.config)
+        choice.choose(kept.option)
+        tried += found[1:]
     return tried
 
 
-def _choose(layers: Sequence[Tunable], rows: int, config: Config) -> None:
-    for layer in layers:
-        layer.choices[rows] = config
+def of_products(
+    products: Mapping[str, Sequence[Tunable]],
+    rows: int,
+    can_run: Callable[[Tunable, Config], bool],
+) -> Iterator[Choice]:
+    """The kernels of all products of one key. Those that overlap are tried without that, too."""
+    for key, layers in products.items():
+        candidates = layers[0].candidates(rows)
+        plain = [config._replace(overlap=False) for config in candidates]
+
+        def choose(config: Config, layers: Sequence[Tunable] = layers) -> None:
+            for layer in layers:
+                layer.choices[rows] = config
+
+        yield Choice(
+            key,
+            layers[0].choices[rows],
+            [*candidates, *plain],
+            choose,
+            partial(can_run, layers[0]),
+        )

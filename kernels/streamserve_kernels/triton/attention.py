@@ -79,8 +79,8 @@ def paged_attention(
         groups = None
     group = num_heads // key_cache.shape[1]
     # The interpreter's float32 stands for any dtype.
-    is_float32 = query.dtype == torch.float32 and not INTERPRETED
-    sizes = plan(group, query.shape[2], num_tokens, max_query_len, groups is not None, is_float32)
+    cache_bytes = min(key_cache.element_size(), 2 if INTERPRETED else 4)
+    sizes = plan(group, query.shape[2], num_tokens, max_query_len, groups is not None, cache_bytes)
     constants = _constants(
         query, key_cache, value_cache, sizes, (window, alibi_slopes, soft_cap, sinks, groups)
     )
@@ -220,6 +220,7 @@ def _constants(
         has_chunks=sizes.has_chunks,
         unscaled=not cap and not slopes,
         ieee=query.dtype == torch.float32,
+        in_float16=query.dtype == torch.bfloat16 and key_cache.dtype == torch.float8_e4m3fn,
         overlaps=overlaps(query.device),
         interpreted=INTERPRETED,
     )

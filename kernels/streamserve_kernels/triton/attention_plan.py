@@ -28,7 +28,7 @@ class Plan:
     split_queries: int  # requests with no more queries are split over all programs
     shared_queries: int  # and those with no more than this attend to a prefix with their group
     warps: int
-    stages: int  # key tiles on their way, and the one in use
+    stages: int  # one tile of keys and values is in use, the others are on their way
     programs_per_processor: int
     shared_programs_per_processor: int
 
@@ -45,6 +45,9 @@ SPLIT_QUERIES = 4
 FEW_ROWS = 512
 # So few decodes are done sooner by one program on a processor than by two that divide them further.
 FEW_REQUESTS = 16
+# Keys and values that the programs of a processor have on their way together.
+ON_THE_WAY = 128 * 1024
+_MOST_STAGES = 6
 # Drafts to verify: a group's members with no more queries than this attend to its prefix together.
 SHARED_QUERIES = 8
 # Of float32, but for decodes of one tile: larger ones do not fit into registers.
@@ -57,21 +60,22 @@ def plan(
     num_tokens: int,
     max_query_len: int | None,
     has_groups: bool,
-    is_float32: bool = False,
+    cache_bytes: int = 2,
 ) -> Plan:
     """Sizes for `num_tokens` queries, at most `max_query_len` of a request.
 
-    Shared memory decides how many programs are on a processor (of 228 KiB): for heads of 128, a
-    stage of 64 keys takes 32 KiB. Measured on an H200: three stages and two programs read decodes
-    of 64 x 4096 at 99% of the bandwidth, four stages at 97, eight warps at 89; tiles of 64 x 64 on
-    four warps, several on a processor, compute a prompt of 4096 1.1 times faster than tiles of
-    128 x 64 on eight.
+    `cache_bytes` are those of one number of the cache: 4 only with queries of float32. Shared
+    memory decides how many programs are on a processor (of 228 KiB). Measured on an H200, heads of
+    128 in bfloat16: two programs with two tiles of 64 keys on their way each (128 KiB) read decodes
+    of 64 x 4096 at 99% of the bandwidth, with three tiles at 97, on eight warps at 89; tiles of
+    64 x 64 on four warps, several on a processor, compute a prompt of 4096 1.1 times faster than
+    tiles of 128 x 64 on eight.
     """
     most = num_tokens if max_query_len is None else min(max_query_len, num_tokens)
-    if is_float32:
+    if cache_bytes == 4:
         found = plan(group, head_size, num_tokens, max_query_len, has_groups)
         if found.split.rows == 16 and not (found.has_chunks or has_groups):
-            return found
+            return replace(found, stages=3)
         split_queries = found.split_queries
         if found.has_chunks:
             split_queries = max(1, min(SPLIT_QUERIES, FLOAT32.rows // group))
@@ -85,6 +89,9 @@ def plan(
         )
     keys = 64 if head_size <= 128 else 32
     if most * group <= 64 or num_tokens * group <= FEW_ROWS:
+        programs = 1 if has_groups or num_tokens <= FEW_REQUESTS else 2
+        tile = 2 * keys * power_of_two(head_size) * cache_bytes
+        on_the_way = ON_THE_WAY // (programs + has_groups) // tile
         return Plan(
             split=Tiles(min(power_of_two(most * group), 64), keys),
             chunk=Tiles(16, keys),
@@ -93,8 +100,8 @@ def plan(
             split_queries=most,
             shared_queries=most if most <= SHARED_QUERIES else 1,
             warps=4,
-            stages=3,
-            programs_per_processor=1 if has_groups or num_tokens <= FEW_REQUESTS else 2,
+            stages=max(2, min(on_the_way + 1, _MOST_STAGES)),
+            programs_per_processor=programs,
             shared_programs_per_processor=1,
         )
     split_rows = min(power_of_two(group), 64)
