@@ -159,16 +159,29 @@ def test_who_arrives_behind_does_not_take_the_room_of_who_loads():
 
 
 def test_two_who_do_not_fit_together_do_not_both_load():
-    harness = offloading(10, max_steps_in_flight=2)
+    harness = offloading(7)
+    run(harness, A)
+    run(harness, [4] * 9)
+    run(harness, [2] * 25)
+    requests = [harness.add(A, max_tokens=2), harness.add([4] * 9, max_tokens=2)]
+    loads = [len(plan.loads) for plan in harness.run()]
+    assert loads == [4, 0, 0, 2, 0, 0]
+    assert [request.num_cached_tokens for request in requests] == [16, 8]
+
+
+def test_who_is_loaded_in_parts_keeps_the_room_for_the_rest():
+    """From others, and not from itself."""
+    harness = offloading(11, max_steps_in_flight=2, max_transfers_per_step=2)
     run(harness, [1] * 25)
     run(harness, [4] * 9)
-    run(harness, [2] * 37)
+    run(harness, [2] * 41)
     harness.add([3], max_tokens=9)
     harness.step()
     requests = [harness.add([1] * 25, max_tokens=2), harness.add([4] * 9, max_tokens=2)]
-    harness.run()
+    loads = [len(plan.loads) for plan in harness.run()]
+    assert loads[:3] == [2, 2, 2]
     assert [request.num_cached_tokens for request in requests] == [24, 8]
-    assert harness.runner.num_loads == 6 + 2
+    assert sum(loads) == 6 + 2
 
 
 def test_each_running_request_keeps_a_block_in_reserve():
