@@ -191,18 +191,21 @@ def test_nothing_compiles_after_warm_up(naive: Kernels, cpu: Kernels, dtype: tor
     assert cpu.compilations() == before
 
 
-def test_where_nothing_may_be_written_kernels_are_compiled_all_the_same(
+def test_where_nothing_may_be_written_kernels_are_compiled_all_the_same_and_it_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
-    from streamserve_kernels.cpu.jit import compile_body
+    from streamserve_kernels.cpu import jit
 
     def body(_args: int) -> None:
         pass
 
-    with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR"):
-        assert compile_body(body).address
+    jit._say_uncached.cache_clear()
+    with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR") as said:
+        compiled = [jit.compile_body(body) for _ in range(2)]
+    assert all(one.address for one in compiled)
+    assert len(said) == 1
 
 
 def test_kernels_run_on_another_thread(naive: Kernels, cpu: Kernels) -> None:

@@ -29,11 +29,6 @@ from streamserve_kernels.cpu.vector import bf16_to_f32, exp_f32, f32_to_bf16
 
 I32 = ir.IntType(32)
 
-_UNCACHED = (
-    "compiled kernels cannot be kept for the next start: neither their folder nor the user's cache "
-    "may be written to (NUMBA_CACHE_DIR names another place)"
-)
-
 # Sums may be reordered and fused (the vectoriser needs that); infinities and NaNs keep their
 # meaning, since masks are built from them.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -67,6 +62,16 @@ def _toolkit_fingerprint() -> str:
     return f"{zlib.crc32(b''.join(source.read_bytes() for source in sources)):08x}"
 
 
+@lru_cache(maxsize=1)
+def _say_uncached() -> None:
+    """Once: `warnings` forgets what it has shown whenever somebody changes its filters."""
+    warnings.warn(
+        "compiled kernels cannot be kept for the next start: neither their folder nor the user's "
+        "cache may be written to (NUMBA_CACHE_DIR names another place)",
+        stacklevel=3,
+    )
+
+
 def compile_body(body: Callable[..., None]) -> Any:
     """Compiles `body(args)` to a C function; its `.address` goes to `pool.run`."""
     _compiled.value += 1
@@ -78,7 +83,7 @@ def compile_body(body: Callable[..., None]) -> Any:
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise
-        warnings.warn(_UNCACHED, stacklevel=2)
+        _say_uncached()
         return numba.cfunc(signature, **options)(body)
 
 
