@@ -19,6 +19,10 @@ ROOT = Path(__file__).parents[2]
 READY = re.compile(r"ready .*(http://\S+)")
 LAST_LINE = re.compile(r" +-d '")  # of the request to try
 Run = Callable[..., subprocess.CompletedProcess[str]]
+# Python 3.14 says so of the import of langchain-core.
+LANGCHAINS = (
+    "ignore:'asyncio.iscoroutinefunction':DeprecationWarning:langsmith._internal._beta_decorator"
+)
 # Imports what a command does, which takes seconds, and runs each command line in a fork of that.
 FORKS = """
 import json, os, sys, warnings
@@ -75,7 +79,7 @@ def environment() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("STREAMSERVE_")}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / part) for part in (".", "kernels", "loadtest")])
     env["HF_HUB_OFFLINE"] = "1"
-    env["PYTHONWARNINGS"] = "error"
+    env["PYTHONWARNINGS"] = f"error,{LANGCHAINS}"
     return env
 
 
