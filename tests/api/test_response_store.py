@@ -56,6 +56,26 @@ class StoreMachine(RuleBasedStateMachine):
 TestStore = StoreMachine.TestCase
 
 
+def test_what_is_too_large_by_itself_costs_nobody_anything():
+    store = ResponseStore(8, 100)
+    kept = Turn("k1", None, b"[]", b"[]")
+    store.put("resp_1", Stored("", b"{}", kept))
+    for large in (
+        Stored("", b"x" * 97, Turn("k2", None, b"[]", b"[]")),
+        Stored(
+            "",
+            b"{}",
+            Turn("k3", Turn("k2", None, b"[%d]" % 10**60, b"[]"), b"[]", b"[%d]" % 10**40),
+        ),
+        Stored("", b"{}", Turn("k4", None, b"[]", b"[]"), (b"x" * 95,)),
+    ):
+        store.put("resp_2", large)
+        assert len(store) == 1
+    store.put("resp_2", Stored("", b"x" * 90, Turn("k5", kept, b"[]", b"[]")))
+    assert len(store) == 2
+    assert store.num_bytes == 6 + 94
+
+
 def test_a_turn_outlives_its_response_while_another_goes_on_with_it():
     store = ResponseStore(1, 1000)
     first = Turn("k1", None, b'[{"type":"message"}]', b'[{"id":"o","type":"message"}]')

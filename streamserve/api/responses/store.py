@@ -102,6 +102,9 @@ class ResponseStore:
 
     def put(self, response_id: str, entry: Stored) -> None:
         """Keep a response, at the cost of the oldest. One that is too large by itself is not."""
+        turns = sum(turn.num_bytes for turn in entry.turn.path())
+        if entry.num_bytes + turns > self._max_bytes:
+            return
         self._entries[response_id] = entry
         self.num_bytes += entry.num_bytes
         self._hold(entry.turn)
