@@ -3,7 +3,8 @@
 A program of its own (`python -m tests.kernels.absent_gpu`), since the interpreter, once asked for,
 is the process's. Prints a JSON line for each compiled kernel; exits with 1 if something did not
 compile. ptxas, which the triton package brings along, does the last step: what it says of registers
-and spills is what the device will get.
+and spills is what the device will get. All code is disassembled at once, since the tool's start
+takes twenty times as long as a kernel.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import importlib
 import json
 import math
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,8 @@ class AbsentGpu:
         return torch.device("cpu")
 
 
-def install() -> None:
+def install(compiled: list[tuple[dict[str, Any], Any]]) -> None:
+    """Appends to ``compiled`` what is known of each kernel, and the kernel."""
     assert not triton.knobs.runtime.interpret
     triton.runtime.driver.set_active(AbsentGpu())
     importlib.import_module("streamserve_kernels.triton")
@@ -67,7 +71,7 @@ def install() -> None:
                 "waits_for_grid": "griddepcontrol.wait" in kernel.asm["ptx"],
                 "programs": math.prod(grid),
             }
-            print(json.dumps({"kernel": self._fn_name, **found, **resources(kernel)}), flush=True)
+            compiled.append(({"kernel": self._fn_name, **found, **resources(kernel)}, kernel))
         return kernel
 
     JITFunction.run = compile_only
@@ -77,13 +81,13 @@ def num_compiled(kernel: Any) -> int:
     return sum(len(of_device[0]) for of_device in kernel.device_caches.values())
 
 
-def said_of(kernel: Any, tool: str, flag: str) -> str:
+def said_of(image: bytes, tool: str, *flags: str) -> str:
     """What one of the tools that triton brings along says."""
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(image)
         file.flush()
-        command = [path, flag, file.name]
+        command = [path, *flags, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -92,40 +96,60 @@ def resources(kernel: Any) -> dict[str, int]:
 
     `limited`: the launch asks for fewer registers than a thread can have.
     """
-    told = said_of(kernel, "cuobjdump", "--dump-resource-usage")
+    told = said_of(kernel.asm["cubin"], "cuobjdump", "--dump-resource-usage")
     used = dict(re.findall(r"(REG|STACK):(\d+)", told))
-    wgmma = kernel.asm["ptx"].count("wgmma.mma_async")
     return {
         "registers": int(used["REG"]),
         "stack": int(used["STACK"]),
         "shared": kernel.metadata.shared,
         "limited": kernel.metadata.maxnreg is not None,
-        "wgmma": wgmma,
-        **(pace(kernel) if wgmma else {}),
-        **(accesses(kernel) if kernel.metadata.name == "_heads_kernel" else {}),
-        **(conversions(kernel) if kernel.metadata.name == "attention_kernel" else {}),
+        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
     }
 
 
-def pace(kernel: Any) -> dict[str, int]:
+def instructions(cubin: bytes) -> bytes:
+    """The sections of an ELF file that are executed."""
+    (first,), (count,) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<H", cubin, 60)
+    code = b""
+    for section in range(count):
+        _, _, flags, _, start, size = struct.unpack_from("<IIQQQQ", cubin, first + 64 * section)
+        if flags & 4:
+            code += cubin[start : start + size]
+    return code
+
+
+def disassembled(kernels: list[Any]) -> list[str]:
+    """The code of each, a line for an instruction."""
+    codes = [instructions(kernel.asm["cubin"]) for kernel in kernels]
+    told = said_of(b"".join(codes), "nvdisasm", "--binary", f"SM{CAPABILITY}a")
+    lines = iter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/.*", told, re.MULTILINE))
+    # Each instruction is 16 bytes.
+    return ["\n".join(islice(lines, len(code) // 16)) for code in codes]
+
+
+def pace(code: str) -> dict[str, int]:
     """What holds up the matrix units: products waited for, operands sent through shared memory."""
-    code = said_of(kernel, "nvdisasm", "-c")
     loop = code[code.index("HGMMA") : code.rindex("HGMMA")]
     return {"waits": loop.count("WARPGROUP.DEPBAR.LE gsb0, 0x0"), "through": code.count("LDSM")}
 
 
-def accesses(kernel: Any) -> dict[str, int]:
+def accesses(code: str) -> dict[str, int]:
     """Its loads and stores of 16 bytes, those of fewer, and the loads before it waits."""
-    code = said_of(kernel, "nvdisasm", "-c")
     found = re.findall(r"\b(?:LDG|STG)\.E\S*", code)
     wide = sum(access.endswith(".128") for access in found)
     early = code[: code.index("ACQBULK")].count("LDG.E")
     return {"wide": wide, "narrow": len(found) - wide, "early": early}
 
 
-def conversions(kernel: Any) -> dict[str, int]:
+def conversions(code: str) -> dict[str, int]:
     """Those at a quarter of the rate that packed ones have."""
-    return {"slow_conversions": said_of(kernel, "nvdisasm", "-c").count("F2F.")}
+    return {"slow_conversions": code.count("F2F.")}
+
+
+def asked_of(name: str, found: dict[str, Any]) -> list[Callable[[str], dict[str, int]]]:
+    """What its code is looked into for."""
+    of_name = {"_heads_kernel": accesses, "attention_kernel": conversions}
+    return [*([pace] if found["wgmma"] else []), *([of_name[name]] if name in of_name else [])]
 
 
 def bf16(*shape: int) -> Tensor:
@@ -328,15 +352,30 @@ PARTS = {
 
 
 def main(parts: list[str]) -> int:
-    install()
+    compiled: list[tuple[dict[str, Any], Any]] = []
+    install(compiled)
     failures = 0
     for part in parts or PARTS:
+        begin = len(compiled)
         for call in PARTS[part]():
             try:
                 call()
             except Exception:
                 failures += 1
                 traceback.print_exc(limit=-4)
+        for found, _ in compiled[begin:]:
+            found["part"] = part
+    looked_into = [
+        (questions, found, kernel)
+        for found, kernel in compiled
+        if (questions := asked_of(kernel.metadata.name, found))
+    ]
+    codes = disassembled([kernel for _, _, kernel in looked_into])
+    for (questions, found, _), code in zip(looked_into, codes, strict=True):
+        for question in questions:
+            found.update(question(code))
+    for found, _ in compiled:
+        print(json.dumps(found))
     return 1 if failures else 0
 
 
