@@ -125,8 +125,10 @@ class Case:
         return LogitsEditTensors(*(tensor.to(device) for tensor in edits))
 
 
-def check(kernels: SamplingKernels, case: Case, device: torch.device | str, *, edits: bool) -> None:
-    """The ids are those of the runner's sampler, or the uniform stands on the edge between."""
+def check(
+    kernels: SamplingKernels, case: Case, device: torch.device | str, *, edits: bool
+) -> Tensor:
+    """The ids [L] are those of the runner's sampler, or the uniform stands on the edge between."""
     logits = case.logits.to(device)
     before = logits.clone()
     ids = kernels.sample(logits, case.tensors(device), case.edits(device) if edits else None)
@@ -136,6 +138,7 @@ def check(kernels: SamplingKernels, case: Case, device: torch.device | str, *, e
     for row in (ids != expected).nonzero()[:, 0].tolist():
         found = (int(ids[row]), int(expected[row]))
         assert _stands_on_an_edge(case, row, found), f"row {row}: {found[0]}, not {found[1]}"
+    return ids
 
 
 def _stands_on_an_edge(case: Case, row: int, ids: tuple[int, int]) -> bool:

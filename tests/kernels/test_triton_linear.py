@@ -53,16 +53,16 @@ def test_every_candidate_is_the_product(device, dtype):
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 def test_a_product_is_written_where_it_is_wanted(device, dtype, kind):
-    weight, bias = torch.randn(128, 192, device=device), torch.randn(128, device=device)
+    weight, bias = torch.randn(64, 96, device=device), torch.randn(64, device=device)
     for given in (None, bias.to(dtype)):
         args = weight.to(dtype), given
         packed = prepare_linear(*args) if kind is None else prepare_quantised(*args, kind)
         for rows in (1, 5, 64, SPLIT_ROWS + 1):
-            x = torch.randn(rows, 192, device=device).to(dtype)
-            around = torch.full((rows + 2, 128), float("nan"), dtype=dtype, device=device)
+            x = torch.randn(rows, 96, device=device).to(dtype)
+            around = torch.full((rows + 2, 64), float("nan"), dtype=dtype, device=device)
             packed.write(x, around[1:-1])
             assert torch.equal(around[1:-1], packed(x))
-            assert around.isnan().sum() == 2 * 128
+            assert around.isnan().sum() == 2 * 64
 
 
 @pytest.mark.parametrize("elements", [2**25, 10 * 64])

@@ -28,7 +28,8 @@ def mended_interpreter() -> Iterator[None]:
     - What a called function would put into `triton.language` is put there once for a launch: its
       caller has done so already.
     - No sum of integers is made a second time to see whether it fits, of which without `debug`
-      nobody is told; types and shapes are made once; memory is not copied onto itself.
+      nobody is told; types, shapes and constants are made once, operands of one shape are not
+      looked through for what to broadcast; memory is not copied onto itself.
     """
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not is_interpreted or importlib.util.find_spec("triton") is None:
@@ -37,17 +38,21 @@ def mended_interpreter() -> Iterator[None]:
     from triton import language
     from triton.runtime import interpreter
 
-    builder = interpreter.interpreter_builder
+    builder, semantic = interpreter.interpreter_builder, type(interpreter.interpreter_semantic)
     options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     with ExitStack() as stack:
         for of, name, better in (
             (interpreter, "_patch_lang_tensor", _with_index(interpreter._patch_lang_tensor)),
             (interpreter, "_patch_lang", _once_for_a_launch(interpreter._patch_lang)),
+            (interpreter, "_patch_attr", _calling(interpreter)),
             (interpreter, "_convert_float", _rounding(interpreter._convert_float)),
             (interpreter, "_get_np_dtype", _remembering(interpreter._get_np_dtype)),
             (interpreter.InterpreterBuilder, "create_dot", _multiplying(interpreter)),
             *_contracting(interpreter),
             (interpreter.GridExecutor, "_restore_args_dev", _leave_in_place),
+            (interpreter.TensorHandle, "__init__", _handle),
+            (semantic, "broadcast_impl_value", _broadcasting(semantic.broadcast_impl_value)),
+            (semantic, "scalar_constant", _constant(semantic.scalar_constant)),
             (language.core.block_type, "__init__", _block_type(language.core)),
             (language.core.tensor, "__init__", _tensor(language.core)),
             (builder, "options", options),
@@ -70,9 +75,12 @@ def _once_for_a_launch(patch_lang: Callable[[Any], Any]) -> Callable[[Any], Any]
 
     modules = (language, language.core)
     patched: list[object] = []  # of the launch that runs
+    used_by: dict[Any, list[object]] = {}
 
     def patch_once(function: Any) -> Any:
-        used = [m for m in modules if any(m is value for value in function.__globals__.values())]
+        if (used := used_by.get(function)) is None:
+            known = {id(value) for value in function.__globals__.values()}
+            used = used_by[function] = [module for module in modules if id(module) in known]
         if patched and all(module in patched for module in used):
             return None
         is_kernel = not patched
@@ -252,6 +260,46 @@ def _tensor(core: Any) -> Callable[..., None]:
         self.shape, self.numel = made[sizes]
 
     return __init__
+
+
+def _calling(interpreter: Any) -> Callable[..., None]:
+    """Every call of a builtin is given the semantics, without its options being copied."""
+    semantic = interpreter.interpreter_semantic
+
+    def patch_attr(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        def called(*args: Any, **options: Any) -> Any:
+            options["_semantic"] = semantic
+            return member(*args, **options)
+
+        scope.set_attr(obj, name, called)
+
+    return patch_attr
+
+
+def _broadcasting(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    def to_one_shape(semantic: Any, lhs: Any, rhs: Any) -> Any:
+        # Shapes are made once: equal ones are one object.
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(semantic, lhs, rhs)
+
+    return to_one_shape
+
+
+def _constant(scalar_constant: Callable[..., Any]) -> Callable[..., Any]:
+    made: dict[tuple[Any, ...], Any] = {}
+
+    def constant(semantic: Any, value: Any, dtype: Any) -> Any:
+        # Not 0.0 for -0.0, nor 1 for True.
+        key = type(value), repr(value), dtype.name
+        if key not in made:
+            made[key] = scalar_constant(semantic, value, dtype)
+        return made[key]
+
+    return constant
+
+
+def _handle(self: Any, data: Any, dtype: Any, attr: dict[str, Any] | None = None) -> None:
+    """Not asked whether its type has room for NumPy's, which `_get_np_dtype` has chosen."""
+    self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
 
 
 def _leave_in_place(*_: Any) -> None:
