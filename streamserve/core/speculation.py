@@ -36,6 +36,8 @@ _MAX_NUM_INDEXED = 2048  # tokens in one step, well under a millisecond: a long 
 _COUNTS = frozenset((1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48))  # of drafts, looked at beside "all"
 _FIRST_ALONE_S = 0.0003  # before any was measured
 _PATIENCE = 4  # steps
+_THOUGHT_S = 0.00001  # at most, for a request
+_THOUGHT_SHARE = 0.01  # of a step
 _HOST_RATE = 0.05
 _HOST_BASE = 4  # requests' worth of what the host does for each step, however few there are
 _MAX_HOST_S = 0.005  # above it the engine had nothing to do
@@ -118,21 +120,23 @@ class Speculator:
         self._model = model
         self._propose = self._look_up if propose is None else propose
         self._num_to_index = 0
-        self._num_refusals = -1
+        self._num_refusals_left = 0
 
     def should_wait(self, running: Sequence[Request]) -> bool:
         """Whether a step in flight should retire before the next is made, to draft in that one.
 
         While the answer is no, it is thought over again after a few steps only, the more there are
-        to ask the later: it costs some microseconds for each.
+        to ask, and the shorter the steps, the later: it costs some microseconds for each.
         """
-        self._num_refusals += 1
-        period = max(len(running), _PATIENCE)
-        if self._num_refusals % period and self._model is not None:
+        if self._num_refusals_left:
+            self._num_refusals_left -= 1
             return False
         if self._is_worth_waiting(running):
-            self._num_refusals = -1
             return True
+        if self._model is not None and running:
+            step_s = self._model.predict(StepShape(len(running), len(running)))
+            period = int(len(running) * _THOUGHT_S / (_THOUGHT_SHARE * step_s))
+            self._num_refusals_left = max(period, _PATIENCE) - 1
         return False
 
     def _is_worth_waiting(self, running: Iterable[Request]) -> bool:

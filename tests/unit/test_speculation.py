@@ -1,10 +1,14 @@
 """When drafts are made, how many, and what becomes of them; which tokens come is another test's."""
 
 import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from streamserve.config import SchedulerConfig, SpeculativeConfig
+from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
 from streamserve.core.request import FinishReason, Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.speculation import HostTime, Speculator
@@ -187,6 +191,20 @@ def test_waiting_is_for_text_that_repeats():
     assert not speculator(Machine(linear)).should_wait([])
 
 
+@pytest.mark.parametrize(("step_s", "num_thoughts"), [(0.002, 5), (0.2, 25)])
+def test_whether_to_wait_is_thought_over_less_often_the_more_it_costs(
+    step_s, num_thoughts, monkeypatch
+):
+    """64 requests cost 0.64 ms at most: 1% of what some 20 short steps are predicted to take."""
+    thoughts = []
+    one = speculator(Machine(lambda rows: step_s, sampled_s=0.0))
+    monkeypatch.setattr(one, "_is_worth_waiting", lambda running: thoughts.append(0))
+    requests = waiting(decoding(64, repeats=False))
+    for _ in range(100):
+        assert not one.should_wait(requests)
+    assert len(thoughts) == num_thoughts
+
+
 def test_a_slow_host_is_not_waited_for():
     one = speculator(Machine(lambda rows: 0.001 + 0.00002 * rows))
     requests = waiting(decoding(2, repeats=True))
@@ -224,6 +242,58 @@ def test_the_host_time_passes_over_pauses():
     host.observe(100.011, 1, 0.01, overlaps=False)
     assert host.seconds(1, overlaps=False) != before
     assert host.seconds(10, overlaps=True) == 0.0
+
+
+def seconds_on_a_gpu(
+    num_streams: int, answer: Callable[[str, int], int], host_s: float, **config: object
+) -> float:
+    """Virtual seconds of streams of 200 tokens where the next step is queued behind the last one,
+    and where it is not, the device waits ``host_s`` for it. Reading the weights takes 4 ms.
+    """
+    rows = Machine(lambda n: 0.004 + 0.00001 * n + 0.00002 * max(n - 64, 0))
+    machine = replace(rows, decode_context_s=3e-8, pair_s=1e-10, key_s=3e-8, sampled_s=2e-6)
+    some = TimedHarness(
+        machine, max_num_batched_tokens=8192, max_num_seqs=256, max_steps_in_flight=2, **config
+    )
+    for i in range(num_streams):
+        rng = random.Random(i)
+        some.add([rng.randrange(10**6) for _ in range(64)], max_tokens=200)
+    in_flight: deque[tuple[SchedulerOutput, float, float]] = deque()
+    started = free_at = some.now
+    while some.scheduler.has_unfinished or in_flight:
+        plan = some.scheduler.schedule()
+        if plan is not None:
+            some.now += host_s
+            seconds = machine.seconds(shape_of(plan))
+            free_at = max(free_at, some.now) + seconds
+            in_flight.append((plan, free_at, seconds))
+        if plan is None or len(in_flight) == 2:
+            plan, ended, seconds = in_flight.popleft()
+            some.now = max(some.now, ended)
+            sampled = []
+            for s in plan.scheduled:
+                drawn = [answer(s.request_id, s.output_position + i) for i in range(s.sample)]
+                sampled.append(drawn[: s.num_kept(drawn)])
+            some.scheduler.update(ModelRunnerOutput(plan.step_id, sampled, duration_s=seconds))
+    return some.now - started
+
+
+@pytest.mark.parametrize("host_s", [0.0001, 0.0003])
+@pytest.mark.parametrize(("num_streams", "gain"), [(1, 3.0), (8, 3.0), (64, 1.2)])
+def test_a_fast_device_waits_for_the_host_only_where_that_pays(num_streams, gain, host_s):
+    def repeated(name: str, position: int) -> int:
+        return position % 9
+
+    def new(name: str, position: int) -> int:
+        return random.Random(f"{name} {position}").randrange(10**6)
+
+    speculative = SpeculativeConfig(
+        num_speculative_tokens=5, prompt_lookup_min=2, prompt_lookup_max=4
+    )
+    for answer, least in ((repeated, gain), (new, 1.0)):
+        without = seconds_on_a_gpu(num_streams, answer, host_s)
+        drafting = seconds_on_a_gpu(num_streams, answer, host_s, speculative=speculative)
+        assert without / drafting >= least
 
 
 def test_pacing_is_right_beside_drafts():
