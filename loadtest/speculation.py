@@ -6,13 +6,15 @@ Two engines in this process, one with ``--speculative-config`` and one without, 
 the same prompts; only one works at a time. A stream's rate begins with its first token, that of all
 together with the first of the first stream. The prompts are random tokens, or with
 ``--text FILE`` pieces of a file; with ``--temperature 1`` hardly anything repeats, which is what
-speculation may cost when it is of no use.
+speculation may cost when it is of no use. Both engines are on one device: on a GPU,
+``--engine-flags`` must give each of them a KV cache of a size, as ``--kv-cache-memory 4GiB`` does.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
 import time
@@ -68,8 +70,9 @@ def prompts_of(
     return [ids[start : start + args.input_len] for start in starts]
 
 
-async def measure(services: Sequence[Service], args: argparse.Namespace) -> None:
-    """Off, on, off, on … for each number of streams; prints medians."""
+async def measure(services: Sequence[Service], args: argparse.Namespace) -> list[dict[str, object]]:
+    """Off, on, off, on … for each number of streams; prints medians, returns all ratios."""
+    found = []
     params = SamplingParams(
         temperature=args.temperature, max_tokens=args.output_len, ignore_eos=True, seed=1
     )
@@ -95,6 +98,18 @@ async def measure(services: Sequence[Service], args: argparse.Namespace) -> None
                 alone.append(off[1])
             num_equal += sum(a == b for a, b in zip(off[2], on[2], strict=True))
         stats = services[1].engine.stats()
+        found.append(
+            {
+                "streams": num_streams,
+                "tokens_per_second_off": alone,
+                "stream_ratios": each,
+                "total_ratios": together,
+                "num_equal": num_equal,
+                "num_answers": num_streams * (args.rounds + 1),
+                "num_steps_on": stats.num_steps - before.num_steps,
+                "num_tokens_on": stats.generation_tokens - before.generation_tokens,
+            }
+        )
         print(
             f"{num_streams:3} streams: a stream's tokens/s {statistics.median(alone):.1f} off, "
             f"{_spread(each)} times that on; of all together {_spread(together)}; "
@@ -105,6 +120,7 @@ async def measure(services: Sequence[Service], args: argparse.Namespace) -> None
         )
     for service in services:
         await service.engine.stop()
+    return found
 
 
 def _spread(ratios: list[float]) -> str:
@@ -125,16 +141,21 @@ def main() -> None:
     parser.add_argument("--text", type=Path, metavar="FILE")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--speculative-config", default=SPECULATIVE)
+    parser.add_argument("--engine-flags", default="", metavar="'FLAGS'", help="of both engines")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     model = [] if args.checkpoint is None else [args.checkpoint]
     services = []
     for flags in ([], ["--speculative-config", args.speculative_config]):
-        serve = parse_args(["serve", *model, "--dtype", args.dtype, *flags])
+        common = ["serve", *model, "--dtype", args.dtype, *args.engine_flags.split()]
+        serve = parse_args([*common, *flags])
         check_flags(serve)
         services.append(build_service(serve, say=lambda line: None, warn=print))
         services[-1].finish_warm_up()
     freeze_gc()
-    asyncio.run(measure(services, args))
+    found = asyncio.run(measure(services, args))
+    if args.json is not None:
+        args.json.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

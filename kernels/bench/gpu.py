@@ -4,7 +4,7 @@ Steps come in the order of what is least known: in part 1 the tests of the GPU, 
 HTTP, the same engine behind HTTP under load; in part 2 the kernels' table, what a step takes its
 time with, throughput, and transformers on the same shape. Each has a limit, and the command has
 one; a step that fails or hangs does not keep the next from running, and whatever it started is
-ended with it.
+ended with it. `--steps lookup` is in neither part: two engines, with and without prompt lookup.
 
 OUTPUT holds a few files, written as things happen, so that nothing is lost with a machine:
 
@@ -61,6 +61,7 @@ _SUMMARY_LINES = {
     "throughput": 8,
     "serve": 14,
     "peer": 8,
+    "lookup": 8,
 }
 _LIMITS = {
     "tests": 170.0,
@@ -70,9 +71,11 @@ _LIMITS = {
     "profile": 130.0,
     "throughput": 60.0,
     "peer": 60.0,
+    "lookup": 240.0,
 }
 # A quarter of an hour on a rented machine: two commands of ten minutes at most, and its start.
 PARTS = {1: ("tests", "latency", "serve"), 2: ("kernels", "profile", "throughput", "peer")}
+_LOOKUP_CACHE = "12GiB"  # of each engine: 64 streams of 1,152 tokens take 9
 _GRACE_S = 5.0  # for a process to end when it is asked to
 
 
@@ -343,6 +346,19 @@ def run_peer(step: Step) -> None:
         step.keep(found, "peer")
 
 
+def run_lookup(step: Step) -> None:
+    """Prompt lookup on and off, in turns."""
+    plan, found = step.plan, step.plan.work / "lookup.json"
+    both = ["--kv-cache-memory", _LOOKUP_CACHE, *plan.engine()[1:]]
+    command = [sys.executable, "-m", "loadtest.speculation", str(plan.model)]
+    command += ["--engine-flags", " ".join(both), "--streams", *map(str, plan.batch_sizes)]
+    command += ["--input-len", str(plan.input_len), "--output-len", str(plan.output_len)]
+    try:
+        step.run([*command, "--json", str(found)])
+    finally:
+        step.keep(found, "lookup")
+
+
 STEPS: dict[str, Callable[[Step], None]] = {
     "tests": run_tests,
     "latency": run_latency,
@@ -351,6 +367,7 @@ STEPS: dict[str, Callable[[Step], None]] = {
     "profile": run_profile,
     "throughput": run_throughput,
     "peer": run_peer,
+    "lookup": run_lookup,
 }
 
 

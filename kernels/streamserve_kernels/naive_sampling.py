@@ -51,8 +51,17 @@ def logprobs(logits: Tensor, ids: Tensor, k: int) -> Logprobs:
     )
 
 
-def add_tokens(counts: Tensor, rows: Tensor, ids: Tensor) -> None:
+def add_tokens(
+    counts: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    drafts: Tensor | None = None,
+    num_before: Tensor | None = None,
+) -> None:
     counted = (rows >= 0) & (ids >= 0) & (ids < counts.shape[1])
+    if drafts is not None and num_before is not None:
+        wrong = (_before(num_before) & (ids != drafts)[None]).any(1)
+        counted &= ~wrong
     places = (rows.clamp(min=0).long(), ids.clamp(0, counts.shape[1] - 1))
     counts.index_put_(places, counted.to(counts.dtype), accumulate=True)
 
@@ -89,11 +98,21 @@ def _first_of(values: Tensor) -> Tensor:
 def _penalised(values: Tensor, edits: LogitsEditTensors) -> Tensor:
     counts = edits.counts[edits.rows.clamp(min=0).long()]
     counts = torch.where((edits.rows >= 0)[:, None], counts, 0)
+    if edits.drafts is not None and edits.num_before is not None:
+        drafted = torch.nn.functional.one_hot(edits.drafts.clamp(min=0).long(), values.shape[1])
+        before = _before(edits.num_before) & (edits.rows >= 0)[:, None]
+        counts = counts + (before.double() @ drafted.double()).to(counts.dtype)
     generated = (counts & (IN_PROMPT - 1)).float()
     repetition = torch.where(counts != 0, edits.repetition[:, None], 1.0)
     values = torch.where(values < 0, values * repetition, values / repetition)
     values = values - edits.frequency[:, None] * generated
     return values - edits.presence[:, None] * (generated > 0)
+
+
+def _before(num_before: Tensor) -> Tensor:
+    """Whether the second of two rows [L, L] is among those right before the first."""
+    row = torch.arange(len(num_before), device=num_before.device)
+    return (row[None] < row[:, None]) & (row[None] >= (row - num_before)[:, None])
 
 
 def _biased(values: Tensor, edits: LogitsEditTensors) -> Tensor:

@@ -6,7 +6,7 @@ A sampling backend is a module with these functions; the meaning is `streamserve
     greedy(logits) -> ids                           the lowest id among equals; NaN counts as -inf
     sample(logits, tensors, edits=None) -> ids      see SamplingTensors, LogitsEditTensors
     logprobs(logits, ids, k) -> Logprobs            of the raw logits
-    add_tokens(counts, rows, ids)                   after a step: what it sampled
+    add_tokens(counts, rows, ids, …)                after a step: what it sampled
 
 `logits` are [L, V] float32, bfloat16 or float16 with rows at any stride; nothing changes them. Ids
 are int64 [L]. No function reads device data on the host, and everything that is launched follows
@@ -42,6 +42,8 @@ class SamplingTensors(NamedTuple):
 class LogitsEditTensors(NamedTuple):
     """What L rows change in their logits first. Rows that change nothing have -1, 1, 0, no bias.
 
+    With `drafts` a row counts those of the `num_before` rows right before it as generated, too.
+
     A banned token is one more bias of -inf; it may come beside another bias of the same id, but two
     finite ones of one id may not. Where no row has penalties `counts` may be any [1, 1], and so may
     `masks` where no row has a mask.
@@ -57,6 +59,8 @@ class LogitsEditTensors(NamedTuple):
     bias_values: Tensor  # float32
     mask_rows: Tensor  # [L] int32: the row's row of masks, -1: everything is allowed
     masks: Tensor  # [n, ceil(V / 32)] int32: a bit per token, lowest first, 1: allowed
+    drafts: Tensor | None = None  # [L] int32: a guess at what the row draws; None: no row has one
+    num_before: Tensor | None = None  # [L] int32: rows right before whose drafts it follows
 
 
 class Logprobs(NamedTuple):
@@ -79,9 +83,17 @@ class SamplingKernels(Protocol):
         self, logits: Tensor, tensors: SamplingTensors, edits: LogitsEditTensors | None = None
     ) -> Tensor: ...
     def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs: ...
-    def add_tokens(self, counts: Tensor, rows: Tensor, ids: Tensor) -> None:
+    def add_tokens(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        ids: Tensor,
+        drafts: Tensor | None = None,
+        num_before: Tensor | None = None,
+    ) -> None:
         """`counts[rows[i], ids[i]] += 1` where `rows[i] >= 0`; ids outside the vocabulary do not
-        count. rows [L] int32, ids [L] int64.
+        count, nor does, with drafts, one behind a draft that was wrong: every one of the
+        `num_before[i]` rows right before it must have drawn its own. rows [L] int32, ids [L] int64.
         """
 
 

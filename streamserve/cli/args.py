@@ -276,7 +276,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="draft tokens by prompt lookup, where that is predicted to pay: "
         '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, '
-        '"prompt_lookup_max": 4}; the answers stay the same (default: none; not on a GPU)',
+        '"prompt_lookup_max": 4}; the answers stay the same (default: none)',
     )
     group.add_argument(
         "--disable-cascade-attn",

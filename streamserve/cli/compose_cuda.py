@@ -47,12 +47,15 @@ class CudaBuilder:
         )
         self._num_host_blocks = self._plan_host_blocks()
         self._kernels = setup.choose_kernels()
+        speculative = setup.scheduler.speculative
         self._ladder = StepLadder(
             setup.scheduler.max_num_batched_tokens,
             setup.scheduler.max_num_seqs,
             decode_sizes=setup.args.cuda_graph_sizes,
             with_groups=setup.scheduler.enable_cascade_attention,
             num_adapters=0 if setup.adapters is None else setup.adapters.num_adapters,
+            num_drafts=0 if speculative is None else speculative.num_speculative_tokens,
+            max_num_sampled=setup.scheduler.max_num_sampled,
         )
 
     def build(self) -> BuiltModel:
@@ -120,7 +123,7 @@ class CudaBuilder:
             kv_dtype=self._kv_dtype,
         )
         step_bytes = step.reserve(
-            max_num_seqs=scheduler.max_num_seqs,
+            max_num_sampled=scheduler.max_num_sampled,
             logits_row_bytes=model.spec.vocab_size * torch.float32.itemsize,
             graphs=graphs,
         )

@@ -77,11 +77,6 @@ def resolve_device_flags(
             "--swap-space must not be given with --no-enable-prefix-caching (blocks are found by "
             f"their prefix), got {args.swap_space!r}"
         )
-    if on_gpu and args.speculative_config is not None:
-        raise ConfigError(
-            "--speculative-config is for CPUs so far (the steps that are CUDA graphs sample one "
-            f"token of each request), got {args.speculative_config!r}"
-        )
     filled = Namespace(**vars(args))
     for name, default in asdict(GPU_DEFAULTS if on_gpu else CPU_DEFAULTS).items():
         if getattr(args, name) is None:

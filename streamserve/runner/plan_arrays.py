@@ -20,8 +20,9 @@ NO_DRAFT = -1
 class StepRows:
     """Who is sampled in a step: L samples, in plan order; with drafts, a request has several.
 
-    ``drafts`` is there if any request has some: what each sample must be for the next one of the
-    same request to count, ``NO_DRAFT`` for its last.
+    ``drafts`` and ``num_before`` are there if any request has some: what each sample must be for
+    the next one of the same request to count, ``NO_DRAFT`` for its last; and how many samples of
+    the same request stand before it.
     """
 
     request_ids: list[str]
@@ -30,6 +31,7 @@ class StepRows:
     output_positions: NDArray[np.int64]  # [L]
     ends: NDArray[np.int64]  # [L] the position that each sampled token will have
     drafts: NDArray[np.int64] | None = None  # [L]
+    num_before: NDArray[np.int64] | None = None  # [L]
 
     def kept(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which of the sampled ``token_ids`` ``[L]`` count: those behind drafts that were right."""
@@ -57,17 +59,16 @@ class StepRows:
     def without(self, places: Collection[int]) -> tuple[StepRows, NDArray[np.int64]]:
         """The samples but for those at ``places``, and which of the rows they are."""
         kept = np.array([i for i, p in enumerate(self.places) if p not in places], np.int64)
-        drafts = None if self.drafts is None else self.drafts[kept]
-        return replace(self.only(kept), drafts=drafts), kept
+        rows = self.only(kept)
+        if self.drafts is not None and self.num_before is not None:
+            rows = replace(rows, drafts=self.drafts[kept], num_before=self.num_before[kept])
+        return rows, kept
 
     def drafts_before(self, row: int) -> list[int]:
         """The drafts of the same request that stand before a sample."""
-        if self.drafts is None:
+        if self.drafts is None or self.num_before is None:
             return []
-        first = row
-        while first and self.places[first - 1] == self.places[row]:
-            first -= 1
-        before: list[int] = self.drafts[first:row].tolist()
+        before: list[int] = self.drafts[row - self.num_before[row] : row].tolist()
         return before
 
 
@@ -125,6 +126,7 @@ class PlanArrays:
             output_positions=rows.output_positions + num_before,
             ends=rows.ends - behind,
             drafts=drafts,
+            num_before=num_before,
         )
 
     def _last_of_each(self, scheduled: Sequence[ScheduledRequest]) -> StepRows:

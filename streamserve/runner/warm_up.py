@@ -186,6 +186,16 @@ class WarmUp:
             self._step([(1, size)], (params,))
         self._step([], ())
 
+    def run_drafts(self, num_drafts: int) -> None:
+        """Runs every way through the sampler behind ``num_drafts`` drafts of a request."""
+        most = min(num_drafts, self._longest - 1, self._max_tokens - 1)
+        if most < 1:
+            return
+        for params in _PARAMS:
+            work = [(self._longest - 1 - most, 1 + most)]
+            self._step(work, (params,), num_drafts=most)
+        self._step([], ())
+
     def run_full_steps(self) -> None:
         """Runs the largest prompt and the largest batch: what a whole model needs room for."""
         self._step(self._prompts(self._max_tokens), _GREEDY)
@@ -240,6 +250,7 @@ class WarmUp:
         params: Iterable[SamplingParams],
         *,
         share_prefix: bool = False,
+        num_drafts: int = 0,
     ) -> None:
         """One step of fresh requests, which share blocks; ``share_prefix``: the plan says so."""
         plan = SchedulerOutput(self._step_id, released_ids=self._live)
@@ -261,7 +272,7 @@ class WarmUp:
             first = 0 if plan.prefix_groups else i
             blocks = [(first + j) % num_blocks for j in range(-(-len(token_ids) // block_size))]
             plan.scheduled.append(
-                ScheduledRequest(request_id, start, token_ids[start:], blocks, True, 0)
+                ScheduledRequest(request_id, start, token_ids[start:], blocks, 1 + num_drafts, 0)
             )
         self._runner.launch(plan)
         output = self._runner.sample(plan.step_id).result()

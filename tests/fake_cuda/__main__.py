@@ -75,7 +75,7 @@ def run_case(
 
     from tests.fake_cuda import runtime
     from tests.fake_cuda.engine import Engine
-    from tests.fake_cuda.scenarios import SCENARIOS, adapters, closed
+    from tests.fake_cuda.scenarios import SCENARIOS, adapters, closed, drafts
 
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -94,6 +94,8 @@ def run_case(
     chosen = {name: SCENARIOS[name] for name in names}
     if engine.built.adapters is not None:
         chosen["adapters"] = adapters
+    if engine.scheduler.speculative is not None:
+        chosen["drafts"] = drafts
     for name, scenario in chosen.items():
         device.findings.clear()
         engine.steps.clear()

@@ -27,6 +27,7 @@ class Case(NamedTuple):
 
 _DUMMY = ("--load-format", "dummy")
 _WITH_LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")
+_LOOKUP = ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}')
 _FOREIGN = ("--model-impl", "transformers")
 _LARGE = (
     "--max-num-batched-tokens", "2048", "--max-num-seqs", "80", "--max-model-len", "128",
@@ -54,7 +55,9 @@ CASES: dict[str, Case] = {
     "llama-float32": Case(flags=(*_DUMMY, "--dtype", "float32")),
     "llama-float16": Case(flags=(*_DUMMY, "--dtype", "float16")),
     "llama-eager": Case(flags=(*_DUMMY, "--enforce-eager")),
-    "llama-fp8-cache": Case(flags=(*_DUMMY, "--kv-cache-dtype", "fp8", "--swap-space", "8MiB")),
+    "llama-fp8-cache": Case(
+        flags=(*_DUMMY, "--kv-cache-dtype", "fp8", "--swap-space", "8MiB", *_LOOKUP)
+    ),
     **{
         f"llama-{kind}": Case(flags=(*_DUMMY, "--quantization", kind))
         for kind in ("int8", "int4", "fp8")

@@ -121,6 +121,42 @@ def adapters(engine: Engine) -> None:
     engine.loop().run(asked)
 
 
+def drafts(engine: Engine) -> None:
+    """Of each request's first drafts one is right, then none, then all; beside others' prompts.
+
+    (The device that is not there draws nothing but the token 0.)
+    """
+
+    def propose(request: Request, max_tokens: int) -> list[int]:
+        right = (1, 0, max_tokens)[request.num_output_tokens % 3]
+        return [0] * min(right, max_tokens) + [5] * max(max_tokens - right, 0)
+
+    config = {"speculative": engine.scheduler.speculative, "propose": propose}
+    for kind, params in DRAWS.items():
+        loop = engine.loop(max_num_batched_tokens=40, **config)
+        loop.run(requests(prompts(6, seed=3), max_tokens=12, **params))
+        rows = [[part.sample for part in plan.scheduled] for plan in loop.plans]
+        assert any(max(step) > 1 and 0 in step for step in rows), f"{kind}: beside no prompt"
+        stats = loop.scheduler.speculation_stats
+        assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens, kind
+    loop = engine.loop(num_blocks=6, **config)
+    rng = random.Random(7)
+    asked = requests([[rng.randrange(3, 90) for _ in range(30)] for _ in range(6)], max_tokens=40)
+    loop.run(asked)
+    assert sum(request.num_preemptions for request in asked) > 0
+    if engine.built.num_host_blocks:
+        assert any(plan.loads for plan in loop.plans), "nothing came back"
+        assert any(plan.stores for plan in loop.plans), "nothing left"
+
+
+DRAWS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "seeded": {"temperature": 1.2, "top_p": 0.95},
+    "penalised": {"temperature": 0.9, "frequency_penalty": 0.2, "repetition_penalty": 1.1},
+    "logprobs": {"logprobs": 3, "logit_bias": {5: 4.0}, "min_tokens": 3},
+}
+
+
 def preempted(engine: Engine) -> None:
     """A device that holds two of the six, with a host tier where the engine has one."""
     loop = engine.loop(num_blocks=8)

@@ -275,14 +275,17 @@ def sampling_calls() -> Iterator[Callable[[], object]]:
         mask_rows=ints(rows),
         masks=ints(1, -(-VOCAB // 32)),
     )
+    drafted = edits._replace(drafts=ints(rows), num_before=ints(rows))
     asked = SamplingTensors(floats, ints(rows), doubles, floats, doubles)
     ids = ints(rows, dtype=torch.int64)
     for logits in (torch.zeros(rows, VOCAB), bf16(rows, VOCAB)):
         yield partial(sampling.greedy, logits)
         yield partial(sampling.sample, logits, asked)
         yield partial(sampling.sample, logits, asked, edits)
+        yield partial(sampling.sample, logits, asked, drafted)
         yield partial(sampling.logprobs, logits, ids, 20)
     yield lambda: sampling.add_tokens(edits.counts, edits.rows, ids)
+    yield lambda: sampling.add_tokens(edits.counts, edits.rows, ids, *drafted[-2:])
 
 
 def attention_calls() -> Iterator[Callable[[], object]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ class Case:
     histories: Mapping[int, tuple[list[int], list[int]]] = field(default_factory=dict)
     masks: Mapping[int, bytes] = field(default_factory=dict)
     eos: Sequence[int] = ()
+    drafts: Mapping[int, list[int]] = field(default_factory=dict)  # those of the rows before
 
     def expected(self) -> Tensor:
         """The ids that the runner's sampler draws."""
@@ -75,6 +76,7 @@ class Case:
             masks=self.masks,
             eos=self.eos,
         )
+        batch = replace(batch, drafts=dict(self.drafts))
         return torch.from_numpy(
             Sampler(vocab_size, rows).sample(self.logits.float().numpy(), batch)
         )
@@ -121,8 +123,19 @@ class Case:
             torch.tensor(values, dtype=torch.float32),
             mask_rows,
             masks,
+            *self._drafts(),
         )
-        return LogitsEditTensors(*(tensor.to(device) for tensor in edits))
+        return LogitsEditTensors(*(None if part is None else part.to(device) for part in edits))
+
+    def _drafts(self) -> tuple[Tensor | None, Tensor | None]:
+        if not self.drafts:
+            return None, None
+        drafts = torch.full((len(self.params),), -1, dtype=torch.int32)
+        num_before = torch.zeros_like(drafts)
+        for row, before in self.drafts.items():
+            num_before[row] = len(before)
+            drafts[row - len(before) : row] = torch.tensor(before)
+        return drafts, num_before
 
 
 def check(
@@ -199,6 +212,38 @@ def edited_case(vocab_size: int, seed: int) -> Case:
     logits[:, 3] = logits.amax() + 1
     draws = uniforms(len(EDITED), seed=seed)
     return Case(logits, EDITED, draws, history, masks, eos=(3, 7, vocab_size - 1))
+
+
+def drafted_case(vocab_size: int, seed: int) -> Case:
+    """Requests of one row and of several; the third one's edits do not read its drafts."""
+    random = np.random.default_rng(seed)
+    kinds = ((EDITED[1], 1), (EDITED[0], 5), (EDITED[5], 2), (EDITED[3], 4))
+    params, history, drafts = [], {}, {}
+    for kind, count in kinds:
+        first, seen = len(params), random.integers(0, vocab_size, 30).tolist()
+        guesses = [int(seen[0]), 7, 7, vocab_size - 1][: count - 1]
+        for place in range(count):
+            drafts[first + place] = guesses[:place]
+            history[first + place] = seen, [*seen[:5], 9]
+            params.append(kind)
+    logits = random_rows(len(params), vocab_size, seed=seed, scale=1.0)
+    logits[:, [7, vocab_size - 1]] = logits.amax() + 1  # the drafts decide which of them it is
+    return Case(logits, params, uniforms(len(params), seed=seed), history, drafts=drafts)
+
+
+def drafted_counts(vocab_size: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    """Arguments of `add_tokens`: requests with four rows, one, three and two of another row; then
+    the counts that there should be.
+    """
+    ids = torch.tensor([4, 5, 6, 7, 8, 9, 9, 9, vocab_size, 3])
+    drafts = torch.tensor([4, 5, 0, -1, -1, 9, 9, -1, vocab_size - 1, -1], dtype=torch.int32)
+    num_before = torch.tensor([0, 1, 2, 3, 0, 0, 1, 2, 0, 1], dtype=torch.int32)
+    rows = torch.tensor([2, 2, 2, 2, -1, 0, 0, 0, 1, 1], dtype=torch.int32)
+    counts, expected = (torch.zeros(3, vocab_size, dtype=torch.int32) for _ in range(2))
+    expected[2, [4, 5, 6]] = 1
+    expected[0, 9] = 3
+    given = (counts, rows, ids, drafts, num_before)
+    return (*(part.to(device, copy=True) for part in given), expected)
 
 
 def bad_case(vocab_size: int, seed: int) -> Case:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,8 @@ from tests.kernels.sampling_cases import (
     Case,
     bad_case,
     check,
+    drafted_case,
+    drafted_counts,
     edited_case,
     plain_case,
     ragged_cases,
@@ -45,6 +49,19 @@ def test_equals_at_a_threshold():
 def test_edits():
     for seed in range(20):
         check(naive_sampling, edited_case(VOCAB, seed), "cpu", edits=True)
+
+
+def test_drafts_are_history_to_the_rows_behind_them():
+    for seed in range(20):
+        case = drafted_case(VOCAB, seed)
+        check(naive_sampling, case, "cpu", edits=True)
+        assert not torch.equal(case.expected(), replace(case, drafts={}).expected())
+
+
+def test_samples_behind_a_wrong_draft_do_not_count():
+    *given, expected = drafted_counts(VOCAB)
+    naive_sampling.add_tokens(*given)
+    assert torch.equal(given[0], expected)
 
 
 def test_bad_rows():

@@ -13,6 +13,8 @@ from tests.kernels.sampling_cases import (
     Case,
     bad_case,
     check,
+    drafted_case,
+    drafted_counts,
     edited_case,
     plain_case,
     ragged_cases,
@@ -71,10 +73,12 @@ def test_edits(device, vocab_size):
     check(sampling, case, device, edits=True)
 
 
-def test_edited_logits_are_those_of_the_twin(device, vocab_size, monkeypatch):
+@pytest.mark.parametrize("kind", [edited_case, drafted_case])
+def test_edited_logits_are_those_of_the_twin(device, vocab_size, monkeypatch, kind):
     """Number by number: of most edits no draw tells."""
-    case = edited_case(vocab_size, 14)
-    case.eos = (3, 7, vocab_size - 1, *range(90, 170))  # more bans than are read at once
+    case = kind(vocab_size, 14)
+    if kind is edited_case:
+        case.eos = (3, 7, vocab_size - 1, *range(90, 170))  # more bans than are read at once
     weigh_kernel, seen = sampling.sampling_kernels.weigh_kernel, []
 
     class Watched:
@@ -218,6 +222,12 @@ def test_counts(device, vocab_size):
     assert torch.equal(on_device.cpu(), counts)
 
 
+def test_samples_behind_a_wrong_draft_do_not_count(device, vocab_size):
+    *given, expected = drafted_counts(vocab_size, device)
+    sampling.add_tokens(*given)
+    assert torch.equal(given[0].cpu(), expected)
+
+
 def test_the_work_space_is_told(device, vocab_size):
     assert 0 < sampling.work_bytes(1, vocab_size, edits=False) < 2**20
     with_edits = sampling.work_bytes(2, vocab_size, edits=True)
@@ -236,14 +246,15 @@ def test_many_rows_of_a_models_size(rows, dtype):
     assert torch.equal(sampling.greedy(logits.cuda()).cpu(), naive_sampling.greedy(logits))
 
 
-def test_a_graph_draws_by_what_its_tensors_hold(device, vocab_size):
+@pytest.mark.parametrize("kind", [edited_case, drafted_case])
+def test_a_graph_draws_by_what_its_tensors_hold(device, vocab_size, kind):
     """Nothing that is launched depends on what rows ask for."""
-    case = edited_case(vocab_size, 13)
+    case = kind(vocab_size, 13)
     logits = case.logits.to(device)
     tensors, edits = case.tensors(device), case.edits(device)
     fixed_logits = torch.zeros_like(logits)
     fixed = SamplingTensors(*(torch.zeros_like(t) for t in tensors))
-    fixed_edits = type(edits)(*(t.clone() for t in edits))
+    fixed_edits = type(edits)(*(None if t is None else t.clone() for t in edits))
     sampling.sample(fixed_logits, fixed, fixed_edits)
     sampling.greedy(fixed_logits)
     replay, (ids, likeliest) = capture(

@@ -22,6 +22,7 @@ from tests.runner.tiny_llama import MAX_LEN, VOCAB, memory_for, tiny_llama
 BLOCK_SIZE = 16
 NUM_BLOCKS = 128
 MAX_TOKENS = 48
+MAX_SAMPLED = 48  # 8 seats with five drafts each
 # Sizes that the Triton kernels take: heads of 64, and blocks of 16.
 SHAPE = {"hidden_size": 256, "head_dim": 64}
 PARAMS = [
@@ -100,7 +101,7 @@ def test_on_a_cpu(dtype, speculative, tmp_path):
         model,
         memory,
         max_num_batched_tokens=MAX_TOKENS,
-        max_num_sampled=48 if speculative else None,  # 8 seats with five drafts each
+        max_num_sampled=MAX_SAMPLED if speculative else None,
     )
     try:
         counts = counts_while_serving(runner, speculative)
@@ -112,8 +113,9 @@ def test_on_a_cpu(dtype, speculative, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("speculative", [None, DRAFTING], ids=["plain", "drafting"])
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])
-def test_on_a_gpu(enforce_eager, tmp_path):
+def test_on_a_gpu(enforce_eager, speculative, tmp_path):
     from streamserve.runner.cuda.build import build_cuda_runner
     from streamserve.runner.cuda.step_key import StepLadder
 
@@ -123,16 +125,19 @@ def test_on_a_gpu(enforce_eager, tmp_path):
     caches = allocate_kv_cache(
         model.spec, NUM_BLOCKS, BLOCK_SIZE, torch.bfloat16, device, model.kernels
     )
+    drafting = {}
+    if speculative is not None:
+        drafting = {"num_drafts": 5, "max_num_sampled": MAX_SAMPLED}
     runner, _ = build_cuda_runner(
         model,
         memory,
-        StepLadder(MAX_TOKENS, memory.max_num_seqs),
+        StepLadder(MAX_TOKENS, memory.max_num_seqs, **drafting),
         max_num_batched_tokens=MAX_TOKENS,
         kv_caches=caches,
         enforce_eager=enforce_eager,
     )
     try:
-        counts = counts_while_serving(runner)
+        counts = counts_while_serving(runner, speculative)
     finally:
         runner.close()
     assert counts[0] > 0

@@ -106,10 +106,10 @@ def test_what_is_planned_is_there(total, others, weights, step, utilization, req
 
 
 def test_graphs_keep_what_they_work_on_and_share_the_logits():
-    graphs = [StepKey(n, n, True, False) for n in (1, 8, 64)]
+    graphs = [StepKey(n, n, 1, False) for n in (1, 8, 64)]
     none, few, many = (
         StepBytes(largest=GIB, graphed=64 * MIB if count else 0).reserve(
-            max_num_seqs=64, logits_row_bytes=MIB, graphs=graphs[:count]
+            max_num_sampled=64, logits_row_bytes=MIB, graphs=graphs[:count]
         )
         for count in (0, 1, 3)
     )

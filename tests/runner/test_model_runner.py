@@ -22,6 +22,7 @@ from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import DeviceDeadError
 from streamserve.runner.cuda import build
 from streamserve.runner.cuda.build import assemble
+from streamserve.runner.cuda.input_batch import DeviceInputBatch
 from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.model_runner import TorchModelRunner
@@ -528,6 +529,28 @@ def test_a_step_whose_graph_is_wanted_has_it_captured_and_is_not_charged_for_it(
         assert output.sampled_token_ids == [[second]]
     assert captured == [prompt, decode]
     assert executor.num_wanted == 0
+    runner.close()
+
+
+def test_what_the_host_takes_to_make_a_step_is_none_of_its_time(model, monkeypatch):
+    time = CountedTime()
+    monkeypatch.setattr(build, "timeline_of", lambda device: time)
+    options = {"vocab_size": VOCAB, "block_size": BLOCK_SIZE, "max_model_len": 64}
+    ladder = StepLadder(32, 4)
+    runner, executor = assemble(model, model.caches(32), ladder, max_num_seqs=4, **options)
+    write_tokens, run = DeviceInputBatch._write_tokens, executor.run
+
+    def write_slowly(*args) -> None:
+        time.now += 10.0
+        write_tokens(*args)
+
+    def run_in_a_second(key):
+        time.now += 1.0
+        return run(key)
+
+    monkeypatch.setattr(DeviceInputBatch, "_write_tokens", write_slowly)
+    monkeypatch.setattr(executor, "run", run_in_a_second)
+    assert result(runner, prompt_plan(0)).duration_s == 1.0
     runner.close()
 
 

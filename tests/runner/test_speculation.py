@@ -12,24 +12,31 @@ from streamserve.core.plan import ModelRunner
 from streamserve.core.request import FinishReason, Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.speculation import Propose
-from streamserve.runner.build import build_runner
 from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop, forget
-from tests.runner.tiny_llama import VOCAB, memory_for, tiny_llama
+from tests.runner.tiny_llama import VOCAB, memory_for, runner_of, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("forget_requests")
 
 MAX_SEQS = 8
-MAX_SAMPLED = 48  # of so many seats with five drafts each
+MAX_TOKENS = 48
+MAX_DRAFTS = 5
+NUM_HOST_BLOCKS = 80
 EOS = 7
 
 
-@pytest.fixture(scope="module", params=["naive", "cpu"])
+@pytest.fixture(scope="module", params=["naive", "cpu", "naive on a device"])
 def runner(request, tmp_path_factory) -> Iterator[ModelRunner]:
-    model = tiny_llama(tmp_path_factory.mktemp("model"), backend=request.param)
-    memory = memory_for(
-        model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_SAMPLED
+    backend, _, on_device = request.param.partition(" ")
+    model = tiny_llama(tmp_path_factory.mktemp("model"), backend=backend)
+    memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_SEQS)
+    runner = runner_of(
+        model,
+        memory,
+        MAX_TOKENS,
+        NUM_HOST_BLOCKS,
+        on_device=bool(on_device),
+        num_drafts=MAX_DRAFTS,
     )
-    runner = build_runner(model, memory, max_num_batched_tokens=48)[0]
     yield runner
     runner.close()
 
@@ -110,17 +117,20 @@ def test_random_requests_get_the_same_answers(runner, seed):
     rng = random.Random(seed)
     options = {
         "max_num_seqs": MAX_SEQS,
-        "max_num_batched_tokens": rng.choice([9, 16, 48]),
+        "max_num_batched_tokens": rng.choice([9, 16, MAX_TOKENS]),
         "num_blocks": rng.choice([34, 60, NUM_BLOCKS]),  # 34: they preempt each other
         "prefix": rng.random() < 0.7,
         "max_steps_in_flight": rng.choice([1, 2]),
     }
+    if options["prefix"]:
+        options["num_host_blocks"] = rng.choice([0, NUM_HOST_BLOCKS])
     loop, plain = Loop(runner, **options), random_requests(seed)
     loop.run(plain)
     expected = summary(loop, plain)
     forget(runner)
     for propose in (None, known_answers(plain, rng, 0.8), known_answers(plain, rng, 1.0)):
-        loop = Loop(runner, **options, speculative=lookup(rng.choice([1, 3, 5])), propose=propose)
+        speculative = lookup(rng.choice([1, 3, MAX_DRAFTS]))
+        loop = Loop(runner, **options, speculative=speculative, propose=propose)
         drafted = random_requests(seed)
         loop.run(drafted)
         assert summary(loop, drafted) == expected

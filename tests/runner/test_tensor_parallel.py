@@ -40,6 +40,7 @@ OPTIONS = {
     "device": CPU,
     "kernels": streamserve_kernels.load(CPU, "naive"),
 }
+NUM_DRAFTS = 3
 MASKED = "masked"
 # Of all ids that come after 2 the even ones.
 MASK = bytes([0b01010101] * 13)
@@ -92,10 +93,12 @@ def build(model, *, on_device: bool, team: ThreadTeam | None = None):
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
     caches = new_kv_cache(model.spec, memory, model.dtype, CPU, model.kernels)
     options = {"max_num_batched_tokens": CHUNK, "kv_caches": caches, "team": team}
-    ladder = StepLadder(CHUNK, memory.max_num_seqs)
+    max_num_sampled = (1 + NUM_DRAFTS) * memory.max_num_seqs
     if on_device:
+        drafting = {"num_drafts": NUM_DRAFTS, "max_num_sampled": max_num_sampled}
+        ladder = StepLadder(CHUNK, memory.max_num_seqs, **drafting)
         return build_cuda_runner(model, memory, ladder, **options)[0]
-    return build_runner(model, memory, max_num_sampled=4 * memory.max_num_seqs, **options)[0]
+    return build_runner(model, memory, max_num_sampled=max_num_sampled, **options)[0]
 
 
 class Masked:
@@ -134,18 +137,20 @@ def serve(runner) -> tuple[list, list, list]:
     return answers, logprobs, vectors
 
 
-def drafted(runner) -> list[int]:
+def drafted(runner, **params) -> list[int]:
     """An answer for which some drafts are right and some are not."""
     prompt = list(range(20, 29))
-    plain = request_of("plain", prompt, logprobs=None)
+    plain = request_of("plain", prompt, logprobs=None, **params)
     Loop(runner, max_num_batched_tokens=CHUNK).run([plain])
 
     def propose(request, max_tokens: int) -> list[int]:
         drafts = plain.token_ids[request.num_tokens :][:max_tokens]
         return [token if (request.num_tokens + i) % 4 else 3 for i, token in enumerate(drafts)]
 
-    loop = Loop(runner, propose=propose, speculative=lookup(3), max_num_batched_tokens=CHUNK)
-    [answer] = loop.run([request_of("drafted", prompt, logprobs=None)])
+    loop = Loop(
+        runner, propose=propose, speculative=lookup(NUM_DRAFTS), max_num_batched_tokens=CHUNK
+    )
+    [answer] = loop.run([request_of("drafted", prompt, logprobs=None, **params)])
     assert answer == plain.output_token_ids
     assert len(loop.plans) < len(answer)
     return answer
@@ -194,8 +199,8 @@ def test_ranks_serve_what_one_device_serves(led, on_device) -> None:
     assert runner.num_compilations == steps
     alone = build(whole, on_device=on_device)
     expected = serve(alone)
-    if not on_device:
-        assert drafted(runner) == drafted(alone)
+    for params in ({"temperature": 0.0}, {"temperature": 1.0, "frequency_penalty": 0.5}):
+        assert drafted(runner, **params) == drafted(alone, **params)
     alone.close()
     assert answers == expected[0]
     for found, wanted in ((logprobs, expected[1]), (vectors, expected[2])):

@@ -107,13 +107,20 @@ def runner_of(
     num_host_blocks: int,
     *,
     on_device: bool,
+    num_drafts: int = 0,
 ) -> ModelRunner:
     """A runner with a host tier: as on the host, or as for a device."""
     caches = new_kv_cache(model.spec, memory, model.dtype, model.device, model.kernels)
     row_bytes = sum(cache[0].nbytes for pair in caches for cache in pair)
-    builder = build_runner
+    max_num_sampled = memory.max_num_seqs * (1 + num_drafts)
+    builder = partial(build_runner, max_num_sampled=max_num_sampled)
     if on_device:
-        ladder = StepLadder(max_num_batched_tokens, memory.max_num_seqs)
+        ladder = StepLadder(
+            max_num_batched_tokens,
+            memory.max_num_seqs,
+            num_drafts=num_drafts,
+            max_num_sampled=max_num_sampled,
+        )
         builder = partial(build_cuda_runner, ladder=ladder)
     return builder(
         model,

@@ -46,6 +46,7 @@ GPU_FLAGS = [
     "--enforce-eager",
     "--kv-cache-dtype=fp8",
     "--kv-cache-memory=2GiB",
+    '--speculative-config={"method": "ngram", "num_speculative_tokens": 2}',
 ]
 
 
@@ -79,11 +80,6 @@ def test_a_cpu_says_what_it_does_not_look_at():
             r"must be at most --max-num-seqs 256 .* got 300",
         ),
         (["--cuda-graph-sizes", "1", "--enforce-eager"], True, "must not be given with"),
-        (
-            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
-            True,
-            "--speculative-config is for CPUs so far .* got",
-        ),
         (
             ["--swap-space", "4GiB", "--no-enable-prefix-caching"],
             True,

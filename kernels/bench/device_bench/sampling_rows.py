@@ -19,6 +19,7 @@ _NAIVE = "streamserve_kernels.naive_sampling"
 _TRITON = "streamserve_kernels.triton.sampling"
 # Two correct sums in another order may fall on either side of a draw.
 _MOST_OTHER_DRAWS = 1 / 32
+_ROWS_OF_ONE = 6  # five drafts, and what follows them
 
 
 def rows(quick: bool) -> list[Row]:
@@ -29,6 +30,9 @@ def rows(quick: bool) -> list[Row]:
         "top-p alone": lambda bench: _sampled(bench, top_k=0, top_p=0.95, min_p=0.0),
         "all, with penalties": lambda bench: _sampled(
             bench, top_k=50, top_p=0.9, min_p=0.05, penalties=True
+        ),
+        "all, with penalties and drafts": lambda bench: _sampled(
+            bench, top_k=50, top_p=0.9, min_p=0.05, penalties=True, drafts=True
         ),
         "temperature, grammars": lambda bench: _sampled(
             bench, top_k=0, top_p=1.0, min_p=0.0, masked=True
@@ -91,6 +95,7 @@ def _sampled(
     min_p: float,
     penalties: bool = False,
     masked: bool = False,
+    drafts: bool = False,
 ) -> Case:
     module, naive = _module(bench), importlib.import_module(_NAIVE)
     count, device = bench.sizes.requests(_COUNT), bench.device
@@ -102,6 +107,10 @@ def _sampled(
         torch.rand(count, dtype=torch.float64, device=device),
     )
     edits = _edits(bench, count, penalties, masked) if penalties or masked else None
+    if edits is not None and drafts:
+        places = torch.arange(count, dtype=torch.int32, device=device)
+        guesses = torch.where(places % _ROWS_OF_ONE < _ROWS_OF_ONE - 1, places, -1)
+        edits = edits._replace(drafts=guesses, num_before=places % _ROWS_OF_ONE)
 
     def check() -> None:
         logits = _logits(bench)

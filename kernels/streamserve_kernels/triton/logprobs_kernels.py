@@ -97,9 +97,17 @@ def row_kernel(
 
 
 @jit
-def add_tokens_kernel(counts, rows, ids, V: tl.constexpr):
+def add_tokens_kernel(
+    counts, rows, ids, drafts, num_before, V: tl.constexpr, DRAFTS: tl.constexpr
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + i).to(tl.int64)
     token = tl.load(ids + i)
-    if (row >= 0) & (token >= 0) & (token < V):
+    is_counted = (row >= 0) & (token >= 0) & (token < V)
+    if DRAFTS:
+        before = i - tl.load(num_before + i)
+        while before < i:
+            is_counted = is_counted & (tl.load(ids + before) == tl.load(drafts + before))
+            before += 1
+    if is_counted:
         tl.atomic_add(counts + row * V + token, 1)

@@ -69,8 +69,9 @@ def sample(
         source = empty(vocab_size)
     sampling_kernels.edit_kernel[grid](
         logits, stride, source, maxima, ids, tensors.temperature,
-        *((None,) * 10 if edits is None else edits),
-        vocab_size, chunk, num_chunks, edits is not None,
+        *((None,) * len(LogitsEditTensors._fields) if edits is None else edits),
+        vocab_size, chunk, num_chunks,
+        edits is not None, edits is not None and edits.drafts is not None,
         num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     if edits is not None:
@@ -130,9 +131,15 @@ def logprobs(logits: Tensor, ids: Tensor, k: int) -> Logprobs:
     return found
 
 
-def add_tokens(counts: Tensor, rows: Tensor, ids: Tensor) -> None:
+def add_tokens(
+    counts: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    drafts: Tensor | None = None,
+    num_before: Tensor | None = None,
+) -> None:
     logprobs_kernels.add_tokens_kernel[(len(rows),)](
-        counts, rows, ids, counts.shape[1], num_warps=1
+        counts, rows, ids, drafts, num_before, counts.shape[1], drafts is not None, num_warps=1
     )
 
 

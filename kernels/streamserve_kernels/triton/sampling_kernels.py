@@ -79,8 +79,9 @@ def row_maximum(maxima, row, S: tl.constexpr, S_PAD: tl.constexpr):
 def edit_kernel(
     logits, stride, work, maxima, ids, temperature,
     edits_rows, counts, repetition, presence, frequency,
-    bias_start, bias_ids, bias_values, mask_rows, masks,
-    V: tl.constexpr, CHUNK: tl.constexpr, S: tl.constexpr, EDITS: tl.constexpr,
+    bias_start, bias_ids, bias_values, mask_rows, masks, drafts, num_before,
+    V: tl.constexpr, CHUNK: tl.constexpr, S: tl.constexpr,
+    EDITS: tl.constexpr, DRAFTS: tl.constexpr,
 ):  # fmt: skip
     """Fills maxima [L, S, 4]: maximum, sum of weights under it, raw maximum; and ids [L, S, 2] of
     the edited maximum and the raw one.
@@ -103,6 +104,11 @@ def edit_kernel(
         edits_row = tl.load(edits_rows + row).to(tl.int64)
         if edits_row >= 0:
             count = tl.load(counts + edits_row * V + offsets, mask=inside, other=0)
+            if DRAFTS:
+                before = row - tl.load(num_before + row)
+                while before < row:
+                    count += (offsets == tl.load(drafts + before)).to(tl.int32)
+                    before += 1
             generated = (count & _GENERATED).to(tl.float32)
             factor = tl.full([CHUNK], 1.0, tl.float32) * tl.load(repetition + row)
             factor = tl.where(count != 0, factor, 1.0)

@@ -47,6 +47,8 @@ class StepInputs:
     repetition_penalty: Tensor  # [L] float32
     presence_penalty: Tensor  # [L] float32
     frequency_penalty: Tensor  # [L] float32
+    drafts: Tensor  # [L] int32 what the row must draw for the next to count, -1: none waits for it
+    num_before: Tensor  # [L] int32 rows of the same request right before this one
 
 
 def _fields(key: StepKey) -> list[tuple[str, type[np.generic], int]]:
@@ -70,6 +72,8 @@ def _fields(key: StepKey) -> list[tuple[str, type[np.generic], int]]:
         ("repetition_penalty", np.float32, seqs),
         ("presence_penalty", np.float32, seqs),
         ("frequency_penalty", np.float32, seqs),
+        ("drafts", np.int32, seqs),
+        ("num_before", np.int32, seqs),
         ("group_members", np.int32, seqs if groups else 0),
         ("group_starts", np.int32, groups + 1 if groups else 0),
         ("group_num_blocks", np.int32, groups),
@@ -82,7 +86,7 @@ def _adapter_fields(key: StepKey) -> list[tuple[str, type[np.generic], int]]:
     if not key.num_adapters:
         return []
     sizes = {"token": key.num_tokens}
-    if not key.is_decode:
+    if not key.has_all_logits:
         sizes["logits"] = key.num_seqs
     return [
         (f"{whose}_{part}", np.int32, key.num_adapters + 1 if part == "starts" else size)
@@ -183,7 +187,7 @@ class StepArena:
         adapters = None
         if key.num_adapters:
             tokens = _adapter_rows(views, "token")
-            of_logits = tokens if key.is_decode else _adapter_rows(views, "logits")
+            of_logits = tokens if key.has_all_logits else _adapter_rows(views, "logits")
             adapters = StepAdapters(tokens, of_logits)
         batch = ForwardBatch(
             input_ids=views["input_ids"],
@@ -195,7 +199,7 @@ class StepArena:
             logits_indices=views["logits_indices"],
             prefix_groups=prefix_groups,
             adapters=adapters,
-            max_query_len=1 if key.is_decode else key.num_tokens,
+            max_query_len=key.max_query_len,
         )
         names = StepInputs.__dataclass_fields__.keys() - {"batch"}
         return StepInputs(batch=batch, **{name: views[name] for name in names})

@@ -86,6 +86,8 @@ def build_cuda_runner(
         warm_up.run_ragged()
         warm_up.run_sampler()
         warm_up.run_extras()
+        if ladder.num_drafts:
+            warm_up.run_drafts(ladder.num_drafts)
         call("whole model")
         warm_up.run_full_steps()
         logger.info("%d shapes met in %.1f s", num_shapes, monotonic() - started)
@@ -137,16 +139,17 @@ def assemble(
     )
     sampling = load_sampling(kernels)
     last_tokens = torch.zeros(batch.unused_row + 1, dtype=torch.int64, device=device)
-    logits = torch.empty((max_num_seqs, vocab_size), dtype=model.logits_dtype, device=device)
+    max_rows = ladder.largest.num_seqs
+    logits = torch.empty((max_rows, vocab_size), dtype=model.logits_dtype, device=device)
     executor = StepExecutor(model, kv_caches, batch.arena, sampling, last_tokens, logits)
-    draws = sampler(sampling, vocab_size, max_num_seqs, device)
+    draws = sampler(sampling, vocab_size, max_rows, device)
     runner = CudaModelRunner(kernels, kv_caches, batch, executor, draws, timeline, transfer)
     return runner, executor
 
 
 def _meet_shapes(executor: StepExecutor, ladder: StepLadder) -> int:
     """Runs steps of nothing but padding: every launch of a shape, whatever is in it."""
-    keys = [*ladder.decodes(), *ladder.mixed()]
+    keys = list(ladder.shapes())
     for key in keys:
         executor.run_eagerly(key)
     return len(keys)

@@ -3,6 +3,9 @@
 As `streamserve.runner.input_batch`, with two differences. The ids that a step samples stay on the
 device: where the next step computes such a token, its id is written as ``-1 - row``, and the device
 puts in what ``row`` drew last. And everything that sampling needs travels with the step.
+
+(Of a request with drafts nothing stays: the next step that has it is made when the host knows how
+many of its samples count.)
 """
 
 from __future__ import annotations
@@ -17,11 +20,18 @@ from numpy.typing import NDArray
 from streamserve.core.plan import PENDING_TOKEN, NewRequest, PrefixGroup, SchedulerOutput
 from streamserve.runner.cuda.arena import HostViews, StepArena, StepInputs
 from streamserve.runner.cuda.step_key import StepKey, StepLadder
-from streamserve.runner.cuda.timeline import Timeline
+from streamserve.runner.cuda.timeline import Mark, Timeline
 from streamserve.runner.logits_edits import LogitsEdits
-from streamserve.runner.plan_arrays import PlanArrays, StepRows, draws_for
+from streamserve.runner.plan_arrays import NO_DRAFT, PlanArrays, StepRows, draws_for
 from streamserve.runner.request_rows import RequestRows
 from streamserve_kernels.adapters import group_rows
+
+_NO_PENALTIES = {
+    "count_rows": -1,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,7 @@ class DeviceStep:
     rows: StepRows
     logits_rows: NDArray[np.int64]  # [L] which of the rows with logits belongs to each of `rows`
     is_greedy: bool  # the arg-max is all that anybody asks for
+    started: Mark  # where the device begins with it
 
     def without(self, places: Collection[int]) -> DeviceStep:
         """The step as if nothing were drawn at ``places`` of its plan."""
@@ -58,6 +69,7 @@ class DeviceInputBatch:
     ) -> None:
         self._ladder = ladder
         self._vocab_size = vocab_size
+        self._timeline = timeline
         # Two steps in flight: a leaving request may overlap with the one that takes its seat.
         self.rows = RequestRows(
             num_rows=2 * max_num_seqs,
@@ -116,9 +128,12 @@ class DeviceInputBatch:
         key = self._ladder.key(
             num_tokens,
             num_seqs,
+            num_sampled=len(rows.places),
             has_groups=bool(plan.prefix_groups),
             has_adapters=self.rows.have_adapters(step.rows),
         )
+        if rows.drafts is not None and (longest := int(step.lengths.max())) > key.max_query_len:
+            raise ValueError(f"a request has {longest - 1} drafts, of {key.max_query_len - 1}")
         views = self.arena.open(key)
         self._write_tokens(views, step, key)
         logits_rows = self._write_sampled(views, step, rows, key, count_rows)
@@ -126,9 +141,10 @@ class DeviceInputBatch:
             _write_groups(views, plan.prefix_groups)
         if key.num_adapters:
             _write_adapters(views, self.rows.adapter[step.token_rows], key)
-        self._has_drawn[rows.rows] = True
+        started = self._timeline.mark()
         return DeviceStep(
             key=key,
+            started=started,
             inputs=self.arena.upload(key, num_seqs),
             rows=rows,
             logits_rows=logits_rows,
@@ -186,16 +202,26 @@ class DeviceInputBatch:
         count_rows: dict[int, int],
     ) -> NDArray[np.int64]:
         """Which rows get logits, and what each of them asks for; those of nobody are greedy."""
-        if key.is_decode:
-            logits_rows = np.array(rows.places, dtype=np.int64)
+        if key.has_all_logits:
+            logits_rows = step.logits_indices.astype(np.int64)
             views["logits_indices"][:] = np.arange(key.num_seqs)
         else:
             logits_rows = np.arange(len(rows.places))
             views["logits_indices"][: len(logits_rows)] = step.logits_indices
             views["logits_indices"][len(logits_rows) :] = 0
-        live = self.rows
+        live, sampled_rows = self.rows, rows.rows
+        if rows.drafts is not None and rows.num_before is not None:
+            for name, of_rows, of_nobody in (
+                ("drafts", rows.drafts, NO_DRAFT),
+                ("num_before", rows.num_before, 0),
+            ):
+                views[name].fill(of_nobody)
+                views[name][logits_rows] = of_rows
+            has_drafts = (rows.drafts != NO_DRAFT) | (rows.num_before > 0)
+            sampled_rows = np.where(has_drafts, self.unused_row, sampled_rows)
+        self._has_drawn[rows.rows] = sampled_rows != self.unused_row
         for name, values, filler in (
-            ("sampled_rows", rows.rows, self.unused_row),
+            ("sampled_rows", sampled_rows, self.unused_row),
             ("temperature", live.temperature[rows.rows], 0.0),
             ("top_k", live.top_k[rows.rows], 0),
             ("top_p", live.top_p[rows.rows], 1.0),
@@ -204,7 +230,8 @@ class DeviceInputBatch:
         ):
             views[name].fill(filler)
             views[name][logits_rows] = values
-        views["count_rows"].fill(-1)
+        for name, neutral in _NO_PENALTIES.items():
+            views[name].fill(neutral)
         if self.edits:
             for at, row in zip(logits_rows.tolist(), rows.rows.tolist(), strict=True):
                 if row in self.edits:
@@ -233,7 +260,7 @@ def _write_adapters(views: HostViews, slots: NDArray[np.int32], key: StepKey) ->
     """``slots`` ``[T]``: each token's adapter, -1 for none."""
     padded = np.pad(slots, (0, key.num_tokens - len(slots)), constant_values=-1)
     whose = {"token": padded}
-    if not key.is_decode:
+    if not key.has_all_logits:
         whose["logits"] = padded[views["logits_indices"]]
     for name, of_rows in whose.items():
         views[f"{name}_slots"][:] = of_rows

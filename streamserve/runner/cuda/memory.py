@@ -31,7 +31,7 @@ open_runners: WeakSet[object] = WeakSet()
 _NUM_BLOCKS = 4
 # Attention over more keys than these needs no more memory, only time.
 _LONGEST_CONTEXT = 8192
-# As large as the logits of all seats in float32: the logits themselves, a copy that is edited, the
+# As large as the logits, in float32, of all rows that a step may sample: these, an edited copy, the
 # penalties' table of two rows for each seat, the smaller one that it was before, and the sampler's
 # lists of candidates.
 _LOGITS_COPIES = 6
@@ -62,12 +62,12 @@ class StepBytes:
     largest: int
     graphed: int  # the largest that is captured: graphs have memory of their own, and share it
 
-    def reserve(self, *, max_num_seqs: int, logits_row_bytes: int, graphs: list[StepKey]) -> int:
-        """All that steps may hold: the largest, sampling on all seats, and ``graphs``.
+    def reserve(self, *, max_num_sampled: int, logits_row_bytes: int, graphs: list[StepKey]) -> int:
+        """All that steps may hold: the largest, sampling of so many rows, and ``graphs``.
 
         A row of logits has ``logits_row_bytes`` in float32.
         """
-        sampling = _LOGITS_COPIES * max_num_seqs * logits_row_bytes
+        sampling = _LOGITS_COPIES * max_num_sampled * logits_row_bytes
         captured = self.graphed + _GRAPH_BYTES * len(graphs)
         return self.largest + sampling + captured + _SLACK_BYTES
 

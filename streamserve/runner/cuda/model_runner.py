@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,8 +72,8 @@ class _Forwarded(NamedTuple):
 
     step: DeviceStep
     result: StepResult
+    started: Mark
     extras: _Extras = _NO_EXTRAS
-    started: Mark | None = None  # behind the capture of its graph, which is none of its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,7 @@ class CudaModelRunner:
         """Queues a step's forward, then, when it was asked for, its sampling. False: closed."""
         failed: Exception | None = None
         forwarded: _Forwarded | None = None
-        started = self._timeline.mark()
+        started = None if plan.scheduled else self._timeline.mark()
         try:
             forwarded = self._forward(plan)
         except Exception as error:
@@ -254,7 +255,8 @@ class CudaModelRunner:
         ended = self._timeline.mark()
         step, extras = None, _NO_EXTRAS
         if forwarded is not None:
-            step, extras, started = forwarded.step, forwarded.extras, forwarded.started or started
+            step, started, extras = forwarded.step, forwarded.started, forwarded.extras
+        assert started is not None
         self._queued.put(_Queued(plan, step, drawn, extras, started, ended, call.future))
         return True
 
@@ -280,10 +282,12 @@ class CudaModelRunner:
             result, hidden_states = self._executor.run_for_prompts(step.key)
             extras = self._find(hidden_states, wanted, pools, result.logits.shape[1])
             step = step.without({part.place for part in pools if part.is_last})
-            return _Forwarded(step, result, extras)
+            return _Forwarded(step, result, step.started, extras)
+        started = step.started
         # A server that is asked from its first moment on would otherwise never have its graphs.
-        started = self._timeline.mark() if self._executor.capture(step.key) else None
-        return _Forwarded(step, self._executor.run(step.key), started=started)
+        if self._executor.capture(step.key):
+            started = self._timeline.mark()  # a capture is none of the step's time
+        return _Forwarded(step, self._executor.run(step.key), started)
 
     def _find(
         self,
@@ -345,8 +349,13 @@ def _output(queued: _Queued) -> ModelRunnerOutput:
     if step is None or drawn is None:
         output = step_output(plan, duration_s=duration_s)
     else:
-        token_ids, logprobs = drawn.token_ids(step.logits_rows), drawn.logprobs(step.logits_rows)
-        output = step_output(plan, step.rows.places, token_ids, logprobs, duration_s)
+        rows, token_ids = step.rows, drawn.token_ids(step.logits_rows)
+        logprobs = drawn.logprobs(step.logits_rows)
+        if rows.drafts is not None:
+            kept = rows.kept(np.array(token_ids))
+            rows, token_ids = rows.only(kept), [token_ids[i] for i in kept]
+            logprobs = None if logprobs is None else [logprobs[i] for i in kept]
+        output = step_output(plan, rows.places, token_ids, logprobs, duration_s)
     prompts, pooled = queued.extras
     if prompts is None and pooled is None:
         return output

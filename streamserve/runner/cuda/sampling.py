@@ -126,7 +126,7 @@ class DeviceSampler:
             edits,
         )
         if edits is not None and len(self._counts):
-            self._kernels.add_tokens(self._counts, edits.rows, ids)
+            self._kernels.add_tokens(self._counts, edits.rows, ids, edits.drafts, edits.num_before)
         for at, words in self._bad_words_of(step, batch).items():
             words.take(ids[at : at + 1])
         return ids
@@ -214,6 +214,8 @@ class DeviceSampler:
             bias_values=bias_values,
             mask_rows=mask_rows,
             masks=mask_words if mask_words.numel() else self._nothing,
+            drafts=None if rows.drafts is None else inputs.drafts,
+            num_before=None if rows.drafts is None else inputs.num_before,
         )
 
     def _masks(

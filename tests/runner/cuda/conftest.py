@@ -21,10 +21,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 def triton_runner(
-    model: Decoder, memory: MemoryPlan, max_num_batched_tokens: int, *, num_adapters: int = 0
+    model: Decoder, memory: MemoryPlan, max_num_batched_tokens: int, **ladder_options: int
 ) -> CudaModelRunner:
     """Warm on a GPU. The interpreter takes minutes for what warm-up meets, and compiles nothing."""
-    ladder = StepLadder(max_num_batched_tokens, memory.max_num_seqs, num_adapters=num_adapters)
+    ladder = StepLadder(max_num_batched_tokens, memory.max_num_seqs, **ladder_options)
     caches = new_kv_cache(model.spec, memory, model.dtype, model.device, model.kernels)
     if model.device.type == "cuda":
         return build_cuda_runner(

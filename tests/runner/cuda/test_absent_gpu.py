@@ -28,8 +28,9 @@ MORE_COPIES = {
     "preempted": 1,
     "cancelled": 1,
     "out_of_memory": 1,
+    "drafts": 1 + 2 * 8,
 }
-COPIES_BACK = {"logprobs": 3, "prompt_logprobs": 4, "embeddings": 4, "everything": 7}
+COPIES_BACK = {"drafts": 3, "logprobs": 3, "prompt_logprobs": 4, "embeddings": 4, "everything": 7}
 # With host memory for blocks: the indices of either direction and the blocks, in runs of rows; and
 # prompts that come again find blocks to copy.
 HOST_COPIES = {"llama-fp8-cache": 10}
@@ -68,6 +69,10 @@ def test_no_step_waits_and_each_has_one_copy_of_its_inputs(report):
             more = HOST_COPIES.get(report["case"], 0)
             assert counts.get("h2d", 0) <= 1 + more + MORE_COPIES.get(name, 0), (name, counts)
             assert counts.get("d2h", 0) <= 1 + more + COPIES_BACK.get(name, 0), (name, counts)
+
+
+def test_drafts_were_among_the_scenarios(reports):
+    assert "drafts" in reports["llama-fp8-cache"]["scenarios"]
 
 
 def test_logits_are_sampled_from_where_the_head_put_them(report):

@@ -15,9 +15,9 @@ from tests.runner.test_input_batch import BLOCK_SIZE, MAX_LEN, MAX_SEQS, MAX_TOK
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def device_batch(num_adapters: int = 0) -> DeviceInputBatch:
+def device_batch(num_adapters: int = 0, **drafting: int) -> DeviceInputBatch:
     return DeviceInputBatch(
-        StepLadder(MAX_TOKENS, MAX_SEQS, num_adapters=num_adapters),
+        StepLadder(MAX_TOKENS, MAX_SEQS, num_adapters=num_adapters, **drafting),
         max_num_seqs=MAX_SEQS,
         max_model_len=MAX_LEN,
         block_size=BLOCK_SIZE,
@@ -117,6 +117,8 @@ def test_what_rows_ask_for_travels_with_the_step():
     assert inputs.top_k.tolist() == [0, 7, 7, 0]
     assert inputs.top_p.tolist() == pytest.approx([1.0, 0.8, 0.8, 1.0])
     assert inputs.min_p.tolist() == pytest.approx([0.0, 0.1, 0.1, 0.0])
+    for name, neutral in (("repetition", 1.0), ("presence", 0.0), ("frequency", 0.0)):
+        assert getattr(inputs, f"{name}_penalty").tolist() == [neutral] * 4
     seeds, choices, positions = (torch.tensor(x).numpy() for x in ([8, 7], [1, 0], [3, 3]))
     assert inputs.uniforms[1:3].tolist() == uniforms(seeds, choices, positions).tolist()
 
@@ -134,6 +136,55 @@ def test_a_pending_token_must_have_been_drawn():
     enter(batch, GREEDY, "b")
     with pytest.raises(ValueError, match="sampled none"):
         build(batch, decode("b", PENDING_TOKEN))
+
+
+def drafting(request_id: str, *drafts: int) -> Scheduled:
+    return Scheduled(request_id, 0, [5, *drafts], [], 1 + len(drafts), 3)
+
+
+def test_samples_with_drafts_know_what_they_stand_behind():
+    batch = device_batch(num_drafts=3, max_num_sampled=24)
+    enter(batch, SamplingParams(), "a", "b", "c")
+    step = build(batch, decode("a"), drafting("b", 8, 9), decode("c"))
+    inputs, none = step.inputs, batch.unused_row
+    row_a, row_c = (batch.rows.row(name) for name in "ac")
+    assert step.key.has_all_logits
+    assert (inputs.batch.max_query_len, step.key.num_tokens) == (4, 8)
+    assert inputs.batch.logits_indices.tolist() == list(range(8))
+    assert step.logits_rows.tolist() == [0, 1, 2, 3, 4]
+    assert inputs.drafts.tolist() == [-1, 8, 9, -1, -1, -1, -1, -1]
+    assert inputs.num_before.tolist() == [0, 0, 1, 2, 0, 0, 0, 0]
+    assert inputs.sampled_rows.tolist() == [row_a, none, none, none, row_c, none, none, none]
+    seeds, choices, positions = (torch.tensor(x).numpy() for x in ([8] * 3, [1] * 3, [3, 4, 5]))
+    assert inputs.uniforms[1:4].tolist() == uniforms(seeds, choices, positions).tolist()
+
+
+def test_drafts_beside_a_prompt():
+    batch = device_batch(num_drafts=3, max_num_sampled=24)
+    enter(batch, GREEDY, "a", "b")
+    step = build(batch, Scheduled("a", 0, [1, 2, 3], [], 0, 0), drafting("b", 8, 9, 7))
+    assert (step.key.num_seqs, step.key.max_query_len) == (16, step.key.num_tokens)
+    assert step.inputs.batch.logits_indices.tolist() == [3, 4, 5, 6, *[0] * 12]
+    assert step.inputs.drafts.tolist() == [8, 9, 7, -1, *[-1] * 12]
+    assert step.inputs.num_before.tolist() == [0, 1, 2, 3, *[0] * 12]
+
+
+def test_what_drafts_led_to_is_no_pending_token():
+    """Which of the samples is the last one, the device does not know."""
+    batch = device_batch(num_drafts=3, max_num_sampled=24)
+    enter(batch, GREEDY, "a", "b")
+    build(batch, decode("a"), drafting("b", 8))
+    build(batch, decode("a", PENDING_TOKEN), decode("b", 8))
+    build(batch, decode("a", PENDING_TOKEN), drafting("b", 8))
+    with pytest.raises(ValueError, match="sampled none"):
+        build(batch, decode("b", PENDING_TOKEN))
+
+
+def test_more_drafts_than_the_kernels_expect_are_refused():
+    batch = device_batch(num_drafts=1, max_num_sampled=24)
+    enter(batch, GREEDY, "a")
+    with pytest.raises(ValueError, match="a request has 3 drafts, of 1"):
+        build(batch, drafting("a", 7, 8, 9))
 
 
 def test_groups_are_padded_with_empty_ones():

@@ -15,21 +15,25 @@ import torch
 
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.speculation import Propose
 from streamserve.runner.build import build_runner
 from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve_kernels.triton.runtime import compiled_kernels
 from tests.runner.cuda.conftest import triton_runner
 from tests.runner.loop import Loop, forget
 from tests.runner.test_end_to_end import prompts, requests
-from tests.runner.tiny_llama import memory_for, tiny_llama
+from tests.runner.test_speculation import lookup
+from tests.runner.tiny_llama import VOCAB, memory_for, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("forget_requests")
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 40
+FEW_BLOCKS = 6  # five requests preempt each other
 MAX_TOKENS = 48
 SEATS = 4
 NUM_ADAPTERS = 2
+NUM_DRAFTS = 3
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10)
 SEEDED = SamplingParams(temperature=1.2, top_p=0.95, max_tokens=10, presence_penalty=0.3)
 MIXED = SamplingParams(temperature=0.8, top_k=20, min_p=0.02, max_tokens=10, logprobs=2)
@@ -46,7 +50,14 @@ def directory(tmp_path_factory):
 def runner(device, directory) -> Iterator[CudaModelRunner]:
     model = tiny_llama(directory, backend="triton", device=device, num_adapters=NUM_ADAPTERS)
     memory = memory_for(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=SEATS)
-    runner = triton_runner(model, memory, MAX_TOKENS, num_adapters=NUM_ADAPTERS)
+    runner = triton_runner(
+        model,
+        memory,
+        MAX_TOKENS,
+        num_adapters=NUM_ADAPTERS,
+        num_drafts=NUM_DRAFTS,
+        max_num_sampled=SEATS * (1 + NUM_DRAFTS),
+    )
     yield runner
     runner.close()
 
@@ -86,9 +97,8 @@ def gpu(device) -> torch.device:
 
 
 def loop(runner, **config) -> Loop:
-    return Loop(
-        runner, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, **{"max_num_seqs": SEATS, **config}
-    )
+    options = {"num_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE, "max_num_seqs": SEATS}
+    return Loop(runner, **{**options, **config})
 
 
 GRANITE = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
@@ -118,6 +128,38 @@ def test_batched_and_overlapped_is_solo(device, runner, expected, kind):
         pytest.skip("the mixed ones show it")
     found = loop(runner, max_steps_in_flight=2).run(asked(device, KINDS[kind]))
     assert found == expected[kind]
+
+
+def guesses(answers: list[list[int]]) -> Propose:
+    """What was answered before, every third token of it spoilt."""
+
+    def propose(request: Request, max_tokens: int) -> list[int]:
+        index, known = int(request.request_id[1:]), request.num_output_tokens
+        drafts = enumerate(answers[index][known : known + max_tokens], known + 2 * index)
+        return [token if place % 3 else (token + 1) % VOCAB for place, token in drafts]
+
+    return propose
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafted_is_solo(device, runner, expected, kind):
+    """Right drafts and wrong ones, beside a prompt that comes in chunks; on a GPU preempted too."""
+    if kind == "mixed" and device.type == "cpu":
+        pytest.skip("the others show it")
+    config = {"speculative": lookup(NUM_DRAFTS), "propose": guesses(expected[kind])}
+    max_tokens = MAX_TOKENS if device.type == "cuda" else 6
+    some = loop(runner, max_num_batched_tokens=max_tokens, max_steps_in_flight=2, **config)
+    assert some.run(asked(device, KINDS[kind])) == expected[kind]
+    stats = some.scheduler.speculation_stats
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+    rows = [[part.sample for part in plan.scheduled] for plan in some.plans]
+    assert any(max(step) > 1 and 0 in step for step in rows), "beside no chunk"
+    if device.type == "cuda":
+        forget(runner)
+        few = loop(runner, num_blocks=FEW_BLOCKS, max_steps_in_flight=2, **config)
+        drafted = asked(device, KINDS[kind])
+        assert few.run(drafted) == expected[kind]
+        assert sum(request.num_preemptions for request in drafted) > 0
 
 
 def test_chunked_is_solo(gpu, runner, expected):
