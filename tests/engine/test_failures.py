@@ -265,7 +265,7 @@ async def test_a_runner_that_dies_while_nobody_asks_is_the_end_at_once(has_answe
             await h.answer()
             await turns(50)  # it has put the house in order
         await asyncio.to_thread(runner.death.tell, gone())
-        await turns(2)
+        await turns()
         assert h.engine.is_dead
         await h.engine.wait_dead()
         with pytest.raises(EngineDeadError, match="no step can run any more: DeviceDeadError"):
