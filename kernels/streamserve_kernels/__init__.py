@@ -78,6 +78,10 @@ def load(
         raise ValueError(f"kernel backend {chosen!r} cannot serve device {str(device)!r}")
     if chosen == "native" and (reason := _why_not_native()) is not None:
         raise ImportError(f"kernel backend 'native' cannot run here: {reason}")
+    if chosen == "triton":
+        from streamserve_kernels.triton.runtime import prepare_disk_cache
+
+        prepare_disk_cache()
     return cast(Kernels, importlib.import_module(f"{__name__}.{chosen}"))
 
 

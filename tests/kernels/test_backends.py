@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import inspect
 import os
+import pwd
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +208,51 @@ def test_where_nothing_may_be_written_kernels_are_compiled_all_the_same_and_it_i
         compiled = [jit.compile_body(body) for _ in range(2)]
     assert all(one.address for one in compiled)
     assert len(said) == 1
+
+
+UNWRITABLE = """
+import warnings
+from streamserve_kernels import load
+with warnings.catch_warnings(record=True) as said:
+    load("cpu", "triton")
+    load("cpu", "triton")
+from triton.runtime.cache import FileCacheManager
+print(FileCacheManager("kernel").put("kept", "file", binary=False))
+print([str(warning.message) for warning in said])
+"""
+
+
+def test_triton_can_compile_where_its_own_folder_may_not_be_written_to(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "cache"  # not even for root
+    done = run_python(
+        "-c",
+        UNWRITABLE,
+        TRITON_INTERPRET="1",
+        TRITON_CACHE_DIR=str(folder),
+        TMPDIR=str(tmp_path),
+    )
+    kept, said = done.stdout.splitlines()
+    assert Path(kept).is_relative_to(tmp_path)
+    assert said.count(f"{folder} may not be written to") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing is left behind
+
+
+def test_what_was_tuned_has_a_folder_though_the_user_has_no_home(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    from streamserve_kernels.triton.tuning import default_directory
+
+    def unknown(_user: int) -> None:
+        raise KeyError
+
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert default_directory() == Path("/home/someone/.cache/streamserve")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert default_directory() == Path("/.cache/streamserve")
 
 
 def test_kernels_run_on_another_thread(naive: Kernels, cpu: Kernels) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
+import warnings
 import weakref
 from functools import cache, partial
 from typing import Any
@@ -44,6 +49,28 @@ def compiled_kernels() -> dict[str, int]:
 def forget_with(owner: torch.Tensor, known: dict[Any, Any], key: Any) -> None:
     """Takes `key`, made of the address of `owner` and more, out of `known` when that is freed."""
     weakref.finalize(owner, known.pop, key, None).atexit = False
+
+
+def prepare_disk_cache() -> None:
+    """Makes the folder of Triton's disk cache, without which nothing can be compiled.
+
+    Where that cannot be written to, a folder of this process takes its place, with a warning.
+    """
+    wanted = triton.knobs.cache.dir
+    try:
+        os.makedirs(wanted, exist_ok=True)
+        if os.access(wanted, os.W_OK):
+            return
+    except OSError:
+        pass
+    triton.knobs.cache.dir = folder = tempfile.mkdtemp(prefix="streamserve-triton-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    warnings.warn(
+        f"compiled kernels cannot be kept for the next start: {wanted} may not be written to "
+        "(TRITON_CACHE_DIR names another place)",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 @cache

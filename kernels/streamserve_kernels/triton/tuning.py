@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import time
 import warnings
@@ -100,7 +101,9 @@ def bucket(rows: int) -> int:
 
 
 def default_directory() -> Path:
-    return Path.home() / ".cache" / "streamserve"
+    home = os.path.expanduser("~")
+    # In no environment and no passwd: a container's user by number.
+    return Path("/" if home == "~" else home) / ".cache" / "streamserve"
 
 
 def tune(
