@@ -55,8 +55,17 @@ CASES: dict[str, Case] = {
     "llama-float32": Case(flags=(*_DUMMY, "--dtype", "float32")),
     "llama-float16": Case(flags=(*_DUMMY, "--dtype", "float16")),
     "llama-eager": Case(flags=(*_DUMMY, "--enforce-eager")),
-    "llama-fp8-cache": Case(
-        flags=(*_DUMMY, "--kv-cache-dtype", "fp8", "--swap-space", "8MiB", *_LOOKUP)
+    "llama-int8-fp8-cache": Case(
+        flags=(
+            *_DUMMY,
+            "--quantization",
+            "int8",
+            "--kv-cache-dtype",
+            "fp8",
+            "--swap-space",
+            "8MiB",
+            *_LOOKUP,
+        )  # fmt: skip
     ),
     **{
         f"llama-{kind}": Case(flags=(*_DUMMY, "--quantization", kind))

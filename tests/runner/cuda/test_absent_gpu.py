@@ -11,7 +11,7 @@ import pytest
 
 from tests.interpreter import run_python
 
-CASES = ("llama", "llama-int8", "llama-fp8-cache", "transformers-olmoe")
+CASES = ("llama", "llama-int8-fp8-cache", "transformers-olmoe")
 # Copies to the device beside the one of the step's inputs; all of them from pinned memory, and
 # nobody waits for one. Of a step: blocks to copy, what edits its logits. Of a request, in its first
 # step: its history (2), its bad words (4), the prompt's tokens whose logprobs are asked for (2).
@@ -33,7 +33,7 @@ MORE_COPIES = {
 COPIES_BACK = {"drafts": 3, "logprobs": 3, "prompt_logprobs": 4, "embeddings": 4, "everything": 7}
 # With host memory for blocks: the indices of either direction and the blocks, in runs of rows; and
 # prompts that come again find blocks to copy.
-HOST_COPIES = {"llama-fp8-cache": 10}
+HOST_COPIES = {"llama-int8-fp8-cache": 10}
 
 
 NOTHING = {"device bytes": 0, "pinned bytes": 0, "graphs": 0, "work spaces": 0, "threads": []}
@@ -72,7 +72,7 @@ def test_no_step_waits_and_each_has_one_copy_of_its_inputs(report):
 
 
 def test_drafts_were_among_the_scenarios(reports):
-    assert "drafts" in reports["llama-fp8-cache"]["scenarios"]
+    assert "drafts" in reports["llama-int8-fp8-cache"]["scenarios"]
 
 
 def test_logits_are_sampled_from_where_the_head_put_them(report):
