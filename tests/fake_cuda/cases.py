@@ -27,6 +27,7 @@ class Case(NamedTuple):
 
 _DUMMY = ("--load-format", "dummy")
 _WITH_LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")
+_FP8_CACHE = ("--kv-cache-dtype", "fp8", "--swap-space", "8MiB")
 _LOOKUP = ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}')
 _FOREIGN = ("--model-impl", "transformers")
 _LARGE = (
@@ -55,18 +56,7 @@ CASES: dict[str, Case] = {
     "llama-float32": Case(flags=(*_DUMMY, "--dtype", "float32")),
     "llama-float16": Case(flags=(*_DUMMY, "--dtype", "float16")),
     "llama-eager": Case(flags=(*_DUMMY, "--enforce-eager")),
-    "llama-int8-fp8-cache": Case(
-        flags=(
-            *_DUMMY,
-            "--quantization",
-            "int8",
-            "--kv-cache-dtype",
-            "fp8",
-            "--swap-space",
-            "8MiB",
-            *_LOOKUP,
-        )  # fmt: skip
-    ),
+    "llama-int8-fp8-cache": Case(flags=(*_DUMMY, *_FP8_CACHE, *_LOOKUP, "--quantization", "int8")),
     **{
         f"llama-{kind}": Case(flags=(*_DUMMY, "--quantization", kind))
         for kind in ("int8", "int4", "fp8")
