@@ -88,12 +88,21 @@ async def test_logprobs_are_of_what_is_said(says):
     async with scripted(says).running() as api:
         options = {"max_output_tokens": None, "top_logprobs": 1}
         whole = await create(api, **options)
-        stream = await create(api, **options, stream=True)
+        streams = [await create(api, **options, stream=True, background=b) for b in (False, True)]
     said = says.partition("</think>")[2] or says
-    for output in (whole.json["output"], assembled(typed_events(stream.body))):
+    streamed = [assembled(typed_events(stream.body)) for stream in streams]
+    for output in (whole.json["output"], *streamed):
         [part] = output[-1]["content"]
         assert "".join(entry["token"] for entry in part["logprobs"]) == said
         assert part["text"] == said.lstrip()
+
+
+@pytest.mark.parametrize("is_background", [False, True])
+async def test_the_last_token_has_its_logprobs(is_background):
+    async with Api().running() as api:
+        stream = await create(api, top_logprobs=1, stream=True, background=is_background)
+    [message] = assembled(typed_events(stream.body))
+    assert "".join(entry["token"] for entry in message["content"][0]["logprobs"]) == "abcde"
 
 
 @pytest.mark.parametrize("names_them", [False, True])
@@ -191,12 +200,9 @@ async def test_in_the_background():
         late = await get(api, response_id, "?stream=true&starting_after=4")
         assert (await get(api, response_id, "/cancel", "POST")).json == finished.json
     events = typed_events(follower.body)
-    assert [e["type"].removeprefix("response.") for e in events[:4]] == [
-        "created",
-        "queued",
-        "in_progress",
-        "output_item.added",
-    ]
+    types = [event["type"].removeprefix("response.") for event in events]
+    assert types[:4] == ["created", "queued", "in_progress", "output_item.added"]
+    assert types.count("in_progress") == 1
     assert events[-1]["response"] == finished.json
     assert text_of(finished.json) == "abcde"
     assert typed_events(late.body) == events[5:]
@@ -221,6 +227,7 @@ async def test_a_cancelled_response_frees_its_request(method):
         assert api.app.context.gate.num_inside == 0
         assert api.app.context.metrics.num_finished["abort"] == 1
         fetched = await get(api, response_id)
+        assert not [task for task in asyncio.all_tasks() if "BackgroundRun" in repr(task)]
     last = typed_events(follower.body)[-1]
     assert last["response"]["status"] == "cancelled"
     assert assembled(typed_events(follower.body)) == last["response"]["output"]

@@ -85,11 +85,9 @@ class BackgroundRun:
         return self._wire.events.now("in_progress" if has_begun else "queued")
 
     def cancel(self) -> None:
-        """Free the request; what there is of the answer stays."""
-        if not self.log.is_complete:
-            self._task.cancel()
-            self._stream.close()
-            self._end(self._wire.events.cancelled(self._stream.usage))
+        """Free the request, which has not ended; what there is of the answer stays."""
+        self._task.cancel()
+        self._end(self._wire.events.cancelled(self._stream.usage))
 
     async def _run(self) -> None:
         stream, frames, log = self._stream, self._wire.events, self.log
