@@ -1,6 +1,7 @@
 """``/v1/responses`` over HTTP: create, look up, go on with, cancel, forget; and who may."""
 
 import asyncio
+import logging
 
 import pytest
 
@@ -120,6 +121,33 @@ async def test_a_response_goes_on_with_another(names_them):
     assert one.startswith("system: Be short.user: Hiassistant: ")
     assert by_id == by_items
     assert by_id.startswith("user: Hiassistant: Yes.<think>Hm.</think>user: More")
+
+
+async def test_a_response_goes_on_with_one_of_the_background():
+    async with scripted(THOUGHT).running() as api:
+        first = await create(api, max_output_tokens=None, background=True, stream=True)
+        response_id = typed_events(first.body)[0]["response"]["id"]
+        await create(api, input="More", previous_response_id=response_id)
+    assert api.runner.prompts[1].startswith("user: Hiassistant: Yes.<think>Hm.</think>user: More")
+
+
+@pytest.mark.parametrize("is_background", [False, True])
+async def test_it_is_logged_and_counted_like_every_request(is_background, caplog):
+    caplog.set_level(logging.INFO, "streamserve.requests")
+    async with Api(log_requests=True, api_keys=("one",)).running() as api:
+        headers = {"authorization": "Bearer one"}
+        options = {"stream": True, "background": is_background, "not_a_field": 1}
+        answer = await create(api, headers, **options)
+        [(_, counts)] = api.app.context.metrics.tenants.samples()
+    response = typed_events(answer.body)[-1]["response"]
+    usage = response["usage"]
+    assert counts == (1, 0, usage["input_tokens"], 0, 5)
+    assert api.app.context.metrics.num_finished["length"] == 1
+    lines = [r.getMessage() for r in caplog.records if r.name == "streamserve.requests"]
+    admitted, ended = lines
+    assert admitted.startswith(f"{response['id']} admitted: ")
+    assert ended.startswith(f"{response['id']} ended: length, ")
+    assert answer.headers["x-ignored-fields"] == "not_a_field"
 
 
 async def test_what_the_model_read_is_listed():
