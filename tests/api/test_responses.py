@@ -166,7 +166,17 @@ async def test_what_the_model_read_is_listed():
         listed = (await get(api, second.json["id"], "/input_items?order=asc")).json
         page = (await get(api, second.json["id"], "/input_items?limit=2")).json
         rest = (await get(api, second.json["id"], f"/input_items?after={page['last_id']}")).json
-        wrong = await get(api, second.json["id"], "/input_items?limit=0")
+        exact = (await get(api, second.json["id"], "/input_items?limit=4")).json
+        wrong = [
+            await get(api, second.json["id"], rest)
+            for rest in (
+                "/input_items?limit=0",
+                f"/input_items?limit={'9' * 5000}",
+                "/input_items?after=msg_not",
+                "?starting_after=1",
+                "?include_obfuscation=true",
+            )
+        ]
     kinds = [(item["type"], item.get("role")) for item in listed["data"]]
     assert kinds == [
         ("message", "developer"),
@@ -177,7 +187,11 @@ async def test_what_the_model_read_is_listed():
     assert listed["has_more"] is False
     assert page["has_more"] is True
     assert page["data"] + rest["data"] == listed["data"][::-1]
-    assert wrong.error["param"] == "limit"
+    assert exact["data"] == listed["data"][::-1]
+    assert exact["has_more"] is False
+    assert [answer.status for answer in wrong] == [400] * 5
+    params = ["limit", "limit", "after", "starting_after", "include_obfuscation"]
+    assert [answer.error["param"] for answer in wrong] == params
 
 
 async def test_a_response_is_its_makers_alone():
