@@ -212,6 +212,7 @@ async def test_a_server_whose_device_has_died_ends_and_says_so(is_idle):
     assert (await api.call("GET", "/health")).status == 200
     if is_idle:
         await asyncio.to_thread(death.tell, DeviceDeadError("rank 1 has died"))
+        await until(lambda: api.engine.is_dead)
     else:
         assert (await api.chat()).status in {500, 503}
     for path in ("/health", "/ready", "/live"):
