@@ -128,7 +128,11 @@ def _sampled(
     peers: Peers = {"plain torch": lambda: _rotated(bench, plain)}
     if edits is None and not min_p:
         peers |= sampling_peers(bench, _rotated, top_k, top_p)
-    read = [part.nbytes for part in (edits or ()) if part.dim() == 2 and part.shape[0] == count]
+    read = [
+        part.nbytes
+        for part in (edits or ())
+        if part is not None and part.dim() == 2 and part.shape[0] == count
+    ]
     return _case(bench, draw, check, sum(read), peers)
 
 
