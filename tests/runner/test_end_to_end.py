@@ -118,8 +118,7 @@ def test_a_prefix_hit_is_solo(runner, expected, kind):
     assert sum(request.num_cached_tokens for request in again) > 100
 
 
-@pytest.mark.parametrize("kind", ["greedy", "seeded"])
-@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize(("kind", "steps_in_flight"), [("seeded", 1), ("greedy", 2)])
 def test_a_shared_prefix_is_solo(runner, kind, steps_in_flight):
     params = GREEDY if kind == "greedy" else SEEDED
     system = prompts(1)[0] * 4
@@ -143,9 +142,15 @@ def test_preempted_is_solo(runner, expected, kind, steps_in_flight):
     assert sum(request.num_preemptions for request in admitted) > 0
 
 
-@pytest.mark.parametrize("kind", ["greedy", "seeded"])
-@pytest.mark.parametrize("steps_in_flight", [1, 2])
-@pytest.mark.parametrize("num_host_blocks", [20, NUM_HOST_BLOCKS])
+@pytest.mark.parametrize(
+    ("kind", "steps_in_flight", "num_host_blocks"),
+    [
+        ("greedy", 1, 20),
+        ("seeded", 2, 20),
+        ("seeded", 1, NUM_HOST_BLOCKS),
+        ("greedy", 2, NUM_HOST_BLOCKS),
+    ],
+)
 def test_offloaded_is_solo(runner, expected, kind, steps_in_flight, num_host_blocks):
     """A device that holds one or two of the six: they preempt and evict each other all the time."""
     params = GREEDY if kind == "greedy" else SEEDED
