@@ -209,6 +209,20 @@ async def test_a_response_is_its_makers_alone():
         assert (await get(api, made, headers=one)).status == 404
 
 
+async def test_what_is_on_its_way_is_its_makers_alone_too():
+    async with Api(api_keys=("one", "two"), is_held=True).running() as api:
+        one, two = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
+        made = (await create(api, headers=one, background=True)).json["id"]
+        for rest, method in (("", "GET"), ("?stream=true", "GET"), ("", "DELETE"),
+                             ("/cancel", "POST"), ("/input_items", "GET")):  # fmt: skip
+            answer = await get(api, made, rest, method, headers=two)
+            assert (answer.status, answer.error["code"]) == (404, "response_not_found")
+        taken = await create(api, headers=two, previous_response_id=made)
+        assert "still in progress" not in taken.error["message"]
+        assert (await get(api, made, headers=one)).json["status"] != "cancelled"
+        api.pace.let_go()
+
+
 async def test_what_is_not_stored_cannot_be_asked_for():
     async with Api(max_stored_responses=1).running() as api:
         unstored = await create(api, store=False)
@@ -406,6 +420,7 @@ async def test_a_worker_reads_as_the_server_itself(truncation):
         ({"background": True, "store": False}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"max_tokens": 4}, "max_tokens"),
+        ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "text.format"),
         ({"include": ["everything"]}, "include[0]"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}},
          "stream_options.include_obfuscation"),
