@@ -74,7 +74,7 @@ def test_two_ranks_answer_as_one_and_end_behind_their_streams(box: Server) -> No
                 torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-3
             )
         with server.client() as client:
-            stream = client.completions.create(stream=True, **{**LONG, "max_tokens": 100})
+            stream = client.completions.create(stream=True, **{**LONG, "max_tokens": 50})
             next(iter(stream))
             ranks[0].send_signal(signal.SIGTERM)  # as a service manager ends a whole group
             server.process.send_signal(signal.SIGTERM)
@@ -101,12 +101,12 @@ def test_a_rank_that_is_killed_is_the_end_of_every_stream_and_of_the_server() ->
 
 
 def test_a_rank_that_is_killed_while_nobody_asks_is_the_end_of_the_server() -> None:
-    with running_server(*FLAGS, "--drain-timeout", "3") as server:
+    with running_server(*FLAGS, "--drain-timeout", "2") as server:
         ranks = others(server)
         with server.client() as client:
             # Whoever asked may come back for the rest: so long the server can be looked at.
             stream = client.completions.create(
-                stream=True, extra_headers={"X-Stream-Resume": "1"}, **{**LONG, "max_tokens": 100}
+                stream=True, extra_headers={"X-Stream-Resume": "1"}, **{**LONG, "max_tokens": 9}
             )
             next(iter(stream))
             stream.close()

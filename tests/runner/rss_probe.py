@@ -56,11 +56,11 @@ def mixed_plan(step_id: int, rng: random.Random, live: list[str]) -> SchedulerOu
     for i, (start, length) in enumerate(work):
         request_id = f"{step_id}-{i}"
         live.append(request_id)
-        token_ids = [rng.randrange(8192) for _ in range(start + length)]
+        token_ids = rng.choices(range(8192), k=start + length)
         plan.new_requests.append(
             NewRequest(request_id, token_ids, max(1, start - 5), rng.choice(PARAMS), i, 0)
         )
-        blocks = [rng.randrange(NUM_BLOCKS) for _ in range(-(-len(token_ids) // BLOCK_SIZE))]
+        blocks = rng.choices(range(NUM_BLOCKS), k=-(-len(token_ids) // BLOCK_SIZE))
         plan.scheduled.append(
             ScheduledRequest(request_id, start, token_ids[start:], blocks, rng.random() < 0.9, i)
         )
