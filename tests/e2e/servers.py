@@ -23,9 +23,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 LANGCHAINS = (
     "ignore:'asyncio.iscoroutinefunction':DeprecationWarning:langsmith._internal._beta_decorator"
 )
-# Imports what a command does, which takes seconds, and runs each command line in a fork of that.
+# Imports what a command does, which takes seconds, and runs each command line, or each script that
+# one begins with, in a fork of that.
 FORKS = """
-import json, os, sys, warnings
+import json, os, runpy, sys, warnings
 import streamserve.cli.bench, streamserve.cli.compose, streamserve.cli.compose_cpu, torch
 from streamserve.cli import main
 
@@ -35,7 +36,11 @@ for line in sys.stdin:
     if (pid := os.fork()) == 0:
         for number, path in enumerate(files):
             os.dup2(os.open(path, os.O_RDWR), number)
-        sys.stdin = open(0)
+        sys.stdin = open(0, closefd=False)
+        if argv and argv[0].endswith(".py"):
+            sys.argv = argv
+            runpy.run_path(argv[0], run_name="__main__")
+            sys.exit()
         code = 1
         try:
             code = main(argv)
@@ -89,7 +94,10 @@ def command(*args: str) -> list[str]:
 
 @contextmanager
 def forked_commands(directory: Path) -> Iterator[Run]:
-    """Yields what runs a command line to its end; the directory is for what it reads and says."""
+    """Yields what runs a command line, or a script, to its end.
+
+    The directory is for what it reads and says.
+    """
     paths = [directory / name for name in ("stdin", "stdout", "stderr")]
     process = subprocess.Popen(
         [sys.executable, "-c", FORKS],
