@@ -15,6 +15,7 @@ from streamserve.engine.outputs import RequestOutput, Usage
 from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.parsers.reasoning import ReasoningParser, ReasoningTokens, ThinkState
 from streamserve.engine.parsers.tool_formats import TOOL_PARSERS
+from streamserve.errors import QueueFullError
 from tests.api.typed_events import assembled, typed_events
 from tests.engine.parsers.cutting import cuts, pieces
 
@@ -42,10 +43,9 @@ def parser_of(kind: str) -> AnswerParser | None:
     )
 
 
-def run(kind, parts, reason, options):
-    """The events, and the response as it was finished."""
-    finished = []
-    frames = ResponseFrames(
+def frames_of(kind, finished, **options):
+    options = {"shows_summary": False, "seals_thoughts": False, **options}
+    return ResponseFrames(
         KEY,
         Snapshots({"id": f"resp_{KEY}", "temperature": 1.0}, lambda: 1.0),
         lambda *end: finished.append(end),
@@ -53,6 +53,12 @@ def run(kind, parts, reason, options):
         names=None,
         **options,
     )
+
+
+def run(kind, parts, reason, options):
+    """The events, and the response as it was finished."""
+    finished = []
+    frames = frames_of(kind, finished, **options)
     body = frames.echo_at_once(Usage(3))
     for part in parts:
         usage = Usage(3, len(part))
@@ -84,6 +90,63 @@ def test_events_add_up_to_the_whole_response(kind, text, where, options, reason)
         assert said[0]["content"][0]["text"] == text
     ids = [item["id"] for item in response["output"]]
     assert len(set(ids)) == len(ids) > 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "completed_at"), [("stop", "completed", 1), ("length", "incomplete", None)]
+)
+def test_the_end_says_whether_it_is_whole(reason, status, completed_at):
+    events, response = run("plain", ["Hi"], reason, {})
+    assert (response["status"], response["completed_at"]) == (status, completed_at)
+    assert [item["status"] for item in response["output"]] == [status]
+    assert events[0]["response"]["completed_at"] is None
+
+
+def test_usage_says_what_was_cached():
+    finished = []
+    frames = frames_of("plain", finished)
+    frames.last("stop", Usage(30, 5, cached_tokens=16))
+    usage = orjson.loads(finished[0][0])["usage"]
+    assert usage["input_tokens_details"]["cached_tokens"] == 16
+
+
+@pytest.mark.parametrize("end", ["failure", "cancelled"])
+def test_who_fails_or_is_cancelled_has_used_what_it_has(end):
+    finished = []
+    frames = frames_of("plain", finished)
+    frames.text("Hi", Usage(3, 1))
+    if end == "failure":
+        last = frames.failure(QueueFullError("full", retry_after_s=1.0), Usage(3, 2))
+    else:
+        last = frames.cancelled(Usage(3, 2))
+    response = orjson.loads(finished[0][0])
+    assert typed_events(last)[-1]["response"] == response
+    assert response["usage"]["output_tokens"] == 2
+    assert response["output"][0]["status"] == "incomplete"
+    if end == "failure":
+        assert response["error"]["code"] == "rate_limit_exceeded"
+
+
+def test_only_a_message_without_a_parser_is_written_past_the_frames():
+    """What a parser has not seen could be a call."""
+    for kind, opened in (("plain", False), ("undecided", True)):
+        frames = frames_of(kind, [])
+        if opened:
+            frames.text("Hello. ", Usage(3, 1))
+        assert frames.late_sink(lambda data: True, lambda: None) is None
+    frames = frames_of("plain", finished := [])
+    body = frames.text("a", Usage(3, 1))
+    written, sent = [], []
+    takes = iter([True, False])
+    sink = frames.late_sink(
+        lambda data: bool(written.append(data)) or next(takes), lambda: sent.append(1)
+    )
+    assert sink("b")
+    assert not sink("c")
+    assert len(sent) == 1
+    events = typed_events(body + written[0] + frames.last("stop", Usage(3, 2)))
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert orjson.loads(finished[0][1])[0]["content"][0]["text"] == "ab"
 
 
 @pytest.mark.parametrize(("is_queued", "second"), [(False, "in_progress"), (True, "queued")])

@@ -79,6 +79,8 @@ async def test_calls_and_thoughts():
         assert call["arguments"] == '{"city": "Łódź"}'
         assert call["call_id"].startswith("call_")
         assert call["status"] == "completed"
+    done = [e for e in typed_events(stream.body) if e["type"].endswith("arguments.done")]
+    assert [event["name"] for event in done] == ["get_weather"]
     assert whole.json["output"][0]["encrypted_content"] == "SG0u"
     assert whole.json["usage"]["output_tokens_details"]["reasoning_tokens"] == 3
     assert whole.json["tools"] == [{**FLAT, "strict": True}]
