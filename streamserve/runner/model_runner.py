@@ -318,26 +318,16 @@ class TorchModelRunner:
         if launched.token_ids is not None:
             if masks:
                 raise RuntimeError("a mask came for requests that were greedy when they started")
-            rows, token_ids, _ = keep(rows, launched.token_ids[:num_rows].cpu().numpy())
+            rows, token_ids, _ = rows.keep(launched.token_ids[:num_rows].cpu().numpy())
             return rows, token_ids, None
         assert launched.logits is not None
         on_host: NDArray[np.float32] = launched.logits[:num_rows].cpu().numpy()
         wanted = self._input_batch.sampling_batch(rows, masks)
         if wanted is None:
-            rows, token_ids, _ = keep(rows, self._sampler.greedy(on_host))
+            rows, token_ids, _ = rows.keep(self._sampler.greedy(on_host))
             return rows, token_ids, None
-        rows, token_ids, kept = keep(rows, self._sampler.sample(on_host, wanted))
+        rows, token_ids, kept = rows.keep(self._sampler.sample(on_host, wanted))
         if (wanted.num_logprobs < 0).all():
             return rows, token_ids, None
         logprobs = self._sampler.logprobs(on_host[kept], token_ids, wanted.num_logprobs[kept])
         return rows, token_ids, logprobs
-
-
-def keep(
-    rows: StepRows, token_ids: NDArray[np.int64]
-) -> tuple[StepRows, NDArray[np.int64], slice | NDArray[np.int64]]:
-    """The samples that count, their ids, and which of the rows they are."""
-    if rows.drafts is None:
-        return rows, token_ids, slice(None)
-    kept = rows.kept(token_ids)
-    return rows.only(kept), token_ids[kept], kept

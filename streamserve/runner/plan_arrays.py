@@ -33,9 +33,14 @@ class StepRows:
     drafts: NDArray[np.int64] | None = None  # [L]
     num_before: NDArray[np.int64] | None = None  # [L]
 
-    def kept(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which of the sampled ``token_ids`` ``[L]`` count: those behind drafts that were right."""
-        assert self.drafts is not None
+    def keep(
+        self, token_ids: NDArray[np.int64]
+    ) -> tuple[StepRows, NDArray[np.int64], slice | NDArray[np.int64]]:
+        """The samples that count, those behind drafts that were right; their ids of the sampled
+        ``token_ids`` ``[L]``; and which of the rows they are.
+        """
+        if self.drafts is None:
+            return self, token_ids, slice(None)
         kept, counts = [], True
         for i, (draft, token_id) in enumerate(
             zip(self.drafts.tolist(), token_ids.tolist(), strict=True)
@@ -43,7 +48,8 @@ class StepRows:
             if counts:
                 kept.append(i)
             counts = draft == NO_DRAFT or (counts and draft == token_id)
-        return np.array(kept, dtype=np.int64)
+        which = np.array(kept, dtype=np.int64)
+        return self.only(which), token_ids[which], which
 
     def only(self, kept: NDArray[np.int64]) -> StepRows:
         """The samples that count; of drafts they know nothing any more."""

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -349,13 +348,9 @@ def _output(queued: _Queued) -> ModelRunnerOutput:
     if step is None or drawn is None:
         output = step_output(plan, duration_s=duration_s)
     else:
-        rows, token_ids = step.rows, drawn.token_ids(step.logits_rows)
-        logprobs = drawn.logprobs(step.logits_rows)
-        if rows.drafts is not None:
-            kept = rows.kept(np.array(token_ids))
-            rows, token_ids = rows.only(kept), [token_ids[i] for i in kept]
-            logprobs = None if logprobs is None else [logprobs[i] for i in kept]
-        output = step_output(plan, rows.places, token_ids, logprobs, duration_s)
+        rows, token_ids, kept = step.rows.keep(drawn.token_ids(step.logits_rows))
+        logprobs = drawn.logprobs(step.logits_rows, kept)
+        output = step_output(plan, rows.places, token_ids.tolist(), logprobs, duration_s)
     prompts, pooled = queued.extras
     if prompts is None and pooled is None:
         return output

@@ -45,21 +45,24 @@ class Drawn:
     _logprobs: tuple[Tensor, Tensor, Tensor] | None  # chosen [L], top ids [L, k], top [L, k]
     _num_logprobs: NDArray[np.int64]  # [sampled]; -1: none wanted
 
-    def token_ids(self, logits_rows: NDArray[np.int64]) -> list[int]:
+    def token_ids(self, logits_rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The ids of the sampled rows, in the plan's order."""
-        ids: list[int] = self._token_ids.numpy()[logits_rows].tolist()
+        ids: NDArray[np.int64] = self._token_ids.numpy()[logits_rows]
         return ids
 
-    def logprobs(self, logits_rows: NDArray[np.int64]) -> list[list[TokenLogprobs]] | None:
-        """As many entries as ids, empty where not asked for; None if nobody asked."""
+    def logprobs(
+        self, logits_rows: NDArray[np.int64], kept: slice | NDArray[np.int64]
+    ) -> list[list[TokenLogprobs]] | None:
+        """Of those of the sampled rows that are ``kept``: an entry for each, empty where not asked
+        for; None if nobody asked.
+        """
         if self._logprobs is None:
             return None
         chosen, top_ids, top = (part.numpy() for part in self._logprobs)
         found: list[list[TokenLogprobs]] = []
-        ids = self.token_ids(logits_rows)
-        for row, token_id, count in zip(
-            logits_rows.tolist(), ids, self._num_logprobs.tolist(), strict=True
-        ):
+        rows, counts = logits_rows[kept], self._num_logprobs[kept].tolist()
+        ids = self.token_ids(rows).tolist()
+        for row, token_id, count in zip(rows.tolist(), ids, counts, strict=True):
             if count < 0:
                 found.append([])
                 continue

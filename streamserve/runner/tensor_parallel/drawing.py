@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from streamserve.core.plan import TokenLogprobs
 from streamserve.models.tensor_parallel.ranks import Ranks
-from streamserve.runner.model_runner import Launched, TorchModelRunner, keep
+from streamserve.runner.model_runner import Launched, TorchModelRunner
 from streamserve.runner.plan_arrays import StepRows
 from streamserve.runner.sampler import Float32Array, Int64Array, Sampler, SamplingBatch
 
@@ -49,5 +49,5 @@ class _ToldRunner(TorchModelRunner):
         self, launched: Launched, rows: StepRows, masks: Mapping[str, bytes] | None
     ) -> tuple[StepRows, NDArray[np.int64], list[list[TokenLogprobs]] | None]:
         token_ids = torch.empty(len(rows.places), dtype=torch.int64)
-        rows, kept, _ = keep(rows, self._ranks.broadcast(token_ids).numpy())
+        rows, kept, _ = rows.keep(self._ranks.broadcast(token_ids).numpy())
         return rows, kept, None
