@@ -13,13 +13,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamserve.core.structured_output import StructuredOutput
 from streamserve.engine.grammar_trial import GrammarTrial, Task
 from streamserve.engine.tokenizer import Tokenizer
-from streamserve.errors import EngineDeadError, InvalidParameterError
+from streamserve.engine.turns import Turns
+from streamserve.errors import EngineDeadError, InvalidParameterError, QueueFullError
 
 if TYPE_CHECKING:
     # At run time it is imported by the first grammar, or by a server that warms up.
@@ -77,7 +79,10 @@ class Grammars:
         max_entries: int = 32,
         max_characters: int = 2 * 2**20,
     ) -> None:
-        """``vocab_size`` is the model's: masks have so many bits, or a few more."""
+        """``vocab_size`` is the model's: masks have so many bits, or a few more.
+
+        ``timeout_s`` is how long a grammar may be compiled, and how long it may wait for that.
+        """
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
@@ -87,6 +92,8 @@ class Grammars:
         self._cache: OrderedDict[StructuredOutput, _Compiled] = OrderedDict()
         self._num_characters = 0
         self._running: dict[StructuredOutput, asyncio.Task[_Compiled]] = {}
+        self._turns = Turns(1)
+        self._is_closed = False
         self._lock = threading.Lock()
         self._ll_tokenizer: LLTokenizer | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -97,6 +104,11 @@ class Grammars:
     def num_cached(self) -> int:
         """Grammars that are remembered."""
         return len(self._cache)
+
+    def __contains__(self, output: StructuredOutput) -> bool:
+        """Whether ``matcher`` may be asked for this one."""
+        compiled = self._cache.get(output)
+        return compiled is not None and compiled.matcher is not None
 
     def warm(self) -> None:
         """Prepare the vocabulary, on any thread: half a second for a large one.
@@ -113,8 +125,9 @@ class Grammars:
     async def compile(self, output: StructuredOutput) -> None:
         """Have the grammar ready for ``matcher``.
 
-        Raises ``InvalidParameterError`` naming ``output.param``: it is not a grammar, nothing
-        matches it, or it is past a limit.
+        Those of another salt take turns. Raises ``InvalidParameterError`` naming ``output.param``:
+        it is not a grammar, nothing matches it, or it is past a limit; and ``QueueFullError`` when
+        too many are compiled before it.
         """
         if not self._is_supported:
             raise InvalidParameterError(
@@ -153,13 +166,18 @@ class Grammars:
         return compiled.matcher.deep_copy()
 
     def close(self) -> None:
-        """Let go of the thread and the worker. Idempotent; does not wait for work that runs."""
+        """Compile nothing more. Idempotent; does not wait for work that runs."""
+        self._is_closed = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Leave the thread and the worker to what they do."""
         pool, self._pool = self._pool, None
         trial, self._trial = self._trial, None
         if trial is not None:
             trial.close()
         if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False)
 
     @property
     def _is_supported(self) -> bool:
@@ -184,6 +202,21 @@ class Grammars:
         )
 
     async def _compile(self, output: StructuredOutput) -> _Compiled:
+        async with AsyncExitStack() as place:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await place.enter_async_context(self._turns.place(output.salt))
+            except TimeoutError:
+                raise QueueFullError(
+                    f"too many grammars are compiled before {output.param}: the limit is"
+                    f" {self._timeout_s:g} s",
+                    retry_after_s=self._timeout_s,
+                ) from None
+            return await self._compile_now(output)
+
+    async def _compile_now(self, output: StructuredOutput) -> _Compiled:
+        if self._is_closed:
+            raise EngineDeadError("the server is shutting down")
         if self._pool is None or self._trial is None:
             names = {i: self._tokenizer.token_bytes(i) for i in self._tokenizer.all_special_ids}
             self._special_ids = [i for i, name in names.items() if name]
@@ -195,14 +228,10 @@ class Grammars:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await future
-        except asyncio.CancelledError:
-            if not future.cancelled():
-                raise
-            raise EngineDeadError("the server is shutting down") from None
         except TimeoutError:
             # The thread cannot be stopped: leave it its pool, so that it delays nobody else.
-            self.close()
-            limit = f"too complex, or too many at once: the limit is {self._timeout_s:g} s"
+            self._let_go()
+            limit = f"too complex: the limit is {self._timeout_s:g} s"
             return _Compiled(None, limit, len(output.text))
 
     def _work(self, output: StructuredOutput, trial: GrammarTrial) -> _Compiled:

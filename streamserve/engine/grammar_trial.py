@@ -66,6 +66,8 @@ class GrammarTrial:
         self._end()
 
     def _ask(self, task: Task) -> Verdict:
+        if self._process is not None and self._process.poll() is not None:
+            self._end()  # it has died of something else, while it had nothing to do
         is_silent = False
         try:
             connection = self._connection or self._start()

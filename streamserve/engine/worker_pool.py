@@ -41,6 +41,11 @@ class _Worker:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether the process has ended."""
+        return self._process.poll() is not None
+
     async def warm_up(self) -> None:
         """Return when the worker is ready. Raises what ``call`` raises."""
         if self._streams is None:
@@ -174,6 +179,10 @@ class WorkerPool:
         if self._is_closed:
             raise EngineError("the server is shutting down")
         worker = self._workers[place]
+        if worker is not None and worker.is_dead:
+            logger.error("worker process %d has died while it was idle", worker.pid)
+            self._drop(place)
+            worker = None
         if worker is None:
             worker = self._workers[place] = _Worker(self._factory)
         return worker

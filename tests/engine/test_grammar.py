@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 
 import pytest
 
@@ -9,7 +11,7 @@ from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.grammar import MAX_GRAMMAR_CHARACTERS, Grammars
 from streamserve.engine.grammar_trial import GrammarTrial, Task
-from streamserve.errors import InvalidParameterError
+from streamserve.errors import EngineDeadError, InvalidParameterError, QueueFullError
 
 EOS = 257
 
@@ -87,9 +89,17 @@ async def test_a_hostile_grammar_is_refused_and_the_loop_goes_on(grammars, outpu
         await grammars.compile(output)
 
 
-async def test_backtracking_is_no_danger(grammars):
-    for pattern in ("(a+)+$", "(a|a)*b", "(.*)*x", "(a{1,1000}){1,1000}"):
-        await grammars.compile(grammar("regex", pattern))
+async def test_backtracking_is_no_danger_and_salts_take_turns(grammars):
+    done = []
+
+    async def compiled(pattern, salt):
+        await grammars.compile(grammar("regex", pattern, salt=salt))
+        done.append((pattern, salt))
+
+    patterns = ("(a+)+$", "(a|a)*b", "(.*)*x", "(a{1,1000}){1,1000}")
+    first, second, third, other = zip(patterns, "aaab", strict=True)
+    await asyncio.gather(*(compiled(*each) for each in (first, second, third, other)))
+    assert done == [first, second, other, third]
 
 
 async def test_anything_is_a_grammar_too(grammars):
@@ -144,11 +154,17 @@ async def test_special_tokens_are_known_by_name():
     grammars.close()
 
 
-async def test_time_runs_out_for_a_queue_that_is_too_long():
+async def test_time_runs_out_for_a_grammar_and_for_who_waits_behind_it():
     grammars = Grammars(ByteTokenizer(), frozenset({EOS}), 258, timeout_s=0.0)
-    with pytest.raises(InvalidParameterError, match="the limit is 0 s"):
-        await grammars.compile(grammar("regex", "a"))
+    compiling = (grammars.compile(grammar("regex", pattern)) for pattern in "ab")
+    slow, other = await asyncio.gather(*compiling, return_exceptions=True)
+    assert isinstance(slow, InvalidParameterError)
+    assert slow.message.endswith("too complex: the limit is 0 s")
+    assert isinstance(other, QueueFullError)
+    assert grammars.num_cached == 1, "nothing is known of the other"
     grammars.close()
+    with pytest.raises(EngineDeadError, match="shutting down"):
+        await grammars.compile(grammar("regex", "b"))
 
 
 def test_a_worker_that_dies_is_replaced():
@@ -156,6 +172,10 @@ def test_a_worker_that_dies_is_replaced():
     slow = Task("json_schema", '{"type": "integer", "multipleOf": 99999989}', None)
     assert trial(slow).error == "too complex: it takes longer than the limit of 0.2 s"
     assert trial(Task("regex", "a", None)).error == ""
+    pid = trial._process.pid
+    os.kill(pid, signal.SIGKILL)  # as the system does where memory is short
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert trial(Task("regex", "b", None)).error == ""
     trial.close()
     silent = GrammarTrial(cpu_limit_s=60, timeout_s=0.05)
     assert silent(slow).error == "too complex: no answer within the limit of 0.05 s"

@@ -106,6 +106,10 @@ async def test_a_worker_that_dies_is_replaced():
         with pytest.raises(EngineError, match="has died"):
             await pool.call(b"x", timeout_s=LONG)
         assert await pool.call(b"a", timeout_s=LONG) == b"A"
+        [pid] = pool.pids
+        os.kill(pid, signal.SIGKILL)  # while it is idle: no work is lost
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert await pool.call(b"b", timeout_s=LONG) == b"B"
 
 
 async def test_a_worker_that_cannot_start_fails_its_work_only():
