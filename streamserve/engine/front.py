@@ -65,6 +65,10 @@ class EngineFront:
         if params.structured_output is not None:
             await self._grammars.compile(params.structured_output)
 
+    def is_prepared(self, params: SamplingParams) -> bool:
+        """Whether ``submit`` may come now: others' grammars make room for each other."""
+        return params.structured_output is None or params.structured_output in self._grammars
+
     async def generate(
         self,
         prompt: str | list[int],

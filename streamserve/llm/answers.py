@@ -18,7 +18,7 @@ from streamserve.engine.outputs import RequestOutput as EngineOutput
 from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.stream import RequestStream
 from streamserve.engine.tokenizer import Tokenizer
-from streamserve.errors import ContextLengthError, EngineError, InvalidParameterError
+from streamserve.errors import ContextLengthError, InvalidParameterError
 from streamserve.llm.lora_request import LoRARequest
 from streamserve.llm.outputs import (
     CompletionOutput,
@@ -27,6 +27,7 @@ from streamserve.llm.outputs import (
     Logprob,
     RequestMetrics,
     RequestOutput,
+    cut_off,
     logprobs_by_id,
 )
 from streamserve.llm.prompts import Job
@@ -177,7 +178,8 @@ class Answers:
     async def _seated(self, prepared: Prepared) -> AsyncGenerator[Prepared]:
         """Hold a seat for each candidate, so that the engine's queue is never full.
 
-        It yields the prompt with its adapter, which is there if it is submitted before any await.
+        It yields the prompt with its adapter; that, and the grammar, are there if it is submitted
+        before any await.
 
         One that wants more than there are holds them all: those of one prompt come in together.
         """
@@ -188,8 +190,12 @@ class Answers:
                 while num_held < num_wanted:
                     await self._seats.acquire()
                     num_held += 1
-            asked = prepared.job.lora_request
-            yield prepared if asked is None else replace(prepared, adapter=await self._load(asked))
+            params, asked = prepared.job.params, prepared.job.lora_request
+            adapter = await self._load(asked)
+            while not self._engine.is_prepared(params):  # others have been, meanwhile
+                await self._engine.prepare(params)
+                adapter = await self._load(asked)
+            yield replace(prepared, adapter=adapter)
         finally:
             for _ in range(num_held):
                 self._seats.release()
@@ -224,8 +230,10 @@ class Answers:
             raise ContextLengthError(f"prompt {job.index}: {error}", param=error.param) from None
         return prepared
 
-    async def _load(self, asked: LoRARequest) -> Adapter:
+    async def _load(self, asked: LoRARequest | None) -> Adapter | None:
         """The adapter, loaded if need be."""
+        if asked is None:
+            return None
         adapters = self._adapters
         if adapters is None:
             raise InvalidParameterError(
@@ -348,7 +356,7 @@ async def _interleaved(answers: Sequence[_Answer]) -> AsyncGenerator[None]:
 
 def _check_success(output: EngineOutput) -> None:
     if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-        raise EngineError("the answer was cut off: the engine was closed")
+        raise cut_off()
 
 
 def _with_known_role(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,8 +6,11 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
+
+from streamserve.llm.outputs import cut_off
 
 _T = TypeVar("_T")
 
@@ -51,7 +54,8 @@ class LoopThread:
         """Yield what ``work(put)`` puts, as it comes; raise what it raises.
 
         Closing the iterator, and an interrupt of the thread that waits in it, cancel the work and
-        wait until it has let go of what it holds.
+        wait until it has let go of what it holds. Raises ``EngineError`` if the loop is closed
+        meanwhile.
         """
         queue: SimpleQueue[_T | _End] = SimpleQueue()
         task: asyncio.Task[None] | None = None
@@ -60,7 +64,7 @@ class LoopThread:
             nonlocal task
             task = self._loop.create_task(work(queue.put))
             task.add_done_callback(
-                lambda t: queue.put(_End(None if t.cancelled() else t.exception()))
+                lambda t: queue.put(_End(cut_off() if t.cancelled() else t.exception()))
             )
 
         def cancel() -> None:
@@ -80,12 +84,16 @@ class LoopThread:
                 yield item
         finally:
             if not has_ended:
-                self._loop.call_soon_threadsafe(cancel)
+                with suppress(RuntimeError):  # the loop is closed, and the work has ended with it
+                    self._loop.call_soon_threadsafe(cancel)
                 while not isinstance(queue.get(), _End):
                     pass
 
     def close(self) -> None:
-        """Ends the loop and the thread. Idempotent; not from the thread itself."""
+        """Ends the loop, what still runs on it, and the thread. Idempotent.
+
+        Not from the thread itself.
+        """
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -94,5 +102,9 @@ class LoopThread:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.run_until_complete(self._loop.shutdown_default_executor())

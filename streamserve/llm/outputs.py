@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from streamserve.core.plan import TokenLogprobs
 from streamserve.engine.stream import RequestTimings
 from streamserve.engine.tokenizer import Tokenizer
+from streamserve.errors import EngineError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,6 +142,11 @@ class PoolingRequestOutput:
             output.prompt_token_ids,
             output.num_cached_tokens,
         )
+
+
+def cut_off() -> EngineError:
+    """What is raised in place of an answer that did not come to its end."""
+    return EngineError("the answer was cut off: the engine was closed")
 
 
 def logprobs_by_id(

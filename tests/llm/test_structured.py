@@ -49,7 +49,8 @@ def test_the_answer_is_a_sentence_of_the_grammar(llm, grammar, is_right):
     assert is_right(text_of(llm.chat(CHAT, params(**grammar), use_tqdm=False)))
 
 
-def test_each_prompt_may_have_its_own(llm):
+def test_each_prompt_may_have_its_own(llm, monkeypatch):
+    monkeypatch.setattr(llm._service.engine._grammars, "_max_entries", 1)  # fewer than the prompts
     choices = [params(choice=["one"]), SamplingParams(max_tokens=3), params(choice=["two"])]
     outputs = llm.generate(["a", "b", "c"], choices, use_tqdm=False)
     assert (outputs[0].outputs[0].text, outputs[2].outputs[0].text) == ("one", "two")
