@@ -90,7 +90,7 @@ class _PieceDetokenizer:
         return self._strip("".join(texts))
 
     def finish(self) -> str:
-        return self._strip(self._flush())
+        return self._flush()
 
     def _add_bytes(self, piece: bytes) -> str:
         """Take the whole characters out of ``pending + piece``; keep the beginning of one."""

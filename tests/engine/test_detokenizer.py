@@ -154,6 +154,7 @@ def test_the_space_of_the_first_word_stays_behind_a_prompt_and_goes_without_one(
     bos, word = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("▁h")
     assert stream(tokenizer, [word], [word, word])[0] == [" h", " h"]
     assert stream(tokenizer, [bos], [word, word])[0] == ["h", " h"]
+    assert stream(tokenizer, [bos], [tokenizer.token_to_id("h"), word])[0] == ["h", " h"]
     assert stream(tokenizer, [bos], [word, word], skip=False)[0] == [" h", " h"]
 
 

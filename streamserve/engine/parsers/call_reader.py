@@ -34,7 +34,7 @@ class CallReader:
         self._is_bare = name is not None
         self._start = 0 if self._is_bare else -1  # of the arguments, once they are shown live
         self._key = ""
-        self._num_taken = 0  # characters of the text, or of ``_decoded``
+        self._num_taken = 0  # characters of the text
         self._decoded: str | None = None  # arguments that do not stand in the text as they are
         self._is_malformed = False
         self.name = name or ""
@@ -75,8 +75,7 @@ class CallReader:
         if not self.is_shown:
             return ""
         if self._decoded is not None:
-            new, self._decoded = self._decoded, ""
-            return new
+            return self._decoded  # once: the call is whole
         scanner = self._scanner
         begin = max(self._num_taken, self._start)
         end: int | None = len(scanner.text)

@@ -30,9 +30,8 @@ _FUNCTIONS = "functions."
 
 
 class Message(NamedTuple):
-    """What the header of a message says. ``number`` tells it from the others of the answer."""
+    """What the header of a message says; two that say the same are two objects."""
 
-    number: int
     channel: str = ""
     recipient: str = ""
 
@@ -74,7 +73,6 @@ class HarmonyScanner:
         self._buffer = ""
         self._is_final = False
         self._found: list[Segment] = []
-        self._num_messages = 0
         self._opened = opened.removesuffix(MESSAGE)
         self._has_role = True
         self.message: Message | None = None  # whose body is being read
@@ -111,7 +109,6 @@ class HarmonyScanner:
         text = self._buffer.lstrip()
         num_spaces = len(self._buffer) - len(text)
         if not text and self._is_final:
-            self._take(num_spaces)
             return False
         for mark in (START, *_ENDS):
             if text.startswith(mark):
@@ -148,8 +145,6 @@ class HarmonyScanner:
             self._begin_body(header)
             return True
         if any(may_become(buffer[end:], mark) for mark in (CHANNEL, CONSTRAIN, MESSAGE)):
-            if self._is_final:
-                self._take(len(buffer))
             return False
         self._begin_body("")
         self._take(end, is_body=True)
@@ -158,11 +153,9 @@ class HarmonyScanner:
     def _begin_body(self, header: str) -> None:
         channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
         self.message = Message(
-            self._num_messages,
             channel[1] if channel else "",
             recipient[1] if recipient else "",
         )
-        self._num_messages += 1
         self._found.append(Segment(self.message, "", 0))
         self._state = self._in_body
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from streamserve.config import TextFiles
 from streamserve.errors import ModelLoadError, UnsupportedModelError
@@ -167,9 +167,6 @@ def _sentence_piece(
     tokenizer = Tokenizer(models.BPE())
     prefixed = metadata.optional_flag(_PREFIX + "add_space_prefix") is not False
     steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
-    if metadata.optional_flag(_PREFIX + "remove_extra_whitespaces"):
-        steps.insert(0, normalizers.Replace(Regex(" {2,}"), " "))
-        steps.insert(0, normalizers.Strip())
     if prefixed:
         steps.insert(0, normalizers.Prepend(_SPACE))
     tokenizer.normalizer = normalizers.Sequence(steps)

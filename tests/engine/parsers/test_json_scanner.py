@@ -59,7 +59,20 @@ def test_a_changed_character_is_noticed_as_python_notices_it(value, data, bounds
 
 @pytest.mark.parametrize(
     "text",
-    ["[1]", '"a"', "x", "{,}", '{"a"}', '{"a":}', '{"a":1,}', '{"a":01}', '{"a":tru}', '{"a":1}}'],
+    [
+        "[1]",
+        '"a"',
+        "x",
+        "{,}",
+        '{"a"}',
+        '{"a":}',
+        '{"a":1,}',
+        '{"a":01}',
+        '{"a":tru}',
+        '{"a":1}}',
+        '{"a":"\\u12g4"}',
+        '{"a":"\\u123g"}',
+    ],
 )
 def test_what_is_no_object(text):
     scanner = JsonScanner()

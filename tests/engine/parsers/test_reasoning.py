@@ -102,6 +102,7 @@ def test_thoughts_stream_as_they_come():
         ("mistral", "[INST]Hi[/INST][THINK]", None, INSIDE),
         ("mistral", "…<think>", None, UNDECIDED),
         ("minimax_m2", "]~b]ai\n", None, INSIDE),
+        ("kimi_k2", "<|im_assistant|>assistant<|im_middle|>", None, INSIDE),
         ("glm45", "<|assistant|>\n<think></think>", None, OVER),
         ("qwen3", "…<think>Hm</think>Y", "<think>Hm</think>Y", OVER),
     ],
@@ -140,6 +141,24 @@ def test_thoughts_are_counted_in_tokens(state, tokens, expected):
     assert count(state, tokens) == expected
 
 
+@pytest.mark.parametrize(
+    ("state", "tokens", "is_inside"),
+    [
+        (UNDECIDED, [], False),
+        (UNDECIDED, ["\n", "<thi"], False),
+        (UNDECIDED, ["<thi", "nk>"], True),
+        (UNDECIDED, ["Yes"], False),
+        (INSIDE, ["<thi"], True),
+        (INSIDE, ["Hm", "</think>"], False),
+        (OVER, [], False),
+    ],
+)
+def test_whether_the_tokens_end_in_thoughts(state, tokens, is_inside):
+    counter = ReasoningTokens(state, lambda token_id: tokens[token_id].encode())
+    counter.feed(range(len(tokens)))
+    assert counter.is_inside is is_inside
+
+
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 
 
@@ -152,6 +171,14 @@ def test_thoughts_then_text_then_a_call(bounds):
     assert message.content == "Well.\n"
     assert [(c.name, c.arguments) for c in message.calls] == [("add", '{"a": 1}')]
     assert parser.num_calls == 1
+
+
+@pytest.mark.parametrize("end", ["<think>Hm. </thi", "<think>Hm.</think>Yes. <tool_ca", "<thi"])
+def test_what_was_held_back_is_said_at_the_end(end):
+    parser = AnswerParser(reasoning=ReasoningParser(UNDECIDED), tools=HermesParser({"add": {}}))
+    message = read(parser, list(end))
+    said = message.reasoning + message.content
+    assert said == end.replace("<think>", "").replace("</think>", "")
 
 
 def test_thoughts_may_be_left_out():

@@ -43,6 +43,7 @@ A = '{"name": "add", "arguments": {"a": 1}}'
 B = '{"name": "get_weather", "arguments": {"city": "Łódź \\"x\\" }"}}'
 PA = A.replace("arguments", "parameters")
 ARGS_A, ARGS_B = '{"a": 1}', '{"city": "Łódź \\"x\\" }"}'
+LONG_TEXT_CALL = json.dumps({"name": "add", "arguments": f'{{"a": "{LONG}"}}'})
 CALL_A, CALL_B = ("add", ARGS_A), ("get_weather", ARGS_B)
 
 # One call of `add`, in families whose calls are not objects with a name.
@@ -96,6 +97,8 @@ EXAMPLES = [
         "",
         [CALL_A],
     ),
+    ("hermes", f"\n<tool_call>{A}</tool_call> Done", " Done", [CALL_A]),
+    ("hermes", f"<tool_call>{LONG_TEXT_CALL}</tool_call>", "", [("add", f'{{"a": "{LONG}"}}')]),
     ("hermes", "  Just text. <tool", "  Just text. <tool", []),
     ("hermes", " \n", " \n", []),
     ("hermes", "", "", []),
@@ -159,6 +162,7 @@ EXAMPLES = [
     ("minimax_m2", INVOKE.replace("</parameter>", ""), "", [CALL_A]),
     ("minimax_m2", f"<minimax:tool_call>{INVOKE}{INVOKE}Done", "\nDone", [CALL_A, CALL_A]),
     ("kimi_k2", f"<|tool_calls_section_begin|>{KIMI_CALL}{KIMI_CALL}", "", [CALL_A, CALL_A]),
+    ("kimi_k2", KIMI_CALL + OTHERS["kimi_k2"], "", [CALL_A, CALL_A]),
     bad("kimi_k2", ":0", ""),
     ("kimi_k2", f"<|tool_call_begin|>{LONG}{KIMI_CALL}", f"<|tool_call_begin|>{LONG}", [CALL_A]),
     ("deepseek_v31", V31_CALL + V31_CALL, "", [CALL_A, CALL_A]),
@@ -181,6 +185,7 @@ MALFORMED = [
     '{"name": "add", "arguments": {"a": 1}',
     '{"name": "add", "arguments": [1]}',
     '{"name": "add", "arguments": "no"}',
+    '{"name": "add", "arguments": "{} more"}',
     '{"name": "add", "arguments": {"a": "b\nc"}}',
     "{'name': 'add', 'arguments': {}}",
     '{"name": "add", "name": "add", "arguments": {}}',
@@ -304,7 +309,9 @@ def test_text_is_not_held_back():
 
 def test_one_call_at_most():
     text = f"<tool_call>{A}</tool_call><tool_call>{B}</tool_call> and so on"
-    assert said(read(new("hermes", max_calls=1), [text])) == ("", [CALL_A])
+    parser = new("hermes", max_calls=1)
+    assert said(read(parser, [text])) == ("", [CALL_A])
+    assert parser.is_over
 
 
 def test_ids():
