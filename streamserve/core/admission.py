@@ -155,7 +155,7 @@ class Admission:
         request.num_free_when_refused = -1
         if request.last_step_id < 0:
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
-            self.backlog.admitted(len(self._seats.waiting) - 1)
+            self.backlog.admitted()
         self._seats.admit(request)
         step.prefill.take(match.num_tokens, num_new, samples=num_new == num_left)
         step.add(request, num_new, block_ids)
@@ -183,7 +183,7 @@ class Admission:
         assert block_ids is not None
         request.fork_source = None
         request.num_cached_tokens = num_shared
-        self.backlog.admitted(len(self._seats.waiting) - 1)
+        self.backlog.admitted()
         self._seats.admit(request)
         step.prefill.take(num_shared, num_left, samples=True)
         step.add(request, num_left, block_ids)

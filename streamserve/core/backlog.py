@@ -20,21 +20,21 @@ class Backlog:
         self._clock = clock
         self._sum_s = 0.0
         self._weight = 0.0  # of what was measured: the rest is a guess
-        self._since: float | None = None  # the last admission, if others stayed behind
         self._waiting_since = 0.0
+        self._since: float | None = None  # the last admission, if there was one since then
 
     def queued(self, num_waiting: int) -> None:
         """A request is queued behind ``num_waiting``."""
+        # The time in which nobody waits says nothing about how fast the queue moves.
         if not num_waiting:
             self._since, self._waiting_since = None, self._clock()
 
-    def admitted(self, num_waiting: int) -> None:
-        """A request left the queue for its first seat; ``num_waiting`` stayed behind."""
+    def admitted(self) -> None:
+        """A request left the queue for its first seat."""
         now = self._clock()
         if self._since is not None:
             self._sum_s, self._weight = self._with(now - self._since)
-        # The time in which nobody waits says nothing about how fast the queue moves.
-        self._since = now if num_waiting else None
+        self._since = now
 
     def wait_s(self, place: int) -> float:
         """Until a request that ``place`` others are before has its seat; 0 if nobody knows."""

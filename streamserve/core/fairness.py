@@ -79,7 +79,7 @@ class FairShare:
         if not account.num_waiting:
             self._lift(account)
             if not account.num_running:
-                account.last_served = max(account.last_served, self._clock())
+                account.last_served = self._clock()
 
     def _lift(self, account: Account) -> None:
         others = [a for a in self._order if a.num_waiting]

@@ -16,12 +16,12 @@ class ContextLimits:
         self.max_num_tokens = min(max_model_len, num_kv_tokens + 1)
 
     def num_tokens_at_end(self, num_prompt_tokens: int, params: SamplingParams) -> int:
-        """Prompt and output tokens at which an answer ends with ``LENGTH``."""
+        """Prompt and output tokens at which an answer ends with ``LENGTH``, if ``check`` passes."""
         if params.ends_with_prompt:
             return num_prompt_tokens + 1  # one that is never there
         if params.max_tokens is None:
             return self.max_num_tokens
-        return min(num_prompt_tokens + params.max_tokens, self.max_num_tokens)
+        return num_prompt_tokens + params.max_tokens
 
     def check(self, num_prompt_tokens: int, params: SamplingParams) -> None:
         """Raise ``ContextLengthError`` unless the request, alone, could run to its full length."""

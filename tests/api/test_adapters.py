@@ -185,6 +185,21 @@ async def test_who_asks_for_an_adapter_gets_it_loaded_once_and_waits_for_no_othe
         await adapters.get("d", Path("/x"))
 
 
+async def test_a_slot_is_given_away_once():
+    bank = Bank()
+    adapters = Adapters(bank)
+    for name in "ab":
+        await adapters.load(name, PATH)
+    adapters.unload("a")
+    third = await adapters.load("c", Path("/c"))
+    adapters.unload("b")
+    assert bank.held == {third.slot: Path("/c")}
+    await adapters.load("d", Path("/d"))
+    assert sorted(bank.held.values()) == [Path("/c"), Path("/d")]
+    with pytest.raises(AdapterError, match="all 2 places"):
+        await adapters.load("e", PATH)
+
+
 async def test_nobody_is_read_into_the_slot_of_who_gave_up_before_that_was_read():
     bank = Bank(num_slots=1)
     adapters = Adapters(bank)

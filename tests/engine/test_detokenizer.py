@@ -5,10 +5,12 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
 
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.detokenizer import IncrementalDetokenizer
+from streamserve.engine.tokenizer import FastTokenizer
 from tests.engine.tokenizers_for_tests import FAST_KINDS, KINDS, TEXTS, RecordedDecodes
 
 REPLACEMENT = "\ufffd"
@@ -144,6 +146,36 @@ def test_common_decoders_have_the_fast_way(kind):
     assert TOKENIZERS[kind]().pieces(skip_special_tokens=True) is not None
 
 
+@pytest.mark.parametrize("kind", FAST_KINDS)
+@pytest.mark.parametrize("token", ["<tool call>", "｜工具｜", "<0xZZ>"])
+def test_added_tokens_are_written_as_they_are(kind, token):
+    backend = Tokenizer.from_str(TOKENIZERS[kind]()._backend.to_str())
+    backend.add_tokens([token])
+    tokenizer = FastTokenizer(backend)
+    first, token_id = map(backend.token_to_id, ("h", token))
+    assert stream(tokenizer, [first], [token_id, first])[0] == [token, "h"]
+    assert tokenizer.token_text(token_id) == token
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [],
+        [decoders.Strip(" ", 1, 1)],
+        [decoders.Strip("_", 1, 0)],
+        [decoders.Strip(" ", 1, 0), decoders.Fuse()],
+        [decoders.Fuse()],
+    ],
+)
+@pytest.mark.parametrize("space", ["▁", "_"])
+def test_a_decoder_with_an_unknown_detail_goes_the_general_way(space, steps):
+    backend = Tokenizer.from_str(TOKENIZERS["gemma"]()._backend.to_str())
+    first = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*first, *steps])
+    is_known = space == "▁" and not steps
+    assert (FastTokenizer(backend).pieces(skip_special_tokens=True) is not None) is is_known
+
+
 def test_unknown_decoders_do_not():
     assert TOKENIZERS["word_piece"]().pieces(skip_special_tokens=True) is None
     assert TOKENIZERS["byte_level_general"]().pieces(skip_special_tokens=True) is None
@@ -156,6 +188,13 @@ def test_the_space_of_the_first_word_stays_behind_a_prompt_and_goes_without_one(
     assert stream(tokenizer, [bos], [word, word])[0] == ["h", " h"]
     assert stream(tokenizer, [bos], [tokenizer.token_to_id("h"), word])[0] == ["h", " h"]
     assert stream(tokenizer, [bos], [word, word], skip=False)[0] == [" h", " h"]
+
+
+def test_the_general_way_looks_behind_tokens_without_text():
+    tokenizer = TOKENIZERS["word_piece"]()
+    hello, special, world = map(tokenizer.token_to_id, ("hello", "</s>", "world"))
+    chunks, rest = stream(tokenizer, [hello, *[special] * 9], [world])
+    assert "".join(chunks) + rest == " world"
 
 
 @pytest.mark.parametrize("kind", ["word_piece", "byte_level_general"])

@@ -47,10 +47,10 @@ def test_the_order_of_the_stops_does_not_matter(chunks, stops, order):
     )
 
 
-@given(text=letters, stops=stop_lists)
-def test_what_is_held_back_is_the_longest_live_beginning_of_a_stop(text, stops):
+@given(text=letters, stops=stop_lists, may_stop=st.booleans())
+def test_what_is_held_back_is_the_longest_live_beginning_of_a_stop(text, stops, may_stop):
     checker = StopChecker(stops, False)
-    certain, matched = checker.add(text)
+    certain, matched = checker.add(text, may_stop=may_stop)
     if matched is None:
         beginnings = {stop[:n] for stop in stops for n in range(len(stop))}
         held = max((b for b in beginnings if text.endswith(b)), key=len)

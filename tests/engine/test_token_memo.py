@@ -5,6 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
+from streamserve.engine import token_memo
 from streamserve.engine.token_memo import MIN_CHARACTERS, TokenMemo, safe_cut_tokens
 from streamserve.engine.tokenizer import FastTokenizer
 from tests.engine.tokenizers_for_tests import ADDED, KINDS, SPECIAL, TEXTS
@@ -163,6 +164,30 @@ def test_what_was_used_longest_ago_is_forgotten():
     assert encode.num_characters == 2 * len("<s>")
     memo.encode(second)
     assert encode.num_characters == 2 * len("<s>") + len(second)
+
+
+def test_so_many_are_remembered_at_most(monkeypatch):
+    monkeypatch.setattr(token_memo, "_MAX_ENTRIES", 2)
+    memo = TokenMemo(Counting(), ["<s>"])
+    for letter in "abc":
+        memo.encode(letter + "<s>")
+    assert [text for _, text in memo._entries] == ["b<s>", "c<s>"]
+
+
+def test_two_threads_that_tokenise_one_text_remember_it_once():
+    def encode(text):
+        if text == "a":
+            calls.append(text)
+            if len(calls) == 1:
+                memo.encode("a<s>")  # the other one, and it is faster
+        return list(text.encode())
+
+    calls, memo = [], TokenMemo(encode, ["<s>"], max_bytes=10_000)
+    memo.encode("a<s>")
+    assert len(calls) == 2
+    num_bytes = memo._num_bytes
+    memo.encode("b<s>")
+    assert memo._num_bytes == 2 * num_bytes
 
 
 def test_a_tokenizer_remembers_long_texts():

@@ -12,9 +12,9 @@ class Queue(Backlog):
         self.now = 0.0
         super().__init__(lambda: self.now)
 
-    def admit(self, count, interval_s, num_waiting=5):
+    def admit(self, count, interval_s):
         for _ in range(count):
-            self.admitted(num_waiting)
+            self.admitted()
             self.now += interval_s
 
 
@@ -28,11 +28,11 @@ def test_the_time_to_retry_follows_the_admissions():
 
 def test_idle_time_does_not_count():
     queue = Queue()
-    queue.admit(1, 3600.0, num_waiting=0)
+    queue.admit(1, 3600.0)
     queue.queued(0)
-    queue.admit(1, 0.5, num_waiting=1)
+    queue.admit(1, 0.5)
     assert queue.seconds_until(1) == GUESS_S
-    queue.admit(1, 3600.0, num_waiting=3)  # who waits leaves
+    queue.admit(1, 3600.0)  # who waits leaves
     queue.queued(0)
     assert queue.seconds_until(1) == pytest.approx(0.95)
     queue.admit(1, 0.0)

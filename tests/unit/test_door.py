@@ -57,9 +57,9 @@ def busy(harness, num_waiting):
         harness.timed_step()
 
 
-def ask(harness, num_tokens, limits, spent_s=0.0, tenant=""):
+def ask(harness, num_tokens, limits, spent_s=0.0, **options):
     before = harness.now
-    request = harness.request([999] * num_tokens, max_tokens=5, tenant=tenant)
+    request = harness.request([999] * num_tokens, max_tokens=5, **options)
     harness.now = before
     request.arrival_time = before - spent_s
     request.time_limits = limits
@@ -107,6 +107,15 @@ def test_promise_refusal_the_first_of_a_tenant_need_not_wait_for_the_others():
             ask(harness, 100, hurried, tenant=tenant)
 
 
+def test_promise_refusal_the_wait_is_that_of_its_own_place():
+    harness = TimedHarness(Machine(), max_num_seqs=4, policy="priority")
+    busy(harness, num_waiting=15)
+    hurried = TimeLimits(queue_s=0.3)
+    with pytest.raises(DeadlineUnreachableError, match="max_queue_ms"):
+        ask(harness, 100, hurried)
+    ask(harness, 100, hurried, priority=-1)
+
+
 def test_promise_refusal_what_takes_too_long_alone_is_never_taken():
     harness = TimedHarness(Machine())
     with pytest.raises(DeadlineUnreachableError, match="ttft_ms is 200") as refused:
@@ -124,7 +133,7 @@ def test_what_was_spent_before_the_queue_counts():
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "sjf"])
-def test_what_is_cached_takes_no_time(policy):
+def test_what_is_cached_takes_no_time(policy, monkeypatch):
     harness = TimedHarness(Machine(), policy=policy)
     limits = TimeLimits(first_token_s=0.2)
     with pytest.raises(DeadlineUnreachableError, match="ttft_ms"):
@@ -132,7 +141,13 @@ def test_what_is_cached_takes_no_time(policy):
     harness.add([999] * 2000, max_tokens=1)
     while harness.scheduler.has_unfinished:
         harness.timed_step()
+    parts = []
+    step_time = harness.scheduler._door._step_time
+    monkeypatch.setattr(step_time, "prompt_seconds", lambda *part: parts.append(part) or 0.0)
     ask(harness, 2000, limits)
+    [(num_cached, num_uncached)] = parts
+    assert num_cached + num_uncached == 2000
+    assert num_uncached < 100
 
 
 def test_without_a_measurement_nobody_is_refused():

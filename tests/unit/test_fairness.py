@@ -307,6 +307,8 @@ def test_within_a_tenant_the_shortest_uncached_goes_first_and_ages():
     short.arrival_time = long.arrival_time + 0.1
     key = harness.scheduler._policy.key
     assert key(short, 0) < key(long, 1)
+    long.num_uncached_tokens = 1
+    assert key(long, 1) < key(short, 0)
 
 
 def test_a_seat_is_taken_by_who_comes_first_and_of_another_tenant_only():
@@ -385,6 +387,37 @@ def test_promise_fair_who_comes_begins_where_the_others_are():
     harness.run()
     highest = max(account.counter for account in accounts.values())
     assert harness.add([6], tenant="last").account.counter == highest
+
+
+def test_promise_fair_nobody_saves_up_by_running_little():
+    harness = Harness(policy="fair", max_num_seqs=3, num_blocks=1024, block_size=16)
+    few = harness.add([1], tenant="few", max_tokens=100).account
+    dear = harness.add([2], tenant="dear", weight=0.1, max_tokens=100).account
+    for _ in range(5):
+        harness.step()
+    assert few.counter < dear.counter
+    harness.add([3], tenant="few")
+    assert few.counter == dear.counter
+
+
+@pytest.mark.parametrize(
+    ("counters", "ranks"),
+    [
+        ((10.0, 0.0, 0.0), [0, 1, 2]),
+        ((20.0, 10.0, 0.0), [2, 1, 0]),
+        ((10.0, 20.0, 0.0), [1, 2, 0]),
+    ],
+)
+def test_tenants_are_ranked_anew_once_two_have_crossed_by_the_margin(counters, ranks):
+    harness = Harness(policy="fair")
+    requests = [harness.add([1, i], tenant=tenant) for i, tenant in enumerate("abc")]
+    shares, accounts = harness.scheduler._shares, [request.account for request in requests]
+    shares.reorder(requests)
+    for account, counter in zip(accounts, counters, strict=True):
+        account.counter, account.last_served = counter, 0.0
+    assert shares.reorder(requests) is (ranks != [0, 1, 2])
+    assert [account.rank for account in accounts] == ranks
+    assert [request.sort_key[0] for request in requests] == ranks
 
 
 def test_a_seat_counts_by_weight_and_who_runs_keeps_the_age_of_its_waiting():
@@ -502,6 +535,16 @@ def test_what_was_computed_before_is_not_charged_again():
     harness.fail()
     harness.run()
     assert account.counter == 20 + OUTPUT_TOKEN_COST
+    harness.add([9] * 3, tenant="before", max_tokens=1)
+    request = harness.add(list(range(20)), tenant="paused", max_tokens=1)
+    harness.step()
+    assert request.num_computed_tokens == 5
+    before = request.account.counter - 5
+    harness.scheduler.pause(request)
+    harness.scheduler.resume(request)
+    plans = harness.run()
+    assert len(plans[0].scheduled[0].token_ids) == 8, "three of them are new"
+    assert request.account.counter == before + 20 + OUTPUT_TOKEN_COST
 
 
 def test_what_a_fork_shares_is_charged_once():

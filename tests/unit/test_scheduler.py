@@ -304,6 +304,7 @@ def test_an_id_is_unique_until_its_last_step_has_retired():
         (20, None, ["max_model_len (20)", "at least 1 more"]),
         (8, 10, ["at most 17 tokens", "KV cache of 16 tokens", "got 18"]),
         (17, None, ["KV cache of 16 tokens", "got 18"]),
+        (17, 0, ["1 to 16 tokens", "KV cache holds", "got 17"]),
     ],
 )
 def test_what_can_never_fit_is_refused(num_prompt_tokens, max_tokens, words):
@@ -312,6 +313,7 @@ def test_what_can_never_fit_is_refused(num_prompt_tokens, max_tokens, words):
     with pytest.raises(ContextLengthError) as info:
         harness.scheduler.check_fits(num_prompt_tokens, params)
     assert all(word in info.value.message for word in words), info.value.message
+    assert info.value.param == ("max_tokens" if num_prompt_tokens == 8 else "messages")
     with pytest.raises(ContextLengthError):
         harness.add([1] * num_prompt_tokens, max_tokens=max_tokens)
     assert not harness.scheduler.has_unfinished
