@@ -52,8 +52,11 @@ class HfConfig:
                 return value
         return default
 
-    def optional_integer(self, name: str, *, minimum: int = 1) -> int | None:
-        value = self.values.get(name)
+    def optional_integer(
+        self, name: str, *, minimum: int = 1, default: int | None = None
+    ) -> int | None:
+        """An integer that null switches off; ``default`` where the name is missing."""
+        value = self.values.get(name, default)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

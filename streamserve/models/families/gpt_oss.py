@@ -51,7 +51,7 @@ def _experts(config: HfConfig) -> ExpertsSpec:
 
 def _windows(config: HfConfig) -> tuple[int | None, ...]:
     num_layers = config.integer("num_hidden_layers")
-    window = config.optional_integer("sliding_window")
+    window = config.optional_integer("sliding_window", default=128)
     if config.values.get("layer_types") is not None:
         return config.layer_windows(num_layers, window)
     return tuple(None if layer % 2 else window for layer in range(num_layers))

@@ -59,6 +59,7 @@ def rotary_decoder(
     default_kv_heads: int | None = None,
     default_eps: float = 1e-6,
     default_context: int = 2048,
+    default_theta: float = 10_000.0,
     head_size: int | None = None,
     rope: RopeSpec | None = None,
     norm_offset: float = 0.0,
@@ -73,7 +74,7 @@ def rotary_decoder(
     eps = config.number_or(default_eps, "rms_norm_eps")
     norm = NormSpec("rms_norm", eps, weight_offset=norm_offset)
     if rope is None:
-        rope = config.rope(size, default_context=default_context)
+        rope = config.rope(size, default_context=default_context, default_theta=default_theta)
     layers = {
         window: LayerSpec(
             attention=AttentionSpec(
@@ -124,7 +125,7 @@ def _llama(config: HfConfig) -> DecoderSpec:
 
 
 def _mistral(config: HfConfig) -> DecoderSpec:
-    window = config.optional_integer("sliding_window")
+    window = config.optional_integer("sliding_window", default=4096)
     return rotary_decoder(
         config,
         windows=config.layer_windows(config.integer("num_hidden_layers"), window),
@@ -184,6 +185,7 @@ def _mixtral(config: HfConfig) -> DecoderSpec:
         default_kv_heads=8,
         default_eps=1e-5,
         default_context=4096 * 32,
+        default_theta=1e6,
     )
 
 

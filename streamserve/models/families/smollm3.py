@@ -40,6 +40,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
         mlp=gated_mlp(config, bias=config.flag_or(False, "mlp_bias")),
         default_kv_heads=4,
         default_context=32_768,
+        default_theta=2e6,
         qkv_bias=bias,
         output_bias=bias,
     )
