@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 def main(fd: int) -> None:
     """Answer on the socket ``fd`` until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the server's: it closes the socket
     with socket.socket(fileno=fd) as sock, sock.makefile("rb") as requests:
         first = _read(requests)
         if first is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
-import socket
 from collections.abc import Callable
 
 from streamserve.engine.child import start_child
@@ -32,7 +31,6 @@ class _Worker:
     """One process and the socket to it. Does one piece of work at a time."""
 
     def __init__(self, factory: Callable[[], Handler]) -> None:
-        self._socket: socket.socket | None
         self._process, self._socket = start_child("streamserve.engine.worker_main")
         self._first = pickle.dumps((_NICENESS, factory))
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
@@ -82,7 +80,6 @@ class _Worker:
             self._streams = await asyncio.open_unix_connection(
                 sock=self._socket, limit=_STREAM_LIMIT
             )
-            self._socket = None
         return self._streams
 
     def close(self) -> None:
@@ -90,7 +87,7 @@ class _Worker:
         self._process.kill()
         if self._streams is not None:
             self._streams[1].close()
-        elif self._socket is not None:
+        else:
             self._socket.close()
         # It is as good as dead, but a large one takes milliseconds to go.
         asyncio.get_running_loop().run_in_executor(None, self._process.wait)
@@ -124,7 +121,7 @@ class WorkerPool:
         return [worker.pid for worker in self._workers if worker is not None]
 
     def start(self) -> None:
-        """Begin to warm the first worker; work may come before it is ready."""
+        """Begin to warm the first worker, before any work; that may come before it is ready."""
         self._warming = asyncio.create_task(self._warm_first(), name="streamserve-warm-worker")
 
     async def call(self, payload: bytes, *, timeout_s: float, owner: str = "") -> bytes:
@@ -152,8 +149,6 @@ class WorkerPool:
             self._drop(place)
 
     async def _warm_first(self) -> None:
-        if self._workers[0] is not None:
-            return
         async with self._turns.place(""):
             self._is_busy[0] = True
             try:

@@ -4,12 +4,14 @@ import asyncio
 import os
 import pickle
 import signal
+import socket
 from contextlib import contextmanager
 
 import pytest
 
+from streamserve.engine import worker_pool
 from streamserve.engine.child import start_child
-from streamserve.engine.worker_main import REQUEST_HEAD
+from streamserve.engine.worker_main import ANSWER_HEAD, DONE, REQUEST_HEAD, _answer_all
 from streamserve.engine.worker_pool import WorkerPool, WorkerTimeoutError
 from streamserve.errors import EngineError, InvalidParameterError
 from tests.engine.worker_handlers import Answer, Fails
@@ -36,10 +38,13 @@ async def gone(pid):
 async def test_answers_come_back_whole(size):
     with workers() as pool:
         pool.start()
+        await asyncio.sleep(0)  # it starts the process that the call waits for
         assert await pool.call(b"a" * size, timeout_s=LONG) == b"A" * size
         [pid] = pool.pids
         assert await pool.call(b"b", timeout_s=LONG) == b"B"
         assert pool.pids == [pid]
+        assert os.getsid(pid) == pid, "a Ctrl-C is the server's"
+        assert os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0)
 
 
 async def test_more_at_once_than_there_are_workers():
@@ -85,6 +90,8 @@ async def test_errors_of_ours_come_through_and_others_are_not_told():
         with pytest.raises(EngineError, match="ValueError") as failed:
             await pool.call(b"?", timeout_s=LONG)
         assert "secret" not in str(failed.value)
+        with pytest.raises(EngineError, match="it cannot be done"):
+            await pool.call(b"#", timeout_s=LONG)
         assert await pool.call(b"a", timeout_s=LONG) == b"A"
 
 
@@ -120,6 +127,15 @@ async def test_a_worker_that_cannot_start_fails_its_work_only():
                 await pool.call(b"a", timeout_s=LONG)
 
 
+async def test_a_worker_that_starts_too_late_answers_nobody(monkeypatch):
+    with workers() as pool:
+        monkeypatch.setattr(worker_pool, "_START_TIMEOUT_S", 0.0)
+        pool.start()
+        await asyncio.wait([pool._warming])
+        monkeypatch.setattr(worker_pool, "_START_TIMEOUT_S", LONG)
+        assert await pool.call(b"a", timeout_s=LONG) == b"A"
+
+
 async def test_work_that_nobody_waits_for_ends_its_worker():
     with workers(max_workers=1) as pool:
         await pool.call(b"a", timeout_s=LONG)
@@ -141,6 +157,19 @@ async def test_the_system_ends_work_that_the_server_has_forgotten():
         assert await asyncio.to_thread(process.wait, LONG) == -signal.SIGALRM
 
 
+def test_the_time_for_work_ends_with_it_and_half_a_request_is_none(monkeypatch):
+    alarms, ours_and_theirs = [], socket.socketpair()
+    monkeypatch.setattr(signal, "alarm", alarms.append)
+    with ours_and_theirs[0] as ours, ours_and_theirs[1] as theirs, theirs.makefile("rb") as asked:
+        ours.sendall(REQUEST_HEAD.pack(1, 2.5) + b"a" + REQUEST_HEAD.pack(9, 2.5) + b"half")
+        ours.shutdown(socket.SHUT_WR)
+        _answer_all(Answer(), theirs, asked)
+        theirs.shutdown(socket.SHUT_WR)
+        warm, whole = ANSWER_HEAD.pack(0, DONE), ANSWER_HEAD.pack(1, DONE)
+        assert ours.recv(100) == warm + whole + b"A"
+    assert alarms == [4, 0]
+
+
 async def test_closing_leaves_no_process_and_no_waiter():
     with workers(max_workers=1) as pool:
         await pool.call(b"a", timeout_s=LONG)
@@ -160,3 +189,6 @@ async def test_closing_while_the_first_worker_starts():
     with workers() as pool:
         pool.start()
         await asyncio.sleep(0)
+        [worker, _] = pool._workers
+        pool.close()
+        assert worker._streams is not None or worker._socket.fileno() < 0

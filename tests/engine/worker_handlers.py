@@ -2,7 +2,7 @@
 
 import os
 
-from streamserve.errors import InvalidParameterError
+from streamserve.errors import EngineError, InvalidParameterError
 
 
 class Answer:
@@ -12,6 +12,8 @@ class Answer:
         match payload[:1]:
             case b"!":
                 raise InvalidParameterError("not like this", param="prompt", code="bad")
+            case b"#":
+                raise EngineError("it cannot be done")
             case b"?":
                 raise ValueError("secret")
             case b"x":

@@ -20,6 +20,7 @@ import streamserve_kernels
 from streamserve.config import AdapterConfig
 from streamserve.errors import AdapterError
 from streamserve.models import Decoder, load_model
+from streamserve.models.adapters import adapter_bytes
 from streamserve_kernels.adapters import AdapterRows, StepAdapters
 from streamserve_kernels.native.library import why_not
 from tests.models.native import BASE, ENDS, GPT2, GQA, PHI3
@@ -103,7 +104,7 @@ def test_ranks_and_scales_follow_their_patterns(checkpoint, kernels, tmp_path):
         tmp_path / "adapter",
         target_modules=["q_proj", "v_proj", "down_proj"],
         use_rslora=True,
-        rank_pattern={"v_proj": 7, r"layers\.1\.mlp\.down_proj": 2},
+        rank_pattern={"v_proj|model.layers.1": 7, r"layers\.1\.mlp\.down_proj": 2},
         alpha_pattern={"layers.0.self_attn.q_proj": 32},
     )
     decoder = load(directory, kernels)
@@ -185,6 +186,30 @@ def test_what_does_not_fit_is_refused_by_name(what, tiny_llama, checkpoint, kern
     assert not any(entry for table in tables for entry in table.entries)
 
 
+@pytest.mark.parametrize("way", ["without the prefix of names", "as torch pickles them"])
+def test_an_adapter_may_be_written_in_other_ways(way, checkpoint, kernels, tmp_path):
+    directory, model = checkpoint(CONFIGS["transposed"]())
+    save_adapter(model, tmp_path, target_modules=["c_attn"])
+    decoder = load(directory, kernels)
+    decoder.adapters.load(0, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = {name.replace(".lora_A.", ".lora_A.default."): t for name, t in tensors.items()}
+    if way == "as torch pickles them":
+        (tmp_path / "adapter_model.safetensors").unlink()
+        torch.save(tensors, tmp_path / "adapter_model.bin")
+    else:
+        short = {name.replace(".transformer.", "."): tensor for name, tensor in tensors.items()}
+        save_file(short, tmp_path / "adapter_model.safetensors")
+    decoder.adapters.load(1, tmp_path)
+    for (_, name), table in decoder.adapters._tables.items():
+        first, second = table.entries[:2]
+        assert (first is not None) is (name == "layers.qkv")
+        assert first is None or all(map(torch.equal, first, second))
+    tables = decoder.adapters._tables.values()
+    num_elements = sum(t.max_rank * (t.in_features + t.out_features) for t in tables)
+    assert adapter_bytes(decoder.spec, torch.float32, 3, 8) == 3 * 4 * num_elements
+
+
 def test_ranks_have_a_limit_and_directories_must_hold_one(
     tiny_llama, checkpoint, kernels, tmp_path
 ):
@@ -193,6 +218,7 @@ def test_ranks_have_a_limit_and_directories_must_hold_one(
     decoder = load(directory, kernels, max_rank=4)
     with pytest.raises(AdapterError, match="rank 5 is above --max-lora-rank 4"):
         decoder.adapters.load(0, tmp_path / "adapter")
+    load(directory, kernels, max_rank=5).adapters.load(0, tmp_path / "adapter")
     with pytest.raises(AdapterError, match="holds no adapter"):
         decoder.adapters.load(0, tmp_path)
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
