@@ -24,7 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from triton.errors import TritonError
 
-from device_bench.attention_plans import DECODES, changed
+from device_bench.attention_plans import IN_A_STEP, changed
 from device_bench.step_sweep import Choice, Event, Part, Tried, of_products, parts, sweep
 from streamserve.cli.bench_engine import Subject, build, start
 from streamserve.cli.bench_flags import latency_parser
@@ -90,7 +90,7 @@ class Profiler:
 
             def choose(option: str) -> None:
                 sizes.close()
-                sizes.enter_context(changed(DECODES[option]))
+                sizes.enter_context(changed(IN_A_STEP[option]))
 
             def can_attend(option: str) -> bool:
                 """Runs the step of before once more: its answers are finished."""
@@ -98,7 +98,7 @@ class Profiler:
                 steps = [partial(self._executor.run_eagerly, key) for key in keys]
                 return all(bool(on_device_thread(lambda step=step: _fits(step))) for step in steps)
 
-            attention = Choice("attention", "as planned", list(DECODES), choose, can_attend)
+            attention = Choice("attention", "as planned", list(IN_A_STEP), choose, can_attend)
             choices = [attention, *of_products(products, rows, can_multiply)]
             return await asyncio.to_thread(sweep, choices, measure)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +21,13 @@ pytest.importorskip("triton")
 
 from triton import language
 
-from streamserve_kernels.triton import attention, attention_merge, attention_plan, attention_work
+from streamserve_kernels.triton import (
+    attention,
+    attention_merge,
+    attention_plan,
+    attention_split,
+    attention_work,
+)
 
 LONG = [(4100, 1), (1, 1), (700, 1), (64, 1), (65, 1), (1000, 2)]
 PREFIXED = [(100, 1), (97, 1), (64, 1), (150, 1), (65, 1), (200, 1), (5, 1)]
@@ -84,6 +93,7 @@ def compare(
     )
     torch.testing.assert_close(out.cpu(), expected, **tolerance(dtype))
     assert not out[int(case.args[5][-1]) :].any()
+    assert not any(counters.any() for counters in attention._counters.values())
 
 
 def padded(case: Paged, requests: int, rows: int) -> Paged:
@@ -109,10 +119,10 @@ def few_at_a_time(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None
         return
     for module, names in (
         (attention_work, ("REQUESTS", "REQUESTS_WITH_GROUPS", "GROUPS", "MEMBERS")),
-        (attention_merge, ("REQUESTS", "PARTS")),
+        (attention_merge, ("REQUESTS", "PARTS", "PART_ROWS")),
     ):
         for name in names:
-            size = 2 if name == "PARTS" else 4
+            size = {"PARTS": 2, "PART_ROWS": 16}.get(name, 4)
             monkeypatch.setattr(module, name, language.constexpr(size))
 
 
@@ -128,10 +138,28 @@ def change_plans(monkeypatch: pytest.MonkeyPatch, device: torch.device, **change
     )
 
 
+def shuffle_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs a launch's programs one by one: in another order each time."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    choose = InterpreterBuilder.set_grid_idx
+    drawn = random.Random(1)
+    order: list[int] = []
+
+    def set_grid_idx(builder: InterpreterBuilder, x: int, y: int, z: int) -> None:
+        if (x, y, z) == (0, 0, 0):
+            order[:] = drawn.sample(range(builder.grid_dim[0]), builder.grid_dim[0])
+        choose(builder, order[x], y, z)
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", set_grid_idx)
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, device: torch.device, few_at_a_time: None) -> None:
-    """See `change_plans`."""
+    """See `change_plans` and `shuffle_programs`."""
     change_plans(monkeypatch, device)
+    if device.type == "cpu":
+        shuffle_programs(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", FEATURES)
@@ -161,6 +189,44 @@ def test_cut_in_many_places(naive: Kernels, device, kind, requests) -> None:
         max_query_len=1 if requests is DECODES else 33,
         **features(kind, 6),
     )
+
+
+@pytest.mark.usefixtures("small")
+def test_all_programs_at_one_request(naive: Kernels, device) -> None:
+    """More parts of a row than are put together at once."""
+    case = case_on(naive, device, seed=27, heads=(3, 1), requests=[(400, 1)], value_size=12)
+    compare(naive, case, device, max_query_len=1, scale=1.0)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_what_is_asked_for_ahead_is_a_programs_first_tile(naive, device, block_size, monkeypatch):
+    only_interpreted(device)
+    from triton.runtime.interpreter import interpreter_builder
+
+    asked, loaded = defaultdict(list), defaultdict(list)
+    load = interpreter_builder.create_masked_load
+    monkeypatch.setattr(
+        attention_split,
+        "bring_to_l2",
+        lambda pointers: asked[interpreter_builder.grid_idx].append(set(pointers.handle.data.flat)),
+    )
+
+    def kept(pointers, *how):
+        loaded[interpreter_builder.grid_idx].append(set(pointers.data.flat))
+        return load(pointers, *how)
+
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", kept)
+    case = case_on(
+        naive, device, seed=29, heads=(6, 2), requests=[(140, 1), (90, 1)], block_size=block_size
+    )
+    compare(naive, case, device, max_query_len=1, window=60)
+    assert len(asked) > 4
+    for program, (keys, values) in asked.items():
+        tiles = [rows for rows in loaded[program] if len(rows) == 16 * 16]
+        assert len(keys) == len(values) == 16
+        assert keys < tiles[1]
+        assert values < tiles[2]
 
 
 @pytest.mark.parametrize("max_query_len", [None, 3, 9])
@@ -375,6 +441,28 @@ def test_a_processors_programs_have_as_much_on_their_way(head_size, cache_bytes,
     assert on_the_way + programs * (tile + 8 * 1024) <= 227 * 1024
 
 
+@pytest.mark.parametrize(
+    ("queries", "groups", "launches"), [(1, False, 1), (16, False, 1), (17, False, 2), (1, True, 2)]
+)
+def test_who_comes_last_merges(naive: Kernels, device, queries, groups, launches, monkeypatch):
+    """But for many rows, or with a group, whose prefix is another program's."""
+    only_interpreted(device)
+    requests = [(100, queries), (70, 1), (65, queries)]
+    case = case_on(naive, device, seed=26, heads=(2, 2), requests=requests)
+    shared = share(case, [((0, 2), 60)]) if groups else None
+    made = []
+    for kernel in (attention.attention_kernel, attention.merge_kernel):
+        run = kernel.run
+
+        def counted(*args: object, run=run, **options: object) -> object:
+            made.append(run)
+            return run(*args, **options)
+
+        monkeypatch.setattr(kernel, "run", counted)
+    compare(naive, case, device, max_query_len=queries, prefix_groups=shared)
+    assert len(made) == launches
+
+
 def test_views_of_a_fused_projection(naive: Kernels, device) -> None:
     case = paged_case(
         naive,
@@ -407,14 +495,30 @@ def test_nothing_to_do(naive: Kernels, device) -> None:
         query[:0], key_cache, value_cache, table, lens, starts * 0, scale=1.0
     )
     assert none.shape == (0, 4, 16)
-    idle = attention.paged_attention(
-        query, key_cache, value_cache, table, lens * 0, starts, scale=1.0, max_query_len=1
-    )
-    assert not idle.any()
+    for rows in (query, query[:1]):
+        idle = attention.paged_attention(
+            rows, key_cache, value_cache, table, lens * 0, starts, scale=1.0, max_query_len=1
+        )
+        assert not idle.any()
     rows = attention.paged_attention(
         query, key_cache, value_cache, table[:0], lens[:0], starts[:1], scale=1.0
     )
     assert not rows.any()
+
+
+def test_counters_belong_to_a_cache(naive: Kernels, device, monkeypatch) -> None:
+    """No graph makes them: it would zero them at each replay, and not when it is captured."""
+    case = case_on(naive, device, seed=28, heads=(4, 2), requests=DECODES)
+    query, key_cache, *rest = moved(case.args, device)
+    known = dict(attention._counters)
+    attention.paged_attention(query, key_cache, *rest, scale=0.2, max_query_len=1)
+    assert set(attention._counters) - set(known) == {key_cache.data_ptr()}
+    del key_cache, case
+    assert set(attention._counters) == set(known)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    unmet = SimpleNamespace(device=torch.device("cpu"), is_cuda=True, data_ptr=lambda: -1)
+    with pytest.raises(RuntimeError, match="before its capture"):
+        attention._counters_of(unmet, 4)
 
 
 def test_wrong_kinds_of_tensors_are_refused(naive: Kernels, device) -> None:
@@ -478,11 +582,12 @@ def test_captured_once_and_replayed_for_other_lengths(naive: Kernels, device, dt
 
 @pytest.mark.gpu
 @pytest.mark.skipif(IS_PRETENDED, reason="there is nothing to wait for")
-def test_launches_that_overlap_wait_for_each_other(naive: Kernels, device) -> None:
-    """Both of an attention overlap, and its queries are what the attention before has left."""
+@pytest.mark.parametrize("grouped", [True, False])
+def test_launches_that_overlap_wait_for_each_other(naive: Kernels, device, grouped) -> None:
+    """All of an attention overlap, and its queries are what the attention before has left."""
     shape = {"heads": (32, 8), "head_size": 128, "block_size": 64, "dtype": torch.bfloat16}
     case = paged_case(naive, seed=19, requests=[(2048 + 64 * r, 1) for r in range(1, 25)], **shape)
-    groups = moved(share(case, [(tuple(range(24)), 2048)]), device)
+    groups = moved(share(case, [(tuple(range(24)), 2048)]), device) if grouped else None
     query, *rest = moved(case.args, device)
 
     def chain(between: Callable[[], object]) -> torch.Tensor:

@@ -11,14 +11,23 @@ from streamserve_kernels.triton.attention_plan import Plan, Tiles
 
 Changes = dict[str, object]
 
-# Of decodes. A stage is one tile of keys and values; all but one are on their way.
-DECODES: dict[str, Changes] = {
+# Of decodes, worth a try in a step. A stage is one tile of keys and values; all but one are on
+# their way.
+IN_A_STEP: dict[str, Changes] = {
     "as planned": {},
+    "merged by a launch of its own": {"one_launch": False},
+    "keys asked for after the wait": {"asks_ahead": False},
+    "both": {"one_launch": False, "asks_ahead": False},
+    "1 tile for a program": {"least_units": 1},
+    "4 tiles for a program": {"least_units": 4},
+    "3 stages, 2 programs": {"stages": 3, "programs_per_processor": 2},
+    "5 stages, 1 program": {"stages": 5, "programs_per_processor": 1},
+}
+DECODES: dict[str, Changes] = {
+    **IN_A_STEP,
     "3 stages": {"stages": 3},
     "3 stages, 1 program": {"stages": 3, "programs_per_processor": 1},
-    "3 stages, 2 programs": {"stages": 3, "programs_per_processor": 2},
     "3 stages, 3 programs": {"stages": 3, "programs_per_processor": 3},
-    "5 stages, 1 program": {"stages": 5, "programs_per_processor": 1},
     "6 stages, 1 program": {"stages": 6, "programs_per_processor": 1},
     "6 stages, 1 program, 8 warps": {"stages": 6, "programs_per_processor": 1, "warps": 8},
     "32 keys, 6 stages": {"split": Tiles(16, 32), "stages": 6},

@@ -1,6 +1,7 @@
 """Ragged paged attention on a GPU: the host's side.
 
-One launch does all kinds of work of a step, another one merges what was split:
+One launch does all kinds of work of a step. Where decodes alone were split, the last program at a
+part of the output puts it together; else another launch does:
 
 - requests with few queries (decodes): flash-decoding (Dao et al. 2023) over equal shares of all
   their keys together, whatever their lengths (`attention_work`, `attention_split`)
@@ -26,9 +27,17 @@ from streamserve_kernels.interface import PrefixGroups
 from streamserve_kernels.triton.attention_kernels import attention_kernel, merge_kernel
 from streamserve_kernels.triton.attention_loop import Constants
 from streamserve_kernels.triton.attention_plan import Plan, plan, power_of_two
-from streamserve_kernels.triton.runtime import INTERPRETED, num_processors, overlaps
+from streamserve_kernels.triton.runtime import (
+    INTERPRETED,
+    forget_with,
+    num_processors,
+    overlaps,
+)
 
 LOG2_E = math.log2(math.e)
+_MOST_PROGRAMS = 4  # on a processor, of one launch
+
+_counters: dict[int, Tensor] = {}
 
 
 class Scratch(NamedTuple):
@@ -40,7 +49,8 @@ class Scratch(NamedTuple):
 
     parts: Tensor  # [rows, block_dv]
     logs: Tensor  # [rows]
-    places: Tensor  # [1 + R + 1 + G] int32: where the work of requests and of groups lies
+    # [1 + R + 1 + G] int32: where the work of requests and of groups lies. Of one launch: counters.
+    places: Tensor
     part_base: int
     whole_base: int
     shared_whole_base: int
@@ -91,6 +101,8 @@ def paged_attention(
         shared_programs = processors * sizes.shared_programs_per_processor
     num_groups = 0 if groups is None else len(groups.num_blocks)
     scratch = _scratch(query, constants, programs, shared_programs, num_requests, num_groups, sizes)
+    if constants.one_launch:
+        scratch = scratch._replace(places=_counters_of(key_cache, programs))
     chunk_tiles = num_tokens * constants.group // sizes.chunk.rows + num_requests + 1
     grid = shared_programs + programs
     if sizes.has_chunks:
@@ -133,6 +145,8 @@ def paged_attention(
         num_stages=sizes.stages,
         launch_pdl=constants.overlaps,
     )
+    if constants.one_launch:
+        return output
     slots = num_requests * sizes.split_queries if sizes.has_chunks else num_tokens
     merge_kernel[(slots, num_heads)](
         output,
@@ -198,9 +212,11 @@ def _constants(
     value_size = value_cache.shape[3]
     window, slopes, cap, sinks, groups = (feature is not None for feature in features)
     split, chunk, shared = sizes.split, sizes.chunk, sizes.shared
+    group = query.shape[1] // num_kv_heads
+    merged_rows = power_of_two(sizes.split_queries * group, least=1)
     return Constants(
         num_kv_heads=num_kv_heads,
-        group=query.shape[1] // num_kv_heads,
+        group=group,
         head_size=head_size,
         value_size=value_size,
         block_d=power_of_two(head_size),
@@ -218,6 +234,10 @@ def _constants(
         has_sinks=sinks,
         has_groups=groups,
         has_chunks=sizes.has_chunks,
+        least_units=sizes.least_units,
+        one_launch=sizes.one_launch,
+        merged_rows=merged_rows if sizes.one_launch else 0,
+        asks_ahead=sizes.asks_ahead and (INTERPRETED or overlaps(query.device)),
         unscaled=not cap and not slopes,
         ieee=query.dtype == torch.float32,
         in_float16=query.dtype == torch.bfloat16 and key_cache.dtype == torch.float8_e4m3fn,
@@ -245,3 +265,22 @@ def _scratch(
     parts, logs = buffer[: rows * c.block_dv].view(rows, c.block_dv), buffer[rows * c.block_dv :]
     places = query.new_empty(2 + num_requests + num_groups, dtype=torch.int32)
     return Scratch(parts, logs, places, part_base, whole_base, whole_base + wholes)
+
+
+def _counters_of(key_cache: Tensor, programs: int) -> Tensor:
+    """[programs or more] int32, zeros before and after a launch: those on a cache take turns.
+
+    Raises RuntimeError while a graph is captured that has not been run before: the graph would make
+    them, and others would find them before it has.
+    """
+    most = num_processors(key_cache.device) * _MOST_PROGRAMS
+    if programs > most:
+        raise ValueError(f"at most {most} programs are counted, not {programs}")
+    key = key_cache.data_ptr()
+    counters = _counters.get(key)
+    if counters is None:
+        if key_cache.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("attention over these caches has to run once before its capture")
+        counters = _counters[key] = key_cache.new_zeros(most, dtype=torch.int32)
+        forget_with(key_cache, _counters, key)
+    return counters

@@ -1,4 +1,4 @@
-"""The two launches of `paged_attention`: all kinds of work at once, then the merge."""
+"""The launches of `paged_attention`: all kinds of work at once, and what merges them, if any."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def attention_kernel(
     output,  # [T, Hq, Dv]
     parts,  # [rows, block_dv] float32: see `attention.Scratch`
     logs,  # [rows] float32
-    places,  # [1 + R + 1 + G] int32
+    places,  # int32: [1 + R + 1 + G], or of one launch [programs], zeros
     query,  # [T, Hq, D]
     query_stride,
     key_cache, key_block, key_head, key_row,
@@ -80,7 +80,7 @@ def attention_kernel(
     if (program >= 0) & (program < programs):
         own_parts(
             query, query_stride, output, parts, logs, places, slopes, sinks, cache, batch,
-            rule, program, programs, whole_base, c,
+            rule, program, programs, num_tokens, whole_base, c,
         )  # fmt: skip
 
 

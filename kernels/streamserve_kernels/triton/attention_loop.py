@@ -33,6 +33,10 @@ class Constants(NamedTuple):
     has_sinks: bool
     has_groups: bool
     has_chunks: bool
+    least_units: int  # of split work, for one program
+    one_launch: bool  # the last program at a part of the output puts it together
+    merged_rows: int  # of a split tile that a request can have; then only
+    asks_ahead: bool  # for its first keys and values, before it waits for the kernel before
     unscaled: bool  # scores are scaled in the exponent
     ieee: bool  # float32 operands are multiplied as such, not as TF32
     in_float16: bool  # products of bfloat16 queries and float8 keys: see `load_query`
@@ -99,6 +103,30 @@ def score(
 
 
 @triton.jit
+def pointers_to(
+    cache,
+    block_stride,
+    head_stride,
+    row_stride,
+    block,
+    kv_head,
+    offset,
+    columns,
+    one_block: tl.constexpr,
+):
+    """To `columns` [M] of rows `offset` [N] of `block` -> [N, M].
+
+    `block` is one for all (`one_block`) or one for each row.
+    """
+    base = block * block_stride + kv_head * head_stride
+    if one_block:
+        pointers = cache + base + (offset[:, None] * row_stride + columns[None, :])
+    else:
+        pointers = cache + (base + offset * row_stride)[:, None] + columns[None, :]
+    return pointers
+
+
+@triton.jit
 def load_rows(
     cache,
     block_stride,
@@ -114,16 +142,14 @@ def load_rows(
     size: tl.constexpr,
     padded: tl.constexpr,
 ):
-    """Rows `offset` [N] of `block` -> [N, padded]; `block` is one for all or one for each row.
+    """Rows `offset` [N] of `block` -> [N, padded]: see `pointers_to`.
 
     Bounded: zeros from key `limit` on, where nothing was ever written.
     """
     columns = tl.arange(0, padded)
-    base = block * block_stride + kv_head * head_stride
-    if one_block:
-        pointers = cache + base + (offset[:, None] * row_stride + columns[None, :])
-    else:
-        pointers = cache + (base + offset * row_stride)[:, None] + columns[None, :]
+    pointers = pointers_to(
+        cache, block_stride, head_stride, row_stride, block, kv_head, offset, columns, one_block
+    )
     if bounded and size < padded:
         tile = tl.load(
             pointers, mask=(keys[:, None] < limit) & (columns[None, :] < size), other=0.0

@@ -14,6 +14,7 @@ from streamserve_kernels.triton.attention_work import (
 )
 
 PARTS = tl.constexpr(16)  # read at a time
+PART_ROWS = tl.constexpr(64)  # of parts, read at a time by the last program of an item
 
 
 @triton.jit
@@ -35,6 +36,86 @@ def parts_of(places, sequence, item, key_tiles):
     begin = tl.load(places + 1 + sequence) + item * key_tiles
     first = begin // share
     return first, (begin + key_tiles - 1) // share - first + 1
+
+
+@triton.jit
+def merge_if_last(
+    output, parts, logs, counters, first, count, kv_head, begin, key_tiles, share, c: tl.constexpr
+):
+    """Puts an item of one tile of rows together, if all other programs have done their part of it.
+
+    Its units are `begin` to `begin + key_tiles`. Parts are taken in the order of their keys,
+    whoever comes last. `counters`, of which an item has that of its first program, are zero before
+    a launch and after it.
+    """
+    ROWS: tl.constexpr = c.merged_rows
+    AT_ONCE: tl.constexpr = PART_ROWS // ROWS
+    DV: tl.constexpr = c.block_dv
+    program = begin // share
+    others = (begin + key_tiles - 1) // share - program
+    tl.debug_barrier()  # the whole program's stores before the one thread's release
+    last = tl.atomic_add(counters + program, 1, sem="acq_rel", scope="gpu") == others
+    if last:
+        tl.store(counters + program, 0)
+        index = tl.arange(0, ROWS)
+        valid = index < count * c.group
+        # A part's rows, one behind the other: a thread has its columns of all parts.
+        column = tl.arange(0, ROWS * DV)
+        row = column // DV
+        kept = row < count * c.group
+        peak = tl.full([ROWS], -1.0e30, tl.float32)
+        weight = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS * DV], tl.float32)
+        for base in range(0, others + 1, AT_ONCE):
+            part = base + tl.arange(0, AT_ONCE)
+            # slot 1 of a program holds an item that it began, slot 0 one that it went on with
+            place = ((program + part) * 2 + (part == 0).to(tl.int32)) * c.split_rows
+            there = (part <= others)[:, None] & valid[None, :]
+            log = tl.load(
+                logs + (place[:, None] + index[None, :]),
+                mask=there, other=-1.0e30, cache_modifier=".cg",
+            )  # fmt: skip
+            values = tl.load(
+                parts + (place.to(tl.int64)[:, None] * DV + column[None, :]),
+                mask=(part <= others)[:, None] & kept[None, :], other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            higher = tl.maximum(peak, tl.max(log, 0))
+            scale = tl.where(there, tl.exp2(log - higher[None, :]), 0.0)
+            decay = tl.exp2(peak - higher)
+            weight = weight * decay + tl.sum(scale, 0)
+            scale = tl.broadcast_to(scale[:, :, None], (AT_ONCE, ROWS, DV))
+            decay = tl.broadcast_to(decay[:, None], (ROWS, DV))
+            acc = acc * tl.reshape(decay, (ROWS * DV,))
+            acc += tl.sum(values * tl.reshape(scale, (AT_ONCE, ROWS * DV)), 0)
+            peak = higher
+        weight = tl.broadcast_to(tl.where(weight > 0.0, weight, 1.0)[:, None], (ROWS, DV))
+        out = acc / tl.reshape(weight, (ROWS * DV,))
+        token = (first + row // c.group).to(tl.int64)
+        head = kv_head * c.group + row % c.group
+        start = (token * (c.num_kv_heads * c.group) + head) * c.value_size
+        tl.store(
+            output + start + column % DV,
+            out.to(output.dtype.element_ty),
+            mask=kept & (column % DV < c.value_size),
+        )
+
+
+@triton.jit
+def zero_idle_rows(output, batch, rule, program, programs, num_tokens, c: tl.constexpr):
+    """Zeros for rows of no request, and of requests without keys."""
+    WIDTH: tl.constexpr = c.num_kv_heads * c.group * c.value_size
+    BLOCK: tl.constexpr = 1024
+    for token in range(program, num_tokens, programs):
+        request = request_of_token(token, batch)
+        _, _, _, _, key_tiles, _ = own_work(
+            request, request < batch.num_requests, 0, batch, rule, c
+        )
+        if key_tiles == 0:
+            row = output + (tl.full([], 0, tl.int64) + token) * WIDTH
+            for base in range(0, WIDTH, BLOCK):
+                at = base + tl.arange(0, BLOCK)
+                zeros = tl.zeros([BLOCK], output.dtype.element_ty)
+                tl.store(row + at, zeros, mask=at < WIDTH)
 
 
 @triton.jit

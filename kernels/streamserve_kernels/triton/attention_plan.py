@@ -31,6 +31,9 @@ class Plan:
     stages: int  # one tile of keys and values is in use, the others are on their way
     programs_per_processor: int
     shared_programs_per_processor: int
+    least_units: int  # key tiles of one program: fewer are not worth a merge
+    one_launch: bool  # the last program at a part of the output puts it together
+    asks_ahead: bool  # for a program's first keys, before it waits for the kernel before
 
 
 def power_of_two(size: int, least: int = 16) -> int:
@@ -43,11 +46,15 @@ SPLIT_QUERIES = 4
 # A step with fewer (query, head of a group) rows than this has too few tiles to fill a GPU: all of
 # its requests are split.
 FEW_ROWS = 512
+# What is split is put together by the last program at it if that is no more rows (query and head of
+# a group) than this, which it reads at once; else, and with prefix groups, by a launch of its own.
+MERGED_ROWS = 16
 # So few decodes are done sooner by one program on a processor than by two that divide them further.
 FEW_REQUESTS = 16
 # Keys and values that the programs of a processor have on their way together.
 ON_THE_WAY = 128 * 1024
 _MOST_STAGES = 6
+LEAST_UNITS = 2
 # Drafts to verify: a group's members with no more queries than this attend to its prefix together.
 SHARED_QUERIES = 8
 # Of float32, but for decodes of one tile: larger ones do not fit into registers.
@@ -103,6 +110,9 @@ def plan(
             stages=max(2, min(on_the_way + 1, _MOST_STAGES)),
             programs_per_processor=programs,
             shared_programs_per_processor=1,
+            least_units=LEAST_UNITS,
+            one_launch=most * group <= MERGED_ROWS and not has_groups,
+            asks_ahead=not has_groups,
         )
     split_rows = min(power_of_two(group), 64)
     return Plan(
@@ -116,4 +126,7 @@ def plan(
         stages=3,
         programs_per_processor=1,
         shared_programs_per_processor=1,
+        least_units=LEAST_UNITS,
+        one_launch=False,
+        asks_ahead=False,
     )

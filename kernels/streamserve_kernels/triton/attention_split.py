@@ -9,16 +9,20 @@ from triton.language.extra.cuda import gdc_wait
 from streamserve_kernels.triton.attention_loop import (
     attend,
     begin,
+    blocks_at,
     load_query,
+    pointers_to,
     slopes_of,
     store_output,
 )
+from streamserve_kernels.triton.attention_merge import merge_if_last, zero_idle_rows
 from streamserve_kernels.triton.attention_work import (
     group_work,
     membership,
     own_work,
     share_of,
 )
+from streamserve_kernels.triton.runtime import bring_to_l2
 
 
 @triton.jit
@@ -28,9 +32,39 @@ def store_part(parts, logs, row, peak, weight, acc, valid, c: tl.constexpr):
     out = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]
     log = tl.where(weight > 0.0, peak + tl.log2(tl.where(weight > 0.0, weight, 1.0)), -1.0e30)
     row = row.to(tl.int64)
-    tl.store(logs + row, log, mask=valid)
+    # Past the first-level cache, where another program's loads would not see them.
+    tl.store(logs + row, log, mask=valid, cache_modifier=".cg")
     pointers = parts + row[:, None] * c.block_dv + columns[None, :]
-    tl.store(pointers, out, mask=valid[:, None])
+    tl.store(pointers, out, mask=valid[:, None], cache_modifier=".cg")
+
+
+@triton.jit
+def ask_ahead(cache, batch, rule, request, unit, c: tl.constexpr):
+    """Has a tile of keys and values brought nearer: that of a request's `unit` of its work."""
+    KEYS: tl.constexpr = c.split_keys
+    LINE: tl.constexpr = 128 * 8 // cache.key.dtype.element_ty.primitive_bitwidth
+    one_block: tl.constexpr = c.block_size % KEYS == 0
+    _, _, length, start, key_tiles, row_tiles = own_work(
+        request, request < batch.num_requests, 0, batch, rule, c
+    )
+    if unit < key_tiles * row_tiles * c.num_kv_heads:
+        kv_head = unit // key_tiles // row_tiles
+        at = start + unit % key_tiles * KEYS
+        table = batch.block_table + request.to(tl.int64) * batch.table_stride
+        block = blocks_at(table, at, length, one_block, KEYS, c)
+        offset = (at + tl.arange(0, KEYS)) % c.block_size
+        columns = tl.arange(0, (c.block_d + LINE - 1) // LINE) * LINE
+        keys = pointers_to(
+            cache.key, cache.key_block, cache.key_head, cache.key_row,
+            block, kv_head, offset, tl.minimum(columns, c.head_size - 1), one_block,
+        )  # fmt: skip
+        bring_to_l2(keys)
+        columns = tl.arange(0, (c.block_dv + LINE - 1) // LINE) * LINE
+        values = pointers_to(
+            cache.value, cache.value_block, cache.value_head, cache.value_row,
+            block, kv_head, offset, tl.minimum(columns, c.value_size - 1), one_block,
+        )  # fmt: skip
+        bring_to_l2(values)
 
 
 @triton.jit
@@ -72,16 +106,24 @@ def own_segment(
 @triton.jit
 def own_parts(
     query, query_stride, output, parts, logs, places, slopes, sinks, cache, batch, rule,
-    program, programs, whole_base, c: tl.constexpr,
+    program, programs, num_tokens, whole_base, c: tl.constexpr,
 ):  # fmt: skip
     """A program's share of what each request attends to for itself.
 
-    Leaves in `places` what a merge must know: each program's share, and each request's first unit.
+    Of one launch `places` counts the programs that have done their part of an item. Else it is told
+    what a merge must know: each program's share, and each request's first unit.
     """
-    share, at, end, request, passed = share_of(program, programs, batch, rule, False, c)
+    share, at, end, request, passed, queries = share_of(program, programs, batch, rule, False, c)
+    if c.asks_ahead:
+        if at < end:
+            ask_ahead(cache, batch, rule, request, at - passed, c)
     if c.overlaps:
         gdc_wait()
-    tl.store(places, share, mask=program == 0)
+    if c.one_launch:
+        if queries < num_tokens:
+            zero_idle_rows(output, batch, rule, program, programs, num_tokens, c)
+    else:
+        tl.store(places, share, mask=program == 0)
     prefix = tl.full([], 0, tl.int32)
     if c.has_groups:
         looked_up = prefix - 1  # the request whose prefix it is
@@ -100,13 +142,21 @@ def own_parts(
         tile = (at - passed) % divisor
         tiles = tl.where(at - passed < work, tl.minimum(key_tiles - tile, end - at), 0)
         if tiles > 0:
-            if at == passed:
-                tl.store(places + 1 + request, passed)
+            if not c.one_launch:
+                if at == passed:
+                    tl.store(places + 1 + request, passed)
+            item = (at - passed) // divisor
             own_segment(
                 query, query_stride, output, parts, logs, slopes, sinks, cache, batch, rule,
-                program, request, first, count, length, start, (at - passed) // divisor,
+                program, request, first, count, length, start, item,
                 key_tiles, row_tiles, tile, tiles, alone, whole_base, c,
             )  # fmt: skip
+            if c.one_launch:
+                if tiles < key_tiles:
+                    merge_if_last(
+                        output, parts, logs, places, first, count, item // row_tiles,
+                        at - tile, key_tiles, share, c,
+                    )  # fmt: skip
         at += tiles
         done = at - passed >= work
         passed += tl.where(done, work, 0)
@@ -160,7 +210,7 @@ def shared_parts(
 
     Leaves in `places` each program's share, and each group's first unit.
     """
-    share, at, end, group, passed = share_of(program, programs, batch, rule, True, c)
+    share, at, end, group, passed, _ = share_of(program, programs, batch, rule, True, c)
     if c.overlaps:
         gdc_wait()
     tl.store(places, share, mask=program == 0)

@@ -26,7 +26,6 @@ REQUESTS = tl.constexpr(256)  # read at a time
 REQUESTS_WITH_GROUPS = tl.constexpr(128)  # each is compared with the members
 GROUPS = tl.constexpr(16)
 MEMBERS = tl.constexpr(32)
-LEAST_UNITS = tl.constexpr(2)  # of one program: less is not worth a merge
 
 
 class Batch(NamedTuple):
@@ -124,28 +123,33 @@ def group_work(group, valid, batch, c: tl.constexpr):
 
 @triton.jit
 def units(sequence, batch, rule, shared: tl.constexpr, c: tl.constexpr):
-    """Units of work [N] of sequences [N]: of groups if `shared`, else of requests."""
+    """Of sequences [N], which are groups if `shared`, else requests: (units of work, queries)."""
     if shared:
-        _, _, _, key_tiles, row_tiles = group_work(sequence, sequence < batch.num_groups, batch, c)
+        _, count, _, key_tiles, row_tiles = group_work(
+            sequence, sequence < batch.num_groups, batch, c
+        )
     else:
         prefix = tl.zeros_like(sequence)
         if c.has_groups:
             prefix = shared_tokens(sequence, batch, c)
-        _, _, _, _, key_tiles, row_tiles = own_work(
+        _, count, _, _, key_tiles, row_tiles = own_work(
             sequence, sequence < batch.num_requests, prefix, batch, rule, c
         )
-    return key_tiles * row_tiles * c.num_kv_heads
+    return key_tiles * row_tiles * c.num_kv_heads, count
 
 
 @triton.jit
 def survey(batch, rule, shared: tl.constexpr, c: tl.constexpr):
-    """Units of all sequences."""
+    """(units of all sequences, queries of those that have any)."""
     several: tl.constexpr = REQUESTS_WITH_GROUPS if c.has_groups else REQUESTS
     step: tl.constexpr = GROUPS if shared else several
     total = tl.full([], 0, tl.int32)
+    queries = tl.full([], 0, tl.int32)
     for base in range(0, batch.num_groups if shared else batch.num_requests, step):
-        total += tl.sum(units(base + tl.arange(0, step), batch, rule, shared, c), 0)
-    return total
+        work, count = units(base + tl.arange(0, step), batch, rule, shared, c)
+        total += tl.sum(work, 0)
+        queries += tl.sum(tl.where(work > 0, count, 0), 0)
+    return total, queries
 
 
 @triton.jit
@@ -159,7 +163,7 @@ def find(unit, batch, rule, shared: tl.constexpr, c: tl.constexpr):
     before = tl.full([], 0, tl.int32)
     for base in range(0, count, step):
         sequence = base + tl.arange(0, step)
-        work = units(sequence, batch, rule, shared, c)
+        work, _ = units(sequence, batch, rule, shared, c)
         ended = (passed + tl.cumsum(work, 0) <= unit) & (sequence < count)
         found += tl.sum(ended.to(tl.int32), 0)
         before += tl.sum(tl.where(ended, work, 0), 0)
@@ -170,13 +174,13 @@ def find(unit, batch, rule, shared: tl.constexpr, c: tl.constexpr):
 @triton.jit
 def share_of(program, programs, batch, rule, shared: tl.constexpr, c: tl.constexpr):
     """(units of each program, this one's first unit and the one after its last, the sequence of the
-    first, units of the sequences before that).
+    first, units of the sequences before that, queries that have work).
 
     Reads nothing but the step's own tensors. In two passes: where the first turn of both was read
     once, before their loops, Triton 3.8 no longer pipelined the loop over keys.
     """
-    total = survey(batch, rule, shared, c)
-    share = tl.maximum((total + programs - 1) // programs, LEAST_UNITS)
+    total, queries = survey(batch, rule, shared, c)
+    share = tl.maximum((total + programs - 1) // programs, c.least_units)
     at = program * share
     found, before = find(at, batch, rule, shared, c)
-    return share, at, tl.minimum(at + share, total), found, before
+    return share, at, tl.minimum(at + share, total), found, before, queries

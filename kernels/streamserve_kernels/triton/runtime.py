@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 # Triton's interpreter runs kernels as numpy on a CPU (TRITON_INTERPRET=1). Kernels take it as a
 # constexpr where they must differ: its tl.dot is wrong for bfloat16, so operands become float32.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 _kernels: list[Any] = []
 
@@ -80,9 +83,9 @@ def overlaps(device: torch.device) -> bool:
     A kernel that is launched so (`launch_pdl`) waits (`gdc_wait`) in every program before it
     touches what a kernel has written or may still read: the kernel after it relies on it for all
     that came before. Weights and tables may be read earlier, and what a copy has brought, which no
-    kernel passes: of a step's inputs its lengths, groups, positions and slots, but not its token
-    ids. (A tensor made by a kernel is there early too, once another one that is launched
-    otherwise has followed, as each step's `resolve_tokens` and embedding are.)
+    kernel passes: of a step's inputs its lengths, block tables, groups, positions and slots, but
+    not its token ids. (A tensor made by a kernel is there early too, once another one that is
+    launched otherwise has followed, as each step's `resolve_tokens` and embedding are.)
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -93,3 +96,22 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@triton.jit
+def bring_to_l2(pointers):
+    """Has the cache lines that hold these [...] brought to L2, where others may still write.
+
+    The interpreter loads from them: so it is checked that they are somebody's.
+    """
+    if _INTERPRETED:
+        tl.load(pointers)
+    else:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from streamserve_kernels.triton.runtime import INTERPRETED, jit, num_processors
+from streamserve_kernels.triton.runtime import INTERPRETED, bring_to_l2, jit, num_processors
 from streamserve_kernels.triton.tuning import Config
 
 SPLIT_ROWS = 128
@@ -93,14 +93,7 @@ def prefetch(rows, first, width, LENGTH: tl.constexpr):
     """Brings LENGTH elements from the first of each row [R, 1] of `width` on their way, to L2."""
     LINE: tl.constexpr = 128 * 8 // rows.dtype.element_ty.primitive_bitwidth
     at = tl.minimum(first + tl.arange(0, LENGTH // LINE) * LINE, width - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [(rows + at[None, :]).to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    bring_to_l2(rows + at[None, :])
 
 
 @jit(do_not_specialize=["M", "splits", "steps", "all_steps"])
