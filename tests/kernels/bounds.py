@@ -40,9 +40,8 @@ def within_bounds() -> Iterator[None]:
 
     def check(pointers: Any, mask: Any) -> None:
         at = pointers.data
-        used = np.broadcast_to(mask.data.astype(bool), at.shape)
-        if not used.all():
-            at = at[used]
+        if not mask.data.all():
+            at = at[np.broadcast_to(mask.data.astype(bool), at.shape)]
         if at.size:
             size = pointers.dtype.scalar.element_ty.primitive_bitwidth // 8 or 1
             # Most are all in one tensor; the others are looked up one by one.
