@@ -82,10 +82,9 @@ class RateLimiter:
         return Allowance(self._clock, requests, tokens)
 
     def _bucket(self, tenant: Tenant, name: str, limit: int | None) -> Bucket | None:
-        key = (tenant.name, name)
         if limit is None:
-            self._buckets.pop(key, None)
             return None
+        key = (tenant.name, name)
         now = self._clock()
         bucket = self._buckets.get(key)
         if bucket is None:

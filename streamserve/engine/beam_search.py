@@ -120,8 +120,6 @@ class BeamSearch:
 
     def _finish(self, hypotheses: list[Hypothesis], num_tokens: int) -> None:
         width = self._params.beam_width
-        if self._params.early_stopping is True and len(self._finished) == width:
-            return
         penalty = float(num_tokens) ** self._params.length_penalty
         self._finished += [(h.score / penalty, h) for h in hypotheses]
         self._finished.sort(key=lambda scored: -scored[0])

@@ -5,7 +5,9 @@ from pathlib import Path
 import orjson
 import pytest
 
-from streamserve.api.tenants import CHECK_INTERVAL_S
+from streamserve.api.errors import retry_headers
+from streamserve.api.rate_limits import RateLimiter
+from streamserve.api.tenants import CHECK_INTERVAL_S, Tenant
 from tests.api.harness import Api, Exchange, chat_body, events_of, until
 
 CHAT = "/v1/chat/completions"
@@ -168,6 +170,27 @@ async def call(api, key, text="Hi", **fields):
     return await api.call("POST", CHAT, body, headers={"authorization": f"Bearer {key}"})
 
 
+@pytest.mark.parametrize(
+    ("seconds", "whole", "milliseconds"),
+    [(0.0001, "1", "1"), (1.0, "1", "1000"), (1.2345, "2", "1235")],
+)
+def test_promise_refusal_the_time_to_come_back_is_rounded_up(seconds, whole, milliseconds):
+    assert retry_headers(seconds) == {"Retry-After": whole, "retry-after-ms": milliseconds}
+
+
+def test_promise_refusal_a_bucket_holds_a_minutes_worth():
+    clock = Clock()
+    limiter, tenant = RateLimiter(clock), Tenant(name="t", tokens_per_minute=60)
+    first, second = (limiter.allowance(tenant) for _ in range(2))
+    clock.now += 600.0
+    first.take_tokens([50, 5])
+    assert first.headers()[b"x-ratelimit-remaining-tokens"] == b"5"
+    first.close()  # neither had a seat
+    second.take_tokens([60])
+    first.close()
+    assert second.headers()[b"x-ratelimit-remaining-tokens"] == b"0"
+
+
 async def test_promise_refusal_requests_per_minute(limited):
     api, clock = limited
     async with api.running():
@@ -269,6 +292,7 @@ async def test_a_prompt_longer_than_a_minutes_worth_is_let_in_by_a_full_bucket(l
         assert (await call(api, "short", "a" * 300)).status == 200
         refused = await call(api, "short")
         assert refused.status == 429
+        assert "of which 0 are left" in refused.error["message"]
         assert left(refused) == 0
         clock.now += 60
         assert (await call(api, "short")).status == 200

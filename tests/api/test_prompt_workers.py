@@ -3,8 +3,10 @@
 import orjson
 import pytest
 
-from streamserve.api.prompt_workers import LONG_BODY
+from streamserve.api.prompt_workers import LONG_BODY, PromptWorkers
 from streamserve.engine.text_source import byte_text
+from streamserve.engine.worker_pool import WorkerTimeoutError
+from streamserve.errors import InvalidParameterError
 from tests.api.harness import HI, Api, chat_body, message_body
 
 PADDING = "x" * LONG_BODY
@@ -45,6 +47,7 @@ LONG = [
     ("/v1/completions", {"prompt": [[65, 66], [67]], "echo": True, "metadata": PADDING}),
     ("/v1/completions", {"prompt": [65, 400], "metadata": PADDING}),
     ("/v1/completions", {"prompt": PADDING}),
+    ("/v1/completions", {"prompt": PADDING, "truncate_prompt_tokens": 5, "max_tokens": 3}),
     ("/tokenize", {"prompt": PADDING, "return_token_strs": True, "frobnicate": 1}),
     ("/tokenize", {"messages": [{"role": "user", "content": PADDING}], "model": "alias"}),
     ("/tokenize", {"prompt": PADDING, "messages": []}),
@@ -64,6 +67,31 @@ LONG = [
 async def test_a_worker_answers_as_the_server_itself(index):
     here, there = await answers(*LONG[index])
     assert here == there
+
+
+class Late:
+    """A pool in whose turn nobody's work ends in time."""
+
+    def __init__(self):
+        self.owners = []
+
+    async def call(self, payload, *, timeout_s, owner=""):
+        self.owners.append(owner)
+        raise WorkerTimeoutError
+
+
+async def test_tenants_have_turns_and_what_takes_too_long_is_refused_by_its_field():
+    workers = PromptWorkers(byte_text, {}, None, 64)
+    workers._pool = Late()
+    for work, param in (
+        (workers.read("chat", b"{}", "alice"), "messages"),
+        (workers.tokenize(b"{}", "bob"), "prompt"),
+        (workers.detokenize(b"{}", "carol"), "tokens"),
+    ):
+        with pytest.raises(InvalidParameterError, match=f"{param} took longer than") as refused:
+            await work
+        assert refused.value.param == param
+    assert workers._pool.owners == ["alice", "bob", "carol"]
 
 
 async def test_template_arguments_of_a_client_go_to_a_worker():

@@ -112,7 +112,14 @@ async def test_a_changed_file_is_read_again_and_a_broken_one_changes_nothing(key
     now += CHECK_INTERVAL_S
     await ring.refresh()
     assert ring.find(b"sk-alice-old") is None
-    assert ring.find(b"sk-alice-new").salt == salt, "what she cached stays hers"
+    alice = ring.find(b"sk-alice-new")
+    assert alice.salt == salt, "what she cached stays hers"
+    now += CHECK_INTERVAL_S
+    await ring.refresh()
+    assert ring.find(b"sk-alice-new") is alice, "an unchanged file is not read"
+    key_file.write_text(good)
+    await ring.refresh()
+    assert ring.find(b"sk-alice-new") is alice, "nor is it looked at before its time"
     for broken in (good + "[", "", 'x = "sk-alice"'):
         key_file.write_text(broken)
         now += CHECK_INTERVAL_S

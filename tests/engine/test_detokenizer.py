@@ -190,6 +190,22 @@ def test_the_space_of_the_first_word_stays_behind_a_prompt_and_goes_without_one(
     assert stream(tokenizer, [bos], [word, word], skip=False)[0] == [" h", " h"]
 
 
+@pytest.mark.parametrize(
+    ("skip", "spaced", "text"),
+    [
+        (False, True, " <s> </s> world <s> <s>"),
+        (False, False, " <s></s> world <s><s>"),
+        (True, False, " world"),
+    ],
+)
+def test_no_space_between_special_tokens_where_none_is_asked_for(skip, spaced, text):
+    tokenizer = TOKENIZERS["word_piece"]()
+    ids = list(map(tokenizer.token_to_id, ("<s>", "</s>", "world", "<s>", "<s>")))
+    params = SamplingParams(skip_special_tokens=skip, spaces_between_special_tokens=spaced)
+    detokenizer = IncrementalDetokenizer(tokenizer, [tokenizer.token_to_id("hello")], params)
+    assert detokenizer.add(ids) + detokenizer.finish() == text
+
+
 def test_the_general_way_looks_behind_tokens_without_text():
     tokenizer = TOKENIZERS["word_piece"]()
     hello, special, world = map(tokenizer.token_to_id, ("hello", "</s>", "world"))

@@ -144,6 +144,16 @@ async def test_the_oldest_grammars_are_forgotten():
     grammars.close()
 
 
+async def test_each_id_that_ends_an_answer_may_end_it():
+    grammars = Grammars(ByteTokenizer(), frozenset({EOS - 1, EOS}), 258)
+    output = grammar("regex", "a")
+    await grammars.compile(output)
+    matcher = grammars.matcher(output)
+    assert matcher.consume_token(ord("a"))
+    assert [i for i in range(258) if matcher.compute_bitmask()[i >> 3] >> (i & 7) & 1] == [256, 257]
+    grammars.close()
+
+
 async def test_special_tokens_are_known_by_name():
     grammars = Grammars(ByteTokenizer(("<s>", "</s>", "<tool_call>")), frozenset({EOS}), 259)
     output = grammar("lark", 'start: <tool_call> %json {"const": 1}')

@@ -54,6 +54,14 @@ def test_each_prompt_has_the_adapter_it_asks_for(llm, paths):
     assert with_c[0] != found[0], "there was room for two: the oldest made way"
     again = llm.generate(PROMPTS, PARAMS, lora_request=[a, None, None], use_tqdm=False)
     assert token_ids(again)[0] == found[0]
+    one = SamplingParams(max_tokens=1)
+    outputs = [
+        llm.generate([[5] * 40], one, lora_request=asked, use_tqdm=False)[0]
+        for asked in (None, a, c, None, a)
+    ]
+    cached = [output.num_cached_tokens for output in outputs]
+    assert cached[:3] == [0, 0, 0], "what others left is not theirs"
+    assert min(cached[3:]) > 0
 
 
 def test_what_cannot_be_is_said(llm, paths, tmp_path):

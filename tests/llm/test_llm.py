@@ -12,7 +12,15 @@ import weakref
 import pytest
 
 from streamserve import LLM, SamplingParams
-from streamserve.errors import ConfigError, ContextLengthError, InvalidParameterError
+from streamserve.engine.stream import RequestStream
+from streamserve.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    InvalidParameterError,
+)
+from streamserve.llm.answers import ChatOptions
+from streamserve.llm.prompts import Job
 from tests.interpreter import run_python
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
@@ -272,12 +280,34 @@ def test_pieces_of_a_stream_are_the_answer(llm):
     assert "".join(llm.stream("Hello", GREEDY)) == llm.generate("Hello", GREEDY)[0].outputs[0].text
 
 
-def test_leaving_a_stream_early_frees_its_request(llm):
-    params = SamplingParams(max_tokens=400, ignore_eos=True)
+def test_leaving_a_stream_early_frees_its_request(llm, monkeypatch):
+    params, closed = SamplingParams(max_tokens=400, ignore_eos=True), []
+
+    def close(stream: RequestStream) -> None:
+        closed.append(stream)
+
+    monkeypatch.setattr(RequestStream, "close", close)
     for _ in llm.stream("Hello", params):
         break
+    monkeypatch.undo()
+    [stream] = closed
+    llm._service.engine.abort(stream.request_id)
     wait_until_idle(llm)
     assert llm._service.engine.stats().kv_usage == 0
+
+
+def test_a_stream_that_is_cut_off_says_so(llm):
+    engine = llm._service.engine
+    pieces = llm.stream("Hello", SamplingParams(max_tokens=400, ignore_eos=True))
+    next(pieces)
+
+    async def abort() -> None:
+        [request_id] = engine._live
+        engine.abort(request_id)
+
+    llm._loop.run(abort())
+    with pytest.raises(EngineError, match="cut off"):
+        list(pieces)
 
 
 class InterruptingBar:
@@ -303,6 +333,21 @@ def ctrl_c_interrupts():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def test_who_gives_up_waiting_for_a_seat_gives_back_none(llm):
+    answers = llm._answers
+
+    async def give_up() -> int:
+        [prepared] = await answers.prepare([Job(0, "", [5], GREEDY)], ChatOptions())
+        async with answers._line:
+            waiting = asyncio.create_task(answers._seated(prepared).__aenter__())
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+        return answers._seats._value
+
+    assert llm._loop.run(give_up()) == 8
 
 
 @pytest.mark.usefixtures("ctrl_c_interrupts")
