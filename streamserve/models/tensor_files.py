@@ -211,7 +211,7 @@ def _read_header(path: Path) -> Iterator[tuple[str, _Entry]]:
     file = MappedFile(path)
     size = len(file.map)
     length = int.from_bytes(file.map[:8], "little")
-    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+    if length > min(size - 8, _MAX_HEADER_BYTES):
         raise ModelLoadError(
             f"{path} is no safetensors file: a header of {length} of {size} bytes; if it should be "
             "one, download it again"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,8 @@ from streamserve.models import (
     resolve_model,
     supported_architectures,
 )
+from streamserve.models.checkpoint import RandomSource
+from streamserve.models.weights import build_weights
 from tests.models.paged import PagedHarness, Sequence
 
 CPU = torch.device("cpu")
@@ -59,6 +60,16 @@ def edit_config(directory: Path, **changes) -> None:
     file.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
 
 
+class MakesAFile:
+    """When it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 class TestFormats:
     def test_sharded_safetensors(self, checkpoint, tiny_llama, load):
         directory, model = checkpoint(tiny_llama(), max_shard_size="20KB")
@@ -78,13 +89,47 @@ class TestFormats:
         with pytest.raises(ModelLoadError, match=f"names {lost.name}, which is not there"):
             load(directory)
 
-    @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-torch-1.6"])
-    def test_pytorch_bin(self, checkpoint, tiny_llama, load, zipped):
+    def test_an_index_names_files_of_its_own_directory(self, checkpoint, tiny_llama, load):
+        directory, _ = checkpoint(tiny_llama(), max_shard_size="20KB")
+        index = directory / "model.safetensors.index.json"
+        names = json.loads(index.read_text())["weight_map"]
+        (directory.parent / "elsewhere.safetensors").touch()
+        index.write_text(
+            json.dumps({"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")})
+        )
+        with pytest.raises(
+            ModelLoadError, match=r"names elsewhere\.safetensors, which is not there"
+        ):
+            load(directory)
+
+    def test_what_lies_beside_the_one_file_is_not_read(self, checkpoint, tiny_llama, load):
         directory, model = checkpoint(tiny_llama())
+        (directory / "optimizer.safetensors").write_bytes(b"of no use")
+        assert_equal_to(load(directory), model)
+
+    @pytest.mark.parametrize("file_format", ["safetensors", "pt"])
+    def test_a_tensor_in_two_files(self, checkpoint, tiny_llama, load, file_format):
+        directory, _ = checkpoint(tiny_llama())
         tensors = load_file(directory / "model.safetensors")
         (directory / "model.safetensors").unlink()
+        for n in range(2):
+            if file_format == "pt":
+                torch.save(tensors, directory / f"pytorch_model-{n}.bin")
+            else:
+                save_file(tensors, directory / f"model-{n}.safetensors")
+        with pytest.raises(ModelLoadError, match=r"tensor \S+ is in (both|more than one file)"):
+            load(directory)
+
+    @pytest.mark.parametrize("way", ["zip", "before-torch-1.6", "in a state_dict"])
+    def test_pytorch_bin(self, checkpoint, tiny_llama, load, way):
+        directory, model = checkpoint(tiny_llama(tie_word_embeddings=True))
+        tensors = load_file(directory / "model.safetensors")
+        (directory / "model.safetensors").unlink()
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # read twice
+        if way == "in a state_dict":
+            tensors = {"epoch": 3, "state_dict": tensors}
         file = directory / "pytorch_model.bin"
-        torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+        torch.save(tensors, file, _use_new_zipfile_serialization=way != "before-torch-1.6")
         assert_equal_to(load(directory), model)
         with pytest.raises(ModelLoadError, match=r"looked for \*\.safetensors$"):
             load(directory, load_format="safetensors")
@@ -102,12 +147,18 @@ class TestFormats:
         index.write_text(json.dumps({"weight_map": weight_map}))
         assert_equal_to(load(directory, load_format="pt"), model)
 
-    def test_a_pickle_that_runs_code_is_refused(self, checkpoint, tiny_llama, load):
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_a_pickle_that_runs_code_is_refused(self, checkpoint, tiny_llama, load, zipped):
         directory, _ = checkpoint(tiny_llama())
         (directory / "model.safetensors").unlink()
-        (directory / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": print}, protocol=2))
+        weights = {"weight": MakesAFile(directory / "made")}
+        file = directory / "pytorch_model.bin"
+        torch.save(weights, file, _use_new_zipfile_serialization=zipped)
         with pytest.raises(ModelLoadError, match="cannot be loaded as plain tensors"):
             load(directory)
+        assert not (directory / "made").exists()
+        torch.load(file, weights_only=False)
+        assert (directory / "made").exists(), "as it was meant to"
 
     def test_no_weights_at_all(self, checkpoint, tiny_llama, load):
         directory, _ = checkpoint(tiny_llama())
@@ -123,8 +174,9 @@ class TestFormats:
             (lambda data: data[:-100], r"lies outside the file .*: download it again"),
             (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"),
             (lambda data: data[:8] + b"!" + data[9:], "damaged header"),
+            (lambda data: data.replace(b'"F32"', b'"F64"', 1), "bytes, shape .* in F64 needs"),
         ],
-        ids=["short", "huge-header", "truncated", "pointer", "no-json"],
+        ids=["short", "huge-header", "truncated", "pointer", "no-json", "no-such-shape"],
     )
     def test_damaged_safetensors(self, checkpoint, tiny_llama, load, damage, message):
         directory, _ = checkpoint(tiny_llama())
@@ -133,7 +185,7 @@ class TestFormats:
         with pytest.raises(ModelLoadError, match=message):
             load(directory)
 
-    def test_dummy_weights_need_a_config_only(self, checkpoint, tiny_llama, load):
+    def test_dummy_weights_need_a_config_only(self, checkpoint, tiny_llama, load, kernels):
         directory, _ = checkpoint(tiny_llama())
         (directory / "model.safetensors").unlink()
         first, again, other = (
@@ -142,6 +194,12 @@ class TestFormats:
         assert first.isfinite().all()
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
+        weights = build_weights(
+            load_config(directory).spec, RandomSource(), kernels, torch.float32, CPU
+        )
+        norms = [norm.weight for norm in weights.layers[0].norms.values()]
+        assert norms
+        assert all((norm == 1.0).all() for norm in norms)
 
     def test_an_unknown_format(self, checkpoint, tiny_llama, load):
         directory, _ = checkpoint(tiny_llama())
@@ -188,6 +246,10 @@ class TestTensors:
 
         edit_weights(directory, edit)
         assert_equal_to(load(directory), model)
+        name = "model.layers.0.self_attn.rotary_emb.inv_freq_scale"
+        edit_weights(directory, lambda t: t.update({name: torch.ones(1)}))
+        with pytest.raises(ModelLoadError, match=f"no use for 1 tensor: {name}"):
+            load(directory)
 
     def test_gpt2_as_it_was_first_published(self, checkpoint, load):
         """Without the prefix, with the causal mask as a buffer."""
@@ -271,11 +333,13 @@ class TestConfig:
     def test_generation_config_comes_first(self, checkpoint, tiny_llama):
         directory, _ = checkpoint(tiny_llama())
         (directory / "generation_config.json").write_text(
-            json.dumps({"eos_token_id": [3, 4], "temperature": 0.6, "top_k": 20, "do_sample": True})
+            json.dumps({"eos_token_id": [3, 4], "temperature": 0, "top_k": 20, "top_p": None})
         )
+        edit_config(directory, dtype="torch.float16")
         config = load_config(directory)
         assert config.eos_token_ids == (3, 4)
-        assert config.sampling_defaults == {"temperature": 0.6, "top_k": 20}
+        assert config.sampling_defaults == {"temperature": 0, "top_k": 20}
+        assert config.dtype == torch.float16
 
     @pytest.mark.parametrize(
         ("file", "overrides", "same"),

@@ -223,6 +223,10 @@ def test_gemma_3_as_it_is_published(tmp_path):
         },
     )
     config = load_config(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["text_config"] |= {name: values.pop(name) for name in ("eos_token_id", "torch_dtype")}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load_config(tmp_path) == config, "or in the text's own config"
     assert (config.eos_token_ids, config.dtype) == ((1, 106), torch.bfloat16)
     assert (config.unserved, config.max_position_embeddings) == ("images", 131_072)
     spec = config.spec
