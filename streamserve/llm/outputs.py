@@ -161,7 +161,5 @@ def _position(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
         token_id: Logprob(logprob, rank, tokenizer.token_text(token_id))
         for rank, (token_id, logprob) in enumerate(entry.top, start=1)
     }
-    if entry.token_id in ranked:
-        return ranked
     sampled = Logprob(entry.logprob, entry.rank or None, tokenizer.token_text(entry.token_id))
     return {entry.token_id: sampled, **ranked}

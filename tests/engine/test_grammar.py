@@ -118,6 +118,12 @@ async def test_equal_grammars_are_compiled_once(grammars):
     assert one.consume_token(ord("}"))
     assert one.is_accepting()
     assert not two.is_accepting()
+    given_up, waits = (
+        asyncio.create_task(grammars.compile(grammar("regex", "b"))) for _ in range(2)
+    )
+    await asyncio.sleep(0)
+    given_up.cancel()
+    await waits
 
 
 async def test_an_error_names_the_field_of_who_asks(grammars):
@@ -141,6 +147,8 @@ async def test_the_oldest_grammars_are_forgotten():
         grammars.matcher(outputs[0])
     await grammars.compile(grammar("regex", "b" * 999))
     assert grammars.num_cached == 1
+    await grammars.compile(grammar("regex", "c"))
+    assert grammars.num_cached == 2, "there is room for one character"
     grammars.close()
 
 

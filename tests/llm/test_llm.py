@@ -12,6 +12,7 @@ import weakref
 import pytest
 
 from streamserve import LLM, SamplingParams
+from streamserve.core.plan import TokenLogprobs
 from streamserve.engine.stream import RequestStream
 from streamserve.errors import (
     ConfigError,
@@ -20,6 +21,7 @@ from streamserve.errors import (
     InvalidParameterError,
 )
 from streamserve.llm.answers import ChatOptions
+from streamserve.llm.outputs import logprobs_by_id
 from streamserve.llm.prompts import Job
 from tests.interpreter import run_python
 
@@ -80,14 +82,29 @@ def test_results_come_in_the_order_of_the_prompts(llm):
         assert alone.outputs[0].text == answer.text
         metrics = output.metrics
         assert metrics.arrival_time <= metrics.first_token_time <= metrics.finished_time
+        assert metrics.time_in_queue == metrics.first_scheduled_time - metrics.arrival_time
+
+
+def test_each_prompt_has_its_priority(llm, monkeypatch):
+    found = {}
+    add = llm._service.engine._scheduler.add
+
+    def record(request) -> None:
+        found[request.token_ids[0]] = request.priority
+        add(request)
+
+    monkeypatch.setattr(llm._service.engine._scheduler, "add", record)
+    llm.generate([[5], [6]], GREEDY, priority=[3, -1], use_tqdm=False)
+    llm.embed([[7]], priority=2, use_tqdm=False)
+    assert found == {5: 3, 6: -1, 7: 2}
 
 
 def test_more_prompts_than_may_wait(llm):
-    params = [SamplingParams(temperature=0, max_tokens=1 + n % 5) for n in range(100)]
+    params = [SamplingParams(max_tokens=1 + n % 5, ignore_eos=True) for n in range(100)]
     outputs = llm.generate([f"Number {n}" for n in range(100)], params, use_tqdm=False)
     assert [output.prompt for output in outputs] == [f"Number {n}" for n in range(100)]
     counts = [len(output.outputs[0].token_ids) for output in outputs]
-    assert all(count <= 1 + n % 5 for n, count in enumerate(counts))
+    assert counts == [1, 2, 3, 4, 5] * 20
     assert llm.generate([], use_tqdm=False) == []
 
 
@@ -103,16 +120,20 @@ def test_chat_one_conversation_or_several(llm):
 
 
 def test_chat_options_reach_the_template(llm):
-    template = "{{ word }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}"
+    template = (
+        "{{ word }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}"
+        "{{ tools[0].function.name }}"
+    )
     messages = [{"role": "developer", "content": "a"}, {"role": "user", "content": "b"}]
     [output] = llm.chat(
         messages,
         SamplingParams(max_tokens=1),
         chat_template=template,
         chat_template_kwargs={"word": "W"},
+        tools=[{"type": "function", "function": {"name": "f"}}],
         use_tqdm=False,
     )
-    assert output.prompt == "Wsystem:auser:b"
+    assert output.prompt == "Wsystem:auser:bf"
     spoken = [*CAPITAL, {"role": "assistant", "content": "The capital is"}]
     [output] = llm.chat(
         spoken, GREEDY, add_generation_prompt=False, continue_final_message=True, use_tqdm=False
@@ -182,6 +203,17 @@ def test_the_answers_of_a_beam_search(llm):
     with pytest.raises(InvalidParameterError, match="best_of must be at most"):
         llm.generate("Once upon", params, use_tqdm=False)
     assert llm._service.engine.stats().num_steps == steps
+
+
+def test_a_token_outside_the_likeliest_comes_first_and_has_no_rank(llm):
+    entries = [TokenLogprobs(5, -3.0, ((7, -1.0), (6, -2.0))), TokenLogprobs(6, -2.0, ((6, -2.0),))]
+    outside, inside = logprobs_by_id(entries, llm._service.tokenizer)
+    assert [(i, found.logprob, found.rank) for i, found in outside.items()] == [
+        (5, -3.0, None),
+        (7, -1.0, 1),
+        (6, -2.0, 2),
+    ]
+    assert inside[6].rank == 1
 
 
 @pytest.mark.parametrize(

@@ -28,3 +28,22 @@ def test_closing_ends_what_runs_and_tells_who_waits():
     with pytest.raises(EngineError, match="cut off"):
         next(reader)
     other.close()
+
+
+def test_who_leaves_early_waits_until_the_work_has_let_go():
+    loop = LoopThread("test")
+    has_let_go = []
+
+    async def work(put):
+        put(1)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            has_let_go.append(True)
+
+    reader = loop.iterate(work)
+    assert next(reader) == 1
+    reader.close()
+    assert has_let_go == [True]
+    loop.close()

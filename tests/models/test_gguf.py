@@ -18,6 +18,8 @@ from streamserve.cli.bench_floor import step_weight_bytes
 from streamserve.models import load_config, load_model
 from streamserve.models.gguf.architectures import ARCHITECTURES
 from streamserve.models.gguf.kinds import KINDS, unpack_rows
+from streamserve.models.gguf.source import GgufQuantization
+from streamserve.models.parameters import decoder_modules, final_modules
 from streamserve_kernels.stored import concatenate
 from tests.models import references
 from tests.models.gguf_files import F32, Kind, settings_of, write_gguf
@@ -464,6 +466,19 @@ def test_packed_weights_stay_packed(kind, tmp_path, build, kernels):
     assert decoder.nbytes <= load_config(tmp_path / "m.gguf").weight_bytes(torch.float32)
 
 
+def test_a_head_that_is_normalised_is_not_kept_packed(tmp_path, build):
+    config = transformers.LlamaConfig(**{**GQA, **WIDE})
+    values = {**_sizes(config), **EPS, "attention.head_count_kv": 2}
+    write_gguf(tmp_path / "m.gguf", build(config), "llama", values, kind=lambda name: Kind.Q8_0)
+    spec = load_config(tmp_path / "m.gguf").spec
+    stored = load_config(tmp_path / "m.gguf").stored_quantization
+    [*_, head] = final_modules(spec)
+    for normalised in (False, True):
+        asked = replace(spec, normalised_head=normalised)
+        held = GgufQuantization.of(stored.tensors, stored.names, asked)
+        assert (held.kinds(head) is None) is normalised
+
+
 @pytest.mark.parametrize(
     "case", ["mixtral", "qwen2moe", "qwen2", "falcon-40b", "phi3", "gpt-oss", "baichuan"]
 )
@@ -504,7 +519,13 @@ def test_parts_of_unlike_kinds_make_one_matrix(mix, tmp_path, build, kernels):
         kind=lambda name: next(kind for part, kind in kinds.items() if part in name),
     )
     decoder = _compare(tmp_path / "m.gguf", model, kernels, tolerance=1e-3)
-    assert decoder.nbytes <= load_config(tmp_path / "m.gguf").weight_bytes(torch.float32)
+    loaded = load_config(tmp_path / "m.gguf")
+    assert decoder.nbytes <= loaded.weight_bytes(torch.float32)
+    for module in decoder_modules(loaded.spec):
+        for kind in loaded.stored_quantization.kinds(module) or ():
+            planned = loaded.stored_quantization.format(module)
+            assert planned.bits >= kind.bits
+            assert planned.group <= kind.group
 
 
 @pytest.mark.parametrize("number", [n for n, kind in KINDS.items() if kind.unpack is not None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
@@ -69,6 +70,12 @@ def test_a_file_a_directory_and_a_part_are_found(write, tmp_path):
     blob = path.rename(tmp_path / "sha256-0123")  # as Ollama calls them
     assert resolve_model(str(blob)) == blob
     assert load_config(blob).architecture == "LlamaForCausalLM"
+    (tmp_path / "mmproj-m.gguf").touch()  # what looks at pictures
+    part.unlink()
+    blob.rename(path)
+    assert resolve_model(str(tmp_path), load_format="gguf") == path
+    with pytest.raises(UnsupportedModelError, match=r"--hf-overrides is for a config\.json"):
+        load_config(path, hf_overrides={"hidden_size": 1})
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ModelLoadError, match="empty holds no GGUF file"):
@@ -125,9 +132,35 @@ def test_parts_are_read_as_one(write, tmp_path, kernels):
     for name, weight in _weights(_load(parts[1], kernels)):
         assert torch.equal(weight, expected[name])
     assert load_config(parts[0]).spec == load_config(whole).spec
+    data = parts[1].read_bytes()
+    at = data.index(b"split.no") + len(b"split.no") + 4
+    parts[1].write_bytes(data[:at] + bytes([7]) + data[at + 1 :])
+    with pytest.raises(ModelLoadError, match="does not say that it is part 2 of"):
+        load_config(parts[0])
+    names = [re.findall(rb"blk\.\d\.\w+\.weight", part.read_bytes()) for part in parts[:2]]
+    mine, theirs = next((a, b) for a in names[1] for b in names[0] if len(a) == len(b))
+    parts[1].write_bytes(data.replace(mine, theirs))
+    with pytest.raises(ModelLoadError, match="and in a part before it"):
+        load_config(parts[0])
+    at = (whole := parts[0].read_bytes()).index(b"split.tensors.count") + len(
+        b"split.tensors.count"
+    )
+    parts[1].write_bytes(data)
+    parts[0].write_bytes(whole[: at + 4] + bytes([99]) + whole[at + 5 :])
+    with pytest.raises(ModelLoadError, match=r"its parts hold \d+ tensors of \d+"):
+        load_config(parts[0])
+    parts[0].write_bytes(whole)
+    parts[1].write_bytes(data)
     parts[-1].unlink()
     with pytest.raises(ModelLoadError, match=rf"one of {len(parts)} parts, and split-.* not there"):
         load_config(parts[0])
+
+
+def test_data_begin_where_the_file_says(write, kernels):
+    paths = [write()[0], write("wide.gguf", text=lambda w: w.add_custom_alignment(4096))[0]]
+    assert paths[1].stat().st_size > paths[0].stat().st_size + 4096
+    for (_, weight), (_, other) in zip(*(_weights(_load(p, kernels)) for p in paths), strict=True):
+        assert torch.equal(weight, other)
 
 
 def _weights(decoder):

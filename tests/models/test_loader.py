@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import (
+    hub,
     kv_bytes_per_block,
     load_config,
     load_model,
@@ -251,13 +252,14 @@ class TestTensors:
         with pytest.raises(ModelLoadError, match=f"no use for 1 tensor: {name}"):
             load(directory)
 
-    def test_gpt2_as_it_was_first_published(self, checkpoint, load):
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_gpt2_as_it_was_first_published(self, checkpoint, load, tied):
         """Without the prefix, with the causal mask as a buffer."""
-        directory, model = checkpoint(
-            transformers.GPT2Config(
-                vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
-            )
+        config = transformers.GPT2Config(
+            vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
         )
+        config.tie_word_embeddings = tied
+        directory, model = checkpoint(config)
 
         def edit(tensors):
             for name in list(tensors):
@@ -477,6 +479,27 @@ class TestResolve:
         (refs / "main").write_text("0" * 40)
         found = resolve_model("owner/name", cache_dir=tmp_path, local_files_only=True)
         assert found == snapshot
+
+    @pytest.mark.parametrize(
+        ("load_format", "with_code", "has", "asked"),
+        [
+            ("auto", False, "model.safetensors", ["*.safetensors*"]),
+            ("auto", False, "pytorch_model.bin", ["*.safetensors*", "pytorch_model*.bin*"]),
+            ("pt", False, "model.safetensors", ["pytorch_model*.bin*"]),
+            ("dummy", False, "config.json", []),
+            ("safetensors", True, "model.safetensors", ["*.py", "*.safetensors*"]),
+        ],
+    )
+    def test_no_more_is_downloaded_than_is_read(self, tmp_path, load_format, with_code, has, asked):
+        found: list[str] = []
+
+        def download(*patterns: str) -> Path:
+            found.extend(pattern for pattern in patterns if pattern not in hub._HUB_FILES)
+            (tmp_path / has).touch()
+            return tmp_path
+
+        assert hub._directory(download, load_format, with_code=with_code) == tmp_path
+        assert found == asked
 
     def test_a_hub_model_that_cannot_be_had_says_what_was_tried(self, tmp_path):
         with pytest.raises(ModelLoadError, match=r"no such directory .*, and the hub did not give"):

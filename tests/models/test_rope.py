@@ -157,6 +157,7 @@ def test_both_generations_of_config_say_the_same(scaling):
         ({"rope_scaling": {"type": "linear", "factor": 0}}, ModelLoadError, "positive, got 0"),
         ({"rope_theta": "big"}, ModelLoadError, "rope_theta must be a number, got 'big'"),
         ({"partial_rotary_factor": 0.01}, UnsupportedModelError, "0 rotated elements"),
+        ({"partial_rotary_factor": 0.05}, UnsupportedModelError, "3 rotated elements"),
         (
             {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
             UnsupportedModelError,
@@ -167,6 +168,20 @@ def test_both_generations_of_config_say_the_same(scaling):
 def test_unknown_rope_settings_are_refused_by_name(values, error, message):
     with pytest.raises(error, match=message):
         HfConfig(values).rope(64)
+
+
+@pytest.mark.parametrize(
+    ("values", "same"),
+    [
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, {}),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0, "beta_slow": 0}},
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 32, "beta_slow": 1}},
+        ),
+    ],
+)
+def test_settings_that_say_nothing(values, same):
+    assert HfConfig(values).rope(64) == HfConfig(same).rope(64)
 
 
 def test_alibi_slopes_equal_those_of_the_paper():
