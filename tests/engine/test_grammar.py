@@ -180,6 +180,7 @@ async def test_time_runs_out_for_a_grammar_and_for_who_waits_behind_it():
     assert slow.message.endswith("too complex: the limit is 0 s")
     assert isinstance(other, QueueFullError)
     assert grammars.num_cached == 1, "nothing is known of the other"
+    assert grammars._pool is None, "who comes next has a thread of its own"
     grammars.close()
     with pytest.raises(EngineDeadError, match="shutting down"):
         await grammars.compile(grammar("regex", "b"))

@@ -186,6 +186,9 @@ def test_the_likeliest_of_several(llm):
     best = llm.generate("Once upon", params, use_tqdm=False)[0].outputs
     assert [answer.text for answer in best] == [answer.text for answer in ranked[:2]]
     assert [(answer.index, answer.logprobs) for answer in best] == [(0, None), (1, None)]
+    params = dataclasses.replace(params, logprobs=2)
+    for answer in llm.generate("Once upon", params, use_tqdm=False)[0].outputs:
+        assert {len(position) for position in answer.logprobs} <= {2, 3}
     with pytest.raises(InvalidParameterError, match="must be 1 for a stream"):
         next(llm.stream("a", SamplingParams(n=2)))
 

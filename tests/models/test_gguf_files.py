@@ -197,6 +197,10 @@ def test_recommended_sampling_and_ends_are_read(write):
             {"values": {"attention.causal": False}},
             r"llama\.attention\.causal False is not supported",
         ),
+        (
+            {"architecture": "qwen2", "values": {"attention.sliding_window": 16}},
+            r"qwen2\.attention\.sliding_window 16 is not supported for this architecture",
+        ),
         ({"values": {"rope.scaling.type": "longrope"}}, "scaling.type 'longrope' is not supported"),
         ({"values": {"attention.value_length": 4}}, "value_length must be 8, as keys are long"),
         ({"values": {"attention.head_count_kv": [2, 2, 1]}}, "differs from layer to layer"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from streamserve.api.choices import Choices
 from streamserve.core.request import FinishReason, Request, RequestStatus
+from streamserve.errors import InvalidParameterError
 from tests.unit.simulated import Harness, naive_next_token, naive_output
 
 
@@ -173,3 +175,11 @@ def test_who_waits_for_a_choice_gives_way_to_who_must_run_for_it():
     assert harness.sampled[idle.request_id] == [naive_next_token([1] * 12 + [3])]
     assert harness.scheduler.finish(idle, FinishReason.STOP)
     harness.run()
+
+
+def test_so_many_requests_of_one_body():
+    Choices(n=128, num_candidates=128).check_size(2)
+    with pytest.raises(InvalidParameterError, match="at most 256, got 384") as refused:
+        Choices(n=1, num_candidates=128).check_size(3)
+    assert refused.value.param == "best_of"
+    Choices().check_size(1000)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from streamserve import SamplingParams
+from streamserve.api.extras import Truncation
 from streamserve.core.sampling_params import BeamSearchParams
 from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
 from streamserve.errors import InvalidParameterError
@@ -179,3 +180,19 @@ def test_one_for_all_or_one_for_each():
     assert per_prompt("priority", [1, 2], 2) == [1, 2]
     with pytest.raises(InvalidParameterError, match=r"priority must be one .*\(3\), got 2"):
         per_prompt("priority", [1, 2], 3)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "keeps_first", "num_answer_tokens", "kept"),
+    [
+        (None, False, 3, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]),
+        (4, False, 3, [8, 9, 10, 11]),
+        (4, True, 3, [0, 1, 2, 3]),
+        (-1, False, 3, [5, 6, 7, 8, 9, 10, 11]),
+        (-1, True, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (-1, False, 10, [11]),  # there is nothing to answer without a prompt
+    ],
+)
+def test_what_is_kept_of_a_prompt(num_tokens, keeps_first, num_answer_tokens, kept):
+    truncation = Truncation(num_tokens, keeps_first)
+    assert truncation.cut(list(range(12)), 10, num_answer_tokens) == kept
