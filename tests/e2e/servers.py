@@ -23,6 +23,11 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 LANGCHAINS = (
     "ignore:'asyncio.iscoroutinefunction':DeprecationWarning:langsmith._internal._beta_decorator"
 )
+# Little to warm up: half a second to build where others take one and a half.
+SMALL = {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 64}
+SMALL_FLAGS = tuple(
+    text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))
+)
 # Imports what a command does, which takes seconds, and runs each command line, or each script that
 # one begins with, in a fork of that.
 FORKS = """

@@ -13,7 +13,7 @@ from streamserve.cli import main
 from streamserve.cli.args import build_parser
 from streamserve.cli.model_source import box_path
 from streamserve_kernels.huge_pages import zeros
-from tests.e2e.servers import command, environment, running_server
+from tests.e2e.servers import SMALL_FLAGS, command, environment, running_server
 
 
 def test_version():
@@ -148,7 +148,7 @@ def test_the_memory_plan_and_a_line_to_try_are_printed(box):
 def test_what_has_no_effect_is_said_and_ctrl_c_ends_a_server_with_success(monkeypatch):
     """Also where a name has characters that the terminal lacks."""
     monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
-    flags = ("--gpu-memory-utilization", "0.9", "--enforce-eager", "--dtype", "float32")
+    flags = ("--gpu-memory-utilization", "0.9", "--enforce-eager", *SMALL_FLAGS)
     with running_server("--device", "cpu", *flags, "--served-model-name", "模型") as server:
         assert server.output.count("--gpu-memory-utilization has no effect on a CPU") == 1
         assert server.output.count("--enforce-eager has no effect on a CPU") == 1
@@ -159,7 +159,7 @@ def test_what_has_no_effect_is_said_and_ctrl_c_ends_a_server_with_success(monkey
 
 def test_chat_with_an_engine_of_its_own_whatever_the_terminal_can_say():
     """Bytes that are no text come in, and characters that the encoding lacks go out."""
-    flags = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "30"]
+    flags = [*SMALL_FLAGS, "--temperature", "0", "--max-tokens", "30"]
     result = subprocess.run(
         [*command("chat"), *flags, "--system", b"H\xf6flich"],
         input=b"What is the capital of France?\n/reset\nZ\xfcrich \xe4\xbd\xa0\n",

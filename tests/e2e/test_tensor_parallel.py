@@ -20,10 +20,10 @@ from streamserve.core.plan import SchedulerOutput
 from streamserve.engine.child import start_child
 from streamserve.errors import EngineDeadError, ModelLoadError
 from streamserve.runner.model_runner import Launched, TorchModelRunner
-from tests.e2e.servers import Server, running_server
+from tests.e2e.servers import SMALL, SMALL_FLAGS, Server, running_server
 
-IN_PROCESS = {"tensor_parallel_size": 2, "device": "cpu", "dtype": "float32"}
-FLAGS = ("--tensor-parallel-size", "2", "--device", "cpu", "--dtype", "float32")
+IN_PROCESS = {"tensor_parallel_size": 2, "device": "cpu", **SMALL}
+FLAGS = ("--tensor-parallel-size", "2", "--device", "cpu", *SMALL_FLAGS)
 STORY = [{"role": "user", "content": "Tell me a story."}]
 LONG = {"model": "box", "prompt": "Once", "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
 

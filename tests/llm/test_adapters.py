@@ -11,6 +11,7 @@ import transformers
 import streamserve
 from streamserve import LLM, AsyncLLM, LoRARequest, SamplingParams
 from streamserve.errors import AdapterError, ConfigError, InvalidParameterError
+from tests.e2e.servers import SMALL
 from tests.models.test_adapters import merged_model, save_adapter
 
 BOX = Path(streamserve.__file__).parent / "assets" / "box"
@@ -29,7 +30,7 @@ def paths(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def llm():
-    with LLM(dtype="float32", enable_lora=True, max_loras=2, kv_cache_memory="16MiB") as llm:
+    with LLM(**SMALL, enable_lora=True, max_loras=2, kv_cache_memory="16MiB") as llm:
         yield llm
 
 
@@ -80,7 +81,7 @@ def test_what_cannot_be_is_said(llm, paths, tmp_path):
 
 
 async def test_async(paths):
-    async with AsyncLLM(dtype="float32", max_num_seqs=2, kv_cache_memory="16MiB") as llm:
+    async with AsyncLLM(**SMALL, kv_cache_memory="16MiB") as llm:
         request = LoRARequest("a", 1, str(paths["a"]))
         with pytest.raises(InvalidParameterError, match="enable_lora=True"):
             async for _ in llm.generate(PROMPTS[0], PARAMS, lora_request=request):

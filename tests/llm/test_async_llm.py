@@ -10,6 +10,7 @@ import pytest
 
 from streamserve import AsyncLLM, SamplingParams
 from streamserve.errors import EngineError, InvalidParameterError
+from tests.e2e.servers import SMALL
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
@@ -17,7 +18,7 @@ CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture
 async def llm() -> AsyncIterator[AsyncLLM]:
-    async with AsyncLLM(dtype="float32") as llm:
+    async with AsyncLLM(**SMALL) as llm:
         yield llm
 
 

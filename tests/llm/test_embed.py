@@ -11,6 +11,7 @@ import transformers
 from streamserve import LLM, AsyncLLM, PoolingParams, SamplingParams
 from streamserve.cli.model_source import box_path
 from streamserve.errors import ContextLengthError, InvalidParameterError
+from tests.e2e.servers import SMALL
 
 TEXTS = ["What is the capital of France?", "Tell me a story about a cat.", "Hi"]
 
@@ -88,7 +89,7 @@ def test_what_cannot_be_is_named(llm, call, message):
 
 
 def test_means_dimensions_and_a_loop_of_ones_own(theirs):
-    llm = AsyncLLM(dtype="float32", pooling="mean", max_num_waiting=4)
+    llm = AsyncLLM(**SMALL | {"max_num_seqs": 13}, pooling="mean", max_num_waiting=4)
 
     async def run():
         async with llm:
@@ -107,6 +108,6 @@ def test_means_dimensions_and_a_loop_of_ones_own(theirs):
 
 def test_an_architecture_of_the_hub_embeds(hub):
     name = "Qwen/Qwen2.5-1.5B-Instruct"
-    with LLM(name, download_dir=str(hub), dtype="float32", runner="pooling") as llm:
+    with LLM(name, download_dir=str(hub), **SMALL, runner="pooling") as llm:
         [output] = llm.embed([[5, 6, 7]], use_tqdm=False)
     assert len(output.outputs.embedding) == 64

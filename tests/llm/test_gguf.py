@@ -11,6 +11,7 @@ from gguf import TokenType
 from tokenizers import Tokenizer
 
 from streamserve import LLM, SamplingParams
+from tests.e2e.servers import SMALL
 from tests.llm.conftest import SIZES, VOCAB_SIZE, _write_model
 from tests.models.gguf_files import Kind, write_gguf
 from tools.make_checkpoint import CHAT_TEMPLATE
@@ -54,7 +55,7 @@ def test_answers_are_those_of_the_same_weights_in_a_directory(tmp_path):
     model.save_pretrained(directory)  # the weights that the file stands for
     answers = []
     for source in (directory, path):
-        with LLM(str(source), dtype="float32", kv_cache_memory="64MiB") as llm:
+        with LLM(str(source), **SMALL, kv_cache_memory="64MiB") as llm:
             answers.append(llm.chat(CHAT, GREEDY, use_tqdm=False)[0])
             asked = llm.get_tokenizer()
             rendered = asked.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)

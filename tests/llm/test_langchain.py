@@ -12,14 +12,14 @@ from langchain_openai import ChatOpenAI
 
 from streamserve.langchain import VLLM
 from streamserve.llm.llm import LLM
-from tests.e2e.servers import running_server
+from tests.e2e.servers import SMALL_FLAGS, running_server
 
 TEMPLATE = "What is the capital of {country}?"
 
 
 @pytest.fixture(scope="module")
 def chat() -> Iterator[ChatOpenAI]:
-    with running_server("--dtype", "float32") as server:
+    with running_server(*SMALL_FLAGS) as server:
         yield ChatOpenAI(base_url=f"{server.url}/v1", api_key="none", model="box", temperature=0)
 
 

@@ -23,6 +23,7 @@ from streamserve.errors import (
 from streamserve.llm.answers import ChatOptions
 from streamserve.llm.outputs import logprobs_by_id
 from streamserve.llm.prompts import Job
+from tests.e2e.servers import SMALL
 from tests.interpreter import run_python
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
@@ -47,7 +48,7 @@ def wait_until_idle(llm: LLM) -> None:
 FORKS = """
 import os, sys
 from streamserve import LLM
-llm = LLM()
+llm = LLM(max_num_seqs=1, max_num_batched_tokens=64)
 if (child := os.fork()) == 0:
     try:
         llm.generate("Hi", use_tqdm=False)
@@ -432,7 +433,7 @@ def test_closing_ends_the_threads_and_a_seed_repeats_the_answers():
     sampled = SamplingParams(temperature=1.0, max_tokens=20)
     texts = []
     for _ in range(2):
-        with LLM(dtype="float32", seed=7) as llm:
+        with LLM(**SMALL, seed=7) as llm:
             outputs = llm.generate(["Once", "Twice"], sampled, use_tqdm=False)
             texts.append([output.outputs[0].text for output in outputs])
         llm.close()
@@ -444,7 +445,7 @@ def test_closing_ends_the_threads_and_a_seed_repeats_the_answers():
 
 def test_an_object_that_nobody_holds_is_closed():
     before = len(loop_threads())
-    llm = LLM(dtype="float32")
+    llm = LLM(**SMALL)
     assert len(loop_threads()) == before + 1
     gone = weakref.ref(llm)
     del llm
@@ -456,7 +457,7 @@ def test_an_object_that_nobody_holds_is_closed():
 def test_a_closed_object_holds_neither_weights_nor_cache_nor_adapters():
     gc.disable()  # nothing waits for it
     try:
-        llm = LLM(dtype="float32", enable_lora=True, max_loras=2)
+        llm = LLM(**SMALL, enable_lora=True, max_loras=2)
         runner, bank = llm._service.engine._runner, llm._service.adapters._bank
         held = [weakref.ref(runner._model), weakref.ref(runner._kv_caches[0][0])]
         held.append(weakref.ref(bank._tables[0, "layers.qkv"]))

@@ -6,6 +6,7 @@ import pytest
 
 from streamserve import LLM, SamplingParams
 from streamserve.errors import ConfigError
+from tests.e2e.servers import SMALL
 
 PROMPTS = ["What is the capital of France?", "What is 7 plus 5?", "Tell me a story."]
 
@@ -19,7 +20,7 @@ def answers(llm: LLM) -> tuple[list[str], list[list[float]]]:
 
 def test_transformers_model_says_the_same(llm):
     texts, vectors = answers(llm)
-    with LLM(dtype="float32", max_model_len=256, model_impl="transformers") as other:
+    with LLM(**SMALL, max_model_len=256, model_impl="transformers") as other:
         others, other_vectors = answers(other)
     assert "Paris" in texts[0]
     assert others == texts

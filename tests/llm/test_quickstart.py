@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.servers import Server, environment, running_server
+from tests.e2e.servers import SMALL, SMALL_FLAGS, Server, environment, running_server
 from tests.llm.conftest import CONFIGS
 
 OFFLINE = """
@@ -155,7 +155,7 @@ def test_a_local_path(hub, name):
     from streamserve import LLM, SamplingParams
 
     [path] = (hub / f"models--{name.replace('/', '--')}" / "snapshots").iterdir()
-    with LLM(model=str(path), dtype="float32", kv_cache_memory="16MiB") as llm:
+    with LLM(model=str(path), **SMALL, kv_cache_memory="16MiB") as llm:
         params = SamplingParams(max_tokens=5, ignore_eos=True)
         [output] = llm.generate("Hello", params, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 5
@@ -165,7 +165,7 @@ def test_download_dir_and_revision_are_where_the_hub_is_looked_for(hub):
     from streamserve import LLM
     from streamserve.errors import ModelLoadError
 
-    given = {"dtype": "float32", "kv_cache_memory": "16MiB", "download_dir": str(hub)}
+    given = {**SMALL, "kv_cache_memory": "16MiB", "download_dir": str(hub)}
     with LLM("lmsys/vicuna-7b-v1.5", revision="main", **given) as llm:
         assert llm.generate("Hello", use_tqdm=False)[0].finished
     with pytest.raises(ModelLoadError, match="the hub did not give it"):
@@ -176,7 +176,7 @@ def test_download_dir_and_revision_are_where_the_hub_is_looked_for(hub):
 def server(hub: Path) -> Iterator[Server]:
     os.environ["HF_HUB_CACHE"] = str(hub)
     try:
-        flags = ("--dtype", "float32", "--kv-cache-memory", "32MiB", "--enable-log-requests")
+        flags = (*SMALL_FLAGS, "--kv-cache-memory", "32MiB", "--enable-log-requests")
         with running_server("Qwen/Qwen2.5-1.5B-Instruct", *flags) as server:
             yield server
     finally:
