@@ -14,6 +14,8 @@ import transformers
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import load_config, load_model, resolve_dtype, resolve_model
+from streamserve.models.gguf.config import _read
+from streamserve.models.gguf.tensors import GgufTensors
 from tests.models.gguf_files import Kind, write_gguf
 from tests.models.native import GQA
 
@@ -238,6 +240,18 @@ def test_a_kind_that_is_not_built_is_named(write):
         UnsupportedModelError, match=r"tensor blk\.1\.ffn_up\.weight is of kind IQ3_S.*Q4_K"
     ):
         load_config(path)
+    columns = struct.pack("<Q", 31)  # of a kind whose blocks are 32 of them
+    kind = bytes([Kind.Q8_0])
+    path.write_bytes(data[: at - 16] + columns + data[at - 8 : at] + kind + data[at + 1 :])
+    with pytest.raises(ModelLoadError, match=r"has rows that are no multiple of Q8_0's 32"):
+        load_config(path)
+
+
+def test_rows_of_a_tensor_are_those_of_the_whole(write):
+    tensors = GgufTensors(*_read(write()[0]))
+    for name in ("blk.0.attn_q.weight", "blk.0.ffn_up.weight"):
+        rows = tensors.read_rows(name, slice(2, 5))
+        assert torch.equal(rows, tensors.read(name)[2:5])
 
 
 def test_damaged_files_are_refused(write):

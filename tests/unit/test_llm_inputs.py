@@ -12,6 +12,8 @@ from streamserve.api.extras import Truncation
 from streamserve.core.sampling_params import BeamSearchParams
 from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
 from streamserve.errors import InvalidParameterError
+from streamserve.llm import async_llm, llm
+from streamserve.llm.keywords import flags_of
 from streamserve.llm.prompts import per_prompt, read_conversations, read_prompts
 from streamserve.llm.sampling_params import choices_of
 
@@ -180,6 +182,29 @@ def test_one_for_all_or_one_for_each():
     assert per_prompt("priority", [1, 2], 2) == [1, 2]
     with pytest.raises(InvalidParameterError, match=r"priority must be one .*\(3\), got 2"):
         per_prompt("priority", [1, 2], 3)
+
+
+def test_a_dtype_may_be_torchs():
+    class Dtype:
+        def __str__(self) -> str:
+            return "torch.bfloat16"
+
+    assert flags_of(None, {"dtype": Dtype()}).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("given", "seed"), [({}, 0), ({"seed": 7}, 7)])
+@pytest.mark.parametrize("module", [llm, async_llm])
+def test_the_seed_is_0_unless_it_is_given(module, given, seed, monkeypatch):
+    class BuiltError(Exception):
+        pass
+
+    def build(model, keywords):
+        raise BuiltError(keywords)
+
+    monkeypatch.setattr(module, "build", build)
+    with pytest.raises(BuiltError) as built:
+        (module.LLM if module is llm else module.AsyncLLM)("m", **given)
+    assert built.value.args == ({"seed": seed},)
 
 
 @pytest.mark.parametrize(
