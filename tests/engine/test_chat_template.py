@@ -359,3 +359,44 @@ def test_llama2_puts_the_system_message_into_the_first_turn():
 def test_the_family_chooses(model_type, tokens, name):
     ids = tokens if isinstance(tokens, dict) else dict.fromkeys(tokens, 7)
     assert builtin_template_name(model_type, ids.get) == name
+
+
+SHOWN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+IN_PARTS = "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}"
+MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "rendered"),
+    [
+        (SHOWN, f"It is {MARK}, he said", f"assistant: It is {MARK}, he said"),
+        (IN_PARTS, [{"type": "text", "text": t} for t in "ab"], "[a][b"),
+    ],
+)
+def test_the_last_words_of_the_last_message_are_gone_on_with(text, content, rendered):
+    messages = [{"role": "assistant", "content": content}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert ChatTemplate(text, source="test").render(messages, **options) == rendered
+
+
+def test_a_requests_own_template_is_trusted_or_refused():
+    asked = {"chat_template": "{{ bos_token }}{{ messages[0].content }}"}
+    messages = [{"role": "user", "content": "Hi"}]
+    trusting = ChatTemplate(SHOWN, special_tokens=SPECIAL, source="test", trusts_requests=True)
+    assert trusting.render(messages, **asked) == "<s>Hi"
+    with pytest.raises(InvalidParameterError, match="--trust-request-chat-template"):
+        ChatTemplate(SHOWN, source="test").render(messages, **asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "rendered"),
+    [
+        ("  {% if true %}x{% endif %}", {}, "x"),
+        ("{{ tools is none }}", {}, "True"),
+        ("{{ tools is none }}", {"tools": []}, "False"),
+        ("{{ bos_token }}", {"bos_token": "mine"}, "mine"),
+    ],
+)
+def test_what_a_template_finds(text, options, rendered):
+    template = ChatTemplate(text, special_tokens=SPECIAL, source="test")
+    assert template.render([{"role": "user", "content": "Hi"}], **options) == rendered

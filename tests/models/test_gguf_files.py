@@ -192,6 +192,23 @@ def test_recommended_sampling_and_ends_are_read(write):
 
 
 @pytest.mark.parametrize(
+    ("tokens", "ends"),
+    [
+        (["<|call|>", "<|end|>", "<|return|>", "</s>", "turn"], (3, 4, 0, 2)),
+        (["<|end|>", "a", "b", "</s>", "turn"], (3, 4, 0)),
+    ],
+)
+def test_the_ends_of_a_turn_and_of_a_text_are_ends(tokens, ends, write):
+    def text(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens + [f"t{n}" for n in range(92)])
+        writer.add_eos_token_id(3)
+        writer.add_eot_token_id(4)
+
+    assert load_config(write(text=text)[0]).eos_token_ids == ends
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"architecture": "mamba"}, "architecture 'mamba' is not supported in a GGUF file; these"),
