@@ -90,6 +90,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     if config.getoption("numprocesses", None):
+        # In the order of their names: files of many tests first would leave to the end those of
+        # few, which take longest and wait most.
+        config.option.loadscopereorder = False
         # Workers share the cores, as do the servers that they start: they inherit this.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if importlib.util.find_spec("setuptools") is not None:
