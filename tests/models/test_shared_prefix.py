@@ -18,18 +18,18 @@ GQA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
 }
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**GQA, head_dim=32),
     # A window that cuts the prefix, and one that ends up cutting it.
-    "short window": lambda: transformers.MistralConfig(**GQA, sliding_window=7),
-    "long window": lambda: transformers.MistralConfig(**GQA, sliding_window=54),
+    "short window": lambda: transformers.MistralConfig(**GQA, sliding_window=14),
+    "long window": lambda: transformers.MistralConfig(**GQA, sliding_window=108),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=97, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
     ),
 }
-BLOCK_SIZE = 8
+BLOCK_SIZE = 16
 NUM_DECODED = 12
 
 
@@ -40,18 +40,18 @@ def prompts() -> list[list[int]]:
     def random(length: int) -> list[int]:
         return torch.randint(0, 97, (length,), generator=generator).tolist()
 
-    system, turn = random(27), random(14)
+    system, turn = random(54), random(28)
     return [
-        system + turn + random(3),
-        system + random(9),
-        random(20),
-        system + turn + random(21),
-        system + random(1),
+        system + turn + random(6),
+        system + random(18),
+        random(40),
+        system + turn + random(42),
+        system + random(2),
     ]
 
 
 @pytest.mark.parametrize("backend", ["naive", None], ids=["naive", "default"])
-@pytest.mark.parametrize("chunk", [None, 5], ids=["whole", "chunks"])
+@pytest.mark.parametrize("chunk", [None, 10], ids=["whole", "chunks"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_solo_is_crowd_is_shared_prefix(family, chunk, backend, checkpoint):
     directory, _ = checkpoint(CONFIGS[family]())
