@@ -37,3 +37,32 @@ def test_each_value_may_be_left_out(name):
             assert read(family, rest) == expected or (name, left_out) in NOT_TAKEN, left_out
             num_taken += 1
     assert num_taken > 5
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Qwen2ForCausalLM", {"use_sliding_window": True, "max_window_layers": 2}),
+        ("Qwen2ForCausalLM", {"use_sliding_window": False, "max_window_layers": 2}),
+        ("Qwen3ForCausalLM", {"use_sliding_window": True, "max_window_layers": 0}),
+        ("SmolLM3ForCausalLM", {"use_sliding_window": True}),
+        ("Gemma2ForCausalLM", {}),
+        ("Gemma3ForCausalLM", {"sliding_window_pattern": 3}),
+        ("GptOssForCausalLM", {}),
+    ],
+)
+def test_layers_that_no_config_lists_have_the_windows_of_transformers(name, settings):
+    config = THEIRS[name](num_hidden_layers=6, sliding_window=16, **settings)
+    values = {**config.to_dict(), **settings, "sliding_window": 16}  # as older ones have it
+    kinds = values.pop("layer_types")
+    spec, _ = read(FAMILIES[name], values)
+    windows = [layer.attention.window for layer in spec.layers]
+    assert windows == [16 if kind == "sliding_attention" else None for kind in kinds]
+    assert spec.layers == read(FAMILIES[name], {**values, "layer_types": kinds})[0].layers
+
+
+def test_the_heads_of_qwen_3_have_a_size_of_their_own():
+    values = THEIRS["Qwen3ForCausalLM"](hidden_size=64, num_attention_heads=4).to_dict()
+    assert values.pop("head_dim") == 128
+    spec, _ = read(FAMILIES["Qwen3ForCausalLM"], values)
+    assert spec.layers[0].attention.query_key_head_size == 128

@@ -295,6 +295,8 @@ def test_damaged_files_are_refused(write):
     refused(data[: key - 8] + struct.pack("<Q", 2**62) + data[key:], "lie outside the file")
     refused(data.replace(b"blk.1.ffn_up", b"blk.0.ffn_up"), "names a tensor twice")
     refused(b"", "cannot be mapped")
+    path, _ = write(extra={"rope_freqs.weight": np.ones(4, np.float32)})
+    refused(path.read_bytes()[:-24], r"rope_freqs\.weight lies outside the file")
 
 
 def test_every_cut_of_a_header_is_an_error_of_ours(write):
