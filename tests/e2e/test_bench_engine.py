@@ -15,7 +15,7 @@ def dummy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     directory = tmp_path_factory.mktemp("dummy")
     write_config("tiny", directory)
     flags = ["--load-format", "dummy", "--dtype", "float32", "--kv-cache-memory", "16MiB"]
-    return [str(directory), *flags]
+    return [str(directory), *flags, "--max-num-batched-tokens", "128"]
 
 
 def test_latency_of_several_batches(run: Run, dummy: list[str], tmp_path: Path):

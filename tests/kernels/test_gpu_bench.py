@@ -159,7 +159,7 @@ def test_a_server_that_dies_while_starting_is_not_waited_for(plan):
 
 def test_the_whole_command_on_a_cpu(tmp_path):
     """Every step but the tests themselves, on a model small enough."""
-    engine = "--kv-cache-memory 8MiB --dtype float32 --max-num-seqs 4"
+    engine = "--kv-cache-memory 8MiB --dtype float32 --max-num-seqs 4 --max-num-batched-tokens 64"
     kernels = "--device cpu --tiny --backend naive --only rms_norm"
     command = ["kernels/bench/gpu.py", str(tmp_path)]
     command += ["--steps", "serve", "kernels", "latency", "throughput", "--shape", "tiny"]
