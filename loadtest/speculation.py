@@ -1,13 +1,14 @@
-"""Prompt lookup on and off, in turns: how much sooner the same tokens come.
+"""Drafts on and off, in turns: how much sooner the same tokens come.
 
     python -m loadtest.speculation CHECKPOINT --streams 1 4 --rounds 5
 
-Two engines in this process, one with ``--speculative-config`` and one without, take turns answering
-the same prompts; only one works at a time. A stream's rate begins with its first token, that of all
-together with the first of the first stream. The prompts are random tokens, or with
-``--text FILE`` pieces of a file; with ``--temperature 1`` hardly anything repeats, which is what
-speculation may cost when it is of no use. Both engines are on one device: on a GPU,
-``--engine-flags`` must give each of them a KV cache of a size, as ``--kv-cache-memory 4GiB`` does.
+Two engines in this process, one with ``--speculative-config`` (by default prompt lookup) and one
+without, take turns answering the same prompts; only one works at a time. A stream's rate begins
+with its first token, that of all together with the first of the first stream. The prompts are
+random tokens, or with ``--text FILE`` pieces of a file; with ``--temperature 1`` hardly anything
+repeats, which is what lookup may cost when it is of no use. Both engines are on one device: on a
+GPU, ``--engine-flags`` must give each of them a KV cache of a size, as ``--kv-cache-memory 4GiB``
+does.
 """
 
 from __future__ import annotations

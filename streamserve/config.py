@@ -65,15 +65,17 @@ MAX_DRAFTING_ROWS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculativeConfig:
-    """Drafts by prompt lookup: what followed the text's last tokens when they last occurred.
+    """Drafts by prompt lookup, what followed the text's last tokens when they last occurred; or by
+    a ``draft_model``.
 
     At most ``num_speculative_tokens`` for a request and step; the n-grams that are looked up have
     ``prompt_lookup_min`` to ``prompt_lookup_max`` tokens.
     """
 
     num_speculative_tokens: int
-    prompt_lookup_min: int
-    prompt_lookup_max: int
+    prompt_lookup_min: int = 1
+    prompt_lookup_max: int = 1
+    draft_model: str | None = None  # a checkpoint, or a hub id
 
     def __post_init__(self) -> None:
         _at_least("num_speculative_tokens", self.num_speculative_tokens, 1)

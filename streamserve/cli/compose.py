@@ -14,6 +14,7 @@ import torch
 
 from streamserve.cli.args import model_name, scheduling_policy
 from streamserve.cli.device_flags import refuse_undivided, resolve_device_flags
+from streamserve.cli.draft_model import check_vocabulary, with_draft_model
 from streamserve.cli.lora_flags import adapter_config
 from streamserve.cli.model_setup import BuiltModel, ModelBuilder, ModelSetup, Say
 from streamserve.cli.model_source import (
@@ -108,6 +109,8 @@ def _build(
     tokenizer_path = tokenizer_directory(args, setup.path, say)
     text_from = text_source(args, tokenizer_path)
     tokenizer, template = text_from()
+    if setup.draft is not None:
+        check_vocabulary(tokenizer, text_source(args, setup.draft.path))
     if template.is_builtin:
         warn(f"the checkpoint has no chat template: using the {template.source} one")
     on_template(template)
@@ -235,7 +238,7 @@ def set_up(args: Namespace, say: Say, warn: Say, *, rank: int = 0) -> ModelSetup
     say(f"model {model_name(args)}: {config.architecture}, {dtype_name}{quantised}, on {device}")
     if config.unserved:
         say(f"  text only     requests with {config.unserved} are refused")
-    return ModelSetup(
+    setup = ModelSetup(
         args=args,
         path=path,
         config=config,
@@ -247,6 +250,7 @@ def set_up(args: Namespace, say: Say, warn: Say, *, rank: int = 0) -> ModelSetup
         say=say,
         warn=warn,
     )
+    return with_draft_model(setup)
 
 
 def _scheduler_config(args: Namespace, max_model_len: int) -> SchedulerConfig:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamserve.cli.model_setup import BuiltModel, ModelSetup
+from streamserve.core.plan import ModelRunner
 from streamserve.models import (
+    KVCache,
     NativeConfig,
     adapter_bytes,
     kv_bytes_per_block,
@@ -13,9 +15,12 @@ from streamserve.models import (
 )
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import build_runner, new_kv_cache, step_buffer_bytes
+from streamserve.runner.drafting import DraftingRunner
 from streamserve.runner.memory import MemoryPlan, parse_bytes, plan_memory
 from streamserve.runner.passing_thread import in_background, on_passing_thread
 from streamserve.runner.tensor_parallel.team import agreed
+from streamserve.runner.warm_up import closed_on_error
+from streamserve_kernels import Kernels
 
 
 class CpuBuilder:
@@ -26,12 +31,8 @@ class CpuBuilder:
         self._memory = agreed(_plan(setup), setup.team)
         setup.say_plan(self._memory)
         self._kernels = setup.choose_kernels()
-        # A virtual machine may take seconds to get gigabytes from its host; nobody waits for that.
-        kv_caches = new_kv_cache(
-            setup.config.spec, self._memory, setup.dtype, setup.device, self._kernels
-        )
-        in_background(lambda is_exiting: touch_kv_cache(kv_caches, is_exiting))
-        self._kv_caches = kv_caches
+        self._kv_caches = _new_kv_cache(setup, self._memory, self._kernels)
+        self._draft = None if setup.draft is None else _DraftBuilder(setup.draft, self._memory)
 
     def build(self) -> BuiltModel:
         """As in `ModelBuilder`."""
@@ -46,6 +47,9 @@ class CpuBuilder:
             max_num_sampled=self._setup.scheduler.max_num_sampled,
             team=self._setup.team,
         )
+        if self._draft is not None:
+            with closed_on_error(runner):
+                runner = self._draft.build(runner, model.spec.vocab_size)
         return BuiltModel(
             runner,
             profile,
@@ -54,26 +58,76 @@ class CpuBuilder:
         )
 
 
-def _plan(setup: ModelSetup) -> MemoryPlan:
-    args, config, scheduler = setup.args, setup.config, setup.scheduler
-    weight_bytes = config.weight_bytes(setup.dtype, setup.quantization)
-    if (adapters := setup.adapters) is not None:
-        assert isinstance(config, NativeConfig), "others were refused"
-        weight_bytes += adapter_bytes(
-            config.spec, setup.dtype, adapters.num_adapters, adapters.max_rank
+class _DraftBuilder:
+    """Of a model that drafts, in as many blocks as the other has."""
+
+    def __init__(self, setup: ModelSetup, memory: MemoryPlan) -> None:
+        self._setup = setup
+        self._memory = memory
+        self._kernels = setup.choose_kernels()
+        self._kv_caches = _new_kv_cache(setup, memory, self._kernels)
+
+    def build(self, target: ModelRunner, vocab_size: int) -> ModelRunner:
+        """The runner of both models; ``vocab_size`` is the target's."""
+        model = on_passing_thread(lambda: self._setup.load(self._kernels))
+        kv_caches, self._kv_caches = self._kv_caches, []
+        max_num_batched_tokens = self._setup.scheduler.max_num_batched_tokens
+        runner, _ = build_runner(
+            model,
+            self._memory,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_caches=kv_caches,
         )
+        return DraftingRunner(
+            target,
+            runner,
+            block_size=self._memory.block_size,
+            vocab_size=min(vocab_size, model.spec.vocab_size),
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+
+
+def _new_kv_cache(setup: ModelSetup, memory: MemoryPlan, kernels: Kernels) -> KVCache:
+    kv_caches = new_kv_cache(setup.config.spec, memory, setup.dtype, setup.device, kernels)
+    # A virtual machine may take seconds to get gigabytes from its host; nobody waits for that.
+    in_background(lambda is_exiting: touch_kv_cache(kv_caches, is_exiting))
+    return kv_caches
+
+
+def _plan(setup: ModelSetup) -> MemoryPlan:
+    args, scheduler = setup.args, setup.scheduler
+    weight_bytes, buffer_bytes, block_bytes = _sizes(setup)
+    if setup.draft is not None:
+        of_draft = _sizes(setup.draft)
+        weight_bytes += of_draft[0]
+        buffer_bytes += of_draft[1]
+        block_bytes += of_draft[2]
     # The ranks of a model share the host's memory.
     available = available_cpu_memory()
     share = replace(available, num_bytes=available.num_bytes // args.tensor_parallel_size)
     return plan_memory(
         available=share,
         weight_bytes=weight_bytes,
-        step_buffer_bytes=step_buffer_bytes(
-            config.spec, setup.dtype, scheduler.max_num_batched_tokens, scheduler.max_num_sampled
-        ),
-        kv_bytes_per_block=kv_bytes_per_block(config.spec, args.block_size, setup.dtype),
+        step_buffer_bytes=buffer_bytes,
+        kv_bytes_per_block=block_bytes,
         block_size=args.block_size,
         max_model_len=scheduler.max_model_len,
         max_num_seqs=scheduler.max_num_seqs,
         kv_cache_memory=None if args.kv_cache_memory is None else parse_bytes(args.kv_cache_memory),
     )
+
+
+def _sizes(setup: ModelSetup) -> tuple[int, int, int]:
+    """Bytes of a model's weights, of its step buffers, and of a block of its KV cache."""
+    config, scheduler = setup.config, setup.scheduler
+    weight_bytes = config.weight_bytes(setup.dtype, setup.quantization)
+    if (adapters := setup.adapters) is not None:
+        assert isinstance(config, NativeConfig), "others were refused"
+        weight_bytes += adapter_bytes(
+            config.spec, setup.dtype, adapters.num_adapters, adapters.max_rank
+        )
+    buffer_bytes = step_buffer_bytes(
+        config.spec, setup.dtype, scheduler.max_num_batched_tokens, scheduler.max_num_sampled
+    )
+    block_bytes = kv_bytes_per_block(config.spec, setup.args.block_size, setup.dtype)
+    return weight_bytes, buffer_bytes, block_bytes

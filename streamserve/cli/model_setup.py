@@ -28,7 +28,7 @@ class ModelSetup:
     """The flags with the device's defaults, and all that follows from them and the config.
 
     ``quantization`` is of plain weights, while they are loaded. With a ``team`` the config is that
-    of this rank's share.
+    of this rank's share. ``draft`` is the setup of a model that drafts for this one.
     """
 
     args: Namespace
@@ -42,6 +42,7 @@ class ModelSetup:
     say: Say
     warn: Say
     team: Team | None = None
+    draft: ModelSetup | None = None
 
     def choose_kernels(self) -> Kernels:
         """The backend; says its name."""

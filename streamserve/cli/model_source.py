@@ -30,6 +30,11 @@ def model_directory(args: Namespace, say: Say) -> Path:
     return _resolve(args, args.model, say, revision=args.revision, load_format=args.load_format)
 
 
+def named_directory(args: Namespace, name: str, say: Say) -> Path:
+    """Where another model is, downloaded if it must be. Raises ``ModelLoadError``."""
+    return _resolve(args, name, say, revision=None, load_format=args.load_format)
+
+
 def tokenizer_directory(args: Namespace, model: Path, say: Say) -> Path:
     """Where the tokenizer's files are: with the model's unless it has a name of its own."""
     if args.tokenizer is None:

@@ -1,4 +1,4 @@
-"""``--speculative-config``: vLLM's keys, of which those of prompt lookup are honoured."""
+"""``--speculative-config``: vLLM's keys, those of prompt lookup and of a draft model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 from streamserve.config import SpeculativeConfig
 from streamserve.errors import ConfigError
 
-_METHODS = ("ngram", "[ngram]")
-_KEYS = ("method", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max")
+_METHODS = ("ngram", "[ngram]", "draft_model")
+_LOOKUP_KEYS = ("prompt_lookup_min", "prompt_lookup_max")
+_KEYS = ("method", "num_speculative_tokens", *_LOOKUP_KEYS, "model")
 _DEFAULT_LOOKUP = 5  # vLLM's, where neither bound is given; where one is, it is both
 _MAX_TOKENS = 32
 
@@ -22,24 +23,29 @@ def parse_speculative_config(text: str) -> SpeculativeConfig:
         raise ConfigError(f"--speculative-config must be JSON ({error}), got {text!r}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"--speculative-config must be a JSON object, got {text!r}")
-    for key in value:
+    given = {key: item for key, item in value.items() if item is not None}
+    for key in given:
         if key not in _KEYS:
-            raise ConfigError(
-                f"--speculative-config: the keys are {', '.join(_KEYS)} (prompt lookup is the only "
-                f"method so far), got {key!r}"
-            )
-    method = value.get("method")
+            raise ConfigError(f"--speculative-config: the keys are {', '.join(_KEYS)}, got {key!r}")
+    method = given.get("method", "draft_model" if "model" in given else None)
     if method not in _METHODS:
         raise ConfigError(
-            "--speculative-config: method must be 'ngram' (drafts from the text itself, no other "
-            f"is built), got {method!r}"
+            "--speculative-config: method must be 'ngram' (drafts from the text itself) or "
+            f"'draft_model' (by a small model), got {method!r}"
         )
-    given = {key: _number(value, key) for key in _KEYS[1:] if value.get(key) is not None}
     if "num_speculative_tokens" not in given:
         raise ConfigError(
             f"--speculative-config: num_speculative_tokens must be 1 to {_MAX_TOKENS}, got nothing"
         )
-    low, high = given.get("prompt_lookup_min"), given.get("prompt_lookup_max")
+    num_tokens = _number(given, "num_speculative_tokens")
+    if method == "draft_model":
+        return SpeculativeConfig(num_speculative_tokens=num_tokens, draft_model=_model(given))
+    if "model" in given:
+        raise ConfigError(
+            "--speculative-config: model must not be given with method 'ngram', got "
+            f"{given['model']!r}"
+        )
+    low, high = (_number(given, key) if key in given else None for key in _LOOKUP_KEYS)
     low = low or high or _DEFAULT_LOOKUP
     high = high or low
     if low > high:
@@ -48,10 +54,24 @@ def parse_speculative_config(text: str) -> SpeculativeConfig:
             f"{high}, got {low}"
         )
     return SpeculativeConfig(
-        num_speculative_tokens=given["num_speculative_tokens"],
-        prompt_lookup_min=low,
-        prompt_lookup_max=high,
+        num_speculative_tokens=num_tokens, prompt_lookup_min=low, prompt_lookup_max=high
     )
+
+
+def _model(given: dict[str, Any]) -> str:
+    for key in _LOOKUP_KEYS:
+        if key in given:
+            raise ConfigError(
+                f"--speculative-config: {key} must not be given with method 'draft_model', got "
+                f"{given[key]!r}"
+            )
+    name = given.get("model")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            "--speculative-config: model must be a directory, a GGUF file or a hub id, got "
+            f"{name!r}"
+        )
+    return name
 
 
 def _number(value: dict[str, Any], key: str) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 _DEVICES = "--tensor-parallel-size divides a model among devices of one machine, in one way"
 _MULTIMODAL = "models here read and write text only"
 _LORA = "adapters are loaded in one way, beside the linear layers"
-_SPECULATION = "--speculative-config drafts by prompt lookup, no other way is built"
+_SPECULATION = "--speculative-config drafts tokens, by prompt lookup or a small model"
 _MAMBA = "no such layers are served"
 _KERNELS = "kernels are chosen by the device and the dtype, in one way"
 _OFFLOAD = "weights stay on the device; --swap-space keeps KV blocks of a GPU in host memory"

@@ -98,6 +98,10 @@ class SchedulerOutput:
     ``stores`` copy blocks to host memory and ``loads`` copy them back, in every layer, at any time
     between the launch and the step's result: nothing that is in flight meanwhile writes what they
     read, or touches what they write. ``scheduled`` may be empty when there are loads.
+
+    ``num_drafts``: how many tokens a draft model should guess behind what requests sample, by
+    request id. They have room for them in their blocks, or are guessed as many as they have. Where
+    all are 0 guesses do not pay, and the draft model need not keep up.
     """
 
     step_id: int
@@ -108,6 +112,7 @@ class SchedulerOutput:
     prefix_groups: list[PrefixGroup] = field(default_factory=list)
     stores: list[BlockTransfer] = field(default_factory=list)
     loads: list[BlockTransfer] = field(default_factory=list)
+    num_drafts: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -147,7 +152,8 @@ class ModelRunnerOutput:
     ``prompt_logprobs`` go by request id, for those who asked and whose prompt was computed, and
     ``pooled`` has the vectors of those whose prompt is complete; these sample nothing.
     ``duration_s`` is how long the device worked on the step, waits for the host left out; ``None``
-    from a runner that does not measure.
+    from a runner that does not measure. ``drafts`` are what was guessed for the plan's
+    ``num_drafts``, by request id, and ``drafting_s`` how long all but the first guesses took.
     """
 
     step_id: int
@@ -156,6 +162,8 @@ class ModelRunnerOutput:
     duration_s: float | None = field(default=None, compare=False)
     prompt_logprobs: Mapping[str, PromptLogprobs] | None = None
     pooled: Mapping[str, array[float]] | None = None
+    drafts: Mapping[str, list[int]] | None = None
+    drafting_s: float | None = field(default=None, compare=False)
 
 
 class ModelRunner(Protocol):

@@ -65,6 +65,8 @@ class Request:
         "choice_index",
         "chooses_on_host",
         "computing_hash",
+        "draft_rate",
+        "drafts",
         "embedding",
         "ending_ids",
         "eos_token_ids",
@@ -181,6 +183,8 @@ class Request:
             and not sampling_params.ends_with_prompt
         )
         self.ngram_index: NgramIndex | None = None  # of its own text, if it speculates
+        self.drafts: list[int] = []  # what a draft model guesses behind the last token
+        self.draft_rate = -1.0  # how many of its guesses were right lately; negative: not known
         self.fork_source: Request | None = None  # computes the prompt that this one then shares
         # Its next token is not what a step samples: somebody chooses it who sees the logprobs. It
         # counts as pending until then.

@@ -22,6 +22,7 @@ from streamserve.core.door import Door
 from streamserve.core.fairness import FairShare
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.limits import ContextLimits
+from streamserve.core.model_drafts import ModelDrafts
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.core.policy import POLICIES
 from streamserve.core.prefill import PrefillPacer, chunk_tokens_of
@@ -93,6 +94,8 @@ class Scheduler:
         self._speculator = (
             None
             if config.speculative is None
+            else ModelDrafts(config, config.speculative, step_time)
+            if config.speculative.draft_model is not None
             else Speculator(config, config.speculative, step_time, propose)
         )
         self._next_step_id = 0
@@ -377,6 +380,8 @@ class Scheduler:
         self._seats.released_ids.clear()
         self.kv_cache.complete(plan)
         plan.prefix_groups.extend(self.prefix_grouping.update(step))
+        if self._speculator is not None:
+            self._speculator.ask(step.requests, plan, self.kv_cache, self.num_running)
         self._next_step_id += 1
         if self._shares is not None:
             self._shares.charge(step)
@@ -395,6 +400,7 @@ class Scheduler:
         seats, block_size, recovery = self._seats, self.kv_cache.block_size, self.recovery
         recovers = recovery.is_active
         step_id, logprobs, new_tuple = output.step_id, output.logprobs, tuple.__new__
+        drafts = output.drafts
         rows = zip(step.requests, step.plan.scheduled, output.sampled_token_ids, strict=True)
         for i, (request, (_, start, token_ids, _, sample, _), sampled_ids) in enumerate(rows):
             request.num_steps_in_flight -= 1
@@ -420,6 +426,8 @@ class Scheduler:
                 if reason is not None:
                     self.finish(request, reason, stop_reason=stop_id)
                     continue
+                if drafts is not None:
+                    request.drafts = drafts.get(request.request_id, [])
             if end // block_size > start // block_size:
                 self.kv_cache.cache_blocks(request)
             if request.computing_hash is not None:
@@ -437,9 +445,14 @@ class Scheduler:
         step = self._in_flight.popleft()
         self.kv_cache.retire(step.plan)
         self.pacer.observe(step.plan, output)
+        if self._speculator is not None:
+            self._speculator.drafted(step.plan, output)
         if self._speculator is not None and output.duration_s is not None:
             self._speculator.host_time.observe(
-                self._clock(), len(step.requests), output.duration_s, overlaps=step.overlaps
+                self._clock(),
+                len(step.requests),
+                output.duration_s + (output.drafting_s or 0.0),
+                overlaps=step.overlaps,
             )
         if output.prompt_logprobs or output.pooled:
             take_found(self._seats.requests, output)
@@ -454,7 +467,7 @@ class Scheduler:
         num_wrong = num_sampled - num_right
         request.num_computed_tokens -= num_wrong
         request.num_draft_tokens = 0
-        self._speculator.verified(num_sampled - 1, num_right - 1)
+        self._speculator.verified(request, num_sampled - 1, num_right - 1)
         return num_wrong
 
     def fail_step(self, step_id: int, *, out_of_memory: bool = False) -> list[Request]:

@@ -22,15 +22,17 @@ from dataclasses import dataclass, field
 from math import log, log1p
 
 from streamserve.config import SchedulerConfig, SpeculativeConfig
+from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.ngram import NgramIndex
+from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
 from streamserve.core.request import Request
 from streamserve.core.step_time import StepShape, StepTimeModel
 
 Propose = Callable[[Request, int], list[int]]
 """Guesses at what follows a request's known tokens, at most so many."""
 
-_MIN_GAIN = 0.03  # in that sum: a prediction is not better than that
-_CAUTION = 1.25  # that a step takes longer counts so much more than what it yields
+MIN_GAIN = 0.03  # in that sum: a prediction is not better than that
+CAUTION = 1.25  # that a step takes longer counts so much more than what it yields
 _MIN_CHANCE = 0.1  # of the first draft: below it nothing is looked at any further
 _MAX_NUM_INDEXED = 2048  # tokens in one step, well under a millisecond: a long text takes several
 _COUNTS = frozenset((1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48))  # of drafts, looked at beside "all"
@@ -155,14 +157,14 @@ class Speculator:
             num_drafts = self._num_allowed(request, num_tokens)
             index = self._index_of(request)
             if num_drafts and index is not None and index.hit_rate > _MIN_CHANCE:
-                gains = _gains(index.hit_rate, index.continue_rate, num_drafts)
+                gains = gains_of(index.hit_rate, index.continue_rate, num_drafts)
                 candidates.append(_Candidate(request, num_tokens - 1, [], gains))
         if not candidates or self._model is None:
             return False
         shape = StepShape(num_decodes, num_decodes, decode_context)
         room = self._max_num_sampled - num_decodes
         # What has drafts in flight would sit out a step that is made now: half as many tokens.
-        least = _MIN_GAIN - num_unknown * log(2.0)
+        least = MIN_GAIN - num_unknown * log(2.0)
         return self._choose(self._model, candidates, shape, room, least, overlaps=True)[0] > 0
 
     def plan(self, running: Iterable[Request], max_num_requests: int) -> Drafts:
@@ -197,13 +199,25 @@ class Speculator:
         if self._model is None:
             return _take_all(candidates, shape, room)
         num_taken, with_drafts = self._choose(
-            self._model, candidates, shape, room, _MIN_GAIN, overlaps=False
+            self._model, candidates, shape, room, MIN_GAIN, overlaps=False
         )
         if not num_taken:
             return Drafts(shape=shape)
         return Drafts(_taken(candidates), num_taken, with_drafts)
 
-    def verified(self, num_drafted: int, num_accepted: int) -> None:
+    def ask(
+        self,
+        requests: Sequence[Request],
+        plan: SchedulerOutput,
+        kv_cache: KVCacheManager,
+        num_running: int,
+    ) -> None:
+        """Have drafts made behind a whole step, where they are made behind steps."""
+
+    def drafted(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        """Learn what drafts took that were asked for."""
+
+    def verified(self, request: Request, num_drafted: int, num_accepted: int) -> None:
         """Count a request's drafts that a step has gone through."""
         self.stats.num_drafts += 1
         self.stats.num_draft_tokens += num_drafted
@@ -240,8 +254,8 @@ class Speculator:
     def _gains_of(self, request: Request, num_drafts: int) -> list[float]:
         index = request.ngram_index
         if index is None:
-            return _gains(1.0, 1.0, num_drafts)
-        return _gains(index.hit_rate_when_found, index.continue_rate, num_drafts)
+            return gains_of(1.0, 1.0, num_drafts)
+        return gains_of(index.hit_rate_when_found, index.continue_rate, num_drafts)
 
     def _choose(
         self,
@@ -271,11 +285,11 @@ class Speculator:
         gain = 0.0
         for count, (minus_gain, place, i) in enumerate(order[:room], 1):
             gain -= minus_gain
-            shape = _with_draft(shape, candidates[i].start, place)
+            shape = with_draft(shape, candidates[i].start, place)
             if count not in _COUNTS and count != num_possible:
                 continue
             seconds = model.predict(shape) + host_s
-            total = gain - _CAUTION * num_requests * log(seconds / before_s)
+            total = gain - CAUTION * num_requests * log(seconds / before_s)
             if total > least and seconds <= self._max_step_s:
                 num_best, best_shape, least = count, shape, total
         for _, _, i in order[:num_best]:
@@ -283,7 +297,7 @@ class Speculator:
         return num_best, best_shape
 
 
-def _gains(first: float, then: float, count: int) -> list[float]:
+def gains_of(first: float, then: float, count: int) -> list[float]:
     """What each draft adds to the log of the tokens to expect, if they are right so often."""
     gains: list[float] = []
     num_tokens, chance = 1.0, first
@@ -294,7 +308,7 @@ def _gains(first: float, then: float, count: int) -> list[float]:
     return gains
 
 
-def _with_draft(shape: StepShape, start: int, place: int) -> StepShape:
+def with_draft(shape: StepShape, start: int, place: int) -> StepShape:
     """The shape with one draft more, of a request at ``start`` that has ``place`` of them."""
     num_tokens, num_sampled, decode_context, pairs, keys = shape
     if not place:  # what was a decode is now a chunk
@@ -312,7 +326,7 @@ def _take_all(candidates: Sequence[_Candidate], shape: StepShape, room: int) -> 
         candidate.num_taken = min(len(candidate.drafts), room - num_tokens)
         num_tokens += candidate.num_taken
         for place in range(candidate.num_taken):
-            shape = _with_draft(shape, candidate.start, place)
+            shape = with_draft(shape, candidate.start, place)
     return Drafts(_taken(candidates), num_tokens, shape)
 
 

@@ -10,6 +10,7 @@ from streamserve.config import SpeculativeConfig
 from streamserve.errors import ConfigError
 
 PLAIN = {"method": "ngram", "num_speculative_tokens": 5}
+BY_MODEL = {"method": "draft_model", "model": "small", "num_speculative_tokens": 4}
 
 
 @pytest.mark.parametrize(
@@ -30,12 +31,26 @@ def test_vllms_keys_and_defaults(bounds, low, high, method):
     )
 
 
+@pytest.mark.parametrize("leave_out", [None, "method"])
+def test_a_draft_model(leave_out):
+    """As in vLLM, a model says the method."""
+    given = {key: value for key, value in BY_MODEL.items() if key != leave_out}
+    assert parse_speculative_config(json.dumps(given)) == SpeculativeConfig(
+        num_speculative_tokens=4, draft_model="small"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "must be JSON"),
         ("[1]", r"must be a JSON object, got '\[1\]'"),
-        (json.dumps({**PLAIN, "method": "eagle"}), "method must be 'ngram'.*got 'eagle'"),
+        (json.dumps({**PLAIN, "method": "eagle"}), "must be 'ngram'.* 'draft_model'.*got 'eagle'"),
+        (json.dumps({**PLAIN, "draft_tensor_parallel_size": 1}), "the keys are .*, got 'draft_t"),
+        (json.dumps({**BY_MODEL, "model": ""}), "model must be a directory.* got ''"),
+        (json.dumps({**BY_MODEL, "model": None}), "model must be a directory.* got None"),
+        (json.dumps({**BY_MODEL, "num_speculative_tokens": 0}), "must be 1 to 32, got 0"),
+        (json.dumps({**BY_MODEL, "prompt_lookup_max": 3}), "prompt_lookup_max must not .* got 3"),
         (json.dumps({"num_speculative_tokens": 5}), "method must be 'ngram'.*got None"),
         (json.dumps({"method": "ngram"}), "num_speculative_tokens must be 1 to 32, got nothing"),
         (json.dumps({**PLAIN, "num_speculative_tokens": 0}), "must be 1 to 32, got 0"),
@@ -46,7 +61,7 @@ def test_vllms_keys_and_defaults(bounds, low, high, method):
             json.dumps({**PLAIN, "prompt_lookup_min": 4, "prompt_lookup_max": 2}),
             "prompt_lookup_min must be at most prompt_lookup_max 2, got 4",
         ),
-        (json.dumps({**PLAIN, "model": "small"}), "got 'model'"),
+        (json.dumps({**PLAIN, "model": "small"}), "model must not be given .*, got 'small'"),
     ],
 )
 def test_everything_else_is_refused(text, message):
