@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -67,8 +68,9 @@ async def test_a_budget_counts_from_where_the_answer_begins_to_think():
     runner = ThinkingRunner(50, start=b"<think>")
     output = await answer(runner, thinking=thinking(is_open=False, budget=3))
     assert output.text.startswith("<think>aaa</think>")
-    free = await answer(RandomRunner(VOCAB_SIZE), thinking=thinking(is_open=False, budget=3))
-    assert "<" not in free.text
+    for budget in (0, 3):
+        asked = thinking(is_open=False, budget=budget)
+        assert "<" not in (await answer(RandomRunner(VOCAB_SIZE), thinking=asked)).text
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -122,6 +124,16 @@ async def test_a_grammar_that_begins_with_text_does_not_ask_for_thoughts(steps, 
         await harness.engine.prepare(SamplingParams(**params))
         output = await collect(harness.submit(**params))
     assert output.text.removesuffix("</s>") == thoughts + "Hi!"
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("num_thoughts", [2, 50])
+async def test_behind_thoughts_comes_what_must_and_then_what_may(steps, num_thoughts):
+    asked = replace(thinking(budget=20), next_token_ids=tuple(b"<say>"), not_next=ord("x"))
+    runner = ThinkingRunner(num_thoughts)
+    runner.script += b"xxxxxxxxx"
+    output = await answer(runner, steps, thinking=asked)
+    assert re.match(rf"a{{{min(num_thoughts, 20)}}}</think><say>[^x]", output.text)
 
 
 async def test_others_beside_it_are_free():
