@@ -10,6 +10,7 @@ import pytest
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.grammar import MAX_GRAMMAR_CHARACTERS, Grammars
+from streamserve.engine.grammar_source import JSON_WHITESPACE, llguidance_grammar
 from streamserve.engine.grammar_trial import GrammarTrial, Task
 from streamserve.errors import EngineDeadError, InvalidParameterError, QueueFullError
 
@@ -203,6 +204,19 @@ def test_a_worker_that_dies_is_replaced():
     assert small(slow).error == "too complex: it needs more than the limit of 1 MiB"
     small.close()
     small.close()
+
+
+@pytest.mark.parametrize("whitespace", [None, "", " ?"])
+def test_white_space_in_calls_is_bounded_or_as_told(whitespace):
+    tools = [{"name": name, "arguments": {"type": "object"}} for name in "fg"]
+    task = json.dumps({"parser": "hermes", "answer": {"type": "object"}, "tools": tools})
+    written, parts = llguidance_grammar(GrammarKind.TOOL_CALLS, task, whitespace)
+    told = {None: JSON_WHITESPACE, "": False}.get(whitespace, whitespace)
+    options = {"whitespace_flexible" if whitespace == "" else "whitespace_pattern": told}
+    assert written.count('"required": ["name", "arguments"]') == len(tools)
+    said = json.dumps({"x-guidance": options})[1:-1]
+    for lark in (written, *parts):
+        assert lark.count("%json ") == lark.count(said) > 0
 
 
 def test_each_tool_adds_to_the_limit_of_time():
