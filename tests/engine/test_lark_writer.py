@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from streamserve.engine.lark_writer import LarkWriter, with_special_ids
+from streamserve.engine.parsers.tagged_formats import Qwen3CoderParser
+from streamserve.engine.tagged_grammar import _Values
 
 
 def test_special_tokens_stand_in_texts_as_themselves():
@@ -20,3 +22,19 @@ def test_a_marker_is_written_with_its_special_token_or_without():
     written = writer.render("r1")
     assert 'r0[lazy]: FREE "<a>y"' in written
     assert 'r1[lazy]: FREE "y"' in written
+
+
+def rules(schema) -> str:
+    """What may stand for a parameter of this schema between two tags."""
+    writer = LarkWriter([], {})
+    _Values(Qwen3CoderParser.style, "x", {}, writer).all(schema)
+    return writer.render("")
+
+
+def test_fixed_values_are_no_patterns_and_patterns_may_stand_anywhere():
+    assert r"a\.b" in rules({"enum": ["a.b"]})
+    assert rules({"const": "a.b"}) == rules({"enum": ["a.b"]})
+    anywhere, begins, whole = (
+        rules({"type": "string", "pattern": pattern}) for pattern in ("b", "^b", "^b$")
+    )
+    assert len(anywhere) > len(begins) > len(whole)
