@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from streamserve.api.chat_request import read_template_kwargs
 from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.llm.answers import ChatOptions
@@ -76,7 +77,8 @@ class AsyncLLM:
         """Continue a conversation by the model's chat template. As ``generate`` in all else."""
         [read] = read_conversations(messages)
         job = self._job(read, sampling_params, request_id, priority, lora_request)
-        return self._growing(job, ChatOptions(kwargs=chat_template_kwargs or {}))
+        kwargs = read_template_kwargs("chat_template_kwargs", chat_template_kwargs or {})
+        return self._growing(job, ChatOptions(kwargs=kwargs))
 
     async def embed(
         self,

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from streamserve.api.chat_request import read_template_kwargs
 from streamserve.api.extras import Truncation
 from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
 from streamserve.errors import ConfigError, InvalidParameterError
@@ -122,7 +123,7 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
-            kwargs=chat_template_kwargs or {},
+            kwargs=read_template_kwargs("chat_template_kwargs", chat_template_kwargs or {}),
         )
         conversations = read_conversations(messages)
         jobs = self._jobs(conversations, sampling_params, priority, lora_request)

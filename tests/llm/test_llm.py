@@ -120,6 +120,11 @@ def test_chat_one_conversation_or_several(llm):
     assert "Tokyo" in both[1].outputs[0].text
 
 
+def test_what_has_an_argument_of_its_own_is_no_variable_of_the_template(llm):
+    with pytest.raises(InvalidParameterError, match=r"chat_template_kwargs must not hold 'tools'"):
+        llm.chat([{"role": "user", "content": "Hi."}], chat_template_kwargs={"tools": []})
+
+
 def test_chat_options_reach_the_template(llm):
     template = (
         "{{ word }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}"
