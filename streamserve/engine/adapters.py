@@ -16,7 +16,7 @@ from typing import Protocol
 from streamserve.errors import AdapterError
 
 _FREE_AGAIN_S = 0.05
-"""How often it is looked whether the requests of an adapter that was unloaded have ended."""
+"""How often it is looked whether the requests of an adapter that makes room have ended."""
 
 
 class AdapterBank(Protocol):
@@ -84,15 +84,17 @@ class Adapters:
     async def get(self, name: str, path: Path) -> Adapter:
         """The adapter of this name, loaded from ``path`` if there is none.
 
-        The oldest that nothing uses makes room for it. It is there until the next ``await``, and as
-        long as a request has it. Raises AdapterError as ``load`` does, but for a name that is
-        loaded from ``path`` already.
+        The oldest that nothing uses makes room for it; while requests have all of them, it waits.
+        It is there until the next ``await``, and as long as a request has it. Raises AdapterError
+        as ``load`` does, but for room, and for a name that is loaded from ``path`` already.
         """
         if (found := self._by_name.get(name)) is None:
             async with self._loading:
                 if (found := self._by_name.get(name)) is None:
-                    self._make_room()
-                    return await self._load(name, path)
+                    while True:
+                        if self._has_room():
+                            return await self._load(name, path)
+                        await asyncio.sleep(_FREE_AGAIN_S)
         if found.path != path:
             raise _taken(found)
         return found
@@ -119,11 +121,12 @@ class Adapters:
             self._bank.clear(slot)
         self._free.append(slot)
 
-    def _make_room(self) -> None:
+    def _has_room(self) -> bool:
         if not self._free:
             idle = [a for a in self._by_name.values() if not self._is_used(a.slot)]
             for adapter in idle[:1]:
                 self.unload(adapter.name)
+        return bool(self._free)
 
     def load_now(self, name: str, path: Path) -> Adapter:
         """As ``load``, before anything runs."""

@@ -65,6 +65,17 @@ def test_each_prompt_has_the_adapter_it_asks_for(llm, paths):
     assert min(cached[3:]) > 0
 
 
+def test_more_adapters_in_a_batch_than_there_is_room_for(llm, paths):
+    """Those that are too many wait until one has no request any more."""
+    asked = [LoRARequest(name, 1, str(paths[name])) for name in "abcba"]
+    prompts = [PROMPTS[0]] * len(asked)
+    found = token_ids(llm.generate(prompts, PARAMS, lora_request=asked, use_tqdm=False))
+    for request, ids in zip(asked, found, strict=True):
+        alone = llm.generate(PROMPTS[:1], PARAMS, lora_request=request, use_tqdm=False)
+        assert token_ids(alone) == [ids]
+    assert len(set(map(tuple, found))) == 3
+
+
 def test_what_cannot_be_is_said(llm, paths, tmp_path):
     def ask(request):
         return llm.generate(PROMPTS[:1], PARAMS, lora_request=request, use_tqdm=False)
