@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from streamserve.cli.model_setup import ModelSetup
 from streamserve.cli.model_source import named_directory
 from streamserve.cli.quantization import agreed_quantization
@@ -41,7 +39,7 @@ def with_draft_model(setup: ModelSetup) -> ModelSetup:
             f"--max-model-len {max_model_len}"
         )
     stored = None if config.stored_quantization is None else config.stored_quantization.name
-    dtype = resolve_dtype(args.dtype, config, torch.device("cpu"))
+    dtype = resolve_dtype(args.dtype, config, setup.device)
     say(f"  draft model   {name}: {config.architecture}, {str(dtype).removeprefix('torch.')}")
     # Behind a step it is fed the step's tokens, and what each request has sampled.
     num_tokens = setup.scheduler.max_num_batched_tokens + setup.scheduler.max_num_sampled

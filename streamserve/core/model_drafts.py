@@ -54,6 +54,8 @@ class ModelDrafts(Speculator):
         token waits for none.
         """
         self._is_asked = False
+        if self._has_failed:
+            return
         asked: list[tuple[Request, list[int], int]] = []
         num_sampled = context = 0
         for request, scheduled in zip(requests, plan.scheduled, strict=True):
@@ -65,12 +67,13 @@ class ModelDrafts(Speculator):
             most = self._num_allowed(request, num_tokens)
             if most and scheduled.output_position and not request.chooses_on_host:
                 asked.append((request, scheduled.new_block_ids, most))
-        if not asked or self._has_failed:
+        if not asked:
             return
         count = self._best_count([request for request, _, _ in asked], num_sampled, context)
         if not count:
             for request, _, _ in asked:
-                request.draft_rate += _HOPE * (1.0 - self._rate_of(request))
+                rate = self._rate_of(request)
+                request.draft_rate = rate + _HOPE * (1.0 - rate)
                 plan.num_drafts[request.request_id] = 0
             return
         self._is_asked = True

@@ -447,13 +447,13 @@ class Scheduler:
         self.pacer.observe(step.plan, output)
         if self._speculator is not None:
             self._speculator.drafted(step.plan, output)
-        if self._speculator is not None and output.duration_s is not None:
-            self._speculator.host_time.observe(
-                self._clock(),
-                len(step.requests),
-                output.duration_s + (output.drafting_s or 0.0),
-                overlaps=step.overlaps,
-            )
+            if output.duration_s is not None:
+                self._speculator.host_time.observe(
+                    self._clock(),
+                    len(step.requests),
+                    output.duration_s + (output.drafting_s or 0.0),
+                    overlaps=step.overlaps,
+                )
         if output.prompt_logprobs or output.pooled:
             take_found(self._seats.requests, output)
         for backoff in self._backoffs:

@@ -14,7 +14,13 @@ from streamserve.core.sampling_params import SamplingParams
 from streamserve.runner.build import build_runner
 from streamserve.runner.drafting import DraftingRunner
 from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop, forget
-from tests.runner.test_speculation import MAX_SEQS, MAX_TOKENS, random_requests, summary
+from tests.runner.test_speculation import (
+    MAX_SEQS,
+    MAX_TOKENS,
+    random_options,
+    random_requests,
+    summary,
+)
 from tests.runner.tiny_llama import VOCAB, memory_for, tiny_llama
 
 MAX_DRAFTS = 4
@@ -57,13 +63,7 @@ def by_a_model(num_drafts: int) -> SpeculativeConfig:
 @pytest.mark.parametrize("seed", range(6))
 def test_random_requests_get_the_same_answers(runners, seed):
     rng = random.Random(seed)
-    options = {
-        "max_num_seqs": MAX_SEQS,
-        "max_num_batched_tokens": rng.choice([9, 16, MAX_TOKENS]),
-        "num_blocks": rng.choice([34, 60, NUM_BLOCKS]),  # 34: they preempt each other
-        "prefix": rng.random() < 0.7,
-        "max_steps_in_flight": rng.choice([1, 2]),
-    }
+    options = random_options(rng)
     forget(runners[0])
     loop, plain = Loop(runners[0], **options), random_requests(seed)
     loop.run(plain)

@@ -98,6 +98,17 @@ def random_requests(seed: int) -> list[Request]:
     return requests
 
 
+def random_options(rng: random.Random) -> dict:
+    """Of a `Loop`: little memory or enough, small steps or large ones."""
+    return {
+        "max_num_seqs": MAX_SEQS,
+        "max_num_batched_tokens": rng.choice([9, 16, MAX_TOKENS]),
+        "num_blocks": rng.choice([34, 60, NUM_BLOCKS]),  # 34: they preempt each other
+        "prefix": rng.random() < 0.7,
+        "max_steps_in_flight": rng.choice([1, 2]),
+    }
+
+
 def summary(loop: Loop, requests: list[Request]):
     """Tokens, ends, and logprobs, rounded so that another order of summation may be another."""
     logprobs: dict[str, list] = {request.request_id: [] for request in requests}
@@ -115,13 +126,7 @@ def summary(loop: Loop, requests: list[Request]):
 @pytest.mark.parametrize("seed", range(10))
 def test_random_requests_get_the_same_answers(runner, seed):
     rng = random.Random(seed)
-    options = {
-        "max_num_seqs": MAX_SEQS,
-        "max_num_batched_tokens": rng.choice([9, 16, MAX_TOKENS]),
-        "num_blocks": rng.choice([34, 60, NUM_BLOCKS]),  # 34: they preempt each other
-        "prefix": rng.random() < 0.7,
-        "max_steps_in_flight": rng.choice([1, 2]),
-    }
+    options = random_options(rng)
     if options["prefix"]:
         options["num_host_blocks"] = rng.choice([0, NUM_HOST_BLOCKS])
     loop, plain = Loop(runner, **options), random_requests(seed)

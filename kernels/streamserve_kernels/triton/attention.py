@@ -100,9 +100,11 @@ def paged_attention(
     if groups is not None:
         shared_programs = processors * sizes.shared_programs_per_processor
     num_groups = 0 if groups is None else len(groups.num_blocks)
-    scratch = _scratch(query, constants, programs, shared_programs, num_requests, num_groups, sizes)
     if constants.one_launch:
-        scratch = scratch._replace(places=_counters_of(key_cache, programs))
+        places = _counters_of(key_cache, programs)
+    else:
+        places = query.new_empty(2 + num_requests + num_groups, dtype=torch.int32)
+    scratch = _scratch(query, constants, programs, shared_programs, num_requests, sizes, places)
     chunk_tiles = num_tokens * constants.group // sizes.chunk.rows + num_requests + 1
     grid = shared_programs + programs
     if sizes.has_chunks:
@@ -252,8 +254,8 @@ def _scratch(
     programs: int,
     shared_programs: int,
     num_requests: int,
-    num_groups: int,
     sizes: Plan,
+    places: Tensor,
 ) -> Scratch:
     part_base = programs * 2 * c.split_rows
     whole_base = part_base + shared_programs * 2 * c.shared_rows
@@ -263,7 +265,6 @@ def _scratch(
     rows = whole_base + 2 * wholes
     buffer = query.new_empty(rows, c.block_dv + 1, dtype=torch.float32).view(-1)
     parts, logs = buffer[: rows * c.block_dv].view(rows, c.block_dv), buffer[rows * c.block_dv :]
-    places = query.new_empty(2 + num_requests + num_groups, dtype=torch.int32)
     return Scratch(parts, logs, places, part_base, whole_base, whole_base + wholes)
 
 

@@ -39,10 +39,24 @@ def store_part(parts, logs, row, peak, weight, acc, valid, c: tl.constexpr):
 
 
 @triton.jit
+def bring_rows(
+    cache, block_stride, head_stride, row_stride, block, kv_head, offset,
+    one_block: tl.constexpr, size: tl.constexpr, padded: tl.constexpr,
+):  # fmt: skip
+    """Has the cache lines of rows `offset` [N] of `block` brought nearer: see `pointers_to`."""
+    LINE: tl.constexpr = 128 * 8 // cache.dtype.element_ty.primitive_bitwidth
+    columns = tl.minimum(tl.arange(0, (padded + LINE - 1) // LINE) * LINE, size - 1)
+    bring_to_l2(
+        pointers_to(
+            cache, block_stride, head_stride, row_stride, block, kv_head, offset, columns, one_block
+        )
+    )
+
+
+@triton.jit
 def ask_ahead(cache, batch, rule, request, unit, c: tl.constexpr):
     """Has a tile of keys and values brought nearer: that of a request's `unit` of its work."""
     KEYS: tl.constexpr = c.split_keys
-    LINE: tl.constexpr = 128 * 8 // cache.key.dtype.element_ty.primitive_bitwidth
     one_block: tl.constexpr = c.block_size % KEYS == 0
     _, _, length, start, key_tiles, row_tiles = own_work(
         request, request < batch.num_requests, 0, batch, rule, c
@@ -53,18 +67,14 @@ def ask_ahead(cache, batch, rule, request, unit, c: tl.constexpr):
         table = batch.block_table + request.to(tl.int64) * batch.table_stride
         block = blocks_at(table, at, length, one_block, KEYS, c)
         offset = (at + tl.arange(0, KEYS)) % c.block_size
-        columns = tl.arange(0, (c.block_d + LINE - 1) // LINE) * LINE
-        keys = pointers_to(
+        bring_rows(
             cache.key, cache.key_block, cache.key_head, cache.key_row,
-            block, kv_head, offset, tl.minimum(columns, c.head_size - 1), one_block,
+            block, kv_head, offset, one_block, c.head_size, c.block_d,
         )  # fmt: skip
-        bring_to_l2(keys)
-        columns = tl.arange(0, (c.block_dv + LINE - 1) // LINE) * LINE
-        values = pointers_to(
+        bring_rows(
             cache.value, cache.value_block, cache.value_head, cache.value_row,
-            block, kv_head, offset, tl.minimum(columns, c.value_size - 1), one_block,
+            block, kv_head, offset, one_block, c.value_size, c.block_dv,
         )  # fmt: skip
-        bring_to_l2(values)
 
 
 @triton.jit
