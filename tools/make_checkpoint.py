@@ -91,6 +91,29 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1_000_000.0,
         "tie_word_embeddings": True,
     },
+    # ibm-granite/granite-3.1-1b-a400m-base: 24 layers of 32 experts, of which a token takes 8
+    "granite-moe-1b": {
+        **_COMMON,
+        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe",
+        "attention_bias": False,
+        "attention_multiplier": 0.015625,
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 6.0,
+        "residual_multiplier": 0.22,
+        "hidden_size": 1024,
+        "intermediate_size": 512,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "vocab_size": 49_155,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_500_000.0,
+        "tie_word_embeddings": True,
+    },
     # meta-llama/Llama-3.2-1B
     "llama-1b": {
         **_LLAMA,
@@ -236,7 +259,7 @@ def _merges() -> Iterator[tuple[str, str]]:
 
 
 def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a Llama's or Qwen2's tensors, in the order of the forward."""
+    """Names and shapes of a checkpoint's tensors, in the order of the forward."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head_size = hidden // config["num_attention_heads"]
     heads = {"q": config["num_attention_heads"]} | dict.fromkeys(
@@ -252,6 +275,11 @@ def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield f"{layer}self_attn.{name}_proj.bias", (count * head_size,)
         yield layer + "self_attn.o_proj.weight", (hidden, hidden)
         yield layer + "post_attention_layernorm.weight", (hidden,)
+        if experts := config.get("num_local_experts"):
+            yield layer + "block_sparse_moe.router.layer.weight", (experts, hidden)
+            yield layer + "block_sparse_moe.input_linear.weight", (experts, 2 * inner, hidden)
+            yield layer + "block_sparse_moe.output_linear.weight", (experts, hidden, inner)
+            continue
         yield layer + "mlp.gate_proj.weight", (inner, hidden)
         yield layer + "mlp.up_proj.weight", (inner, hidden)
         yield layer + "mlp.down_proj.weight", (hidden, inner)

@@ -297,6 +297,10 @@ class Kernels(Protocol):
         kind: GatedKind,
     ) -> Tensor: ...
 
+    def add_shared_experts(
+        self, chosen: Tensor, x: Tensor, gate: Tensor, shared: Tensor
+    ) -> Tensor: ...
+
     def chosen_experts(
         self,
         x: Tensor,

@@ -481,6 +481,14 @@ def chosen_experts(
     return output.to(x.dtype)
 
 
+def add_shared_experts(chosen: Tensor, x: Tensor, gate: Tensor, shared: Tensor) -> Tensor:
+    """What chosen experts gave [T, H] and sigmoid(x · gate) times what all use [T, H] -> [T, H].
+
+    `gate` [1, H'] is multiplied by x [T, H'].
+    """
+    return chosen + torch.sigmoid(torch.nn.functional.linear(x, gate)) * shared
+
+
 def warm_up(
     dtype: torch.dtype,
     head_size: int,

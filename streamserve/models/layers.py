@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from streamserve.errors import UnsupportedModelError
@@ -220,13 +219,8 @@ def bind_mlp(
     shared = _bind_plain(spec.shared, weights, kernels, "layers.shared.")
     if not spec.shared_gate:
         return lambda x: experts(x) + shared(x)
-    gate = weights.tensors["layers.shared.gate"]
-
-    def with_shared(x: Tensor) -> Tensor:
-        chosen = experts(x)
-        return chosen + torch.sigmoid(F.linear(x, gate)) * shared(x)
-
-    return with_shared
+    gate, add_shared_experts = weights.tensors["layers.shared.gate"], kernels.add_shared_experts
+    return lambda x: add_shared_experts(experts(x), x, gate, shared(x))
 
 
 def _bind_plain(

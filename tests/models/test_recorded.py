@@ -146,7 +146,7 @@ def has_unrecorded(spec: DecoderSpec) -> str | None:
     """What the recorder has no instruction for."""
     if spec.layers[0].attention.log_scaled_beyond is not None:
         return "rows scaled by their positions"
-    return "experts" if has_experts(spec) else None
+    return None
 
 
 def test_recorded_is_eager_is_naive(spec, caplog):

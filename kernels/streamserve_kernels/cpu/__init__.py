@@ -25,7 +25,12 @@ from streamserve_kernels.cpu.ops import (
 from streamserve_kernels.cpu.packed_linear import linear, prepare_linear
 from streamserve_kernels.cpu.warming import warm_up
 from streamserve_kernels.experts import chosen_experts
-from streamserve_kernels.naive import embedding, kv_cache_shape, recorder
+from streamserve_kernels.naive import (
+    add_shared_experts,
+    embedding,
+    kv_cache_shape,
+    recorder,
+)
 from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 from streamserve_kernels.native.stored import prepare_stored
 
@@ -33,6 +38,7 @@ __all__ = [
     "AdapterTable",
     "activation",
     "add_adapters",
+    "add_shared_experts",
     "chosen_experts",
     "compilations",
     "copy_blocks",

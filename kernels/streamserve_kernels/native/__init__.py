@@ -4,8 +4,8 @@ src/            the C sources: operations, and the program that runs a row of th
 library         finds the compiled library and says why it cannot serve, if so
 execute         instructions in C's layout, run on torch's threads
 layout          the order of the elements in a cache block
-ops, linear, quant_linear, stored*
-                the functions of the contract on tensors, one or two instructions each
+ops, linear, quant_linear, stored*, experts
+                the functions of the contract on tensors, one or a few instructions each
 record, symbol, recorded
                 a decoder's forward written down once as instructions, and run
 
@@ -15,9 +15,9 @@ instructions want them: `unpack_keys` and `unpack_values` tell how.
 
 from __future__ import annotations
 
-from streamserve_kernels.experts import chosen_experts
 from streamserve_kernels.naive import compilations, embedding, warm_up
 from streamserve_kernels.native.adapters import AdapterTable, add_adapters
+from streamserve_kernels.native.experts import add_shared_experts, chosen_experts, moe
 from streamserve_kernels.native.layout import (
     check_head_sizes,
     kv_cache_shape,
@@ -31,7 +31,6 @@ from streamserve_kernels.native.ops import (
     copy_blocks,
     gated_activation,
     layer_norm,
-    moe,
     paged_attention,
     rms_norm,
     rotary_embedding,
@@ -46,6 +45,7 @@ __all__ = [
     "AdapterTable",
     "activation",
     "add_adapters",
+    "add_shared_experts",
     "check_head_sizes",
     "chosen_experts",
     "compilations",

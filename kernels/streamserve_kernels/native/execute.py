@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -48,6 +49,12 @@ def group_fields(groups: PrefixGroups | None) -> tuple[int, int, int, int]:
             raise TypeError(f"prefix groups must be contiguous int32, got {tensor.dtype}")
     members, starts, num_blocks = groups
     return num_blocks.shape[0], members.data_ptr(), starts.data_ptr(), num_blocks.data_ptr()
+
+
+def pack_instructions(instructions: Sequence[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
+    """[instructions, 1 + MAX_ARGS] int64: operations and their arguments, for C to read."""
+    rows = [(_CODES[name], *args, *_PADDING[len(args) :]) for name, args in instructions]
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def done_flags() -> torch.Tensor:

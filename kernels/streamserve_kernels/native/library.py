@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 9
+ABI = 10
 MAX_ARGS = 24
 # In the order of program.c.
 OPERATIONS = (
@@ -45,7 +45,25 @@ OPERATIONS = (
     "table_linear",
     "adapt_down",
     "adapt_up",
+    "route",
+    "order_pairs",
+    "gather_pairs",
+    "experts",
+    "combine_pairs",
+    "add_shared",
 )
+# In the order of elementwise.c.
+ACTIVATION_CODES = {
+    "silu": 0,
+    "gelu": 1,
+    "gelu_tanh": 2,
+    "gelu_new": 2,
+    "gelu_fast": 2,
+    "quick_gelu": 3,
+    "relu": 4,
+    "relu2": 5,
+}
+GATED_CODES = {**ACTIVATION_CODES, "clamped_swiglu": 6}
 _AVX2 = frozenset(("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"))
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_vnni"}
 # The builds and the flags of /proc/cpuinfo that each needs, the fastest first.

@@ -25,7 +25,7 @@ _PARALLEL_BYTES = 65536
 _arena = Arena()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class NativeLinear:
     """Weight [ceil(N / 64), Kp / 2, 64, 2]: two neighbours in k of one output side by side.
 

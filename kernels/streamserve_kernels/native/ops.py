@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from streamserve_kernels import experts
 from streamserve_kernels.float8 import refuse_float8
-from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear, PrefixGroups
+from streamserve_kernels.interface import ActivationKind, GatedKind, PrefixGroups
 from streamserve_kernels.native.execute import double_bits, eager, group_fields, pack_step
 from streamserve_kernels.native.layout import check_head_sizes
-from streamserve_kernels.native.record import ACTIVATION_CODES, GATED_CODES
+from streamserve_kernels.native.library import ACTIVATION_CODES, GATED_CODES
 from streamserve_kernels.pool import pool
 
 # Elements below which a second thread costs more than it saves.
@@ -330,16 +329,3 @@ def _activate(operation: str, x: Tensor, kind: str, width: int) -> Tensor:
     # an exp is worth about four copies
     executable.run(pack_step(x.numel() // x.shape[-1]), _threads(4 * x.numel()))
     return out
-
-
-def moe(
-    x: Tensor,
-    router_logits: Tensor,
-    gate_up: Sequence[PackedLinear],
-    down: Sequence[PackedLinear],
-    top_k: int,
-    renormalise: bool,
-    kind: GatedKind,
-) -> Tensor:
-    """See `naive.moe`."""
-    return experts.moe(x, router_logits, gate_up, down, top_k, renormalise, kind, gated_activation)

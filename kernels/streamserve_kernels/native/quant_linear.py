@@ -58,12 +58,14 @@ class Scratch:
         self.own_stride = -(-_OWN_ROWS * groups * _GROUP_BYTES // _LINE) * _LINE
         self.work = torch.empty(rows * groups * _GROUP_BYTES, dtype=torch.uint8)
         self.own = torch.empty(pool().threads() * self.own_stride, dtype=torch.uint8)
+        self.address = self.work.data_ptr()
 
 
 class NativeQuantLinear:
     """A quantised weight in tiles; x may be bfloat16, float32 or float16, in rows at any stride."""
 
     __slots__ = (
+        "__weakref__",
         "_scales",
         "_tiles",
         "bias",
@@ -146,8 +148,8 @@ class NativeQuantLinear:
         y: int,
         x: int,
         x_stride: int,
-        scratch: Scratch,
-        done: Tensor,
+        scratch: Scratch | None,
+        done: Tensor | None,
         *,
         x_float32: bool = False,
         rows_kind: int = 0,
@@ -158,7 +160,8 @@ class NativeQuantLinear:
     ) -> tuple[int, ...]:
         """What `quantise` and then `linear_quant` take: see linear_quant.c.
 
-        `done` are flags that no other instruction of the program has.
+        `done` are flags that no other instruction of the program has; without them no thread
+        quantises rows for itself. `scratch` is given, or its address filled in later.
         """
         return (
             y,
@@ -167,10 +170,10 @@ class NativeQuantLinear:
             int(x_float32),
             self.in_features,
             rows_kind,
-            scratch.work.data_ptr(),
-            scratch.own.data_ptr(),
-            scratch.own_stride,
-            done.data_ptr(),
+            0 if scratch is None else scratch.address,
+            0 if scratch is None else scratch.own.data_ptr(),
+            0 if scratch is None else scratch.own_stride,
+            0 if done is None else done.data_ptr(),
             self._tiles.data_ptr(),
             0 if self._scales is None else self._scales.data_ptr(),
             0 if self.bias is None else self.bias.data_ptr(),

@@ -8,7 +8,7 @@ functions, so that the one decoder there is serves both ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -18,29 +18,19 @@ from torch import Tensor
 from streamserve_kernels import huge_pages
 from streamserve_kernels.adapters import AdapterRows
 from streamserve_kernels.float8 import refuse_float8
-from streamserve_kernels.interface import NotRecordableError, QuantLinear
+from streamserve_kernels.interface import NotRecordableError, PackedLinear, QuantLinear
 from streamserve_kernels.native.adapters import AdapterTable
 from streamserve_kernels.native.execute import Executable, done_flags, double_bits
+from streamserve_kernels.native.experts import ExpertProducts, Routes, Work
 from streamserve_kernels.native.layout import check_head_sizes
+from streamserve_kernels.native.library import ACTIVATION_CODES, GATED_CODES
 from streamserve_kernels.native.linear import NativeLinear
 from streamserve_kernels.native.quant_linear import NativeQuantLinear, Scratch
 from streamserve_kernels.native.recorded import RecordedProgram
 from streamserve_kernels.native.stored import NativeStackedLinear
 from streamserve_kernels.native.stored_linear import GroupSums, LookupLinear, NativeStoredLinear
-from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol
+from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol, rows_kind
 from streamserve_kernels.pool import pool
-
-ACTIVATION_CODES = {
-    "silu": 0,
-    "gelu": 1,
-    "gelu_tanh": 2,
-    "gelu_new": 2,
-    "gelu_fast": 2,
-    "quick_gelu": 3,
-    "relu": 4,
-    "relu2": 5,
-}
-GATED_CODES = {**ACTIVATION_CODES, "clamped_swiglu": 6}
 
 
 class _Memory:
@@ -90,8 +80,7 @@ class Recorder:
         self.keep: list[object] = []  # what the instructions' addresses point to
         self.attention: tuple[int, ...] | None = None
         self._buffers: list[Tensor] = []  # free, to be used again
-        self._scratches: dict[int, Scratch] = {}  # by the width of what is quantised there
-        self._group_sums: dict[int, GroupSums] = {}  # by the groups of a weight
+        self._works: dict[tuple[type[Work], int, int], Work] = {}  # by rows and groups of inputs
         self._slots: tuple[Tensor, Tensor] | None = None  # of tokens and logits, with adapters
         self._low: dict[int, Tensor] = {}  # what adapters make between their products, by width
 
@@ -99,7 +88,7 @@ class Recorder:
 
     def _new(self, rows: int, *tail: int) -> Symbol:
         width = prod(tail)
-        count = (self.max_tokens if rows == TOKENS else self.max_logits) * width
+        count = self._most_rows(rows) * width
         fitting = [i for i, buffer in enumerate(self._buffers) if buffer.numel() >= count]
         if fitting:
             tensor = self._buffers.pop(min(fitting, key=lambda i: self._buffers[i].numel()))
@@ -109,6 +98,19 @@ class Recorder:
             self.keep.append(tensor)
         memory = _Memory(tensor, self._buffers.append)
         return Symbol(self, memory, tensor.data_ptr(), rows, width, *tail)
+
+    def _most_rows(self, rows: int) -> int:
+        if rows == LOGITS or rows > 0:
+            return self.max_logits * max(1, rows)
+        return self.max_tokens * max(1, -2 - rows)
+
+    def _work(self, kind: type[Work], rows: int, groups: int) -> Work:
+        """What is made of rows before a product; instructions that follow one another share it."""
+        key = kind, max(self._most_rows(rows), self.max_tokens), groups
+        if key not in self._works:
+            self._works[key] = kind(*key[1:])
+            self.keep.append(self._works[key])
+        return self._works[key]
 
     def _address(self, tensor: Tensor | None) -> int:
         if tensor is None:
@@ -187,7 +189,7 @@ class Recorder:
             x.tail[-1],
             double_bits(eps),
             double_bits(offset),
-            _kind(x),
+            rows_kind(x.rows),
             group,
             x.stride,
             out.stride,
@@ -323,19 +325,21 @@ class Recorder:
 
     def gated_activation(self, x: Symbol, kind: str) -> Symbol:
         out = self._new(x.rows, x.width // 2)
-        code = GATED_CODES[kind]
-        self._add("gated", out.address, x.address, out.width, code, _kind(x), x.stride)
+        code, rows = GATED_CODES[kind], rows_kind(x.rows)
+        self._add("gated", out.address, x.address, out.width, code, rows, x.stride)
         return out
 
     def activation(self, x: Symbol, kind: str) -> Symbol:
         out = self._new(x.rows, x.width)
         code = ACTIVATION_CODES[kind]
-        self._add("activation", out.address, x.address, out.width, code, _kind(x), x.stride)
+        self._add(
+            "activation", out.address, x.address, out.width, code, rows_kind(x.rows), x.stride
+        )
         return out
 
     def linear(self, x: Symbol, packed: Any) -> Symbol:
         out = self._new(x.rows, packed.out_features)
-        self._product(x, packed, out.address, rows_kind=_kind(x))
+        self._product(x, packed, out.address, rows_kind=rows_kind(x.rows))
         return out
 
     def _product(self, x: Symbol, packed: Any, y: int, **options: Any) -> None:
@@ -343,9 +347,8 @@ class Recorder:
         self.keep.append(packed)
         if isinstance(packed, NativeQuantLinear):
             done = done_flags()
-            scratch = self._scratches.get(packed.groups) or Scratch(self.max_tokens, packed.groups)
-            self._scratches[packed.groups] = scratch
-            self.keep += [done, scratch]
+            scratch = self._work(Scratch, x.rows, packed.groups)
+            self.keep.append(done)
             args = packed.arguments(y, x.address, x.stride, scratch, done, **options)
             self._add("quantise", *args)
             self._add("linear_quant", *args)
@@ -374,15 +377,14 @@ class Recorder:
                 x.stride,
                 packed.inputs_address,
                 x.width,
-                _kind(x),
+                rows_kind(x.rows),
             )
             x = ordered
         sums = done = None
         if packed.has_offsets:
-            sums = self._group_sums.get(packed.groups) or GroupSums(self.max_tokens, packed.groups)
-            self._group_sums[packed.groups] = sums
+            sums = self._work(GroupSums, x.rows, packed.groups)
             done = done_flags()
-            self.keep += [done, sums]
+            self.keep.append(done)
         args = packed.arguments(y, x.address, x.stride, sums, done, **options)
         if packed.has_offsets:
             self._add("stored_sums", *args)
@@ -403,7 +405,7 @@ class Recorder:
             shape = (max(self.max_tokens, self.max_logits), table.max_rank)
             low = self._low[table.max_rank] = torch.zeros(shape, dtype=torch.bfloat16)
             self.keep.append(low)
-        kind = _kind(x)
+        kind = rows_kind(x.rows)
         slots = self._slots[kind].data_ptr()
         args = table.arguments(slots, x.address, x.stride, low.data_ptr(), y.address, kind)
         self.keep.append(table)
@@ -415,18 +417,71 @@ class Recorder:
         if not (a.is_dense and b.is_dense):
             raise NotRecordableError("a sum of rows with gaps")
         out = self._new(a.rows, *a.tail)
-        self._add("add", out.address, a.address, b.address, a.width, _kind(a))
+        self._add("add", out.address, a.address, b.address, a.width, rows_kind(a.rows))
         return out
 
     def scale(self, x: Symbol, factor: float) -> Symbol:
         if not x.is_dense:
             raise NotRecordableError("a product of rows with gaps")
         out = self._new(x.rows, *x.tail)
-        self._add("scale", out.address, x.address, 0, x.width, _kind(x), double_bits(factor))
+        self._add(
+            "scale", out.address, x.address, 0, x.width, rows_kind(x.rows), double_bits(factor)
+        )
         return out
 
-    def moe(self, x: Symbol, *args: object, **options: object) -> Symbol:
-        raise NotRecordableError("experts")
+    def moe(
+        self,
+        x: Symbol,
+        router_logits: Symbol,
+        gate_up: Sequence[PackedLinear],
+        down: Sequence[PackedLinear],
+        top_k: int,
+        renormalise: bool,
+        kind: str,
+    ) -> Symbol:
+        routes = Routes(self._most_rows(x.rows), len(down), top_k, x.rows)
+        logits = (router_logits.address, router_logits.stride)
+        self._add("route", routes.address, *logits, int(renormalise))
+        self._add("order_pairs", routes.address)
+        rows = self._new(routes.pairs, x.width)
+        self._add("gather_pairs", routes.address, rows.address, x.address, x.width, x.stride)
+        hidden = self.gated_activation(self._expert_products(rows, routes, gate_up), kind)
+        parts = self._expert_products(hidden, routes, down)
+        out = self._new(x.rows, parts.width)
+        self._add("combine_pairs", routes.address, out.address, parts.address, parts.width)
+        return out
+
+    def _expert_products(
+        self, x: Symbol, routes: Routes, experts: Sequence[PackedLinear]
+    ) -> Symbol:
+        products = ExpertProducts(experts)
+        out = self._new(x.rows, products.out_features)
+        instructions, keep = products.instructions(
+            routes, out.address, x.address, lambda kind, groups: self._work(kind, x.rows, groups)
+        )
+        for operation, args in instructions:
+            self._add(operation, *args)
+        self.keep += [experts, *keep]
+        return out
+
+    def add_shared_experts(self, chosen: Symbol, x: Symbol, gate: Tensor, shared: Symbol) -> Symbol:
+        if not (chosen.is_dense and shared.is_dense):
+            raise NotRecordableError("a sum of rows with gaps")
+        _require_bfloat16(gate)
+        out = self._new(chosen.rows, *chosen.tail)
+        self._add(
+            "add_shared",
+            out.address,
+            chosen.address,
+            shared.address,
+            x.address,
+            x.stride,
+            self._address(gate),
+            out.width,
+            x.width,
+            rows_kind(x.rows),
+        )
+        return out
 
     def finish(self, x: Symbol, head: Any, scale: float, soft_cap: float | None) -> RecordedProgram:
         """Ends with the head's product in float32, and each row's arg-max."""
@@ -459,10 +514,6 @@ class Recorder:
         return RecordedProgram(
             executable, self.max_tokens, states, logits, token_ids, self.keep, self._slots
         )
-
-
-def _kind(x: Symbol) -> int:
-    return 0 if x.rows == TOKENS else 1
 
 
 def _require_bfloat16(*tensors: Tensor) -> None:

@@ -19,7 +19,7 @@ from streamserve_kernels.stored_naive import NaiveStoredLinear, StackedLinear, p
 class NativeStackedLinear(StackedLinear):
     """Parts that a recorded step multiplies one after the other."""
 
-    __slots__ = ()
+    __slots__ = ("__weakref__",)
 
     def __call__(self, x: Tensor) -> Tensor:
         if (symbol := as_symbol(x)) is not None:

@@ -68,6 +68,7 @@ class GroupSums:
         self.own_stride = -(-_OWN_ROWS * groups * 4 // _LINE) * _LINE
         self.sums = torch.empty(rows * groups)
         self.own = torch.empty(pool().threads() * self.own_stride, dtype=torch.uint8)
+        self.address = self.sums.data_ptr()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,7 @@ class LookupLinear:
     """
 
     __slots__ = (
+        "__weakref__",
         "_codes",
         "_descriptor",
         "bias",
@@ -237,7 +239,8 @@ class LookupLinear:
 
         Rows of y are `y_stride` elements apart, those of a weight of its own one after the other.
         x has its inputs in the weight's order. `sums` are given if there are offsets, and `done`
-        are flags that no other instruction of the program has.
+        are flags that no other instruction of the program has; without them no thread sums groups
+        for itself.
         """
         return (
             y,
@@ -250,7 +253,7 @@ class LookupLinear:
             best,
             double_bits(scale),
             double_bits(cap),
-            0 if sums is None else sums.sums.data_ptr(),
+            0 if sums is None else sums.address,
             0 if sums is None else sums.own.data_ptr(),
             0 if sums is None else sums.own_stride,
             0 if done is None else done.data_ptr(),

@@ -12,6 +12,16 @@ TOKENS, LOGITS = -1, -2
 """The first dimension of a symbol: the step's tokens, or its rows that need logits."""
 
 
+def pairs(rows: int, top_k: int) -> int:
+    """The same of pairs of such a row and one of its `top_k` experts."""
+    return -2 - top_k if rows == TOKENS else top_k
+
+
+def rows_kind(rows: int) -> int:
+    """Such a dimension as C knows it: see `ss_rows`."""
+    return -1 - rows
+
+
 class Symbol:
     """Rows of bfloat16, `stride` elements apart, of a shape [rows, *tail].
 

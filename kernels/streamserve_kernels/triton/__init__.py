@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels.interface import QuantLinear
-from streamserve_kernels.naive import kv_cache_shape
+from streamserve_kernels.naive import add_shared_experts, kv_cache_shape
 from streamserve_kernels.triton.adapters import AdapterTable, add_adapters
 from streamserve_kernels.triton.attention import paged_attention
 from streamserve_kernels.triton.cache import (
@@ -42,6 +42,7 @@ __all__ = [
     "AdapterTable",
     "activation",
     "add_adapters",
+    "add_shared_experts",
     "chosen_experts",
     "compilations",
     "copy_blocks",

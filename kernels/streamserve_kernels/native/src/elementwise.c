@@ -4,15 +4,6 @@
 
 #include <math.h>
 
-// Rows of one unit: enough that taking it costs little.
-static int64_t row_units(int64_t rows, int64_t width, int num_threads) {
-    if (rows * width < 4096) return rows ? 1 : 0;
-    return ss_min(rows, 4 * (int64_t)num_threads);
-}
-
-#define FOR_ROWS(row, rows) \
-    for (int64_t row = (rows) * unit / num_units; row < (rows) * (unit + 1) / num_units; row++)
-
 // --- embedding, gather -------------------------------------------------------------------------
 
 enum {
@@ -38,7 +29,7 @@ static int embedding_begin(const ss_context *context, const int64_t *args) {
 }
 
 static int64_t embedding_units(const ss_context *context, const int64_t *args) {
-    return row_units(context->step->num_tokens, args[EMBED_WIDTH], context->num_threads);
+    return ss_row_units(context->step->num_tokens, args[EMBED_WIDTH], context->num_threads);
 }
 
 static void embedding_run(const ss_context *context, const int64_t *args, int64_t unit,
@@ -46,7 +37,7 @@ static void embedding_run(const ss_context *context, const int64_t *args, int64_
     (void)thread;
     const int64_t *ids = embedding_ids(context, args);
     const int64_t width = args[EMBED_WIDTH];
-    FOR_ROWS(row, context->step->num_tokens)
+    SS_FOR_ROWS(row, context->step->num_tokens)
     __builtin_memcpy((bf16 *)args[EMBED_OUT] + row * width,
                      (const bf16 *)args[EMBED_TABLE] + (ids[row] + args[EMBED_OFFSET]) * width,
                      2 * (size_t)width);
@@ -57,14 +48,14 @@ const ss_operation ss_embedding = {embedding_units, embedding_run, embedding_beg
 enum { GATHER_OUT, GATHER_IN, GATHER_WIDTH, GATHER_STRIDE };
 
 static int64_t gather_units(const ss_context *context, const int64_t *args) {
-    return row_units(context->step->num_logits, args[GATHER_WIDTH], context->num_threads);
+    return ss_row_units(context->step->num_logits, args[GATHER_WIDTH], context->num_threads);
 }
 
 static void gather_run(const ss_context *context, const int64_t *args, int64_t unit,
                        int64_t num_units, int thread) {
     (void)thread;
     const int64_t width = args[GATHER_WIDTH];
-    FOR_ROWS(row, context->step->num_logits)
+    SS_FOR_ROWS(row, context->step->num_logits)
     __builtin_memcpy(
         (bf16 *)args[GATHER_OUT] + row * width,
         (const bf16 *)args[GATHER_IN] + context->step->logits_indices[row] * args[GATHER_STRIDE],
@@ -113,7 +104,7 @@ enum {
 };
 
 static int64_t norm_units(const ss_context *context, const int64_t *args) {
-    return row_units(ss_rows(context, args[NORM_ROWS_KIND]), args[NORM_GROUP] * args[NORM_WIDTH],
+    return ss_row_units(ss_rows(context, args[NORM_ROWS_KIND]), args[NORM_GROUP] * args[NORM_WIDTH],
                      context->num_threads);
 }
 
@@ -181,7 +172,7 @@ static inline void norm_run(const ss_context *context, const int64_t *args, int6
     const int64_t width = args[NORM_WIDTH], group = args[NORM_GROUP];
     const float eps = (float)ss_double(args[NORM_EPS]);
     const float offset = (float)ss_double(args[NORM_OFFSET]);
-    FOR_ROWS(row, ss_rows(context, args[NORM_ROWS_KIND]))
+    SS_FOR_ROWS(row, ss_rows(context, args[NORM_ROWS_KIND]))
     for (int64_t g = 0; g < group; g++) {
         const int64_t from = row * args[NORM_IN_STRIDE] + g * width;
         const int64_t to = row * args[NORM_OUT_STRIDE] + g * width;
@@ -241,7 +232,7 @@ enum {
 
 static int64_t rotary_units(const ss_context *context, const int64_t *args) {
     const int64_t heads = args[ROTARY_HEADS] + 2 * args[ROTARY_KV_HEADS];
-    return row_units(context->step->num_tokens, heads * args[ROTARY_HEAD_SIZE],
+    return ss_row_units(context->step->num_tokens, heads * args[ROTARY_HEAD_SIZE],
                      context->num_threads);
 }
 
@@ -285,7 +276,7 @@ static void rotary_run(const ss_context *context, const int64_t *args, int64_t u
     const int64_t kv_heads = args[ROTARY_KV_HEADS], size = args[ROTARY_BLOCK_SIZE];
     const int64_t rot_dim = args[ROTARY_DIM];
     const int interleaved = (int)args[ROTARY_INTERLEAVED];
-    FOR_ROWS(row, step->num_tokens) {
+    SS_FOR_ROWS(row, step->num_tokens) {
         bf16 *query = (bf16 *)args[ROTARY_QUERY] + row * args[ROTARY_QUERY_STRIDE];
         bf16 *key = (bf16 *)args[ROTARY_KEY] + row * args[ROTARY_KEY_STRIDE];
         const bf16 *value = (const bf16 *)args[ROTARY_VALUE] + row * args[ROTARY_VALUE_STRIDE];
@@ -371,15 +362,13 @@ static inline __m512 gated(__m512 gate, __m512 up, int64_t kind) {
 
 static int64_t act_units(const ss_context *context, const int64_t *args) {
     // An exponential is worth about four copies.
-    return row_units(ss_rows(context, args[ACT_ROWS_KIND]), 4 * args[ACT_WIDTH],
+    return ss_row_units(ss_rows(context, args[ACT_ROWS_KIND]), 4 * args[ACT_WIDTH],
                      context->num_threads);
 }
 
 static int64_t gated_units(const ss_context *context, const int64_t *args) {
-    const int64_t rows = ss_rows(context, args[ACT_ROWS_KIND]);
-    const int64_t vectors = ss_ceil_div(args[ACT_WIDTH], 16);
-    // One row of a wide layer is worth sharing: cut along the row.
-    return rows ? ss_min(rows * vectors / 32 + 1, 4 * (int64_t)context->num_threads) : 0;
+    return ss_vector_units(ss_rows(context, args[ACT_ROWS_KIND]), args[ACT_WIDTH],
+                           context->num_threads);
 }
 
 static void gated_run(const ss_context *context, const int64_t *args, int64_t unit,
@@ -403,7 +392,7 @@ static void act_run(const ss_context *context, const int64_t *args, int64_t unit
                     int64_t num_units, int thread) {
     (void)thread;
     const int64_t width = args[ACT_WIDTH];
-    FOR_ROWS(row, ss_rows(context, args[ACT_ROWS_KIND]))
+    SS_FOR_ROWS(row, ss_rows(context, args[ACT_ROWS_KIND]))
     for (int64_t c = 0; c < width; c += 16) {
         const __mmask16 mask = ss_mask(width - c);
         const bf16 *x = (const bf16 *)args[ACT_IN] + row * args[ACT_IN_STRIDE] + c;
@@ -419,14 +408,14 @@ const ss_operation ss_activation = {act_units, act_run, 0};
 enum { ADD_OUT, ADD_A, ADD_B, ADD_WIDTH, ADD_ROWS_KIND, ADD_SCALE };
 
 static int64_t add_units(const ss_context *context, const int64_t *args) {
-    return row_units(ss_rows(context, args[ADD_ROWS_KIND]), args[ADD_WIDTH], context->num_threads);
+    return ss_row_units(ss_rows(context, args[ADD_ROWS_KIND]), args[ADD_WIDTH], context->num_threads);
 }
 
 static void add_run(const ss_context *context, const int64_t *args, int64_t unit,
                     int64_t num_units, int thread) {
     (void)thread;
     const int64_t width = args[ADD_WIDTH];
-    FOR_ROWS(row, ss_rows(context, args[ADD_ROWS_KIND]))
+    SS_FOR_ROWS(row, ss_rows(context, args[ADD_ROWS_KIND]))
     for (int64_t c = 0; c < width; c += 16) {
         const __mmask16 mask = ss_mask(width - c);
         const int64_t at = row * width + c;
@@ -442,7 +431,7 @@ static void scale_run(const ss_context *context, const int64_t *args, int64_t un
     (void)thread;
     const int64_t width = args[ADD_WIDTH];
     const __m512 factor = _mm512_set1_ps((float)ss_double(args[ADD_SCALE]));
-    FOR_ROWS(row, ss_rows(context, args[ADD_ROWS_KIND]))
+    SS_FOR_ROWS(row, ss_rows(context, args[ADD_ROWS_KIND]))
     for (int64_t c = 0; c < width; c += 16) {
         const __mmask16 mask = ss_mask(width - c);
         const int64_t at = row * width + c;

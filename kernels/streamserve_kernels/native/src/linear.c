@@ -187,6 +187,7 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     unit_columns(args[OUTPUTS], context->num_threads, unit, &first, &end);
     if (first >= end) return;
     const int64_t rows = ss_rows(context, args[ROWS_KIND]), columns = end - first;
+    const int64_t first_row = ss_first_row(context, args[ROWS_KIND]);
     const int64_t x_stride = args[X_STRIDE], vectors = ss_ceil_div(columns, LANES);
     const bf16 *weight = (const bf16 *)args[WEIGHT] + (first / BLOCK) * BLOCK * args[PADDED] +
                          2 * (first % BLOCK);
@@ -204,7 +205,8 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     const int64_t groups = ss_ceil_div(rows, GROUP_ROWS);
     float sums[GROUP_ROWS * BLOCK] __attribute__((aligned(64)));
     for (int64_t i = 0; i < groups; i++) {
-        const int64_t m = rows * i / groups, count = rows * (i + 1) / groups - m;
+        const int64_t m = first_row + rows * i / groups;
+        const int64_t count = first_row + rows * (i + 1) / groups - m;
         multiply_group(sums, (const bf16 *)args[X] + m * x_stride, x_stride, weight,
                        args[INPUTS] / 2, count, vectors, i == 0);
         for (int64_t j = 0; j < count; j++)

@@ -461,7 +461,8 @@ enum {
     WORK,        // memory for all quantised rows; a thread's own for OWN_ROWS begins at OWN
     OWN,         // address of [threads][OWN_ROWS] quantised rows of the widest x
     OWN_STRIDE,  // bytes of one thread's
-    DONE,        // address of [threads] int64 64 bytes apart: whether a thread has its own rows
+    DONE,        // address of [threads] int64 64 bytes apart: whether a thread has its own rows;
+                 // 0: no thread has
     TILES,       // address of the packed weight
     SCALES,      // address of the scales [N], float32, or 0
     BIAS,        // address of the bias [N], float32, or 0
@@ -474,10 +475,12 @@ enum {
 };
 enum { DONE_STRIDE = 8, BLOCK = 4 * LANES, MOST_UNITS = 16 };
 
-// Quantises the rows for all threads, where they are too many for each to do it alone.
+// Whether every thread quantises the rows for itself.
+static int each_its_own(const int64_t *args, int64_t rows) { return args[DONE] && rows <= OWN_ROWS; }
+
 static int64_t quantise_units(const ss_context *context, const int64_t *args) {
     const int64_t rows = ss_rows(context, args[ROWS_KIND]);
-    return rows <= OWN_ROWS ? 0 : ss_min(rows, 4 * context->num_threads);
+    return each_its_own(args, rows) ? 0 : ss_min(rows, 4 * context->num_threads);
 }
 
 static void quantise_run(const ss_context *context, const int64_t *args, int64_t unit,
@@ -509,7 +512,8 @@ static int64_t linear_units(const ss_context *context, const int64_t *args) {
 }
 
 static int linear_begin(const ss_context *context, const int64_t *args) {
-    for (int i = 0; i < context->num_threads; i++) ((int64_t *)args[DONE])[DONE_STRIDE * i] = 0;
+    for (int i = 0; args[DONE] && i < context->num_threads; i++)
+        ((int64_t *)args[DONE])[DONE_STRIDE * i] = 0;
     best_entry *best = (best_entry *)args[BEST];
     if (!best) return SS_OK;
     const int64_t count = context->num_threads * ss_rows(context, args[ROWS_KIND]);
@@ -520,7 +524,12 @@ static int linear_begin(const ss_context *context, const int64_t *args) {
 static quant_rows quantised(const ss_context *context, const int64_t *args, int thread) {
     const int64_t rows = ss_rows(context, args[ROWS_KIND]);
     const int64_t groups = ss_ceil_div(args[INPUTS], GROUP);
-    if (rows > OWN_ROWS) return rows_in((void *)args[WORK], rows, groups);
+    if (args[ROWS_KIND] == SS_SLICE) {
+        const quant_rows all = rows_in((void *)args[WORK], context->slice.all, groups);
+        const int64_t first = context->slice.first * groups;
+        return (quant_rows){all.values + first * GROUP, all.scales + first, all.sums + 2 * first};
+    }
+    if (!each_its_own(args, rows)) return rows_in((void *)args[WORK], rows, groups);
     const quant_rows own =
         rows_in((char *)args[OWN] + thread * args[OWN_STRIDE], rows, groups);
     int64_t *done = (int64_t *)args[DONE] + DONE_STRIDE * thread;
@@ -549,8 +558,9 @@ static void linear_run(const ss_context *context, const int64_t *args, int64_t u
         args[OUTPUTS],                ss_ceil_div(args[INPUTS], GROUP), (int)args[BITS],
     };
     best_entry *best = args[BEST] ? (best_entry *)args[BEST] + thread * rows : 0;
+    const int64_t element = args[Y_FLOAT32] ? 4 : 2;
     const output out = {
-        (void *)args[Y],
+        (char *)args[Y] + ss_first_row(context, args[ROWS_KIND]) * args[OUTPUTS] * element,
         (int)args[Y_FLOAT32],
         !best || context->step->wants_logits,
         (float)ss_double(args[SCALE]),

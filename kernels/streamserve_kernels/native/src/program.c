@@ -15,8 +15,13 @@ static const ss_operation *const OPERATIONS[] = {
     &ss_stored_sums, &ss_stored_linear, &ss_stored_pack, &ss_stored_rows, &ss_gather_inputs,
     &ss_table_linear,
     &ss_adapt_down, &ss_adapt_up,
+    &ss_route, &ss_order_pairs, &ss_gather_pairs, &ss_experts, &ss_combine_pairs, &ss_add_shared,
 };
 enum { NUM_OPERATIONS = sizeof(OPERATIONS) / sizeof(OPERATIONS[0]) };
+
+const ss_operation *ss_operation_of(const ss_instruction *instruction) {
+    return OPERATIONS[instruction->op];
+}
 
 // Turns of waiting before the core is offered to somebody else: about 20 µs.
 enum { SPINS = 400 };
@@ -44,7 +49,7 @@ typedef struct {
 } region;
 
 // Changes with every change of a structure or of an operation's arguments: library.py checks it.
-int ss_abi(void) { return 9; }
+int ss_abi(void) { return 10; }
 
 void ss_program_free(ss_program *program) {
     if (!program) return;
@@ -83,7 +88,7 @@ static void work(void *argument) {
     const int thread = r->thread_num ? r->thread_num() : 0, threads = r->context.num_threads;
     for (int64_t i = 0; i < program->num_instructions; i++) {
         const ss_instruction *instruction = program->instructions + i;
-        const ss_operation *operation = OPERATIONS[instruction->op];
+        const ss_operation *operation = ss_operation_of(instruction);
         counter *done = program->counters + i * (threads + 1);
         const int64_t units = operation->units(&r->context, instruction->args);
         for (int other = 0; other < threads; other++) {
@@ -175,14 +180,14 @@ int ss_run(ss_program *program, const ss_step *step, int num_threads, parallel_f
            int (*thread_num)(void)) {
     if (!parallel) num_threads = 1;
     region r = {program,
-                {step, num_threads, program->plan, program->plan, 0},
+                {step, num_threads, program->plan, program->plan, 0, {0, 0, 0}},
                 num_threads > 1 ? thread_num : 0};
     const int unsound = lay_out_attention(program, &r.context);
     if (unsound) return unsound;
     if (reset_counters(program, num_threads)) return SS_NO_MEMORY;
     for (int64_t i = 0; i < program->num_instructions; i++) {
         const ss_instruction *instruction = program->instructions + i;
-        const ss_operation *operation = OPERATIONS[instruction->op];
+        const ss_operation *operation = ss_operation_of(instruction);
         const int failure = operation->begin ? operation->begin(&r.context, instruction->args) : 0;
         if (failure) return failure;
     }

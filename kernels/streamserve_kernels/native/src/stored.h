@@ -36,7 +36,8 @@ enum {
     SUMS,       // address of [rows][G] float32: memory for the sums of groups, or 0
     OWN,        // address of [threads][OWN_ROWS][G] of the most groups there are
     OWN_STRIDE, // bytes of one thread's
-    DONE,       // address of [threads] int64 64 bytes apart: whether a thread has its own sums
+    DONE,       // address of [threads] int64 64 bytes apart: whether a thread has its own sums;
+                // 0: no thread has
     Y_STRIDE,   // elements between rows of y
 };
 

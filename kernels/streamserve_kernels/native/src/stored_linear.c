@@ -52,9 +52,12 @@ static void sum_groups(float *sums, const bf16 *x, const stored_weight *w) {
     }
 }
 
+// Whether every thread sums the groups for itself.
+static int each_its_own(const int64_t *args, int64_t rows) { return args[DONE] && rows <= OWN_ROWS; }
+
 static int64_t sums_units(const ss_context *context, const int64_t *args) {
     const int64_t rows = ss_rows(context, args[ROWS_KIND]);
-    return rows <= OWN_ROWS ? 0 : rows;
+    return each_its_own(args, rows) ? 0 : rows;
 }
 
 static void sums_run(const ss_context *context, const int64_t *args, int64_t unit,
@@ -538,7 +541,10 @@ static int begin(const ss_context *context, const int64_t *args) {
 static const float *group_sums(const ss_context *context, const int64_t *args, int thread) {
     const stored_weight *w = (const stored_weight *)args[WEIGHT];
     const int64_t rows = ss_rows(context, args[ROWS_KIND]);
-    if (!args[SUMS] || rows > OWN_ROWS) return (const float *)args[SUMS];
+    if (!args[SUMS]) return 0;
+    if (!each_its_own(args, rows))
+        return (const float *)args[SUMS] +
+               ss_first_row(context, args[ROWS_KIND]) * stored_groups(w);
     float *own = (float *)((char *)args[OWN] + thread * args[OWN_STRIDE]);
     int64_t *done = (int64_t *)args[DONE] + DONE_STRIDE * thread;
     if (!*done)
@@ -557,14 +563,16 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     const ss_output out = stored_output(context, args, thread);
     const float *inputs = group_sums(context, args, thread);
     const int64_t turns = ss_ceil_div(rows, GROUP_ROWS), groups = stored_groups(w);
+    const int64_t first_row = ss_first_row(context, args[ROWS_KIND]);
+    const bf16 *x = (const bf16 *)args[X] + first_row * x_stride;
     float sums[GROUP_ROWS * BLOCK] __attribute__((aligned(64)));
     float totals[GROUP_ROWS * BLOCK] __attribute__((aligned(64)));
     for (int64_t i = 0; i < turns; i++) {
         const int64_t m = rows * i / turns, count = rows * (i + 1) / turns - m;
         const position at = {w, unit, groups, inputs ? inputs + m * groups : 0};
-        multiply_block(&at, (const bf16 *)args[X] + m * x_stride, x_stride, count, sums, totals);
+        multiply_block(&at, x + m * x_stride, x_stride, count, sums, totals);
         for (int64_t j = 0; j < count; j++)
-            ss_put_row(&out, m + j, first, columns, totals + j * BLOCK);
+            ss_put_row(&out, first_row + m + j, first, columns, totals + j * BLOCK);
     }
 }
 

@@ -59,19 +59,28 @@ typedef struct {
 // Attention's work for one step: the same for every layer. See attention.c.
 typedef struct ss_attention_plan ss_attention_plan;
 
+// Rows of a product with one expert: a slice of all pairs of a token and an expert.
+typedef struct {
+    int64_t first, count, all;
+} ss_slice;
+
 struct ss_context {
     const ss_step *step;
     int num_threads;
     ss_attention_plan *plan;
     ss_attention_plan *plan_without_groups;  // the same one if there are no groups
     int64_t longest;                         // of the step's seq_lens
+    ss_slice slice;                          // of a product with one expert
 };
 
 extern const ss_operation ss_embedding, ss_gather_rows, ss_rms_norm, ss_layer_norm, ss_rotary_write,
     ss_gated, ss_activation, ss_add, ss_scale, ss_linear, ss_argmax, ss_attend, ss_attend_merge,
     ss_copy_blocks, ss_quantise, ss_linear_quant, ss_embedding_quant,
     ss_pack_quant, ss_stored_sums, ss_stored_linear, ss_stored_pack, ss_stored_rows,
-    ss_gather_inputs, ss_table_linear, ss_adapt_down, ss_adapt_up;
+    ss_gather_inputs, ss_table_linear, ss_adapt_down, ss_adapt_up, ss_route, ss_order_pairs,
+    ss_gather_pairs, ss_experts, ss_combine_pairs, ss_add_shared;
+
+const ss_operation *ss_operation_of(const ss_instruction *instruction);
 
 static inline double ss_double(int64_t bits) {
     union {
@@ -85,10 +94,36 @@ static inline int64_t ss_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ss_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ss_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of an instruction: 0 is the step's tokens, 1 the rows that need logits.
+// Rows of an instruction: 0 is the step's tokens, 1 the rows that need logits; 1 + k and -(1 + k)
+// the pairs of these, or of those, and one of their k experts; SS_SLICE the pairs of one expert.
+enum { SS_SLICE = -1 };
+
 static inline int64_t ss_rows(const ss_context *context, int64_t kind) {
-    return kind ? context->step->num_logits : context->step->num_tokens;
+    const ss_step *step = context->step;
+    if (kind == SS_SLICE) return context->slice.count;
+    if (kind > 1) return (kind - 1) * step->num_tokens;
+    if (kind < 0) return (-kind - 1) * step->num_logits;
+    return kind ? step->num_logits : step->num_tokens;
 }
+
+// The first of them, in the memory of all.
+static inline int64_t ss_first_row(const ss_context *context, int64_t kind) {
+    return kind == SS_SLICE ? context->slice.first : 0;
+}
+
+// Rows of one unit: enough that taking it costs little.
+static inline int64_t ss_row_units(int64_t rows, int64_t width, int num_threads) {
+    if (rows * width < 4096) return rows ? 1 : 0;
+    return ss_min(rows, 4 * (int64_t)num_threads);
+}
+
+// The same where one row of a wide layer is worth sharing: cut along the row.
+static inline int64_t ss_vector_units(int64_t rows, int64_t width, int num_threads) {
+    return rows ? ss_min(rows * ss_ceil_div(width, 16) / 32 + 1, 4 * (int64_t)num_threads) : 0;
+}
+
+#define SS_FOR_ROWS(row, rows) \
+    for (int64_t row = (rows) * unit / num_units; row < (rows) * (unit + 1) / num_units; row++)
 
 static inline float ss_widen(bf16 value) {
     union {

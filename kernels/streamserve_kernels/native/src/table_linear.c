@@ -153,7 +153,8 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     const int64_t rows = ss_rows(context, args[ROWS_KIND]), x_stride = args[X_STRIDE];
     const int64_t first = unit * STORED_BLOCK, columns = ss_min(STORED_BLOCK, w->outputs - first);
     const ss_output out = stored_output(context, args, thread);
-    const bf16 *x = (const bf16 *)args[X];
+    const int64_t first_row = ss_first_row(context, args[ROWS_KIND]);
+    const bf16 *x = (const bf16 *)args[X] + first_row * x_stride;
     multiply_function *const *of = MULTIPLY_OF[w->bits - 3];
     float sums[GROUP_ROWS * STORED_BLOCK] __attribute__((aligned(64)));
     for (int64_t m = 0; m < rows; m += GROUP_ROWS) {
@@ -168,7 +169,7 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
             float *of_row = sums + j * STORED_BLOCK;
             for (int64_t c = 0; w->starts && c < columns; c++)
                 of_row[c] += sparse_sum(w, first + c, x + (m + j) * x_stride);
-            ss_put_row(&out, m + j, first, columns, of_row);
+            ss_put_row(&out, first_row + m + j, first, columns, of_row);
         }
     }
 }
