@@ -139,14 +139,18 @@ def test_a_tied_embedding_is_held_once(checkpoint, tiny_llama):
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model", ["plain", "tied", "experts"])
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_a_recorded_step_computes_what_its_functions_do(
-    checkpoint, tiny_llama, quantization, tied, num_threads
+    checkpoint, tiny_llama, quantization, model, num_threads
 ):
-    directory, _ = checkpoint(
-        tiny_llama(hidden_size=128, num_attention_heads=4, tie_word_embeddings=tied)
-    )
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "tie_word_embeddings": model == "tied"}
+    if model == "experts":
+        config = NATIVE["mixtral"]()
+        config.update(sizes | {"head_dim": 32})
+    else:
+        config = tiny_llama(**sizes)
+    directory, _ = checkpoint(config)
     torch.set_num_threads(num_threads)
     decoder = load_model(
         directory,
@@ -155,17 +159,17 @@ def test_a_recorded_step_computes_what_its_functions_do(
         kernels=streamserve_kernels.load(CPU, "native"),
         quantization=quantization,
     )
+    harness = PagedHarness(decoder, block_size=16)
     generator = torch.Generator().manual_seed(5)
-    for count in (1, 4, 5, 37):
-        tokens = torch.randint(0, 97, (count,), generator=generator).tolist()
-        harness = PagedHarness(decoder, block_size=16)
-        batch = harness.batch([(Sequence(tokens), count)], all_rows=True)
-        with torch.inference_mode():
-            expected = decoder.forward(batch, harness.caches)
-            assert decoder.record(harness.caches, max_tokens=64, max_logits=64) > 0
+    batches = [
+        harness.batch([(Sequence(tokens.tolist()), len(tokens))], all_rows=True)
+        for tokens in torch.randint(0, 97, (47,), generator=generator).split([1, 4, 5, 37])
+    ]
+    with torch.inference_mode():
+        by_functions = [decoder.forward(batch, harness.caches).clone() for batch in batches]
+        assert decoder.record(harness.caches, max_tokens=64, max_logits=64) > 0
+        for batch, expected in zip(batches, by_functions, strict=True):
             logits = decoder.forward(batch, harness.caches).clone()
-            token_ids = decoder.greedy(batch, harness.caches).clone()
-        # The function by function logits were rounded to bfloat16.
-        torch.testing.assert_close(logits, expected, rtol=2**-8, atol=1e-6)
-        assert token_ids.equal(logits.argmax(-1))
-        decoder = decoder.one_of_each_layer()  # forgets what was recorded
+            # The function by function logits were rounded to bfloat16.
+            torch.testing.assert_close(logits, expected, rtol=2**-8, atol=1e-6)
+            assert decoder.greedy(batch, harness.caches).equal(logits.argmax(-1))

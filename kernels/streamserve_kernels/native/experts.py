@@ -54,7 +54,7 @@ _MADE: dict[type[Work], _Made] = {
 class Routes:
     """Who goes to which expert: memory for up to ``max_rows`` rows of one layer.
 
-XX
+    XX
     what the others found.
     """
 

@@ -109,7 +109,7 @@ class Recorder:
         key = kind, max(self._most_rows(rows), self.max_tokens), groups
         if key not in self._works:
             self._works[key] = kind(*key[1:])
-            self.keep.append(self._works[key])
+        self.keep.append(self._works[key])
         return self._works[key]
 
     def _address(self, tensor: Tensor | None) -> int:
@@ -348,6 +348,7 @@ class Recorder:
         if isinstance(packed, NativeQuantLinear):
             done = done_flags()
             scratch = self._work(Scratch, x.rows, packed.groups)
+            assert isinstance(scratch, Scratch)
             self.keep.append(done)
             args = packed.arguments(y, x.address, x.stride, scratch, done, **options)
             self._add("quantise", *args)
@@ -382,7 +383,9 @@ class Recorder:
             x = ordered
         sums = done = None
         if packed.has_offsets:
-            sums = self._work(GroupSums, x.rows, packed.groups)
+            work = self._work(GroupSums, x.rows, packed.groups)
+            assert isinstance(work, GroupSums)
+            sums = work
             done = done_flags()
             self.keep.append(done)
         args = packed.arguments(y, x.address, x.stride, sums, done, **options)
