@@ -173,7 +173,7 @@ async def _latency(
         first_token=Spread.of(first_tokens),
         prompt_floor_s=batch_size * subject.costs.prompt_s(input_len, subject.ceilings),
         steps=steps,
-        decode_floor_s=subject.costs.decode_s(steps.mean_keys, subject.ceilings),
+        decode_floor_s=subject.costs.decode_s(batch_size, steps.mean_keys, subject.ceilings),
         gaps=Spread.of([time for g in gaps for time in g.times]),
         num_merged=sum(g.num_merged for g in gaps),
         num_compilations=subject.probe.num_compilations - compiled,

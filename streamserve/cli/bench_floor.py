@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -18,18 +20,18 @@ from streamserve_kernels.stored import StoredFormat
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """Per step: bytes of weights. Per token: bytes of KV, FLOPs of products. Per pair of a query
-    and a key that it sees: FLOPs of attention.
+    """Per step of so many tokens: bytes of weights. Per token: bytes of KV, FLOPs of products. Per
+    pair of a query and a key that it sees: FLOPs of attention.
     """
 
-    weight_bytes: int
+    weight_bytes: Callable[[int], int]
     kv_bytes_per_token: float
     flops_per_token: float
     flops_per_pair: float
 
-    def decode_s(self, num_keys: float, ceilings: Ceilings) -> float:
-        """Seconds of reading the weights once, and so many tokens of KV."""
-        num_bytes = self.weight_bytes + num_keys * self.kv_bytes_per_token
+    def decode_s(self, num_tokens: int, num_keys: float, ceilings: Ceilings) -> float:
+        """Seconds of reading once the weights that so many tokens use, and `num_keys` of KV."""
+        num_bytes = self.weight_bytes(num_tokens) + num_keys * self.kv_bytes_per_token
         return num_bytes / ceilings.bandwidth
 
     def prompt_s(self, num_tokens: int, ceilings: Ceilings) -> float:
@@ -41,17 +43,15 @@ class ModelCosts:
         pairs = num_tokens * (num_tokens + 1) / 2
         flops = num_tokens * self.flops_per_token + pairs * self.flops_per_pair
         rate, _ = ceilings.best_product
-        return max(flops / rate, self.weight_bytes / ceilings.bandwidth)
+        return max(flops / rate, self.weight_bytes(num_tokens) / ceilings.bandwidth)
 
 
 def model_costs(service: Service, quantization: Quantization | None) -> ModelCosts:
-    """Of the model that a service runs. A mixture's experts count as read and used as if all were
-    for the bytes, and as many as a token takes for the FLOPs.
-    """
+    """Of the model that a service runs; of a mixture as if all experts were equally likely."""
     config, memory = service.config, service.memory
     attention = config.spec.attentions()
     return ModelCosts(
-        weight_bytes=step_weight_bytes(config, service.dtype, quantization),
+        weight_bytes=partial(step_weight_bytes, config, service.dtype, quantization),
         kv_bytes_per_token=memory.kv_bytes_per_block / memory.block_size,
         flops_per_token=2.0 * _weights_per_token(config),
         flops_per_pair=float(
@@ -61,10 +61,10 @@ def model_costs(service: Service, quantization: Quantization | None) -> ModelCos
 
 
 def step_weight_bytes(
-    config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None
+    config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None, num_tokens: int
 ) -> int:
-    """Bytes of weights that a decode step reads: all but the embedding's table."""
-    total, spec = config.weight_bytes(dtype, quantization), config.spec
+    """Bytes of weights that a step of so many tokens reads: all they use but the embedding's."""
+    total, spec = config.weight_bytes(dtype, quantization, num_tokens), config.spec
     stored = _stored_table(config)
     if stored is not None or quantization is not None:
         if spec.tied_head:
@@ -89,8 +89,7 @@ def _weights_per_token(config: ModelConfig) -> int:
     table = spec.vocab_size * spec.hidden_size
     # In one byte a weight; tied or not, table and head are both counted.
     plain = replace(config, stored_quantization=None)
-    total = plain.weight_bytes(torch.int8) - 2 * table
-    return total - spec.idle_weights()
+    return plain.weight_bytes(torch.int8, num_tokens=1) - 2 * table
 
 
 def measured_ceilings(service: Service) -> Ceilings:

@@ -37,8 +37,14 @@ class NativeConfig(ModelConfig):
     family: Family
     spec: DecoderSpec
 
-    def weight_bytes(self, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
-        return footprint.weight_bytes(self.spec, dtype, quantization, self.stored_quantization)
+    def weight_bytes(
+        self,
+        dtype: torch.dtype,
+        quantization: Quantization | None = None,
+        num_tokens: int | None = None,
+    ) -> int:
+        stored = self.stored_quantization
+        return footprint.weight_bytes(self.spec, dtype, quantization, stored, num_tokens)
 
 
 def load_hf_config(

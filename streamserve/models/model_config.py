@@ -38,8 +38,17 @@ class ModelConfig:
     end_tokens: tuple[str, ...] = ()
     unserved: str = ""
 
-    def weight_bytes(self, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
-        """Bytes that the weights take at most in ``dtype``, or quantised."""
+    def weight_bytes(
+        self,
+        dtype: torch.dtype,
+        quantization: Quantization | None = None,
+        num_tokens: int | None = None,
+    ) -> int:
+        """Bytes that the weights take at most in ``dtype``, or quantised.
+
+        With ``num_tokens`` those that a step of so many tokens uses: an expert as far as one of
+        them is likely to go there, if all experts are equally likely.
+        """
         raise NotImplementedError
 
     def resolve_max_model_len(self, requested: int | None) -> int:

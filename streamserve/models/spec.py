@@ -193,10 +193,6 @@ class ModelShape(Protocol):
         """Elements alive per token at the widest layer's widest place, the residual among them."""
         ...
 
-    def idle_weights(self) -> int:
-        """Weights of experts that a token does not go to."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
@@ -228,10 +224,10 @@ class DecoderSpec:
     def row_width(self) -> int:
         return max(_row_width(self.hidden_size, layer) for layer in self.layers)
 
-    def idle_weights(self) -> int:
-        experts = [layer.mlp for layer in self.layers if isinstance(layer.mlp, ExpertsSpec)]
-        idle = sum((e.num_experts - e.top_k) * 3 * e.intermediate_size for e in experts)
-        return idle * self.hidden_size
+
+def used_share(top_k: int, num_experts: int, num_tokens: int) -> float:
+    """How likely an expert has a token, of so many that go to ``top_k`` experts each."""
+    return 1.0 - float((1.0 - top_k / num_experts) ** num_tokens)
 
 
 def head_sizes(attentions: Iterable[AttentionSpec]) -> tuple[tuple[int, int], ...]:

@@ -444,7 +444,7 @@ def test_a_step_reads_as_much_with_a_tied_head_as_without(tmp_path, build):
         write_gguf(file, build(config), "llama", values, kind=lambda name: Kind.Q8_0)
         packed = load_config(file)
         plain = replace(packed, stored_quantization=None)
-        found.append([step_weight_bytes(c, torch.bfloat16, None) for c in (packed, plain)])
+        found.append([step_weight_bytes(c, torch.bfloat16, None, 1) for c in (packed, plain)])
         assert found[-1][0] < found[-1][1]
     assert found[0] == found[1]
 

@@ -17,6 +17,7 @@ from streamserve.models.parameters import decoder_modules, module_quantization
 from streamserve_kernels import QUANTIZATIONS
 from streamserve_kernels.native.library import why_not
 from streamserve_kernels.quantised import quantise
+from tests.models.foreign import FOREIGN
 from tests.models.native import NATIVE
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.parity import prompts
@@ -121,6 +122,17 @@ def test_router_norms_and_free_embeddings_stay_as_they_are(tiny_llama, checkpoin
         "final_norm": None,
         "head": "int8",
     }
+
+
+@pytest.mark.parametrize("make", [NATIVE["mixtral"], FOREIGN["olmoe"]], ids=["ours", "olmoe"])
+def test_a_step_uses_the_experts_that_its_tokens_choose(checkpoint, make):
+    """Of 4 experts a token uses 2 and leaves 2 alone, a second one half of these, and so on."""
+    made = make()
+    config = load_config(checkpoint(made)[0])
+    whole = config.weight_bytes(torch.bfloat16)
+    idle = [whole - config.weight_bytes(torch.bfloat16, None, count) for count in (1, 2, 3, 40)]
+    weights = 3 * made.hidden_size * made.intermediate_size * made.num_hidden_layers
+    assert idle == [2 * 2 * weights, 2 * weights, weights, 0]
 
 
 def test_a_tied_embedding_is_held_once(checkpoint, tiny_llama):

@@ -21,11 +21,16 @@ class ShareConfig(NativeConfig):
 
     share: Share
 
-    def weight_bytes(self, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
+    def weight_bytes(
+        self,
+        dtype: torch.dtype,
+        quantization: Quantization | None = None,
+        num_tokens: int | None = None,
+    ) -> int:
         """Bytes of what the rank holds."""
         stored = self.stored_quantization
         held = None if stored is None else ShareQuantization(stored, self.share)
-        return footprint.weight_bytes(self.share.held, dtype, quantization, held)
+        return footprint.weight_bytes(self.share.held, dtype, quantization, held, num_tokens)
 
 
 def share_config(config: ModelConfig, rank: int, size: int) -> ShareConfig:

@@ -29,8 +29,13 @@ class TransformersConfig(ModelConfig):
     config: PreTrainedConfig
     trust_remote_code: bool
 
-    def weight_bytes(self, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
-        return self.spec.weight_bytes(dtype, quantization)
+    def weight_bytes(
+        self,
+        dtype: torch.dtype,
+        quantization: Quantization | None = None,
+        num_tokens: int | None = None,
+    ) -> int:
+        return self.spec.weight_bytes(dtype, quantization, num_tokens)
 
     def load(self, path: Path, **options: Any) -> LanguageModel:
         """Weights for it: see `streamserve.models.loader.load_model`."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers.utils.generic import ModelOutput
 
-from streamserve.models.spec import AttentionSpec, head_sizes
+from streamserve.models.spec import AttentionSpec, head_sizes, used_share
 from streamserve_kernels.quantised import Quantization, packed_bytes
 
 
@@ -69,9 +70,6 @@ class TransformersSpec:
         # Norms and rotation are not fused: twice what goes in and out of a product.
         return 3 * self.hidden_size + 2 * max(widest, heads)
 
-    def idle_weights(self) -> int:
-        return sum(n.numel // n.copies * (n.copies - n.top_k) for n in self.linears)
-
     def _inner_linears(self) -> Iterator[LinearShape]:
         return (linear for linear in self.linears if linear.path != self.head)
 
@@ -83,16 +81,25 @@ class TransformersSpec:
             return None
         return "int8" if linear.path == self.head else quantization
 
-    def weight_bytes(self, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
-        """Bytes of all weights, an upper bound. A head that is tied is a packed copy of its own."""
-        total = self.buffer_bytes + self.other_numel * dtype.itemsize
+    def weight_bytes(
+        self,
+        dtype: torch.dtype,
+        quantization: Quantization | None = None,
+        num_tokens: int | None = None,
+    ) -> int:
+        """See `footprint.weight_bytes`. A head that is tied is a packed copy of its own."""
+        total: float = self.buffer_bytes + self.other_numel * dtype.itemsize
         for linear in self.linears:
             held = self.quantization_of(linear, quantization)
+            used = 1.0
+            if num_tokens is not None:
+                used = used_share(linear.top_k, linear.copies, num_tokens)
             if held is None:
-                total += linear.numel * dtype.itemsize
+                total += used * linear.numel * dtype.itemsize
                 continue
             biases = linear.outputs * torch.float32.itemsize if linear.bias else 0
-            total += linear.copies * (packed_bytes(held, linear.outputs, linear.inputs) + biases)
+            packed = packed_bytes(held, linear.outputs, linear.inputs) + biases
+            total += used * linear.copies * packed
         if self.embedding is not None and quantization is not None:
             total -= self.vocab_size * self.hidden_size * dtype.itemsize
-        return total
+        return math.ceil(total)
