@@ -8,7 +8,7 @@ For load tests and benchmarks where nothing can be downloaded: the arithmetic is
 model, only the answers are nonsense. The same seed writes the same bytes. With ``--config-only`` no
 weights are written: a server that draws its own (``--load-format dummy``) needs none. Every
 vocabulary piece is plain ASCII, so that each generated id is text at once and no chunk waits for
-the rest of a character. Needs torch and tokenizers, nothing of streamserve.
+the rest of a character. Needs tokenizers and, for weights, torch; nothing of streamserve.
 
 llama.cpp's converter knows a tokenizer by the hash of one encoded text, which no new vocabulary can
 match; its ``get_vocab_base_pre`` must be told that the pre-tokenizer is ``gpt-2``, as
@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 _COMMON = {
@@ -332,17 +331,20 @@ def _write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]], seed: i
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name, shape in tensors:
-            file.write(_random_tensor(name, shape, seed).view(torch.uint8).numpy().data)
+            file.write(_random_bytes(name, shape, seed))
     return offset
 
 
-def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Flat bfloat16 as Hugging Face initialises it: norms one, all else normal, of std 0.02."""
-    size = math.prod(shape)
-    if name.endswith("norm.weight"):
-        return torch.ones(size, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
-    return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+def _random_bytes(name: str, shape: tuple[int, ...], seed: int) -> memoryview:
+    """Of bfloat16 as Hugging Face initialises it: norms one, all else normal, of std 0.02."""
+    import torch  # which takes longer than all that a config needs
+
+    values = torch.ones(math.prod(shape), dtype=torch.bfloat16)
+    if not name.endswith("norm.weight"):
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
+        values.normal_(0.0, 0.02, generator=generator)
+    data: memoryview = values.view(torch.uint8).numpy().data
+    return data
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
