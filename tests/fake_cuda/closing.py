@@ -43,6 +43,7 @@ def main() -> None:
     device = runtime.install()
     from streamserve import LLM
     from streamserve.errors import StreamServeError
+    from streamserve.runner.cuda.memory import open_runners
 
     def opened() -> LLM:
         return LLM(device=f"cuda:{device.index}", **OPTIONS)
@@ -58,6 +59,8 @@ def main() -> None:
     llm = opened()
     first.close()  # which takes nothing from the one that is left
     answer(llm)
+    for runner in open_runners:
+        runner.on_device_thread(lambda: None)  # it has come past the last step
     with lost(device):
         try:
             answer(llm)
