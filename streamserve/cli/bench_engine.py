@@ -225,7 +225,7 @@ def _write(args: Namespace, subject: Subject, tool: str, results: list[dict[str,
         "flags": {name: str(v) if name == "json" else v for name, v in vars(args).items()},
         "dtype": str(subject.service.dtype).removeprefix("torch."),
         "ceilings": asdict(subject.ceilings),
-        "costs": asdict(subject.costs),
+        "costs": {**asdict(subject.costs), "weight_bytes": subject.costs.weight_bytes(1)},
         "results": results,
     }
     args.json.write_text(json.dumps(content, indent=1) + "\n")
