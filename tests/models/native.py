@@ -110,6 +110,7 @@ NATIVE = {
     ),
     "qwen3-layer-types": lambda: transformers.Qwen3Config(
         **GQA,
+        head_dim=16,
         use_sliding_window=True,
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],

@@ -23,9 +23,9 @@ SIZES = {
 }
 GQA = {**SIZES, "num_key_value_heads": 2}
 CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**GQA, head_dim=32, tie_word_embeddings=True),
+    "llama": lambda: transformers.LlamaConfig(**GQA, head_dim=64, tie_word_embeddings=True),
     "mistral": lambda: transformers.MistralConfig(**GQA, sliding_window=7),
-    "qwen3": lambda: transformers.Qwen3Config(**GQA, head_dim=32),
+    "qwen3": lambda: transformers.Qwen3Config(**GQA, head_dim=64),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=97, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
     ),
@@ -61,7 +61,7 @@ CONFIGS = {
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
-        head_dim=32,
+        head_dim=64,
         num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=7,

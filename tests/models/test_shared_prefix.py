@@ -21,7 +21,7 @@ GQA = {
     "max_position_embeddings": 256,
 }
 CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**GQA, head_dim=32),
+    "llama": lambda: transformers.LlamaConfig(**GQA, head_dim=64),
     # A window that cuts the prefix, and one that ends up cutting it.
     "short window": lambda: transformers.MistralConfig(**GQA, sliding_window=14),
     "long window": lambda: transformers.MistralConfig(**GQA, sliding_window=108),

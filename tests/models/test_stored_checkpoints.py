@@ -133,7 +133,7 @@ def test_the_default_kernels_stay_within_their_bound(make, kind, dtype):
     directory, model = make("llama", kind)
     decoder = load(directory, "cpu", dtype)
     tokens = prompts()[0]
-    ours = PagedHarness(decoder).prefill([Sequence(tokens)], None)[0]
+    ours = PagedHarness(decoder, block_size=16).prefill([Sequence(tokens)], None)[0]
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0]
     errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
