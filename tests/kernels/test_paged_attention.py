@@ -10,6 +10,7 @@ from streamserve_kernels import Kernels
 from tests.kernels.conftest import TOLERANCE, paged_case
 
 DECODES = [(1, 1), (16, 1), (17, 1), (33, 1), (200, 1), (5, 1)]
+OTHERS = [(70, 1), (65, 65), (33, 2), (1, 1), (200, 1)]
 MIXED = [(40, 1), (300, 130), (7, 7), (65, 3), (129, 1), (150, 100), (90, 0), (31, 16)]
 FEATURES = ["plain", "window", "wide window", "alibi", "soft cap", "sinks", "all"]
 
@@ -105,10 +106,9 @@ def test_cpu_is_naive(
 @pytest.mark.parametrize(
     ("heads", "head_size", "block_size", "dtype"),
     [
-        ((14, 2), 64, 7, torch.bfloat16),
-        ((32, 8), 128, 16, torch.bfloat16),
+        ((14, 2), 128, 7, torch.bfloat16),
+        ((32, 8), 64, 16, torch.bfloat16),
         ((71, 1), 64, 16, torch.bfloat16),
-        ((16, 1), 80, 32, torch.float32),
         ((4, 2), 256, 16, torch.bfloat16),
         ((4, 2), 20, 16, torch.float32),
         ((9, 3), 64, 16, torch.float16),
@@ -129,14 +129,14 @@ def test_cpu_is_naive_for_other_shapes(
         heads=heads,
         head_size=head_size,
         block_size=block_size,
-        requests=[(70, 1), (65, 65), (33, 2), (1, 1), (200, 1)],
+        requests=OTHERS,
     )
     expected = naive.paged_attention(*case.args, scale=head_size**-0.5)
     out = cpu.paged_attention(*case.args, scale=head_size**-0.5)
     torch.testing.assert_close(out, expected, **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("requests", [[(200, 1), (31, 1)], [(200, 150)]])
+@pytest.mark.parametrize("requests", [[(200, 1), (31, 1)], [(200, 150)], OTHERS])
 def test_value_heads_of_another_size(
     naive: Kernels, cpu: Kernels, requests: list[tuple[int, int]]
 ) -> None:
@@ -144,8 +144,9 @@ def test_value_heads_of_another_size(
         naive,
         seed=8,
         dtype=torch.float32,
-        heads=(4, 2),
-        head_size=64,
+        heads=(16, 1),
+        head_size=80,
+        block_size=32,
         requests=requests,
         value_size=48,
     )
