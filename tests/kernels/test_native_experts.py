@@ -113,6 +113,23 @@ def test_a_row_in_a_crowd_is_the_row_alone(native: Kernels, kind: str) -> None:
         assert crowd[one].equal(native.moe(x[one], logits[one], up, down, 3, True, "gelu"))
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_wide_experts_of_many_rows_and_of_few(native: Kernels, kind: str) -> None:
+    """Their products fall into pieces of other widths: many for many rows, few for few."""
+    up, down = packed(native, kind, 2 * 1536, 64), packed(native, kind, 3072, 1536)
+    x, logits = normal(1, 11, 64, dtype=BF16), torch.zeros(11, EXPERTS, dtype=BF16)
+    logits[:9, 1], logits[9:, 3] = 3.0, 3.0
+    out = native.moe(x, logits, up, down, 1, True, "silu")
+    expected = exact(
+        x,
+        *choice(logits, 1, renormalise=True),
+        up,
+        down,
+        lambda hidden: native.gated_activation(hidden, "silu"),
+    )
+    assert out.equal(expected.to(BF16))
+
+
 def test_experts_that_somebody_else_chose(native: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch)
     up, down = packed(native, "biased", INNER, HIDDEN), packed(native, "biased", 100, INNER)
@@ -128,18 +145,27 @@ def test_experts_that_somebody_else_chose(native: Kernels, monkeypatch: pytest.M
     )
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_what_all_tokens_use_is_added_by_a_gate(naive: Kernels, native: Kernels, rows: int) -> None:
+    chosen, shared = normal(1, rows, 100, dtype=BF16), normal(2, rows, 100, dtype=BF16)
+    x, gate = normal(3, rows, 70, dtype=BF16), normal(4, 1, 70, dtype=BF16) / 4
+    out = native.add_shared_experts(chosen, x, gate, shared)
+    expected = naive.add_shared_experts(*(t.double() for t in (chosen, x, gate, shared)))
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-6)
+
+
 def test_of_equals_the_first_and_of_nothing_nothing(native: Kernels) -> None:
     """Which experts a row goes to shows in what it gets: each gives its own number."""
     up = [native.prepare_linear(torch.ones(2 * 16, 32, dtype=BF16)) for _ in range(20)]
     down = [native.prepare_linear(torch.full((16, 16), 2.0**-e, dtype=BF16)) for e in range(20)]
     x = torch.full((4, 32), 2.0**-5, dtype=BF16)
     logits = torch.zeros(4, 20, dtype=BF16)
-    logits[1, [3, 18, 19]] = 4.0
+    logits[1, [17, 18, 19]] = 200.0
     logits[2, 5] = float("nan")
     logits[3, :17] = float("-inf")
     out = native.moe(x, logits, up, down, 2, True, "relu")
     given = [down[e](native.gated_activation(up[e](x[:1]), "relu"))[0, 0].item() for e in range(20)]
-    for row, (a, b) in {0: (0, 1), 1: (3, 18), 3: (17, 18)}.items():
+    for row, (a, b) in {0: (0, 1), 1: (17, 18), 3: (17, 18)}.items():
         expected = (given[a] + given[b]) / 2
         assert out[row, 0].item() == pytest.approx(expected, rel=2**-8)
     assert out[2].isnan().all()

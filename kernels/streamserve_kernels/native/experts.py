@@ -193,7 +193,7 @@ def moe(
         )
     logits = router_logits.contiguous()
     routes = Routes(x.shape[0], len(down), top_k)
-    route = ("route", (routes.address, logits.data_ptr(), logits.stride(0), int(renormalise)))
+    route = ("route", (routes.address, logits.data_ptr(), int(renormalise)))
     return _multiply(x, routes, [route], first, last, partial(gated_activation, kind=kind))
 
 
@@ -221,7 +221,7 @@ def add_shared_experts(chosen: Tensor, x: Tensor, gate: Tensor, shared: Tensor) 
     chosen, x, gate, shared = (tensor.contiguous() for tensor in (chosen, x, gate, shared))
     out = torch.empty_like(chosen)
     addresses = [tensor.data_ptr() for tensor in (out, chosen, shared, x)]
-    args = (*addresses, x.stride(0), gate.data_ptr(), out.shape[1], x.shape[1], 0)
+    args = (*addresses, gate.data_ptr(), out.shape[1], x.shape[1], 0)
     _run(x.shape[0], [("add_shared", args)])
     return out
 

@@ -443,8 +443,9 @@ class Recorder:
         kind: str,
     ) -> Symbol:
         routes = Routes(self._most_rows(x.rows), len(down), top_k, x.rows)
-        logits = (router_logits.address, router_logits.stride)
-        self._add("route", routes.address, *logits, int(renormalise))
+        if not router_logits.is_dense:
+            raise NotRecordableError("a router's logits with gaps between their rows")
+        self._add("route", routes.address, router_logits.address, int(renormalise))
         self._add("order_pairs", routes.address)
         rows = self._new(routes.pairs, x.width)
         self._add("gather_pairs", routes.address, rows.address, x.address, x.width, x.stride)
@@ -468,7 +469,7 @@ class Recorder:
         return out
 
     def add_shared_experts(self, chosen: Symbol, x: Symbol, gate: Tensor, shared: Symbol) -> Symbol:
-        if not (chosen.is_dense and shared.is_dense):
+        if not (chosen.is_dense and shared.is_dense and x.is_dense):
             raise NotRecordableError("a sum of rows with gaps")
         _require_bfloat16(gate)
         out = self._new(chosen.rows, *chosen.tail)
@@ -478,7 +479,6 @@ class Recorder:
             chosen.address,
             shared.address,
             x.address,
-            x.stride,
             self._address(gate),
             out.width,
             x.width,

@@ -22,7 +22,6 @@ static int64_t num_pairs(const ss_context *context, const ss_routes *routes) {
 enum {
     ROUTE_ROUTES,
     ROUTE_LOGITS,       // address of [R, E], bfloat16
-    ROUTE_STRIDE,       // elements between its rows
     ROUTE_RENORMALISE,  // whether the weights of a token's experts sum to 1
 };
 
@@ -50,21 +49,15 @@ static void softmax(float *to, const bf16 *logits, int64_t count) {
         _mm512_storeu_ps(to + e, _mm512_div_ps(_mm512_loadu_ps(to + e), sum));
 }
 
-// The most likely experts of a row, the first of equals, in the order of their numbers.
+// The most likely experts of a row, of equals the first.
 static void choose(const ss_routes *routes, float *probabilities, int32_t *chosen, float *weights) {
-    const int64_t top_k = routes->top_k;
-    for (int64_t j = 0; j < top_k; j++) {
+    for (int64_t j = 0; j < routes->top_k; j++) {
         int64_t best = -1;
         for (int64_t e = 0; e < routes->num_experts; e++)
             if (probabilities[e] != TAKEN && (best < 0 || probabilities[e] > probabilities[best]))
                 best = e;
-        int64_t at = j;
-        for (; at > 0 && chosen[at - 1] > best; at--) {
-            chosen[at] = chosen[at - 1];
-            weights[at] = weights[at - 1];
-        }
-        chosen[at] = (int32_t)best;
-        weights[at] = probabilities[best];
+        chosen[j] = (int32_t)best;
+        weights[j] = probabilities[best];
         probabilities[best] = TAKEN;
     }
 }
@@ -77,7 +70,7 @@ static void route_run(const ss_context *context, const int64_t *args, int64_t un
     float probabilities[MAX_EXPERTS];
     SS_FOR_ROWS(row, num_rows(context, routes)) {
         float *weights = routes->weights + row * top_k;
-        softmax(probabilities, (const bf16 *)args[ROUTE_LOGITS] + row * args[ROUTE_STRIDE],
+        softmax(probabilities, (const bf16 *)args[ROUTE_LOGITS] + row * routes->num_experts,
                 routes->num_experts);
         choose(routes, probabilities, routes->chosen + row * top_k, weights);
         if (!args[ROUTE_RENORMALISE]) continue;
@@ -235,7 +228,6 @@ enum {
     SHARED_CHOSEN,  // address of [rows, WIDTH]: what the chosen experts gave
     SHARED_SHARED,  // address of [rows, WIDTH]: what the shared ones gave
     SHARED_X,       // address of [rows, INPUTS]
-    SHARED_STRIDE,  // elements between its rows
     SHARED_GATE,    // address of [INPUTS]
     SHARED_WIDTH,
     SHARED_INPUTS,
@@ -254,7 +246,7 @@ static void shared_run(const ss_context *context, const int64_t *args, int64_t u
     const int64_t width = args[SHARED_WIDTH], inputs = args[SHARED_INPUTS];
     const bf16 *gate = (const bf16 *)args[SHARED_GATE];
     SS_FOR_ROWS(row, ss_rows(context, args[SHARED_ROWS_KIND])) {
-        const bf16 *x = (const bf16 *)args[SHARED_X] + row * args[SHARED_STRIDE];
+        const bf16 *x = (const bf16 *)args[SHARED_X] + row * inputs;
         __m512 sum = _mm512_setzero_ps();
         for (int64_t k = 0; k < inputs; k += LANES) {
             const __mmask16 mask = ss_mask(inputs - k);
