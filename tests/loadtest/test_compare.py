@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from streamserve_loadtest import compare
 from streamserve_loadtest.floor import floor_tokens_per_s, num_weights
@@ -114,6 +116,19 @@ def test_the_floor(checkpoint):
     assert size - 4096 < 2 * weights < size
     assert floor_tokens_per_s(1_000_000, "bf16", 2.0) == 1000.0
     assert floor_tokens_per_s(1_000_000, "int8", 1.7) == pytest.approx(1600.0)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_token_reads_its_own_experts(tmp_path, stacked):
+    names = ["up"] if stacked else [f"mlp.experts.{e}.up_proj" for e in range(4)]
+    tensors = {f"layers.0.{name}.weight": torch.zeros(6, 8) for name in names}
+    if stacked:
+        tensors = {name: tensor.expand(4, 6, 8).clone() for name, tensor in tensors.items()}
+    tensors |= {"layers.0.shared_experts.up_proj.weight": torch.zeros(3, 8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"num_local_experts": 4, "num_experts_per_tok": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert num_weights(tmp_path) == 3 * 48 + 24
 
 
 def test_who_is_found_and_why_not(tmp_path, monkeypatch):

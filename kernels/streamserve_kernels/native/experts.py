@@ -54,8 +54,8 @@ _MADE: dict[type[Work], _Made] = {
 class Routes:
     """Who goes to which expert: memory for up to ``max_rows`` rows of one layer.
 
-    XX
-    what the others found.
+    ``rows`` is the first dimension of the symbols that they are of. The layers of a program do not
+    share this: a thread that comes late to an instruction must find there what the others found.
     """
 
     def __init__(self, max_rows: int, num_experts: int, top_k: int, rows: int = TOKENS) -> None:
@@ -124,11 +124,8 @@ class _Part:
         made = _MADE[type(work)]
         self._products[:, 1 + made.work] = work.address
         args = list(self._first)
-        args[_X], args[made.work], args[made.rows_kind] = (
-            x,
-            work.address,
-            rows_kind(routes.pairs),
-        )
+        args[_X], args[made.work] = x, work.address
+        args[made.rows_kind] = rows_kind(routes.pairs)
         return [(made.operation, tuple(args)), experts]
 
 
