@@ -20,6 +20,7 @@ def rows(quick: bool) -> list[Row]:
             ("layer_norm + residual", _layer_norm),
             ("gated_activation", _gated_activation),
             ("activation", _activation),
+            ("add_shared_experts", _add_shared_experts),
             ("embedding", _embedding),
             ("resolve_tokens", _resolve_tokens),
         )
@@ -111,6 +112,26 @@ def _activation(bench: Bench, count: int) -> Case:
         check_close(bench.kernels.activation(x, "gelu"), expected, tolerance(bench.dtype))
 
     return case_of(bench, make, check, 2 * count * width * bench.dtype.itemsize)
+
+
+def _add_shared_experts(bench: Bench, count: int) -> Case:
+    hidden = bench.sizes.hidden
+    gate = bench.randn(1, hidden) / hidden**0.5
+
+    def drawn() -> tuple[torch.Tensor, ...]:
+        chosen, x, shared = (bench.randn(count, hidden) for _ in range(3))
+        return chosen, x, gate, shared
+
+    def make(kernels: Kernels) -> Call:
+        args = drawn()
+        return lambda: kernels.add_shared_experts(*args)
+
+    def check() -> None:
+        args = drawn()
+        expected = bench.naive.add_shared_experts(*args)
+        check_close(bench.kernels.add_shared_experts(*args), expected, tolerance(bench.dtype))
+
+    return case_of(bench, make, check, 4 * count * hidden * bench.dtype.itemsize)
 
 
 def _embedding(bench: Bench, count: int) -> Case:
