@@ -48,7 +48,7 @@ def num_weights(checkpoint: Path) -> int:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         tied = "lm_head.weight" not in header
         for name, entry in header.items():
-            if name == "__metadata__" or not (tied or "embed_tokens" not in name):
+            if name == "__metadata__" or (not tied and "embed_tokens" in name):
                 continue
             shape = entry["shape"]
             # One by one under their numbers, or all of a layer as one tensor.

@@ -144,9 +144,8 @@ def has_experts(spec: DecoderSpec) -> bool:
 
 def has_unrecorded(spec: DecoderSpec) -> str | None:
     """What the recorder has no instruction for."""
-    if spec.layers[0].attention.log_scaled_beyond is not None:
-        return "rows scaled by their positions"
-    return None
+    is_scaled = spec.layers[0].attention.log_scaled_beyond is not None
+    return "rows scaled by their positions" if is_scaled else None
 
 
 def test_recorded_is_eager_is_naive(spec, caplog):

@@ -80,7 +80,7 @@ class ExpertProducts:
     def __init__(self, experts: Sequence[PackedLinear]) -> None:
         if len(experts) > _MAX_EXPERTS:
             raise NotRecordableError(f"{len(experts)} experts")
-        self.in_features, self.out_features = experts[0].in_features, experts[0].out_features
+        self.out_features = experts[0].out_features
         stacks = [e.parts if isinstance(e, NativeStackedLinear) else (e,) for e in experts]
         if len({len(stack) for stack in stacks}) > 1:
             raise NotRecordableError("experts of several kinds")

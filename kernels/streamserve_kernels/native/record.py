@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from streamserve_kernels.native.stored import NativeStackedLinear
 from streamserve_kernels.native.stored_linear import GroupSums, LookupLinear, NativeStoredLinear
 from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol, rows_kind
 from streamserve_kernels.pool import pool
+
+W = TypeVar("W", bound=Work)
 
 
 class _Memory:
@@ -80,7 +82,7 @@ class Recorder:
         self.keep: list[object] = []  # what the instructions' addresses point to
         self.attention: tuple[int, ...] | None = None
         self._buffers: list[Tensor] = []  # free, to be used again
-        self._works: dict[tuple[type[Work], int, int], Work] = {}  # by rows and groups of inputs
+        self._works: dict[tuple[type, int, int], Work] = {}  # by rows and groups of inputs
         self._slots: tuple[Tensor, Tensor] | None = None  # of tokens and logits, with adapters
         self._low: dict[int, Tensor] = {}  # what adapters make between their products, by width
 
@@ -104,13 +106,15 @@ class Recorder:
             return self.max_logits * max(1, rows)
         return self.max_tokens * max(1, -2 - rows)
 
-    def _work(self, kind: type[Work], rows: int, groups: int) -> Work:
+    def _work(self, kind: type[W], rows: int, groups: int) -> W:
         """What is made of rows before a product; instructions that follow one another share it."""
         key = kind, max(self._most_rows(rows), self.max_tokens), groups
-        if key not in self._works:
-            self._works[key] = kind(*key[1:])
-        self.keep.append(self._works[key])
-        return self._works[key]
+        work = self._works.get(key)
+        if work is None:
+            work = self._works[key] = kind(*key[1:])
+            self.keep.append(work)
+        assert isinstance(work, kind)
+        return work
 
     def _address(self, tensor: Tensor | None) -> int:
         if tensor is None:
@@ -332,9 +336,8 @@ class Recorder:
     def activation(self, x: Symbol, kind: str) -> Symbol:
         out = self._new(x.rows, x.width)
         code = ACTIVATION_CODES[kind]
-        self._add(
-            "activation", out.address, x.address, out.width, code, rows_kind(x.rows), x.stride
-        )
+        rows = rows_kind(x.rows)
+        self._add("activation", out.address, x.address, out.width, code, rows, x.stride)
         return out
 
     def linear(self, x: Symbol, packed: Any) -> Symbol:
@@ -348,7 +351,6 @@ class Recorder:
         if isinstance(packed, NativeQuantLinear):
             done = done_flags()
             scratch = self._work(Scratch, x.rows, packed.groups)
-            assert isinstance(scratch, Scratch)
             self.keep.append(done)
             args = packed.arguments(y, x.address, x.stride, scratch, done, **options)
             self._add("quantise", *args)
@@ -383,9 +385,7 @@ class Recorder:
             x = ordered
         sums = done = None
         if packed.has_offsets:
-            work = self._work(GroupSums, x.rows, packed.groups)
-            assert isinstance(work, GroupSums)
-            sums = work
+            sums = self._work(GroupSums, x.rows, packed.groups)
             done = done_flags()
             self.keep.append(done)
         args = packed.arguments(y, x.address, x.stride, sums, done, **options)
@@ -427,9 +427,8 @@ class Recorder:
         if not x.is_dense:
             raise NotRecordableError("a product of rows with gaps")
         out = self._new(x.rows, *x.tail)
-        self._add(
-            "scale", out.address, x.address, 0, x.width, rows_kind(x.rows), double_bits(factor)
-        )
+        rows = rows_kind(x.rows)
+        self._add("scale", out.address, x.address, 0, x.width, rows, double_bits(factor))
         return out
 
     def moe(

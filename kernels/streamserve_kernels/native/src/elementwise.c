@@ -104,8 +104,8 @@ enum {
 };
 
 static int64_t norm_units(const ss_context *context, const int64_t *args) {
-    return ss_row_units(ss_rows(context, args[NORM_ROWS_KIND]), args[NORM_GROUP] * args[NORM_WIDTH],
-                     context->num_threads);
+    return ss_row_units(ss_rows(context, args[NORM_ROWS_KIND]),
+                        args[NORM_GROUP] * args[NORM_WIDTH], context->num_threads);
 }
 
 // The row x (+ residual), rounded as it is stored; returns its lanes' sums and sums of squares.
@@ -233,7 +233,7 @@ enum {
 static int64_t rotary_units(const ss_context *context, const int64_t *args) {
     const int64_t heads = args[ROTARY_HEADS] + 2 * args[ROTARY_KV_HEADS];
     return ss_row_units(context->step->num_tokens, heads * args[ROTARY_HEAD_SIZE],
-                     context->num_threads);
+                        context->num_threads);
 }
 
 static void rotate(bf16 *x, const float *cos_sin, int64_t half, int interleaved) {
@@ -363,7 +363,7 @@ static inline __m512 gated(__m512 gate, __m512 up, int64_t kind) {
 static int64_t act_units(const ss_context *context, const int64_t *args) {
     // An exponential is worth about four copies.
     return ss_row_units(ss_rows(context, args[ACT_ROWS_KIND]), 4 * args[ACT_WIDTH],
-                     context->num_threads);
+                        context->num_threads);
 }
 
 static int64_t gated_units(const ss_context *context, const int64_t *args) {
@@ -408,7 +408,8 @@ const ss_operation ss_activation = {act_units, act_run, 0};
 enum { ADD_OUT, ADD_A, ADD_B, ADD_WIDTH, ADD_ROWS_KIND, ADD_SCALE };
 
 static int64_t add_units(const ss_context *context, const int64_t *args) {
-    return ss_row_units(ss_rows(context, args[ADD_ROWS_KIND]), args[ADD_WIDTH], context->num_threads);
+    return ss_row_units(ss_rows(context, args[ADD_ROWS_KIND]), args[ADD_WIDTH],
+                        context->num_threads);
 }
 
 static void add_run(const ss_context *context, const int64_t *args, int64_t unit,

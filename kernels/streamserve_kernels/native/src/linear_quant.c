@@ -476,7 +476,9 @@ enum {
 enum { DONE_STRIDE = 8, BLOCK = 4 * LANES, MOST_UNITS = 16 };
 
 // Whether every thread quantises the rows for itself.
-static int each_its_own(const int64_t *args, int64_t rows) { return args[DONE] && rows <= OWN_ROWS; }
+static int each_its_own(const int64_t *args, int64_t rows) {
+    return args[DONE] && rows <= OWN_ROWS;
+}
 
 static int64_t quantise_units(const ss_context *context, const int64_t *args) {
     const int64_t rows = ss_rows(context, args[ROWS_KIND]);

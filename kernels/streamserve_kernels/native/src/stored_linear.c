@@ -53,7 +53,9 @@ static void sum_groups(float *sums, const bf16 *x, const stored_weight *w) {
 }
 
 // Whether every thread sums the groups for itself.
-static int each_its_own(const int64_t *args, int64_t rows) { return args[DONE] && rows <= OWN_ROWS; }
+static int each_its_own(const int64_t *args, int64_t rows) {
+    return args[DONE] && rows <= OWN_ROWS;
+}
 
 static int64_t sums_units(const ss_context *context, const int64_t *args) {
     const int64_t rows = ss_rows(context, args[ROWS_KIND]);
