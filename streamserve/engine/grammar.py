@@ -81,7 +81,8 @@ class Grammars:
     ) -> None:
         """``vocab_size`` is the model's: masks have so many bits, or a few more.
 
-        ``timeout_s`` is how long a grammar may be compiled, and how long it may wait for that.
+        ``timeout_s`` is how long a grammar may be compiled, and how long it may wait for that:
+        a busy machine's limit. What is too complex is known by its processor time in the trial.
         """
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
@@ -127,7 +128,7 @@ class Grammars:
 
         Those of another salt take turns. Raises ``InvalidParameterError`` naming ``output.param``:
         it is not a grammar, nothing matches it, or it is past a limit; and ``QueueFullError`` when
-        too many are compiled before it.
+        too many are compiled before it, or the machine is too busy to compile it in time.
         """
         if not self._is_supported:
             raise InvalidParameterError(
@@ -207,12 +208,13 @@ class Grammars:
                 async with asyncio.timeout(self._timeout_s):
                     await place.enter_async_context(self._turns.place(output.salt))
             except TimeoutError:
-                raise QueueFullError(
-                    f"too many grammars are compiled before {output.param}: the limit is"
-                    f" {self._timeout_s:g} s",
-                    retry_after_s=self._timeout_s,
-                ) from None
+                raise self._busy(f"too many grammars are compiled before {output.param}") from None
             return await self._compile_now(output)
+
+    def _busy(self, message: str) -> QueueFullError:
+        return QueueFullError(
+            f"{message}: the limit is {self._timeout_s:g} s", retry_after_s=self._timeout_s
+        )
 
     async def _compile_now(self, output: StructuredOutput) -> _Compiled:
         if self._is_closed:
@@ -231,8 +233,7 @@ class Grammars:
         except TimeoutError:
             # The thread cannot be stopped: leave it its pool, so that it delays nobody else.
             self._let_go()
-            limit = f"too complex: the limit is {self._timeout_s:g} s"
-            return _Compiled(None, limit, len(output.text))
+            raise self._busy(f"the machine is too busy to compile {output.param}") from None
 
     def _work(self, output: StructuredOutput, trial: GrammarTrial) -> _Compiled:
         verdict = trial(Task(output.kind.value, output.text, output.whitespace_pattern))

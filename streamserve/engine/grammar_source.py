@@ -35,7 +35,7 @@ def llguidance_grammar(
         return _SOURCES[kind](text), []
     writer = LarkWriter(special_tokens, _whitespace(whitespace_pattern))
     grammar = _WRITTEN[kind](text, writer)
-    return grammar, [writer.render(part) for part in writer.parts]
+    return grammar, writer.render_parts()
 
 
 def _json_schema(text: str, whitespace_pattern: str | None) -> str:

@@ -37,7 +37,6 @@ class GrammarTrial:
         special_tokens: Sequence[bytes] = (),
         *,
         cpu_limit_s: float = 1.0,
-        timeout_s: float = 8.0,
         memory_limit: int = 2**30,
     ) -> None:
         """``cpu_limit_s`` is of processor time, so that a busy machine refuses nothing.
@@ -46,14 +45,13 @@ class GrammarTrial:
         """
         self._special_tokens = list(special_tokens)
         self._cpu_limit_s = cpu_limit_s
-        self._timeout_s = timeout_s
         self._memory_limit = memory_limit
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._is_closed = False
 
     def __call__(self, task: Task) -> Verdict:
-        """What the worker says; that it is too large if it dies of it."""
+        """What the worker says, however long it takes; that it is too large if it dies of it."""
         try:
             return self._ask(task)
         finally:
@@ -68,16 +66,14 @@ class GrammarTrial:
     def _ask(self, task: Task) -> Verdict:
         if self._process is not None and self._process.poll() is not None:
             self._end()  # it has died of something else, while it had nothing to do
-        is_silent = False
         try:
             connection = self._connection or self._start()
             connection.send(tuple(task))
-            if connection.poll(self._timeout_s):
-                return Verdict(*connection.recv())
-            is_silent = True
+            connection.poll(None)  # another thread may close meanwhile, which recv would not bear
+            return Verdict(*connection.recv())
         except (EOFError, OSError):
             pass  # it has closed its end: it is about to be dead
-        return Verdict("", self._why(is_silent=is_silent))
+        return Verdict("", self._why())
 
     def _end(self) -> None:
         connection, self._connection = self._connection, None
@@ -99,16 +95,14 @@ class GrammarTrial:
         self._connection.send(self._special_tokens)
         return self._connection
 
-    def _why(self, *, is_silent: bool) -> str:
+    def _why(self) -> str:
         """Clean up behind a worker that gave no answer."""
         process = self._process
-        if process is not None and not is_silent:
+        if process is not None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_CLOSE_S)
         status = None if process is None else process.poll()
         self._end()
         if status == -signal.SIGPROF:
             return f"too complex: it takes longer than the limit of {self._cpu_limit_s:g} s"
-        if status is None:
-            return f"too complex: no answer within the limit of {self._timeout_s:g} s"
         return f"too complex: it needs more than the limit of {self._memory_limit >> 20} MiB"

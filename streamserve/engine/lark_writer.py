@@ -36,8 +36,7 @@ class LarkWriter:
         self._whitespace = dict(whitespace)
         self._rules: list[str] = []
         self._grammars: list[dict[str, str]] = []
-        self.parts: list[str] = []
-        """What was made of schemas, regexes and grammars: each may be tried by itself."""
+        self._parts: dict[str, list[dict[str, str]]] = {}  # with the grammars that each names
 
     def rule(self, body: str, *, flags: str = "") -> str:
         """A rule of its own."""
@@ -76,7 +75,7 @@ class LarkWriter:
         """Another grammar, in Lark."""
         name = f"g{len(self._grammars)}"
         self._grammars.append({"name": name, "lark_grammar": lark})
-        return self._part(f"@{name}")
+        return self._part(f"@{name}", self._grammars[-1])
 
     def until(self, marker: str) -> str:
         """Any text up to the first ``marker``, and that.
@@ -96,14 +95,14 @@ class LarkWriter:
 
     def render(self, start: str) -> str:
         """The whole as text for ``LLMatcher``."""
-        lark = f"{_HEADER}start: {start or EMPTY}\n{''.join(self._rules)}"
-        if not self._grammars:
-            return LLMatcher.grammar_from_lark(lark)
-        return json.dumps({"grammars": [{"name": "main", "lark_grammar": lark}, *self._grammars]})
+        return _rendered(start, self._rules, self._grammars)
 
-    def _part(self, body: str) -> str:
-        if body not in self.parts:
-            self.parts.append(body)
+    def render_parts(self) -> list[str]:
+        """What was made of schemas, regexes and grammars, each by itself: they name no rules."""
+        return [_rendered(body, [], grammars) for body, grammars in self._parts.items()]
+
+    def _part(self, body: str, *grammars: dict[str, str]) -> str:
+        self._parts.setdefault(body, list(grammars))
         return body
 
     def _token(self, name: str) -> str:
@@ -111,6 +110,13 @@ class LarkWriter:
 
 
 EMPTY = '""'
+
+
+def _rendered(start: str, rules: Sequence[str], grammars: Sequence[Mapping[str, str]]) -> str:
+    lark = f"{_HEADER}start: {start or EMPTY}\n{''.join(rules)}"
+    if not grammars:
+        return LLMatcher.grammar_from_lark(lark)
+    return json.dumps({"grammars": [{"name": "main", "lark_grammar": lark}, *grammars]})
 
 
 def _string(text: str) -> str:

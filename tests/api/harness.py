@@ -30,6 +30,7 @@ from streamserve.engine.fault_injection import FaultInjectingRunner
 from streamserve.engine.null_runner import NullRunner
 from streamserve.engine.parsers.answer_format import AnswerFormat
 from streamserve.engine.preprocess import Preprocessor
+from tests.engine.fakes import patient_grammars
 
 MODEL = "org/null-model"
 CREATED = 1_700_000_000
@@ -122,6 +123,7 @@ class Api:
             eos_token_ids=frozenset({257}),
             max_model_len=max_model_len,
             clock=clock,
+            grammars=patient_grammars(self.tokenizer),
         )
         self.adapters = None if adapter_bank is None else Adapters(adapter_bank)
         if self.adapters is not None:

@@ -18,12 +18,14 @@ from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.byte_tokenizer import ByteTokenizer
+from streamserve.engine.grammar import Grammars
 from streamserve.engine.outputs import RequestOutput, merge_outputs
 from streamserve.engine.stream import RequestStream
 from streamserve.errors import OutOfMemoryError
 
 EOS = 257
 PROMPT = list(b"Once upon a time there was")
+LONG = 300.0  # seconds: no machine is too slow for it
 
 
 class SpoiltError(Exception):
@@ -207,6 +209,7 @@ async def serving(
         eos_token_ids=frozenset({EOS}),
         max_model_len=config["max_model_len"],
         vocab_size=vocab_size,
+        grammars=patient_grammars(tokenizer or ByteTokenizer(), vocab_size=vocab_size),
         idle_delay_s=0.0,
     )
     await engine.start()
@@ -221,6 +224,22 @@ async def serving(
         scheduler.check_integrity()
         assert scheduler.kv_cache.num_free_blocks == num_blocks
     assert getattr(runner, "is_closed", True)  # a real one has its thread to show
+
+
+def patient_grammars(
+    tokenizer: Any,
+    eos_token_ids: Set[int] = frozenset({EOS}),
+    vocab_size: int | None = None,
+    **limits: int,
+) -> Grammars:
+    """They refuse nothing because the machine is busy."""
+    return Grammars(
+        tokenizer,
+        frozenset(eos_token_ids),
+        vocab_size or tokenizer.vocab_size,
+        timeout_s=LONG,
+        **limits,
+    )
 
 
 async def collect(stream: RequestStream) -> RequestOutput:

@@ -9,12 +9,11 @@ import pytest
 
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.engine.byte_tokenizer import ByteTokenizer
-from streamserve.engine.grammar import MAX_GRAMMAR_CHARACTERS, Grammars
+from streamserve.engine.grammar import MAX_GRAMMAR_CHARACTERS
 from streamserve.engine.grammar_source import JSON_WHITESPACE, llguidance_grammar
 from streamserve.engine.grammar_trial import GrammarTrial, Task
 from streamserve.errors import EngineDeadError, InvalidParameterError, QueueFullError
-
-EOS = 257
+from tests.engine.fakes import EOS, LONG, patient_grammars
 
 
 def grammar(kind: str, text: str, **options) -> StructuredOutput:
@@ -27,7 +26,7 @@ def schema(**value) -> StructuredOutput:
 
 @pytest.fixture
 def grammars():
-    grammars = Grammars(ByteTokenizer(), frozenset({EOS}), 258)
+    grammars = patient_grammars(ByteTokenizer())
     yield grammars
     grammars.close()
 
@@ -136,9 +135,7 @@ async def test_an_error_names_the_field_of_who_asks(grammars):
 
 
 async def test_the_oldest_grammars_are_forgotten():
-    grammars = Grammars(
-        ByteTokenizer(), frozenset({EOS}), 258, max_entries=3, max_characters=1000
-    )  # fmt: skip
+    grammars = patient_grammars(ByteTokenizer(), max_entries=3, max_characters=1000)
     outputs = [grammar("regex", f"a{{{i}}}") for i in range(1, 5)]
     for output in outputs:
         await grammars.compile(output)
@@ -154,7 +151,7 @@ async def test_the_oldest_grammars_are_forgotten():
 
 
 async def test_each_id_that_ends_an_answer_may_end_it():
-    grammars = Grammars(ByteTokenizer(), frozenset({EOS - 1, EOS}), 258)
+    grammars = patient_grammars(ByteTokenizer(), {EOS - 1, EOS})
     output = grammar("regex", "a")
     await grammars.compile(output)
     matcher = grammars.matcher(output)
@@ -164,7 +161,7 @@ async def test_each_id_that_ends_an_answer_may_end_it():
 
 
 async def test_special_tokens_are_known_by_name():
-    grammars = Grammars(ByteTokenizer(("<s>", "</s>", "<tool_call>")), frozenset({EOS}), 259)
+    grammars = patient_grammars(ByteTokenizer(("<s>", "</s>", "<tool_call>")))
     output = grammar("lark", 'start: <tool_call> %json {"const": 1}')
     await grammars.compile(output)
     matcher = grammars.matcher(output)
@@ -173,18 +170,27 @@ async def test_special_tokens_are_known_by_name():
     grammars.close()
 
 
-async def test_time_runs_out_for_a_grammar_and_for_who_waits_behind_it():
-    grammars = Grammars(ByteTokenizer(), frozenset({EOS}), 258, timeout_s=0.0)
-    compiling = (grammars.compile(grammar("regex", pattern)) for pattern in "ab")
+async def test_a_machine_too_busy_for_a_grammar_refuses_for_now():
+    """A worker that is given no processor time has not found the grammar too complex."""
+    grammars = patient_grammars(ByteTokenizer())
+    await grammars.compile(grammar("regex", "a"))
+    worker = grammars._trial._process
+    os.kill(worker.pid, signal.SIGSTOP)
+    grammars._timeout_s = 0.0
+    compiling = (grammars.compile(grammar("regex", pattern)) for pattern in "bc")
     slow, other = await asyncio.gather(*compiling, return_exceptions=True)
-    assert isinstance(slow, InvalidParameterError)
-    assert slow.message.endswith("too complex: the limit is 0 s")
+    assert isinstance(slow, QueueFullError)
+    assert slow.message == "the machine is too busy to compile structured_outputs: the limit is 0 s"
     assert isinstance(other, QueueFullError)
-    assert grammars.num_cached == 1, "nothing is known of the other"
+    assert other.message.startswith("too many grammars are compiled before structured_outputs")
+    assert grammars.num_cached == 1, "nothing is known of either"
     assert grammars._pool is None, "who comes next has a thread of its own"
+    assert worker.returncode == -signal.SIGKILL
+    grammars._timeout_s = LONG
+    await grammars.compile(grammar("regex", "b"))
     grammars.close()
     with pytest.raises(EngineDeadError, match="shutting down"):
-        await grammars.compile(grammar("regex", "b"))
+        await grammars.compile(grammar("regex", "c"))
 
 
 def test_a_worker_that_dies_is_replaced():
@@ -197,9 +203,6 @@ def test_a_worker_that_dies_is_replaced():
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert trial(Task("regex", "b", None)).error == ""
     trial.close()
-    silent = GrammarTrial(cpu_limit_s=60, timeout_s=0.05)
-    assert silent(slow).error == "too complex: no answer within the limit of 0.05 s"
-    silent.close()
     small = GrammarTrial(memory_limit=2**20)
     assert small(slow).error == "too complex: it needs more than the limit of 1 MiB"
     small.close()

@@ -7,16 +7,15 @@ from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.engine.byte_tokenizer import ByteTokenizer
-from streamserve.engine.grammar import Grammars
 from streamserve.engine.grammar_masks import GrammarError, GrammarMasks, RequestMatcher
+from tests.engine.fakes import EOS, patient_grammars
 
-EOS = 257
 OUTPUT = StructuredOutput(kind=GrammarKind.REGEX, text="ab*c")
 
 
 @pytest.fixture
 async def matcher():
-    grammars = Grammars(ByteTokenizer(), frozenset({EOS}), 258)
+    grammars = patient_grammars(ByteTokenizer())
     await grammars.compile(OUTPUT)
     yield grammars.matcher(OUTPUT)
     grammars.close()

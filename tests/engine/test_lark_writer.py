@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from streamserve.engine.lark_writer import LarkWriter, with_special_ids
 from streamserve.engine.parsers.tagged_formats import Qwen3CoderParser
 from streamserve.engine.tagged_grammar import _Values
@@ -22,6 +24,20 @@ def test_a_marker_is_written_with_its_special_token_or_without():
     written = writer.render("r1")
     assert 'r0[lazy]: FREE "<a>y"' in written
     assert 'r1[lazy]: FREE "y"' in written
+
+
+def test_a_part_is_rendered_without_what_stands_beside_it():
+    """Else a grammar of N tools would be read N times."""
+    writer = LarkWriter([], {})
+    schemas = [writer.json({"const": value}) for value in (1, 2, 1)]
+    others = [writer.grammar(f'start: "{name}"') for name in "xy"]
+    writer.rule(writer.either([*schemas, *others]))
+    parts = writer.render_parts()
+    assert parts[:2] == [LarkWriter([], {}).render(body) for body in schemas[:2]]
+    assert [json.loads(part)["grammars"][1:] for part in parts[2:]] == [
+        [{"name": "g0", "lark_grammar": 'start: "x"'}],
+        [{"name": "g1", "lark_grammar": 'start: "y"'}],
+    ]
 
 
 def rules(schema) -> str:

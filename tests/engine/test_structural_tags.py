@@ -11,10 +11,9 @@ from streamserve.core.request import FinishReason
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.engine.byte_tokenizer import ByteTokenizer
-from streamserve.engine.grammar import Grammars
 from streamserve.engine.parsers.harmony import MARKERS
 from streamserve.errors import InvalidParameterError
-from tests.engine.fakes import EOS, collect, serving
+from tests.engine.fakes import EOS, collect, patient_grammars, serving
 from tests.engine.random_runner import RandomRunner
 from tests.engine.random_schemas import random_schema
 
@@ -135,7 +134,7 @@ async def test_every_kind_of_format(tree, pattern):
 
 async def test_what_stands_in_a_tag_is_tried_before_it_is_taken():
     """A walk through free text would never have met it."""
-    grammars = Grammars(ByteTokenizer(), frozenset({EOS}), VOCAB_SIZE)
+    grammars = patient_grammars(ByteTokenizer())
     hostile = {"type": "integer", "multipleOf": 99_999_989}
     for schema, message in ((hostile, "too complex"), ({"type": "nonsense"}, "nonsense")):
         tree = triggered(["<"], [tag("<a>", {"type": "json_schema", "json_schema": schema}, ">")])
@@ -146,7 +145,7 @@ async def test_what_stands_in_a_tag_is_tried_before_it_is_taken():
 
 @pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral"])
 async def test_as_many_tools_as_a_request_may_have(parser):
-    grammars = Grammars(ByteTokenizer(), frozenset({EOS}), VOCAB_SIZE)
+    grammars = patient_grammars(ByteTokenizer())
     properties = {f"p{i}": {"type": "string", "maxLength": 9 + i} for i in range(4)}
     tools = [
         {
@@ -164,7 +163,7 @@ async def test_as_many_tools_as_a_request_may_have(parser):
 
 async def test_a_marker_may_be_a_special_token():
     tokenizer = ByteTokenizer(("<s>", "</s>", "[TOOL_CALLS]", "[ARGS]"))
-    grammars = Grammars(tokenizer, frozenset({EOS}), tokenizer.vocab_size)
+    grammars = patient_grammars(tokenizer)
     task = {"parser": "mistral", "answer": None}
     task["tools"] = [{"name": "f", "arguments": {"type": "object", "maxProperties": 0}}]
     output = StructuredOutput(kind=GrammarKind.TOOL_CALLS, text=json.dumps(task))
@@ -186,7 +185,7 @@ async def test_harmonys_marks_are_special_tokens():
     ends = [
         tokenizer.encode(end, add_special_tokens=False)[0] for end in ("<|call|>", "<|return|>")
     ]
-    grammars = Grammars(tokenizer, frozenset({EOS, *ends}), tokenizer.vocab_size)
+    grammars = patient_grammars(tokenizer, {EOS, *ends})
     task = {"parser": "openai", "answer": None}
     task["tools"] = [{"name": "f", "arguments": {"type": "object", "maxProperties": 0}}]
     thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"

@@ -12,10 +12,9 @@ from streamserve.core.request import FinishReason
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.engine.byte_tokenizer import ByteTokenizer
-from streamserve.engine.grammar import Grammars
 from streamserve.engine.grammar_masks import RequestMatcher
 from streamserve.errors import EngineError, InvalidParameterError
-from tests.engine.fakes import EOS, collect, serving
+from tests.engine.fakes import EOS, collect, patient_grammars, serving
 from tests.engine.random_runner import RandomRunner
 from tests.engine.random_schemas import random_schema
 
@@ -244,7 +243,7 @@ async def test_tokens_of_several_characters_and_parts_of_them():
 async def test_a_vocabulary_that_the_model_pads():
     """Ids beyond the tokenizer's are never allowed."""
     tokenizer = ByteTokenizer()
-    grammars = Grammars(tokenizer, frozenset({EOS}), 300)
+    grammars = patient_grammars(tokenizer, vocab_size=300)
     output = grammar("regex", "(.|\\n){200}")
     await grammars.compile(output)
     mask = grammars.matcher(output).compute_bitmask()
@@ -260,6 +259,6 @@ async def test_a_tokenizer_whose_bytes_are_unknown_is_refused():
         def pieces(self, *, skip_special_tokens):
             return None
 
-    grammars = Grammars(Opaque(), frozenset({EOS}), VOCAB_SIZE)
+    grammars = patient_grammars(Opaque())
     with pytest.raises(InvalidParameterError, match="not supported with this model's tokenizer"):
         await grammars.compile(grammar("regex", "a"))
