@@ -64,8 +64,11 @@ class Profiler:
             await self._answers(batch_size)
         return parts(_events(found), len(self._subject.probe.steps) - begin)
 
-    async def sweep(self, batch_size: int) -> list[Tried]:
-        """Steps are measured on the loop, and the sweep waits for each in a thread of its own."""
+    async def sweep(self, batch_size: int, tell: Callable[[Tried], object]) -> None:
+        """Steps are measured on the loop, and the sweep waits for each in a thread of its own.
+
+        That thread calls `tell` with each option when it has been tried.
+        """
         keys = self._executor.decode_graphs(batch_size)
         on_device_thread = self._runner.on_device_thread
         rows = bucket(keys[0].num_seqs)
@@ -100,7 +103,12 @@ class Profiler:
 
             attention = Choice("attention", "as planned", list(IN_A_STEP), choose, can_attend)
             choices = [attention, *of_products(products, rows, can_multiply)]
-            return await asyncio.to_thread(sweep, choices, measure)
+
+            def try_all() -> None:
+                for one in sweep(choices, measure):
+                    tell(one)
+
+            await asyncio.to_thread(try_all)
 
     async def _answers(self, batch_size: int) -> None:
         if batch_size not in self._prompts:
@@ -162,26 +170,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
 
-    async def look() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+
+    def write() -> None:
+        """What ends this process early does not take with it what has been measured."""
+        if flags.json is not None:
+            flags.json.write_text(json.dumps(results, indent=1) + "\n")
+
+    async def look() -> None:
         profiler = Profiler(subject, await start(subject, flags), flags.input_len[0])
-        results: dict[str, Any] = {}
         for size in flags.batch_size:
             found = await profiler.parts(size)
             print(f"\nbatch {size}\n{described(found)}", flush=True)
-            results[str(size)] = {"parts": [part._asdict() for part in found]}
-            if args.sweep:
-                tried = await profiler.sweep(size)
-                for one in tried:
-                    print(f"{one.seconds * 1e3:8.3f} ms  {one.key}  {one.option}", flush=True)
-                results[str(size)]["tried"] = [
-                    {**one._asdict(), "option": str(one.option)} for one in tried
-                ]
-        await subject.service.engine.stop()
-        return results
+            tried: list[dict[str, Any]] = []
+            results[str(size)] = {"parts": [part._asdict() for part in found], "tried": tried}
+            write()
 
-    results = run_async(look)
-    if flags.json is not None:
-        flags.json.write_text(json.dumps(results, indent=1) + "\n")
+            def tell(one: Tried, tried: list[dict[str, Any]] = tried) -> None:
+                print(f"{one.seconds * 1e3:8.3f} ms  {one.key}  {one.option}", flush=True)
+                tried.append({**one._asdict(), "option": str(one.option)})
+                write()
+
+            if args.sweep:
+                await profiler.sweep(size, tell)
+        await subject.service.engine.stop()
+
+    run_async(look)
     return 0
 
 

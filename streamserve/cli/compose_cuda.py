@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -61,15 +60,15 @@ class CudaBuilder:
     def build(self) -> BuiltModel:
         """As in `ModelBuilder`."""
         setup = self._setup
-        with _room_for("the weights", setup, "a smaller model or dtype is needed"):
+        with _RoomFor("the weights", setup, "a smaller model or dtype is needed"):
             model = setup.load(self._kernels)
-        with _room_for("the largest step", setup, "lower --max-num-batched-tokens"):
+        with _RoomFor("the largest step", setup, "lower --max-num-batched-tokens"):
             memory = agreed(self._plan(model), setup.team)
         setup.say_plan(memory)
         if self._num_host_blocks:
             host_bytes = format_bytes(self._num_host_blocks * self._block_bytes)
             setup.say(f"  host blocks   {self._num_host_blocks:,}, {host_bytes}")
-        room = _room_for("the KV cache", setup, "lower --gpu-memory-utilization")
+        room = _RoomFor("the KV cache", setup, "lower --gpu-memory-utilization")
         with room, ExitStack() as on_error:
             kv_caches = new_kv_cache(
                 model.spec, memory, self._kv_dtype, setup.device, self._kernels
@@ -154,16 +153,27 @@ def _kv_dtype(setup: ModelSetup) -> torch.dtype:
     return torch.float8_e4m3fn
 
 
-@contextmanager
-def _room_for(what: str, setup: ModelSetup, advice: str) -> Iterator[None]:
-    """Makes a refusal of the error when there is no memory for ``what``: torch's, or a step's."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, OutOfMemoryError) as error:
+@dataclass(frozen=True, slots=True)
+class _RoomFor:
+    """Makes a refusal of the error when there is no memory for ``what``: torch's, or a step's.
+
+    (Since Python 3.12 what a generator makes another error of is kept by its own traceback.)
+    """
+
+    what: str
+    setup: ModelSetup
+    advice: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
+            return
         free_work_spaces()
-        free_spare(setup.device)
-        free, total = torch.cuda.mem_get_info(setup.device)
+        free_spare(self.setup.device)
+        free, total = torch.cuda.mem_get_info(self.setup.device)
         raise KVCacheMemoryError(
-            f"{what} did not fit into {setup.device}: {format_bytes(free)} of "
-            f"{format_bytes(total)} were left; {advice}, or free memory"
+            f"{self.what} did not fit into {self.setup.device}: {format_bytes(free)} of "
+            f"{format_bytes(total)} were left; {self.advice}, or free memory"
         ) from error

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -41,15 +41,18 @@ def held(device: FakeDevice) -> dict[str, Any]:
 def main() -> None:
     os.environ["HOME"] = tempfile.mkdtemp()  # nothing that was measured before
     device = runtime.install()
-    from streamserve import LLM
+    from streamserve import LLM, SamplingParams
     from streamserve.errors import StreamServeError
     from streamserve.runner.cuda.memory import open_runners
 
     def opened() -> LLM:
         return LLM(device=f"cuda:{device.index}", **OPTIONS)
 
+    # Its edits go to the device beside the step's inputs.
+    params = SamplingParams(logit_bias={5: 4.0}, frequency_penalty=0.3, logprobs=3)
+
     def answer(llm: LLM) -> None:
-        llm.generate("Hello", use_tqdm=False)
+        llm.generate("Hello", params, use_tqdm=False)
 
     gc.disable()  # nothing waits for it
     with counted(device) as asked:
@@ -61,7 +64,7 @@ def main() -> None:
     answer(llm)
     for runner in open_runners:
         runner.on_device_thread(lambda: None)  # it has come past the last step
-    with lost(device):
+    with lost(device, "edit_kernel"):  # while it samples
         try:
             answer(llm)
         except StreamServeError as error:
@@ -105,19 +108,27 @@ def failing(device: FakeDevice, number: int) -> Iterator[None]:
 
 
 @contextmanager
-def lost(device: FakeDevice) -> Iterator[None]:
-    """Nothing can be asked of the device any more."""
+def lost(device: FakeDevice, name: str) -> Iterator[None]:
+    """From the first ``name`` on nothing can be asked of the device any more."""
+    is_lost = False
 
-    def error(*_: object) -> torch.AcceleratorError:
-        return torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    def error(asked: str) -> torch.AcceleratorError | None:
+        nonlocal is_lost
+        if asked == name:
+            is_lost = True
+            device.lose()
+        return torch.AcceleratorError("CUDA error: illegal memory access") if is_lost else None
 
-    def synchronize(*_: object) -> NoReturn:
-        raise error()
+    def synchronize(*_: object) -> None:
+        if is_lost:
+            raise torch.AcceleratorError("CUDA error: illegal memory access")
+        works()
 
     works = torch.cuda.synchronize
     device.fail_when, torch.cuda.synchronize = error, synchronize
     yield
     device.fail_when, torch.cuda.synchronize = (lambda name: None), works
+    assert is_lost, f"no {name}"
 
 
 if __name__ == "__main__":

@@ -186,6 +186,11 @@ class FakeDevice:
             for pending in arrived:
                 pending.arrive()
 
+    def lose(self) -> None:
+        """Nothing that was queued ever ends: what is copied is kept for nobody."""
+        with self._lock:
+            self._pending.clear()
+
     def blocks(self, name: str) -> None:
         """The host waits until the current stream is idle, as a copy of pageable memory does."""
         self.wait(dict(self.current.clock), name)

@@ -60,7 +60,7 @@ def test_each_kernel_is_tried_in_the_step_and_the_best_is_left():
         assert layer in (first[0], second[0])
         return config.block_n < 16
 
-    tried = sweep(of_products({"a": first, "b": second}, 4, can_run), measure)
+    tried = list(sweep(of_products({"a": first, "b": second}, 4, can_run), measure))
     assert tried == [
         ("a", LIBRARY, 8000.0),
         ("a", early, 9000.0),
@@ -72,6 +72,22 @@ def test_each_kernel_is_tried_in_the_step_and_the_best_is_left():
     ]
     assert {layer.choices[4] for layer in first} == {late}
     assert second[0].choices == {4: other}
+
+
+def test_what_was_tried_is_told_before_the_next_is():
+    """A sweep that is ended early has lost nothing."""
+    early = Config("gemv", 1, 4, overlap=True)
+    seconds, told = [4000.0, 5000.0], []
+
+    def measure() -> float:
+        if not seconds:
+            raise KeyboardInterrupt
+        return seconds.pop()
+
+    tried = sweep(of_products({"a": [product(LIBRARY, early)]}, 4, lambda *_: True), measure)
+    with pytest.raises(KeyboardInterrupt):
+        told.extend(one.seconds for one in tried)
+    assert told == [5000.0, 4000.0]
 
 
 @pytest.mark.parametrize("candidates", [DECODES, CHUNKS, SHARED])

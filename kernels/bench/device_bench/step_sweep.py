@@ -69,28 +69,26 @@ class Tried(NamedTuple):
     seconds: float
 
 
-def sweep(choices: Iterable[Choice], measure: Callable[[], float]) -> list[Tried]:
+def sweep(choices: Iterable[Choice], measure: Callable[[], float]) -> Iterator[Tried]:
     """Tries each choice's options in turn, and leaves the best of them chosen.
 
     `measure` makes a step anew with what is chosen and returns its seconds. An option is kept where
-    the step is shorter by more than noise.
+    the step is shorter by more than noise. What has been tried is told before the next is.
     """
-    tried = []
     best = measure()
     for choice in choices:
         kept = Tried(choice.key, choice.now, best)
-        tried.append(kept)
         found = [kept]
+        yield kept
         for option in dict.fromkeys(choice.options):
             if option != choice.now and choice.can_run(option):
                 choice.choose(option)
                 found.append(Tried(choice.key, option, measure()))
+                yield found[-1]
         fastest = min(found, key=lambda one: one.seconds)
         if fastest.seconds < best * (1.0 - _NOISE):
             kept, best = fastest, fastest.seconds
         choice.choose(kept.option)
-        tried += found[1:]
-    return tried
 
 
 def of_products(
