@@ -71,9 +71,9 @@ def prompts_of(
     return [ids[start : start + args.input_len] for start in starts]
 
 
-async def measure(services: Sequence[Service], args: argparse.Namespace) -> list[dict[str, object]]:
-    """Off, on, off, on … for each number of streams; prints medians, returns all ratios."""
-    found = []
+async def measure(services: Sequence[Service], args: argparse.Namespace) -> None:
+    """Off, on, off, on … for each number of streams; prints medians, writes all ratios."""
+    found: list[dict[str, object]] = []
     params = SamplingParams(
         temperature=args.temperature, max_tokens=args.output_len, ignore_eos=True, seed=1
     )
@@ -119,9 +119,10 @@ async def measure(services: Sequence[Service], args: argparse.Namespace) -> list
             f"{stats.num_steps - before.num_steps} steps, {stats.speculation}",
             flush=True,
         )
+        if args.json is not None:
+            args.json.write_text(json.dumps(found))
     for service in services:
         await service.engine.stop()
-    return found
 
 
 def _spread(ratios: list[float]) -> str:
@@ -154,9 +155,7 @@ def main() -> None:
         services.append(build_service(serve, say=lambda line: None, warn=print))
         services[-1].finish_warm_up()
     freeze_gc()
-    found = asyncio.run(measure(services, args))
-    if args.json is not None:
-        args.json.write_text(json.dumps(found))
+    asyncio.run(measure(services, args))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 from device_bench.attention_plans import CHUNKS, DECODES, SHARED, Changes, changed
 from device_bench.attention_rows import Shape, make_batch
-from device_bench.row import LLAMA_8B, Bench
+from device_bench.row import LLAMA_8B, Bench, check_close, tolerance
 from device_bench.timing import num_copies, time_calls
 from streamserve_kernels import load
 
@@ -47,7 +47,7 @@ def sweep(bench: Bench, candidates: dict[str, Changes], shape: Shape) -> None:
         started = time.perf_counter()
         try:
             with changed(changes):
-                torch.testing.assert_close(calls[0](), expected, atol=1e-2, rtol=2e-2)
+                check_close(calls[0](), expected, tolerance(bench.dtype))
                 compiled = time.perf_counter() - started
                 seconds = time_calls(calls, bench.device, 0.1).seconds
         except Exception as error:

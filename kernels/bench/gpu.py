@@ -1,16 +1,18 @@
-"""All that is measured on a GPU, in two commands: `python kernels/bench/gpu.py OUTPUT 1`, then 2.
+"""All that is measured on a GPU: `python kernels/bench/gpu.py OUTPUT 1`, then 2, or 3.
 
 Steps come in the order of what is least known: in part 1 the tests of the GPU, an engine without
 HTTP, the same engine behind HTTP under load; in part 2 the kernels' table, what a step takes its
-time with, throughput, and transformers on the same shape. Each has a limit, and the command has
-one; a step that fails or hangs does not keep the next from running, and whatever it started is
-ended with it. `--steps lookup` is in neither part: two engines, with and without prompt lookup.
+time with, throughput, and transformers on the same shape; in part 3, when those are known, the
+rows that the table leaves out, and sizes of attention. Each has a limit, and the command has one; a
+step that fails or hangs does not keep the next from running, and whatever it started is ended with
+it. `--steps lookup` is in no part: two engines, with and without prompt lookup.
 
 OUTPUT holds a few files, written as things happen, so that nothing is lost with a machine:
 
     log.txt        all that the steps say, and so does the terminal
     tests.jsonl    each test, when it has ended; its failure stands in the log
     kernels.json   each row of the table, when it has been timed; kernels.md the table
+    rest.json, rest.md      the rows of part 3
     results.jsonl  what the other steps measured, each when it has ended
     summary.txt    after each step
 """
@@ -56,6 +58,8 @@ _POLL_S = 0.2
 _SUMMARY_LINES = {
     "tests": 30,
     "kernels": 4,
+    "rest": 4,
+    "sweep": 70,
     "latency": 10,
     "profile": 60,
     "throughput": 8,
@@ -71,10 +75,17 @@ _LIMITS = {
     "profile": 130.0,
     "throughput": 60.0,
     "peer": 60.0,
+    "rest": 300.0,
+    "sweep": 240.0,
     "lookup": 240.0,
 }
-# A quarter of an hour on a rented machine: two commands of ten minutes at most, and its start.
-PARTS = {1: ("tests", "latency", "serve"), 2: ("kernels", "profile", "throughput", "peer")}
+# A quarter of an hour on a rented machine: two commands of ten minutes at most, and its start. Part
+# 3 takes one of its own.
+PARTS = {
+    1: ("tests", "latency", "serve"),
+    2: ("kernels", "profile", "throughput", "peer"),
+    3: ("rest", "sweep"),
+}
 _LOOKUP_CACHE = "12GiB"  # of each engine: 64 streams of 1,152 tokens take 9
 _GRACE_S = 5.0  # for a process to end when it is asked to
 
@@ -252,7 +263,7 @@ def compiling(step: Step) -> Iterator[None]:
     kept = environment()
     cache = kept.get("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     process = subprocess.Popen(
-        kernels_command(step.plan, step.left),
+        kernels_command(step.plan.kernel_flags, step.left),
         cwd=ROOT,
         env=kept | {"HOME": str(step.plan.work), "TRITON_CACHE_DIR": cache},
         stdin=subprocess.DEVNULL,
@@ -266,15 +277,29 @@ def compiling(step: Step) -> Iterator[None]:
         end_group(process, step.plan.grace_s)
 
 
-def kernels_command(plan: Plan, seconds: float) -> list[str]:
-    command = [sys.executable, "kernels/bench/run.py", *plan.kernel_flags]
+def kernels_command(flags: Sequence[str], seconds: float) -> list[str]:
+    command = [sys.executable, "kernels/bench/run.py", *flags]
     return [*command, "--limit", f"{0.95 * seconds:.0f}"]
 
 
 def run_kernels(step: Step) -> None:
-    output = step.plan.output
-    command = kernels_command(step.plan, step.left)
-    step.run([*command, "--markdown", f"{output}/kernels.md", "--json", f"{output}/kernels.json"])
+    make_table(step, step.plan.kernel_flags)
+
+
+def run_rest(step: Step) -> None:
+    make_table(step, [*step.plan.kernel_flags, "--rest"])
+
+
+def make_table(step: Step, flags: Sequence[str]) -> None:
+    """Kernels' rows, into files of the step's name."""
+    output = str(step.plan.output / step.name)
+    command = kernels_command(flags, step.left)
+    step.run([*command, "--markdown", f"{output}.md", "--json", f"{output}.json"])
+
+
+def run_sweep(step: Step) -> None:
+    command = [sys.executable, "kernels/bench/attention_sweep.py"]
+    step.run([*command, "--limit", f"{0.9 * step.left:.0f}"])
 
 
 def run_latency(step: Step) -> None:
@@ -367,6 +392,8 @@ STEPS: dict[str, Callable[[Step], None]] = {
     "profile": run_profile,
     "throughput": run_throughput,
     "peer": run_peer,
+    "rest": run_rest,
+    "sweep": run_sweep,
     "lookup": run_lookup,
 }
 

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", help="(default: bfloat16, on a CPU float32)")
     made.add_argument("--only", default="", metavar="WORDS", help="rows with all of these words")
     made.add_argument("--quick", action="store_true", help="fewer rows, timed for less")
+    made.add_argument("--rest", action="store_true", help="the rows that --quick leaves out")
     made.add_argument("--tiny", action="store_true", help="a rehearsal at small shapes")
     made.add_argument("--flex", action="store_true", help="flex attention too; it compiles long")
     made.add_argument("--row-timeout", type=float, default=60.0, metavar="S", help="of one row")
@@ -70,6 +71,7 @@ def bench(args: argparse.Namespace, device: str) -> int:
         quick=args.quick,
         flex=args.flex,
         only=args.only,
+        rest=args.rest,
     )
     if not options.rows():
         print(f"no row has all of the words {args.only!r}", file=sys.stderr)

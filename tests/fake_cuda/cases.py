@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320,
@@ -17,7 +17,7 @@ LLAMA = {
 class Case(NamedTuple):
     """``native``: a config of `tests.models.native`, or of `foreign` through transformers.
 
-    ``packed``: a kind of `tests.models.packers`.
+    ``packed``: a kind of `tests.models.packers`, or MXFP4.
     """
 
     native: str | None = None
@@ -62,7 +62,8 @@ CASES: dict[str, Case] = {
         for kind in ("int8", "int4", "fp8")
     },
     **{
-        f"moe-{kind}": Case("qwen2-moe", flags=("--quantization", kind)) for kind in ("int8", "fp8")
+        f"moe-{kind}": Case("qwen2-moe", flags=("--quantization", kind))
+        for kind in ("int8", "int4", "fp8")
     },
     **{name: Case(name) for name in NATIVES},
     **{f"transformers-{name}": Case(f"transformers-{name}", flags=_FOREIGN) for name in FOREIGNERS},
@@ -70,6 +71,7 @@ CASES: dict[str, Case] = {
         "transformers-olmoe", flags=(*_FOREIGN, "--quantization", "int8")
     ),
     **{kind: Case("stored", packed=kind) for kind in PACKED},
+    "gpt-oss-mxfp4": Case("gpt-oss", packed="mxfp4"),
     **{kind: Case("gguf", packed=kind) for kind in GGUF},
 }
 
@@ -86,6 +88,8 @@ def make(case: Case, directory: Path) -> Path:
     if case.packed is not None:
         sizes = {**LLAMA, "num_hidden_layers": 1}
         sizes = {key: sizes[key] for key in sizes if key not in ("architectures", "model_type")}
+        if case.native == "gpt-oss":
+            return _gpt_oss(directory, sizes)
         model = random_model(transformers.LlamaConfig(**sizes))
         if case.native == "gguf":
             from tests.models.gguf_files import Kind, write_gguf
@@ -105,4 +109,25 @@ def make(case: Case, directory: Path) -> Path:
 
     name = case.native.removeprefix("transformers-")
     random_model((NATIVE if name == case.native else FOREIGN)[name]()).save_pretrained(directory)
+    return directory
+
+
+def _gpt_oss(directory: Path, sizes: dict[str, Any]) -> Path:
+    """As it is published, with experts in MXFP4."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    from tests.models.native import ENDS
+    from tests.models.packers import edit_config, mxfp4_experts
+    from tests.models.random_model import random_model
+
+    config = transformers.GptOssConfig(
+        **sizes, **ENDS, head_dim=64, num_local_experts=4, num_experts_per_tok=2
+    )
+    random_model(config).save_pretrained(directory)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    mxfp4_experts(tensors)
+    save_file(tensors, file)
+    edit_config(directory, quantization_config={"quant_method": "mxfp4"})
     return directory

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -87,11 +88,12 @@ def test_no_step_is_begun_when_the_time_is_up(plan, monkeypatch):
 
 
 def test_the_parts_fit_their_commands_and_the_machine():
-    assert sorted([*gpu.PARTS[1], *gpu.PARTS[2], "lookup"]) == sorted(gpu.STEPS)
+    assert sorted([*chain(*gpu.PARTS.values()), "lookup"]) == sorted(gpu.STEPS)
+    assert gpu._LIMITS.keys() == gpu._SUMMARY_LINES.keys() == gpu.STEPS.keys()
     limits = [sum(gpu._LIMITS[name] for name in names) for names in gpu.PARTS.values()]
     default = gpu.parser().parse_args(["out"]).seconds
     assert max(limits) <= default <= 600 - 2 * gpu._GRACE_S
-    assert sum(limits) <= 15 * 60 - 2 * 90  # two starts of a machine
+    assert sum(limits[:2]) <= 15 * 60 - 2 * 90  # two starts of a machine
 
 
 def test_a_failing_test_is_told_at_once(plan, tmp_path, monkeypatch, capsys):
@@ -107,7 +109,7 @@ def test_that_ends_everything():
 """)
     monkeypatch.setattr(gpu, "gpu_test_files", lambda: [str(tmp_path)])
     monkeypatch.setattr(gpu, "FIRST_TESTS", (failing.name,))
-    monkeypatch.setattr(gpu, "kernels_command", lambda plan, seconds: python("pass"))
+    monkeypatch.setattr(gpu, "kernels_command", lambda flags, seconds: python("pass"))
     flags = ("-n", "0", "-m", "not soak")
     with pytest.raises(gpu.StepError, match="ended with -9"):
         gpu.run_tests(gpu.Step(replace(plan, test_flags=flags), "tests", 120.0))
@@ -124,7 +126,7 @@ def test_a_file_that_cannot_be_collected_is_named_and_the_others_run(
     (tmp_path / "test_one.py").write_text("def test_well(): pass")
     (tmp_path / "test_two.py").write_text("import a_package_that_is_missing")
     monkeypatch.setattr(gpu, "gpu_test_files", lambda: [str(tmp_path)])
-    monkeypatch.setattr(gpu, "kernels_command", lambda plan, seconds: python("pass"))
+    monkeypatch.setattr(gpu, "kernels_command", lambda flags, seconds: python("pass"))
     flags = ("-n", workers, "-m", "not soak")
     with pytest.raises(gpu.StepError, match=r"ended with 1; not collected: \S*test_two\.py$"):
         gpu.run_tests(gpu.Step(replace(plan, test_flags=flags), "tests", 120.0))
@@ -160,16 +162,21 @@ def test_a_server_that_dies_while_starting_is_not_waited_for(plan):
 def test_the_whole_command_on_a_cpu(tmp_path):
     """Every step but the tests themselves, on a model small enough."""
     engine = "--kv-cache-memory 8MiB --dtype float32 --max-num-seqs 4 --max-num-batched-tokens 64"
-    kernels = "--device cpu --tiny --backend naive --only rms_norm"
+    kernels = "--quick --device cpu --tiny --backend naive --only rms_norm"
     command = ["kernels/bench/gpu.py", str(tmp_path)]
-    command += ["--steps", "serve", "kernels", "latency", "throughput", "--shape", "tiny"]
+    command += ["--steps", "serve", "kernels", "rest", "latency", "throughput", "--shape", "tiny"]
     command += ["--engine-flags", engine, "--kernel-flags", kernels, "--batch-size", "2"]
     command += ["--streams", "3", "--input-len", "40", "--output-len", "8"]
     result = run_python(*command, PYTHONPATH="")
-    for name in ("kernels", "latency", "throughput", "serve"):
+    for name in ("kernels", "rest", "latency", "throughput", "serve"):
         assert f"{name}: done" in result.stdout
-    assert len(list(tmp_path.iterdir())) <= 6  # few enough to be brought back
-    assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == 2
+    assert len(list(tmp_path.iterdir())) <= 8  # few enough to be brought back
+    rows = {
+        name: [row["name"] for row in json.loads((tmp_path / f"{name}.json").read_text())["rows"]]
+        for name in ("kernels", "rest")
+    }
+    assert rows["kernels"] == ["rms_norm + residual, 64 rows"]
+    assert rows["rest"] == ["rms_norm + residual, 2048 rows"]
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     measured = {name: value for line in lines for name, value in json.loads(line).items()}
     assert list(measured) == ["latency", "serve-3", "throughput"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -191,6 +192,25 @@ class Kind:
     config: dict[str, Any]
     pack: Callable[[int, int, torch.Generator], Packed]
     head: bool = False
+
+
+def mxfp4_experts(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Replaces gpt-oss's experts by random ones in MXFP4; their blocks and scales, by name."""
+    generator = torch.Generator().manual_seed(5)
+    made = {}
+    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = (experts, rows, columns // 32, 16)
+        blocks = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 127, shape[:-1], generator=generator, dtype=torch.uint8)
+        made[name] = tensors[name + "_blocks"], tensors[name + "_scales"] = blocks, scales
+    return made
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Changes fields of a checkpoint's config."""
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def _compressed(kept_as: str, **weights: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from streamserve.models import load_config, load_model
 from streamserve.models.quantised import mxfp4
 from tests.models import references
 from tests.models.native import BASE, CHATGLM, DEEPSEEK, ENDS, GQA, QWEN
+from tests.models.packers import edit_config, mxfp4_experts
 from tests.models.paged import PagedHarness, Sequence
 
 CPU = torch.device("cpu")
@@ -119,19 +120,11 @@ def test_mxfp4_experts_equal_transformers(tmp_path, build, kernels):
     plain, packed = (
         load_file(tmp_path / name / "model.safetensors") for name in ("plain", "packed")
     )
-    generator = torch.Generator().manual_seed(5)
-    for name in [name for name in packed if name.endswith("_proj") and "experts" in name]:
-        experts, columns, rows = packed.pop(name).shape
-        shape = (experts, rows, columns // 32, 16)
-        blocks = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        scales = torch.randint(121, 127, shape[:-1], generator=generator, dtype=torch.uint8)
-        packed |= {name + "_blocks": blocks, name + "_scales": scales}
+    for name, (blocks, scales) in mxfp4_experts(packed).items():
         plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     for name, tensors in (("plain", plain), ("packed", packed)):
         save_file(tensors, tmp_path / name / "model.safetensors")
-    file = tmp_path / "packed" / "config.json"
-    quantised = {"quantization_config": {"quant_method": "mxfp4"}}
-    file.write_text(json.dumps({**json.loads(file.read_text()), **quantised}))
+    edit_config(tmp_path / "packed", quantization_config={"quant_method": "mxfp4"})
 
     def logits(name: str) -> torch.Tensor:
         decoder = load_model(tmp_path / name, dtype=torch.float32, device=CPU, kernels=kernels)

@@ -18,7 +18,7 @@ from streamserve.models import load_config, load_model
 from streamserve.models.parameters import decoder_modules
 from streamserve.models.pieces import module_pieces
 from tests.models.native import ENDS
-from tests.models.packers import KINDS, words
+from tests.models.packers import KINDS, edit_config, words
 from tests.models.paged import PagedHarness, Sequence
 
 CPU = torch.device("cpu")
@@ -75,11 +75,6 @@ def quantise(directory: Path, kind: str) -> dict[str, torch.Tensor]:
     save_file(tensors, file, metadata={"format": "pt"})
     edit_config(directory, quantization_config=KINDS[kind].config)
     return dense
-
-
-def edit_config(directory: Path, **changes) -> None:
-    file = directory / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 @pytest.fixture(scope="module")

@@ -72,9 +72,12 @@ class Seconds:
     peer: float = 0.08
 
 
-def all_rows(quick: bool, only: str = "") -> list[Row]:
-    """The rows whose titles contain every word of `only`."""
-    made = [row for group in _GROUPS for row in group.rows(quick)]
+def all_rows(quick: bool, only: str = "", rest: bool = False) -> list[Row]:
+    """The rows whose titles contain every word of `only`; `rest`: those that are not quick."""
+    made = [row for group in _GROUPS for row in group.rows(quick and not rest)]
+    if rest:
+        known = {row.title for row in all_rows(True)}
+        made = [row for row in made if row.title not in known]
     return [row for row in made if all(word in row.title for word in only.split())]
 
 

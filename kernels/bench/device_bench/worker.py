@@ -44,11 +44,12 @@ class Options:
     quick: bool = False
     flex: bool = False
     only: str = ""
+    rest: bool = False
     first: int = 0
     ceilings: dict[str, float | None] | None = None
 
     def rows(self) -> list[Row]:
-        return all_rows(self.quick, self.only)
+        return all_rows(self.quick, self.only, self.rest)
 
 
 def work(options: Options, send: Callable[[dict[str, Any]], None]) -> int:
