@@ -27,8 +27,14 @@ def stacked(n: int, k: int) -> StoredWeight:
     return concatenate([CASES["q4_k"](n - n // 3, k), CASES["squeezed4"](n // 3, k)])
 
 
-STORED = {**CASES, "stacked": stacked}
+def stacked_order(n: int, k: int) -> StoredWeight:
+    """Parts with inputs in orders of their own."""
+    return concatenate([CASES["act-order"](part, k) for part in (n - n // 3, n // 3)])
+
+
+STORED = {**CASES, "stacked": stacked, "stacked-order": stacked_order}
 KINDS = ("bfloat16", "biased", "int8", "int4", "q4_k", "q6_k", "gptq4", "squeezed4", "fp8-blocks")
+ORDERED = ("act-order", "stacked-order")
 
 
 def packed(native: Kernels, kind: str, n: int, k: int) -> list[PackedLinear]:
@@ -78,7 +84,7 @@ def choice(logits: Tensor, top_k: int, *, renormalise: bool) -> tuple[Tensor, Te
     return chosen, weights / weights.sum(-1, keepdim=True) if renormalise else weights
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "stacked"])
+@pytest.mark.parametrize("kind", [*KINDS, "stacked", *ORDERED])
 @pytest.mark.parametrize(("top_k", "num_threads"), [(1, 3), (2, 1), (EXPERTS, 3)])
 def test_all_at_once_as_one_by_one(
     native: Kernels, kind: str, top_k: int, num_threads: int, monkeypatch: pytest.MonkeyPatch
@@ -172,20 +178,35 @@ def test_of_equals_the_first_and_of_nothing_nothing(native: Kernels) -> None:
     assert out[[0, 1, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["act-order", "several"])
-def test_others_are_multiplied_one_by_one(native: Kernels, kind: str) -> None:
-    """With inputs in an order of their own, or held in several ways."""
-    if kind == "several":
-        up, down = (
-            [*packed(native, "int8", *shape)[:3], *packed(native, "int4", *shape)[3:]]
-            for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER))
-        )
-    else:
-        up, down = packed(native, kind, 2 * INNER, HIDDEN), packed(native, kind, HIDDEN, INNER)
+@pytest.mark.parametrize(
+    ("kinds", "together"),
+    [
+        (("int8", "int4"), True),
+        (("q4_k", "gptq4"), False),
+        (("bfloat16", "int8"), False),
+        (("gptq4", "act-order"), False),
+    ],
+)
+def test_experts_of_two_kinds(
+    native: Kernels, kinds: tuple[str, str], together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once if the same is made of their rows, whatever the products; else one by one."""
+    up, down = (
+        [*packed(native, kinds[0], *shape)[:3], *packed(native, kinds[1], *shape)[3:]]
+        for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER))
+    )
     x, logits = normal(1, 9, HIDDEN, dtype=BF16), normal(2, 9, EXPERTS, dtype=BF16)
-    out = native.moe(x, logits, up, down, 2, True, "silu")
     expected = experts.moe(x, logits, up, down, 2, True, "silu", native.gated_activation)
-    assert out.equal(expected)
+    one_by_one, calls = experts.moe, []
+
+    def counted(*args: object) -> Tensor:
+        calls.append(args)
+        return one_by_one(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(experts, "moe", counted)
+    out = native.moe(x, logits, up, down, 2, True, "silu")
+    torch.testing.assert_close(out, expected, rtol=2**-7, atol=1e-3)
+    assert len(calls) == (0 if together else 1)
 
 
 def test_matrix_units_multiply_experts_of_many_rows(

@@ -13,6 +13,7 @@ import torch
 from streamserve_kernels import Kernels, NotRecordableError, bfloat16_pays, load
 from streamserve_kernels.native import library
 from streamserve_kernels.native.execute import Executable, pack_step
+from streamserve_kernels.native.product import Product
 from streamserve_kernels.pool import pool
 
 BF16 = torch.bfloat16
@@ -119,10 +120,16 @@ def test_operations_are_those_of_the_c_sources() -> None:
     assert f"int ss_abi(void) {{ return {library.ABI}; }}" in source
 
 
+def test_a_product_is_told_what_c_reads() -> None:
+    source = (Path(library.__file__).parent / "src" / "output.h").read_text()
+    names = re.findall(r"^    (\w+),", source.split("PRODUCT_ARGS")[0], re.MULTILINE)
+    assert tuple(name.lower() for name in names) == Product._fields
+
+
 def test_a_step_that_points_nowhere_does_not_run(native: Kernels) -> None:
     table, out = torch.arange(12, dtype=BF16).view(4, 3), torch.zeros(2, 3, dtype=BF16)
     executable = Executable(1)
-    executable.set(0, "embedding", out.data_ptr(), table.data_ptr(), 3, 0, 1, 4)
+    executable.set([("embedding", (out.data_ptr(), table.data_ptr(), 3, 0, 1, 4))])
     for ids, fits in (([2, -1], True), ([0, 3], False), ([-2, 0], False), ([2**40, 0], False)):
         step = torch.tensor(ids)
         if fits:
@@ -140,7 +147,7 @@ def test_arguments_and_threads_without_a_pool(
     """Asked for many threads, it runs on the calling one where there are no others."""
     a, out = torch.ones(1000, 64, dtype=BF16), torch.zeros(1000, 64, dtype=BF16)
     executable = Executable(1)
-    executable.set(0, "add", out.data_ptr(), a.data_ptr(), a.data_ptr(), 64)
+    executable.set([("add", (out.data_ptr(), a.data_ptr(), a.data_ptr(), 64))])
     monkeypatch.setattr(executable, "_parallel", 0)
     executable.run(pack_step(1000), 7)
     assert torch.equal(out, a + a)

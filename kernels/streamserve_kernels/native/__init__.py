@@ -4,6 +4,7 @@ src/            the C sources: operations, and the program that runs a row of th
 library         finds the compiled library and says why it cannot serve, if so
 execute         instructions in C's layout, run on torch's threads
 layout          the order of the elements in a cache block
+product         how a weight tells its instructions, and what these have in common
 ops, linear, quant_linear, stored*, experts
                 the functions of the contract on tensors, one or a few instructions each
 record, symbol, recorded

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from streamserve_kernels import adapters
 from streamserve_kernels.adapters import AdapterRows
-from streamserve_kernels.native.execute import eager, pack_step
+from streamserve_kernels.native.execute import pack_step, run_at_once
 from streamserve_kernels.pool import pool
 
 _INPUTS, _OUTPUTS = 32, 16  # a's rows and b's columns are padded to whole multiples
@@ -77,9 +77,6 @@ def add_adapters(
         raise TypeError(f"a slot of int32 for each row, got {slots.shape[0]} of {slots.dtype}")
     h = torch.empty(y.shape[0], table.max_rank, dtype=torch.bfloat16)
     args = table.arguments(slots.data_ptr(), x.data_ptr(), x.stride(0), h.data_ptr(), y.data_ptr())
-    executable = eager(2)
-    executable.set(0, "adapt_down", *args)
-    executable.set(1, "adapt_up", *args)
     threads = 1 if x.numel() < _PARALLEL_ELEMENTS else pool().threads()
-    executable.run(pack_step(y.shape[0]), threads)
+    run_at_once([("adapt_down", args), ("adapt_up", args)], pack_step(y.shape[0]), threads)
     return y

@@ -10,13 +10,17 @@ from functools import lru_cache
 import torch
 
 from streamserve_kernels.interface import PrefixGroups
-from streamserve_kernels.native.library import MAX_ARGS, OPERATIONS, Instruction, load_library
+from streamserve_kernels.native.library import MAX_ARGS, OPERATIONS, PackedInstruction, load_library
 from streamserve_kernels.pool import pool
+
+Instruction = tuple[str, tuple[int, ...]]
+"""An operation and its arguments; those that are not given are 0."""
 
 _CODES = {name: code for code, name in enumerate(OPERATIONS)}
 _INSTRUCTION = struct.Struct(f"={MAX_ARGS + 1}q")
 _PADDING = (0,) * MAX_ARGS
-_STEP = struct.Struct("=16q")
+_STEP_FIELDS = 16
+_STEP = struct.Struct(f"={_STEP_FIELDS}q")
 _NO_GROUPS = (0, 0, 0, 0)
 _OUT_OF_RANGE = -2  # SS_OUT_OF_RANGE
 _BAD_PLAN = -3  # SS_BAD_PLAN
@@ -28,16 +32,9 @@ def double_bits(value: float) -> int:
     return int(_INT64.unpack(_DOUBLE.pack(value))[0])
 
 
-def pack_step(
-    num_tokens: int,
-    num_logits: int = 0,
-    num_requests: int = 0,
-    table_stride: int = 0,
-    *addresses_and_groups: int,
-) -> bytes:
-    """``ss_step``; what is not given is 0."""
-    rest = addresses_and_groups + (0,) * (12 - len(addresses_and_groups))
-    return _STEP.pack(num_tokens, num_logits, num_requests, table_stride, *rest)
+def pack_step(num_tokens: int, *fields: int) -> bytes:
+    """``ss_step``, its fields in order; what is not given is 0."""
+    return _STEP.pack(num_tokens, *fields, *_PADDING[len(fields) : _STEP_FIELDS - 1])
 
 
 def group_fields(groups: PrefixGroups | None) -> tuple[int, int, int, int]:
@@ -51,15 +48,18 @@ def group_fields(groups: PrefixGroups | None) -> tuple[int, int, int, int]:
     return num_blocks.shape[0], members.data_ptr(), starts.data_ptr(), num_blocks.data_ptr()
 
 
-def pack_instructions(instructions: Sequence[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
+def pack_instructions(instructions: Sequence[Instruction]) -> torch.Tensor:
     """[instructions, 1 + MAX_ARGS] int64: operations and their arguments, for C to read."""
     rows = [(_CODES[name], *args, *_PADDING[len(args) :]) for name, args in instructions]
     return torch.tensor(rows, dtype=torch.int64)
 
 
 def done_flags() -> torch.Tensor:
-    """Whether each thread has prepared its own rows, a line of the cache for each."""
-    return torch.zeros(pool().threads(), 64, dtype=torch.uint8)
+    """Whether each thread has prepared its own rows, a line of the cache for each.
+
+    A product clears its own before a step: no two have the same.
+    """
+    return torch.empty(pool().threads(), 64, dtype=torch.uint8)
 
 
 class Executable:
@@ -72,7 +72,7 @@ class Executable:
     def __init__(self, count: int, attention: tuple[int, ...] = (0,) * 6) -> None:
         library = load_library()
         assert library is not None, "the backend was chosen without asking why_not()"
-        self._instructions = (Instruction * count)()
+        self._instructions = (PackedInstruction * count)()
         dims = (ctypes.c_int64 * 6)(*attention)
         self._free = library.ss_program_free
         self._run = library.ss_run
@@ -90,15 +90,16 @@ class Executable:
         if handle := getattr(self, "_handle", None):
             self._free(handle)
 
-    def set(self, index: int, operation: str, *args: int) -> None:
-        """Writes one instruction; arguments that are not given are 0."""
-        _INSTRUCTION.pack_into(
-            self._instructions,
-            index * _INSTRUCTION.size,
-            _CODES[operation],
-            *args,
-            *_PADDING[len(args) :],
-        )
+    def set(self, instructions: Sequence[Instruction]) -> None:
+        """Writes all of its instructions."""
+        for index, (operation, args) in enumerate(instructions):
+            _INSTRUCTION.pack_into(
+                self._instructions,
+                index * _INSTRUCTION.size,
+                _CODES[operation],
+                *args,
+                *_PADDING[len(args) :],
+            )
 
     def run(self, step: bytes, threads: int) -> None:
         """Runs all instructions. Lets go of the interpreter lock.
@@ -116,6 +117,15 @@ class Executable:
 
 
 @lru_cache(maxsize=64)
-def eager(count: int, attention: tuple[int, ...] = (0,) * 6) -> Executable:
-    """The row of ``count`` instructions that functions on tensors share: set, and run at once."""
-    return Executable(count, attention)
+def eager(count: int, *attention: int) -> Executable:
+    """What functions on tensors share."""
+    return Executable(count, attention or (0,) * 6)
+
+
+def run_at_once(
+    instructions: Sequence[Instruction], step: bytes, threads: int, attention: tuple[int, ...] = ()
+) -> None:
+    """Runs instructions that are not recorded; raises as `Executable.run`. One thread at a time."""
+    executable = eager(len(instructions), *attention)
+    executable.set(instructions)
+    executable.run(step, threads)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 10
+ABI = 11
 MAX_ARGS = 24
 # In the order of program.c.
 OPERATIONS = (
@@ -74,7 +74,7 @@ BUILDS = {
 }
 
 
-class Instruction(ctypes.Structure):
+class PackedInstruction(ctypes.Structure):
     """``ss_instruction``."""
 
     _fields_ = (("op", ctypes.c_int64), ("args", ctypes.c_int64 * MAX_ARGS))

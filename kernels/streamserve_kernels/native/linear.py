@@ -10,23 +10,21 @@ from torch import Tensor
 
 from streamserve_kernels import onednn
 from streamserve_kernels.huge_pages import Arena
-from streamserve_kernels.interface import PackedLinear
-from streamserve_kernels.native.execute import double_bits, eager, pack_step
+from streamserve_kernels.interface import NotRecordableError, PackedLinear
+from streamserve_kernels.native.execute import Instruction
 from streamserve_kernels.native.library import has_matrix_units
+from streamserve_kernels.native.product import Memory, NativeWeight, Product, as_rows, multiply
 from streamserve_kernels.native.symbol import as_symbol
-from streamserve_kernels.pool import pool
 
 BLOCK = 64
 # On a CPU with matrix units: rows from which on they are faster than the dot-product units.
 FEW_ROWS = 8
-# Weight bytes below which one thread is enough.
-_PARALLEL_BYTES = 65536
 
 _arena = Arena()
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
-class NativeLinear:
+class NativeLinear(NativeWeight):
     """Weight [ceil(N / 64), Kp / 2, 64, 2]: two neighbours in k of one output side by side.
 
     `packed` is ours, or oneDNN's tensor of the same layout on a CPU with matrix units: oneDNN then
@@ -57,34 +55,12 @@ class NativeLinear:
         rows = self.packed.transpose(1, 2).reshape(-1, self.padded)
         return rows[: self.out_features, : self.in_features].contiguous()
 
-    def arguments(
-        self,
-        y: int,
-        x: int,
-        x_stride: int,
-        *,
-        rows_kind: int = 0,
-        is_float32: bool = False,
-        best: int = 0,
-        scale: float = 1.0,
-        cap: float = 0.0,
-    ) -> tuple[int, ...]:
-        """What `linear.c` takes: addresses of y and x, elements between rows of x, and how."""
-        return (
-            y,
-            x,
-            self.address,
-            0 if self.bias is None else self.bias.data_ptr(),
-            self.out_features,
-            2 * -(-self.in_features // 2),
-            self.padded,
-            x_stride,
-            rows_kind,
-            int(is_float32),
-            best,
-            double_bits(scale),
-            double_bits(cap),
-        )
+    def instructions(self, product: Product, memory: Memory) -> list[Instruction]:
+        """`linear` alone. Raises NotRecordableError for rows that are not padded to an even K."""
+        if product.inputs % 2:
+            raise NotRecordableError(f"a product with rows of {product.inputs} bfloat16")
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        return [("linear", (*product, self.address, bias, self.out_features, self.padded))]
 
     def __call__(self, x: Tensor) -> Tensor:
         if (symbol := as_symbol(x)) is not None:
@@ -93,20 +69,13 @@ class NativeLinear:
             raise ValueError(
                 f"expected rows of {self.in_features} bfloat16, got {x.shape[-1]} of {x.dtype}"
             )
-        rows = x.reshape(-1, self.in_features)
+        rows = as_rows(x)
         if self.few_rows is not None and rows.shape[0] > self.few_rows:
             return onednn.linear(x, self.packed, self.bias)
         if self.in_features % 2:
             rows = torch.nn.functional.pad(rows, (0, 1))
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.bfloat16)
-        executable = eager(1)
-        executable.set(0, "linear", *self.arguments(y.data_ptr(), rows.data_ptr(), rows.stride(0)))
-        executable.run(
-            pack_step(rows.shape[0]),
-            1 if self.nbytes < _PARALLEL_BYTES else pool().threads(),
-        )
+        multiply(self, self.nbytes, rows, y)
         return y
 
 

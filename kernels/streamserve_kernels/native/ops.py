@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import ActivationKind, GatedKind, PrefixGroups
-from streamserve_kernels.native.execute import double_bits, eager, group_fields, pack_step
+from streamserve_kernels.native.execute import double_bits, group_fields, pack_step, run_at_once
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.library import ACTIVATION_CODES, GATED_CODES
 from streamserve_kernels.pool import pool
@@ -58,10 +58,7 @@ def _norm(
         residual = residual.contiguous()
     out = torch.empty(x.shape, dtype=torch.bfloat16)
     total = None if residual is None else torch.empty(x.shape, dtype=torch.bfloat16)
-    executable = eager(1)
-    executable.set(
-        0,
-        operation,
+    args = (
         out.data_ptr(),
         0 if total is None else total.data_ptr(),
         x.data_ptr(),
@@ -76,7 +73,7 @@ def _norm(
         stride,
         width,
     )
-    executable.run(pack_step(x.numel() // width), _threads(x.numel()))
+    run_at_once([(operation, args)], pack_step(x.numel() // width), _threads(x.numel()))
     return out if total is None else (out, total)
 
 
@@ -143,10 +140,7 @@ def _rotary(
         _require("cos_sin", cos_sin, torch.float32)
         if cos_sin.shape[1] > key.shape[2]:
             raise ValueError(f"{cos_sin.shape[1]} elements do not turn in {key.shape[2]}")
-    executable = eager(1)
-    executable.set(
-        0,
-        "rotary_write",
+    args = (
         0 if query is None else query.data_ptr(),
         key.data_ptr(),
         0 if value is None else value.data_ptr(),
@@ -167,7 +161,7 @@ def _rotary(
     places = 0 if positions is None else positions.data_ptr()
     step = pack_step(key.shape[0], 0, 0, 0, 0, places, slots)
     elements = key.numel() + (0 if query is None else query.numel())
-    executable.run(step, _threads(elements))
+    run_at_once([("rotary_write", args)], step, _threads(elements))
 
 
 def rotary_embedding(
@@ -213,10 +207,7 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
         raise ValueError(f"{src.shape[0]} blocks cannot be copied to {dst.shape[0]}")
     addresses = array.array("q", [cache.data_ptr() for cache in caches])
     sizes = array.array("q", [cache[0].nbytes for cache in caches])
-    executable = eager(1)
-    executable.set(
-        0,
-        "copy_blocks",
+    args = (
         addresses.buffer_info()[0],
         sizes.buffer_info()[0],
         src.data_ptr(),
@@ -224,7 +215,7 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
         src.shape[0],
     )
     elements = sum(sizes) * src.shape[0] // 4
-    executable.run(pack_step(len(caches)), _threads(elements))
+    run_at_once([("copy_blocks", args)], pack_step(len(caches)), _threads(elements))
 
 
 def paged_attention(
@@ -280,11 +271,7 @@ def paged_attention(
         0 if sinks is None else sinks.data_ptr(),
     )
     num_blocks = key_cache.shape[0]
-    executable = eager(
-        2, (num_heads, num_kv_heads, value_size, block_size, int(bool(window)), num_blocks)
-    )
-    executable.set(0, "attend", *args)
-    executable.set(1, "attend_merge", *args)
+    sizes = (num_heads, num_kv_heads, value_size, block_size, int(bool(window)), num_blocks)
     step = pack_step(
         num_tokens,
         0,
@@ -299,7 +286,7 @@ def paged_attention(
         block_table.data_ptr(),
         *group_fields(prefix_groups),
     )
-    executable.run(step, pool().threads())
+    run_at_once([("attend", args), ("attend_merge", args)], step, pool().threads(), sizes)
     return output
 
 
@@ -324,8 +311,8 @@ def _activate(operation: str, x: Tensor, kind: str, width: int) -> Tensor:
         x = x.contiguous()
     stride = x.stride(0) if x.dim() == 2 else x.shape[-1]
     out = torch.empty((*x.shape[:-1], width), dtype=torch.bfloat16)
-    executable = eager(1)
-    executable.set(0, operation, out.data_ptr(), x.data_ptr(), width, code, 0, stride)
+    args = (out.data_ptr(), x.data_ptr(), width, code, 0, stride)
     # an exp is worth about four copies
-    executable.run(pack_step(x.numel() // x.shape[-1]), _threads(4 * x.numel()))
+    threads = _threads(4 * x.numel())
+    run_at_once([(operation, args)], pack_step(x.numel() // x.shape[-1]), threads)
     return out

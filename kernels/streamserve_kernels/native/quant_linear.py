@@ -19,8 +19,9 @@ from torch import Tensor
 from streamserve_kernels.fp8 import NaiveFp8Linear, quantise_fp8_weight
 from streamserve_kernels.huge_pages import Arena
 from streamserve_kernels.interface import QuantLinear
-from streamserve_kernels.native.execute import done_flags, double_bits, eager, pack_step
+from streamserve_kernels.native.execute import Instruction, pack_step, run_at_once
 from streamserve_kernels.native.library import why_not
+from streamserve_kernels.native.product import Memory, NativeWeight, Product, as_rows, multiply
 from streamserve_kernels.native.stored import prepare_stored
 from streamserve_kernels.native.symbol import as_symbol
 from streamserve_kernels.pool import pool
@@ -35,33 +36,15 @@ from streamserve_kernels.quantised import (
 )
 from streamserve_kernels.stored import Float8Weight
 
-# Weight bytes below which one thread is enough.
-_PARALLEL_BYTES = 65536
-# Most rows that every thread quantises for itself.
-_OWN_ROWS = 4
 # Bytes of a quantised group of activations: values, scale, two sums.
 _GROUP_BYTES = TILE_INPUTS + 12
-_LINE = 64
 _TILE_BYTES: dict[IntegerQuantization, int] = {"int8": 1024, "int4": 576}
 _DTYPES = (torch.bfloat16, torch.float32)
 
 _arena = Arena()
 
 
-class Scratch:
-    """Memory for quantised activations: all rows of a step, and for each thread a few of its own.
-
-    Shared by instructions that run one after the other. Not for two threads at a time.
-    """
-
-    def __init__(self, rows: int, groups: int) -> None:
-        self.own_stride = -(-_OWN_ROWS * groups * _GROUP_BYTES // _LINE) * _LINE
-        self.work = torch.empty(rows * groups * _GROUP_BYTES, dtype=torch.uint8)
-        self.own = torch.empty(pool().threads() * self.own_stride, dtype=torch.uint8)
-        self.address = self.work.data_ptr()
-
-
-class NativeQuantLinear:
+class NativeQuantLinear(NativeWeight):
     """A quantised weight in tiles; x may be bfloat16, float32 or float16, in rows at any stride."""
 
     __slots__ = (
@@ -97,10 +80,7 @@ class NativeQuantLinear:
             weight = weight.float()
         if weight.stride(1) != 1:
             weight = weight.contiguous()
-        executable = eager(1)
-        executable.set(
-            0,
-            "pack_quant",
+        args = (
             weight.data_ptr(),
             weight.stride(0),
             int(weight.dtype == torch.float32),
@@ -110,7 +90,7 @@ class NativeQuantLinear:
             self._tiles.data_ptr(),
             0 if self._scales is None else self._scales.data_ptr(),
         )
-        executable.run(pack_step(0), pool().threads())
+        run_at_once([("pack_quant", args)], pack_step(0), pool().threads())
 
     @property
     def nbytes(self) -> int:
@@ -125,65 +105,30 @@ class NativeQuantLinear:
             return self.unpack()[ids].to(self.dtype)
         ids = ids.contiguous()
         out = torch.empty(ids.shape[0], self.in_features, dtype=self.dtype)
-        executable = eager(1)
-        executable.set(0, "embedding_quant", *self.embedding_arguments(out.data_ptr()))
-        executable.run(pack_step(ids.shape[0], 0, 0, 0, ids.data_ptr()), 1)
+        is_float32 = self.dtype == torch.float32
+        rows = self.embedding(out.data_ptr(), is_float32=is_float32)
+        run_at_once([rows], pack_step(ids.shape[0], 0, 0, 0, ids.data_ptr()), 1)
         return out
 
-    def embedding_arguments(self, out: int) -> tuple[int, ...]:
-        """What `embedding_quant` takes: the address of its result, in `dtype`, and the rows."""
-        assert self._scales is not None
-        is_float32 = int(self.dtype == torch.float32)
-        return (
-            out,
-            self._tiles.data_ptr(),
-            self._scales.data_ptr(),
-            self.in_features,
-            is_float32,
-            self.out_features,
-        )
+    def embedding(self, out: int, *, is_float32: bool = False) -> Instruction:
+        if self._scales is None:
+            return super().embedding(out)
+        tiles, scales = self._tiles.data_ptr(), self._scales.data_ptr()
+        args = (out, tiles, scales, self.in_features, int(is_float32), self.out_features)
+        return "embedding_quant", args
 
-    def arguments(
-        self,
-        y: int,
-        x: int,
-        x_stride: int,
-        scratch: Scratch | None,
-        done: Tensor | None,
-        *,
-        x_float32: bool = False,
-        rows_kind: int = 0,
-        is_float32: bool = False,
-        best: int = 0,
-        scale: float = 1.0,
-        cap: float = 0.0,
-    ) -> tuple[int, ...]:
-        """What `quantise` and then `linear_quant` take: see linear_quant.c.
-
-        `done` are flags that no other instruction of the program has; without them no thread
-        quantises rows for itself. `scratch` is given, or its address filled in later.
-        """
-        return (
-            y,
-            x,
-            x_stride,
-            int(x_float32),
-            self.in_features,
-            rows_kind,
-            0 if scratch is None else scratch.address,
-            0 if scratch is None else scratch.own.data_ptr(),
-            0 if scratch is None else scratch.own_stride,
-            0 if done is None else done.data_ptr(),
+    def instructions(self, product: Product, memory: Memory) -> list[Instruction]:
+        """Rows are quantised, and then multiplied."""
+        product = product.with_work(memory, self.groups * _GROUP_BYTES)
+        args = (
+            *product,
             self._tiles.data_ptr(),
             0 if self._scales is None else self._scales.data_ptr(),
             0 if self.bias is None else self.bias.data_ptr(),
             self.out_features,
             self.bits,
-            int(is_float32),
-            best,
-            double_bits(scale),
-            double_bits(cap),
         )
+        return [("quantise", product), ("linear_quant", args)]
 
     def __call__(self, x: Tensor) -> Tensor:
         if (symbol := as_symbol(x)) is not None:
@@ -192,27 +137,8 @@ class NativeQuantLinear:
             raise ValueError(f"expected rows of {self.in_features}, got {x.shape[-1]}")
         if x.dtype not in _DTYPES:
             return self(x.float()).to(x.dtype)
-        rows = x.reshape(-1, self.in_features)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        is_float32 = x.dtype == torch.float32
-        # Kept until the run is over.
-        scratch, done = Scratch(rows.shape[0], self.groups), done_flags()
-        args = self.arguments(
-            y.data_ptr(),
-            rows.data_ptr(),
-            rows.stride(0),
-            scratch,
-            done,
-            x_float32=is_float32,
-            is_float32=is_float32,
-        )
-        executable = eager(2)
-        executable.set(0, "quantise", *args)
-        executable.set(1, "linear_quant", *args)
-        threads = 1 if self._tiles.nbytes < _PARALLEL_BYTES else pool().threads()
-        executable.run(pack_step(rows.shape[0]), threads)
+        multiply(self, self._tiles.nbytes, as_rows(x), y)
         return y
 
 

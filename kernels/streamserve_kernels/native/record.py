@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +20,14 @@ from streamserve_kernels.adapters import AdapterRows
 from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import NotRecordableError, PackedLinear, QuantLinear
 from streamserve_kernels.native.adapters import AdapterTable
-from streamserve_kernels.native.execute import Executable, done_flags, double_bits
-from streamserve_kernels.native.experts import ExpertProducts, Routes, Work
+from streamserve_kernels.native.execute import Executable, Instruction, done_flags, double_bits
+from streamserve_kernels.native.experts import ExpertProducts, Routes
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.library import ACTIVATION_CODES, GATED_CODES
-from streamserve_kernels.native.linear import NativeLinear
-from streamserve_kernels.native.quant_linear import NativeQuantLinear, Scratch
+from streamserve_kernels.native.product import NativeWeight, Product, Work
 from streamserve_kernels.native.recorded import RecordedProgram
-from streamserve_kernels.native.stored import NativeStackedLinear
-from streamserve_kernels.native.stored_linear import GroupSums, LookupLinear, NativeStoredLinear
 from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol, rows_kind
 from streamserve_kernels.pool import pool
-
-W = TypeVar("W", bound=Work)
 
 
 class _Memory:
@@ -46,6 +41,22 @@ class _Memory:
 
     def __del__(self) -> None:
         self._give_back(self.tensor)
+
+
+class _ProductMemory:
+    """Memory for the products of so many rows, until no instruction of theirs is to come."""
+
+    def __init__(self, recorder: Recorder, rows: int) -> None:
+        self._recorder = recorder
+        self._rows = rows
+        self._symbols: list[Symbol] = []
+
+    def work(self, row_bytes: int) -> tuple[int, int, int, int]:
+        return self._recorder._work(self._rows, row_bytes)
+
+    def rows(self, width: int) -> int:
+        self._symbols.append(self._recorder._new(self._rows, width))
+        return self._symbols[-1].address
 
 
 class RecordedBatch:
@@ -78,11 +89,11 @@ class Recorder:
         self.batch = RecordedBatch()
         self.max_tokens = max_tokens
         self.max_logits = max_logits
-        self.instructions: list[tuple[str, tuple[int, ...]]] = []
+        self.instructions: list[Instruction] = []
         self.keep: list[object] = []  # what the instructions' addresses point to
         self.attention: tuple[int, ...] | None = None
         self._buffers: list[Tensor] = []  # free, to be used again
-        self._works: dict[tuple[type, int, int], Work] = {}  # by rows and groups of inputs
+        self._works: dict[tuple[int, int], Work] = {}  # by rows and bytes for each
         self._slots: tuple[Tensor, Tensor] | None = None  # of tokens and logits, with adapters
         self._low: dict[int, Tensor] = {}  # what adapters make between their products, by width
 
@@ -106,15 +117,13 @@ class Recorder:
             return self.max_logits * max(1, rows)
         return self.max_tokens * max(1, -2 - rows)
 
-    def _work(self, kind: type[W], rows: int, groups: int) -> W:
-        """What is made of rows before a product; instructions that follow one another share it."""
-        key = kind, max(self._most_rows(rows), self.max_tokens), groups
-        work = self._works.get(key)
-        if work is None:
-            work = self._works[key] = kind(*key[1:])
-            self.keep.append(work)
-        assert isinstance(work, kind)
-        return work
+    def _work(self, rows: int, row_bytes: int) -> tuple[int, int, int, int]:
+        """See `Memory.work`; products that follow one another share all but the flags."""
+        key = max(self._most_rows(rows), self.max_tokens), row_bytes
+        work = self._works.get(key) or self._works.setdefault(key, Work(*key))
+        done = done_flags()
+        self.keep += work, done
+        return (*work.fields, done.data_ptr())
 
     def _address(self, tensor: Tensor | None) -> int:
         if tensor is None:
@@ -148,16 +157,11 @@ class Recorder:
         return out
 
     def _quantised_embedding(self, ids: Index, table: QuantLinear) -> Symbol:
-        is_stored = isinstance(table, NativeStoredLinear)
-        is_int8 = isinstance(table, NativeQuantLinear) and table.quantization == "int8"
-        if ids.name != "input_ids" or ids.offset or not (is_stored or is_int8):
+        if ids.name != "input_ids" or ids.offset or not isinstance(table, NativeWeight):
             raise NotRecordableError(f"an embedding of {ids.name} by {type(table).__name__}")
         out = self._new(TOKENS, table.in_features)
+        self.instructions.append(table.embedding(out.address))
         self.keep.append(table)
-        if isinstance(table, NativeStoredLinear):
-            self._add("stored_rows", *table.rows_arguments(out.address))
-        elif isinstance(table, NativeQuantLinear):
-            self._add("embedding_quant", *table.embedding_arguments(out.address))
         return out
 
     def gather(self, x: Symbol) -> Symbol:
@@ -342,56 +346,17 @@ class Recorder:
 
     def linear(self, x: Symbol, packed: Any) -> Symbol:
         out = self._new(x.rows, packed.out_features)
-        self._product(x, packed, out.address, rows_kind=rows_kind(x.rows))
+        self._product(x, packed, out.address)
         return out
 
-    def _product(self, x: Symbol, packed: Any, y: int, **options: Any) -> None:
-        """X times a weight of either kind; `options` are those of `NativeLinear.arguments`."""
-        self.keep.append(packed)
-        if isinstance(packed, NativeQuantLinear):
-            done = done_flags()
-            scratch = self._work(Scratch, x.rows, packed.groups)
-            self.keep.append(done)
-            args = packed.arguments(y, x.address, x.stride, scratch, done, **options)
-            self._add("quantise", *args)
-            self._add("linear_quant", *args)
-            return
-        if isinstance(packed, LookupLinear):
-            self._stored_product(x, packed, y, **options)
-            return
-        if isinstance(packed, NativeStackedLinear) and not options.get("is_float32"):
-            for part in packed.parts:
-                if not isinstance(part, LookupLinear):
-                    raise NotRecordableError(f"a product with {type(part).__name__}")
-                self._stored_product(x, part, y, y_stride=packed.out_features, **options)
-                y += 2 * part.out_features
-            return
-        if not isinstance(packed, NativeLinear) or x.width % 2:
+    def _product(self, x: Symbol, packed: Any, y: int, **options: int) -> None:
+        """X times a weight; `options` are fields of `Product`."""
+        kind, y_stride = rows_kind(x.rows), packed.out_features
+        product = Product(y, x.address, x.width, y_stride, x.stride, kind, **options)
+        if not isinstance(packed, NativeWeight):
             raise NotRecordableError(f"a product with {type(packed).__name__}")
-        self._add("linear", *packed.arguments(y, x.address, x.stride, **options))
-
-    def _stored_product(self, x: Symbol, packed: LookupLinear, y: int, **options: Any) -> None:
-        if packed.inputs_address:
-            ordered = self._new(x.rows, x.width)
-            self._add(
-                "gather_inputs",
-                ordered.address,
-                x.address,
-                x.stride,
-                packed.inputs_address,
-                x.width,
-                rows_kind(x.rows),
-            )
-            x = ordered
-        sums = done = None
-        if packed.has_offsets:
-            sums = self._work(GroupSums, x.rows, packed.groups)
-            done = done_flags()
-            self.keep.append(done)
-        args = packed.arguments(y, x.address, x.stride, sums, done, **options)
-        if packed.has_offsets:
-            self._add("stored_sums", *args)
-        self._add(packed.operation, *args)
+        self.keep.append(packed)
+        self.instructions += packed.instructions(product, _ProductMemory(self, x.rows))
 
     def add_adapters(
         self, y: Symbol, x: Symbol, table: AdapterTable, rows: AdapterRows | None
@@ -459,12 +424,9 @@ class Recorder:
     ) -> Symbol:
         products = ExpertProducts(experts)
         out = self._new(x.rows, products.out_features)
-        instructions, keep = products.instructions(
-            routes, out.address, x.address, lambda kind, groups: self._work(kind, x.rows, groups)
-        )
-        for operation, args in instructions:
-            self._add(operation, *args)
-        self.keep += [experts, *keep]
+        memory = _ProductMemory(self, x.rows)
+        self.instructions += products.instructions(routes, out.address, x.address, memory)
+        self.keep += experts, products, routes
         return out
 
     def add_shared_experts(self, chosen: Symbol, x: Symbol, gate: Tensor, shared: Symbol) -> Symbol:
@@ -498,16 +460,14 @@ class Recorder:
             x,
             head,
             logits.data_ptr(),
-            rows_kind=1,
-            is_float32=True,
+            y_float32=1,
             best=best.data_ptr(),
-            scale=scale,
-            cap=soft_cap or 0.0,
+            scale=double_bits(scale),
+            cap=double_bits(soft_cap or 0.0),
         )
         self._add("argmax", token_ids.data_ptr(), best.data_ptr())
         executable = Executable(len(self.instructions), self.attention or (0,) * 6)
-        for index, (operation, values) in enumerate(self.instructions):
-            executable.set(index, operation, *values)
+        executable.set(self.instructions)
         states = x.memory.tensor.as_strided(
             (self.max_logits, x.width),
             (x.stride, 1),

@@ -7,8 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from streamserve_kernels.interface import QuantLinear
+from streamserve_kernels.interface import NotRecordableError, QuantLinear
+from streamserve_kernels.native.execute import Instruction
 from streamserve_kernels.native.library import why_not
+from streamserve_kernels.native.product import Memory, NativeWeight, Product
 from streamserve_kernels.native.stored_linear import prepare_lookup
 from streamserve_kernels.native.stored_table import prepare_tables
 from streamserve_kernels.native.symbol import as_symbol
@@ -16,10 +18,22 @@ from streamserve_kernels.stored import OneWeight, StoredWeight
 from streamserve_kernels.stored_naive import NaiveStoredLinear, StackedLinear, prepare_parts
 
 
-class NativeStackedLinear(StackedLinear):
+class NativeStackedLinear(StackedLinear, NativeWeight):
     """Parts that a recorded step multiplies one after the other."""
 
     __slots__ = ("__weakref__",)
+
+    def instructions(self, product: Product, memory: Memory) -> list[Instruction]:
+        """Those of the parts. Raises NotRecordableError for float32, and parts of other kinds."""
+        if product.y_float32:
+            raise NotRecordableError("a product with parts in float32")
+        found: list[Instruction] = []
+        for part in self.parts:
+            if not isinstance(part, NativeWeight):
+                raise NotRecordableError(f"a product with {type(part).__name__}")
+            found += part.instructions(product, memory)
+            product = product._replace(y=product.y + 2 * part.out_features)
+        return found
 
     def __call__(self, x: Tensor) -> Tensor:
         if (symbol := as_symbol(x)) is not None:

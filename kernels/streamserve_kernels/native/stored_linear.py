@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from streamserve_kernels.huge_pages import Arena
-from streamserve_kernels.native.execute import done_flags, double_bits, eager, pack_step
+from streamserve_kernels.native.execute import Instruction, pack_step, run_at_once
+from streamserve_kernels.native.product import Memory, NativeWeight, Product, as_rows, multiply
 from streamserve_kernels.native.symbol import as_symbol
 from streamserve_kernels.pool import pool
 from streamserve_kernels.quantised import Quantization
@@ -48,27 +49,10 @@ FLOAT8_KIND = 6
 STEPS = (16, 32, 8, 32, 16, 4, 4)
 STEP_BYTES = (4, 12, 4, 20, 12, 4, 4)
 _NO_NUMBERS, _HALF, _FLOAT, _FACTORED_HALF, _FACTORED_FLOAT = range(5)
-# Weight bytes below which one thread is enough.
-_PARALLEL_BYTES = 65536
-# Most rows of which every thread sums the groups for itself, and what float8 is scaled by: see C.
-_OWN_ROWS = 4
-_FLOAT8_FACTOR = 256.0
-_LINE = 64
+_SUM_BYTES = 4
+_FLOAT8_FACTOR = 256.0  # what float8 is scaled by: see C
 
 _arena = Arena()
-
-
-class GroupSums:
-    """Memory for the sums of a step's groups of inputs: of all rows, and a few for each thread.
-
-    Shared by instructions that run one after the other. Not for two threads at a time.
-    """
-
-    def __init__(self, rows: int, groups: int) -> None:
-        self.own_stride = -(-_OWN_ROWS * groups * 4 // _LINE) * _LINE
-        self.sums = torch.empty(rows * groups)
-        self.own = torch.empty(pool().threads() * self.own_stride, dtype=torch.uint8)
-        self.address = self.sums.data_ptr()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +170,7 @@ class _Numbers:
         return (self.form, *addresses, self.shift)
 
 
-class LookupLinear:
+class LookupLinear(NativeWeight):
     """What products with weights that are looked up have in common; x of any float dtype.
 
     Rows of x may be at any stride.
@@ -198,10 +182,8 @@ class LookupLinear:
         "_descriptor",
         "bias",
         "dtype",
-        "groups",
-        "has_offsets",
+        "group",
         "in_features",
-        "inputs",
         "inputs_address",
         "out_features",
         "quantization",
@@ -210,82 +192,38 @@ class LookupLinear:
     operation: str
     bias: Tensor | None
     dtype: torch.dtype
-    groups: int
-    has_offsets: bool  # whether sums of the groups' inputs are needed
+    group: int  # inputs whose sum the product needs, or 0
     in_features: int
-    inputs: Tensor | None  # [K] int64: the input of each column; None: their order is the layer's
-    inputs_address: int  # where the same lies as int32, or 0
+    inputs_address: int  # of [K] int32: the input of each column; 0: their order is the layer's
     out_features: int
     quantization: Quantization
     _codes: Tensor
     _descriptor: Tensor
 
-    def arguments(
-        self,
-        y: int,
-        x: int,
-        x_stride: int,
-        sums: GroupSums | None,
-        done: Tensor | None,
-        *,
-        rows_kind: int = 0,
-        is_float32: bool = False,
-        best: int = 0,
-        scale: float = 1.0,
-        cap: float = 0.0,
-        y_stride: int | None = None,
-    ) -> tuple[int, ...]:
-        """What `stored_sums` and `stored_linear` take: see stored_linear.c.
-
-        Rows of y are `y_stride` elements apart, those of a weight of its own one after the other.
-        x has its inputs in the weight's order. `sums` are given if there are offsets, and `done`
-        are flags that no other instruction of the program has; without them no thread sums groups
-        for itself.
-        """
-        return (
-            y,
-            x,
-            x_stride,
-            rows_kind,
-            self._descriptor.data_ptr(),
-            0 if self.bias is None else self.bias.data_ptr(),
-            int(is_float32),
-            best,
-            double_bits(scale),
-            double_bits(cap),
-            0 if sums is None else sums.address,
-            0 if sums is None else sums.own.data_ptr(),
-            0 if sums is None else sums.own_stride,
-            0 if done is None else done.data_ptr(),
-            self.out_features if y_stride is None else y_stride,
-        )
+    def instructions(self, product: Product, memory: Memory) -> list[Instruction]:
+        """Inputs come into the weight's order and groups are summed, where it needs that."""
+        found: list[Instruction] = []
+        if self.inputs_address:
+            y, width = memory.rows(self.in_features), self.in_features
+            ordered = product._replace(y=y, y_stride=width)
+            found.append(("gather_inputs", (*ordered, self.inputs_address)))
+            product = product._replace(x=y, x_stride=width)
+        if self.group:
+            product = product.with_work(memory, -(-self.in_features // self.group) * _SUM_BYTES)
+            found.append(("stored_sums", (*product, self.group)))
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        found.append((self.operation, (*product, self._descriptor.data_ptr(), bias)))
+        return found
 
     def __call__(self, x: Tensor) -> Tensor:
         if (symbol := as_symbol(x)) is not None:
             return cast(Tensor, symbol.recorder.linear(symbol, self))
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected rows of {self.in_features}, got {x.shape[-1]}")
-        rows = x.reshape(-1, self.in_features).bfloat16()
-        if self.inputs is not None:
-            rows = rows.index_select(1, self.inputs)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        is_float32 = x.dtype != torch.bfloat16
-        y = torch.empty(
-            rows.shape[0], self.out_features, dtype=torch.float32 if is_float32 else x.dtype
-        )
-        # Kept until the run is over.
-        sums = GroupSums(rows.shape[0], self.groups) if self.has_offsets else None
-        done = done_flags() if self.has_offsets else None
-        args = self.arguments(
-            y.data_ptr(), rows.data_ptr(), rows.stride(0), sums, done, is_float32=is_float32
-        )
-        executable = eager(2 if self.has_offsets else 1)
-        if self.has_offsets:
-            executable.set(0, "stored_sums", *args)
-        executable.set(int(self.has_offsets), self.operation, *args)
-        threads = 1 if self._codes.nbytes < _PARALLEL_BYTES else pool().threads()
-        executable.run(pack_step(rows.shape[0]), threads)
+        rows = as_rows(x.bfloat16())
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        y = torch.empty(rows.shape[0], self.out_features, dtype=dtype)
+        multiply(self, self._codes.nbytes, rows, y)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
@@ -304,14 +242,12 @@ class NativeStoredLinear(LookupLinear):
         self.quantization: Quantization = quantization
         self.bias = None if bias is None else bias.float().contiguous()
         group = min(plan.group, self.in_features)
-        self.groups = -(-self.in_features // group)
-        self.inputs = plan.inputs
         self._inputs = None if plan.inputs is None else plan.inputs.to(torch.int32).contiguous()
         self._values = plan.values.float().repeat(256)[:256].contiguous()
         self._table = self._values[:64].bfloat16()
         self.inputs_address = 0 if self._inputs is None else self._inputs.data_ptr()
         self._scales, self._offsets = _Numbers(plan.scales), _Numbers(plan.offsets)
-        self.has_offsets = self._offsets.form != _NO_NUMBERS
+        self.group = 0 if plan.offsets is None else group
         step_bytes = STEP_BYTES[plan.kind] * BLOCK
         blocks, steps = -(-self.out_features // BLOCK), self.in_features // STEPS[plan.kind]
         self._codes = _arena.empty((blocks, steps, step_bytes), torch.uint8).zero_()
@@ -331,15 +267,12 @@ class NativeStoredLinear(LookupLinear):
             dtype=torch.int64,
         )
         codes = plan.codes if plan.codes.stride(1) == 1 else plan.codes.contiguous()
-        executable = eager(1)
-        executable.set(
-            0, "stored_pack", codes.data_ptr(), codes.stride(0), self._descriptor.data_ptr()
-        )
-        executable.run(pack_step(0), pool().threads())
+        args = (codes.data_ptr(), codes.stride(0), self._descriptor.data_ptr())
+        run_at_once([("stored_pack", args)], pack_step(0), pool().threads())
 
     @property
     def nbytes(self) -> int:
-        parts = (self._codes, self.inputs, self._inputs, self.bias)
+        parts = (self._codes, self._inputs, self.bias)
         return (
             sum(number_bytes(part) for part in parts) + self._scales.nbytes + self._offsets.nbytes
         )
@@ -347,10 +280,9 @@ class NativeStoredLinear(LookupLinear):
     def _rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         ids = ids.contiguous()
         out = torch.empty(ids.shape[0], self.in_features, dtype=dtype)
-        executable = eager(1)
-        arguments = self.rows_arguments(out.data_ptr(), is_float32=dtype == torch.float32)
-        executable.set(0, "stored_rows", *arguments)
-        executable.run(pack_step(ids.shape[0], 0, 0, 0, ids.data_ptr()), pool().threads())
+        rows = self.embedding(out.data_ptr(), is_float32=dtype == torch.float32)
+        step = pack_step(ids.shape[0], 0, 0, 0, ids.data_ptr())
+        run_at_once([rows], step, pool().threads())
         return out
 
     def unpack(self) -> Tensor:
@@ -362,9 +294,9 @@ class NativeStoredLinear(LookupLinear):
             return self._rows(ids, torch.float32).to(self.dtype)
         return self._rows(ids, torch.bfloat16)
 
-    def rows_arguments(self, out: int, *, is_float32: bool = False) -> tuple[int, ...]:
-        """What `stored_rows` takes: the address of its result, and how."""
-        return (out, self._descriptor.data_ptr(), int(is_float32), self.inputs_address)
+    def embedding(self, out: int, *, is_float32: bool = False) -> Instruction:
+        address = self._descriptor.data_ptr()
+        return "stored_rows", (out, address, int(is_float32), self.inputs_address)
 
 
 def prepare_lookup(

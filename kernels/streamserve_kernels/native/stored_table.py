@@ -45,8 +45,7 @@ class NativeTableLinear(LookupLinear):
         self.dtype = dtype
         self.quantization = stored_name(weight)
         self.bias = None if bias is None else bias.float().contiguous()
-        self.groups, self.has_offsets = 1, False
-        self.inputs, self.inputs_address = None, 0
+        self.group = self.inputs_address = 0
         self._bits = weight.bits
         # Four outputs are read at a time.
         spare = -self.out_features % 4

@@ -3,6 +3,7 @@
 // A *pair* is a row and one of its experts. Pairs are numbered by expert, so that an expert's are
 // one slice of the rows: the product of an expert is the product of any weight, told its slice.
 #include "experts.h"
+#include "output.h"
 
 #include <math.h>
 #include <string.h>
@@ -142,24 +143,34 @@ const ss_operation ss_gather_pairs = {gather_units, gather_run, 0};
 
 // --- the products -------------------------------------------------------------------------------
 
+// Behind what the product of each expert begins with, rows of kind SS_SLICE.
 enum {
-    EXPERTS_ROUTES,
-    EXPERTS_PRODUCTS,  // address of an instruction for each expert, with rows of kind SS_SLICE
+    EXPERTS_ROUTES = PRODUCT_ARGS,
+    EXPERTS_PRODUCTS,  // address of an instruction for each expert; how it begins is said above
 };
 
-// What the product of the i-th expert that somebody chose is told of the step.
-static ss_context slice_of(const ss_context *context, const ss_routes *routes, int64_t i) {
+// The product of the i-th expert that somebody chose, and what it is told of the step.
+typedef struct {
+    const ss_operation *operation;
+    int64_t args[SS_MAX_ARGS];
+    ss_context context;
+} expert_product;
+
+static expert_product product_of(const ss_context *context, const int64_t *args, int64_t i) {
+    const ss_routes *routes = (const ss_routes *)args[EXPERTS_ROUTES];
     const int32_t e = routes->active[1 + i];
-    ss_context own = *context;
-    own.num_threads = 1;  // its columns are cut into units, not into ranges of threads
-    own.slice = (ss_slice){routes->starts[e], routes->starts[e + 1] - routes->starts[e],
-                           num_pairs(context, routes)};
+    const ss_instruction *instruction = (const ss_instruction *)args[EXPERTS_PRODUCTS] + e;
+    expert_product own = {.operation = ss_operation_of(instruction), .context = *context};
+    memcpy(own.args, instruction->args, sizeof(own.args));
+    memcpy(own.args, args, PRODUCT_ARGS * sizeof(*args));
+    own.context.num_threads = 1;  // its columns are cut into units, not into ranges of threads
+    own.context.slice = (ss_slice){routes->starts[e], routes->starts[e + 1] - routes->starts[e],
+                                   num_pairs(context, routes)};
     return own;
 }
 
-static const ss_instruction *product_of(const int64_t *args, int64_t i) {
-    const ss_routes *routes = (const ss_routes *)args[EXPERTS_ROUTES];
-    return (const ss_instruction *)args[EXPERTS_PRODUCTS] + routes->active[1 + i];
+static int64_t units_of(const expert_product *own) {
+    return own->operation->units(&own->context, own->args);
 }
 
 // Each expert falls into as many as that of most units: what is too many for one is nothing to do.
@@ -168,9 +179,8 @@ static int64_t experts_units(const ss_context *context, const int64_t *args) {
     if (!num_rows(context, routes)) return 0;
     int64_t most = 0;
     for (int64_t i = 0; i < routes->active[0]; i++) {
-        const ss_context own = slice_of(context, routes, i);
-        const ss_instruction *product = product_of(args, i);
-        most = ss_max(most, ss_operation_of(product)->units(&own, product->args));
+        const expert_product own = product_of(context, args, i);
+        most = ss_max(most, units_of(&own));
     }
     return most * routes->active[0];
 }
@@ -178,13 +188,11 @@ static int64_t experts_units(const ss_context *context, const int64_t *args) {
 static void experts_run(const ss_context *context, const int64_t *args, int64_t unit,
                         int64_t num_units, int thread) {
     const ss_routes *routes = (const ss_routes *)args[EXPERTS_ROUTES];
-    const int64_t each = num_units / routes->active[0], i = unit / each;
-    const ss_context own = slice_of(context, routes, i);
-    const ss_instruction *product = product_of(args, i);
-    const ss_operation *operation = ss_operation_of(product);
-    const int64_t its_units = operation->units(&own, product->args);
+    const int64_t each = num_units / routes->active[0];
+    const expert_product own = product_of(context, args, unit / each);
+    const int64_t its_units = units_of(&own);
     if (unit % each < its_units)
-        operation->run(&own, product->args, unit % each, its_units, thread);
+        own.operation->run(&own.context, own.args, unit % each, its_units, thread);
 }
 
 const ss_operation ss_experts = {experts_units, experts_run, 0};

@@ -24,20 +24,12 @@ enum { ROW_TILE = 12, SUMS = 24 };
 enum { ROW_TILE = 6, SUMS = 6 };
 #endif
 
+// Behind what all products begin with; K is even.
 enum {
-    Y,          // address of y [rows, N], bfloat16 or float32
-    X,          // address of x [rows, K], bfloat16
-    WEIGHT,     // address of the packed weight
-    BIAS,       // address of the bias [N], bfloat16, or 0
-    OUTPUTS,    // N
-    INPUTS,     // K, even
-    PADDED,     // Kp
-    X_STRIDE,   // elements between rows of x
-    ROWS_KIND,  // see ss_rows
-    IS_FLOAT32, // whether y is float32
-    BEST,       // address of [threads][rows] (value, index) pairs for the arg-max, or 0
-    SCALE,      // bits of a double: y is multiplied by it (float32 only)
-    CAP,        // bits of a double: y = cap·tanh(y / cap), or 0 (float32 only)
+    WEIGHT = PRODUCT_ARGS,  // address of the packed weight
+    BIAS,                   // address of the bias [N], bfloat16, or 0
+    OUTPUTS,                // N
+    PADDED,                 // Kp
 };
 
 // A thread's range of columns is cut at the blocks' ends: units for one thread.
@@ -138,13 +130,6 @@ static void multiply_tile(float *sums, const ss_factor *x, int64_t x_stride, con
             sums + LANES * v, x, x_stride, weight + 2 * LANES * v, pairs, ahead, v ? 0 : lines);
 }
 
-static int begin(const ss_context *context, const int64_t *args) {
-    if (args[BEST])
-        ss_reset_best((ss_best *)args[BEST],
-                      context->num_threads * ss_rows(context, args[ROWS_KIND]));
-    return SS_OK;
-}
-
 // sums [rows, BLOCK] = x [rows, K] · the weight's columns; few enough rows for their sums to stay in
 // the cache.
 static void multiply_group(float *sums, const bf16 *x, int64_t x_stride, const bf16 *weight,
@@ -191,17 +176,7 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     const int64_t x_stride = args[X_STRIDE], vectors = ss_ceil_div(columns, LANES);
     const bf16 *weight = (const bf16 *)args[WEIGHT] + (first / BLOCK) * BLOCK * args[PADDED] +
                          2 * (first % BLOCK);
-    ss_best *best = args[BEST] ? (ss_best *)args[BEST] + thread * rows : 0;
-    const ss_output out = {
-        .y = (void *)args[Y],
-        .bias = (const void *)args[BIAS],
-        .stride = args[OUTPUTS],
-        .is_float32 = (int)args[IS_FLOAT32],
-        .stores = !best || context->step->wants_logits,
-        .scale = (float)ss_double(args[SCALE]),
-        .cap = (float)ss_double(args[CAP]),
-        .best = best,
-    };
+    const ss_output out = ss_output_of(context, args, (const void *)args[BIAS], 0, thread);
     const int64_t groups = ss_ceil_div(rows, GROUP_ROWS);
     float sums[GROUP_ROWS * BLOCK] __attribute__((aligned(64)));
     for (int64_t i = 0; i < groups; i++) {
@@ -214,7 +189,7 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     }
 }
 
-const ss_operation ss_linear = {units, run, begin};
+const ss_operation ss_linear = {units, run, ss_begin_product};
 
 // ids[row] = the first index of the largest of a row, from what each thread kept of the head.
 enum { ARGMAX_IDS, ARGMAX_BEST };

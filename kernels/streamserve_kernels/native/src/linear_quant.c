@@ -12,7 +12,7 @@
 //
 // so that a pass over 16 outputs reads one stream of whole cache lines. An output is a sum in one
 // order whatever the number of rows: a row's result does not depend on its batch.
-#include "streamserve.h"
+#include "output.h"
 
 #include <math.h>
 #include <string.h>
@@ -24,7 +24,6 @@ enum {
     INT4_TILE = 576,
     ROW_TILE = 4,         // 4 rows x 4 tiles of columns run at 85% of the VNNI rate, 6 x 4 at 60%
     STREAM_ROWS = 4,      // most rows at which the weights' way from memory is what takes the time
-    OWN_ROWS = 4,         // most rows that every thread quantises for itself: cheaper than to meet
 };
 
 // How a stream of weights is asked for, and how many bytes ahead. Zen 4 reads faster past the second
@@ -41,7 +40,6 @@ enum { STREAM_AHEAD = 8192 };
 typedef struct {
     const uint8_t *tiles;
     const float *scales;  // int8: one per output, padded to whole tiles; int4: none
-    const float *bias;    // or none
     int64_t outputs, groups;
     int bits;
 } quant_weight;
@@ -52,19 +50,6 @@ typedef struct {
     float *scales;   // [rows][groups]
     int32_t *sums;   // [rows][groups][2]: of the values of each half of a group
 } quant_rows;
-
-// Where the results go.
-typedef struct {
-    float value;
-    int32_t index;
-} best_entry;
-
-typedef struct {
-    void *y;
-    int is_float32, stores;
-    float scale, cap;
-    best_entry *best;  // [rows], or none
-} output;
 
 // --- activations --------------------------------------------------------------------------------
 
@@ -121,7 +106,7 @@ static quant_rows rows_in(void *work, int64_t rows, int64_t groups) {
 // --- results ------------------------------------------------------------------------------------
 
 // Keeps the first of the largest; a NaN is never larger.
-SS_INLINE void keep_best(best_entry *best, __m512 value, __mmask16 mask, int64_t column) {
+SS_INLINE void keep_best(ss_best *best, __m512 value, __mmask16 mask, int64_t column) {
     const __m512 most = _mm512_set1_ps(best->value);
     if (!_mm512_mask_cmp_ps_mask(mask, value, most, _CMP_GE_OQ)) return;
     const float largest = _mm512_mask_reduce_max_ps(
@@ -129,7 +114,7 @@ SS_INLINE void keep_best(best_entry *best, __m512 value, __mmask16 mask, int64_t
     const __mmask16 there =
         _mm512_mask_cmp_ps_mask(mask, value, _mm512_set1_ps(largest), _CMP_EQ_OQ);
     const int32_t index = (int32_t)(column + __builtin_ctz(there));
-    if (largest > best->value || index < best->index) *best = (best_entry){largest, index};
+    if (largest > best->value || index < best->index) *best = (ss_best){largest, index};
 }
 
 static __m512 scaled_and_capped(__m512 value, float scale, float cap) {
@@ -142,9 +127,9 @@ static __m512 scaled_and_capped(__m512 value, float scale, float cap) {
     return _mm512_loadu_ps(lanes);
 }
 
-SS_INLINE void put(const output *out, int64_t row, int64_t column, int64_t outputs, __m512 value) {
-    const __mmask16 mask = ss_mask(outputs - column);
-    const int64_t at = row * outputs + column;
+SS_INLINE void put(const ss_output *out, int64_t row, int64_t column, __mmask16 mask,
+                   __m512 value) {
+    const int64_t at = row * out->stride + column;
     if (!out->is_float32) {
         ss_store_masked((bf16 *)out->y + at, value, mask);
         return;
@@ -158,7 +143,7 @@ SS_INLINE void put(const output *out, int64_t row, int64_t column, int64_t outpu
 typedef struct {
     const quant_weight *w;
     const quant_rows *x;
-    const output *out;
+    const ss_output *out;
 } job;
 
 // At few rows every line asks for the one `ahead` bytes on; at more, where every tile of rows reads
@@ -175,13 +160,13 @@ SS_INLINE void finish(const job *job, int64_t first_row, int64_t first_tile, con
     for (int c = 0; c < C; c++) {
         const int64_t column = (first_tile + c) * LANES;
         const __mmask16 mask = ss_mask(w->outputs - column);
-        const __m512 bias =
-            w->bias ? _mm512_maskz_loadu_ps(mask, w->bias + column) : _mm512_setzero_ps();
+        const float *of = job->out->bias;
+        const __m512 bias = of ? _mm512_maskz_loadu_ps(mask, of + column) : _mm512_setzero_ps();
         const __m512 scale = w->scales ? _mm512_loadu_ps(w->scales + column) : _mm512_set1_ps(1.0f);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const __m512 sum = _mm512_load_ps(total + (r * C + c) * LANES);
-            put(job->out, first_row + r, column, w->outputs, _mm512_fmadd_ps(sum, scale, bias));
+            put(job->out, first_row + r, column, mask, _mm512_fmadd_ps(sum, scale, bias));
         }
     }
 }
@@ -451,34 +436,15 @@ static void columns(const job *job, int64_t rows, int64_t first_column, int64_t 
 
 // --- operations ---------------------------------------------------------------------------------
 
+// Behind what all products begin with.
 enum {
-    Y,           // address of y [rows, N], bfloat16 or float32
-    X,           // address of x [rows, K], bfloat16 or float32
-    X_STRIDE,    // elements between rows of x
-    X_FLOAT32,   // whether x is float32
-    INPUTS,      // K
-    ROWS_KIND,   // see ss_rows
-    WORK,        // memory for all quantised rows; a thread's own for OWN_ROWS begins at OWN
-    OWN,         // address of [threads][OWN_ROWS] quantised rows of the widest x
-    OWN_STRIDE,  // bytes of one thread's
-    DONE,        // address of [threads] int64 64 bytes apart: whether a thread has its own rows;
-                 // 0: no thread has
-    TILES,       // address of the packed weight
-    SCALES,      // address of the scales [N], float32, or 0
-    BIAS,        // address of the bias [N], float32, or 0
-    OUTPUTS,     // N
-    BITS,        // 8 or 4
-    Y_FLOAT32,   // whether y is float32
-    BEST,        // address of [threads][rows] best_entry for the arg-max, or 0
-    SCALE,       // bits of a double: y is multiplied by it (float32 only)
-    CAP,         // bits of a double: y = cap·tanh(y / cap), or 0 (float32 only)
+    TILES = PRODUCT_ARGS,  // address of the packed weight
+    SCALES,                // address of the scales [N], float32, or 0
+    BIAS,                  // address of the bias [N], float32, or 0
+    OUTPUTS,               // N
+    BITS,                  // 8 or 4
 };
-enum { DONE_STRIDE = 8, BLOCK = 4 * LANES, MOST_UNITS = 16 };
-
-// Whether every thread quantises the rows for itself.
-static int each_its_own(const int64_t *args, int64_t rows) {
-    return args[DONE] && rows <= OWN_ROWS;
-}
+enum { BLOCK = 4 * LANES, MOST_UNITS = 16 };
 
 static int64_t quantise_units(const ss_context *context, const int64_t *args) {
     const int64_t rows = ss_rows(context, args[ROWS_KIND]);
@@ -511,16 +477,6 @@ static int64_t units_per_thread(const int64_t *args, int num_threads, int64_t ro
 static int64_t linear_units(const ss_context *context, const int64_t *args) {
     const int64_t rows = ss_rows(context, args[ROWS_KIND]);
     return rows ? context->num_threads * units_per_thread(args, context->num_threads, rows) : 0;
-}
-
-static int linear_begin(const ss_context *context, const int64_t *args) {
-    for (int i = 0; args[DONE] && i < context->num_threads; i++)
-        ((int64_t *)args[DONE])[DONE_STRIDE * i] = 0;
-    best_entry *best = (best_entry *)args[BEST];
-    if (!best) return SS_OK;
-    const int64_t count = context->num_threads * ss_rows(context, args[ROWS_KIND]);
-    for (int64_t i = 0; i < count; i++) best[i] = (best_entry){-INFINITY, 0};
-    return SS_OK;
 }
 
 static quant_rows quantised(const ss_context *context, const int64_t *args, int thread) {
@@ -556,25 +512,18 @@ static void linear_run(const ss_context *context, const int64_t *args, int64_t u
     const int64_t first = low + unit % each * width, end = ss_min(high, first + width);
     if (first >= end) return;
     const quant_weight w = {
-        (const uint8_t *)args[TILES], (const float *)args[SCALES],       (const float *)args[BIAS],
-        args[OUTPUTS],                ss_ceil_div(args[INPUTS], GROUP), (int)args[BITS],
+        (const uint8_t *)args[TILES], (const float *)args[SCALES], args[OUTPUTS],
+        ss_ceil_div(args[INPUTS], GROUP), (int)args[BITS],
     };
-    best_entry *best = args[BEST] ? (best_entry *)args[BEST] + thread * rows : 0;
-    const int64_t element = args[Y_FLOAT32] ? 4 : 2;
-    const output out = {
-        (char *)args[Y] + ss_first_row(context, args[ROWS_KIND]) * args[OUTPUTS] * element,
-        (int)args[Y_FLOAT32],
-        !best || context->step->wants_logits,
-        (float)ss_double(args[SCALE]),
-        (float)ss_double(args[CAP]),
-        best,
-    };
+    ss_output out = ss_output_of(context, args, (const void *)args[BIAS], 1, thread);
+    out.y = (char *)out.y +
+            ss_first_row(context, args[ROWS_KIND]) * out.stride * (out.is_float32 ? 4 : 2);
     const quant_rows x = quantised(context, args, thread);
     const job job = {&w, &x, &out};
     columns(&job, rows, first, end);
 }
 
-const ss_operation ss_linear_quant = {linear_units, linear_run, linear_begin};
+const ss_operation ss_linear_quant = {linear_units, linear_run, ss_begin_product};
 
 // Rows of an int8 weight: a tied embedding.
 enum { EMBED_OUT, EMBED_TILES, EMBED_SCALES, EMBED_WIDTH, EMBED_FLOAT32, EMBED_TABLE_ROWS };

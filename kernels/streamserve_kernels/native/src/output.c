@@ -49,6 +49,28 @@ void ss_put_row(const ss_output *out, int64_t row, int64_t first, int64_t column
     if (out->best) keep_best(out->best + row, sums, columns, first);
 }
 
-void ss_reset_best(ss_best *best, int64_t count) {
-    for (int64_t i = 0; i < count; i++) best[i] = (ss_best){-INFINITY, 0};
+int ss_begin_product(const ss_context *context, const int64_t *args) {
+    for (int i = 0; args[DONE] && i < context->num_threads; i++)
+        ((int64_t *)args[DONE])[DONE_STRIDE * i] = 0;
+    if (!args[BEST]) return SS_OK;
+    const int64_t count = context->num_threads * ss_rows(context, args[ROWS_KIND]);
+    for (int64_t i = 0; i < count; i++) ((ss_best *)args[BEST])[i] = (ss_best){-INFINITY, 0};
+    return SS_OK;
+}
+
+ss_output ss_output_of(const ss_context *context, const int64_t *args, const void *bias,
+                       int bias_float32, int thread) {
+    const int64_t rows = ss_rows(context, args[ROWS_KIND]);
+    ss_best *best = args[BEST] ? (ss_best *)args[BEST] + thread * rows : 0;
+    return (ss_output){
+        .y = (void *)args[Y],
+        .stride = args[Y_STRIDE],
+        .bias = bias,
+        .bias_float32 = bias_float32,
+        .is_float32 = (int)args[Y_FLOAT32],
+        .stores = !best || context->step->wants_logits,
+        .scale = (float)ss_double(args[SCALE]),
+        .cap = (float)ss_double(args[CAP]),
+        .best = best,
+    };
 }

@@ -21,24 +21,10 @@
 
 #include "output.h"
 
-// What the products take.
+// Behind what all products begin with.
 enum {
-    Y,          // address of y [rows], bfloat16 or float32
-    X,          // address of x [rows, K], bfloat16
-    X_STRIDE,   // elements between rows of x
-    ROWS_KIND,  // see ss_rows
-    WEIGHT,     // address of the weight's description
-    BIAS,       // address of the bias [N], float32, or 0
-    Y_FLOAT32,  // whether y is float32
-    BEST,       // address of [threads][rows] ss_best for the arg-max, or 0
-    SCALE,      // bits of a double: y is multiplied by it (float32 only)
-    CAP,        // bits of a double: y = cap·tanh(y / cap), or 0 (float32 only)
-    SUMS,       // address of [rows][G] float32: memory for the sums of groups, or 0
-    OWN,        // address of [threads][OWN_ROWS][G] of the most groups there are
-    OWN_STRIDE, // bytes of one thread's
-    DONE,       // address of [threads] int64 64 bytes apart: whether a thread has its own sums;
-                // 0: no thread has
-    Y_STRIDE,   // elements between rows of y
+    WEIGHT = PRODUCT_ARGS,  // address of the weight's description
+    BIAS,                   // address of the bias [N], float32, or 0
 };
 
 enum { STORED_BLOCK = 64, STORED_LANES = 16, STORED_VECTORS = 4, STORED_LINE = 64 };
@@ -141,23 +127,6 @@ static inline void stored_put(int kind, uint8_t *step, int64_t n, int64_t k, int
         const int bits = (code >> parts[i].shift) & ((1 << parts[i].bits) - 1);
         words[STORED_LINE / 2 * parts[i].line] |= (uint16_t)(bits << parts[i].bit);
     }
-}
-
-// Where the results of a product go.
-static inline ss_output stored_output(const ss_context *context, const int64_t *args, int thread) {
-    const int64_t rows = ss_rows(context, args[ROWS_KIND]);
-    ss_best *best = args[BEST] ? (ss_best *)args[BEST] + thread * rows : 0;
-    return (ss_output){
-        .y = (void *)args[Y],
-        .stride = args[Y_STRIDE],
-        .bias = (const void *)args[BIAS],
-        .bias_float32 = 1,
-        .is_float32 = (int)args[Y_FLOAT32],
-        .stores = !best || context->step->wants_logits,
-        .scale = (float)ss_double(args[SCALE]),
-        .cap = (float)ss_double(args[CAP]),
-        .best = best,
-    };
 }
 
 static inline int64_t stored_groups(const stored_weight *w) {

@@ -35,16 +35,13 @@ enum {
     STREAM_AHEAD = 8192,  // bytes
     DENSE_AHEAD = 4096,
     NUMBERS_AHEAD = 1024,
-    OWN_ROWS = 4,         // most rows of which every thread sums the groups for itself
 };
-
-enum { DONE_STRIDE = 8 };
 
 // --- sums of a group's inputs -------------------------------------------------------------------
 
-static void sum_groups(float *sums, const bf16 *x, const stored_weight *w) {
-    for (int64_t k = 0, g = 0; k < w->inputs; k += w->group, g++) {
-        const int64_t end = ss_min(w->inputs, k + w->group);
+static void sum_groups(float *sums, const bf16 *x, int64_t inputs, int64_t group) {
+    for (int64_t k = 0, g = 0; k < inputs; k += group, g++) {
+        const int64_t end = ss_min(inputs, k + group);
         __m512 sum = _mm512_setzero_ps();
         for (int64_t i = k; i < end; i += LANES)
             sum = _mm512_add_ps(sum, ss_load_masked(x + i, ss_mask(end - i)));
@@ -52,10 +49,7 @@ static void sum_groups(float *sums, const bf16 *x, const stored_weight *w) {
     }
 }
 
-// Whether every thread sums the groups for itself.
-static int each_its_own(const int64_t *args, int64_t rows) {
-    return args[DONE] && rows <= OWN_ROWS;
-}
+enum { SUMS_GROUP = PRODUCT_ARGS };  // inputs of a group
 
 static int64_t sums_units(const ss_context *context, const int64_t *args) {
     const int64_t rows = ss_rows(context, args[ROWS_KIND]);
@@ -64,10 +58,11 @@ static int64_t sums_units(const ss_context *context, const int64_t *args) {
 
 static void sums_run(const ss_context *context, const int64_t *args, int64_t unit,
                      int64_t num_units, int thread) {
-    (void)context, (void)num_units, (void)thread;
-    const stored_weight *w = (const stored_weight *)args[WEIGHT];
-    sum_groups((float *)args[SUMS] + unit * stored_groups(w),
-               (const bf16 *)args[X] + unit * args[X_STRIDE], w);
+    (void)num_units, (void)thread;
+    const int64_t row = ss_first_row(context, args[ROWS_KIND]) + unit;
+    const int64_t inputs = args[INPUTS], group = args[SUMS_GROUP];
+    sum_groups((float *)args[WORK] + row * ss_ceil_div(inputs, group),
+               (const bf16 *)args[X] + row * args[X_STRIDE], inputs, group);
 }
 
 const ss_operation ss_stored_sums = {sums_units, sums_run, 0};
@@ -530,28 +525,20 @@ static int64_t units(const ss_context *context, const int64_t *args) {
     return ss_rows(context, args[ROWS_KIND]) ? ss_ceil_div(w->outputs, BLOCK) : 0;
 }
 
-static int begin(const ss_context *context, const int64_t *args) {
-    if (args[DONE])
-        for (int i = 0; i < context->num_threads; i++) ((int64_t *)args[DONE])[DONE_STRIDE * i] = 0;
-    if (args[BEST])
-        ss_reset_best((ss_best *)args[BEST],
-                      context->num_threads * ss_rows(context, args[ROWS_KIND]));
-    return SS_OK;
-}
-
 // Sums of the inputs of each row's groups: the thread's own, if rows are few.
 static const float *group_sums(const ss_context *context, const int64_t *args, int thread) {
     const stored_weight *w = (const stored_weight *)args[WEIGHT];
     const int64_t rows = ss_rows(context, args[ROWS_KIND]);
-    if (!args[SUMS]) return 0;
+    if (!args[WORK]) return 0;
     if (!each_its_own(args, rows))
-        return (const float *)args[SUMS] +
+        return (const float *)args[WORK] +
                ss_first_row(context, args[ROWS_KIND]) * stored_groups(w);
     float *own = (float *)((char *)args[OWN] + thread * args[OWN_STRIDE]);
     int64_t *done = (int64_t *)args[DONE] + DONE_STRIDE * thread;
     if (!*done)
         for (int64_t r = 0; r < rows; r++)
-            sum_groups(own + r * stored_groups(w), (const bf16 *)args[X] + r * args[X_STRIDE], w);
+            sum_groups(own + r * stored_groups(w), (const bf16 *)args[X] + r * args[X_STRIDE],
+                       w->inputs, w->group);
     *done = 1;
     return own;
 }
@@ -562,7 +549,7 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     const stored_weight *w = (const stored_weight *)args[WEIGHT];
     const int64_t rows = ss_rows(context, args[ROWS_KIND]), x_stride = args[X_STRIDE];
     const int64_t first = unit * BLOCK, columns = ss_min(BLOCK, w->outputs - first);
-    const ss_output out = stored_output(context, args, thread);
+    const ss_output out = ss_output_of(context, args, (const void *)args[BIAS], 1, thread);
     const float *inputs = group_sums(context, args, thread);
     const int64_t turns = ss_ceil_div(rows, GROUP_ROWS), groups = stored_groups(w);
     const int64_t first_row = ss_first_row(context, args[ROWS_KIND]);
@@ -578,4 +565,4 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     }
 }
 
-const ss_operation ss_stored_linear = {units, run, begin};
+const ss_operation ss_stored_linear = {units, run, ss_begin_product};

@@ -119,30 +119,24 @@ const ss_operation ss_stored_rows = {rows_units, rows_run, rows_begin};
 
 // --- inputs in another order --------------------------------------------------------------------
 
-enum {
-    GATHER_OUT,     // address of [rows, K], bfloat16
-    GATHER_X,       // address of x [rows, K], bfloat16
-    GATHER_STRIDE,  // elements between rows of x
-    GATHER_INPUTS,  // address of [K] int32
-    GATHER_WIDTH,   // K
-    GATHER_KIND,    // see ss_rows
-};
+// Behind what all instructions of a weight begin with; y is [rows, K], bfloat16.
+enum { GATHER_INPUTS = PRODUCT_ARGS };  // address of [K] int32
 enum { GATHER_PIECE = 1024 };
 
 static int64_t gather_units(const ss_context *context, const int64_t *args) {
-    return ss_rows(context, args[GATHER_KIND]) * ss_ceil_div(args[GATHER_WIDTH], GATHER_PIECE);
+    return ss_rows(context, args[ROWS_KIND]) * ss_ceil_div(args[INPUTS], GATHER_PIECE);
 }
 
 static void gather_run(const ss_context *context, const int64_t *args, int64_t unit,
                        int64_t num_units, int thread) {
-    (void)context, (void)num_units, (void)thread;
-    const int64_t width = args[GATHER_WIDTH], pieces = ss_ceil_div(width, GATHER_PIECE);
-    const int64_t row = unit / pieces, first = unit % pieces * GATHER_PIECE;
-    const int64_t end = ss_min(width, first + GATHER_PIECE);
-    const bf16 *x = (const bf16 *)args[GATHER_X] + row * args[GATHER_STRIDE];
-    bf16 *out = (bf16 *)args[GATHER_OUT] + row * width;
+    (void)num_units, (void)thread;
+    const int64_t width = args[INPUTS], pieces = ss_ceil_div(width, GATHER_PIECE);
+    const int64_t row = ss_first_row(context, args[ROWS_KIND]) + unit / pieces;
+    const int64_t first = unit % pieces * GATHER_PIECE, end = ss_min(width, first + GATHER_PIECE);
+    const bf16 *x = (const bf16 *)args[X] + row * args[X_STRIDE];
+    bf16 *y = (bf16 *)args[Y] + row * args[Y_STRIDE];
     const int32_t *inputs = (const int32_t *)args[GATHER_INPUTS];
-    for (int64_t j = first; j < end; j++) out[j] = x[inputs[j]];
+    for (int64_t j = first; j < end; j++) y[j] = x[inputs[j]];
 }
 
 const ss_operation ss_gather_inputs = {gather_units, gather_run, 0};

@@ -139,20 +139,13 @@ static int64_t units(const ss_context *context, const int64_t *args) {
     return ss_rows(context, args[ROWS_KIND]) ? ss_ceil_div(w->outputs, STORED_BLOCK) : 0;
 }
 
-static int begin(const ss_context *context, const int64_t *args) {
-    if (args[BEST])
-        ss_reset_best((ss_best *)args[BEST],
-                      context->num_threads * ss_rows(context, args[ROWS_KIND]));
-    return SS_OK;
-}
-
 static void run(const ss_context *context, const int64_t *args, int64_t unit, int64_t num_units,
                 int thread) {
     (void)num_units;
     const table_weight *w = (const table_weight *)args[WEIGHT];
     const int64_t rows = ss_rows(context, args[ROWS_KIND]), x_stride = args[X_STRIDE];
     const int64_t first = unit * STORED_BLOCK, columns = ss_min(STORED_BLOCK, w->outputs - first);
-    const ss_output out = stored_output(context, args, thread);
+    const ss_output out = ss_output_of(context, args, (const void *)args[BIAS], 1, thread);
     const int64_t first_row = ss_first_row(context, args[ROWS_KIND]);
     const bf16 *x = (const bf16 *)args[X] + first_row * x_stride;
     multiply_function *const *of = MULTIPLY_OF[w->bits - 3];
@@ -174,4 +167,4 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
     }
 }
 
-const ss_operation ss_table_linear = {units, run, begin};
+const ss_operation ss_table_linear = {units, run, ss_begin_product};
