@@ -24,7 +24,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from device_bench.measure import failures
-from device_bench.table import describe, markdown, terminal_head, terminal_line, to_json
+from device_bench.table import (
+    describe,
+    markdown,
+    replace_text,
+    terminal_head,
+    terminal_line,
+    to_json,
+)
 from device_bench.worker import Options, Report, supervise, worker_main
 
 
@@ -92,9 +99,9 @@ def bench(args: argparse.Namespace, device: str) -> int:
 
     def write(report: Report) -> None:
         if args.markdown is not None:
-            args.markdown.write_text(markdown(report))
+            replace_text(args.markdown, markdown(report))
         if args.json is not None:
-            args.json.write_text(json.dumps(to_json(report), indent=1) + "\n")
+            replace_text(args.json, json.dumps(to_json(report), indent=1) + "\n")
 
     report = supervise(
         options,

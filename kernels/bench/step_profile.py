@@ -26,6 +26,7 @@ from triton.errors import TritonError
 
 from device_bench.attention_plans import IN_A_STEP, changed
 from device_bench.step_sweep import Choice, Event, Part, Tried, of_products, parts, sweep
+from device_bench.table import replace_text
 from streamserve.cli.bench_engine import Subject, build, start
 from streamserve.cli.bench_flags import latency_parser
 from streamserve.cli.bench_load import Load
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def write() -> None:
         """What ends this process early does not take with it what has been measured."""
         if flags.json is not None:
-            flags.json.write_text(json.dumps(results, indent=1) + "\n")
+            replace_text(flags.json, json.dumps(results, indent=1) + "\n")
 
     async def look() -> None:
         profiler = Profiler(subject, await start(subject, flags), flags.input_len[0])

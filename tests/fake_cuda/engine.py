@@ -165,7 +165,9 @@ def check_arrived(output: ModelRunnerOutput) -> None:
 
 def check_apart(plan: SchedulerOutput) -> None:
     """What is carried to and from the host is neither written nor read by the step beside it."""
-    carried = {pair.block_id for pair in (*plan.loads, *plan.stores)}
+    both = [*plan.loads, *plan.stores]
+    carried = {pair.block_id for pair in both}
+    assert len(carried) == len({pair.host_block_id for pair in both}) == len(both)
     new = {block for part in plan.scheduled for block in part.new_block_ids}
     assert not carried & {copy.dst for copy in plan.block_copies}
     assert not {pair.block_id for pair in plan.loads} & {copy.src for copy in plan.block_copies}

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ import torch
 from device_bench import attention_rows
 from device_bench.measure import Result, Seconds, all_rows, failures, measure
 from device_bench.row import LLAMA_8B, TINY, Bench, Case, CheckError, Row, check_close, check_equal
-from device_bench.table import cells, markdown, peers_cell, terminal_line, to_json
+from device_bench.table import (
+    cells,
+    markdown,
+    peers_cell,
+    replace_text,
+    terminal_line,
+    to_json,
+)
 from device_bench.timing import num_copies
 from device_bench.worker import Options, Report, supervise
 from streamserve_kernels import Kernels, naive
@@ -108,6 +116,31 @@ def test_every_row_is_built_checked_and_timed_and_every_kernel_has_one():
     functions -= {"rotary_embedding", "write_kv", "chosen_experts"}
     functions -= {"recorder", "warm_up", "compilations"}
     assert functions - asked == {"slow_quantisation"}
+
+
+def test_a_quick_table_and_the_rest_are_all_rows():
+    quick, rest, every = (
+        [row.title for row in all_rows(*chosen)] for chosen in ((True,), (True, "", True), (False,))
+    )
+    assert sorted(quick + rest) == sorted(every)
+    assert 0 < len(quick) < len(rest)
+
+
+def test_a_report_that_is_being_written_takes_nothing_with_it(tmp_path, monkeypatch):
+    file = tmp_path / "kernels.json"
+    replace_text(file, "one row")
+
+    def ended(self: Path, target: Path) -> None:
+        assert self.read_text() == "two rows"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", ended)
+        with pytest.raises(KeyboardInterrupt):
+            replace_text(file, "two rows")
+    assert file.read_text() == "one row"
+    replace_text(file, "two rows")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["two rows"]
 
 
 def test_a_row_that_fails_its_check_is_not_timed():

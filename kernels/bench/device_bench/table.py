@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from device_bench.measure import Result
@@ -10,6 +11,13 @@ from device_bench.worker import Report
 
 _WIDTHS = (36, 6, 10, 10, 7, 7, 9)
 _HEAD = ("", "check", "µs", "floor", "of", "share", "rate")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Whenever this process is ended, the file has all of what it had, or all of ``text``."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text)
+    new.replace(file)
 
 
 def describe(report: Report) -> list[str]:
