@@ -1,4 +1,7 @@
-"""Run in a process of its own: prints resident bytes as a runner is built and used, as JSON."""
+"""Resident bytes as a runner is built and used: a line of JSON for each dtype that is named.
+
+Each has a process of its own, forked from one that has imported everything.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import random
 import resource
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -43,8 +47,13 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def mixed_plan(step_id: int, rng: random.Random, live: list[str]) -> SchedulerOutput:
-    """Some decodes at any place and one prompt's chunk of any length, all of them new requests."""
+def mixed_plan(
+    step_id: int, rng: random.Random, live: list[str], text: list[int]
+) -> SchedulerOutput:
+    """Some decodes at any place and one prompt's chunk of any length, all of them new requests.
+
+    Their tokens are some of ``text``.
+    """
     plan = SchedulerOutput(step_id, released_ids=live[:])
     if rng.random() < 0.3:
         plan.block_copies.append(BlockCopy(1, 2))
@@ -56,7 +65,8 @@ def mixed_plan(step_id: int, rng: random.Random, live: list[str]) -> SchedulerOu
     for i, (start, length) in enumerate(work):
         request_id = f"{step_id}-{i}"
         live.append(request_id)
-        token_ids = rng.choices(range(8192), k=start + length)
+        first = rng.randrange(len(text) - start - length)
+        token_ids = text[first : first + start + length]
         plan.new_requests.append(
             NewRequest(request_id, token_ids, max(1, start - 5), rng.choice(PARAMS), i, 0)
         )
@@ -67,10 +77,7 @@ def mixed_plan(step_id: int, rng: random.Random, live: list[str]) -> SchedulerOu
     return plan
 
 
-def main() -> None:
-    dtype = getattr(torch, sys.argv[1])
-    num_steps = int(sys.argv[2])
-    torch.set_num_threads(1)
+def probe(dtype: torch.dtype, num_steps: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = tiny_llama(Path(directory), dtype=dtype, **SHAPE)
     memory = memory_for(
@@ -84,10 +91,11 @@ def main() -> None:
     runner, _ = build_runner(model, memory, max_num_batched_tokens=MAX_TOKENS)
     ready = resident_bytes()
     rng = random.Random(1)
+    text = rng.choices(range(SHAPE["vocab_size"]), k=4096)
     live: list[str] = []
     sizes = []
     for step_id in range(num_steps):
-        plan = mixed_plan(step_id, rng, live)
+        plan = mixed_plan(step_id, rng, live, text)
         runner.launch(plan)
         runner.sample(step_id).result(timeout=60)
         sizes.append(resident_bytes())
@@ -100,7 +108,24 @@ def main() -> None:
         "last": sizes[-1],
         "minor_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt,
     }
-    sys.stdout.write(json.dumps(found) + "\n")
+    print(json.dumps(found), flush=True)
+
+
+def main() -> None:
+    num_steps, *dtypes = sys.argv[1:]
+    torch.set_num_threads(1)
+    for dtype in dtypes:
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                probe(getattr(torch, dtype), int(num_steps))
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 if __name__ == "__main__":
