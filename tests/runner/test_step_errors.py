@@ -1,6 +1,7 @@
 """What the engine is told of a step that failed."""
 
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -58,9 +59,25 @@ def test_an_error_keeps_nothing_of_the_step():
         held.append(weakref.ref(states))
         raise ValueError("a plan that cannot be right")
 
-    try:
-        compute()
-    except ValueError as error:
-        kept = step_error(error, CPU)
-    assert kept.__traceback__.tb_next is not None
-    assert held[0]() is None
+    @contextmanager
+    def copied_beside():
+        copies = torch.empty(4)
+        held.append(weakref.ref(copies))
+        try:
+            yield
+        finally:
+            raise RuntimeError("the device is lost")
+
+    def compute_beside():
+        with copied_beside():
+            compute()
+
+    for fails in (compute, compute_beside):
+        held.clear()
+        try:
+            fails()
+        except (ValueError, RuntimeError) as error:
+            kept = step_error(error, CPU)
+        assert kept.__traceback__.tb_next is not None
+        assert held
+        assert not any(tensor() is not None for tensor in held), fails
