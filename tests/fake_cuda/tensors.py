@@ -200,10 +200,19 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _scaled_mm(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *_: Any, out_dtype: Any, **__: Any
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
 ) -> Tensor:
     """Torch 2.11's CPU knows no scales of rows."""
-    return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
+    assert bias is None, "unused here"
+    assert scale_result is None, "unused here"
+    return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype or a.dtype)
 
 
 def _leaves(value: Any) -> list[Any]:
