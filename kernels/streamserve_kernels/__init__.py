@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -26,8 +26,12 @@ from streamserve_kernels.interface import (
     RecordedStep,
     WritingLinear,
 )
+from streamserve_kernels.pool import pool
 from streamserve_kernels.quantised import QUANTIZATIONS, Quantization
 from streamserve_kernels.sampling import SamplingKernels
+
+if TYPE_CHECKING:
+    from streamserve_kernels.native.sampling import RowDraws
 
 __all__ = [
     "BACKENDS",
@@ -45,7 +49,9 @@ __all__ = [
     "WritingLinear",
     "bfloat16_pays",
     "load",
+    "load_row_draws",
     "load_sampling",
+    "row_draws_bytes",
 ]
 
 BACKENDS = ("naive", "cpu", "native", "triton")
@@ -94,6 +100,24 @@ def load_sampling(kernels: Kernels) -> SamplingKernels:
     """What samples on the device that a backend serves."""
     module = "triton.sampling" if kernels.name == "triton" else "naive_sampling"
     return cast(SamplingKernels, importlib.import_module(f"{__name__}.{module}"))
+
+
+def load_row_draws(vocab_size: int) -> RowDraws | None:
+    """What draws from rows of logits on a CPU, whatever backend made them; None: not here."""
+    if _why_not_native() is not None:
+        return None
+    from streamserve_kernels.native.sampling import RowDraws
+
+    return RowDraws(vocab_size)
+
+
+def row_draws_bytes(vocab_size: int, max_rows: int) -> int:
+    """Bytes that `load_row_draws(vocab_size)` comes to hold for steps of up to so many rows."""
+    if _why_not_native() is not None:
+        return 0
+    from streamserve_kernels.native.sampling import work_bytes
+
+    return min(max_rows, pool().threads()) * work_bytes(vocab_size)
 
 
 def _why_not_native() -> str | None:

@@ -21,7 +21,7 @@ from streamserve.runner.step_buffers import step_sizes
 from streamserve.runner.tensor_parallel.drawing import rank_runner
 from streamserve.runner.tensor_parallel.team import Team, steered
 from streamserve.runner.warm_up import WarmUp, closed_on_error
-from streamserve_kernels import Kernels
+from streamserve_kernels import Kernels, row_draws_bytes
 
 
 def new_kv_cache(
@@ -99,4 +99,5 @@ def step_buffer_bytes(
     num_rows = step_sizes(max_num_batched_tokens, max_num_seqs)[-1]
     activations = num_rows * spec.row_width() * dtype.itemsize
     logits = max_num_seqs * spec.vocab_size * (dtype.itemsize + torch.float32.itemsize)
-    return activations + logits + Sampler.work_bytes(spec.vocab_size, max_num_seqs)
+    draws = row_draws_bytes(spec.vocab_size, max_num_seqs)
+    return activations + logits + Sampler.work_bytes(spec.vocab_size, max_num_seqs) + draws

@@ -179,14 +179,25 @@ class LogitsEdits:
             or params.allowed_token_ids is not None
         )
 
+    def changed_ids(self, output_position: int, drafts: Sequence[int] = ()) -> Int64Array:
+        """The tokens whose logits ``apply`` changes, some of them twice."""
+        parts = [self._bias_ids, self._bad_ids]
+        if self.history is not None:
+            parts.append(self.history.with_tokens(drafts)[0] if drafts else self.history.ids)
+        if output_position < self._min_tokens:
+            parts.append(self._banned_ids)
+        if self.bad_words is not None:
+            parts.append(np.array(self.bad_words.banned(), dtype=np.int64))
+        return np.concatenate(parts)
+
     def apply(self, logits: Float32Array, output_position: int, drafts: Sequence[int] = ()) -> None:
         """Changes one row ``[V]`` in place. ``drafts`` were generated behind the history.
 
         The order is penalties, then bias, then bans: a bias is added exactly as given, and no bias
-        can let an end through before ``min_tokens``, or a token that is not allowed. The repetition
-        penalty (Keskar et al. 2019, CTRL) divides positive logits and multiplies negative ones, as
-        transformers and vLLM do; presence and frequency penalties are OpenAI's and read generated
-        tokens only.
+        can let an end through before ``min_tokens``. The repetition penalty (Keskar et al. 2019,
+        CTRL) divides positive logits and multiplies negative ones, as transformers and vLLM do;
+        presence and frequency penalties are OpenAI's and read generated tokens only. What
+        ``allowed_mask`` forbids is left to ``apply_mask``.
         """
         if self.history is not None:
             history = self.history
@@ -200,8 +211,6 @@ class LogitsEdits:
             logits[self._bad_ids] = -np.inf
         if self.bad_words is not None:
             logits[self.bad_words.banned()] = -np.inf
-        if self.allowed_mask is not None:
-            apply_mask(logits, self.allowed_mask)
 
     def _apply_penalties(self, logits: Float32Array, ids: Int64Array, counts: Float32Array) -> None:
         values = logits[ids]
@@ -220,6 +229,13 @@ def unpack_mask(mask: bytes, vocab_size: int) -> NDArray[np.bool_]:
     """Which of ``vocab_size`` tokens a packed bit mask allows."""
     packed = np.frombuffer(mask.ljust(-(-vocab_size // 8), b"\0"), dtype=np.uint8)
     return np.unpackbits(packed, count=vocab_size, bitorder="little").view(np.bool_)
+
+
+def common_mask(first: bytes, second: bytes) -> bytes:
+    """Allows what both packed bit masks allow."""
+    size = min(len(first), len(second))
+    both = np.frombuffer(first, np.uint8)[:size] & np.frombuffer(second, np.uint8)[:size]
+    return both.tobytes()
 
 
 def apply_mask(logits: Float32Array, mask: bytes) -> None:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Never, Protocol
+from typing import TYPE_CHECKING, Never, Protocol
 
 import numpy as np
 import torch
@@ -43,7 +43,10 @@ from streamserve.runner.prompt_logprobs import (
 from streamserve.runner.sampler import Sampler
 from streamserve.runner.step_calls import SampleCall, StepCalls, step_output
 from streamserve.runner.step_errors import step_error
-from streamserve_kernels import Kernels
+from streamserve_kernels import Kernels, load_row_draws
+
+if TYPE_CHECKING:
+    from streamserve_kernels.native.sampling import RowDraws
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +108,7 @@ class TorchModelRunner:
         max_num_batched_tokens: int,
         padded_sizes: Sequence[int] = (),
         transfer: KVTransfer | None = None,
-        sampler: Callable[[int, int], Sampler] = Sampler,
+        sampler: Callable[[int, int, RowDraws | None], Sampler] = Sampler,
         clock: Clock = monotonic,
     ) -> None:
         """``clock`` measures what a step takes on the device thread.
@@ -127,7 +130,7 @@ class TorchModelRunner:
             device=model.device,
             padded_sizes=padded_sizes,
         )
-        self._sampler = sampler(vocab_size, max_num_seqs)
+        self._sampler = sampler(vocab_size, max_num_seqs, load_row_draws(vocab_size))
         self._vocab_size = vocab_size
         self._prompts = PromptsWanted()
         self._pools = Pools()

@@ -12,8 +12,10 @@ It is the order of vLLM's v1 sampler (``vllm/v1/sample/sampler.py``), with trans
 each filter. A greedy row is an arg-max and never sees a softmax.
 
 Every operation works on one row alone in a fixed order, so the same logits and the same uniform
-give the same token in any company. That is also why this is numpy: its loops do not split a row
-by the number of threads, and on a CPU they are several times faster here than torch's.
+give the same token in any company. Rows are drawn in C, several at a time
+(`streamserve_kernels.native.sampling`), where that was built and the CPU can run it. Else, and for
+what is rare, this is numpy: its loops do not split a row by the number of threads, and on a CPU
+they are several times faster here than torch's.
 
 A bad row never stops the others: a NaN counts as minus infinity, and a row in which everything is
 minus infinity yields the arg-max of the raw logits.
@@ -22,14 +24,17 @@ minus infinity yields the arg-max of the raw logits.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamserve.core.plan import TokenLogprobs
-from streamserve.runner.logits_edits import LogitsEdits, apply_mask
+from streamserve.runner.logits_edits import LogitsEdits, apply_mask, common_mask
 from streamserve.runner.truncation import restricted_draw
+
+if TYPE_CHECKING:
+    from streamserve_kernels.native.sampling import RowDraws
 
 Float32Array: TypeAlias = NDArray[np.float32]
 Float64Array: TypeAlias = NDArray[np.float64]
@@ -63,21 +68,34 @@ class SamplingBatch:
     masks: dict[int, bytes] = field(default_factory=dict)
     drafts: dict[int, list[int]] = field(default_factory=dict)
 
+    def all_masks(self) -> dict[int, bytes]:
+        """By row, what a grammar and the request's list of allowed tokens allow together."""
+        found = dict(self.masks)
+        for row, edits in self.edits.items():
+            if (allowed := edits.allowed_mask) is not None:
+                found[row] = common_mask(found[row], allowed) if row in found else allowed
+        return found
+
 
 class Sampler:
     """Samples rows of ``vocab_size`` logits. Holds work space and nothing else; one thread."""
 
-    def __init__(self, vocab_size: int, max_rows: int) -> None:
+    def __init__(self, vocab_size: int, max_rows: int, draws: RowDraws | None = None) -> None:
+        """``draws`` are for rows of this vocabulary; without them all is numpy's."""
+        self._draws = draws
         self._vocab_size = vocab_size
         padded = -(-vocab_size // _BLOCK) * _BLOCK
-        self._chunk_rows = max(1, min(max_rows, _WORK_BYTES // (4 * padded)))
+        # With `draws` this is for rare rows, one at a time.
+        self._chunk_rows = (
+            1 if draws is not None else max(1, min(max_rows, _WORK_BYTES // (4 * padded)))
+        )
         self._work = np.full((self._chunk_rows, padded), -np.inf, dtype=np.float32)
         self._keep = np.zeros((self._chunk_rows, padded), dtype=np.bool_)
         self._row_numbers = np.arange(max_rows, dtype=np.int64)
 
     @staticmethod
     def work_bytes(vocab_size: int, max_rows: int) -> int:
-        """Bytes of work space that ``Sampler(vocab_size, max_rows)`` holds."""
+        """Bytes of work space that ``Sampler(vocab_size, max_rows)`` holds; no more with draws."""
         padded = -(-vocab_size // _BLOCK) * _BLOCK
         return 5 * padded * max(1, min(max_rows, _WORK_BYTES // (4 * padded)))
 
@@ -91,24 +109,65 @@ class Sampler:
         return ids
 
     def sample(self, logits: Float32Array, batch: SamplingBatch) -> Int64Array:
-        """Token ids ``[L]`` for logits ``[L, V]``, which stay as they are."""
-        ids = np.empty(len(logits), dtype=np.int64)
+        """Token ids ``[L]`` for logits ``[L, V]``, which are as they were when this returns."""
+        masks = batch.all_masks()
         # A model's infinities and NaNs are handled below; they are not worth a warning per step.
         with np.errstate(all="ignore"):
+            if self._draws is not None:
+                return self._sample_rows(self._draws, logits, batch, masks)
+            ids = np.empty(len(logits), dtype=np.int64)
             for start in range(0, len(logits), self._chunk_rows):
                 end = min(start + self._chunk_rows, len(logits))
-                ids[start:end] = self._sample_chunk(logits, batch, start, end)
+                ids[start:end] = self._sample_chunk(logits, batch, masks, start, end)
+        return ids
+
+    def _sample_rows(
+        self,
+        draws: RowDraws,
+        logits: Float32Array,
+        batch: SamplingBatch,
+        masks: dict[int, bytes],
+    ) -> Int64Array:
+        """In C; edits are made in the logits themselves, and undone."""
+        originals = []
+        try:
+            for row, edits in batch.edits.items():
+                at = int(batch.output_positions[row]), batch.drafts.get(row, ())
+                places = edits.changed_ids(*at)
+                originals.append((row, places, logits[row, places]))
+                edits.apply(logits[row], *at)
+            ids = draws.draw(
+                logits,
+                temperature=np.where(
+                    batch.temperature < MIN_TEMPERATURE, np.float32(0.0), batch.temperature
+                ),
+                min_p=batch.min_p,
+                top_k=batch.top_k,
+                top_p=batch.top_p,
+                uniforms=batch.uniforms,
+                masks=masks,
+            )
+        finally:
+            for row, places, values in originals:
+                logits[row, places] = values
+        for row in np.flatnonzero(ids < 0).tolist():
+            ids[row : row + 1] = self._sample_chunk(logits, batch, masks, row, row + 1)
         return ids
 
     def _sample_chunk(
-        self, logits: Float32Array, batch: SamplingBatch, start: int, end: int
+        self,
+        logits: Float32Array,
+        batch: SamplingBatch,
+        masks: dict[int, bytes],
+        start: int,
+        end: int,
     ) -> Int64Array:
         work = self._copy(logits[start:end])
         for row, edits in batch.edits.items():
             if start <= row < end:
                 values = work[row - start, : self._vocab_size]
                 edits.apply(values, int(batch.output_positions[row]), batch.drafts.get(row, ()))
-        for row, mask in batch.masks.items():
+        for row, mask in masks.items():
             if start <= row < end:
                 apply_mask(work[row - start, : self._vocab_size], mask)
         best = work.max(axis=1)
@@ -186,13 +245,27 @@ class Sampler:
 
         ``num_logprobs`` ``[L]`` is the number of alternatives; rows with -1 get an empty list.
         """
+        found: list[list[TokenLogprobs]] = [[] for _ in logits]
         with np.errstate(all="ignore"):
-            return [
-                [self._row_logprobs(row, token, count)] if count >= 0 else []
-                for row, token, count in zip(
-                    logits, token_ids.tolist(), num_logprobs.tolist(), strict=True
+            rows = np.flatnonzero(num_logprobs >= 0)
+            if self._draws is not None:
+                few = np.where(num_logprobs <= self._draws.many, num_logprobs, -1)
+                likeliest, normalisers = self._draws.top(logits, few)
+                known = np.flatnonzero(~np.isnan(normalisers))
+                ids = np.column_stack((token_ids, likeliest))[known]
+                values = np.fmax(
+                    logits[known[:, None], ids] - normalisers[known, None], MIN_LOGPROB
                 )
-            ]
+                for row, tokens, logprobs in zip(
+                    known.tolist(), ids.tolist(), values.tolist(), strict=True
+                ):
+                    top = tuple(zip(tokens[1:], logprobs[1:], strict=True))[: num_logprobs[row]]
+                    found[row] = [TokenLogprobs(tokens[0], logprobs[0], top)]
+                rows = rows[np.isnan(normalisers[rows])]
+            for row in rows.tolist():
+                token, count = int(token_ids[row]), int(num_logprobs[row])
+                found[row] = [self._row_logprobs(logits[row], token, count)]
+        return found
 
     def _row_logprobs(self, logits: Float32Array, token: int, count: int) -> TokenLogprobs:
         work = self._copy(logits[None])

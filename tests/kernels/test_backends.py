@@ -39,7 +39,9 @@ def test_exported_names() -> None:
         "WritingLinear",
         "bfloat16_pays",
         "load",
+        "load_row_draws",
         "load_sampling",
+        "row_draws_bytes",
     ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import get_args
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from streamserve_kernels import ActivationKind, GatedKind, Kernels, PackedLinear, onednn
 from streamserve_kernels.native import unpack_keys, unpack_values
+from streamserve_kernels.native.execute import Executable
 from tests.kernels.conftest import threads
 from tests.kernels.test_layers import both, normal
 
@@ -360,3 +363,24 @@ def test_what_the_cache_cannot_take_is_refused(native: Kernels) -> None:
         native.kv_cache_shape(3, 8, 2, 64)
     with pytest.raises(ValueError, match="got 16, 63, 16"):
         native.kv_cache_shape(3, 16, 2, 63)
+
+
+def test_two_threads_at_once_run_what_each_of_them_has_set(
+    native: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two engines of one process: neither runs before both have written their instructions."""
+    weights = [torch.randn(32, 64).to(torch.bfloat16) for _ in range(2)]
+    packed = [native.prepare_linear(weight) for weight in weights]
+    x = torch.randn(3, 64).to(torch.bfloat16)
+    expected = [native.linear(x, weight) for weight in packed]
+    both, run = Barrier(2, timeout=60), Executable.run
+
+    def run_together(self: Executable, step: bytes, threads: int) -> None:
+        both.wait()
+        run(self, step, threads)
+
+    monkeypatch.setattr(Executable, "run", run_together)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda weight: native.linear(x, weight), packed))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)

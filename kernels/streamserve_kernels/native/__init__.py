@@ -7,6 +7,7 @@ layout          the order of the elements in a cache block
 product         how a weight tells its instructions, and what these have in common
 ops, linear, quant_linear, stored*, experts
                 the functions of the contract on tensors, one or a few instructions each
+sampling        draws from rows of logits, in float32 whatever the model's weights
 record, symbol, recorded
                 a decoder's forward written down once as instructions, and run
 

@@ -6,6 +6,7 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import get_ident
 
 import torch
 
@@ -117,15 +118,15 @@ class Executable:
 
 
 @lru_cache(maxsize=64)
-def eager(count: int, *attention: int) -> Executable:
-    """What functions on tensors share."""
+def eager(thread: int, count: int, *attention: int) -> Executable:
+    """What functions on tensors share that one thread calls: another may run its own meanwhile."""
     return Executable(count, attention or (0,) * 6)
 
 
 def run_at_once(
     instructions: Sequence[Instruction], step: bytes, threads: int, attention: tuple[int, ...] = ()
 ) -> None:
-    """Runs instructions that are not recorded; raises as `Executable.run`. One thread at a time."""
-    executable = eager(len(instructions), *attention)
+    """Runs instructions that are not recorded; raises as `Executable.run`."""
+    executable = eager(get_ident(), len(instructions), *attention)
     executable.set(instructions)
     executable.run(step, threads)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 11
+ABI = 12
 MAX_ARGS = 24
 # In the order of program.c.
 OPERATIONS = (
@@ -51,6 +51,8 @@ OPERATIONS = (
     "experts",
     "combine_pairs",
     "add_shared",
+    "draw",
+    "top_logits",
 )
 # In the order of elementwise.c.
 ACTIVATION_CODES = {

@@ -25,8 +25,8 @@ def rank_runner(ranks: Ranks, *args: Any, **options: Any) -> TorchModelRunner:
 
 
 class _TellingSampler(Sampler):
-    def __init__(self, ranks: Ranks, vocab_size: int, max_rows: int) -> None:
-        super().__init__(vocab_size, max_rows)
+    def __init__(self, ranks: Ranks, *args: Any) -> None:
+        super().__init__(*args)
         self._ranks = ranks
 
     def greedy(self, logits: Float32Array) -> Int64Array:

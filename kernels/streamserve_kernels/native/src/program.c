@@ -16,6 +16,7 @@ static const ss_operation *const OPERATIONS[] = {
     &ss_table_linear,
     &ss_adapt_down, &ss_adapt_up,
     &ss_route, &ss_order_pairs, &ss_gather_pairs, &ss_experts, &ss_combine_pairs, &ss_add_shared,
+    &ss_draw, &ss_top_logits,
 };
 enum { NUM_OPERATIONS = sizeof(OPERATIONS) / sizeof(OPERATIONS[0]) };
 
@@ -49,7 +50,7 @@ typedef struct {
 } region;
 
 // Changes with every change of a structure or of an operation's arguments: library.py checks it.
-int ss_abi(void) { return 11; }
+int ss_abi(void) { return 12; }
 
 void ss_program_free(ss_program *program) {
     if (!program) return;

@@ -78,7 +78,8 @@ extern const ss_operation ss_embedding, ss_gather_rows, ss_rms_norm, ss_layer_no
     ss_copy_blocks, ss_quantise, ss_linear_quant, ss_embedding_quant,
     ss_pack_quant, ss_stored_sums, ss_stored_linear, ss_stored_pack, ss_stored_rows,
     ss_gather_inputs, ss_table_linear, ss_adapt_down, ss_adapt_up, ss_route, ss_order_pairs,
-    ss_gather_pairs, ss_experts, ss_combine_pairs, ss_add_shared;
+    ss_gather_pairs, ss_experts, ss_combine_pairs, ss_add_shared,
+    ss_draw, ss_top_logits;
 
 const ss_operation *ss_operation_of(const ss_instruction *instruction);
 
