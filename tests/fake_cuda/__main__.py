@@ -29,8 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args(argv)
     args.cases = args.cases or list(CASES)
-    root = Path(tempfile.mkdtemp())
-    os.environ["HOME"] = str(root)  # nothing that was measured before
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["HOME"] = home  # nothing that was measured before
+        return play(args, Path(home))
+
+
+def play(args: argparse.Namespace, root: Path) -> int:
+    """Makes the cases' checkpoints in ``root`` and plays them; returns how many failed."""
     made: dict[str, Path | str] = {}
     for name in args.cases:
         (root / name).mkdir()

@@ -39,7 +39,13 @@ def held(device: FakeDevice) -> dict[str, Any]:
 
 
 def main() -> None:
-    os.environ["HOME"] = tempfile.mkdtemp()  # nothing that was measured before
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["HOME"] = home  # nothing that was measured before
+        count()
+
+
+def count() -> None:
+    """Opens and closes, and prints what is left."""
     device = runtime.install()
     from streamserve import LLM, SamplingParams
     from streamserve.errors import StreamServeError
