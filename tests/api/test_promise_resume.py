@@ -196,8 +196,7 @@ async def test_promise_a_stream_is_found_by_the_key_that_owns_it_only():
 
 
 async def test_promise_generation_goes_on_until_the_last_readers_grace_ends():
-    streams = StreamConfig(resume_timeout_s=1.0)
-    async with Api(is_held=True, streams=streams).running() as api:
+    async with Api(is_held=True, streams=StreamConfig(resume_timeout_s=60.0)).running() as api:
         body = chat_body(stream=True, max_tokens=100)
         exchange = Exchange(api.app, "POST", CHAT, body, headers=RESUME)
         await api.pace.step()
@@ -211,6 +210,8 @@ async def test_promise_generation_goes_on_until_the_last_readers_grace_ends():
         path = f"/v1/streams/{stream_id}"
         second = Exchange(api.app, "GET", path)
         await second.until(lambda e: Client().feed(e.body).content == "abc")
+        [kept] = api.app.context.kept._by_id.values()
+        kept._timeout_s = 0.05
         second.leave()
         await second.finished()
         await until(lambda: len(api.app.context.kept) == 0)  # the grace has ended

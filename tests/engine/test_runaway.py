@@ -12,6 +12,7 @@ from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.preprocess import Preprocessor
 from streamserve.engine.tame_templates import is_tame
 from streamserve.errors import InvalidParameterError
+from tests.engine.fakes import LONG
 
 SPINS = (
     "{% if messages[0].content == 'spin' %}"
@@ -25,11 +26,13 @@ def chat(text):
 
 
 async def test_a_template_that_spins_is_stopped_and_delays_nobody():
-    preprocessor = Preprocessor(ByteTokenizer(), ChatTemplate(SPINS, source="x"), timeout_s=0.5)
+    preprocessor = Preprocessor(ByteTokenizer(), ChatTemplate(SPINS, source="x"), timeout_s=LONG)
     assert (await preprocessor.chat(chat("walk"))).text == "ok"
     before = threading.active_count()
-    with pytest.raises(InvalidParameterError, match=r"messages took longer than .* 0\.5 s"):
+    preprocessor._timeout_s = 0.05
+    with pytest.raises(InvalidParameterError, match=r"messages took longer than .* 0\.05 s"):
         await preprocessor.chat(chat("spin"))
+    preprocessor._timeout_s = LONG
     assert preprocessor.has_run_away
     async with asyncio.timeout(60):
         while threading.active_count() >= before:  # its thread has ended, not only been forgotten
@@ -43,6 +46,7 @@ async def test_a_template_of_the_request_that_spins_is_stopped():
     preprocessor = Preprocessor(ByteTokenizer(), trusting, timeout_s=0.05)
     with pytest.raises(InvalidParameterError, match="took longer"):
         await preprocessor.chat(chat("spin"), chat_template=SPINS)
+    preprocessor._timeout_s = LONG
     assert (await preprocessor.chat(chat("walk"))).text == "walk"
     preprocessor.close()
 

@@ -253,18 +253,22 @@ def test_the_table_goes_on_behind_a_row_that_crashes_or_hangs(tmp_path):
     script.write_text(WORKER)
     options = Options("cpu", only="attention")
     assert len(options.rows()) == 13
-    told = []
-    result = supervise(
-        options,
-        row_timeout_s=3.0,
-        limit_s=300.0,
-        on_change=lambda report: told.append(len(report.results)),
-        script=script,
-    )
-    statuses = [row.status for row in result.results]
-    assert statuses == ["OK", "ERROR", "ERROR", *["OK"] * 10]
+    expected = ["OK", "ERROR", "ERROR", *["OK"] * 10]
+    for row_timeout_s in (1.0, 10.0, 60.0):  # a busy machine may not even have started the worker
+        told = []
+        result = supervise(
+            options,
+            row_timeout_s=row_timeout_s,
+            limit_s=300.0,
+            on_change=lambda report, told=told: told.append(len(report.results)),
+            script=script,
+        )
+        statuses = [row.status for row in result.results]
+        if statuses == expected:
+            break
+    assert statuses == expected
     assert "an illegal address" in result.results[1].error
-    assert result.results[2].error == "no end after 3 s"
+    assert result.results[2].error == f"no end after {row_timeout_s:g} s"
     assert told == list(range(14))
 
 
