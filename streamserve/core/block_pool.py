@@ -145,9 +145,13 @@ class BlockPool:
 
     def check_integrity(self, num_held: list[int]) -> None:
         """Assert that references are those lent and what ``num_held`` (by block id) says."""
-        for block, held in zip(self.blocks, num_held, strict=True):
-            expected = held + self.num_lent.get(block.block_id, 0)
-            assert block.ref_cnt == expected, f"{block}: {expected} references are held"
-            assert (block.block_id in self._free) == (block.ref_cnt == 0), f"{block}: free list"
-            if block.node is not None:
-                assert block.node.block is block, f"{block}: cached as a node that is elsewhere"
+        expected = num_held[:]
+        for block_id, num_lent in self.num_lent.items():
+            expected[block_id] += num_lent
+        counts = [block.ref_cnt for block in self.blocks]
+        assert counts == expected, f"references: {counts}, of which {expected} are held"
+        unused = {block_id for block_id, count in enumerate(counts) if not count}
+        assert self._free.keys() == unused, f"free list: {sorted(self._free.keys() ^ unused)}"
+        for block in self.blocks:
+            if (node := block.node) is not None:
+                assert node.block is block, f"{block}: cached as a node that is elsewhere"

@@ -222,10 +222,10 @@ class HostTier:
         assert not self._next.nodes, "transfers of a plan that was not launched"
         busy = [node for transfers in self._in_flight.values() for node in transfers.nodes]
         stored = [*self._lru, *busy]
-        host_ids = Counter([*self._free, *(node.host_block_id for node in stored)])
-        assert host_ids == Counter(range(self.num_blocks)), "host blocks"
         found = {node for node in nodes if node.host_block_id is not None}
         assert found == set(stored), "host blocks and the prefix tree disagree"
+        host_ids = [*self._free, *(node.host_block_id or 0 for node in stored)]
+        assert sorted(host_ids) == list(range(self.num_blocks)), "host blocks"
         for node in self._unstored:
             assert node.host_block_id is None, "stored twice"
             assert node.block is not None, "nothing to store"

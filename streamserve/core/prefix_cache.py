@@ -288,30 +288,34 @@ class PrefixCache:
         while stack:
             node = stack.pop()
             yield node
-            for children in node.children.values():
-                stack.extend(children)
+            if node.children:
+                for children in node.children.values():
+                    stack.extend(children)
 
     def check_integrity(self, num_pins: Mapping[PrefixNode, int]) -> None:
         """Assert that every node is where it belongs, leads somewhere and has these pins."""
-        indexed = 0
+        index, indexed = self._index, 0
         for node in self.nodes():
+            block, block_hash, children = node.block, node.block_hash, node.children
             assert node.num_pins == num_pins.get(node, 0), "pins and requests disagree"
-            alive = not _is_nowhere(node) or node.children or node.num_pins
-            assert alive, "a node that leads nowhere was kept"
-            if node.block is not None:
-                assert node.block.node is node, f"{node.block}: cached twice"
-            if node.block_hash is not None and self._index.get(node.block_hash) is node:
-                indexed += 1
-            if node.parent is not None and node.block_hash is None:
-                assert not node.children, "a tail cannot have children"
-                assert node.block is not None, "a tail without a block was kept"
+            if block is not None:
+                assert block.node is node, f"{block}: cached twice"
+            else:
+                alive = children or node.num_pins or node.host_block_id is not None
+                assert alive, "a node that leads nowhere was kept"
+            if block_hash is not None:
+                indexed += index.get(block_hash) is node
+            elif node.parent is not None:
+                assert not children, "a tail cannot have children"
+                assert block is not None, "a tail without a block was kept"
                 assert node.host_block_id is None, "a tail in host memory"
                 assert len(node.token_ids) < self._block_size, "a full block cached as a tail"
-            for first, children in node.children.items():
-                assert children, "an empty list of children was kept"
-                for child in children:
-                    assert child.parent is node, "a node under a parent that is not its own"
-                    assert _place(child) == first, "a node under another's first token"
+            if children:
+                for first, under in children.items():
+                    assert under, "an empty list of children was kept"
+                    for child in under:
+                        assert child.parent is node, "a node under a parent that is not its own"
+                        assert _place(child) == first, "a node under another's first token"
         assert indexed == len(self._index), "the index holds a node that is not in the tree"
 
 
