@@ -8,19 +8,21 @@ from unittest.mock import patch
 
 from streamserve_kernels.native import execute, library
 
+_RUNNABLE = library.runnable_builds()
+
 
 @contextmanager
 def native_build(build: str | None) -> Iterator[None]:
     """The CPU has what this build needs and no more; of None, what it has.
 
     What was recorded before stays as it is. Raises ValueError for a build that is unknown or that
-    this CPU cannot run.
+    this CPU cannot run. Within another it counts alone.
     """
     if build is None:
         yield
         return
-    if build not in library.runnable_builds():
-        raise ValueError(f"{build!r} is none of {', '.join(library.runnable_builds())}")
+    if build not in _RUNNABLE:
+        raise ValueError(f"{build!r} is none of {', '.join(_RUNNABLE)}")
     with patch.object(library, "_cpu_flags", lambda: library.BUILDS[build]):
         _forget()
         try:

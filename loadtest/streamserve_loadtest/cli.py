@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m loadtest")
         print(f"{args.url} cannot be asked for its models: {error}", file=sys.stderr)
         return 1
     prompts = make_prompts(args.tokenizer, model)
-    target = Target(args.url, model, args.api_key)
+    target = Target(args.url, model, args.api_key, args.extra_body)
     runs: list[Run] = []
     for workload in workloads:
         first = run_async(partial(warm_up, target, workload, prompts))
@@ -118,6 +118,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="new prompts in each")
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same load")
     parser.add_argument(
+        "--extra-body",
+        type=fields_of,
+        default={},
+        metavar="JSON",
+        help='fields of each request: \'{"temperature": 0.7, "top_p": 0.8}\' (greedy without)',
+    )
+    parser.add_argument(
         "--rates", type=float, nargs="+", metavar="R", help="conversations/s of W6's open loop"
     )
     parser.add_argument("--duration", type=float, metavar="S", help="of an open loop at each rate")
@@ -136,6 +143,17 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--html", type=writable_file, metavar="FILE", help="write a report with plots"
     )
+
+
+def fields_of(text: str) -> dict[str, Any]:
+    """A JSON object. Raises argparse.ArgumentTypeError."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise argparse.ArgumentTypeError(f"not a JSON object: {text}")
+    return fields
 
 
 def chosen_workloads(args: argparse.Namespace) -> list[Workload]:

@@ -217,7 +217,8 @@ class Comparison:
             yield
 
     def _target(self, peer: Peer, process: ServerProcess) -> Target:
-        return Target(process.url, peer.model, extra_body=peer.extra_body)
+        fields = {**peer.extra_body, **self._args.extra_body}
+        return Target(process.url, peer.model, extra_body=fields)
 
     def _fail(self, peer: Peer, reason: str) -> None:
         clear_line()

@@ -39,14 +39,15 @@ def rows_of(shape: str, count: int, vocab_size: int, rng: np.random.Generator) -
     elif shape == "tied":
         logits = np.round(2 * logits)
     elif shape == "few":
-        logits[rng.random(logits.shape) < 0.99] = -np.inf
+        logits[rng.random(logits.shape) < 0.98] = -np.inf
+        logits[rng.random(logits.shape) < 0.3] = np.nan
         logits[:, vocab_size // 2] = 0.0
     return logits
 
 
-def in_the_midst_of_nan(logits: np.ndarray) -> np.ndarray:
-    """The same rows at a larger distance, NaN between them."""
-    wide = np.full((len(logits) + 2, logits.shape[1] + 37), np.nan, dtype=np.float32)
+def amid(other: float, logits: np.ndarray) -> np.ndarray:
+    """The same rows at a larger distance, other numbers between them."""
+    wide = np.full((len(logits) + 2, logits.shape[1] + 37), other, dtype=np.float32)
     rows = wide[1:-1, 5 : 5 + logits.shape[1]]
     rows[:] = logits
     return rows
@@ -79,12 +80,13 @@ def test_draws_are_those_of_a_sort(draws_of, threads, shape, vocab_size):
     masks = masks_of(count, vocab_size, rng)
     packed = {row: np.packbits(m, bitorder="little").tobytes() for row, m in masks.items()}
     draws = draws_of(vocab_size)
-    rows = in_the_midst_of_nan(logits)
+    rows = amid(np.nan, logits)
     found = draws.draw(rows, **asked, masks=packed)
     assert found.tolist() == [
         int(draws.draw(rows[i : i + 1], **one_of(asked, i), masks=first_of(packed, i))[0])
         for i in range(count)
     ]
+    logits[np.isnan(logits)] = -np.inf
     for row, mask in masks.items():
         logits[row, ~mask] = -np.inf
     values = torch.from_numpy(logits)
@@ -134,6 +136,7 @@ def test_what_top_k_and_top_p_keep_is_drawn_and_nothing_else(draws_of, shape):
         torch.tensor([1.0]), torch.tensor([12]), torch.tensor([0.8]).double(),
         torch.tensor([0.0]), torch.tensor([0.0]).double(),
     )  # fmt: skip
+    logits[np.isnan(logits)] = -np.inf
     weights = naive_sampling.truncated_weights(torch.from_numpy(logits), tensors)[0].double()
     expected = weights / weights.sum()
     counts = np.bincount(found, minlength=vocab_size)
@@ -150,7 +153,8 @@ def test_the_largest_logits_and_the_sum(draws_of, threads, shape, vocab_size):
     draws = draws_of(vocab_size)
     counts = np.minimum(rng.choice([0, 1, 5, 20, draws.many], 12), draws.many)
     counts[7] = -1
-    ids, sums = draws.top(in_the_midst_of_nan(logits), counts)
+    ids, sums = draws.top(amid(3e38, logits), counts)
+    logits[np.isnan(logits)] = -np.inf
     assert ids.shape[1] == min(counts.max(), vocab_size)
     for row, count in enumerate(counts.tolist()):
         if count < 0:

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,15 @@ def test_the_rest_goes_on_when_one_dies_breaks_or_hangs(checkpoint, capsys):
     printed = capsys.readouterr()
     assert "good: ready in" in printed.out
     assert "breaks is left out" in printed.err
+
+
+def test_the_fields_asked_for_are_sent_to_every_server(checkpoint):
+    flags = [str(checkpoint), "--extra-body", '{"top_p": 0.8, "seed": 3}']
+    args = compare.build_parser("compare").parse_args(flags)
+    theirs = Peer("b", "bf16", lambda *_: [], extra_body={"seed": 1, "n_probs": 0})
+    comparison = compare.Comparison(args, Catalog((theirs,), {}), WordPrompts())
+    target = comparison._target(theirs, SimpleNamespace(url="http://127.0.0.1:9"))
+    assert target.extra_body == {"seed": 3, "n_probs": 0, "top_p": 0.8}
 
 
 def test_rounds_go_in_turns(checkpoint):

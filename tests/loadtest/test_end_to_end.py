@@ -121,6 +121,19 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_load(tmp_path, ca
     assert f"cannot write {path}: No such file or directory" in capsys.readouterr().err
 
 
+def test_each_request_has_the_fields_that_were_asked_for(capsys):
+    with server_thread() as url:
+        assert main(["custom", "--url", url, "--extra-body", '{"top_p": 1.5}']) == 1
+    assert "top_p" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fields", ["{", "[1]"])
+def test_fields_that_are_no_json_object_are_refused(fields, capsys):
+    with pytest.raises(SystemExit):
+        main(["W1", "--extra-body", fields])
+    assert "--extra-body: not " in capsys.readouterr().err
+
+
 def test_an_unknown_workload_is_refused_by_name():
     with pytest.raises(SystemExit, match="no workload 'W9'"):
         main(["W9"])

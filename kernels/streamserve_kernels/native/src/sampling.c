@@ -215,8 +215,8 @@ static void cut(float *values, int64_t count, float bound, double ties) {
     }
 }
 
-// Which of the weights an inverse CDF finds: only one block is looked into. Rounding may lift the
-// target to the total; the last that weighs anything then has it.
+// Which of the weights an inverse CDF finds: only one block is looked into. Rounding may keep the
+// block's own sum below the target; its last that weighs anything then has it.
 static int64_t draw_from(const scratch *s, int64_t count, double uniform) {
     const int64_t blocks = ss_ceil_div(count, BLOCK);
     double total = 0.0, sum = 0.0, before = 0.0;
@@ -226,7 +226,6 @@ static int64_t draw_from(const scratch *s, int64_t count, double uniform) {
                                            LEAST_WEIGHT, 1);
     const double target = uniform * total;
     for (int64_t b = 0; b < blocks && sum <= target; b++) {
-        if (s->sums[b] == 0.0) continue;
         block = b;
         before = sum;
         sum += s->sums[b];
@@ -269,7 +268,7 @@ static float least_of_top(const row *r, int64_t k) {
             r->s.peaks + b, ss_mask(r->blocks - b),
             weights_of(r, _mm512_maskz_loadu_ps(ss_mask(r->blocks - b), r->s.maxima + b)));
     double above;
-    return k > r->blocks ? 0.0f : bound_of(r->s.peaks, r->blocks, (double)k, 0, r->s.room, &above);
+    return bound_of(r->s.peaks, r->blocks, (double)k, 0, r->s.room, &above);
 }
 
 static int64_t draw(row *r, float min_p, int64_t top_k, double top_p, double uniform) {
@@ -288,7 +287,7 @@ static int64_t draw(row *r, float min_p, int64_t top_k, double top_p, double uni
     if (top_p < 1.0) {
         const double mass = top_p * measure(values, count, LEAST_WEIGHT, 1);
         const float bound = bound_of(values, count, mass, 1, r->s.room, &above);
-        cut(values, count, bound, fmax(1.0, ceil((mass - above) / bound)));
+        cut(values, count, bound, ceil((mass - above) / bound));
     }
     const int64_t found = draw_from(&r->s, count, uniform);
     return top_k > 0 ? r->s.ids[found] : found;
