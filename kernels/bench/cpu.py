@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from draws import bench_draws
 from quantised import bench_quantised
 from streamserve_kernels import Kernels, PackedLinear, load
 
@@ -254,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
-    parser.add_argument("--only", choices=["linear", "attention", "step", "quantised"])
+    parser.add_argument("--only", choices=["linear", "attention", "step", "quantised", "draws"])
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -274,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         linears = {**shape.linears(), "lm_head": (shape.vocab, shape.hidden)}
         served = load("cpu", dtype=dtype)
         bench_quantised(served, linears, options.rows, bandwidth, timed)
+    if options.only in (None, "draws"):
+        bench_draws(shape.vocab, [rows for rows in options.rows if rows <= 64], bandwidth, timed)
     if options.only in (None, "linear"):
         bench_linear(kernels, shape, dtype, options.rows, bandwidth)
 
