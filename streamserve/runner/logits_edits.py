@@ -231,11 +231,14 @@ def unpack_mask(mask: bytes, vocab_size: int) -> NDArray[np.bool_]:
     return np.unpackbits(packed, count=vocab_size, bitorder="little").view(np.bool_)
 
 
-def common_mask(first: bytes, second: bytes) -> bytes:
-    """Allows what both packed bit masks allow."""
-    size = min(len(first), len(second))
-    both = np.frombuffer(first, np.uint8)[:size] & np.frombuffer(second, np.uint8)[:size]
-    return both.tobytes()
+def joint_mask(grammar_mask: bytes | None, edits: LogitsEdits | None) -> bytes | None:
+    """What a grammar's mask and a request's list of allowed tokens allow together; None: all."""
+    allowed_mask = None if edits is None else edits.allowed_mask
+    if grammar_mask is None or allowed_mask is None:
+        return allowed_mask if grammar_mask is None else grammar_mask
+    size = min(len(grammar_mask), len(allowed_mask))
+    first, second = (np.frombuffer(m, np.uint8, size) for m in (grammar_mask, allowed_mask))
+    return (first & second).tobytes()
 
 
 def apply_mask(logits: Float32Array, mask: bytes) -> None:

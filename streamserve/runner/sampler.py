@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamserve.core.plan import TokenLogprobs
-from streamserve.runner.logits_edits import LogitsEdits, apply_mask, common_mask
+from streamserve.runner.logits_edits import LogitsEdits, apply_mask, joint_mask
 from streamserve.runner.truncation import restricted_draw
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class SamplingBatch:
         """By row, what a grammar and the request's list of allowed tokens allow together."""
         found = dict(self.masks)
         for row, edits in self.edits.items():
-            if (allowed := edits.allowed_mask) is not None:
-                found[row] = common_mask(found[row], allowed) if row in found else allowed
+            if (mask := joint_mask(found.get(row), edits)) is not None:
+                found[row] = mask
         return found
 
 

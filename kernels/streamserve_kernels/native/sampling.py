@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from streamserve_kernels.native.execute import Executable, pack_step
 from streamserve_kernels.pool import pool
+from streamserve_kernels.sampling import pack_mask
 
 Float32Array: TypeAlias = NDArray[np.float32]
 Float64Array: TypeAlias = NDArray[np.float64]
@@ -62,11 +63,10 @@ class RowDraws:
         Of rows without a finite maximum the id is -1.
         """
         ids = np.empty(len(logits), dtype=np.int64)
-        size = -(-self._vocab_size // 16) * 2
-        padded = [(row, mask[:size].ljust(size, b"\0")) for row, mask in (masks or {}).items()]
+        packed = {row: pack_mask(mask, self._vocab_size) for row, mask in (masks or {}).items()}
         mask_addresses = np.zeros(len(logits), dtype=np.int64)
-        for row, mask in padded:
-            mask_addresses[row] = _address(np.frombuffer(mask, dtype=np.uint8))
+        for row, words in packed.items():
+            mask_addresses[row] = words.data_ptr()
         wishes = (temperature, min_p, top_k, top_p, uniforms)
         types = (np.float32, np.float32, np.int64, np.float64, np.float64)
         arrays: list[Any] = [

@@ -21,7 +21,7 @@ from streamserve.runner.bad_words import outputs_before
 from streamserve.runner.cuda.arena import torch_dtype
 from streamserve.runner.cuda.bad_words import DeviceBadWords
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
-from streamserve.runner.logits_edits import LogitsEdits
+from streamserve.runner.logits_edits import LogitsEdits, joint_mask
 from streamserve.runner.pooling import Pooled
 from streamserve.runner.prompt_logprobs import FoundLogprobs
 from streamserve_kernels.sampling import (
@@ -234,18 +234,10 @@ class DeviceSampler:
         for at, row, request_id in zip(
             step.logits_rows.tolist(), step.rows.rows.tolist(), step.rows.request_ids, strict=True
         ):
-            edits = batch.edits.get(row)
-            both = [
-                pack_mask(mask, self._vocab_size).numpy()
-                for mask in (
-                    masks.get(request_id) if masks else None,
-                    edits.allowed_mask if edits is not None else None,
-                )
-                if mask is not None
-            ]
-            if both:
+            grammar_mask = masks.get(request_id) if masks else None
+            if (mask := joint_mask(grammar_mask, batch.edits.get(row))) is not None:
                 rows[at] = len(packed)
-                packed.append(both[0] & both[-1])
+                packed.append(pack_mask(mask, self._vocab_size).numpy())
         return rows, np.stack(packed) if packed else np.zeros((0, 1), dtype=np.int32)
 
     def _reserve(self, num_rows: int) -> None:

@@ -1,9 +1,9 @@
 // From logits to token ids, and to the likeliest ones: a row is one unit. What is drawn is told by
-// streamserve/runner/sampler.py. Nothing is sorted: what top-k and top-p keep is found by bisection,
-// since counting, or adding up, the weights above a threshold is a matter of microseconds.
+// streamserve/runner/sampler.py. Nothing is sorted: what top-k and top-p keep is found by
+// bisection, since counting, or adding up, the weights above a threshold takes microseconds.
 //
 // A row falls into blocks of 256 logits, and the largest of each is found first. Of the k largest
-// weights none is below the k-th largest of these, so that for top-k only a few blocks are looked into.
+// weights none is below the k-th largest of these: for top-k only a few blocks are looked into.
 //
 // A NaN counts as -infinity. A row without a finite maximum is left to the caller.
 #include "streamserve.h"
@@ -223,7 +223,7 @@ static int64_t draw_from(const scratch *s, int64_t count, double uniform) {
     int64_t block = 0, last = 0;
     for (int64_t b = 0; b < blocks; b++)
         total += s->sums[b] = measure(s->values + b * BLOCK, end_of(count, b) - b * BLOCK,
-                                           LEAST_WEIGHT, 1);
+                                      LEAST_WEIGHT, 1);
     const double target = uniform * total;
     for (int64_t b = 0; b < blocks && sum <= target; b++) {
         block = b;
@@ -278,9 +278,10 @@ static int64_t draw(row *r, float min_p, int64_t top_k, double top_p, double uni
     double above;
     if (top_k > 0) {
         count = collect(r, fmaxf(least_of_top(r, top_k), least));
-        // Those that tie with the k-th stay.
-        if (count > top_k)
-            cut(values, count, bound_of(values, count, (double)top_k, 0, r->s.room, &above), INFINITY);
+        if (count > top_k) {
+            const float bound = bound_of(values, count, (double)top_k, 0, r->s.room, &above);
+            cut(values, count, bound, INFINITY);  // those that tie with the k-th stay
+        }
     } else {
         fill_weights(r, least);
     }
