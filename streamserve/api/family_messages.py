@@ -129,38 +129,18 @@ _REWRITTEN: dict[str, Callable[[Iterable[Message]], Iterator[Message]]] = {
 }
 
 
-def _harmony(messages: Sequence[Message]) -> Iterator[Message]:
+def _harmony(messages: Iterable[Message]) -> Iterator[Message]:
     """Thoughts are in ``thinking``, and so is what was said before a call.
 
-    The template shows the first call of a message alone, takes a result for that of the last call,
-    and refuses a call that both thoughts and words precede.
+    The template refuses a call that both thoughts and words precede.
     """
-    position = 0
-    while position < len(messages):
-        message = messages[position]
-        position += 1
-        calls = message.get("tool_calls")
-        if not calls:
-            thoughts = message.get("reasoning_content")
+    for message in messages:
+        thoughts = message.get("reasoning_content")
+        if not message.get("tool_calls"):
             yield {**message, "thinking": thoughts} if thoughts else message
             continue
-        end = position
-        while end < len(messages) and messages[end]["role"] == "tool":
-            end += 1
-        yield from _one_by_one(message, calls, list(messages[position:end]))
-        position = end
-
-
-def _one_by_one(message: Message, calls: list[Any], results: list[Message]) -> Iterator[Message]:
-    said = (message.get("reasoning_content"), _text_of(message))
-    thinking = {"thinking": "\n\n".join(filter(None, said))} if any(said) else {}
-    for call in calls:
-        yield {**message, "content": "", **thinking, "tool_calls": [call]}
-        thinking = {}
-        found = [result for result in results if result["tool_call_id"] == call["id"]]
-        yield from found
-        results = [result for result in results if result not in found]
-    yield from results
+        said = "\n\n".join(filter(None, (thoughts, _text_of(message))))
+        yield {**message, "content": "", **({"thinking": said} if said else {})}
 
 
 def _text_of(message: Message) -> str:

@@ -16,13 +16,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from streamserve.engine.builtin_templates import TEMPLATES, builtin_template_name
 from streamserve.engine.tame_templates import is_tame
+from streamserve.engine.template_turns import Message, TemplateTurns
 from streamserve.engine.tokenizer import read_json
 from streamserve.errors import ConfigError, InvalidParameterError, ModelLoadError
 
-Message = Mapping[str, Any]
-
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
-_PROBE = "streamserve-probe"
 
 
 class ChatTemplate:
@@ -69,7 +67,7 @@ class ChatTemplate:
             name for tree in parsed for name in meta.find_undeclared_variables(tree)
         )
         self.is_tame = all(is_tame(tree) for tree in parsed)
-        self.accepts_parts = self._probe_parts()
+        self._turns = {name: self._turns_of(name) for name in self._templates}
 
     @classmethod
     def from_directory(
@@ -154,10 +152,11 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt; encode it without special tokens, the template writes its own.
 
-        ``continue_final_message`` leaves the last message open for the model to go on. Content
-        given as text parts is joined by newlines if the template expects a string. ``kwargs``
-        reach the template (``enable_thinking`` and the like). ``chat_template`` is the request's,
-        in place of this one.
+        ``continue_final_message`` leaves the last message open for the model to go on. What the
+        template would refuse or leave out is said in turns that it shows (``TemplateTurns``);
+        text parts are joined by newlines where it expects a string. ``kwargs`` reach the template
+        (``enable_thinking`` and the like). ``chat_template`` is the request's, in place of this
+        one.
 
         Raises ``InvalidParameterError`` with the template's own message if it refuses the
         messages, and for a ``chat_template`` that is not trusted or not Jinja.
@@ -175,18 +174,11 @@ class ChatTemplate:
                 "add_generation_prompt and continue_final_message cannot both be true",
                 param="continue_final_message",
             )
-        shown = [self._shown(message) for message in messages]
+        name = self._name_for(tools is not None)
+        shown = self._turns[name].fit(messages)
         if continue_final_message:
             _mark_end(shown)
-        context = {
-            **self._special_tokens,
-            **kwargs,
-            "messages": shown,
-            "tools": None if tools is None else list(tools),
-            "documents": kwargs.get("documents"),
-            "add_generation_prompt": add_generation_prompt,
-        }
-        text = self._render(self._template_for(tools is not None), context)
+        text = self._render(name, shown, tools, add_generation_prompt, kwargs)
         return _cut_at_mark(text) if continue_final_message else text
 
     def _of_request(self, text: str) -> ChatTemplate:
@@ -202,17 +194,30 @@ class ChatTemplate:
         except ModelLoadError as error:
             raise InvalidParameterError(str(error), param="chat_template") from error
 
-    def _template_for(self, has_tools: bool) -> jinja2.Template:
+    def _name_for(self, has_tools: bool) -> str:
         templates = self._templates
         if has_tools and "tool_use" in templates:
-            return templates["tool_use"]
-        if "default" in templates:
-            return templates["default"]
-        return next(iter(templates.values()))
+            return "tool_use"
+        return "default" if "default" in templates else next(iter(templates))
 
-    def _render(self, template: jinja2.Template, context: dict[str, Any]) -> str:
+    def _render(
+        self,
+        name: str,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        kwargs: Mapping[str, Any],
+    ) -> str:
+        context = {
+            **self._special_tokens,
+            **kwargs,
+            "messages": messages,
+            "tools": None if tools is None else list(tools),
+            "documents": kwargs.get("documents"),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return template.render(context)
+            return self._templates[name].render(context)
         except jinja2.TemplateError as error:
             raise InvalidParameterError(str(error), param="messages") from error
         except Exception as error:  # a template that meets a shape it does not expect
@@ -220,22 +225,11 @@ class ChatTemplate:
                 f"the chat template cannot render these messages: {error}", param="messages"
             ) from error
 
-    def _shown(self, message: Message) -> dict[str, Any]:
-        shown = dict(message)
-        content = shown.get("content")
-        if not self.accepts_parts and isinstance(content, (list, tuple)):
-            shown["content"] = "\n".join(part["text"] for part in content if "text" in part)
-        return shown
+    def _turns_of(self, name: str) -> TemplateTurns:
+        def render(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str:
+            return self._render(name, messages, tools, True, {})
 
-    def _probe_parts(self) -> bool:
-        """Whether content as a list of parts comes out as its text, and not as Python's repr."""
-        self.accepts_parts = True
-        parts = [{"type": "text", "text": _PROBE}]
-        try:
-            text = self.render([{"role": "user", "content": parts}])
-        except InvalidParameterError:
-            return False
-        return _PROBE in text and "'text'" not in text and '"text"' not in text
+        return TemplateTurns.of(render)
 
 
 class _GenerationTag(Extension):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from streamserve.engine.chat_template import Message
+from streamserve.engine.template_turns import Message
 from streamserve.engine.tokenizer import Tokenizer
 
 _TRUSTED = "assistant"  # the model's own words keep their markers: templates look for them

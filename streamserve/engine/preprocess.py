@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 from streamserve.core.interruptible import Interruptible
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.engine.bad_words import spell_bad_words
-from streamserve.engine.chat_template import ChatTemplate, Message
+from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.controls import Controls
+from streamserve.engine.template_turns import Message
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import InvalidParameterError
 

@@ -442,7 +442,7 @@ async def test_strict_fields_refuses_unknown_ones():
 
 async def test_a_template_that_refuses_is_a_400():
     async with Api(template="mistral").running() as api:
-        answer = await api.chat(messages=[HI, HI])
+        answer = await api.chat(messages=[{"role": "assistant", "content": "Yes?"}, HI])
     assert answer.status == 400
     assert "alternate" in answer.error["message"]
 
