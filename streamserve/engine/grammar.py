@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -78,11 +78,13 @@ class Grammars:
         timeout_s: float = 10.0,
         max_entries: int = 32,
         max_characters: int = 2 * 2**20,
+        new_trial: Callable[[list[bytes]], GrammarTrial] = GrammarTrial,
     ) -> None:
         """``vocab_size`` is the model's: masks have so many bits, or a few more.
 
         ``timeout_s`` is how long a grammar may be compiled, and how long it may wait for that:
-        a busy machine's limit. What is too complex is known by its processor time in the trial.
+        a busy machine's limit. What is too complex is known by its processor time in the trial,
+        which ``new_trial`` makes for special tokens.
         """
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
@@ -90,6 +92,7 @@ class Grammars:
         self._timeout_s = timeout_s
         self._max_entries = max_entries
         self._max_characters = max_characters
+        self._new_trial = new_trial
         self._cache: OrderedDict[StructuredOutput, _Compiled] = OrderedDict()
         self._num_characters = 0
         self._running: dict[StructuredOutput, asyncio.Task[_Compiled]] = {}
@@ -222,7 +225,7 @@ class Grammars:
         if self._pool is None or self._trial is None:
             names = {i: self._tokenizer.token_bytes(i) for i in self._tokenizer.all_special_ids}
             self._special_ids = [i for i, name in names.items() if name]
-            self._trial = GrammarTrial([names[i] for i in self._special_ids])
+            self._trial = self._new_trial([names[i] for i in self._special_ids])
             self._pool = ThreadPoolExecutor(1, "grammar", initializer=_yield_to_others)
         future = asyncio.get_running_loop().run_in_executor(
             self._pool, self._work, output, self._trial

@@ -172,7 +172,7 @@ async def test_special_tokens_are_known_by_name():
 
 async def test_a_machine_too_busy_for_a_grammar_refuses_for_now():
     """A worker that is given no processor time has not found the grammar too complex."""
-    grammars = patient_grammars(ByteTokenizer())
+    grammars = patient_grammars(ByteTokenizer(), new_trial=GrammarTrial)
     await grammars.compile(grammar("regex", "a"))
     worker = grammars._trial._process
     os.kill(worker.pid, signal.SIGSTOP)
