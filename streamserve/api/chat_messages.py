@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
+
 Message = dict[str, Any]
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -16,6 +18,21 @@ def text_content(texts: Sequence[str]) -> str | list[dict[str, str]]:
     if len(texts) > 1:
         return [{"type": "text", "text": text} for text in texts]
     return texts[0] if texts else ""
+
+
+def call_arguments(text: str) -> dict[str, Any]:
+    """The object that ``text`` is.
+
+    What is none (a model's mistake, or cut by ``max_tokens``) stands in ``_raw``: a chat in which
+    it has happened could not go on otherwise.
+    """
+    if not text.strip():
+        return {}
+    try:
+        arguments = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        arguments = None
+    return arguments if isinstance(arguments, dict) else {"_raw": text}
 
 
 def tool_call(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -88,49 +88,29 @@ def _read_role(name: str, value: Any) -> str:
     return ROLES.get(role, role)
 
 
-def _read_part(name: str, value: Any) -> dict[str, str]:
-    part = read_object(name, value)
-    kind = read_str(f"{name}.type", require_in(part, "type", name))
+@typed({"const": "text"})
+def _read_part_type(name: str, value: Any) -> str:
+    kind = read_str(name, value)
     if kind != "text":
-        raise unsupported(
-            f"{name}.type", f"{shown(kind)} is not supported: this server reads only text"
-        )
-    for field in part:
-        if field not in {"type", "text"}:
-            raise InvalidParameterError(
-                f"{name}.{shown(field)[1:-1]} is not supported",
-                param=name,
-                code="unsupported_parameter",
-            )
-    text = read_str(f"{name}.text", require_in(part, "text", name))
-    return {"type": "text", "text": text}
+        raise unsupported(name, f"{shown(kind)} is not supported: this server reads only text")
+    return kind
 
 
-@typed(
-    {
-        "anyOf": [
-            {"type": "string"},
-            {
-                "type": "array",
-                "minItems": 1,
-                "items": {
-                    "type": "object",
-                    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                    "required": ["type", "text"],
-                    "additionalProperties": False,
-                },
-            },
-        ]
-    }
+# Prefixes are cached in any case. Clients of several providers mark them for all.
+_PART_TABLE = FieldTable(
+    {"type": _read_part_type, "text": read_str},
+    annotations=frozenset({"cache_control"}),
+    required=("type", "text"),
 )
-def _read_content(name: str, value: Any) -> str | list[dict[str, str]]:
+
+
+@nested({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_TABLE.schema()}]})
+def _read_content(name: str, value: Any, unknown: list[str]) -> str | list[dict[str, str]]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise wrong_type(name, "a string or an array of text parts", value)
-    if not value:
-        raise out_of_range(name, "a string or at least one text part", value)
-    return [_read_part(f"{name}[{i}]", part) for i, part in enumerate(value)]
+    return [_PART_TABLE.read_inner(f"{name}[{i}]", part, unknown) for i, part in enumerate(value)]
 
 
 @typed({"type": "object", "propertyNames": {"not": {"enum": sorted(_RESERVED_KWARGS)}}})
@@ -176,12 +156,13 @@ def _check_message(where: str, message: dict[str, Any]) -> None:
                 code="invalid_value",
             )
     if role == "assistant":
-        message.setdefault("content", "")
+        message["content"] = message.get("content") or ""
         if thoughts := message.get("reasoning_content") or message.get("reasoning"):
             set_thoughts(message, thoughts)
     elif role == "tool" and not require_in(message, "tool_call_id", where):
         raise out_of_range(f"{where}.tool_call_id", "the id of a call", "")
-    require_in(message, "content", where)
+    if require_in(message, "content", where) == []:
+        raise out_of_range(f"{where}.content", "a string or at least one text part", [])
     if not message.get("tool_calls"):
         message.pop("tool_calls", None)
 

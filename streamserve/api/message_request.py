@@ -159,6 +159,10 @@ def _read_stops(name: str, value: Any) -> tuple[str, ...]:
 _CLEAR_NOTHING = {"type": "clear_thinking_20251015", "keep": "all"}
 """Claude Code says it in each of its requests."""
 
+_BILLING = "x-anthropic-billing-header:"
+"""Claude Code's system prompt begins with a line of this, another one in each request: it says
+nothing to the model, and with it no prefix would be found in the cache."""
+
 _ANNOTATIONS = frozenset({"cache_control", "service_tier", "user_profile_id", "workspace_id"})
 _REFUSED: dict[str, Refused] = {
     "container": Refused(),
@@ -226,7 +230,7 @@ def _chat_request(
     values: Mapping[str, Any], unknown: list[str], params: SamplingParams
 ) -> ChatRequest:
     messages: list[dict[str, Any]] = require(values, "messages")
-    if texts := [block["text"] for block in values.get("system", ())]:
+    if texts := list(_system_texts(values.get("system", ()))):
         messages.insert(0, {"role": "system", "content": text_content(texts)})
     continues = messages[-1]["role"] == "assistant"
     return ChatRequest(
@@ -242,6 +246,16 @@ def _chat_request(
         tools=message_tool_use(values.get("tools", ()), values.get("tool_choice")),
         reasoning=_reasoning(values),
     )
+
+
+def _system_texts(blocks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for block in blocks:
+        text: str = block["text"]
+        if text.startswith(_BILLING):
+            text = text.partition("\n")[2]
+            if not text:
+                continue
+        yield text
 
 
 def _reasoning(values: Mapping[str, Any]) -> ReasoningOptions:

@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
-from streamserve.api.chat_messages import tool_call
+from streamserve.api.chat_messages import call_arguments, tool_call
 from streamserve.api.fields import (
     FieldTable,
     NestedReader,
@@ -28,9 +26,9 @@ from streamserve.api.fields import (
 )
 from streamserve.errors import InvalidParameterError
 
-MAX_TOOLS = 128  # OpenAI's
+MAX_TOOLS = 512  # OpenAI's 128 are soon had by clients with a few MCP servers
 MAX_CALLS = 1024  # in one message
-_NAME = re.compile(r"^[a-zA-Z0-9_.-]{1,64}$")
+_NAME = re.compile(r"^[a-zA-Z0-9_.-]{1,128}$")  # MCP's and Anthropic's: OpenAI's are half as long
 _CHOICES = ("none", "auto", "required")
 
 
@@ -73,7 +71,7 @@ def read_name(name: str, value: Any) -> str:
     """A function's name."""
     text = read_str(name, value)
     if _NAME.fullmatch(text) is None:
-        raise out_of_range(name, "1 to 64 letters, digits, underscores, dots and dashes", text)
+        raise out_of_range(name, "1 to 128 letters, digits, underscores, dots and dashes", text)
     return text
 
 
@@ -200,18 +198,7 @@ def tool_use(values: Mapping[str, Any]) -> ToolUse:
 @typed({"type": "string"})
 def read_arguments(name: str, value: Any) -> dict[str, Any]:
     """The object that a call's arguments are: templates want it parsed."""
-    text = read_str(name, value)
-    if not text.strip():
-        return {}
-    try:
-        arguments = orjson.loads(text)
-    except orjson.JSONDecodeError as exc:
-        raise InvalidParameterError(
-            f"{name} must be a JSON object as a string: {exc}", param=name, code="invalid_value"
-        ) from None
-    if not isinstance(arguments, dict):
-        raise out_of_range(name, "a JSON object as a string", text)
-    return arguments
+    return call_arguments(read_str(name, value))
 
 
 # What clients leave there that put a streamed call together, or parsed it.

@@ -171,7 +171,7 @@ def nested(num_levels):
 
 TOO_MANY = {
     "messages": ("/v1/messages", message_body(messages=[TURN] * 4097), 4096),
-    "tools": ("/v1/chat/completions", chat_body(tools=[TOOL] * 129), 128),
+    "tools": ("/v1/chat/completions", chat_body(tools=[TOOL] * 513), 512),
     "tool calls": (
         "/v1/chat/completions",
         chat_body(messages=[{"role": "assistant", "tool_calls": [*map(call_of, range(1025))]}]),

@@ -158,6 +158,21 @@ async def test_blocks_and_turns_become_a_chat():
     )
 
 
+@pytest.mark.parametrize("form", ["blocks", "text"])
+async def test_what_claude_code_writes_for_its_bill_is_no_part_of_the_prompt(form):
+    """It says something else in each request, and so no prefix would be found."""
+    prompts = set()
+    for bill in ("0ad5b", "9f1c2"):
+        line = f"x-anthropic-billing-header: cc_version=2.1.37.0d9; cch={bill};"
+        system = f"{line}\nBe kind."
+        if form == "blocks":
+            system = [{"type": "text", "text": text} for text in (line, "Be kind.")]
+        _, prompt = await both("ok", system=system)
+        prompts.add(prompt)
+    [prompt] = prompts
+    assert prompt.startswith("system: Be kind.user: Hi")
+
+
 async def test_calls():
     message, _ = await both("I look. " + CALL + OTHER, tools=TOOLS)
     assert message["content"] == [

@@ -125,6 +125,15 @@ async def test_a_response_goes_on_with_another(names_them):
     assert by_id.startswith("user: Hiassistant: Yes.<think>Hm.</think>user: More")
 
 
+async def test_a_chat_goes_on_behind_a_call_that_was_cut():
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": "cu'}
+    result = {"type": "function_call_output", "call_id": "c", "output": "not called"}
+    async with scripted("ok").running() as api:
+        answer = await create(api, input=[call, result])
+    assert answer.status == 200
+    assert '<tool_call>f{"_raw": "{\\"a\\": \\"cu"} c</tool_call>' in api.runner.prompts[0]
+
+
 async def test_a_response_goes_on_with_one_of_the_background():
     async with scripted(THOUGHT).running() as api:
         first = await create(api, max_output_tokens=None, background=True, stream=True)

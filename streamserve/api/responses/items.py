@@ -25,7 +25,7 @@ from streamserve.api.fields import (
     unsupported,
     wrong_type,
 )
-from streamserve.api.tool_fields import read_arguments, read_name
+from streamserve.api.tool_fields import read_name
 from streamserve.errors import InvalidParameterError
 
 Item = dict[str, Any]
@@ -61,13 +61,6 @@ def _read_sealed(name: str, value: Any) -> str:
         raise InvalidParameterError(
             f"{name} must be as this server wrote it", param=name, code="invalid_value"
         )
-    return text
-
-
-@typed({"type": "string"})
-def _read_json_arguments(name: str, value: Any) -> str:
-    read_arguments(name, value)
-    text: str = value
     return text
 
 
@@ -130,7 +123,7 @@ MESSAGE_TABLE = FieldTable(
 )
 CALL_TABLE = FieldTable(
     {
-        "arguments": _read_json_arguments,
+        "arguments": read_str,
         "call_id": read_id,
         "id": read_id,
         "name": read_name,

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import orjson
-
-from streamserve.api.chat_messages import ROLES, Message, set_thoughts, text_content, tool_call
+from streamserve.api.chat_messages import (
+    ROLES,
+    Message,
+    call_arguments,
+    set_thoughts,
+    text_content,
+    tool_call,
+)
 from streamserve.api.responses.items import Item, unseal
 
 
@@ -60,8 +65,7 @@ def _add(item: Item, turn: Message) -> None:
         if thoughts := _thoughts(item):
             set_thoughts(turn, thoughts)
     else:
-        arguments = orjson.loads(item["arguments"]) if item["arguments"].strip() else {}
-        call = tool_call(item["call_id"], item["name"], arguments)
+        call = tool_call(item["call_id"], item["name"], call_arguments(item["arguments"]))
         turn.setdefault("tool_calls", []).append(call)
 
 
