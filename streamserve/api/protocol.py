@@ -20,6 +20,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+import httptools
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -30,6 +31,8 @@ MAX_PIPELINED = 16
 
 _LINGER_S = 5.0
 """How long a closed connection may take to deliver its last bytes."""
+
+_UPGRADE_OPTIONS = (b"upgrade", b"http2-settings")
 
 _NUM_LOOKED_AT = 256  # connections, to find an idle one: a flood must stay cheap
 _RETRY_AFTER_S = 1
@@ -49,6 +52,24 @@ def _nobody_counts(_code: str) -> None:
 
 def _nobody_cares() -> None:
     """Stands in for who counts clients that were cut off."""
+
+
+class _UnframedCycle(RequestResponseCycle):
+    """An answer to HTTP/1.0, which knows no chunks: where no length is said, it ends with the
+    connection.
+    """
+
+    _has_no_length = False
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            if b"content-length" not in names:
+                self._has_no_length = True
+                self.chunked_encoding = False
+        elif self._has_no_length:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
 
 
 class ServeProtocol(HttpToolsProtocol):
@@ -102,7 +123,8 @@ class ServeProtocol(HttpToolsProtocol):
         if self.transport.is_closing():  # refused: what still comes is nobody's
             return
         self._num_body_bytes = 0
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
         if self.transport.is_closing() or not (self._is_in_head or self._is_in_body):
             return
         # A header or a trailer that never ends shows up in no callback.
@@ -111,6 +133,34 @@ class ServeProtocol(HttpToolsProtocol):
         )
         if self._num_unparsed_bytes > self.max_header_bytes:
             self._refuse_headers()
+
+    def _feed(self, data: bytes) -> None:
+        """As uvicorn, but for an upgrade, behind which that loses the request's body."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._is_offered_upgrade:
+                self._decline_upgrade(data[upgrade.args[0] :])
+
+    @property
+    def _is_offered_upgrade(self) -> bool:
+        """Whether the client would rather speak another protocol: Java's does, with its HTTP/2."""
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Read the request again without the offer; ``rest`` is what came behind its head."""
+        lines = [b"%b %b HTTP/1.1" % (self.parser.get_method(), self.url)]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                kept = b", ".join(o for o in options if o.lower() not in _UPGRADE_OPTIONS)
+                lines.append(b"connection: " + (kept or b"keep-alive"))
+            elif name not in _UPGRADE_OPTIONS:
+                lines.append(b"%b: %b" % (name, value))
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed(b"\r\n".join([*lines, b"", rest]))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -130,11 +180,15 @@ class ServeProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._is_offered_upgrade:
+            return
         self._is_in_head = False
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _TooManyPipelinedError
         num_waiting = len(self.pipeline)
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.__class__ = _UnframedCycle
         if len(self.pipeline) == num_waiting:
             self._running_cycle = self.cycle
         self._is_in_body = True
@@ -144,6 +198,8 @@ class ServeProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._is_offered_upgrade:
+            return
         self._is_in_body = False
         self._stop_deadline()
         super().on_message_complete()

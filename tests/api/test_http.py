@@ -254,6 +254,65 @@ async def test_a_client_that_asks_first_may_continue():
         assert (await client.whole())[0] == 200
 
 
+BODY = json.dumps(chat_body(max_tokens=1)).encode()
+
+
+@pytest.mark.parametrize("num_pieces", [1, 2, 400])
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        (b"Content-Length: %d" % len(BODY), BODY),
+        (b"Transfer-Encoding: chunked", b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)),
+    ],
+)
+async def test_an_offer_to_speak_http_2_is_declined_and_the_body_is_read(header, body, num_pieces):
+    """Java's clients make it in each request."""
+    request = (
+        f"POST {CHAT} HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nHost: x\r\n"
+        "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\nUpgrade: h2c\r\n"
+        "Content-Type: application/json\r\n"
+    ).encode() + b"%b\r\n\r\n%b" % (header, body)
+    size = -(-len(request) // num_pieces)
+    async with Api().serving() as address, connected(address) as client:
+        for _ in range(2):
+            for start in range(0, len(request), size):
+                client.writer.write(request[start : start + size])
+                await asyncio.sleep(0)
+            status, headers, _ = await client.whole()
+            assert status == 200
+            assert "connection" not in headers
+        client.writer.write(request.replace(b"Upgrade, H", b"Upgrade, close, H"))
+        assert (await client.whole())[1]["connection"] == "close"
+
+
+async def test_a_pipelined_request_follows_one_that_offers_websockets():
+    upgrade = (
+        b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    )
+    async with Api().serving() as address, connected(address) as client:
+        client.writer.write(upgrade + b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"ok" in (await client.whole())[2]
+        assert b"version" in (await client.whole())[2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_http_1_0_knows_no_chunks(stream):
+    body = json.dumps(chat_body(max_tokens=2, stream=stream)).encode()
+    head = f"POST {CHAT} HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: {len(body)}\r\n\r\n"
+    async with Api().serving() as address, connected(address) as client:
+        client.writer.write(head.encode() + body)
+        status, headers = await client.head()
+        async with asyncio.timeout(60):
+            answer = await client.reader.read()
+    assert (status, headers["connection"]) == (200, "close")
+    assert "transfer-encoding" not in headers
+    if stream:
+        events = events_of(answer)
+        assert (text_of(events), events[-1]) == ("ab", "[DONE]")
+    else:
+        assert len(answer) == int(headers["content-length"])
+
+
 @pytest.mark.parametrize(
     "head",
     [
