@@ -195,10 +195,10 @@ class AnswerPlan:
             kwargs = {switch: reasoning.is_enabled, **kwargs}
         if effort is None:
             return kwargs
-        if effort == "none" and switch is not None:
-            return {switch: False, **kwargs}
-        if "reasoning_effort" in variables:
+        if "reasoning_effort" in variables and not (effort == "none" and switch is not None):
             return {"reasoning_effort": effort, **kwargs}
+        if switch is not None:
+            return {switch: effort != "none", **kwargs}
         if effort == "none" and self._format.reasoning_parser is None:
             return kwargs
         raise unsupported(

@@ -48,7 +48,7 @@ from streamserve.errors import InvalidParameterError
 
 MAX_MESSAGES = 4096
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 # What the renderer itself hands to a template.
 _RESERVED_KWARGS = frozenset(

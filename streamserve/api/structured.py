@@ -20,6 +20,8 @@ from streamserve.api.fields import (
     read_bool,
     read_object,
     read_str,
+    require_in,
+    schema_of,
     shown,
     typed,
     unsupported,
@@ -32,7 +34,9 @@ from streamserve.errors import InvalidParameterError
 MAX_CHOICES = 4096
 _BACKENDS = ("auto", "guidance")
 _NO_WHITESPACE = ""
-_RESPONSE_FORMATS = ("text", "json_object", "json_schema", "structural_tag")
+_RESPONSE_FORMATS = ("text", "json_object", "json_schema", "structural_tag", "json", "regex")
+_SCHEMA_FIELDS = ("schema", "value")
+"""Of ``json_object`` and ``json``: llama.cpp's name for the schema, and TGI's."""
 _OF_JSON = (GrammarKind.JSON_SCHEMA, GrammarKind.STRUCTURAL_TAG)
 
 
@@ -167,6 +171,12 @@ def _closed(schema: Any) -> Any:
     return closed
 
 
+_FIELDS_OF = {
+    "json_object": _SCHEMA_FIELDS,
+    "json": _SCHEMA_FIELDS,
+    "json_schema": ("json_schema",),
+    "regex": ("value",),
+}
 _DESCRIBED_SCHEMA = {
     "type": "object",
     "properties": {
@@ -184,8 +194,23 @@ _DESCRIBED_SCHEMA = {
         "anyOf": [
             {
                 "type": "object",
-                "properties": {"type": {"enum": ["text", "json_object"]}},
+                "properties": {"type": {"const": "text"}},
                 "required": ["type"],
+                "additionalProperties": False,
+            },
+            {
+                "type": "object",
+                "properties": {
+                    "type": {"enum": ["json_object", "json"]},
+                    **{name: {"type": ["object", "string", "null"]} for name in _SCHEMA_FIELDS},
+                },
+                "required": ["type"],
+                "additionalProperties": False,
+            },
+            {
+                "type": "object",
+                "properties": {"type": {"const": "regex"}, "value": schema_of(_read_regex)},
+                "required": ["type", "value"],
                 "additionalProperties": False,
             },
             {
@@ -209,11 +234,15 @@ def _read_response_format(name: str, value: Any) -> StructuredOutput | None:
         raise out_of_range(f"{name}.type", f"one of {', '.join(_RESPONSE_FORMATS)}", kind)
     if kind == "structural_tag":
         return _structural_tag(name, given)
-    check_keys(name, given, {"type", "json_schema"} if kind == "json_schema" else {"type"})
+    check_keys(name, given, {"type", *_FIELDS_OF.get(kind, ())})
     if kind == "text":
         return None
-    if kind == "json_object":
-        return any_object(name)
+    if kind == "regex":
+        return _read_regex(f"{name}.value", require_in(given, "value", name))
+    if kind in ("json_object", "json"):
+        found = {key: given[key] for key in _SCHEMA_FIELDS if given.get(key) is not None}
+        read = {key: _read_schema(f"{name}.{key}", value) for key, value in found.items()}
+        return _only_one(name, read) or any_object(name)
     where = f"{name}.json_schema"
     if given.get("json_schema") is None:
         raise InvalidParameterError(

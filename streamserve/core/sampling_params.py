@@ -97,6 +97,8 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             _require(token_id >= 0, "logit_bias", "keyed by token ids of at least 0", token_id)
             _within("logit_bias", bias, -100.0, 100.0)
+        if self.seed == -1:  # llama.cpp's and vLLM's word for none
+            object.__setattr__(self, "seed", None)
         if self.seed is not None:
             _require(-MAX_SEED - 1 <= self.seed <= MAX_SEED, "seed", "a 64-bit integer", self.seed)
         self._check_stops()

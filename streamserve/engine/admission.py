@@ -33,7 +33,10 @@ class AdmissionLimits:
     def check(
         self, prompt_token_ids: list[int], params: SamplingParams, *, is_tokenized: bool
     ) -> SamplingParams:
-        """Return ``params`` with ``max_tokens`` settled.
+        """Return ``params`` with ``max_tokens`` settled: at most what the context has left.
+
+        A longest answer is no promise of that length, and clients say the same for every prompt;
+        one that is longer than the whole context is refused, as in vLLM.
 
         Raises ``InvalidParameterError`` or ``ContextLengthError``.
         """
@@ -50,17 +53,14 @@ class AdmissionLimits:
         if params.ends_with_prompt:
             return params
         num_left = self.max_model_len - num_prompt_tokens
-        if params.max_tokens is None:
-            if params.min_tokens > num_left:
-                raise ContextLengthError(
-                    self._message(num_prompt_tokens, params.min_tokens), param="min_tokens"
-                )
-            return replace(params, max_tokens=num_left)
-        if params.max_tokens > num_left:
+        longest = num_left if params.max_tokens is None else params.max_tokens
+        if longest > self.max_model_len:
+            raise ContextLengthError(self._message(num_prompt_tokens, longest), param="max_tokens")
+        if params.min_tokens > num_left:
             raise ContextLengthError(
-                self._message(num_prompt_tokens, params.max_tokens), param="max_tokens"
+                self._message(num_prompt_tokens, params.min_tokens), param="min_tokens"
             )
-        return params
+        return replace(params, max_tokens=min(longest, num_left))
 
     def check_beams(self, beams: BeamSearchParams, n: int, num_ending_ids: int) -> None:
         """Raise ``InvalidParameterError`` unless the likeliest tokens suffice for so many beams."""

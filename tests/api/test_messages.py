@@ -338,7 +338,6 @@ TEXT = {"type": "text", "text": "Hi"}
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens is required"),
         ({"thinking": {"type": "enabled", "budget_tokens": 300}}, "must be less than max_tokens"),
         ({"thinking": {"type": "adaptive", "budget_tokens": 3}}, "only with type enabled"),
-        ({"output_config": {"effort": "max"}}, "output_config.effort 'max' is not supported"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "format.schema is required"),
         ({"stop_sequences": [""]}, "stop_sequences must be an array of non-empty strings"),
         ({"temperature": 3}, "temperature must be between"),
@@ -363,6 +362,9 @@ async def test_a_model_that_does_not_think_says_so():
         assert "thinking.budget_tokens is not supported" in answer.error["message"]
         # How much to think is the model's choice here, and this one's is not to.
         assert (await api.message(thinking={"type": "adaptive"}, max_tokens=2)).status == 200
+        answer = await api.message(output_config={"effort": "max"})
+        assert answer.status == 400
+        assert "output_config.effort 'max' is not supported" in answer.error["message"]
 
 
 async def test_edits_of_the_context_that_clear_nothing_are_taken():

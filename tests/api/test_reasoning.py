@@ -196,6 +196,8 @@ EFFORT = TEMPLATE + "{{ reasoning_effort }}"
         (TEMPLATE, "none", "<think>\n\n</think>\n\n"),
         (EFFORT, "none", "<think>\n\n</think>\n\n"),
         (EFFORT, "high", "assistant: high"),
+        (EFFORT, "max", "assistant: max"),
+        (TEMPLATE, "low", "<think>\n"),
         ("{{ messages[0].content }}", "none", "Hi"),
     ],
 )
@@ -207,7 +209,6 @@ async def test_effort_where_it_means_something(template, effort, end):
 
 
 BAD = [
-    ({"reasoning_effort": "high"}, "reasoning_effort", "does not know it"),
     ({"reasoning_effort": "much"}, "reasoning_effort", "one of none, minimal, low"),
     ({"reasoning_effort": 5}, "reasoning_effort", "a string"),
     ({"include_reasoning": "no"}, "include_reasoning", "a boolean"),
@@ -225,6 +226,14 @@ BAD = [
 @pytest.mark.parametrize(("fields", "param", "message"), BAD)
 async def test_bad_values_are_refused_by_name(fields, param, message):
     await assert_refused(fields, param, message)
+
+
+async def test_a_requests_own_variables_of_the_template_come_before_its_effort():
+    async with scripted("ok").running() as api:
+        kwargs = {"enable_thinking": False}
+        answer = await api.chat(reasoning_effort="high", chat_template_kwargs=kwargs)
+    assert answer.status == 200
+    assert api.runner.prompts[0].endswith("<think>\n\n</think>\n\n")
 
 
 async def test_a_model_that_does_not_think_is_not_asked_to():

@@ -18,7 +18,7 @@ def parsed(**fields):
     return parse_chat_request(chat_body(**fields), {}).params.structured_output
 
 
-def test_json_schema_comes_in_four_ways():
+def test_json_schema_comes_in_many_ways():
     in_order = orjson.dumps(SCHEMA).decode()
     for fields, param in (
         ({"response_format": STRICT}, "response_format.json_schema.schema"),
@@ -26,6 +26,11 @@ def test_json_schema_comes_in_four_ways():
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, "structured_outputs.json"),
         ({"guided_json": SCHEMA}, "guided_json"),
         ({"guided_json": json.dumps(SCHEMA)}, "guided_json"),
+        (
+            {"response_format": {"type": "json_object", "schema": SCHEMA}},
+            "response_format.schema",
+        ),
+        ({"response_format": {"type": "json", "value": SCHEMA}}, "response_format.value"),
     ):
         output = parsed(**fields)
         assert (output.kind, output.text) == (GrammarKind.JSON_SCHEMA, in_order)
@@ -41,6 +46,8 @@ def test_the_other_grammars():
         for fields in ({f"guided_{name}": value}, {"structured_outputs": {name: value}}):
             output = parsed(**fields)
             assert (output.kind, output.text) == (kind, text)
+    regex = parsed(response_format={"type": "regex", "value": "a+"})
+    assert (regex.kind, regex.text) == (GrammarKind.REGEX, "a+")
     any_object = {"response_format": {"type": "json_object"}}
     assert parsed(**any_object).text == '{"type":"object"}'
     assert parsed(structured_outputs={"json_object": True}) == parsed(**any_object)
@@ -85,6 +92,13 @@ BAD = [
     ({"response_format": {"type": "xml"}}, "response_format.type", "'xml'"),
     ({"response_format": {"type": "text", "x": 1}}, "response_format", "only type, got 'x'"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+    ({"response_format": {"type": "json", "value": 5}}, "response_format.value", "an object"),
+    ({"response_format": {"type": "regex"}}, "response_format", "value is required"),
+    (
+        {"response_format": {"type": "json_object", "schema": {}, "value": {}}},
+        "response_format",
+        "give one",
+    ),
     (
         {"response_format": {"type": "json_schema", "json_schema": []}},
         "response_format.json_schema",

@@ -26,7 +26,9 @@ WIDER = AdmissionLimits(max_model_len=10, vocab_size=5, num_tokenizer_ids=7)
         (LIMITS, [1] * 10, True, {"max_tokens": 0}, None),
         (LIMITS, [1] * 11, True, {"max_tokens": 0}, "messages"),
         (LIMITS, [1] * 7, True, {"max_tokens": 3}, None),
-        (LIMITS, [1] * 7, True, {"max_tokens": 4}, "max_tokens"),
+        (LIMITS, [1] * 7, True, {"max_tokens": 10}, None),
+        (LIMITS, [1] * 7, True, {"max_tokens": 11}, "max_tokens"),
+        (LIMITS, [1] * 7, True, {"max_tokens": 4, "min_tokens": 4}, "min_tokens"),
         (LIMITS, [1] * 7, True, {"max_tokens": None, "min_tokens": 3}, None),
         (LIMITS, [1] * 7, True, {"max_tokens": None, "min_tokens": 4}, "min_tokens"),
         (LIMITS, [1], True, {"stop_token_ids": (5,)}, "stop_token_ids"),
@@ -39,9 +41,9 @@ def test_the_last_that_fits(limits, ids, is_tokenized, params, refused):
     errors = (InvalidParameterError, ContextLengthError)
     with pytest.raises(errors) if refused else nullcontext() as caught:
         settled = limits.check(ids, asked, is_tokenized=is_tokenized)
-        assert settled.max_tokens == (
-            10 - len(ids) if asked.max_tokens is None else asked.max_tokens
-        )
+        num_left = 10 - len(ids)
+        longest = num_left if asked.max_tokens is None else asked.max_tokens
+        assert settled.max_tokens == min(longest, num_left)
     assert refused is None or caught.value.param == refused
 
 

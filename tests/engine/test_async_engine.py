@@ -181,7 +181,8 @@ async def test_timings_are_in_order():
         ([1], {"stop_token_ids": (1000,)}, InvalidParameterError, "stop_token_ids"),
         ([1], {"logit_bias": {1000: 1.0}}, InvalidParameterError, "logit_bias"),
         ([1] * 512, {"max_tokens": None}, ContextLengthError, "messages"),
-        ([1] * 500, {"max_tokens": 13}, ContextLengthError, "max_tokens"),
+        ([1] * 500, {"max_tokens": 513}, ContextLengthError, "max_tokens"),
+        ([1] * 500, {"max_tokens": 13, "min_tokens": 13}, ContextLengthError, "min_tokens"),
         ([1] * 500, {"max_tokens": None, "min_tokens": 13}, ContextLengthError, "min_tokens"),
     ],
 )
@@ -196,8 +197,15 @@ async def test_what_cannot_be_served_is_refused_at_the_door(prompt, params, erro
 
 async def test_the_refusal_of_a_long_prompt_has_the_numbers():
     async with serving(FakeRunner()) as h:
-        with pytest.raises(ContextLengthError, match=r"512 tokens.*513.*500.*13"):
-            h.submit(prompt=[1] * 500, max_tokens=13)
+        with pytest.raises(ContextLengthError, match=r"512 tokens.*1013.*500.*513"):
+            h.submit(prompt=[1] * 500, max_tokens=513)
+
+
+async def test_a_longest_answer_is_at_most_what_the_context_has_left():
+    async with serving(FakeRunner()) as h:
+        outputs = [o async for o in h.submit(prompt=[1] * 500, max_tokens=512, ignore_eos=True)]
+        assert sum(len(output.token_ids) for output in outputs) == 12
+        assert outputs[-1].finish_reason is FinishReason.LENGTH
 
 
 async def test_a_full_queue_refuses():

@@ -81,6 +81,10 @@ def test_min_tokens_has_no_upper_limit_without_max_tokens():
     assert SamplingParams(max_tokens=None, min_tokens=10_000).min_tokens == 10_000
 
 
+def test_both_spellings_of_no_seed():
+    assert SamplingParams(seed=-1) == SamplingParams(seed=None)
+
+
 def test_both_spellings_of_no_top_k():
     assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
 
