@@ -115,6 +115,7 @@ def paged_attention(
     Juravsky et al. 2024 (Hydragen), Ye et al. 2024 (cascade inference).
     """
     block_size = key_cache.shape[2]
+    block_table = block_table.long()
     output = query.new_zeros(*query.shape[:2], value_cache.shape[3])
     attention = _Attention(key_cache, value_cache, scale, window, alibi_slopes, soft_cap)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
@@ -123,16 +124,15 @@ def paged_attention(
         torch.arange(length - (row.stop - row.start), length, device=query.device)
         for row, length in zip(rows, lengths, strict=True)
     ]
-    shared = query.new_zeros(output.shape, dtype=torch.float32)  # attention over the shared parts
-    shared_lse = shared.new_full(output.shape[:2], float("-inf"))
+    shared = query.new_empty(output.shape, dtype=torch.float32)  # attention over the shared parts
+    shared_lse = shared.new_empty(output.shape[:2])
     num_shared = [0] * len(lengths)  # blocks
     for members, num_blocks in [] if prefix_groups is None else _groups(prefix_groups):
         tokens = torch.cat([torch.arange(rows[r].start, rows[r].stop) for r in members])
         at = torch.cat([positions[r] for r in members])
         blocks = block_table[members[0], :num_blocks]
-        shared[tokens], shared_lse[tokens] = attention(
-            query[tokens], at, blocks, 0, num_blocks * block_size
-        )
+        shared[tokens], scores = attention(query[tokens], at, blocks, 0, num_blocks * block_size)
+        shared_lse[tokens] = _log_sum_exp(scores)
         for r in members:
             num_shared[r] = num_blocks
     for r, length in enumerate(lengths):
@@ -140,10 +140,17 @@ def paged_attention(
         if row.stop == row.start:
             continue
         blocks = block_table[r, first : -(-length // block_size)]
-        own, lse = attention(query[row], positions[r], blocks, first * block_size, length, sinks)
-        share = torch.sigmoid(shared_lse[row] - lse)  # of the weight; 0 where nothing is shared
-        output[row] = own.lerp(shared[row], share[..., None]).to(output.dtype)
+        own, scores = attention(query[row], positions[r], blocks, first * block_size, length, sinks)
+        if first > 0:
+            share = torch.sigmoid(shared_lse[row] - _log_sum_exp(scores))  # of the weight
+            own = own.lerp(shared[row], share[..., None])
+        output[row] = own.to(output.dtype)
     return output
+
+
+def _log_sum_exp(scores: Tensor) -> Tensor:
+    """Scores [Hq, q, L] -> [q, Hq], the logarithm of the softmax's denominator."""
+    return scores.logsumexp(-1).transpose(0, 1)
 
 
 def _blocks(cache: Tensor, blocks: Tensor) -> Tensor:
@@ -187,7 +194,7 @@ class _Attention:
     ) -> tuple[Tensor, Tensor]:
         """Queries [q, Hq, D] at `positions` [q] over the keys at `start` to `end`, in `blocks`.
 
-        Returns the attention [q, Hq, Dv] and the logarithm of its denominator [q, Hq], in float32.
+        Returns the attention [q, Hq, Dv] and its scores [Hq, q, L], sinks behind them, in float32.
         """
         num_heads = query.shape[1]
         keys = self._gather(self.key_cache, blocks, end - start, num_heads)
@@ -200,25 +207,21 @@ class _Attention:
         if self.alibi_slopes is not None:
             distance = (key_positions - positions).float()
             scores = scores + self.alibi_slopes.float()[:, None, None] * distance
-        visible = key_positions <= positions
+        hidden = key_positions > positions
         if self.window is not None:
-            visible &= positions - key_positions < self.window
-        scores = scores.masked_fill(~visible, float("-inf"))
+            hidden |= positions - key_positions >= self.window
+        scores = scores.masked_fill(hidden, float("-inf"))
         if sinks is not None:
             sink = sinks.float()[:, None, None].expand(-1, len(query), 1)
             scores = torch.cat([scores, sink], dim=-1)
         weights = torch.softmax(scores, dim=-1)[..., : end - start]
-        return (weights @ values).transpose(0, 1), scores.logsumexp(-1).transpose(0, 1)
+        return (weights @ values).transpose(0, 1), scores
 
     @staticmethod
     def _gather(cache: Tensor, blocks: Tensor, length: int, num_heads: int) -> Tensor:
         """The first `length` rows in `blocks` -> [Hq, length, D] float32, a copy per query head."""
         num_kv_heads, _, size = cache.shape[1:]
-        rows = (
-            _blocks(cache, blocks.long())
-            .transpose(0, 1)
-            .reshape(num_kv_heads, -1, size)[:, :length]
-        )
+        rows = _blocks(cache, blocks).transpose(0, 1).reshape(num_kv_heads, -1, size)[:, :length]
         return rows.float().repeat_interleave(num_heads // num_kv_heads, dim=0)
 
 
