@@ -12,7 +12,7 @@ from streamserve.api.family_messages import family_messages
 from streamserve.api.fields import unsupported
 from streamserve.api.tool_fields import ToolUse
 from streamserve.core.sampling_params import SamplingParams
-from streamserve.core.thinking import Thinking
+from streamserve.core.thinking import Thinking, ThoughtText
 from streamserve.engine.parsers.answer import AnswerParser
 from streamserve.engine.parsers.answer_format import AnswerFormat, MarkIds
 from streamserve.engine.parsers.reasoning import (
@@ -153,6 +153,12 @@ class AnswerPlan:
                 is_optional=may_be_free(params.structured_output),
             )
             params = replace(params, thinking=thinking)
+        if state is not ThinkState.OVER and params.stop:
+            start, end = self._thought_marks
+            is_open = state is ThinkState.INSIDE
+            params = replace(
+                params, thought_text=ThoughtText(is_open=is_open, start=start, end=end)
+            )
         if params.skip_special_tokens and self._has_special_markers(marks):
             params = replace(params, skip_special_tokens=False)
         return params

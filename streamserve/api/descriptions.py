@@ -22,7 +22,8 @@ DESCRIPTIONS: dict[str, str] = {
     "is_error": "The template sees `Error: ` before the result.",
     "output_config": "Effort and format.",
     "output_format": "As `output_config.format`.",
-    "stop_sequences": "Strings that end the answer; `stop_sequence` says which did.",
+    "stop_sequences": "Strings that end the answer, but not its thoughts; `stop_sequence` says "
+    "which did.",
     "system": "What stands before all messages.",
     "thinking": "Of a request: whether the model thinks (left out: it does not). Of a block: what "
     "it thought.",
@@ -114,7 +115,7 @@ DESCRIPTIONS: dict[str, str] = {
     "seed": "The same seed and request give the same answer, in whatever batch (-1: none).",
     "skip_special_tokens": "Leave special tokens out of the text.",
     "spaces_between_special_tokens": "Spaces between special tokens that are shown.",
-    "stop": "Strings that end the answer.",
+    "stop": "Strings that end the answer, but not its thoughts.",
     "stop_token_ids": "Tokens that end the answer.",
     "store": "Keep the response for who asks for it by id, and goes on with it (default: true).",
     "stream": "Send the answer as server-sent events, token by token.",

@@ -12,7 +12,7 @@ from streamserve.api.chat_request import ChatRequest
 from streamserve.api.fields import unsupported
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.structured_output import GrammarKind
-from streamserve.core.thinking import Thinking
+from streamserve.core.thinking import Thinking, ThoughtText
 from streamserve.engine.parsers.answer_format import HARMONY_CALLS, AnswerFormat, MarkIds
 from streamserve.engine.parsers.harmony import (
     CHANNEL,
@@ -60,8 +60,14 @@ class HarmonyPlan(AnswerPlan):
             params = forced_in_format(params, use, HARMONY_CALLS)
         elif use.choice == "auto":
             params = chosen(params, use, HARMONY_CALLS)
-        thinking = self._thinking(opened_by(prompt), params, marks)
-        params = replace(params, thinking=thinking)
+        opened = opened_by(prompt)
+        params = replace(params, thinking=self._thinking(opened, params, marks))
+        message = HarmonyScanner(opened).message
+        if params.stop and (message is None or message.is_thought):
+            thoughts = ThoughtText(
+                is_open=message is not None, start=_start_of_thoughts(opened), end=END
+            )
+            params = replace(params, thought_text=thoughts)
         if params.skip_special_tokens and any(marks.is_special(marker) for marker in MARKERS):
             params = replace(params, skip_special_tokens=False)
         return params
@@ -86,7 +92,7 @@ class HarmonyPlan(AnswerPlan):
             return None
         if self._budget is None and (grammar is None or (of_messages and is_fresh)):
             return None
-        start = ("" if is_fresh else START + _ROLE) + f"{CHANNEL}analysis{MESSAGE}"
+        start = _start_of_thoughts(opened)
         behind = START + _ROLE
         if grammar is None:
             behind += CHANNEL
@@ -128,6 +134,12 @@ class HarmonyPlan(AnswerPlan):
             allowed = ", ".join(("none", *known))
             raise unsupported(param, f"must be one of {allowed} for this model, got {effort!r}")
         return {"reasoning_effort": effort, **kwargs}
+
+
+def _start_of_thoughts(opened: str) -> str:
+    """How thoughts begin behind what the prompt has opened."""
+    role = "" if opened.strip() == _ROLE else START + _ROLE
+    return f"{role}{CHANNEL}analysis{MESSAGE}"
 
 
 def plan_answer(request: ChatRequest, answer_format: AnswerFormat) -> AnswerPlan:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from streamserve.core.pooling import Pooling
 from streamserve.core.structured_output import StructuredOutput
-from streamserve.core.thinking import Thinking
+from streamserve.core.thinking import Thinking, ThoughtText
 from streamserve.errors import InvalidParameterError
 
 MAX_LOGPROBS = 20
@@ -34,7 +34,8 @@ class SamplingParams:
     ``allowed_token_ids`` (``None``: all) are the only ones drawn. ``bad_words`` never complete in
     the answer; ``bad_word_ids`` are their spellings as token ids, which the engine fills in.
     ``structured_output`` is the grammar that the answer follows, ``None`` for free text.
-    ``thinking`` says where its thoughts end if a grammar or a budget depends on it.
+    ``thinking`` says where its thoughts end if a grammar or a budget depends on it,
+    ``thought_text`` where no stop string is looked for.
     With ``pooling`` there is no answer, and nothing else here has a meaning: the request ends with
     one vector, when its prompt is computed.
     Penalties follow OpenAI (presence, frequency: generated tokens only) and CTRL (repetition:
@@ -67,6 +68,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     structured_output: StructuredOutput | None = None
     thinking: Thinking | None = None
+    thought_text: ThoughtText | None = None
     pooling: Pooling | None = None
 
     def __post_init__(self) -> None:

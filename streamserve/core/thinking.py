@@ -8,6 +8,17 @@ from streamserve.errors import InvalidParameterError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ThoughtText:
+    """Where thoughts stand in an answer's text. ``is_open``: it begins inside of them; otherwise it
+    has some if it begins with ``start``. They go up to ``end``.
+    """
+
+    is_open: bool
+    start: str
+    end: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Thinking:
     """Where thoughts begin and end, for a grammar that holds behind them, and their budget.
 

@@ -41,7 +41,9 @@ class OutputProcessor:
         self._add = detokenizer.add
         self._finish = detokenizer.finish
         self._stop = (
-            StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
+            StopChecker(params.stop, params.include_stop_str_in_output, params.thought_text)
+            if params.stop
+            else None
         )
         self._keep_stop_token = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens

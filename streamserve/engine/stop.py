@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 
+from streamserve.core.thinking import ThoughtText
+
 
 class _Automaton:
     """Aho–Corasick over the stop strings: state ``s`` is a prefix of some of them.
@@ -52,21 +54,62 @@ _automaton_of = lru_cache(maxsize=256)(_Automaton)
 """Most requests of a client carry the same stop strings."""
 
 
+class _Thoughts:
+    """Tells thoughts, their marks and the white space behind them from what follows."""
+
+    __slots__ = ("_end", "_is_inside", "_start", "_tail", "held", "is_over")
+
+    def __init__(self, thoughts: ThoughtText) -> None:
+        self._start, self._end = thoughts.start, thoughts.end
+        self._is_inside = thoughts.is_open
+        self._tail = ""  # of the thoughts: what ``end`` may have begun in
+        self.held = ""  # what may become ``start``
+        self.is_over = False
+
+    def split(self, text: str) -> tuple[str, str]:
+        """The next text as (what belongs to the thoughts, what is behind them)."""
+        if not (self._is_inside or self._tail):
+            text, self.held = self.held + text, ""
+            begun = text.lstrip()
+            self._is_inside = begun.startswith(self._start)
+            if not self._is_inside and self._start.startswith(begun):
+                self.held = text
+                return "", ""
+            if not self._is_inside:
+                self.is_over = True
+                return "", text
+        num_thought = 0
+        if self._is_inside:
+            seen = self._tail + text
+            end = seen.find(self._end)
+            if end < 0:
+                self._tail = seen[1 - len(self._end) :]
+                return text, ""
+            num_thought = end + len(self._end) - len(self._tail)
+            self._is_inside, self._tail = False, self._end
+        behind = text[num_thought:].lstrip()
+        self.is_over = bool(behind)
+        return text[: len(text) - len(behind)], behind
+
+
 class StopChecker:
-    """Looks for stop strings in a text that arrives in pieces.
+    """Looks for stop strings in a text that arrives in pieces, but not in its ``thoughts``.
 
     The match that ends first wins, of several that end together the longest: so neither the cuts
     nor the order of ``stops`` change the answer. Without ``include_stop`` the text ends before
     the match, else behind it.
     """
 
-    __slots__ = ("_automaton", "_held", "_include_stop", "_state")
+    __slots__ = ("_automaton", "_held", "_include_stop", "_state", "_thoughts")
 
-    def __init__(self, stops: tuple[str, ...], include_stop: bool) -> None:
+    def __init__(
+        self, stops: tuple[str, ...], include_stop: bool, thoughts: ThoughtText | None = None
+    ) -> None:
         self._automaton = _automaton_of(stops)
         self._include_stop = include_stop
         self._held = ""
         self._state = 0
+        self._thoughts = None if thoughts is None else _Thoughts(thoughts)
 
     def add(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
         """Return ``(text that is certain, the stop string that matched or None)``.
@@ -74,6 +117,15 @@ class StopChecker:
         With ``may_stop`` false a match that ends in ``text`` does not count (``min_tokens``). After
         a match nothing more may be added.
         """
+        if self._thoughts is None:
+            return self._find(text, may_stop)
+        thought, text = self._thoughts.split(text)
+        if self._thoughts.is_over:
+            self._thoughts = None
+        certain, matched = self._find(text, may_stop)
+        return thought + certain, matched
+
+    def _find(self, text: str, may_stop: bool) -> tuple[str, str | None]:
         automaton = self._automaton
         state = self._state
         if state == 0:
@@ -99,7 +151,7 @@ class StopChecker:
     def flush(self) -> str:
         """The text has ended: return what was held back."""
         held, self._held, self._state = self._held, "", 0
-        return held
+        return held if self._thoughts is None else self._thoughts.held + held
 
     def _matched(self, text: str, stop: str | None) -> tuple[str, str | None]:
         assert stop is not None

@@ -68,6 +68,13 @@ async def test_channels():
     assert len(deltas) >= len("Hm, 1 < 2.Yes.")
 
 
+async def test_a_stop_string_is_not_looked_for_in_thoughts():
+    answer, _ = await ask(THOUGHT + FINAL + "Yes. No.", stop=["Hm", "No"], max_tokens=200)
+    message = message_of(answer)
+    assert (message["reasoning_content"], message["content"]) == ("Hm, 1 < 2.", "Yes. ")
+    assert answer.json["choices"][0]["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_call_behind_thoughts_and_words(stream):
     text = THOUGHT + PREAMBLE + CALL + ARGUMENTS

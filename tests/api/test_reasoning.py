@@ -27,6 +27,19 @@ async def test_thoughts_are_apart():
     assert usage["completion_tokens_details"] == {"reasoning_tokens": len("\nHm, 1 < 2.\n")}
 
 
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("stop", ["Hm", "<think>", "\n\n", "n"])
+async def test_a_stop_string_is_not_looked_for_in_thoughts(stop, is_open):
+    text = THOUGHT.removeprefix("<think>\n") if is_open else THOUGHT
+    kwargs = {"enable_thinking": True} if is_open else {}
+    async with scripted(f"{text} No. Yes.").running() as api:
+        answer = await api.chat(stop=[stop, "No"], chat_template_kwargs=kwargs)
+    [choice] = answer.json["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["reasoning_content"] == "Hm, 1 < 2."
+    assert choice["message"]["content"] == "Yes. "
+
+
 async def test_streamed_thoughts():
     async with scripted(THOUGHT).running() as api:
         answer = await api.chat(stream=True, stream_options={"include_usage": True})

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamserve.core.thinking import ThoughtText
 from streamserve.engine.stop import StopChecker
 
 letters = st.text("abc", max_size=12)
@@ -36,6 +37,40 @@ def run(checker, chunks, may_stop=itertools.repeat(True)):
 def test_the_cuts_do_not_matter(chunks, stops, include):
     shown, matched = run(StopChecker(stops, include), chunks)
     assert ("".join(shown), matched) == reference("".join(chunks), stops, include)
+
+
+@given(
+    is_open=st.booleans(),
+    before=st.sampled_from(["", " ", "\n"]),
+    thoughts=st.text("ab<", max_size=6),
+    gap=st.sampled_from(["", "\n\n"]),
+    behind=st.text("abc<", max_size=8),
+    stops=stop_lists,
+    include=st.booleans(),
+    cuts=st.lists(st.integers(0, 30), max_size=8),
+)
+def test_thoughts_are_not_searched(is_open, before, thoughts, gap, behind, stops, include, cuts):
+    """Nor what is around them; and the cuts do not matter."""
+    start = before if is_open else f"{before}<a>"
+    thought = f"{start}{thoughts}</a>{gap}"
+    text = thought + behind
+    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    chunks = [text[a:b] for a, b in itertools.pairwise(bounds)]
+    where = ThoughtText(is_open=is_open, start="<a>", end="</a>")
+    shown, matched = run(StopChecker(stops, include, where), chunks)
+    found, stop = reference(behind, stops, include)
+    assert ("".join(shown), matched) == (thought + found, stop)
+
+
+@given(text=st.text("abc<> ", max_size=8), stops=stop_lists, size=st.integers(1, 3))
+def test_an_answer_without_thoughts_is_searched_from_its_beginning(text, stops, size):
+    chunks = [text[i : i + size] for i in range(0, len(text), size)]
+    where = ThoughtText(is_open=False, start="<a>", end="</a>")
+    shown, matched = run(StopChecker(stops, False, where), chunks)
+    if not text.lstrip().startswith("<a>"):
+        is_undecided = "<a>".startswith(text.lstrip())
+        found = (text, None) if is_undecided else reference(text, stops, False)
+        assert ("".join(shown), matched) == found
 
 
 @given(chunks=st.lists(letters, max_size=6), stops=stop_lists, order=st.randoms())
