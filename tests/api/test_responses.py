@@ -1,14 +1,16 @@
 """``/v1/responses`` over HTTP: create, look up, go on with, cancel, forget; and who may."""
 
 import asyncio
+import json
 import logging
+import re
 
 import pytest
 
 from streamserve.api.prompt_workers import LONG_BODY
 from streamserve.engine.text_source import byte_text
 from tests.api.harness import Api, BrokenRunner, Exchange, until
-from tests.api.scripted import scripted
+from tests.api.scripted import scripted, scripted_parts
 from tests.api.test_tools import CALL
 from tests.api.typed_events import assembled, typed_events
 
@@ -123,6 +125,35 @@ async def test_a_response_goes_on_with_another(names_them):
     assert one.startswith("system: Be short.user: Hiassistant: ")
     assert by_id == by_items
     assert by_id.startswith("user: Hiassistant: Yes.<think>Hm.</think>user: More")
+
+
+async def test_functions_in_a_namespace_are_called_by_both_names():
+    """Codex has some in its own, and those of each MCP server in another."""
+    function = {**FLAT, "strict": False}
+    sky = {"type": "namespace", "name": "mcp__sky__", "description": "S", "tools": [function]}
+    tools = [sky, {**function, "name": "other"}, {**sky, "name": "sea"}]
+    said = {"name": "mcp__sky__get_weather", "arguments": {"city": "Łódź"}}
+    text = f"<tool_call>{json.dumps(said)}</tool_call>"
+    result = {"type": "function_call_output", "namespace": "mcp__sky__", "output": "sun"}
+    fields = {"tools": tools, "max_output_tokens": None}
+    parts = scripted_parts(lambda prompt: "It shines." if "sun" in prompt else text)
+    async with Api(**parts, max_model_len=2048).running() as api:
+        streamed = await create(api, stream=True, **fields)
+        whole = await create(api, **fields)
+        [call] = whole.json["output"]
+        result["call_id"] = call["call_id"]
+        await create(api, input=[result], previous_response_id=whole.json["id"], **fields)
+        await create(api, input=[{"role": "user", "content": "Hi"}, call, result], **fields)
+    assert (call["namespace"], call["name"]) == ("mcp__sky__", "get_weather")
+    [added, *_, done] = [event["item"] for event in typed_events(streamed.body) if "item" in event]
+    assert {(item["namespace"], item["name"]) for item in (added, done)} == {
+        ("mcp__sky__", "get_weather")
+    }
+    assert whole.json["tools"] == tools
+    names = re.findall('"name": "([^"]*)"', api.runner.prompts[0])
+    assert names == ["mcp__sky__get_weather", "other", "sea__get_weather"]
+    for prompt in api.runner.prompts[2:]:
+        assert "<tool_call>mcp__sky__get_weather" in prompt
 
 
 async def test_a_chat_goes_on_behind_a_call_that_was_cut():
@@ -422,6 +453,12 @@ async def test_a_worker_reads_as_the_server_itself(truncation):
          "input[0].content[0].type"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [FLAT]}, "tools"),
+        ({"tools": [FLAT, FLAT]}, "tools[1].name"),
+        ({"tools": [{"type": "namespace", "name": "a b", "tools": []}]}, "tools[0].name"),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": [{**FLAT, "type": "mcp"}]}]},
+         "tools[0].tools[0].type"),
+        ({"tools": [{"type": "namespace", "name": n, "tools": [FLAT]} for n in ("n", "n__")]},
+         "tools[1].name"),
         ({"tools": [FLAT], "tool_choice": {"type": "function", "name": "x"}},
          "tool_choice.function.name"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),

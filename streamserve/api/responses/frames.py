@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -84,8 +85,11 @@ class ResponseFrames:
         shows_summary: bool,
         seals_thoughts: bool,
         is_queued: bool = False,
+        namespaces: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     ) -> None:
-        """``key`` makes the items' ids the response's own; ``is_queued``: nobody waits for it."""
+        """``key`` makes the items' ids the response's own; ``is_queued``: nobody waits for it;
+        ``namespaces``: of the functions that are in one, and their names there.
+        """
         self._key = key
         self._snapshots = snapshots
         self._finished = finished
@@ -94,6 +98,7 @@ class ResponseFrames:
         self._shows_summary = shows_summary
         self._seals_thoughts = seals_thoughts
         self._is_queued = is_queued
+        self._namespaces = namespaces
         self._number = 0
         self._item: OpenItem | None = None
         self._done: list[bytes] = []  # items as JSON
@@ -242,7 +247,8 @@ class ResponseFrames:
             kind = SummaryItem if self._shows_summary else ReasoningItem
             return kind(self._id(kind), index, is_sealed=self._seals_thoughts)
         assert isinstance(event, CallStart)
-        return CallItem(self._id(CallItem), index, event.call_id, event.name)
+        namespace, name = self._namespaces.get(event.name, (None, event.name))
+        return CallItem(self._id(CallItem), index, event.call_id, name, namespace)
 
     def _id(self, kind: type[OpenItem]) -> str:
         return f"{kind.prefix}_{self._key}_{len(self._done)}"

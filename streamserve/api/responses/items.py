@@ -127,9 +127,10 @@ CALL_TABLE = FieldTable(
         "call_id": read_id,
         "id": read_id,
         "name": read_name,
+        "namespace": read_name,
         "type": _const("function_call"),
     },
-    {"async": Refused((False,)), "caller": Refused(), "namespace": Refused()},
+    {"async": Refused((False,)), "caller": Refused()},
     annotations=_STATUS | {"parsed_arguments"},
     required=("arguments", "call_id", "name", "type"),
 )
@@ -140,8 +141,8 @@ RETURN_TABLE = FieldTable(
         "output": _text_or(_read_returned),
         "type": _const("function_call_output"),
     },
-    {"caller": Refused(), "namespace": Refused()},
-    annotations=_STATUS | {"name"},
+    {"caller": Refused()},
+    annotations=_STATUS | {"name", "namespace"},
     required=("call_id", "output", "type"),
 )
 REASONING_TABLE = FieldTable(
@@ -185,7 +186,9 @@ def _kept(kind: str, values: dict[str, Any]) -> Item:
         item = message_item(values["role"], values["content"])
     elif kind == "function_call":
         item = {"type": kind, "status": "completed"} | {
-            name: values[name] for name in ("call_id", "name", "arguments")
+            name: values[name]
+            for name in ("call_id", "name", "namespace", "arguments")
+            if name in values
         }
     elif kind == "function_call_output":
         texts = values["output"]

@@ -14,6 +14,7 @@ from streamserve.api.chat_messages import (
     tool_call,
 )
 from streamserve.api.responses.items import Item, unseal
+from streamserve.api.responses.tools import qualified
 
 
 def chat_messages(instructions: str | None, items: Iterable[Item]) -> tuple[Message, ...]:
@@ -65,7 +66,8 @@ def _add(item: Item, turn: Message) -> None:
         if thoughts := _thoughts(item):
             set_thoughts(turn, thoughts)
     else:
-        call = tool_call(item["call_id"], item["name"], call_arguments(item["arguments"]))
+        name = qualified(item.get("namespace"), item["name"])
+        call = tool_call(item["call_id"], name, call_arguments(item["arguments"]))
         turn.setdefault("tool_calls", []).append(call)
 
 

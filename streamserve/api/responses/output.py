@@ -185,10 +185,13 @@ class CallItem(OpenItem):
     done_name = b"response.function_call_arguments.done"
     _text_name = b"arguments"
 
-    def __init__(self, item_id: str, output_index: int, call_id: str, name: str) -> None:
+    def __init__(
+        self, item_id: str, output_index: int, call_id: str, name: str, namespace: str | None
+    ) -> None:
         super().__init__(item_id, output_index)
         self._call_id = call_id
         self._name = name
+        self._namespace = {} if namespace is None else {"namespace": namespace}
 
     def done_tail(self) -> bytes:
         return b',"name":' + _dumps(self._name)
@@ -200,5 +203,6 @@ class CallItem(OpenItem):
             "status": status,
             "call_id": self._call_id,
             "name": self._name,
+            **self._namespace,
             "arguments": "" if is_empty else self.text,
         }

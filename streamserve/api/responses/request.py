@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -46,6 +46,7 @@ from streamserve.api.responses.messages import chat_messages
 from streamserve.api.responses.references import NO_REFERENCES, References
 from streamserve.api.responses.tools import (
     AllowedTools,
+    names_in_namespaces,
     read_tool_choice,
     read_tools,
     shown_tools,
@@ -141,6 +142,7 @@ class Settings:
     shows_summary: bool
     seals_thoughts: bool
     repeated: dict[str, Any]
+    namespaces: dict[str, tuple[str, str]] = field(default_factory=dict)
     input: bytes = b"[]"
 
 
@@ -219,6 +221,7 @@ def parse_responses_request(
         shows_summary=reasoning.summary is not None,
         seals_thoughts=ENCRYPTED in include,
         repeated=_repeated(body, values, params, text, reasoning),
+        namespaces=names_in_namespaces(values.get("tools", ())),
         input=orjson.dumps(items),
     )
     return ResponsesRequest(chat, settings, values.get("truncation") == "auto")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from streamserve.api.fields import (
     FieldTable,
     Refused,
+    nested,
     out_of_range,
     read_bool,
+    read_list,
     read_object,
     read_str,
     require_in,
     schema_of,
     typed,
+    unsupported,
     wrong_type,
 )
 from streamserve.api.tool_fields import (
@@ -27,7 +30,6 @@ from streamserve.api.tool_fields import (
     read_function_type,
     read_name,
     tool_use,
-    tools_reader,
 )
 
 _WORDS = ("none", "auto", "required")
@@ -52,7 +54,68 @@ TOOL_TABLE = FieldTable(
 )
 
 
-def _read_tool(name: str, value: Any, unknown: list[str]) -> Tool:
+@dataclass(frozen=True, slots=True)
+class NamespacedTool(Tool):
+    """A function in a namespace, which the model knows by the names of both."""
+
+    namespace: str = ""
+    own_name: str = ""
+    description: str | None = None  # the namespace's
+
+
+def qualified(namespace: str | None, name: str) -> str:
+    """The name by which the model knows a function."""
+    return name if namespace is None else f"{namespace.removesuffix('__')}__{name}"
+
+
+@typed({"const": "namespace"})
+def _read_namespace_type(_name: str, _value: Any) -> str:
+    return "namespace"  # it is by this that the table was found
+
+
+@nested({"type": "array", "maxItems": MAX_TOOLS, "items": TOOL_TABLE.schema()})
+def _read_functions(name: str, value: Any, unknown: list[str]) -> list[Tool]:
+    functions = read_list(name, value, "tools", MAX_TOOLS)
+    return [_read_function(f"{name}[{i}]", raw, unknown) for i, raw in enumerate(functions)]
+
+
+NAMESPACE_TABLE = FieldTable(
+    {
+        "description": read_str,
+        "name": read_name,
+        "tools": _read_functions,
+        "type": _read_namespace_type,
+    },
+    required=("name", "tools", "type"),
+)
+
+
+def _read_tool(name: str, value: Any, unknown: list[str]) -> Iterator[Tool]:
+    given = read_object(name, value)
+    kind = read_str(f"{name}.type", require_in(given, "type", name))
+    if kind == "function":
+        yield _read_function(name, given, unknown)
+        return
+    if kind != "namespace":
+        raise unsupported(
+            f"{name}.type", f"{kind[:64]!r} is not supported (only 'function' and 'namespace' are)"
+        )
+    values = NAMESPACE_TABLE.read_inner(name, given, unknown)
+    namespace: str = values["name"]
+    for tool in values["tools"]:
+        known_as = qualified(namespace, tool.name)
+        yield NamespacedTool(
+            known_as,
+            {"type": "function", "function": {**tool.definition["function"], "name": known_as}},
+            tool.parameters,
+            tool.is_strict,
+            namespace,
+            tool.name,
+            values.get("description"),
+        )
+
+
+def _read_function(name: str, value: Any, unknown: list[str]) -> Tool:
     given = read_object(name, value)
     # First, because the other fields are another type's.
     read_function_type(f"{name}.type", require_in(given, "type", name))
@@ -63,7 +126,24 @@ def _read_tool(name: str, value: Any, unknown: list[str]) -> Tool:
     return Tool(values["name"], definition, parameters, values.get("strict", True))
 
 
-read_tools = tools_reader(_read_tool, TOOL_TABLE, "name")
+@nested(
+    {
+        "type": "array",
+        "maxItems": MAX_TOOLS,
+        "items": {"anyOf": [TOOL_TABLE.schema(), NAMESPACE_TABLE.schema()]},
+    }
+)
+def read_tools(name: str, value: Any, unknown: list[str]) -> tuple[Tool, ...]:
+    """``tools``: functions, some in namespaces."""
+    tools: dict[str, Tool] = {}
+    for i, raw in enumerate(read_list(name, value, "tools", MAX_TOOLS)):
+        for tool in _read_tool(f"{name}[{i}]", raw, unknown):
+            if tool.name in tools:
+                raise out_of_range(f"{name}[{i}].name", "unlike the other tools' names", tool.name)
+            tools[tool.name] = tool
+    if len(tools) > MAX_TOOLS:
+        raise out_of_range(name, f"an array of at most {MAX_TOOLS} tools", list(tools))
+    return tuple(tools.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +217,38 @@ def use_of_tools(values: Mapping[str, Any]) -> ToolUse:
 
 def shown_tools(tools: Iterable[Tool]) -> list[dict[str, Any]]:
     """The tools as a response repeats them."""
-    return [
-        {
+    shown: list[dict[str, Any]] = []
+    namespaces: dict[str, list[dict[str, Any]]] = {}
+    for tool in tools:
+        function = {
             "type": "function",
             "name": tool.name,
             "description": tool.definition["function"].get("description"),
             "parameters": tool.parameters,
             "strict": tool.is_strict,
         }
+        if not isinstance(tool, NamespacedTool):
+            shown.append(function)
+            continue
+        name = tool.namespace
+        if name not in namespaces:
+            namespaces[name] = []
+            shown.append(
+                {
+                    "type": "namespace",
+                    "name": name,
+                    "description": tool.description,
+                    "tools": namespaces[name],
+                }
+            )
+        namespaces[name].append({**function, "name": tool.own_name})
+    return shown
+
+
+def names_in_namespaces(tools: Iterable[Tool]) -> dict[str, tuple[str, str]]:
+    """By the name that the model knows: the namespace, and the name in it."""
+    return {
+        tool.name: (tool.namespace, tool.own_name)
         for tool in tools
-    ]
+        if isinstance(tool, NamespacedTool)
+    }

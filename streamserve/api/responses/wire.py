@@ -46,6 +46,7 @@ class ResponseWire:
             shows_summary=settings.shows_summary,
             seals_thoughts=settings.seals_thoughts,
             is_queued=settings.is_background,
+            namespaces=settings.namespaces,
         )
 
     def frames(self, _index: int, _prompt: Prompt, _parser: AnswerParser | None) -> ResponseFrames:
