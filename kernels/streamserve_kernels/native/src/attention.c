@@ -1,7 +1,7 @@
 // Paged attention of ragged queries, decodes and prompt chunks alike: see attention_plan.c for how a
 // step is cut into units.
 //
-// Inside a unit, tiles of 64 keys are multiplied with up to 6 rows at a time (a row is one query
+// Inside a unit, tiles of 64 keys are multiplied with up to ROWS rows at a time (a row is one query
 // head): scores and weighted values are VDPBF16PS products on the cache as it lies, see
 // elementwise.c. The softmax between them works in powers of two, and what a row's exponents are
 // taken from follows its maximum only when weights grow past MOST_SUM (as in FlashAttention-4).
@@ -56,15 +56,21 @@ typedef struct {
 
 static void place_tile(tile *t, const int64_t *args, const int32_t *table, int64_t h, int64_t start,
                        int64_t end) {
-    const int64_t size = args[ATTEND_BLOCK_SIZE];
+    const int64_t size = args[ATTEND_BLOCK_SIZE], kv_heads = args[ATTEND_KV_HEADS];
+    int64_t block = ss_small_div(start, size), offset = start - block * size;
     t->start = start;
     t->count = ss_min(TILE, end - start);
     for (int64_t v = 0; v < TILE / 16; v++) {
-        // Pieces that it does not have may be asked for, never read.
-        const int64_t key = 16 * v < t->count ? start + 16 * v : start;
-        const int64_t row = (table[key / size] * args[ATTEND_KV_HEADS] + h) * size + key % size;
+        const int64_t row = (table[block] * kv_heads + h) * size + offset;
         t->keys[v] = (const bf16 *)args[ATTEND_KEY_CACHE] + row * args[ATTEND_HEAD_SIZE];
         t->values[v] = (const bf16 *)args[ATTEND_VALUE_CACHE] + row * args[ATTEND_VALUE_SIZE];
+        // In place of pieces that it does not have stands its last: asked for, never read.
+        if (16 * (v + 1) >= t->count) continue;
+        offset += 16;
+        if (offset == size) {
+            block++;
+            offset = 0;
+        }
     }
 }
 
@@ -90,21 +96,22 @@ static int place_next_unit(tile *t, const ss_context *context, const int64_t *ar
 }
 
 // Unrolled early, or the sums would go through memory before and behind the loops over them.
-#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
-#define ASK(i, lines) _Pragma("GCC unroll 1") for (int i = 0; i < (lines); i++)
+#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
 
 // scores[m][v] = row m of the queries · keys of piece v. `num_rows` and `pieces` are constants where
-// it is inlined. Meanwhile `lines` of `ahead` are asked for in each turn.
+// it is inlined, and so is `asks`: whether a line of each piece of `ahead` is asked for in each turn.
+// (A loop for that costs as much as a row on CPUs that decode jumps across 32 bytes anew each time.)
 static inline __attribute__((always_inline)) void score_rows(float *scores,
                                                              const ss_factor *const *rows,
                                                              const bf16 *const *tile_keys,
-                                                             const bf16 *const *ahead, int lines,
+                                                             const bf16 *const *ahead, int asks,
                                                              int64_t pairs, int num_rows,
                                                              int pieces) {
     __m512 sums[ROWS][TILE / 16];
     EACH(m, num_rows) EACH(v, pieces) sums[m][v] = _mm512_setzero_ps();
     for (int64_t d = 0; d < pairs; d++) {
-        ASK(i, lines) _mm_prefetch((const char *)(ahead[i] + 32 * d), _MM_HINT_T1);
+        if (asks)
+            EACH(v, pieces) _mm_prefetch((const char *)(ahead[v] + 32 * d), _MM_HINT_T1);
         EACH(part, SS_PARTS) {
             ss_elements keys[TILE / 16];
             EACH(v, pieces)
@@ -119,20 +126,22 @@ static inline __attribute__((always_inline)) void score_rows(float *scores,
 }
 
 // acc[m] += weights[m] · values of the first keys, for `vectors` times 16 elements behind `first`.
-// Meanwhile `lines` of `ahead` are asked for in each turn, from the same place on.
+// With `asks` as many lines of `ahead` are asked for in each turn, from the same place on.
 static inline __attribute__((always_inline)) void weigh_rows(float *acc, const ss_factor *weights,
                                                              const bf16 *const *tile_values,
-                                                             const bf16 *const *ahead, int lines,
+                                                             const bf16 *const *ahead, int asks,
                                                              int64_t pairs, int64_t value_size,
                                                              int num_rows, int vectors) {
-    __m512 sums[ROWS][4];
+    __m512 sums[ROWS][TILE / 16];
     EACH(m, num_rows) EACH(v, vectors)
         sums[m][v] = _mm512_load_ps(acc + m * value_size + 16 * v);
     for (int64_t s = 0; s < pairs; s++) {
         const int64_t at = (s % 8) * 2 * value_size;
-        ASK(i, lines) _mm_prefetch((const char *)(ahead[s / 8] + at + 32 * i), _MM_HINT_T1);
+        if (asks)
+            EACH(v, vectors)
+                _mm_prefetch((const char *)(ahead[s / 8] + at + 32 * v), _MM_HINT_T1);
         EACH(part, SS_PARTS) {
-            ss_elements values[4];
+            ss_elements values[TILE / 16];
             EACH(v, vectors) {
                 const __m512i pairs = _mm512_loadu_si512(tile_values[s / 8] + at + 32 * v);
                 values[v] = ss_pairs_part(pairs, part);
@@ -149,59 +158,52 @@ static inline __attribute__((always_inline)) void weigh_rows(float *acc, const s
 
 #define KERNELS(M, V)                                                                              \
     static void score_##M##_##V(float *scores, const ss_factor *const *rows,                       \
-                                const bf16 *const *keys, const bf16 *const *ahead, int lines,      \
+                                const bf16 *const *keys, const bf16 *const *ahead, int asks,       \
                                 int64_t pairs) {                                                   \
-        if (V > SS_VECTORS(M)) __builtin_unreachable();                                            \
-        if (lines) score_rows(scores, rows, keys, ahead, lines, pairs, M, V);                      \
+        if (V > VECTORS(M)) __builtin_unreachable();                                               \
+        if (asks) score_rows(scores, rows, keys, ahead, 1, pairs, M, V);                           \
         else score_rows(scores, rows, keys, ahead, 0, pairs, M, V);                                \
     }                                                                                              \
     static void weigh_##M##_##V(float *acc, const ss_factor *weights,                              \
-                                const bf16 *const *tile_values,                                    \
-                                const bf16 *const *ahead, int lines, int64_t pairs,                \
-                                int64_t value_size) {                                              \
-        if (V > SS_VECTORS(M)) __builtin_unreachable();                                            \
-        if (lines) weigh_rows(acc, weights, tile_values, ahead, lines, pairs, value_size, M, V);   \
+                                const bf16 *const *tile_values, const bf16 *const *ahead,          \
+                                int asks, int64_t pairs, int64_t value_size) {                     \
+        if (V > VECTORS(M)) __builtin_unreachable();                                               \
+        if (asks) weigh_rows(acc, weights, tile_values, ahead, 1, pairs, value_size, M, V);        \
         else weigh_rows(acc, weights, tile_values, ahead, 0, pairs, value_size, M, V);             \
     }
 #define ROW_KERNELS(M) KERNELS(M, 1) KERNELS(M, 2) KERNELS(M, 3) KERNELS(M, 4)
-ROW_KERNELS(1)
-ROW_KERNELS(2)
-ROW_KERNELS(3)
-ROW_KERNELS(4)
-ROW_KERNELS(5)
-ROW_KERNELS(6)
-#define OF_ROWS(NAME, M) {NAME##_##M##_1, NAME##_##M##_2, NAME##_##M##_3, NAME##_##M##_4}
-#define OF(NAME)                                                                               \
-    {OF_ROWS(NAME, 1), OF_ROWS(NAME, 2), OF_ROWS(NAME, 3), OF_ROWS(NAME, 4), OF_ROWS(NAME, 5), \
-     OF_ROWS(NAME, 6)}
+#define SCORES(M) {score_##M##_1, score_##M##_2, score_##M##_3, score_##M##_4},
+#define WEIGHS(M) {weigh_##M##_1, weigh_##M##_2, weigh_##M##_3, weigh_##M##_4},
+#if ROWS > 6
+#define EACH_COUNT(OF)                                                                             \
+    OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12)
+#else
+#define EACH_COUNT(OF) OF(1) OF(2) OF(3) OF(4) OF(5) OF(6)
+#endif
+EACH_COUNT(ROW_KERNELS)
 static void (*const SCORE_OF[ROWS][4])(float *, const ss_factor *const *, const bf16 *const *,
-                                       const bf16 *const *, int, int64_t) = OF(score);
+                                       const bf16 *const *, int, int64_t) = {EACH_COUNT(SCORES)};
 static void (*const WEIGH_OF[ROWS][4])(float *, const ss_factor *, const bf16 *const *,
-                                       const bf16 *const *, int, int64_t, int64_t) = OF(weigh);
+                                       const bf16 *const *, int, int64_t,
+                                       int64_t) = {EACH_COUNT(WEIGHS)};
 
-// Row tiles share the asking for the next tile: each asks for its share of all lines.
+// Row tiles take turns in asking for the next tile, a pass of each; the last asks for what is left.
 typedef struct {
     const tile *next;
-    int64_t share, shares;
+    int64_t turn, turns;
 } asking;
 
-static int64_t share_start(const asking *ask, int64_t lines) {
-    return ask->share < ask->shares ? lines * ask->share / ask->shares : lines;
-}
-
-static int64_t share_end(const asking *ask, int64_t lines) {
-    return ask->share < ask->shares ? lines * (ask->share + 1) / ask->shares : lines;
+static int asks(const asking *ask, int64_t pass) {
+    return ask->turn == ss_min(pass, ask->turns - 1);
 }
 
 static void score(float *scores, const ss_factor *const *rows, const tile *t, const asking *ask,
                   int64_t keys, int64_t head_size, int64_t num_rows) {
-    const int64_t first = share_start(ask, TILE / 16), end = share_end(ask, TILE / 16);
     const int64_t pieces = ss_ceil_div(keys, 16);
-    for (int64_t v = 0; v < pieces; v += SS_VECTORS(num_rows)) {
-        const int64_t count = ss_min(SS_VECTORS(num_rows), pieces - v);
-        SCORE_OF[num_rows - 1][count - 1](scores + 16 * v, rows, t->keys + v,
-                                          ask->next->keys + first, v ? 0 : (int)(end - first),
-                                          head_size / 2);
+    for (int64_t v = 0, pass = 0; v < pieces; v += VECTORS(num_rows), pass++) {
+        const int64_t count = ss_min(VECTORS(num_rows), pieces - v);
+        SCORE_OF[num_rows - 1][count - 1](scores + 16 * v, rows, t->keys + v, ask->next->keys + v,
+                                          asks(ask, pass), head_size / 2);
     }
 }
 
@@ -223,17 +225,17 @@ static void weigh_last(float *acc, const ss_factor *weights, const tile *t, int6
 
 static void weigh(float *acc, const ss_factor *weights, const tile *t, const asking *ask, int64_t keys,
                   int64_t value_size, int64_t num_rows) {
-    const int64_t vectors = value_size / 16, passes = ss_ceil_div(vectors, SS_VECTORS(num_rows));
-    for (int64_t i = 0; i < passes; i++) {
-        const int64_t first = vectors * i / passes, count = vectors * (i + 1) / passes - first;
-        const int64_t asked = share_start(ask, count), lines = share_end(ask, count) - asked;
+    const int64_t vectors = value_size / 16, passes = ss_ceil_div(vectors, VECTORS(num_rows));
+    for (int64_t pass = 0; pass < passes; pass++) {
+        const int64_t first = ss_small_div(vectors * pass, passes);
+        const int64_t count = ss_small_div(vectors * (pass + 1), passes) - first;
         const bf16 *values[TILE / 16], *ahead[TILE / 16];
         for (int v = 0; v < TILE / 16; v++) {
             values[v] = t->values[v] + 32 * first;
-            ahead[v] = ask->next->values[v] + 32 * (first + asked);
+            ahead[v] = ask->next->values[v] + 32 * first;
         }
-        WEIGH_OF[num_rows - 1][count - 1](acc + 16 * first, weights, values, ahead, (int)lines,
-                                          keys / 2, value_size);
+        WEIGH_OF[num_rows - 1][count - 1](acc + 16 * first, weights, values, ahead,
+                                          asks(ask, pass + 1), keys / 2, value_size);
     }
     if (keys % 2) weigh_last(acc, weights, t, keys - 1, value_size, num_rows);
 }
@@ -264,7 +266,7 @@ static inline __m512 power_of_two(__m512 x) {
 
 // One query head of a unit.
 typedef struct {
-    const bf16 *query;
+    const ss_factor *query;
     int64_t position;
     float slope;
 } row;
@@ -366,15 +368,7 @@ static int attend_tile(const state *s, const tile *t, const asking *ask, int64_t
     const int64_t keys = ss_min(t->count, most + 1 - t->start);
     if (keys <= 0 || (s->window && t->start + t->count <= least - s->window + 1)) return 0;
     const ss_factor *queries[ROWS];
-#if SS_WIDENS
-    float wide[count * s->head_size];
-    for (int64_t m = 0; m < count; m++) {
-        queries[m] = wide + m * s->head_size;
-        ss_widen_row(wide + m * s->head_size, rows[m].query, s->head_size);
-    }
-#else
     for (int64_t m = 0; m < count; m++) queries[m] = rows[m].query;
-#endif
     score(s->scores, queries, t, ask, keys, s->head_size, count);
     const int whole = t->start + TILE <= least + 1 && t->count == TILE &&
                       (!s->window || t->start > most - s->window);
@@ -395,8 +389,9 @@ static int attend_tile(const state *s, const tile *t, const asking *ask, int64_t
     return 1;
 }
 
+// The queries are widened into `wide`, [rows, D], where the CPU needs that.
 static state begin_unit(const ss_context *context, const int64_t *args, const item *work, int64_t h,
-                        row *rows, int thread) {
+                        row *rows, float *wide, int thread) {
     const ss_attention_plan *plan = plan_of(context, args);
     const int64_t head_size = args[ATTEND_HEAD_SIZE], value_size = args[ATTEND_VALUE_SIZE];
     const int64_t group = args[ATTEND_HEADS] / args[ATTEND_KV_HEADS];
@@ -405,10 +400,18 @@ static state begin_unit(const ss_context *context, const int64_t *args, const it
     for (int64_t q = 0; q < work->count; q++) {
         const int64_t token = plan->tokens[work->first + q];
         const bf16 *query = (const bf16 *)args[ATTEND_QUERY] + token * args[ATTEND_QUERY_STRIDE];
+        query += h * group * head_size;
+#if SS_WIDENS
+        float *factors = wide + q * group * head_size;
+        ss_widen_row(factors, query, group * head_size);
+#else
+        const bf16 *factors = query;
+#endif
         for (int64_t j = 0; j < group; j++)
-            rows[q * group + j] = (row){query + (h * group + j) * head_size, plan->positions[token],
+            rows[q * group + j] = (row){factors + j * head_size, plan->positions[token],
                                         slopes ? slopes[h * group + j] : 0.0f};
     }
+    (void)wide;
     float *area = plan->scratch + plan->partial_floats + thread * plan->thread_floats;
     const int reshapes = slopes || ss_double(args[ATTEND_SOFT_CAP]) != 0.0;
     state s = {
@@ -470,21 +473,22 @@ static void attend_run(const ss_context *context, const int64_t *args, int64_t u
     const int64_t row_tiles = ss_ceil_div(num_rows, ROWS);
     const int32_t *table = context->step->block_table + work->request * context->step->table_stride;
     row rows[num_rows];
-    const state s = begin_unit(context, args, work, h, rows, thread);
+    float wide[SS_WIDENS ? num_rows * args[ATTEND_HEAD_SIZE] : 1];
+    const state s = begin_unit(context, args, work, h, rows, wide, thread);
     const int64_t begin = first_key(plan, args, work);
     tile now, next;
     place_tile(&next, args, table, h, begin, work->key_end);
     for (int64_t at = begin; at < work->key_end; at += TILE) {
-        asking ask = {&next, 0, ss_min(row_tiles, TILE / 16)};
+        asking ask = {&next, 0, row_tiles};
         now = next;
         if (at + TILE < work->key_end)
             place_tile(&next, args, table, h, at + TILE, work->key_end);
         else if (!place_next_unit(&next, context, args, unit, num_units))
-            ask.shares = 0;
+            ask.turns = 0;
         for (int64_t i = 0; i < row_tiles; i++) {
-            const int64_t first = num_rows * i / row_tiles;
-            const int64_t count = num_rows * (i + 1) / row_tiles - first;
-            ask.share += attend_tile(&s, &now, &ask, first, count);
+            const int64_t first = ss_small_div(num_rows * i, row_tiles);
+            const int64_t count = ss_small_div(num_rows * (i + 1), row_tiles) - first;
+            ask.turn += attend_tile(&s, &now, &ask, first, count);
         }
     }
     finish_unit(context, args, work, h, &s);
