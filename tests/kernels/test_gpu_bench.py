@@ -13,6 +13,9 @@ import pytest
 import gpu
 from tests.interpreter import run_python
 
+# As pyproject.toml has it, which is not read for tests elsewhere: these plugins take a second each.
+TEST_FLAGS = ("-m", "not soak", "-p", "no:langsmith_plugin", "-p", "no:schemathesis")
+
 
 @pytest.fixture
 def plan(tmp_path: Path) -> gpu.Plan:
@@ -110,7 +113,7 @@ def test_that_ends_everything():
     monkeypatch.setattr(gpu, "gpu_test_files", lambda: [str(tmp_path)])
     monkeypatch.setattr(gpu, "FIRST_TESTS", (failing.name,))
     monkeypatch.setattr(gpu, "kernels_command", lambda flags, seconds: python("pass"))
-    flags = ("-n", "0", "-m", "not soak")
+    flags = ("-n", "0", *TEST_FLAGS)
     with pytest.raises(gpu.StepError, match="ended with -9"):
         gpu.run_tests(gpu.Step(replace(plan, test_flags=flags), "tests", 120.0))
     [line] = (plan.output / "tests.jsonl").read_text().splitlines()
@@ -127,7 +130,7 @@ def test_a_file_that_cannot_be_collected_is_named_and_the_others_run(
     (tmp_path / "test_two.py").write_text("import a_package_that_is_missing")
     monkeypatch.setattr(gpu, "gpu_test_files", lambda: [str(tmp_path)])
     monkeypatch.setattr(gpu, "kernels_command", lambda flags, seconds: python("pass"))
-    flags = ("-n", workers, "-m", "not soak")
+    flags = ("-n", workers, *TEST_FLAGS)
     with pytest.raises(gpu.StepError, match=r"ended with 1; not collected: \S*test_two\.py$"):
         gpu.run_tests(gpu.Step(replace(plan, test_flags=flags), "tests", 120.0))
     told = map(json.loads, (plan.output / "tests.jsonl").read_text().splitlines())
