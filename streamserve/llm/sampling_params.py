@@ -13,7 +13,7 @@ from streamserve.api.sampling import SAMPLING_FIELDS
 from streamserve.core.sampling_params import MAX_LOGPROBS
 from streamserve.core.sampling_params import SamplingParams as CoreSamplingParams
 from streamserve.core.structured_output import StructuredOutput
-from streamserve.core.thinking import Thinking
+from streamserve.core.thinking import Thinking, ThoughtText
 from streamserve.errors import InvalidParameterError
 from streamserve.llm.structured_outputs import StructuredOutputsParams
 
@@ -29,7 +29,12 @@ _READERS: dict[str, Reader] = {
 }
 
 # Of fields that follow from others: `dataclasses.replace` gives them, nobody else.
-_DERIVED = {"bad_word_ids": tuple, "structured_output": StructuredOutput, "thinking": Thinking}
+_DERIVED = {
+    "bad_word_ids": tuple,
+    "structured_output": StructuredOutput,
+    "thinking": Thinking,
+    "thought_text": ThoughtText,
+}
 
 _BEAM_FIELDS = {"use_beam_search": False, "length_penalty": 1.0, "early_stopping": False}
 

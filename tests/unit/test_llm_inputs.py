@@ -98,7 +98,9 @@ def test_what_is_not_built_is_refused_by_name(name, value):
     assert caught.value.param == name
 
 
-@pytest.mark.parametrize("name", ["temprature", "structured_output", "thinking", "bad_word_ids"])
+@pytest.mark.parametrize(
+    "name", ["temprature", "structured_output", "thinking", "thought_text", "bad_word_ids"]
+)
 def test_a_name_that_nobody_knows(name):
     with pytest.raises(TypeError, match=f"'{name}'"):
         SamplingParams(**{name: 1.0})
@@ -106,7 +108,7 @@ def test_a_name_that_nobody_knows(name):
 
 FIELDS = sorted(
     {field.name for field in dataclasses.fields(SamplingParams)}
-    - {"bad_word_ids", "structured_output", "thinking", "pooling"}
+    - {"bad_word_ids", "structured_output", "thinking", "thought_text", "pooling"}
 )
 
 
