@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 # Read by libgomp when torch is imported. Its default lets each process of a busy machine spin for
@@ -19,25 +20,28 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
-import torch
 
-from device_bench.interpreted import mended_interpreter
 from tests.hypothesis_profiles import load_profile
-from tests.native_builds import native_build
 
 load_profile()
 
 ROOT = Path(__file__).parents[1]
-HAS_GPU = torch.cuda.is_available()
 IS_PRETENDED = os.environ.get("STREAMSERVE_PRETEND_GPU") == "1"  # tests/kernels/pretended_gpu.py
-if not HAS_GPU:
-    # Triton decides when a kernel is defined: without a GPU its interpreter runs them.
-    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@cache
+def has_gpu() -> bool:
+    """Not asked by the process that only tells workers what to run: torch takes two seconds."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def interpreter() -> Iterator[None]:
     """What Triton's interpreter needs, where there is no GPU."""
+    from device_bench.interpreted import mended_interpreter
+
     with mended_interpreter():
         yield
 
@@ -91,7 +95,7 @@ def _import_in_turn(arguments: list[str]) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the GPU need one."""
     for item in items:
-        if not (HAS_GPU or IS_PRETENDED) and item.get_closest_marker("gpu") is not None:
+        if not (has_gpu() or IS_PRETENDED) and item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
@@ -103,6 +107,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def build(request: pytest.FixtureRequest) -> Iterator[None]:
     """The build of the native kernels that was asked for."""
+    from tests.native_builds import native_build
+
     with native_build(request.config.getoption("--native-build")):
         yield
 
@@ -113,9 +119,14 @@ def pytest_configure(config: pytest.Config) -> None:
     Once, before the workers of a parallel run start; nothing happens when they are up to date.
     Where they cannot be built, their tests are skipped.
     """
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    has_workers = not is_worker and bool(config.getoption("numprocesses", None))
+    if not has_workers and not has_gpu():
+        # Triton decides when a kernel is defined: without a GPU its interpreter runs them.
+        os.environ["TRITON_INTERPRET"] = "1"
+    if is_worker:
         return
-    if config.getoption("numprocesses", None):
+    if has_workers:
         # In the order of their names: files of many tests first would leave to the end those of
         # few, which take longest and wait most.
         config.option.loadscopereorder = False
