@@ -14,7 +14,9 @@ def box() -> Iterator[Server]:
 
     It is told how calls are written: with tools in a request it may choose to call them.
     """
-    with running_server("--dtype", "float32", "--tool-call-parser", "hermes") as server:
+    # Its warm-up takes half as long with shorter steps.
+    flags = ("--dtype", "float32", "--max-num-batched-tokens", "128")
+    with running_server(*flags, "--tool-call-parser", "hermes") as server:
         yield server
 
 

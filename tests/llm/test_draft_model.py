@@ -7,6 +7,7 @@ import pytest
 from streamserve import LLM, SamplingParams
 from streamserve.cli.model_source import box_path
 from streamserve.errors import ConfigError
+from tests.e2e.servers import SMALL
 from tests.llm.conftest import SIZES
 
 PROMPTS = ["Hello, my name is", "The capital of France is"]
@@ -17,7 +18,7 @@ def test_the_same_answers(llm):
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)]
     config = {"method": "draft_model", "model": str(box_path()), "num_speculative_tokens": 3}
-    with LLM(dtype="float32", speculative_config=config) as drafted:
+    with LLM(**SMALL, speculative_config=config) as drafted:
         outputs = drafted.generate(PROMPTS, params)
         stats = drafted._service.engine.stats().speculation
     assert [output.outputs[0].token_ids for output in outputs] == expected
