@@ -295,17 +295,20 @@ async def test_a_pipelined_request_follows_one_that_offers_websockets():
         assert b"version" in (await client.whole())[2]
 
 
+@pytest.mark.parametrize("connection", ["keep-alive", "Upgrade\r\nUpgrade: h2c"])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_http_1_0_knows_no_chunks(stream):
+async def test_http_1_0_knows_no_chunks(stream, connection):
     body = json.dumps(chat_body(max_tokens=2, stream=stream)).encode()
-    head = f"POST {CHAT} HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.0\r\nConnection: {connection}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     async with Api().serving() as address, connected(address) as client:
         client.writer.write(head.encode() + body)
         status, headers = await client.head()
+        assert (status, headers.get("connection")) == (200, "close")
+        assert "transfer-encoding" not in headers
         async with asyncio.timeout(60):
             answer = await client.reader.read()
-    assert (status, headers["connection"]) == (200, "close")
-    assert "transfer-encoding" not in headers
     if stream:
         events = events_of(answer)
         assert (text_of(events), events[-1]) == ("ab", "[DONE]")
