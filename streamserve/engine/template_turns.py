@@ -7,6 +7,7 @@ calls at once, text where it looks for parts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,7 @@ class TemplateTurns:
         """
         fitted = self._with_systems(messages)
         if not self.has_repeated_roles:
-            fitted = _alternating(fitted)
+            fitted = list(_alternating(fitted))
         if not self.has_users_behind_tools:
             fitted = list(_bridged(fitted))
         if not self.has_several_calls:
@@ -215,19 +216,19 @@ def _from_user(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def _alternating(messages: Sequence[Message]) -> list[Message]:
-    turns: list[Message] = []
-    for message in messages:
-        if turns and _is_words(message) and _is_words(turns[-1]):
-            if message["role"] == turns[-1]["role"]:
-                turns[-1] = _joined((turns[-1], message))
-                continue
-        turns.append(message)
-    return turns
+def _alternating(messages: Sequence[Message]) -> Iterator[Message]:
+    for speaker, group in itertools.groupby(messages, _speaker):
+        turns = list(group)
+        if speaker is None or len(turns) == 1:
+            yield from turns
+        else:
+            yield _joined(turns)
 
 
-def _is_words(message: Message) -> bool:
-    return message.get("role") in ("user", "assistant") and not message.get("tool_calls")
+def _speaker(message: Message) -> str | None:
+    """Whose words a message is, if it is no more than words."""
+    role = message.get("role")
+    return role if role in ("user", "assistant") and not message.get("tool_calls") else None
 
 
 def _bridged(messages: Sequence[Message]) -> Iterator[Message]:
@@ -251,11 +252,12 @@ def _one_call_each(messages: Sequence[Message]) -> Iterator[Message]:
         end = position
         while end < len(messages) and messages[end].get("role") == "tool":
             end += 1
-        results, position = list(messages[position:end]), end
+        results: dict[Any, list[Message]] = {}
+        for result in messages[position:end]:
+            results.setdefault(result.get("tool_call_id"), []).append(result)
+        position = end
         for call in calls:
             yield {**message, "tool_calls": [call]}
             message = {"role": "assistant", "content": ""}
-            found = [r for r in results if r.get("tool_call_id") == call.get("id")]
-            yield from found
-            results = [result for result in results if result not in found]
-        yield from results
+            yield from results.pop(call.get("id"), ())
+        yield from itertools.chain.from_iterable(results.values())
