@@ -375,9 +375,8 @@ static void gated_run(const ss_context *context, const int64_t *args, int64_t un
                       int64_t num_units, int thread) {
     (void)thread;
     const int64_t width = args[ACT_WIDTH], vectors = ss_ceil_div(width, 16);
-    const int64_t total = ss_rows(context, args[ACT_ROWS_KIND]) * vectors;
-    for (int64_t i = total * unit / num_units; i < total * (unit + 1) / num_units; i++) {
-        const int64_t row = i / vectors, c = (i % vectors) * 16;
+    SS_FOR_ROWS(i, ss_rows(context, args[ACT_ROWS_KIND]) * vectors) {
+        const int64_t row = ss_small_div(i, vectors), c = (i - row * vectors) * 16;
         const bf16 *gate = (const bf16 *)args[ACT_IN] + row * args[ACT_IN_STRIDE] + c;
         const __mmask16 mask = ss_mask(width - c);
         const __m512 value = gated(ss_load_masked(gate, mask), ss_load_masked(gate + width, mask),

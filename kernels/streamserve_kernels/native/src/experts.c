@@ -217,7 +217,8 @@ static void combine_run(const ss_context *context, const int64_t *args, int64_t 
     const ss_routes *routes = (const ss_routes *)args[COMBINE_ROUTES];
     const int64_t width = args[COMBINE_WIDTH], vectors = ss_ceil_div(width, LANES);
     SS_FOR_ROWS(i, num_rows(context, routes) * vectors) {
-        const int64_t row = i / vectors, column = i % vectors * LANES, first = row * routes->top_k;
+        const int64_t row = ss_small_div(i, vectors), column = (i - row * vectors) * LANES;
+        const int64_t first = row * routes->top_k;
         const __mmask16 mask = ss_mask(width - column);
         __m512 sum = _mm512_setzero_ps();
         for (int64_t j = first; j < first + routes->top_k; j++) {

@@ -96,7 +96,7 @@ static inline int64_t ss_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ss_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // a / b of what fits 32 bits. A division of 64 takes up to 90 cycles before Ice Lake, too many for
-// what is done once a tile.
+// what is done once a tile or a vector.
 static inline int64_t ss_small_div(int64_t a, int64_t b) { return (uint32_t)a / (uint32_t)b; }
 
 // Rows of an instruction: 0 is the step's tokens, 1 the rows that need logits; 1 + k and -(1 + k)
@@ -127,8 +127,9 @@ static inline int64_t ss_vector_units(int64_t rows, int64_t width, int num_threa
     return rows ? ss_min(rows * ss_ceil_div(width, 16) / 32 + 1, 4 * (int64_t)num_threads) : 0;
 }
 
-#define SS_FOR_ROWS(row, rows) \
-    for (int64_t row = (rows) * unit / num_units; row < (rows) * (unit + 1) / num_units; row++)
+#define SS_FOR_ROWS(row, rows)                                                            \
+    for (int64_t row##_all = (rows), row = row##_all * unit / num_units,                  \
+                 row##_end = row##_all * (unit + 1) / num_units; row < row##_end; row++)
 
 static inline float ss_widen(bf16 value) {
     union {
