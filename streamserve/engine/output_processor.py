@@ -10,7 +10,7 @@ from streamserve.core.plan import TokenLogprobs
 from streamserve.core.request import FinishReason, Request
 from streamserve.engine.detokenizer import IncrementalDetokenizer
 from streamserve.engine.outputs import RequestOutput, Usage
-from streamserve.engine.stop import StopChecker
+from streamserve.engine.stop import stop_checker
 from streamserve.engine.tokenizer import Tokenizer
 
 
@@ -40,11 +40,7 @@ class OutputProcessor:
         detokenizer = IncrementalDetokenizer(tokenizer, request.token_ids, params)
         self._add = detokenizer.add
         self._finish = detokenizer.finish
-        self._stop = (
-            StopChecker(params.stop, params.include_stop_str_in_output, params.thought_text)
-            if params.stop
-            else None
-        )
+        self._stop = stop_checker(params)
         self._keep_stop_token = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._request = request

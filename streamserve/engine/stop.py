@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 
+from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.thinking import ThoughtText
 
 
@@ -54,6 +55,61 @@ _automaton_of = lru_cache(maxsize=256)(_Automaton)
 """Most requests of a client carry the same stop strings."""
 
 
+class StopChecker:
+    """Looks for stop strings in a text that arrives in pieces.
+
+    The match that ends first wins, of several that end together the longest: so neither the cuts
+    nor the order of ``stops`` change the answer. Without ``include_stop`` the text ends before
+    the match, else behind it.
+    """
+
+    __slots__ = ("_automaton", "_held", "_include_stop", "_state")
+
+    def __init__(self, stops: tuple[str, ...], include_stop: bool) -> None:
+        self._automaton = _automaton_of(stops)
+        self._include_stop = include_stop
+        self._held = ""
+        self._state = 0
+
+    def add(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """Return ``(text that is certain, the stop string that matched or None)``.
+
+        With ``may_stop`` false a match that ends in ``text`` does not count (``min_tokens``). After
+        a match nothing more may be added.
+        """
+        automaton = self._automaton
+        state = self._state
+        if state == 0:
+            for first in automaton.firsts:
+                if first in text:
+                    break
+            else:
+                return text, None
+        transitions, match = automaton.next, automaton.match
+        for position, character in enumerate(text):
+            state = transitions[state].get(character, 0)
+            if match[state] is not None and may_stop:
+                return self._matched(self._held + text[: position + 1], match[state])
+        self._state = state
+        text = self._held + text
+        num_held = automaton.num_held[state]
+        if not num_held:
+            self._held = ""
+            return text, None
+        self._held = text[-num_held:]
+        return text[:-num_held], None
+
+    def flush(self) -> str:
+        """The text has ended: return what was held back."""
+        held, self._held, self._state = self._held, "", 0
+        return held
+
+    def _matched(self, text: str, stop: str | None) -> tuple[str, str | None]:
+        assert stop is not None
+        self._held, self._state = "", 0
+        return (text if self._include_stop else text[: -len(stop)]), stop
+
+
 class _Thoughts:
     """Tells thoughts, their marks and the white space behind them from what follows."""
 
@@ -92,68 +148,37 @@ class _Thoughts:
         return text[: len(text) - len(behind)], behind
 
 
-class StopChecker:
-    """Looks for stop strings in a text that arrives in pieces, but not in its ``thoughts``.
+class StopCheckerBehindThoughts(StopChecker):
+    """The same, which does not look in ``thoughts``, nor in the white space behind them."""
 
-    The match that ends first wins, of several that end together the longest: so neither the cuts
-    nor the order of ``stops`` change the answer. Without ``include_stop`` the text ends before
-    the match, else behind it.
-    """
+    __slots__ = ("_thoughts",)
 
-    __slots__ = ("_automaton", "_held", "_include_stop", "_state", "_thoughts")
-
-    def __init__(
-        self, stops: tuple[str, ...], include_stop: bool, thoughts: ThoughtText | None = None
-    ) -> None:
-        self._automaton = _automaton_of(stops)
-        self._include_stop = include_stop
-        self._held = ""
-        self._state = 0
-        self._thoughts = None if thoughts is None else _Thoughts(thoughts)
+    def __init__(self, stops: tuple[str, ...], include_stop: bool, thoughts: ThoughtText) -> None:
+        super().__init__(stops, include_stop)
+        self._thoughts: _Thoughts | None = _Thoughts(thoughts)
 
     def add(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
-        """Return ``(text that is certain, the stop string that matched or None)``.
-
-        With ``may_stop`` false a match that ends in ``text`` does not count (``min_tokens``). After
-        a match nothing more may be added.
-        """
+        """As of ``StopChecker``."""
         if self._thoughts is None:
-            return self._find(text, may_stop)
+            return super().add(text, may_stop=may_stop)
         thought, text = self._thoughts.split(text)
         if self._thoughts.is_over:
             self._thoughts = None
-        certain, matched = self._find(text, may_stop)
+        certain, matched = super().add(text, may_stop=may_stop)
         return thought + certain, matched
 
-    def _find(self, text: str, may_stop: bool) -> tuple[str, str | None]:
-        automaton = self._automaton
-        state = self._state
-        if state == 0:
-            for first in automaton.firsts:
-                if first in text:
-                    break
-            else:
-                return text, None
-        transitions, match = automaton.next, automaton.match
-        for position, character in enumerate(text):
-            state = transitions[state].get(character, 0)
-            if match[state] is not None and may_stop:
-                return self._matched(self._held + text[: position + 1], match[state])
-        self._state = state
-        text = self._held + text
-        num_held = automaton.num_held[state]
-        if not num_held:
-            self._held = ""
-            return text, None
-        self._held = text[-num_held:]
-        return text[:-num_held], None
-
     def flush(self) -> str:
-        """The text has ended: return what was held back."""
-        held, self._held, self._state = self._held, "", 0
+        """As of ``StopChecker``."""
+        held = super().flush()
         return held if self._thoughts is None else self._thoughts.held + held
 
-    def _matched(self, text: str, stop: str | None) -> tuple[str, str | None]:
-        assert stop is not None
-        self._held, self._state = "", 0
-        return (text if self._include_stop else text[: -len(stop)]), stop
+
+def stop_checker(params: SamplingParams) -> StopChecker | None:
+    """What looks for the stop strings of a request, ``None`` where there are none."""
+    if not params.stop:
+        return None
+    if params.thought_text is None:
+        return StopChecker(params.stop, params.include_stop_str_in_output)
+    return StopCheckerBehindThoughts(
+        params.stop, params.include_stop_str_in_output, params.thought_text
+    )

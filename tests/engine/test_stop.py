@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamserve.core.thinking import ThoughtText
-from streamserve.engine.stop import StopChecker
+from streamserve.engine.stop import StopChecker, StopCheckerBehindThoughts
 
 letters = st.text("abc", max_size=12)
 stop_lists = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4).map(tuple)
@@ -57,7 +57,7 @@ def test_thoughts_are_not_searched(is_open, before, thoughts, gap, behind, stops
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     chunks = [text[a:b] for a, b in itertools.pairwise(bounds)]
     where = ThoughtText(is_open=is_open, start="<a>", end="</a>")
-    shown, matched = run(StopChecker(stops, include, where), chunks)
+    shown, matched = run(StopCheckerBehindThoughts(stops, include, where), chunks)
     found, stop = reference(behind, stops, include)
     assert ("".join(shown), matched) == (thought + found, stop)
 
@@ -66,7 +66,7 @@ def test_thoughts_are_not_searched(is_open, before, thoughts, gap, behind, stops
 def test_an_answer_without_thoughts_is_searched_from_its_beginning(text, stops, size):
     chunks = [text[i : i + size] for i in range(0, len(text), size)]
     where = ThoughtText(is_open=False, start="<a>", end="</a>")
-    shown, matched = run(StopChecker(stops, False, where), chunks)
+    shown, matched = run(StopCheckerBehindThoughts(stops, False, where), chunks)
     if not text.lstrip().startswith("<a>"):
         is_undecided = "<a>".startswith(text.lstrip())
         found = (text, None) if is_undecided else reference(text, stops, False)
