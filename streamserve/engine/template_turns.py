@@ -69,7 +69,6 @@ class TemplateTurns:
         if not shows([_said("user", one)], 1):
             return turns
         system = _said("system", one)
-        has_system = shows([system, _said("user", two)], 2)
         several = [system, _said("system", two), _said("user", three)]
         turn = [system, _said("user", two), _said("assistant", three)]
         later = [*turn, _said("system", four), _said("user", five)]
@@ -79,9 +78,9 @@ class TemplateTurns:
         return cls(
             text_roles,
             part_roles,
-            has_system=has_system,
-            has_several_systems=has_system and shows(several, 3),
-            has_later_systems=has_system and shows(later, 5),
+            has_system=shows([system, _said("user", two)], 2),
+            has_several_systems=shows(several, 3),
+            has_later_systems=shows(later, 5),
             has_repeated_roles=shows([_said("user", one), _said("user", two)], 2),
             has_users_behind_tools=shows([*call, user], 3) or not shows([*call, _BRIDGE, user], 3),
             has_several_calls=shows(both, 3) or not shows(call, 2),

@@ -241,12 +241,20 @@ async def test_bad_values_are_refused_by_name(fields, param, message):
     await assert_refused(fields, param, message)
 
 
-async def test_a_requests_own_variables_of_the_template_come_before_its_effort():
-    async with scripted("ok").running() as api:
-        kwargs = {"enable_thinking": False}
+@pytest.mark.parametrize(
+    ("template", "kwargs", "end"),
+    [
+        (TEMPLATE, {"enable_thinking": False}, "<think>\n\n</think>\n\n"),
+        (EFFORT, {"reasoning_effort": "low"}, "assistant: low"),
+    ],
+)
+async def test_a_requests_own_variables_of_the_template_come_before_its_effort(
+    template, kwargs, end
+):
+    async with scripted("ok", template=template).running() as api:
         answer = await api.chat(reasoning_effort="high", chat_template_kwargs=kwargs)
     assert answer.status == 200
-    assert api.runner.prompts[0].endswith("<think>\n\n</think>\n\n")
+    assert api.runner.prompts[0].endswith(end)
 
 
 async def test_a_model_that_does_not_think_is_not_asked_to():

@@ -51,6 +51,8 @@ def test_the_other_grammars():
     any_object = {"response_format": {"type": "json_object"}}
     assert parsed(**any_object).text == '{"type":"object"}'
     assert parsed(structured_outputs={"json_object": True}) == parsed(**any_object)
+    no_schema = {"type": "json_object", "schema": None, "value": None}
+    assert parsed(response_format=no_schema) == parsed(**any_object)
     nameless = {"type": "json_schema", "json_schema": {"name": "any"}}
     assert parsed(response_format=nameless) == parsed(**any_object)
 

@@ -49,6 +49,11 @@ ONE_CALL = """\
 {%- endfor %}"""  # Llama 3.1
 
 
+WORDS_ONLY = """\
+{%- for m in messages if m.role in ('user', 'assistant') %}{{ m.role }}: {{ m.content }}|
+{%- endfor %}"""  # knows no tools
+
+
 def said(role, content, **fields):
     return {"role": role, "content": content, **fields}
 
@@ -87,6 +92,7 @@ AS_THEY_ARE = "assistant: A1(xxxxxxxxx x)(yyyyyyyyy y)|tool: of y|tool: of x|too
         (ANYTHING, LATER, "system: S1|user: U1|system: S2|user: U2|"),
         (ANYTHING, TURNS, "user: U1|user: U2|assistant: A1|assistant: A2|"),
         (ANYTHING, CALLS, f"user: U1|{AS_THEY_ARE}"),
+        (WORDS_ONLY, CALLS, "user: U1|assistant: A1|user: U2|"),
         (FIRST_ONLY, SYSTEMS, "system: S1\n\nS2|user: U1|"),
         (FIRST_ONLY, LATER, "system: S1|user: U1|user: S2|user: U2|"),
         (OTHERS_LOST, SYSTEMS, "system: S1\n\nS2|user: U1|"),
