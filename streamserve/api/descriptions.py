@@ -79,12 +79,15 @@ DESCRIPTIONS: dict[str, str] = {
     "this power.",
     "logit_bias": "Token ids, and what is added to their logits.",
     "logprobs": "Chat: whether to report log-probabilities; completions: of how many alternatives.",
-    "max_completion_tokens": "The longest answer (default: the rest of the context).",
-    "max_output_tokens": "The longest answer, with thoughts (default: the rest of the context).",
+    "max_completion_tokens": "The longest answer, at most the rest of the context (default: all of "
+    "that). More than the whole context is refused.",
+    "max_output_tokens": "The longest answer, with thoughts, at most the rest of the context "
+    "(default: all of that). More than the whole context is refused.",
     "max_tool_calls": "Of tools that the server itself has: there are none.",
     "max_queue_ms": "The longest wait for a seat, or the request fails (503).",
     "max_tokens": "The longest answer, at most the rest of the context (default: chat, all of "
-    "that; completions, 16). Completions: 0 for the prompt alone.",
+    "that; completions, 16). More than the whole context is refused, but by /v1/messages. "
+    "Completions: 0 for the prompt alone.",
     "messages": "The chat so far.",
     "min_p": "Drop tokens less likely than this share of the likeliest.",
     "min_tokens": "No end before this many tokens.",
@@ -103,12 +106,12 @@ DESCRIPTIONS: dict[str, str] = {
     "the prompt. Not with `stream`.",
     "reasoning": "As `reasoning_content`.",
     "reasoning_content": "What an assistant thought, as it was answered.",
-    "reasoning_effort": "For templates that know it; `none` is no thinking, and where a template "
-    "knows only that, anything else is thinking.",
+    "reasoning_effort": "For templates that know it; `none` is no thinking. Where a template only "
+    "has a switch for that, anything else is thinking.",
     "regex": "Text that matches as a whole.",
     "repetition_penalty": "Divide the logits of tokens that prompt or answer hold.",
-    "response_format": "Text, a JSON object, or JSON of a schema; TGI's `json` and `regex` with "
-    "their `value`, too.",
+    "response_format": "Text, a JSON object, or JSON of a schema; `json_object` with a `schema`, "
+    "and TGI's `json` and `regex` with their `value`, too.",
     "return_token_ids": "Also the token ids of prompt and answer.",
     "return_token_strs": "Also the tokens as the vocabulary writes them.",
     "return_tokens_as_token_ids": "In log-probabilities, tokens as `token_id:…`.",
