@@ -128,9 +128,7 @@ def _forms(render: Render) -> tuple[frozenset[str], frozenset[str]]:
     """The roles whose content must be text, and those whose content must be parts."""
     texts, parts = set[str](), set[str]()
     for role in _ROLES:
-        takes_text, takes_parts = (
-            _takes(render, role, form, "user" in parts) for form in (str, list)
-        )
+        takes_text, takes_parts = (_takes(render, role, form) for form in (str, list))
         if not takes_parts:
             texts.add(role)
         elif not takes_text:
@@ -138,15 +136,11 @@ def _forms(render: Render) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(texts), frozenset(parts)
 
 
-def _takes(render: Render, role: str, form: type, user_has_parts: bool) -> bool:
+def _takes(render: Render, role: str, form: type) -> bool:
     """Whether content of this form comes out as its text, and not as Python's or JSON's of it."""
     one, two, three = _WORDS[:3]
-
-    def said(who: str, text: str, *, has_parts: bool) -> Message:
-        return _said(who, [{"type": "text", "text": text}] if has_parts else text)
-
-    tried = said(role, one, has_parts=form is list)
-    before, behind = (said("user", text, has_parts=user_has_parts) for text in (two, three))
+    tried = _said(role, [{"type": "text", "text": one}] if form is list else one)
+    before, behind = _said("user", two), _said("user", three)
     chats: dict[str, list[Message]] = {
         "user": [tried],
         "system": [tried, before],

@@ -39,7 +39,9 @@ ALTERNATING = """\
 {%- if m.role in ('user', 'assistant') and not m.tool_calls %}
 {%- if (m.role == 'user') != (ns.index % 2 == 0) %}{{ raise_exception('must alternate') }}
 {%- endif %}{%- set ns.index = ns.index + 1 %}{% endif %}{{ m.role }}: {{ m.content }}
-{%- for call in m.tool_calls or [] %}({{ call.id }} {{ call.function.arguments.word }}){% endfor %}|
+{%- for call in m.tool_calls or [] %}
+{%- if call.id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif -%}
+({{ call.id }} {{ call.function.arguments.word }}){% endfor %}|
 {%- endfor %}"""  # Mistral
 ONE_CALL = """\
 {%- for m in messages %}
@@ -74,6 +76,10 @@ def rendered(template, messages, **options):
 SYSTEMS = [said("system", "S1"), said("system", "S2"), said("user", "U1")]
 LATER = [said("system", "S1"), said("user", "U1"), said("system", "S2"), said("user", "U2")]
 TURNS = [said("user", "U1"), said("user", "U2"), said("assistant", "A1"), said("assistant", "A2")]
+CALLED_LATER = [
+    *TURNS[1:3],
+    said("assistant", "A2", tool_calls=[{"id": "x" * 9, "function": {"arguments": {"word": "x"}}}]),
+]
 CALLS = [
     said("user", "U1"),
     said("assistant", "A1", tool_calls=[call("x"), call("y")], reasoning_content="T1"),
@@ -103,6 +109,7 @@ AS_THEY_ARE = "assistant: A1(xxxxxxxxx x)(yyyyyyyyy y)|tool: of y|tool: of x|too
         (NO_SYSTEM, LATER, "user: S1\n\nU1\n\nS2\n\nU2|"),
         (NO_SYSTEM, TURNS, "user: U1\n\nU2|assistant: A1\n\nA2|"),
         (ALTERNATING, SYSTEMS, "system: S1\n\nS2|user: U1|"),
+        (ALTERNATING, CALLED_LATER, "user: U2|assistant: A1|assistant: A2(xxxxxxxxx x)|"),
         (ALTERNATING, LATER, "system: S1|user: U1\n\nS2\n\nU2|"),
         (
             ALTERNATING,
@@ -121,6 +128,13 @@ def test_calls_become_messages_of_their_own_with_their_results(template):
         "user: U1|assistant: A1(xxxxxxxxx x)|tool: of x|assistant: (yyyyyyyyy y)|tool: of y|"
         "tool: of z|user: U2|"
     )
+
+
+def test_calls_are_tried_with_tools():
+    template = ONE_CALL.replace(
+        "m.tool_calls | length != 1 %}", "(m.tool_calls | length != 1 or not tools) %}"
+    )
+    assert "|assistant: (yyyyyyyyy y)|" in rendered(template, CALLS, tools=[{"type": "function"}])
 
 
 def test_what_was_thought_stands_before_the_first_call_only():
@@ -206,6 +220,29 @@ def test_parts_are_joined_for_the_roles_whose_parts_a_template_does_not_know():
         said("tool", parts("R1", "R2"), tool_call_id="x" * 9),
     ]
     assert rendered(RESULTS_BY_NAME, chat) == "user: U1 U2|assistant:  x|tool: R1\nR2|"
+
+
+def test_turns_are_tried_in_parts_where_a_template_looks_for_parts():
+    template = PARTS_ONLY.replace(
+        "%}{{ m.role }}:",
+        "%}{% if m.role == 'system' and not loop.first %}{{ raise_exception('') }}{% endif %}"
+        "{{ m.role }}:",
+    )
+    assert rendered(template, LATER) == "system: S1|user: U1|user: S2|user: U2|"
+
+
+TAKES_BOTH = """\
+{%- for m in messages %}
+{%- if m.role == 'tool' and not tools %}{{ raise_exception('there are no tools') }}{% endif %}
+{%- if m.content is string %}{{ m.content }}
+{%- else %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endif %}|
+{%- endfor %}"""
+
+
+def test_text_and_parts_stay_what_they_are_where_a_template_takes_both():
+    parts = [{"type": "text", "text": "R1"}, {"type": "text", "text": "R2"}]
+    chat = [said("user", "U1"), *CALLS[1:2], said("tool", parts, tool_call_id="x" * 9)]
+    assert rendered(TAKES_BOTH, chat, tools=[{"type": "function"}]) == "U1|A1|[R1][R2]|"
 
 
 def test_of_a_template_that_shows_nothing_nothing_is_known():
