@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from streamserve.core.thinking import ThoughtText
@@ -49,6 +49,16 @@ def test_the_cuts_do_not_matter(chunks, stops, include):
     include=st.booleans(),
     cuts=st.lists(st.integers(0, 30), max_size=8),
 )
+@example(
+    is_open=True,
+    before="",
+    thoughts="a",
+    gap="\n\n",
+    behind="b",
+    stops=("\n",),
+    include=False,
+    cuts=[6],
+)
 def test_thoughts_are_not_searched(is_open, before, thoughts, gap, behind, stops, include, cuts):
     """Nor what is around them; and the cuts do not matter."""
     start = before if is_open else f"{before}<a>"
@@ -63,6 +73,7 @@ def test_thoughts_are_not_searched(is_open, before, thoughts, gap, behind, stops
 
 
 @given(text=st.text("abc<> ", max_size=8), stops=stop_lists, size=st.integers(1, 3))
+@example(text="<", stops=("b",), size=1)
 def test_an_answer_without_thoughts_is_searched_from_its_beginning(text, stops, size):
     chunks = [text[i : i + size] for i in range(0, len(text), size)]
     where = ThoughtText(is_open=False, start="<a>", end="</a>")

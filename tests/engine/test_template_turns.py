@@ -144,6 +144,12 @@ def test_what_was_thought_stands_before_the_first_call_only():
     assert "assistant<>: (y" in prompt
 
 
+def test_a_turn_of_several_keeps_what_was_thought():
+    template = ALTERNATING.replace("{{ m.role }}", "{{ m.role }}<{{ m.reasoning_content }}>")
+    chat = [*TURNS[:1], TURNS[2], said("assistant", "A2", reasoning_content="T2")]
+    assert rendered(template, chat) == "user<>: U1|assistant<T2>: A1\n\nA2|"
+
+
 def test_what_no_turn_can_mend_is_refused():
     with pytest.raises(InvalidParameterError, match="must alternate"):
         rendered(NO_SYSTEM, TURNS[2:])
