@@ -156,6 +156,15 @@ async def test_functions_in_a_namespace_are_called_by_both_names():
         assert "<tool_call>mcp__sky__get_weather" in prompt
 
 
+async def test_functions_in_namespaces_count_as_tools():
+    functions = [{**FLAT, "name": f"f{n}"} for n in range(512)]
+    tools = [FLAT, {"type": "namespace", "name": "sky", "tools": functions}]
+    async with scripted("ok").running() as api:
+        answer = await create(api, tools=tools)
+    assert answer.status == 400
+    assert "at most 512 tools" in answer.error["message"]
+
+
 async def test_a_chat_goes_on_behind_a_call_that_was_cut():
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": "cu'}
     result = {"type": "function_call_output", "call_id": "c", "output": "not called"}
