@@ -157,7 +157,7 @@ class ServeProtocol(HttpToolsProtocol):
             if name == b"connection":
                 options = [option.strip() for option in value.split(b",")]
                 kept = b", ".join(o for o in options if o.lower() not in _UPGRADE_OPTIONS)
-                lines.append(b"connection: " + (kept or b"keep-alive"))
+                lines.append(b"connection: " + kept)
             elif name not in _UPGRADE_OPTIONS:
                 lines.append(b"%b: %b" % (name, value))
         self.parser = httptools.HttpRequestParser(self)
