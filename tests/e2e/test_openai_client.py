@@ -161,6 +161,7 @@ def test_the_likelihood_of_a_text(box):
             echo=True,
             logprobs=1,
             max_tokens=1,
+            temperature=0,
             extra_body={"prompt_logprobs": 1, "return_token_ids": True},
         )
     [choice] = reply.choices
