@@ -156,34 +156,31 @@ static inline __attribute__((always_inline)) void weigh_rows(float *acc, const s
         _mm512_store_ps(acc + m * value_size + 16 * v, sums[m][v]);
 }
 
+// Those of more sums than there are registers for are empty.
 #define KERNELS(M, V)                                                                              \
     static void score_##M##_##V(float *scores, const ss_factor *const *rows,                       \
                                 const bf16 *const *keys, const bf16 *const *ahead, int asks,       \
                                 int64_t pairs) {                                                   \
-        if (V > VECTORS(M)) __builtin_unreachable();                                               \
+        if (M > ROWS || V > VECTORS(M)) __builtin_unreachable();                                   \
         if (asks) score_rows(scores, rows, keys, ahead, 1, pairs, M, V);                           \
         else score_rows(scores, rows, keys, ahead, 0, pairs, M, V);                                \
     }                                                                                              \
     static void weigh_##M##_##V(float *acc, const ss_factor *weights,                              \
                                 const bf16 *const *tile_values, const bf16 *const *ahead,          \
                                 int asks, int64_t pairs, int64_t value_size) {                     \
-        if (V > VECTORS(M)) __builtin_unreachable();                                               \
+        if (M > ROWS || V > VECTORS(M)) __builtin_unreachable();                                   \
         if (asks) weigh_rows(acc, weights, tile_values, ahead, 1, pairs, value_size, M, V);        \
         else weigh_rows(acc, weights, tile_values, ahead, 0, pairs, value_size, M, V);             \
     }
 #define ROW_KERNELS(M) KERNELS(M, 1) KERNELS(M, 2) KERNELS(M, 3) KERNELS(M, 4)
 #define SCORES(M) {score_##M##_1, score_##M##_2, score_##M##_3, score_##M##_4},
 #define WEIGHS(M) {weigh_##M##_1, weigh_##M##_2, weigh_##M##_3, weigh_##M##_4},
-#if ROWS > 6
 #define EACH_COUNT(OF)                                                                             \
     OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12)
-#else
-#define EACH_COUNT(OF) OF(1) OF(2) OF(3) OF(4) OF(5) OF(6)
-#endif
 EACH_COUNT(ROW_KERNELS)
-static void (*const SCORE_OF[ROWS][4])(float *, const ss_factor *const *, const bf16 *const *,
+static void (*const SCORE_OF[12][4])(float *, const ss_factor *const *, const bf16 *const *,
                                        const bf16 *const *, int, int64_t) = {EACH_COUNT(SCORES)};
-static void (*const WEIGH_OF[ROWS][4])(float *, const ss_factor *, const bf16 *const *,
+static void (*const WEIGH_OF[12][4])(float *, const ss_factor *, const bf16 *const *,
                                        const bf16 *const *, int, int64_t,
                                        int64_t) = {EACH_COUNT(WEIGHS)};
 
@@ -401,17 +398,12 @@ static state begin_unit(const ss_context *context, const int64_t *args, const it
         const int64_t token = plan->tokens[work->first + q];
         const bf16 *query = (const bf16 *)args[ATTEND_QUERY] + token * args[ATTEND_QUERY_STRIDE];
         query += h * group * head_size;
-#if SS_WIDENS
-        float *factors = wide + q * group * head_size;
-        ss_widen_row(factors, query, group * head_size);
-#else
-        const bf16 *factors = query;
-#endif
+        const ss_factor *factors =
+            ss_factors_of(query, wide + q * group * head_size, group * head_size);
         for (int64_t j = 0; j < group; j++)
             rows[q * group + j] = (row){factors + j * head_size, plan->positions[token],
                                         slopes ? slopes[h * group + j] : 0.0f};
     }
-    (void)wide;
     float *area = plan->scratch + plan->partial_floats + thread * plan->thread_floats;
     const int reshapes = slopes || ss_double(args[ATTEND_SOFT_CAP]) != 0.0;
     state s = {

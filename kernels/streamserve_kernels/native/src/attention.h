@@ -4,19 +4,12 @@
 
 #include "streamserve.h"
 
-// Keys of a tile, most rows of an item whose tokens have fewer heads than that (a row is one query
-// head).
-enum { TILE = 64, MAX_ITEM_ROWS = 96 };
+// Keys of a tile, rows of a tile (a row is one query head), most rows of an item whose tokens have
+// fewer heads than that.
+enum { TILE = 64, ROWS = SS_ROWS, MAX_ITEM_ROWS = 96 };
 
-// Most rows of a tile, and for how many times 16 keys or elements their sums stay in registers.
-// Where keys and values must be widened, it is done for as many rows as there are registers for.
-#if SS_WIDENS && defined(__AVX512F__)
-#define ROWS 12
-#define VECTORS(rows) ((rows) <= 6 ? 4 : 2)
-#else
-#define ROWS 6
-#define VECTORS(rows) SS_VECTORS(rows)
-#endif
+// For how many times 16 keys, or elements, the sums of so many rows stay in registers.
+#define VECTORS(rows) ((rows) <= 6 ? SS_VECTORS(rows) : 2)
 
 typedef struct {
     int32_t first;     // where its tokens stand in plan->tokens

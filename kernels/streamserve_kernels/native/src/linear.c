@@ -16,12 +16,10 @@
 // piece of the weight that stays in the second-level cache, and meanwhile ask for the next piece: that
 // way the loads of one pass over the weight hide behind the products of all rows.
 enum { BLOCK = 64, LANES = 16, GROUP_ROWS = 48, PIECE_PAIRS = 256, AHEAD = 8192, NEAR = 16 };
-#if !SS_WIDENS
-enum { ROW_TILE = 6, SUMS = 24 };
-#elif defined(__AVX512F__)
-enum { ROW_TILE = 12, SUMS = 24 };
+#ifdef __AVX512F__
+enum { ROW_TILE = SS_ROWS, SUMS = 24 };
 #else
-enum { ROW_TILE = 6, SUMS = 6 };
+enum { ROW_TILE = SS_ROWS, SUMS = 6 };
 #endif
 
 // Behind what all products begin with; K is even.

@@ -86,6 +86,13 @@ SS_INLINE __m512 ss_dpbf16(__m512 sums, __m512bh a, __m512bh b) {
 
 #endif
 
+// Most rows at once: what must be widened is widened for as many as there are registers for.
+#if SS_WIDENS && defined(__AVX512F__)
+enum { SS_ROWS = 12 };
+#else
+enum { SS_ROWS = 6 };
+#endif
+
 // A table of 16 words twice, looked up by the lowest four bits of each word of `at`.
 #ifdef __AVX512F__
 typedef __m512i ss_table;

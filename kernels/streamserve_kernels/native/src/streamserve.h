@@ -163,6 +163,17 @@ static inline void ss_widen_row(float *to, const bf16 *from, int64_t count) {
     }
 }
 
+// A row's elements as factors: in `room`, [count], if they must be widened, else where they lie.
+static inline const ss_factor *ss_factors_of(const bf16 *row, float *room, int64_t count) {
+#if SS_WIDENS
+    ss_widen_row(room, row, count);
+    return room;
+#else
+    (void)room, (void)count;
+    return row;
+#endif
+}
+
 static inline __m256i ss_round(__m512 value) { return (__m256i)_mm512_cvtneps_pbh(value); }
 
 static inline void ss_store(bf16 *to, __m512 value) {
