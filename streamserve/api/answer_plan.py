@@ -26,6 +26,7 @@ from streamserve.engine.parsers.reasoning import (
 )
 from streamserve.engine.parsers.tool_formats import TOOL_PARSERS, NamedParser, RequiredParser
 from streamserve.engine.parsers.tool_parser import ToolParser
+from streamserve.engine.template_turns import text_of
 from streamserve.errors import InvalidParameterError
 
 _THINKING_SWITCHES = ("enable_thinking", "thinking")
@@ -189,7 +190,7 @@ class AnswerPlan:
         if self._format.reasoning_parser is None:
             return ThinkState.OVER
         last = self._request.messages[-1]
-        continued = _text_of(last) if self._request.continue_final_message else None
+        continued = text_of(last["content"]) if self._request.continue_final_message else None
         return state_after_prompt(self._format.reasoning_parser, prompt, continued)
 
     def _merged_kwargs(self) -> dict[str, Any]:
@@ -211,8 +212,3 @@ class AnswerPlan:
             self._request.reasoning.effort_param,
             f"{effort!r} is not supported: this model's chat template does not know it",
         )
-
-
-def _text_of(message: dict[str, Any]) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from streamserve.engine.parsers.answer_format import AnswerFormat
+from streamserve.engine.template_turns import text_of
 
 Message = dict[str, Any]
 _SHORT_ID = 9  # characters: Mistral's templates accept no other length
@@ -66,7 +67,7 @@ def _glm4(messages: Iterable[Message]) -> Iterator[Message]:
         elif "tool_calls" not in message:
             yield message
         else:
-            if _text_of(message):
+            if text_of(message.get("content")):
                 yield {"role": "assistant", "content": message["content"]}
             for call in message["tool_calls"]:
                 function = call["function"]
@@ -86,7 +87,7 @@ def _phi4_mini(messages: Iterable[Message]) -> Iterator[Message]:
             yield message
         else:
             calls = _json([call["function"] for call in message["tool_calls"]])
-            content = f"{_text_of(message)}<|tool_call|>{calls}<|/tool_call|>"
+            content = f"{text_of(message.get('content'))}<|tool_call|>{calls}<|/tool_call|>"
             yield {"role": "assistant", "content": content}
 
 
@@ -139,13 +140,8 @@ def _harmony(messages: Iterable[Message]) -> Iterator[Message]:
         if not message.get("tool_calls"):
             yield {**message, "thinking": thoughts} if thoughts else message
             continue
-        said = "\n\n".join(filter(None, (thoughts, _text_of(message))))
+        said = "\n\n".join(filter(None, (thoughts, text_of(message.get("content")))))
         yield {**message, "content": "", **({"thinking": said} if said else {})}
-
-
-def _text_of(message: Message) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def _json(value: Any) -> str:

@@ -21,6 +21,7 @@ from streamserve.engine.parsers.harmony import (
     MESSAGE,
     START,
     HarmonyScanner,
+    Message,
     opened_by,
 )
 from streamserve.engine.parsers.harmony_answer import HarmonyParser
@@ -61,8 +62,8 @@ class HarmonyPlan(AnswerPlan):
         elif use.choice == "auto":
             params = chosen(params, use, HARMONY_CALLS)
         opened = opened_by(prompt)
-        params = replace(params, thinking=self._thinking(opened, params, marks))
         message = HarmonyScanner(opened).message
+        params = replace(params, thinking=self._thinking(opened, message, params, marks))
         if params.stop and (message is None or message.is_thought):
             thoughts = ThoughtText(
                 is_open=message is not None, start=_start_of_thoughts(opened), end=END
@@ -72,13 +73,14 @@ class HarmonyPlan(AnswerPlan):
             params = replace(params, skip_special_tokens=False)
         return params
 
-    def _thinking(self, opened: str, params: SamplingParams, marks: MarkIds) -> Thinking | None:
+    def _thinking(
+        self, opened: str, message: Message | None, params: SamplingParams, marks: MarkIds
+    ) -> Thinking | None:
         """What holds until the thoughts end: a grammar is of what follows them.
 
         A grammar of calls is of whole messages, thoughts among them.
         """
         grammar, is_fresh = params.structured_output, opened.strip() == _ROLE
-        message = HarmonyScanner(opened).message
         is_open = message is not None and message.is_thought
         of_messages = grammar is not None and grammar.kind is GrammarKind.TOOL_CALLS
         if of_messages and not (is_fresh or is_open):

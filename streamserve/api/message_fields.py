@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,7 @@ MESSAGE_TOOL_TABLE = FieldTable(
 )
 
 
-def _read_tool(where: str, raw: Any, unknown: list[str]) -> Tool:
+def _read_tool(where: str, raw: Any, unknown: list[str]) -> Iterator[Tool]:
     given = read_object(where, raw)
     kind = given.get("type")
     if isinstance(kind, str) and kind != "custom":
@@ -142,10 +142,10 @@ def _read_tool(where: str, raw: Any, unknown: list[str]) -> Tool:
     if "description" in values:
         function["description"] = values["description"]
     definition = {"type": "function", "function": {**function, "parameters": parameters}}
-    return Tool(values["name"], definition, parameters, values.get("strict", False))
+    yield Tool(values["name"], definition, parameters, values.get("strict", False))
 
 
-read_message_tools = tools_reader(_read_tool, MESSAGE_TOOL_TABLE, "name")
+read_message_tools = tools_reader(_read_tool, MESSAGE_TOOL_TABLE.schema(), "name")
 
 
 MESSAGE_CHOICE_TABLE = FieldTable(

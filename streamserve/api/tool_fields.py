@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,35 +102,41 @@ TOOL_TABLE = FieldTable(
 )
 
 
-def _read_tool(name: str, value: Any, unknown: list[str]) -> Tool:
+def _read_tool(name: str, value: Any, unknown: list[str]) -> Iterator[Tool]:
     function = TOOL_TABLE.read_inner(name, value, unknown)["function"]
     is_strict = function.pop("strict", False)
     parameters = function.get("parameters", NO_PARAMETERS)
-    return Tool(function["name"], {"type": "function", "function": function}, parameters, is_strict)
+    yield Tool(function["name"], {"type": "function", "function": function}, parameters, is_strict)
 
 
 def tools_reader(
-    read_tool: Callable[[str, Any, list[str]], Tool], table: FieldTable, name_field: str
+    read_item: Callable[[str, Any, list[str]], Iterator[Tool]],
+    item_schema: dict[str, Any],
+    name_field: str,
 ) -> NestedReader[tuple[Tool, ...]]:
-    """A reader of ``tools``, each read by ``read_tool``, its name standing in ``name_field``."""
+    """A reader of ``tools``; ``read_item`` finds one in an item, whose name stands in
+    ``name_field``, or several.
+    """
 
-    @nested({"type": "array", "maxItems": MAX_TOOLS, "items": table.schema()})
+    @nested({"type": "array", "maxItems": MAX_TOOLS, "items": item_schema})
     def read(name: str, value: Any, unknown: list[str]) -> tuple[Tool, ...]:
         tools: dict[str, Tool] = {}
         for i, raw in enumerate(read_list(name, value, "tools", MAX_TOOLS)):
             where = f"{name}[{i}]"
-            tool = read_tool(where, raw, unknown)
-            if tool.name in tools:
-                raise out_of_range(
-                    f"{where}.{name_field}", "unlike the other tools' names", tool.name
-                )
-            tools[tool.name] = tool
+            for tool in read_item(where, raw, unknown):
+                if tool.name in tools:
+                    raise out_of_range(
+                        f"{where}.{name_field}", "unlike the other tools' names", tool.name
+                    )
+                tools[tool.name] = tool
+        if len(tools) > MAX_TOOLS:
+            raise out_of_range(name, f"an array of at most {MAX_TOOLS} tools", list(tools))
         return tuple(tools.values())
 
     return read
 
 
-read_tools = tools_reader(_read_tool, TOOL_TABLE, "function.name")
+read_tools = tools_reader(_read_tool, TOOL_TABLE.schema(), "function.name")
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ class TemplateTurns:
         if role in self.part_roles and isinstance(content, str):
             return {**message, "content": [{"type": "text", "text": content}]}
         if role in self.text_roles and isinstance(content, (list, tuple)):
-            return {**message, "content": _text_of(content)}
+            return {**message, "content": text_of(content)}
         return dict(message)
 
 
@@ -190,14 +190,17 @@ def _result(word: str) -> Message:
     return {"role": "tool", "tool_call_id": _id_of(word), "content": "done"}
 
 
-def _text_of(content: Any) -> str:
-    if isinstance(content, str) or not content:
-        return content or ""
+def text_of(content: str | Sequence[Mapping[str, Any]] | None) -> str:
+    """A message's content as one text, its parts joined by newlines."""
+    if not content:
+        return ""
+    if isinstance(content, str):
+        return content
     return "\n".join(part["text"] for part in content if "text" in part)
 
 
 def _joined(messages: Sequence[Message]) -> Message:
-    texts = [_text_of(message.get("content")) for message in messages]
+    texts = [text_of(message.get("content")) for message in messages]
     fields = {name: value for message in messages for name, value in message.items()}
     return {**fields, "content": "\n\n".join(filter(None, texts))}
 

@@ -17,6 +17,7 @@ from streamserve.api.fields import (
     read_str,
     require_in,
     schema_of,
+    shown,
     typed,
     unsupported,
     wrong_type,
@@ -30,6 +31,7 @@ from streamserve.api.tool_fields import (
     read_function_type,
     read_name,
     tool_use,
+    tools_reader,
 )
 
 _WORDS = ("none", "auto", "required")
@@ -90,7 +92,7 @@ NAMESPACE_TABLE = FieldTable(
 )
 
 
-def _read_tool(name: str, value: Any, unknown: list[str]) -> Iterator[Tool]:
+def _read_item(name: str, value: Any, unknown: list[str]) -> Iterator[Tool]:
     given = read_object(name, value)
     kind = read_str(f"{name}.type", require_in(given, "type", name))
     if kind == "function":
@@ -98,7 +100,7 @@ def _read_tool(name: str, value: Any, unknown: list[str]) -> Iterator[Tool]:
         return
     if kind != "namespace":
         raise unsupported(
-            f"{name}.type", f"{kind[:64]!r} is not supported (only 'function' and 'namespace' are)"
+            f"{name}.type", f"{shown(kind)} is not supported (only 'function' and 'namespace' are)"
         )
     values = NAMESPACE_TABLE.read_inner(name, given, unknown)
     namespace: str = values["name"]
@@ -126,24 +128,9 @@ def _read_function(name: str, value: Any, unknown: list[str]) -> Tool:
     return Tool(values["name"], definition, parameters, values.get("strict", True))
 
 
-@nested(
-    {
-        "type": "array",
-        "maxItems": MAX_TOOLS,
-        "items": {"anyOf": [TOOL_TABLE.schema(), NAMESPACE_TABLE.schema()]},
-    }
+read_tools = tools_reader(
+    _read_item, {"anyOf": [TOOL_TABLE.schema(), NAMESPACE_TABLE.schema()]}, "name"
 )
-def read_tools(name: str, value: Any, unknown: list[str]) -> tuple[Tool, ...]:
-    """``tools``: functions, some in namespaces."""
-    tools: dict[str, Tool] = {}
-    for i, raw in enumerate(read_list(name, value, "tools", MAX_TOOLS)):
-        for tool in _read_tool(f"{name}[{i}]", raw, unknown):
-            if tool.name in tools:
-                raise out_of_range(f"{name}[{i}].name", "unlike the other tools' names", tool.name)
-            tools[tool.name] = tool
-    if len(tools) > MAX_TOOLS:
-        raise out_of_range(name, f"an array of at most {MAX_TOOLS} tools", list(tools))
-    return tuple(tools.values())
 
 
 @dataclass(frozen=True, slots=True)
