@@ -24,6 +24,7 @@ from torch import Tensor
 from streamserve_kernels import adapters
 from streamserve_kernels.adapters import AdapterRows, StepAdapters
 from streamserve_kernels.quantised import Quantization
+from streamserve_kernels.recurrent import StepStates
 from streamserve_kernels.stored import StoredWeight
 
 # Prompt attention pads its queries and keys to whole multiples and takes keys in segments. Warm-up
@@ -126,6 +127,8 @@ class StepTensors(Protocol):
     def prefix_groups(self) -> PrefixGroups | None: ...
     @property
     def adapters(self) -> StepAdapters | None: ...
+    @property
+    def states(self) -> StepStates | None: ...
 
 
 class RecordedStep(Protocol):
@@ -310,6 +313,37 @@ class Kernels(Protocol):
         down: Sequence[PackedLinear],
         activate: Callable[[Tensor], Tensor],
     ) -> Tensor: ...
+
+    def causal_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        states: Tensor,
+        step: StepStates,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        *,
+        activation: Literal["silu"] | None = None,
+    ) -> Tensor: ...
+
+    def gated_delta_rule(
+        self,
+        qkv: Tensor,
+        gates: Tensor,
+        decay: Tensor,
+        time_bias: Tensor,
+        states: Tensor,
+        step: StepStates,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        *,
+        num_key_heads: int,
+    ) -> Tensor: ...
+
+    def gated_rms_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor: ...
 
     def warm_up(
         self,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from streamserve_kernels import adapters
+from streamserve_kernels import adapters, recurrent
 from streamserve_kernels.float8 import FLOAT8
 from streamserve_kernels.fp8 import NaiveFp8Linear
 from streamserve_kernels.interface import (
@@ -33,6 +33,11 @@ name = "naive"
 
 AdapterTable = adapters.AdapterTable
 add_adapters = adapters.add_adapters
+
+causal_conv = recurrent.causal_conv
+gated_delta_rule = recurrent.gated_delta_rule
+gated_rms_norm = recurrent.gated_rms_norm
+sigmoid_gate = recurrent.sigmoid_gate
 
 
 def kv_cache_shape(

@@ -29,6 +29,25 @@ class BlockTransfer(NamedTuple):
     host_block_id: int
 
 
+class StateCopy(NamedTuple):
+    """Slot ``src`` is copied to ``dst`` in every layer that keeps a state, before the forward."""
+
+    src: int
+    dst: int
+
+
+class StateSave(NamedTuple):
+    """The state after ``position`` tokens of a request goes into ``slot`` as the step passes it.
+
+    ``place`` is the request's in ``SchedulerOutput.scheduled``, whose share of the step has
+    the token before ``position``.
+    """
+
+    place: int
+    position: int
+    slot: int
+
+
 @dataclass(frozen=True, slots=True)
 class NewRequest:
     """What a runner must know about a request that enters, or after preemption re-enters, a plan.
@@ -45,6 +64,7 @@ class NewRequest:
     choice_index: int
     eos_token_ids: frozenset[int] = frozenset()  # masked out until min_tokens
     adapter: int | None = None  # the slot of the one that its rows have
+    state_slot: int | None = None  # where its state is, of a model that keeps some
 
 
 class ScheduledRequest(NamedTuple):
@@ -91,8 +111,9 @@ class PrefixGroup(NamedTuple):
 class SchedulerOutput:
     """The plan of one step. Σ ``len(token_ids)`` ≤ ``max_num_batched_tokens``.
 
-    A runner works in this order: drop ``released_ids``, add ``new_requests``, do every block copy,
-    then the forward. No block is both source and destination of a copy in one plan.
+    A runner works in this order: drop ``released_ids``, add ``new_requests``, do every copy of a
+    block or a state, then the forward. No block, and no slot of a state, is both source and
+    destination of a copy in one plan.
     ``prefix_groups`` only say where attention may save work; no request is in two of them.
 
     ``stores`` copy blocks to host memory and ``loads`` copy them back, in every layer, at any time
@@ -108,6 +129,8 @@ class SchedulerOutput:
     new_requests: list[NewRequest] = field(default_factory=list)
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     block_copies: list[BlockCopy] = field(default_factory=list)
+    state_copies: list[StateCopy] = field(default_factory=list)
+    state_saves: list[StateSave] = field(default_factory=list)
     released_ids: list[str] = field(default_factory=list)
     prefix_groups: list[PrefixGroup] = field(default_factory=list)
     stores: list[BlockTransfer] = field(default_factory=list)

@@ -14,6 +14,7 @@ from torch import Tensor
 from streamserve.models.spec import ModelShape
 from streamserve_kernels import Kernels, PrefixGroups, huge_pages
 from streamserve_kernels.adapters import StepAdapters
+from streamserve_kernels.recurrent import StepStates
 
 KVCache: TypeAlias = list[tuple[Tensor, Tensor]]
 """Per layer, the key cache and the value cache, in the shape that the kernels asked for."""
@@ -40,6 +41,7 @@ class ForwardBatch:
     logits_indices: Tensor  # [L] int64 into T, strictly increasing: rows that need logits
     prefix_groups: PrefixGroups | None = None  # sequences that share leading blocks
     adapters: StepAdapters | None = None  # None: no sequence has one
+    states: StepStates | None = None  # where a model keeps some
     # What the host knows, so that no device is asked: bounds of a sequence's tokens in this step,
     # and of seq_lens.
     max_query_len: int | None = None

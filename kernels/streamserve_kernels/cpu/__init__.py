@@ -33,17 +33,26 @@ from streamserve_kernels.naive import (
 )
 from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 from streamserve_kernels.native.stored import prepare_stored
+from streamserve_kernels.recurrent import (
+    causal_conv,
+    gated_delta_rule,
+    gated_rms_norm,
+    sigmoid_gate,
+)
 
 __all__ = [
     "AdapterTable",
     "activation",
     "add_adapters",
     "add_shared_experts",
+    "causal_conv",
     "chosen_experts",
     "compilations",
     "copy_blocks",
     "embedding",
     "gated_activation",
+    "gated_delta_rule",
+    "gated_rms_norm",
     "kv_cache_shape",
     "layer_norm",
     "linear",
@@ -57,6 +66,7 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "rotary_write_kv",
+    "sigmoid_gate",
     "slow_quantisation",
     "warm_up",
     "write_kv",

@@ -42,18 +42,27 @@ from streamserve_kernels.native.ops import (
 from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 from streamserve_kernels.native.record import Recorder
 from streamserve_kernels.native.stored import prepare_stored
+from streamserve_kernels.recurrent import (
+    causal_conv,
+    gated_delta_rule,
+    gated_rms_norm,
+    sigmoid_gate,
+)
 
 __all__ = [
     "AdapterTable",
     "activation",
     "add_adapters",
     "add_shared_experts",
+    "causal_conv",
     "check_head_sizes",
     "chosen_experts",
     "compilations",
     "copy_blocks",
     "embedding",
     "gated_activation",
+    "gated_delta_rule",
+    "gated_rms_norm",
     "kv_cache_shape",
     "layer_norm",
     "linear",
@@ -67,6 +76,7 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "rotary_write_kv",
+    "sigmoid_gate",
     "slow_quantisation",
     "unpack_keys",
     "unpack_values",

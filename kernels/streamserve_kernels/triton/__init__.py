@@ -12,6 +12,12 @@ from torch import Tensor
 
 from streamserve_kernels.interface import QuantLinear
 from streamserve_kernels.naive import add_shared_experts, kv_cache_shape
+from streamserve_kernels.recurrent import (
+    causal_conv,
+    gated_delta_rule,
+    gated_rms_norm,
+    sigmoid_gate,
+)
 from streamserve_kernels.triton.adapters import AdapterTable, add_adapters
 from streamserve_kernels.triton.attention import paged_attention
 from streamserve_kernels.triton.cache import (
@@ -43,11 +49,14 @@ __all__ = [
     "activation",
     "add_adapters",
     "add_shared_experts",
+    "causal_conv",
     "chosen_experts",
     "compilations",
     "copy_blocks",
     "embedding",
     "gated_activation",
+    "gated_delta_rule",
+    "gated_rms_norm",
     "kv_cache_shape",
     "layer_norm",
     "linear",
@@ -62,6 +71,7 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "rotary_write_kv",
+    "sigmoid_gate",
     "slow_quantisation",
     "warm_up",
     "write_kv",

@@ -1,0 +1,157 @@
+"""What layers remember of a sequence in one place of constant size, and the naive twins of these.
+
+A *state* is what a layer knows of all tokens so far: the last inputs of a convolution, the matrix
+of a gated delta rule. It lies in a row of a tensor, a *slot*, and a step goes on from where the
+sequence's slot stands. What a state was after some token can be kept in another slot as it passes,
+so that a later sequence with the same beginning starts from there.
+
+Shape letters are those of `interface`; besides
+
+    X slots    C channels    W width of a convolution
+    Hk, Hv key and value heads (Hv a multiple of Hk), D and Dv their sizes
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+class StepStates(NamedTuple):
+    """Where a step's sequences have their states, the same slots in every layer.
+
+    A sequence whose first token is in the step starts from zeros, whatever its slot holds; others
+    from what is there. Its slot then holds what was after its last token. No slot is named twice.
+    """
+
+    slots: Tensor  # [R] int32; -1: it starts from zeros, and nothing is kept
+    saves: Tensor  # [T] int32: the slot that keeps what was after this token, or -1
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: Tensor,
+    step: StepStates,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    *,
+    activation: Literal["silu"] | None = None,
+) -> Tensor:
+    """A convolution of each channel over the last W tokens: x [T, C] -> [T, C], a new tensor.
+
+    y_t = act(bias + sum over w of weight[:, w] * x_{t - (W - 1) + w}), with `weight` [C, W], in
+    float32, rounded once. `states` [X, W - 1, C] of x's dtype hold a sequence's last inputs, the
+    oldest first. Rows that belong to no sequence come back as zeros.
+    """
+    width = weight.shape[1]
+    taps = weight.float().t()
+    y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    for begin, end, slot, is_new in _sequences(step, query_start_loc, seq_lens):
+        before = x.new_zeros(width - 1, x.shape[1]) if is_new or slot < 0 else states[slot]
+        inputs = torch.cat([before, x[begin:end]])
+        total = torch.zeros_like(x[begin:end], dtype=torch.float32)
+        for w in range(width):
+            total += taps[w] * inputs[w : w + end - begin].float()
+        total = total if bias is None else total + bias.float()
+        y[begin:end] = F.silu(total) if activation == "silu" else total
+        for token, kept in _saved(step, begin, end, slot):
+            states[kept] = inputs[token - begin + 1 : token - begin + width]
+    return y
+
+
+def gated_delta_rule(
+    qkv: Tensor,
+    gates: Tensor,
+    decay: Tensor,
+    time_bias: Tensor,
+    states: Tensor,
+    step: StepStates,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    *,
+    num_key_heads: int,
+) -> Tensor:
+    """Linear attention by the gated delta rule (Yang et al. 2024) -> [T, Hv * Dv] of qkv's dtype.
+
+    `qkv` [T, 2 * Hk * D + Hv * Dv] are queries, keys and values; value head h reads key head
+    h // (Hv / Hk). Queries and keys are scaled to length 1 (x / sqrt(sum x² + 1e-6)), queries by
+    D^-1/2 besides. `gates` [T, 2 * Hv] are b, then a; `decay` and `time_bias` are [Hv] float32.
+    With S the state [D, Dv] of a value head, `states` [X, Hv, D, Dv] float32:
+
+        S = S * exp(decay * softplus(a + time_bias))
+        S = S + k (sigmoid(b) * (v - kᵀ S))
+        y = qᵀ S
+
+    All of it in float32, but for sigmoid(b), which is rounded to gates' dtype.
+    Rows that belong to no sequence come back as zeros.
+    """
+    num_heads, key_size, value_size = states.shape[1:]
+    share = num_heads // num_key_heads
+    keys = num_key_heads * key_size
+    query, key, value = qkv.float().split_with_sizes([keys, keys, num_heads * value_size], -1)
+    query = _unit(query.view(-1, num_key_heads, key_size)).repeat_interleave(share, dim=1)
+    key = _unit(key.view(-1, num_key_heads, key_size)).repeat_interleave(share, dim=1)
+    query, value = query * key_size**-0.5, value.view(-1, num_heads, value_size)
+    beta = gates[:, :num_heads].sigmoid().float()
+    kept_share = torch.exp(decay * F.softplus(gates[:, num_heads:].float() + time_bias))
+    y = torch.zeros(len(qkv), num_heads, value_size, dtype=qkv.dtype, device=qkv.device)
+    for begin, end, slot, is_new in _sequences(step, query_start_loc, seq_lens):
+        state = torch.zeros_like(states[0]) if is_new or slot < 0 else states[slot].clone()
+        saved = dict(_saved(step, begin, end, -1))
+        for t in range(begin, end):
+            state *= kept_share[t, :, None, None]
+            delta = beta[t, :, None] * (value[t] - torch.einsum("hd,hdv->hv", key[t], state))
+            state += key[t, :, :, None] * delta[:, None, :]
+            y[t] = torch.einsum("hd,hdv->hv", query[t], state)
+            if t in saved:
+                states[saved[t]] = state
+        if slot >= 0:
+            states[slot] = state
+    return y.view(len(qkv), num_heads * value_size)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of each head of x [T, H * D], times silu(gate [T, H * D]); `weight` is [D].
+
+    The normalised head is rounded to x's dtype before the weight, as in `naive.rms_norm`; the
+    gate's part is in float32, and so is the last product.
+    """
+    heads = x.reshape(len(x), -1, weight.shape[0])
+    h32 = heads.float()
+    normed = weight * (h32 * torch.rsqrt(h32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (normed.reshape(x.shape).float() * F.silu(gate.float())).to(x.dtype)
+
+
+def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """`x * sigmoid(gate)`, both [T, N], computed in float32 and rounded once."""
+    return (x.float() * gate.float().sigmoid()).to(x.dtype)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _sequences(
+    step: StepStates, query_start_loc: Tensor, seq_lens: Tensor
+) -> list[tuple[int, int, int, bool]]:
+    """(first row, row behind the last, slot, whether its first token is in the step) of each."""
+    rows = pairwise(query_start_loc.tolist())
+    each = zip(rows, step.slots.tolist(), seq_lens.tolist(), strict=True)
+    return [
+        (begin, end, slot, length == end - begin)
+        for (begin, end), slot, length in each
+        if end > begin
+    ]
+
+
+def _saved(step: StepStates, begin: int, end: int, slot: int) -> list[tuple[int, int]]:
+    """(row, slot that keeps the state after it) of a sequence; its own comes last."""
+    saves = step.saves[begin:end].tolist()
+    kept = [(begin + i, save) for i, save in enumerate(saves) if save >= 0]
+    return kept if slot < 0 else [*kept, (end - 1, slot)]
