@@ -3,7 +3,10 @@ from streamserve.models.adapters import adapter_bytes as adapter_bytes
 from streamserve.models.batch import ForwardBatch as ForwardBatch
 from streamserve.models.batch import KVCache as KVCache
 from streamserve.models.batch import allocate_kv_cache as allocate_kv_cache
+from streamserve.models.batch import block_caches as block_caches
 from streamserve.models.batch import kv_bytes_per_block as kv_bytes_per_block
+from streamserve.models.batch import state_bytes as state_bytes
+from streamserve.models.batch import state_caches as state_caches
 from streamserve.models.batch import touch_kv_cache as touch_kv_cache
 from streamserve.models.config import NativeConfig as NativeConfig
 from streamserve.models.config import read_sampling_defaults as read_sampling_defaults

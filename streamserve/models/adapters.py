@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from streamserve.errors import AdapterError
-from streamserve.models.checkpoint import copy_grouped
 from streamserve.models.names import WeightNames
 from streamserve.models.parameters import Module, layer_modules, takes_adapter
-from streamserve.models.pieces import module_pieces
+from streamserve.models.pieces import module_pieces, row_groups
 from streamserve.models.spec import DecoderSpec
 from streamserve.models.tensor_files import PickledFiles, SafetensorsFiles, TensorFiles
 from streamserve.models.weights import Weights
@@ -163,16 +162,15 @@ class AdapterTables:
         if not held:
             return None
         b = torch.zeros(module.num_rows, sum(pair[0].shape[0] for pair in held))
-        row = column = 0
+        column = 0
         for piece, pair in zip(pieces, pairs, strict=True):
-            if pair is not None:
-                rank = pair[0].shape[0]
-                b[row : row + piece.rows, column : column + rank] = pair[1]
-                column += rank
-            row += piece.rows
-        if module.name == "layers.qkv" and self._names.qkv_layout == "grouped":
-            stored, b = b, torch.empty_like(b)
-            copy_grouped(self._spec.layers[layer].attention, b, stored)
+            if pair is None:
+                continue
+            rank = pair[0].shape[0]
+            rows = b[piece.start : piece.start + piece.rows, column : column + rank]
+            groups = row_groups(self._names, module, piece, self._spec)
+            rows.copy_(pair[1] if groups is None else pair[1][groups.order()])
+            column += rank
         return torch.cat([pair[0] for pair in held]), b
 
 

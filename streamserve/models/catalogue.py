@@ -56,7 +56,7 @@ _STRETCH: Values = {
 
 
 def _of_layers(has: Callable[[AttentionSpec], object]) -> Callable[[DecoderSpec], bool]:
-    return lambda spec: any(has(layer.attention) for layer in spec.layers)
+    return lambda spec: any(map(has, spec.attentions()))
 
 
 def _experts(spec: DecoderSpec) -> Iterator[ExpertsSpec]:
@@ -70,7 +70,7 @@ FEATURES: Mapping[str, Callable[[DecoderSpec], bool]] = {
     "attention sinks": _of_layers(lambda attention: attention.sinks),
     "soft caps": lambda spec: (
         spec.logit_soft_cap is not None
-        or any(layer.attention.soft_cap is not None for layer in spec.layers)
+        or any(attention.soft_cap is not None for attention in spec.attentions())
     ),
     "query and key norms": _of_layers(lambda attention: attention.qk_norm),
     "log-scaled queries": _of_layers(lambda attention: attention.log_scaled_beyond),
@@ -170,10 +170,10 @@ def _entry(family: Family) -> Entry:
         for name in family.weight_names(spec).modules[module.name]
     )
     kinds = {
-        layer.attention.rope.scaling.kind
+        attention.rope.scaling.kind
         for spec in specs
-        for layer in spec.layers
-        if layer.attention.rope is not None and layer.attention.rope.scaling is not None
+        for attention in spec.attentions()
+        if attention.rope is not None and attention.rope.scaling is not None
     }
     return Entry(
         architecture=family.architecture,
@@ -199,7 +199,7 @@ def _entry(family: Family) -> Entry:
 def possible_specs(family: Family) -> Iterator[DecoderSpec]:
     """What a family makes of tiny configs, one for each switch that any family has."""
     first = family.spec(HfConfig({**_TINY, **_CONTEXT}, family.architecture))
-    ropes = (layer.attention.rope for layer in first.layers)
+    ropes = (attention.rope for attention in first.attentions())
     num_pairs = next((rope.rotary_dim // 2 for rope in ropes if rope is not None), 0)
     factors = dict.fromkeys(("short_factor", "long_factor"), [1.0] * num_pairs)
     stretches: list[Values] = [

@@ -24,11 +24,12 @@ from streamserve.models.pieces import (
     full_names,
     module_pieces,
     num_experts,
+    row_groups,
     row_order,
 )
 from streamserve.models.quantised.modules import StoredModules
 from streamserve.models.quantised.reader import FormatReader, Tensors
-from streamserve.models.spec import AttentionSpec, DecoderSpec
+from streamserve.models.spec import DecoderSpec
 from streamserve.models.staging import Uploader
 from streamserve.models.tensor_files import TensorFiles
 from streamserve_kernels.stored import StoredWeight
@@ -169,16 +170,14 @@ class CheckpointSource:
         return None if self._quantised is None else self._quantised.read(module)
 
     def fill(self, module: Module, leaf: Leaf, target: Tensor) -> None:
-        start = 0
         for piece in module_pieces(self._names, module, leaf):
-            part = target[start : start + piece.rows]
+            part = target[piece.start : piece.start + piece.rows]
             kept = self._quantised if leaf == "weight" else None
             if kept is not None and kept.holds(module, piece):
-                self._place(part, kept.read_piece(module, piece).dequantise(), module)
+                self._place(part, kept.read_piece(module, piece).dequantise(), module, piece)
             else:
                 self._fill_piece(part, piece, module, leaf)
                 self._files.release(self._stored[piece.name])
-            start += piece.rows
 
     def fill_part(
         self,
@@ -196,9 +195,10 @@ class CheckpointSource:
         order = row_order(self._names, module, self._spec)
         if order is not None:  # of the rows of one fused tensor
             wanted = order[wanted]
-        start = filled = 0
+        filled = 0
         for piece in module_pieces(self._names, module, leaf):
-            here = wanted[(wanted >= start) & (wanted < start + piece.rows)] - start
+            end = piece.start + piece.rows
+            here = wanted[(wanted >= piece.start) & (wanted < end)] - piece.start
             part = target[filled : filled + len(here)]
             kept = self._quantised if leaf == "weight" else None
             if kept is not None and kept.holds(module, piece):
@@ -207,7 +207,6 @@ class CheckpointSource:
             else:
                 self._fill_rows(part, piece, module, leaf, here, columns)
                 self._files.release(self._stored[piece.name])
-            start += piece.rows
             filled += len(here)
 
     def _fill_rows(
@@ -248,21 +247,17 @@ class CheckpointSource:
             tensor = tensor[piece.expert]
         if leaf == "weight" and module.name in self._names.transposed:
             tensor = self._uploader.on_device(tensor, part.device).t()
-        self._place(part, tensor, module)
+        if module.role == "convolution":
+            tensor = tensor.view(part.shape)
+        self._place(part, tensor, module, piece)
 
-    def _place(self, part: Tensor, tensor: Tensor, module: Module) -> None:
+    def _place(self, part: Tensor, tensor: Tensor, module: Module, piece: Piece) -> None:
         """Writes ``tensor``, as the checkpoint orders its rows, into ``part`` of a module's."""
-        if module.name == "layers.qkv" and self._names.qkv_layout == "grouped":
-            assert module.layer is not None
-            landed = self._uploader.on_device(tensor, part.device)
-            copy_grouped(self._spec.layers[module.layer].attention, part, landed)
-        elif module.name in self._names.interleaved:
-            half = part.shape[0] // 2
-            landed = self._uploader.on_device(tensor, part.device)
-            part[:half].copy_(landed[0::2])
-            part[half:].copy_(landed[1::2])
-        else:
+        groups = row_groups(self._names, module, piece, self._spec)
+        if groups is None:
             self._uploader.copy(part, tensor)
+        else:
+            groups.copy(part, self._uploader.on_device(tensor, part.device))
 
 
 def _runs(rows: Tensor) -> list[tuple[int, int, Tensor | None]]:
@@ -278,20 +273,6 @@ def _runs(rows: Tensor) -> list[tuple[int, int, Tensor | None]]:
         ]
     first = int(rows.min())
     return [(first, int(rows.max()) + 1, rows - first)]
-
-
-def copy_grouped(attention: AttentionSpec, target: Tensor, tensor: Tensor) -> None:
-    """``[kv heads, (queries of the group, key, value), head size]`` to all q, all k, all v."""
-    groups = attention.num_kv_heads
-    heads = attention.num_heads // groups
-    head_size = attention.query_key_head_size
-    grouped = tensor.reshape(groups, heads + 2, head_size, *tensor.shape[1:])
-    parts = (grouped[:, :heads], grouped[:, heads : heads + 1], grouped[:, heads + 1 :])
-    start = 0
-    for part in parts:
-        rows = part.shape[0] * part.shape[1] * part.shape[2]
-        target[start : start + rows].view(part.shape).copy_(part)
-        start += rows
 
 
 class RandomSource:

@@ -19,7 +19,7 @@ from streamserve.models.families.text_parts import find_text_part
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.model_config import ModelConfig
 from streamserve.models.quantised.stored import stored_quantization
-from streamserve.models.spec import DecoderSpec
+from streamserve.models.spec import AttentionSpec, DecoderSpec
 from streamserve.models.tensor_files import open_tensor_files
 from streamserve_kernels import Quantization
 
@@ -205,13 +205,15 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
 
 
 def _check_heads(spec: DecoderSpec, source: str) -> None:
-    for layer in spec.layers:
-        attention = layer.attention
-        if attention.num_heads % attention.num_kv_heads:
-            raise ModelLoadError(
-                f"{source}: {attention.num_heads} attention heads "
-                f"cannot share {attention.num_kv_heads} key/value heads evenly"
-            )
+    for held in spec.caches():
+        if isinstance(held, AttentionSpec):
+            heads, shared = held.num_heads, held.num_kv_heads
+            what = f"{heads} attention heads cannot share {shared} key/value heads evenly"
+        else:
+            heads, shared = held.num_value_heads, held.num_key_heads
+            what = f"{heads} value heads cannot share {shared} key heads evenly"
+        if heads % shared:
+            raise ModelLoadError(f"{source}: {what}")
 
 
 def _longest_sequence(family: Family, config: HfConfig, spec: DecoderSpec) -> int:
@@ -221,8 +223,8 @@ def _longest_sequence(family: Family, config: HfConfig, spec: DecoderSpec) -> in
     apart; ``llama3``, ``longrope`` and Qwen 1's state the length after stretching.
     """
     stated = family.max_positions(config)
-    rope = spec.layers[0].attention.rope
-    scaling = rope.scaling if rope is not None else None
+    ropes = (attention.rope for attention in spec.attentions()[:1])
+    scaling = next((rope.scaling for rope in ropes if rope is not None), None)
     if scaling is None or scaling.kind in ("llama3", "longrope", "stepped_dynamic"):
         return stated
     if scaling.kind == "yarn":

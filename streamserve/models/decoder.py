@@ -17,9 +17,9 @@ from torch import Tensor
 
 from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
-from streamserve.models.layers import Attention, BoundNorm, bind_mlp, bind_norm
+from streamserve.models.layers import Attention, BoundNorm, DeltaNet, bind_mlp, bind_norm
 from streamserve.models.rope import cos_sin_table
-from streamserve.models.spec import DecoderSpec, LayerSpec, RopeSpec
+from streamserve.models.spec import AttentionSpec, DecoderSpec, DeltaNetSpec, LayerSpec, RopeSpec
 from streamserve.models.weights import DecoderWeights, Weights
 from streamserve_kernels import (
     Kernels,
@@ -53,7 +53,7 @@ class Block:
         spec: LayerSpec,
         weights: Weights,
         kernels: Kernels,
-        attention: Attention,
+        attention: Attention | DeltaNet,
         mlp: Callable[[Tensor], Tensor],
     ) -> None:
         def norm(name: str) -> BoundNorm | None:
@@ -90,21 +90,22 @@ class Block:
         """Returns the next (x, residual), of ``rows`` only where given.
 
         x, residual: [T, H] -> [T, H] or [L, H]. The last layer is given the rows that need logits:
-        every token must leave its key and value, but only those rows are worth finishing.
+        every token must leave its key and value, or its mark on a state, but only those rows are
+        worth finishing.
         """
         if residual is None:
             normed, residual = self._attention_norm.norm(x), x
         else:
             normed, residual = self._attention_norm.add_norm(x, residual)
         attention = self._attention
-        query = attention.write(normed, batch, key_cache, value_cache)
+        query, gate = attention.write(normed, batch, key_cache, value_cache)
         if rows is None:
-            attended = attention.attend(query, batch, key_cache, value_cache)
+            attended = attention.attend(query, gate, batch, key_cache, value_cache)
         else:
             residual = residual.index_select(0, rows)
             if rows.shape[0] == 0:
                 return residual, residual
-            attended = attention.attend(query, batch, key_cache, value_cache)
+            attended = attention.attend(query, gate, batch, key_cache, value_cache)
             attended = attended.index_select(0, rows)
             if self._parallel:
                 normed = normed.index_select(0, rows)
@@ -208,16 +209,20 @@ class Decoder:
     def _block(self, index: int, weights: Weights) -> Block:
         layer, kernels = self.spec.layers[index], self.kernels
         mlp = bind_mlp(layer.mlp, weights, kernels)
-        return Block(layer, weights, kernels, self._attention(index, weights), mlp)
+        attention: Attention | DeltaNet
+        if isinstance(layer.attention, DeltaNetSpec):
+            attention = DeltaNet(layer.attention, weights, kernels)
+        else:
+            attention = self._attention(layer.attention, weights)
+        return Block(layer, weights, kernels, attention, mlp)
 
-    def _attention(self, index: int, weights: Weights, **options: Any) -> Attention:
-        layer = self.spec.layers[index]
+    def _attention(self, spec: AttentionSpec, weights: Weights, **options: Any) -> Attention:
         return Attention(
-            layer.attention,
+            spec,
             weights,
             self.kernels,
             self.device,
-            self._cos_sin(layer),
+            self._cos_sin(spec.rope),
             self.max_model_len,
             **options,
         )
@@ -230,8 +235,8 @@ class Decoder:
             yield from weights.expert_down
         yield self._head
 
-    def _cos_sin(self, layer: LayerSpec) -> Tensor | None:
-        rope, tables = layer.attention.rope, self._cos_sin_tables
+    def _cos_sin(self, rope: RopeSpec | None) -> Tensor | None:
+        tables = self._cos_sin_tables
         if rope is None:
             return None
         if rope not in tables:

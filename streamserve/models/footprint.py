@@ -36,7 +36,8 @@ def weight_bytes(
         held = module_quantization(module, spec, quantization)
         kept = None if stored is None else stored.format(module)
         if module.columns is None or (held is None and kept is None):
-            num_bytes = module.numel * dtype.itemsize
+            itemsize = torch.float32.itemsize if module.float32 else dtype.itemsize
+            num_bytes = module.numel * itemsize
             if spec.tied_head and module.name == "embedding":
                 num_bytes *= 2
         else:

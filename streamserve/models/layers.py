@@ -11,7 +11,14 @@ from torch import Tensor
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.batch import ForwardBatch
 from streamserve.models.rope import alibi_slopes, query_log_scales
-from streamserve.models.spec import AttentionSpec, ExpertActivation, ExpertsSpec, MlpSpec, NormSpec
+from streamserve.models.spec import (
+    AttentionSpec,
+    DeltaNetSpec,
+    ExpertActivation,
+    ExpertsSpec,
+    MlpSpec,
+    NormSpec,
+)
 from streamserve.models.weights import NormWeights, Weights
 from streamserve_kernels import GatedKind, Kernels
 
@@ -80,6 +87,7 @@ class Attention:
         "_attend",
         "_cos_sin",
         "_embedding",
+        "_gate",
         "_interleaved",
         "_k_norm",
         "_per_head_norm",
@@ -118,6 +126,7 @@ class Attention:
         self._rotary_write_kv = kernels.rotary_write_kv
         self._cos_sin = cos_sin
         self._interleaved = spec.rope is not None and spec.rope.interleaved
+        self._gate = kernels.sigmoid_gate
         self._splits = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         self._sinks = weights.tensors.get("layers.sinks")
         self._query_scales = None
@@ -139,17 +148,20 @@ class Attention:
 
     def write(
         self, normed: Tensor, batch: ForwardBatch, key_cache: Tensor, value_cache: Tensor
-    ) -> Tensor:
-        """[T, H] -> queries [T, Hq, D], rotated; the step's keys and values go into the cache."""
-        query, key, value = self._project(normed)
+    ) -> tuple[Tensor, Tensor | None]:
+        """[T, H] -> queries [T, Hq, D], rotated, and the gate [T, Hq * Dv] of what they find.
+
+        The step's keys and values go into the cache.
+        """
+        query, key, value, gate = self._project(normed)
         if self._q_norm is not None and self._k_norm is not None:
             query, key = self._normed(query, self._q_norm), self._normed(key, self._k_norm)
         if self._query_scales is not None:
             query = query * self._embedding(batch.positions, self._query_scales).view(-1, 1, 1)
         if self._cos_sin is None:
             self._write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
-            return query
-        return self._rotary_write_kv(
+            return query, gate
+        query, _ = self._rotary_write_kv(
             query,
             key,
             value,
@@ -159,10 +171,16 @@ class Attention:
             value_cache,
             batch.slot_mapping,
             interleaved=self._interleaved,
-        )[0]
+        )
+        return query, gate
 
     def attend(
-        self, query: Tensor, batch: ForwardBatch, key_cache: Tensor, value_cache: Tensor
+        self,
+        query: Tensor,
+        gate: Tensor | None,
+        batch: ForwardBatch,
+        key_cache: Tensor,
+        value_cache: Tensor,
     ) -> Tensor:
         """Queries [T, Hq, D] -> [T, Hq * Dv], before the output projection."""
         spec, groups = self._spec, batch.prefix_groups
@@ -170,7 +188,7 @@ class Attention:
             longest = batch.max_seq_len
             if longest is None or longest > spec.window:
                 groups = None  # the window may cut the prefix, for each query at another place
-        return self._attend(
+        found: Tensor = self._attend(
             query,
             key_cache,
             value_cache,
@@ -185,26 +203,110 @@ class Attention:
             prefix_groups=groups,
             max_query_len=batch.max_query_len,
         ).view(query.shape[0], spec.output_size)
+        return found if gate is None else self._gate(found, gate)
 
-    def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """[T, H] -> query, key and value by heads, and the gate [T, Hq * Dv]."""
         spec = self._spec
-        qkv = self._qkv(normed)
+        product = self._qkv(normed)
         size = spec.query_key_head_size
-        if size == spec.value_head_size:
-            query, key, value = qkv.view(qkv.shape[0], -1, size).split_with_sizes(self._splits, 1)
-            return query, key, value
-        sizes = (spec.query_size, spec.key_size, spec.value_size)
-        query, key, value = qkv.split_with_sizes(sizes, 1)
+        if size == spec.value_head_size and not spec.output_gate:
+            heads = product.view(product.shape[0], -1, size)
+            query, key, value = heads.split_with_sizes(self._splits, 1)
+            return query, key, value, None
+        sizes = (spec.query_size, spec.gate_size, spec.key_size, spec.value_size)
+        query, gate, key, value = product.split_with_sizes(sizes, 1)
         return (
             query.view(-1, spec.num_heads, size),
             key.view(-1, spec.num_kv_heads, size),
             value.view(-1, spec.num_kv_heads, spec.value_head_size),
+            gate if spec.output_gate else None,
         )
 
     def _normed(self, x: Tensor, norm: BoundNorm) -> Tensor:
         """[T, heads, D], a view of the fused product -> the same, normed and contiguous."""
         width = x.shape[2] if self._per_head_norm else x.shape[1] * x.shape[2]
         return norm.norm(x.reshape(-1, width)).view(x.shape)
+
+
+class DeltaNet:
+    """A gated delta net: one product, a convolution over the last tokens, then the delta rule.
+
+    Its parts are called as those of `Attention`, with the layer's states in the caches' place.
+    """
+
+    __slots__ = (
+        "_conv",
+        "_conv_weight",
+        "_decay",
+        "_delta_rule",
+        "_gated_norm",
+        "_gates",
+        "_norm_weight",
+        "_qkvz",
+        "_spec",
+        "_time_bias",
+        "output",
+    )
+
+    def __init__(self, spec: DeltaNetSpec, weights: Weights, kernels: Kernels) -> None:
+        self._spec = spec
+        self._qkvz = weights.linears["layers.delta.qkvz"]
+        self._gates = weights.linears["layers.delta.gates"]
+        self.output: Callable[[Tensor], Tensor] = weights.linears["layers.delta.output"]
+        self._conv_weight = weights.tensors["layers.delta.conv"]
+        self._decay = weights.tensors["layers.delta.decay"]
+        self._time_bias = weights.tensors["layers.delta.time_bias"]
+        self._norm_weight = weights.norms["layers.delta.norm"].weight
+        self._conv = kernels.causal_conv
+        self._delta_rule = kernels.gated_delta_rule
+        self._gated_norm = kernels.gated_rms_norm
+
+    def write(
+        self, normed: Tensor, batch: ForwardBatch, conv_states: Tensor, matrices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[T, H] -> what the heads found and their gate, both [T, Hv * Dv].
+
+        The sequences' states are what they are after the step's tokens.
+        """
+        spec, states = self._spec, batch.states
+        assert states is not None, "a model that keeps states is told where"
+        sizes = (spec.conv_channels, spec.value_size)
+        mixed, gate = self._qkvz(normed).split_with_sizes(sizes, 1)
+        mixed = self._conv(
+            mixed,
+            self._conv_weight,
+            None,
+            conv_states,
+            states,
+            batch.query_start_loc,
+            batch.seq_lens,
+            activation="silu",
+        )
+        found = self._delta_rule(
+            mixed,
+            self._gates(normed),
+            self._decay,
+            self._time_bias,
+            matrices,
+            states,
+            batch.query_start_loc,
+            batch.seq_lens,
+            num_key_heads=spec.num_key_heads,
+        )
+        return found, gate
+
+    def attend(
+        self,
+        found: Tensor,
+        gate: Tensor | None,
+        batch: ForwardBatch,
+        conv_states: Tensor,
+        matrices: Tensor,
+    ) -> Tensor:
+        """Normed by heads and gated, [T, Hv * Dv], before the output projection."""
+        assert gate is not None
+        return self._gated_norm(found, gate, self._norm_weight, self._spec.norm.eps)
 
 
 def bind_mlp(

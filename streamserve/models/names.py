@@ -7,6 +7,8 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
     embedding  position_embedding  embedding_norm  final_norm  head
     layers.attention_norm  layers.attention_post_norm  layers.mlp_norm  layers.mlp_post_norm
     layers.qkv  layers.q_norm  layers.k_norm  layers.output  layers.sinks
+    layers.delta.qkvz  layers.delta.gates  layers.delta.conv  layers.delta.decay
+    layers.delta.time_bias  layers.delta.norm  layers.delta.output
     layers.gate_up (or layers.up when not gated)  layers.down
     layers.router  layers.experts.gate_up  layers.experts.down
     layers.shared.gate  layers.shared.gate_up  layers.shared.down
@@ -18,11 +20,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-QkvLayout = Literal["stacked", "grouped"]
+QkvLayout = Literal["stacked", "grouped", "gated"]
 """How a checkpoint that fuses q, k and v orders the rows.
 
 ``stacked``: all q, all k, all v. ``grouped``: for each kv head its queries, its key, its value;
-with as many kv heads as heads that is head by head.
+with as many kv heads as heads that is head by head. ``gated``: q, k and v are apart, and the
+queries' module has for each head its query and its output gate.
+"""
+DeltaLayout = Literal["stacked", "grouped"]
+"""How a checkpoint that fuses q, k, v and z of a delta net orders the rows.
+
+``stacked``: all of each. ``grouped``: for each key head its query, its key, its values and their
+z's; and of the gates those of its values.
 """
 
 
@@ -42,6 +51,7 @@ class WeightNames:
 
     modules: Mapping[str, tuple[str, ...]]
     qkv_layout: QkvLayout = "stacked"
+    delta_layout: DeltaLayout = "stacked"
     transposed: frozenset[str] = field(default_factory=frozenset)
     sliced: frozenset[str] = field(default_factory=frozenset)
     interleaved: frozenset[str] = field(default_factory=frozenset)

@@ -11,13 +11,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from streamserve.models.spec import DecoderSpec, ExpertsSpec, LayerSpec, MlpSpec, NormSpec
+from streamserve.models.spec import (
+    AttentionSpec,
+    DecoderSpec,
+    DeltaNetSpec,
+    ExpertsSpec,
+    MlpSpec,
+    NormSpec,
+)
 
 if TYPE_CHECKING:
     from streamserve_kernels.quantised import Quantization
     from streamserve_kernels.stored import StoredFormat
 
-Role = Literal["linear", "norm", "table", "vector"]
+Role = Literal["linear", "norm", "table", "vector", "convolution"]
+# They decide, or weigh what is remembered from now on, and take next to nothing.
+_NEVER_QUANTISED = ("layers.router", "layers.delta.gates")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,7 @@ class Module:
 
     ``rows`` are the parts stacked in it, as (q, k, v) or (gate, up). A norm or vector has
     ``columns=None``: its weight is ``[sum(rows)]``. ``name`` is a key of ``WeightNames.modules``.
+    ``float32`` weights are held so whatever the model's dtype is.
     """
 
     name: str
@@ -35,6 +45,7 @@ class Module:
     bias: bool = False
     layer: int | None = None
     expert: int | None = None
+    float32: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -97,12 +108,15 @@ def layer_modules(spec: DecoderSpec, index: int) -> Iterator[Module]:
     hidden_size = spec.hidden_size
     if layer.attention_norm is not None:
         yield _norm("layers.attention_norm", layer.attention_norm, hidden_size, index)
-    yield from _attention_modules(layer, hidden_size, index)
+    if isinstance(layer.attention, DeltaNetSpec):
+        yield from _delta_net_modules(layer.attention, hidden_size, index)
+    else:
+        yield from _attention_modules(layer.attention, hidden_size, index)
     if layer.attention_post_norm is not None:
         yield _norm("layers.attention_post_norm", layer.attention_post_norm, hidden_size, index)
     if layer.mlp_norm is not None:
         yield _norm("layers.mlp_norm", layer.mlp_norm, hidden_size, index)
-    yield from _mlp_modules(layer, hidden_size, index)
+    yield from _mlp_modules(layer.mlp, hidden_size, index)
     if layer.mlp_post_norm is not None:
         yield _norm("layers.mlp_post_norm", layer.mlp_post_norm, hidden_size, index)
 
@@ -112,11 +126,11 @@ def module_quantization(
 ) -> Quantization | None:
     """How a module's weight is held when the model is served with ``quantization``.
 
-    Linear layers and experts are quantised, norms, tables and the router (tiny, and it decides) are
+    Linear layers and experts are quantised; norms, tables, the router and a delta net's gates are
     not. The head takes int8 in either case: with int4 there too, the model in the box changes its
     best token at twice as many positions. A tied embedding is the head's rows.
     """
-    if quantization is None or module.name == "layers.router":
+    if quantization is None or module.name in _NEVER_QUANTISED:
         return None
     if module.name == "head" or (module.name == "embedding" and spec.tied_head):
         return "int8"
@@ -133,12 +147,11 @@ def _norm(name: str, norm: NormSpec, size: int, layer: int | None = None) -> Mod
     return Module(name, "norm", (size,), bias=norm.bias, layer=layer)
 
 
-def _attention_modules(layer: LayerSpec, hidden_size: int, index: int) -> Iterator[Module]:
-    attention = layer.attention
+def _attention_modules(attention: AttentionSpec, hidden_size: int, index: int) -> Iterator[Module]:
     yield Module(
         "layers.qkv",
         "linear",
-        (attention.query_size, attention.key_size, attention.value_size),
+        (attention.query_size + attention.gate_size, attention.key_size, attention.value_size),
         hidden_size,
         bias=attention.qkv_bias,
         layer=index,
@@ -162,8 +175,19 @@ def _attention_modules(layer: LayerSpec, hidden_size: int, index: int) -> Iterat
     )
 
 
-def _mlp_modules(layer: LayerSpec, hidden_size: int, index: int) -> Iterator[Module]:
-    mlp = layer.mlp
+def _delta_net_modules(spec: DeltaNetSpec, hidden_size: int, index: int) -> Iterator[Module]:
+    heads, channels = spec.num_value_heads, spec.conv_channels
+    prefix = "layers.delta."
+    yield Module(prefix + "qkvz", "linear", (channels, spec.value_size), hidden_size, layer=index)
+    yield Module(prefix + "gates", "linear", (heads, heads), hidden_size, layer=index)
+    yield Module(prefix + "conv", "convolution", (channels,), spec.conv_width, layer=index)
+    for name in ("decay", "time_bias"):
+        yield Module(prefix + name, "vector", (heads,), layer=index, float32=True)
+    yield _norm(prefix + "norm", spec.norm, spec.value_head_size, index)
+    yield Module(prefix + "output", "linear", (hidden_size,), spec.value_size, layer=index)
+
+
+def _mlp_modules(mlp: MlpSpec | ExpertsSpec, hidden_size: int, index: int) -> Iterator[Module]:
     if isinstance(mlp, ExpertsSpec):
         size = mlp.intermediate_size
         yield Module(

@@ -7,6 +7,7 @@ are in elements, windows and positions in tokens.
     ├── embedding, learned positions, embedding norm and scale
     ├── layers: tuple[LayerSpec]          one per layer, so that layers may differ
     │   ├── AttentionSpec                 heads, window, rope, qk-norm, biases, sinks, soft cap
+    │   │   or DeltaNetSpec                a state of constant size in the place of keys and values
     │   ├── MlpSpec | ExpertsSpec
     │   └── norms before and after each half; sequential or parallel residual
     └── final norm, head (tied or not), logit scale and soft cap
@@ -15,8 +16,8 @@ are in elements, windows and positions in tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 NormKind = Literal["rms_norm", "layer_norm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu", "quick_gelu"]
@@ -86,7 +87,9 @@ class AttentionSpec:
     ``window=None`` is full attention. ``rope=None`` with ``alibi=False`` leaves order to learned
     positions, or to nothing. ``alibi_scale`` multiplies ALiBi's slopes. ``soft_cap`` bounds the
     scores by ``cap * tanh(score / cap)``. With ``log_scaled_beyond`` n, a query at position p >= n
-    is multiplied by log(p + 1) / log(n): attention stays as sharp among more tokens.
+    is multiplied by log(p + 1) / log(n): attention stays as sharp among more tokens. With
+    ``output_gate`` what the heads found is multiplied by the sigmoid of a gate of the same size,
+    the query's neighbour, before the output's product.
     """
 
     num_heads: int
@@ -104,6 +107,7 @@ class AttentionSpec:
     soft_cap: float | None = None
     sinks: bool = False
     log_scaled_beyond: int | None = None
+    output_gate: bool = False
 
     @property
     def query_size(self) -> int:
@@ -120,6 +124,53 @@ class AttentionSpec:
     @property
     def output_size(self) -> int:
         return self.num_heads * self.value_head_size
+
+    @property
+    def gate_size(self) -> int:
+        return self.output_size if self.output_gate else 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNetSpec:
+    """A gated delta net (Yang et al. 2024): a matrix for each value head is all it remembers.
+
+    Queries, keys and values pass a causal convolution over ``conv_width`` tokens first; ``norm`` is
+    that of each value head behind, which a gate multiplies. Value heads are a multiple of key
+    heads.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_size: int
+    value_head_size: int
+    conv_width: int
+    norm: NormSpec
+
+    @property
+    def key_size(self) -> int:
+        return self.num_key_heads * self.key_head_size
+
+    @property
+    def value_size(self) -> int:
+        return self.num_value_heads * self.value_head_size
+
+    @property
+    def conv_channels(self) -> int:
+        return 2 * self.key_size + self.value_size
+
+    @property
+    def conv_state_shape(self) -> tuple[int, int]:
+        """A slot's: the last inputs of the convolution, in the activations' dtype."""
+        return (self.conv_width - 1, self.conv_channels)
+
+    @property
+    def matrices_shape(self) -> tuple[int, int, int]:
+        """A slot's, in float32."""
+        return (self.num_value_heads, self.key_head_size, self.value_head_size)
+
+
+CacheSpec = AttentionSpec | DeltaNetSpec
+"""What a layer remembers of the tokens so far: keys and values in blocks, or a state in a slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +212,7 @@ class LayerSpec:
     each half adds.
     """
 
-    attention: AttentionSpec
+    attention: CacheSpec
     mlp: MlpSpec | ExpertsSpec
     attention_norm: NormSpec | None
     mlp_norm: NormSpec | None
@@ -169,6 +220,12 @@ class LayerSpec:
     mlp_post_norm: NormSpec | None = None
     residual: Residual = "sequential"
     residual_scale: float = 1.0
+
+
+def replace_attention(layer: LayerSpec, **changes: Any) -> LayerSpec:
+    """A layer that attends, with other values of its `AttentionSpec`."""
+    assert isinstance(layer.attention, AttentionSpec)
+    return replace(layer, attention=replace(layer.attention, **changes))
 
 
 class ModelShape(Protocol):
@@ -181,8 +238,12 @@ class ModelShape(Protocol):
     @property
     def tied_head(self) -> bool: ...
 
-    def attentions(self) -> tuple[AttentionSpec, ...]:
+    def caches(self) -> tuple[CacheSpec, ...]:
         """One for each pair of caches, in their order."""
+        ...
+
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        """Those of them that are keys and values."""
         ...
 
     def head_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -215,8 +276,11 @@ class DecoderSpec:
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
 
-    def attentions(self) -> tuple[AttentionSpec, ...]:
+    def caches(self) -> tuple[CacheSpec, ...]:
         return tuple(layer.attention for layer in self.layers)
+
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        return tuple(spec for spec in self.caches() if isinstance(spec, AttentionSpec))
 
     def head_sizes(self) -> tuple[tuple[int, int], ...]:
         return head_sizes(self.attentions())
@@ -236,12 +300,19 @@ def head_sizes(attentions: Iterable[AttentionSpec]) -> tuple[tuple[int, int], ..
 
 
 def _row_width(hidden_size: int, layer: LayerSpec) -> int:
-    attention, mlp = layer.attention, layer.mlp
-    heads = attention.query_size + attention.key_size + attention.value_size
+    mlp = layer.mlp
     if isinstance(mlp, ExpertsSpec):
         inside = mlp.top_k * (3 * mlp.intermediate_size + 2 * hidden_size)
         if mlp.shared is not None:
             inside = max(inside, hidden_size + 3 * mlp.shared.intermediate_size)
     else:
         inside = (3 if mlp.gated else 2) * mlp.intermediate_size
-    return 3 * hidden_size + max(heads + attention.output_size, inside)
+    return 3 * hidden_size + max(_attention_width(layer.attention), inside)
+
+
+def _attention_width(spec: CacheSpec) -> int:
+    """What is alive at once: the product, what the convolution made of it, what was found."""
+    if isinstance(spec, DeltaNetSpec):
+        return 2 * (spec.conv_channels + spec.value_size + spec.num_value_heads)
+    heads = spec.query_size + spec.key_size + spec.value_size
+    return heads + spec.output_size + 2 * spec.gate_size

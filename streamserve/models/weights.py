@@ -138,6 +138,8 @@ class _Builder:
         weight = self._fetch(module, "weight")
         if module.name == "head" and self._spec.normalised_head:
             F.normalize(weight, dim=1, out=weight)
+        if module.name == "layers.delta.decay":  # checkpoints have the logarithm of its opposite
+            weight.exp_().neg_()
         bias = self._fetch(module, "bias") if module.bias else None
         quantization = module_quantization(module, self._spec, self._quantization)
         if module.role == "norm":
@@ -174,6 +176,7 @@ class _Builder:
 
     def _fetch(self, module: Module, leaf: Leaf) -> Tensor:
         shape = module.shape if leaf == "weight" else (module.num_rows,)
-        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        dtype = torch.float32 if module.float32 else self._dtype
+        tensor = torch.empty(shape, dtype=dtype, device=self._device)
         self._source.fill(module, leaf, tensor)
         return tensor

@@ -161,12 +161,14 @@ def test_a_model_runs_them(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_caches_in_one_piece_do_not_touch(dtype):
     shapes = [(3, 2, 4, 5), (3, 2, 4, 7), (1,), (0, 2), (300,)]
-    tensors = zeros_in_one_piece(shapes, dtype, CPU)
+    dtypes = [dtype, dtype, torch.float32, dtype, dtype]
+    tensors = zeros_in_one_piece(list(zip(shapes, dtypes, strict=True)), CPU)
     assert [tuple(tensor.shape) for tensor in tensors] == shapes
-    assert all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
+    assert [tensor.dtype for tensor in tensors] == dtypes
+    assert all(tensor.is_contiguous() for tensor in tensors)
     ends = 0
     for tensor in tensors:
-        start = tensor.storage_offset() * dtype.itemsize
+        start = tensor.storage_offset() * tensor.itemsize
         assert start >= ends
         assert start % 512 == 0
         ends = start + tensor.nbytes

@@ -396,6 +396,11 @@ class Recorder:
         self._add("scale", out.address, x.address, 0, x.width, rows, double_bits(factor))
         return out
 
+    def causal_conv(self, *_args: Any, **_options: Any) -> Symbol:
+        raise NotRecordableError("layers that keep a state, or gates of what attention found")
+
+    gated_delta_rule = gated_rms_norm = sigmoid_gate = causal_conv
+
     def moe(
         self,
         x: Symbol,

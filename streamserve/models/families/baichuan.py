@@ -19,7 +19,7 @@ from streamserve.models.families.llama import (
 )
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
-from streamserve.models.spec import DecoderSpec
+from streamserve.models.spec import DecoderSpec, replace_attention
 
 NAMES = WeightNames(
     {**ATTENTION_NAMES, **MLP_NAMES, "layers.qkv": (LAYER + "self_attn.W_pack",)},
@@ -46,10 +46,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
     spec = _rotary(config)
     if not _HAS_ALIBI.get(spec.hidden_size, "max_position_embeddings" not in config.values):
         return spec
-    layers = tuple(
-        replace(layer, attention=replace(layer.attention, rope=None, alibi=True))
-        for layer in spec.layers
-    )
+    layers = tuple(replace_attention(layer, rope=None, alibi=True) for layer in spec.layers)
     return replace(spec, layers=layers)
 
 

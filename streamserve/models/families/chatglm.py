@@ -43,7 +43,7 @@ _NOT_BUILT = {
 
 
 def _names(spec: DecoderSpec) -> WeightNames:
-    attention = spec.layers[0].attention
+    attention = spec.attentions()[0]
     is_grouped = attention.num_kv_heads == attention.num_heads
     return WeightNames(
         _MODULES,

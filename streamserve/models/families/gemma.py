@@ -28,6 +28,7 @@ from streamserve.models.spec import (
     NormSpec,
     QkNormSpec,
     RopeSpec,
+    replace_attention,
 )
 
 NAMES = WeightNames(
@@ -114,7 +115,7 @@ def _decoder(
         mlp_post_norm=norm,
     )
     window = config.integer_or(4096, "sliding_window")
-    windowed = replace(whole, attention=replace(whole.attention, window=window, rope=ropes[0]))
+    windowed = replace_attention(whole, window=window, rope=ropes[0])
     num_layers = config.integer("num_hidden_layers")
     windows: tuple[int | None, ...] = tuple(
         None if layer % every == every - 1 else window for layer in range(num_layers)

@@ -12,7 +12,7 @@ from streamserve.models.families.family import Family
 from streamserve.models.families.llama import ATTENTION_NAMES, LAYER, rotary_decoder
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
-from streamserve.models.spec import DecoderSpec, ExpertsSpec
+from streamserve.models.spec import DecoderSpec, ExpertsSpec, replace_attention
 
 _EXPERTS = frozenset({"layers.experts.gate_up", "layers.experts.down"})
 NAMES = WeightNames(
@@ -71,9 +71,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
         qkv_bias=bias,
         output_bias=bias,
     )
-    layers = tuple(
-        replace(layer, attention=replace(layer.attention, sinks=True)) for layer in spec.layers
-    )
+    layers = tuple(replace_attention(layer, sinks=True) for layer in spec.layers)
     return replace(spec, layers=layers)
 
 

@@ -15,7 +15,7 @@ from streamserve.models.families.llama import (
 )
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
-from streamserve.models.spec import DecoderSpec, ExpertsSpec, MlpSpec
+from streamserve.models.spec import DecoderSpec, ExpertsSpec, MlpSpec, replace_attention
 
 _EXPERTS = LAYER + "block_sparse_moe."
 MOE_NAMES = WeightNames(
@@ -42,7 +42,7 @@ def _decoder(config: HfConfig, mlp: MlpSpec | ExpertsSpec) -> DecoderSpec:
     scale = config.number_or(1.0, "attention_multiplier")
     added = config.number_or(1.0, "residual_multiplier")
     layers = tuple(
-        replace(layer, attention=replace(layer.attention, scale=scale), residual_scale=added)
+        replace(replace_attention(layer, scale=scale), residual_scale=added)
         for layer in spec.layers
     )
     return replace(

@@ -8,7 +8,7 @@ from streamserve.errors import ModelLoadError
 from streamserve.models.families.family import Family
 from streamserve.models.families.llama import LLAMA_NAMES, gated_mlp, rotary_decoder
 from streamserve.models.hf_config import HfConfig
-from streamserve.models.spec import DecoderSpec
+from streamserve.models.spec import DecoderSpec, replace_attention
 
 
 def _turning(config: HfConfig, num_layers: int) -> list[bool]:
@@ -45,7 +45,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
         output_bias=bias,
     )
     layers = tuple(
-        layer if turns else replace(layer, attention=replace(layer.attention, rope=None))
+        layer if turns else replace_attention(layer, rope=None)
         for layer, turns in zip(spec.layers, turning, strict=True)
     )
     return replace(spec, layers=layers, tied_head=config.flag_or(True, "tie_word_embeddings"))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from streamserve.models.names import WeightNames
 from streamserve.models.parameters import Module
-from streamserve.models.pieces import Piece, module_pieces, num_experts, row_order
+from streamserve.models.pieces import Piece, module_pieces, num_experts, row_groups
 from streamserve.models.quantised.reader import FormatReader, Tensors
 from streamserve.models.spec import DecoderSpec
 from streamserve_kernels.stored import (
@@ -106,12 +106,12 @@ class StoredModules:
         if self.format(module) is None:
             return None
         pieces = module_pieces(self._names, module, "weight")
-        weights = [self.read_piece(module, piece) for piece in pieces]
-        order = row_order(self._names, module, self._spec)
-        if order is None:
-            return concatenate(weights)
-        (fused,) = weights  # rows are in an order of their own where a checkpoint fused them
-        return select_rows(fused, order)
+        weights = []
+        for piece in pieces:
+            weight = self.read_piece(module, piece)
+            groups = row_groups(self._names, module, piece, self._spec)
+            weights.append(weight if groups is None else select_rows(weight, groups.order()))
+        return concatenate(weights)
 
 
 def select_rows(weight: OneWeight, rows: Tensor) -> OneWeight:

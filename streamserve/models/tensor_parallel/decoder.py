@@ -73,10 +73,10 @@ class ShareDecoder(Decoder):
 
     def _block(self, index: int, weights: Weights) -> Block:
         layer, ranks = self.spec.layers[index], self._ranks
-        spec = self._share.whole.layers[index].attention
+        spec = self._share.whole.attentions()[index]
         heads = self._share.heads(spec)
         attention = self._attention(
-            index,
+            self.spec.attentions()[index],
             weights,
             slopes=alibi_slopes(spec.num_heads)[heads.start : heads.stop] if spec.alibi else None,
             bind_wide_norm=self._wide_norm,

@@ -55,13 +55,19 @@ class Share:
     size: int
 
     def __post_init__(self) -> None:
-        for layer in self.whole.layers:
-            _check_layer(layer, self.size)
+        if len(self.whole.attentions()) < len(self.whole.layers):
+            raise ConfigError(
+                f"{_FLAG} must be 1 for a model with layers that keep a state in the place of keys "
+                f"and values, got {self.size}"
+            )
+        for layer, attention in zip(self.whole.layers, self.whole.attentions(), strict=True):
+            _check_layer(layer, attention, self.size)
 
     @cached_property
     def spec(self) -> DecoderSpec:
         """What the rank computes: layers of its own heads and widths, logits of all tokens."""
-        layers = {layer: _divided(layer, self.size) for layer in set(self.whole.layers)}
+        pairs = list(zip(self.whole.layers, self.whole.attentions(), strict=True))
+        layers = {layer: _divided(layer, attention, self.size) for layer, attention in set(pairs)}
         return replace(self.whole, layers=tuple(layers[layer] for layer in self.whole.layers))
 
     @cached_property
@@ -129,13 +135,14 @@ class Share:
             attention = self._attention(module)
             key, value = attention.query_key_head_size, attention.value_head_size
             kv_heads = self.kv_heads(attention)
-            return torch.cat(
-                (
-                    _rows_of(self.heads(attention), key, 0),
-                    _rows_of(kv_heads, key, attention.query_size),
-                    _rows_of(kv_heads, value, attention.query_size + attention.key_size),
-                )
-            )
+            parts = [_rows_of(self.heads(attention), key, 0)]
+            start = attention.query_size
+            if attention.output_gate:
+                parts.append(_rows_of(self.heads(attention), value, start))
+                start += attention.gate_size
+            parts.append(_rows_of(kv_heads, key, start))
+            parts.append(_rows_of(kv_heads, value, start + attention.key_size))
+            return torch.cat(parts)
         if module.name == "layers.sinks":
             return _rows_of(self.heads(self._attention(module)), 1, 0)
         if module.name in ("layers.q_norm", "layers.k_norm"):
@@ -152,7 +159,7 @@ class Share:
 
     def _attention(self, module: Module) -> AttentionSpec:
         assert module.layer is not None
-        return self.whole.layers[module.layer].attention
+        return self.whole.attentions()[module.layer]
 
 
 def _key(module: Module) -> tuple[Any, ...]:
@@ -163,8 +170,7 @@ def _rows_of(heads: range, head_size: int, offset: int) -> Tensor:
     return torch.arange(heads.start * head_size, heads.stop * head_size) + offset
 
 
-def _divided(layer: LayerSpec, size: int) -> LayerSpec:
-    attention, mlp = layer.attention, layer.mlp
+def _divided(layer: LayerSpec, attention: AttentionSpec, size: int) -> LayerSpec:
     return replace(
         layer,
         attention=replace(
@@ -172,7 +178,7 @@ def _divided(layer: LayerSpec, size: int) -> LayerSpec:
             num_heads=attention.num_heads // size,
             num_kv_heads=max(1, attention.num_kv_heads // size),
         ),
-        mlp=_divided_mlp(mlp, size),
+        mlp=_divided_mlp(layer.mlp, size),
     )
 
 
@@ -184,8 +190,8 @@ def _divided_mlp(mlp: MlpSpec | ExpertsSpec, size: int) -> MlpSpec | ExpertsSpec
     return inner
 
 
-def _check_layer(layer: LayerSpec, size: int) -> None:
-    attention, mlp = layer.attention, layer.mlp
+def _check_layer(layer: LayerSpec, attention: AttentionSpec, size: int) -> None:
+    mlp = layer.mlp
     _check_divides(size, attention.num_heads, "attention heads")
     if size % attention.num_kv_heads and attention.num_kv_heads % size:
         raise ConfigError(

@@ -56,6 +56,9 @@ class TransformersSpec:
     other_numel: int
     buffer_bytes: int
 
+    def caches(self) -> tuple[AttentionSpec, ...]:
+        return self.attention_specs
+
     def attentions(self) -> tuple[AttentionSpec, ...]:
         return self.attention_specs
 
