@@ -17,7 +17,8 @@ class CacheConfig:
     """The KV cache: ``num_blocks`` blocks of ``block_size`` tokens, in every layer.
 
     With ``num_host_blocks``, what leaves the device is kept in host memory. A step carries at most
-    ``max_transfers_per_step`` blocks there, and as many back.
+    ``max_transfers_per_step`` blocks there, and as many back. ``num_state_slots``: for as many
+    sequences there is room for what layers keep besides keys and values; 0 if they keep nothing.
     """
 
     num_blocks: int
@@ -25,12 +26,19 @@ class CacheConfig:
     enable_prefix_caching: bool = True
     num_host_blocks: int = 0
     max_transfers_per_step: int = 32
+    num_state_slots: int = 0
 
     def __post_init__(self) -> None:
         _at_least("num_blocks", self.num_blocks, 1)
         _at_least("block_size", self.block_size, 1)
         _at_least("num_host_blocks", self.num_host_blocks, 0)
         _at_least("max_transfers_per_step", self.max_transfers_per_step, 1)
+        _at_least("num_state_slots", self.num_state_slots, 0)
+        if self.num_host_blocks and self.num_state_slots:
+            raise ConfigError(
+                "num_host_blocks must be 0 for a model whose layers keep states (which stay on the"
+                f" device), got {self.num_host_blocks}"
+            )
         if self.num_host_blocks and not self.enable_prefix_caching:
             raise ConfigError(
                 "num_host_blocks must be 0 without prefix caching (blocks are found there by their"

@@ -9,12 +9,16 @@ from streamserve.core.backlog import Backlog
 from streamserve.core.clock import Clock
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.policy import Policy
+from streamserve.core.prefix_cache import num_common_tokens
 from streamserve.core.request import Request, RequestStatus
 from streamserve.core.seats import Seats
 from streamserve.core.step import Step
 
 MAX_NUM_HASHED = 256
 """Blocks of one waiting prompt in one step, well under a millisecond."""
+
+_MOST_COMPARED = 32
+"""Requests that one is compared with, token by token, for what they have in common."""
 
 
 class _Answer(Enum):
@@ -121,7 +125,7 @@ class Admission:
         if awaited_hash is not None and claims.must_wait(request, awaited_hash):
             return _Answer.AWAITS_PREFIX
         request.awaited_hash = None
-        has_seat = len(running) < self._seats.num_seats
+        has_seat = len(running) < self._seats.num_seats and self._kv_cache.has_state_slot
         if step.is_blocked or not has_seat or step.prefill.is_spent:
             return _Answer.NO_ROOM
         # One block for each running request, or it would soon take them by preempting this one.
@@ -157,9 +161,25 @@ class Admission:
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
             self.backlog.admitted()
         self._seats.admit(request)
+        if self._kv_cache.keeps_states:
+            for other in self._seats.waiting[:_MOST_COMPARED]:
+                self._want_state(request, other)
         step.prefill.take(match.num_tokens, num_new, samples=num_new == num_left)
         step.add(request, num_new, block_ids)
         return _Answer.ADMITTED
+
+    def queued(self, request: Request) -> None:
+        """A request waits from now on: whoever computes what it begins with keeps the state."""
+        if self._kv_cache.keeps_states:
+            for other in self._seats.running[:_MOST_COMPARED]:
+                if other.num_computed_tokens < other.num_prompt_tokens:
+                    self._want_state(other, request)
+
+    def _want_state(self, request: Request, other: Request) -> None:
+        """Have the state of ``request`` kept where ``other`` will go on without it."""
+        if request.cache_salt == other.cache_salt:
+            num_common = num_common_tokens(request.token_ids, other.token_ids)
+            self._kv_cache.want_state(request, min(num_common, other.num_tokens - 1))
 
     def _admit_fork(self, request: Request, source: Request, step: Step) -> _Answer | None:
         """Seat a request that shares the prompt of another; ``None``: it must go its own way."""
@@ -171,6 +191,9 @@ class Admission:
         is_computed = source.status is RequestStatus.RUNNING
         if not is_computed or source.num_written_tokens < num_shared:
             return _Answer.AWAITS_PREFIX
+        if self._kv_cache.keeps_states:
+            request.fork_source = None  # its state has gone on; one is kept near the prompt's end
+            return None
         num_running = len(self._seats.running)
         has_seat = num_running < self._seats.num_seats
         if step.is_blocked or not has_seat or step.prefill.is_spent:

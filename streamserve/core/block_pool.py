@@ -23,6 +23,7 @@ class PrefixNode:
         "host_block_id",
         "num_pins",
         "parent",
+        "state_slot",
         "token_ids",
     )
 
@@ -37,6 +38,7 @@ class PrefixNode:
         # first token -> children in the order they were cached (a dict: removal in O(1))
         self.children: dict[int, dict[PrefixNode, None]] = {}
         self.num_pins = 0  # requests whose deepest node this is
+        self.state_slot: int | None = None  # where the state behind all of its tokens is kept
 
 
 class KVCacheBlock:

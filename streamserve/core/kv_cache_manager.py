@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from streamserve.config import CacheConfig
 from streamserve.core.block_pool import BlockPool, KVCacheBlock, PrefixNode
 from streamserve.core.host_tier import HostTier
-from streamserve.core.plan import BlockCopy, SchedulerOutput
+from streamserve.core.plan import BlockCopy, SchedulerOutput, StateSave
 from streamserve.core.prefix_cache import NO_MATCH, PrefixCache, PrefixMatch, num_common_tokens
 from streamserve.core.request import Request
+from streamserve.core.state_slots import MOST_PLACES, StateSlots, place_to_keep
 
 
 @dataclass(slots=True)
@@ -26,6 +28,7 @@ class KVCacheStats:
     num_stored_tokens: int = 0
     num_evictions: int = 0
     num_block_copies: int = 0
+    num_state_evictions: int = 0
 
 
 class _Holding:
@@ -37,14 +40,24 @@ class _Holding:
         block_table   [ 0 | 1 | 2 | 3 | 4 ]
                        shared ^   ^ own          num_shared_blocks = 2
         nodes     root, 0 , 1 , 2                blocks 3 and 4 are not (all) written yet
+
+    ``places`` are those of its prompt, rising, behind which its state is to be kept, and ``saves``
+    those (with a slot) where a step in flight does that.
     """
 
-    __slots__ = ("nodes", "num_shared_blocks", "request")
+    __slots__ = ("nodes", "num_shared_blocks", "places", "request", "saves")
 
     def __init__(self, request: Request, nodes: list[PrefixNode], num_shared_blocks: int) -> None:
         self.request = request
         self.nodes = nodes
         self.num_shared_blocks = num_shared_blocks
+        self.places: list[int] = []
+        self.saves: list[tuple[int, int]] = []
+
+    def slots(self) -> list[int]:
+        """Of states: its own, and those that steps in flight write."""
+        assert self.request.state_slot is not None
+        return [self.request.state_slot, *(slot for _, slot in self.saves)]
 
 
 class KVCacheManager:
@@ -67,7 +80,11 @@ class KVCacheManager:
     ) -> None:
         self.block_size = config.block_size
         self.num_blocks = config.num_blocks
-        self._cache = PrefixCache(config.block_size, secret, public_prefixes)
+        self._states = StateSlots(config.num_state_slots) if config.num_state_slots else None
+        keeps_states = self._states is not None
+        self._cache = PrefixCache(
+            config.block_size, secret, public_prefixes, keeps_states=keeps_states
+        )
         self._pool = BlockPool(config.num_blocks, self._evict)
         self._host = HostTier(config, self._cache, self._pool) if config.num_host_blocks else None
         self._caching = config.enable_prefix_caching
@@ -81,6 +98,21 @@ class KVCacheManager:
         return self._pool.num_free_blocks
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether requests need a slot for a state, too."""
+        return self._states is not None
+
+    @property
+    def has_state_slot(self) -> bool:
+        """Whether one more request could have a slot for its state, where it needs one."""
+        return self._states is None or self._states.has_room
+
+    @property
+    def num_kept_states(self) -> int:
+        """States that are kept for whoever has their prefix."""
+        return 0 if self._states is None else self._states.num_kept
+
+    @property
     def usage(self) -> float:
         """Share of the blocks that are held, 0 to 1."""
         return 1.0 - self._pool.num_free_blocks / self.num_blocks
@@ -89,6 +121,8 @@ class KVCacheManager:
     def stats(self) -> KVCacheStats:
         """The counters now. Not a copy."""
         self._stats.num_evictions = self._pool.num_evictions
+        if self._states is not None:
+            self._stats.num_state_evictions = self._states.num_evictions
         if self._host is not None:
             self._stats.num_host_hit_tokens = self._host.num_loaded_tokens
             self._stats.num_stored_tokens = self._host.num_stored_tokens
@@ -202,11 +236,20 @@ class KVCacheManager:
             num_free -= self._host.num_promised(request)
         if num_all + num_reserved_blocks > num_free:
             return None
+        if self._states is not None and not self._states.has_room:
+            return None
 
         nodes = [self._cache.root_of(request), *match.nodes] if self._caching else []
         if nodes:
             self._cache.pin(nodes[-1])
-        self._holdings[request.request_id] = _Holding(request, nodes, len(matched))
+        holding = _Holding(request, nodes, len(matched))
+        self._holdings[request.request_id] = holding
+        if self._states is not None:
+            request.state_slot = self._states.begin(match.source)
+            if self._caching:
+                at_end = place_to_keep(request.num_tokens, self.block_size)
+                places = {at_end, match.num_parted}
+                holding.places = sorted(place for place in places if place > match.num_tokens)
         request.matched_nodes = []  # a tree's nodes should not outlive their place in it
         table = request.block_table
         self._pool.touch_all(matched)
@@ -231,6 +274,7 @@ class KVCacheManager:
         copied when the child first writes.
         """
         assert not child.block_table
+        assert self._states is None, "a state that has gone on cannot be shared"
         holding = self._holdings[parent.request_id]
         limit = min(parent.num_written_tokens, parent.num_tokens, child.num_tokens - 1)
         num_tokens = num_common_tokens(parent.token_ids, child.token_ids, limit)
@@ -258,7 +302,8 @@ class KVCacheManager:
         """Index the request's full blocks whose tokens are known and whose steps have retired."""
         if not self._caching:
             return
-        nodes, size = self._holdings[request.request_id].nodes, self.block_size
+        holding = self._holdings[request.request_id]
+        nodes, size = holding.nodes, self.block_size
         num_full = min(request.num_written_tokens, request.num_tokens) // size
         if len(nodes) > num_full:
             return
@@ -274,23 +319,46 @@ class KVCacheManager:
         self._cache.unpin(deepest)
         if self._host is not None:
             self._host.use(nodes[first:])
+        if self._states is not None:
+            while holding.saves and holding.saves[0][0] <= num_full * size:
+                position, slot = holding.saves.pop(0)
+                self._states.keep(nodes[position // size], slot)
 
     def free(self, request: Request) -> None:
         """Give all blocks back, deepest first; what was written and is known stays cached.
 
         Tokens past ``request.token_ids`` (discarded by a late stop) leave the cache.
         """
+        holding, last = self._holdings[request.request_id], None
         if self._caching:
             self.cache_blocks(request)
-            self._leave_cached(self._holdings[request.request_id])
+            last = self._leave_cached(holding)
+        if self._states is not None:
+            self._leave_states(self._states, holding, last)
         del self._holdings[request.request_id]
         table = request.block_table
         self._pool.release_all(table)
         table.clear()
         request.num_computed_tokens = request.num_written_tokens = 0
 
-    def _leave_cached(self, holding: _Holding) -> None:
-        """Make the cache show exactly the tokens that are written and known, tail included."""
+    def _leave_states(self, states: StateSlots, holding: _Holding, last: PrefixNode | None) -> None:
+        """Keep the state of a request for ``last``, if that is behind all that went into it."""
+        request = holding.request
+        for _, slot in holding.saves:
+            states.give_back(slot)  # the steps have failed
+        assert request.state_slot is not None
+        is_known = request.num_computed_tokens == request.num_written_tokens <= request.num_tokens
+        if last is not None and is_known:
+            states.keep(last, request.state_slot)
+        else:
+            states.give_back(request.state_slot)
+        request.state_slot = None
+
+    def _leave_cached(self, holding: _Holding) -> PrefixNode | None:
+        """Make the cache show exactly the tokens that are written and known, tail included.
+
+        Returns the node that ends with them; ``None``: there is none.
+        """
         request, nodes, size = holding.request, holding.nodes, self.block_size
         blocks = [self._pool.blocks[block_id] for block_id in request.block_table]
         num_known = min(request.num_written_tokens, request.num_tokens)
@@ -303,17 +371,23 @@ class KVCacheManager:
         for node, block in zip(nodes[num_full + 1 :], blocks[num_full:], strict=False):
             if block.node is node and block.ref_cnt == 1:
                 self._discard(node)
-        if num_tail and num_full >= holding.num_shared_blocks and blocks[num_full].node is None:
-            token_ids = request.token_ids[num_full * size : num_known]
-            parent = self._cache.parent(request, num_full, nodes[num_full])
-            self._cache.insert_tail(parent, token_ids, blocks[num_full])
+        last: PrefixNode | None = nodes[num_full] if num_full else None
+        if num_tail:
+            last = None
+            if num_full >= holding.num_shared_blocks and blocks[num_full].node is None:
+                token_ids = request.token_ids[num_full * size : num_known]
+                parent = self._cache.parent(request, num_full, nodes[num_full])
+                last = self._cache.insert_tail(parent, token_ids, blocks[num_full])
         if self._host is not None:
             self._host.use(nodes[1 : num_full + 1])
         self._cache.unpin(nodes[num_full])
         self._cache.unpin(deepest)
+        return last
 
     def _discard(self, node: PrefixNode) -> None:
         """Let nobody find the node's content, which is in a block of one holder."""
+        if self._states is not None:
+            self._states.forget(node)
         if self._host is None:
             self._cache.detach(node)
         else:
@@ -321,16 +395,45 @@ class KVCacheManager:
 
     def _evict(self, node: PrefixNode) -> None:
         """The node's block is taken for something else."""
+        if self._states is not None:
+            self._states.forget(node)
         if self._host is None:
             self._cache.detach(node)
         else:
             self._host.evict(node)
 
-    def complete(self, plan: SchedulerOutput) -> None:
-        """Write the copies and transfers that were planned into a plan that will be launched."""
+    def want_state(self, request: Request, num_tokens: int) -> None:
+        """Others have so much of what the request is about to compute: keep its state there."""
+        place = num_tokens // self.block_size * self.block_size
+        places = self._holdings[request.request_id].places
+        if not self._caching or place <= request.num_computed_tokens or place in places:
+            return
+        if len(places) < MOST_PLACES:
+            insort(places, place)
+
+    def complete(self, plan: SchedulerOutput, requests: Sequence[Request]) -> None:
+        """Write what was planned beside the forward into a plan that will be launched.
+
+        ``requests`` are those of ``plan.scheduled``.
+        """
         plan.block_copies.extend(self.take_copies())
+        if self._states is not None:
+            self._plan_states(self._states, plan, requests)
         if self._host is not None:
             self._host.fill(plan)
+
+    def _plan_states(
+        self, states: StateSlots, plan: SchedulerOutput, requests: Sequence[Request]
+    ) -> None:
+        plan.state_copies.extend(states.take_copies())
+        for index, request in enumerate(requests):
+            holding = self._holdings[request.request_id]
+            while holding.places and holding.places[0] <= request.num_computed_tokens:
+                place = holding.places.pop(0)
+                slot = states.take()
+                if slot is not None:
+                    holding.saves.append((place, slot))
+                    plan.state_saves.append(StateSave(index, place, slot))
 
     def retire(self, plan: SchedulerOutput, *, failed: bool = False) -> None:
         """The plan's step is done, or has failed: nothing reads or writes its blocks any more."""
@@ -362,6 +465,9 @@ class KVCacheManager:
         self._cache.check_integrity(pins)
         if self._host is not None:
             self._host.check_integrity(self._cache.nodes())
+        if self._states is not None:
+            slots = [slot for holding in self._holdings.values() for slot in holding.slots()]
+            self._states.check_integrity(slots, list(self._cache.nodes()))
 
     def _check_holding(self, holding: _Holding) -> None:
         request, size = holding.request, self.block_size

@@ -38,6 +38,9 @@ class PrefixMatch(NamedTuple):
     A node may be in host memory only, where there is such a tier.
     The first ``num_partial_tokens`` of ``partial`` match; it is ``None`` when they are 0.
     ``missing_hash`` is the first full block of the request that is not cached, if there is one.
+
+    Of a model that keeps states a match ends at ``source``, whose state is kept, and the blocks of
+    ``num_parted`` tokens were found: others had as much of the prompt, and its state is not kept.
     """
 
     nodes: list[PrefixNode]
@@ -45,16 +48,33 @@ class PrefixMatch(NamedTuple):
     num_partial_tokens: int
     num_tokens: int
     missing_hash: bytes | None
+    source: PrefixNode | None = None
+    num_parted: int = 0
 
     def without_partial(self) -> PrefixMatch:
         """The full blocks only: what to fall back on when there is no room for a copy."""
         num_tokens = self.num_tokens - self.num_partial_tokens
-        return PrefixMatch(self.nodes, None, 0, num_tokens, self.missing_hash)
+        match = PrefixMatch(self.nodes, None, 0, num_tokens, self.missing_hash)
+        return match if self.source is None else match.at_state(self.num_parted)
 
     def cut(self, num_nodes: int, block_size: int) -> PrefixMatch:
         """The first ``num_nodes`` full blocks only, fewer than there are."""
         missing_hash = self.nodes[num_nodes].block_hash
         return PrefixMatch(self.nodes[:num_nodes], None, 0, num_nodes * block_size, missing_hash)
+
+    def at_state(self, num_parted: int | None = None) -> PrefixMatch:
+        """As much of it as a state is kept behind."""
+        if num_parted is None:
+            num_parted = self.num_tokens - self.num_partial_tokens
+        if self.partial is not None and self.partial.state_slot is not None:
+            return self._replace(source=self.partial, num_parted=num_parted)
+        num_nodes = len(self.nodes)
+        while num_nodes and self.nodes[num_nodes - 1].state_slot is None:
+            num_nodes -= 1
+        nodes = self.nodes[:num_nodes]
+        num_tokens = sum(len(node.token_ids) for node in nodes)
+        source = nodes[-1] if nodes else None
+        return PrefixMatch(nodes, None, 0, num_tokens, self.missing_hash, source, num_parted)
 
 
 NO_MATCH = PrefixMatch([], None, 0, 0, None)
@@ -68,8 +88,14 @@ class PrefixCache:
         block_size: int,
         secret: bytes | None = None,
         public_prefixes: Sequence[list[int]] = (),
+        *,
+        keeps_states: bool = False,
     ) -> None:
-        """``public_prefixes`` are shared across salts, as far as they fill blocks."""
+        """``public_prefixes`` are shared across salts, as far as they fill blocks.
+
+        With ``keeps_states`` a match ends where a state is kept.
+        """
+        self._keeps_states = keeps_states
         self._block_size = block_size
         whole = [ids[: len(ids) // block_size * block_size] for ids in public_prefixes]
         self._public = sorted(filter(None, whole), key=len, reverse=True)
@@ -183,12 +209,12 @@ class PrefixCache:
         num_matched = len(nodes) * size
         if nodes and len(nodes) == num_public:
             node = self._find_gate(request, nodes[-1])
-        if node is None:
-            return PrefixMatch(nodes, None, 0, num_matched, missing_hash)
-        partial, num_partial = self._best_child(
-            node, token_ids[num_matched : min(num_matched + size, limit)]
-        )
-        return PrefixMatch(nodes, partial, num_partial, num_matched + num_partial, missing_hash)
+        partial, num_partial = None, 0
+        if node is not None:
+            rest = token_ids[num_matched : min(num_matched + size, limit)]
+            partial, num_partial = self._best_child(node, rest, with_state=self._keeps_states)
+        match = PrefixMatch(nodes, partial, num_partial, num_matched + num_partial, missing_hash)
+        return match.at_state() if self._keeps_states else match
 
     def insert(
         self, parent: PrefixNode, token_ids: list[int], block_hash: bytes, block: KVCacheBlock
@@ -210,13 +236,24 @@ class PrefixCache:
             node.block = block
             block.node = node
 
-    def insert_tail(self, parent: PrefixNode, token_ids: list[int], block: KVCacheBlock) -> None:
-        """Cache a block's first tokens, unless a child of ``parent`` starts with them already."""
-        _, num_matching = self._best_child(parent, token_ids)
-        if num_matching < len(token_ids):
-            node = PrefixNode(parent, token_ids, None)
-            _add_child(parent, node)
-            self.adopt(node, block)
+    def insert_tail(
+        self, parent: PrefixNode, token_ids: list[int], block: KVCacheBlock
+    ) -> PrefixNode | None:
+        """Cache a block's first tokens, unless a child of ``parent`` starts with them already.
+
+        Where states are kept, only one that has no more: a longer one's state is another. Returns
+        the child with just these tokens, if there is one.
+        """
+        child, num_matching = self._best_child(parent, token_ids)
+        if child is not None and num_matching == len(token_ids):
+            if child.token_ids == token_ids:
+                return child
+            if not self._keeps_states:
+                return None
+        node = PrefixNode(parent, token_ids, None)
+        _add_child(parent, node)
+        self.adopt(node, block)
+        return node
 
     def detach(self, node: PrefixNode) -> None:
         """Forget where the node's content lies: its block is taken for something else."""
@@ -252,8 +289,13 @@ class PrefixCache:
                 del parent.children[_place(node)]
             node = parent
 
-    def _best_child(self, node: PrefixNode, token_ids: list[int]) -> tuple[PrefixNode | None, int]:
-        """The child with a block that shares most leading tokens; of equals the newest."""
+    def _best_child(
+        self, node: PrefixNode, token_ids: list[int], *, with_state: bool = False
+    ) -> tuple[PrefixNode | None, int]:
+        """The child with a block that shares most leading tokens; of equals the newest.
+
+        ``with_state``: only of those that are shared whole, and whose state is kept.
+        """
         best, num_best = None, 0
         if token_ids and token_ids[0] in node.children:
             candidates = reversed(node.children[token_ids[0]])
@@ -261,6 +303,8 @@ class PrefixCache:
                 if child.block is None:
                     continue
                 num_common = num_common_tokens(child.token_ids, token_ids)
+                if with_state and (child.state_slot is None or num_common < len(child.token_ids)):
+                    continue
                 if num_common > num_best:
                     best, num_best = child, num_common
                     if num_best == len(token_ids):

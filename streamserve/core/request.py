@@ -101,6 +101,7 @@ class Request:
         "seed",
         "shares_public_prefixes",
         "sort_key",
+        "state_slot",
         "status",
         "stop_reason",
         "tenant",
@@ -169,6 +170,7 @@ class Request:
         self.num_written_tokens = 0  # leading tokens whose KV was there when a step retired
         self.failed_step_id = NEVER  # what it and later ones computed counts for nothing
         self.is_paused = False  # it has no seat, or loses it now, and asks for none
+        self.state_slot: int | None = None  # while it has a seat, of a model that keeps states
         self.is_in_runner = False  # a NewRequest was sent, and its release was not
         self.block_hashes: list[bytes] = []  # of the leading full blocks of token_ids
         self.matched_nodes: list[PrefixNode] = []  # while it waits: of its leading cached blocks

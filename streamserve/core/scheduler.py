@@ -183,6 +183,7 @@ class Scheduler:
             del self._seats.requests[request.request_id]
             raise
         self._admission.backlog.queued(len(self._seats.waiting))
+        self._admission.queued(request)
         self._seats.queue(request)
 
     def add_probe(self, request: Request) -> None:
@@ -378,7 +379,7 @@ class Scheduler:
             return self.schedule()
         plan.released_ids.extend(self._seats.released_ids)
         self._seats.released_ids.clear()
-        self.kv_cache.complete(plan)
+        self.kv_cache.complete(plan, step.requests)
         plan.prefix_groups.extend(self.prefix_grouping.update(step))
         if self._speculator is not None:
             self._speculator.ask(step.requests, plan, self.kv_cache, self.num_running)

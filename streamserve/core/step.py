@@ -111,4 +111,5 @@ def _new_request(request: Request) -> NewRequest:
         choice_index=request.choice_index,
         eos_token_ids=request.eos_token_ids,
         adapter=request.adapter,
+        state_slot=request.state_slot,
     )

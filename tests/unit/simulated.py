@@ -7,6 +7,10 @@ through the block table*, so that a wrong block gives a wrong token, here and ev
 A step in flight may touch memory at any time between launch and retirement, so its writes happen
 at both ends; one that fails leaves rubbish where it wrote. A transfer reads and writes as late as
 it may: until then what it writes is rubbish, and what it reads must stay what it was.
+
+Of a model that keeps states a slot holds (tokens, hash of their cells, salt), which must be what
+the block table shows where a request goes on. Steps run one after the other, so a slot may be
+written by the step behind one that reads it.
 """
 
 from array import array
@@ -31,6 +35,7 @@ VOCAB_SIZE = 11
 PUBLIC = "public"
 Cell = tuple[int, int, int]  # position, token, hash of the cells before
 Place = tuple[bool, int]  # on the device or in host memory; block id
+State = tuple[int, int, str]  # tokens, hash of their cells, salt
 
 
 def naive_context(token_ids: list[int]) -> int:
@@ -88,6 +93,7 @@ class SimulatedRequest:
     last_step_id: int = -1
     is_spoilt: bool = False  # a step with it failed, and the host may not know yet
     num_public: int = 0
+    state_slot: int | None = None
 
     def salt_of(self, index: int) -> str:
         """Whose a block is: of all, or of those with its salt."""
@@ -122,12 +128,15 @@ class SimulatedRunner:
         self.max_tokens = config.max_num_batched_tokens
         self.has_cascade = config.enable_cascade_attention
         self.cascade_overhead_tokens = config.cascade_overhead_tokens
+        self.states: list[State | None] = [None] * cache.num_state_slots
         self.salts: dict[str, str] = {}
         self.num_public: dict[str, int] = {}  # blocks, likewise
         self.requests: dict[str, SimulatedRequest] = {}
         self.in_flight: deque[SimulatedStep] = deque()
         self.num_computed_tokens = 0
         self.num_copies = 0
+        self.num_state_copies = 0
+        self.num_state_saves = 0
         self.num_stores = 0
         self.num_loads = 0
 
@@ -143,20 +152,26 @@ class SimulatedRunner:
             pooling = new.sampling_params.pooling
             request = SimulatedRequest(self.salts[new.request_id], pooling)
             request.num_public = self.num_public.get(new.request_id, 0)
+            request.state_slot = new.state_slot
+            assert (new.state_slot is not None) == bool(self.states), "a slot for nothing, or none"
             self.requests[new.request_id] = request
         step = SimulatedStep(plan, [], {}, [], {})
         self._start_transfers(step)
         self._copy(step)
+        self._copy_states(plan)
         seen = set()
         for scheduled in plan.scheduled:
             assert scheduled.request_id not in seen
             seen.add(scheduled.request_id)
             self._forward(scheduled, step)
+        self._save_states(plan)
         self._check_groups(plan)
         self._check_overlaps(step)
         self.in_flight.append(step)
         self.num_computed_tokens += plan.num_tokens
         self.num_copies += len(plan.block_copies)
+        self.num_state_copies += len(plan.state_copies)
+        self.num_state_saves += len(plan.state_saves)
         self.num_stores += len(plan.stores)
         self.num_loads += len(plan.loads)
 
@@ -186,6 +201,12 @@ class SimulatedRunner:
         spoilt = {s.request_id for s in step.plan.scheduled}
         for request_id in spoilt & self.requests.keys():
             self.requests[request_id].is_spoilt = True
+            if self.states:
+                self.states[self.requests[request_id].state_slot] = None
+        for any_step in (step, *list(self.in_flight)[index:]):
+            for save in any_step.plan.state_saves:
+                if any_step.plan.scheduled[save.place].request_id in spoilt:
+                    self.states[save.slot] = None
         for later in list(self.in_flight)[index:]:
             for samples, s in zip(later.sampled, later.plan.scheduled, strict=True):
                 if s.request_id in spoilt:
@@ -214,6 +235,9 @@ class SimulatedRunner:
                     context = hash((context, cells[-1]))
                     position += 1
                 self._check_cells(node, cells, salt)
+                if node.state_slot is not None:
+                    expected = position, context, salt
+                    assert self.states[node.state_slot] == expected, "kept, not there"
                 for children in node.children.values():
                     stack.extend((child, position, context, salt) for child in children)
 
@@ -266,6 +290,42 @@ class SimulatedRunner:
             self.salt_of_block[dst] = set(self.salt_of_block[src])
             self.memory[dst] = list(self.memory[src])
 
+    def _copy_states(self, plan: SchedulerOutput) -> None:
+        copies = plan.state_copies
+        sources, destinations = {copy.src for copy in copies}, {copy.dst for copy in copies}
+        assert len(destinations) == len(copies), "two copies into one slot"
+        assert not sources & destinations, "a slot is source and destination in one plan"
+        new_slots = {new.state_slot for new in plan.new_requests}
+        assert destinations <= new_slots, "a copy for somebody who goes on"
+        for src, dst in copies:
+            self.states[dst] = self.states[src]
+
+    def _save_states(self, plan: SchedulerOutput) -> None:
+        slots = [r.state_slot for r in self.requests.values() if r.state_slot is not None]
+        slots += [save.slot for save in plan.state_saves]
+        assert len(set(slots)) == len(slots), "a slot has two owners"
+        for place, position, slot in plan.state_saves:
+            scheduled = plan.scheduled[place]
+            end = scheduled.start + len(scheduled.token_ids)
+            assert scheduled.start < position <= end, "saved in another step"
+            self.states[slot] = self._state(self.requests[scheduled.request_id], position)
+
+    def _state(self, request: SimulatedRequest, num_tokens: int) -> State | None:
+        """What the state is where it should be: after these cells of the block table."""
+        if request.is_spoilt:
+            return None
+        salt = request.salt_of((num_tokens - 1) // self.block_size)
+        return num_tokens, self._context(request, num_tokens), salt
+
+    def _go_on(self, request: SimulatedRequest, start: int, end: int) -> None:
+        """A request's state, from before the step to behind it."""
+        slot = request.state_slot
+        if start and not request.is_spoilt:
+            salt = request.salt_of((start - 1) // self.block_size)
+            expected = start, self._context(request, start), salt
+            assert self.states[slot] == expected, "goes on from another state"
+        self.states[slot] = self._state(request, end)
+
     def _forward(self, scheduled, step: SimulatedStep) -> None:
         request = self.requests[scheduled.request_id]
         request.block_table.extend(scheduled.new_block_ids)
@@ -286,6 +346,8 @@ class SimulatedRunner:
             token_ids = [request.last_sample]
         for position, token in enumerate(token_ids, scheduled.start):
             self._write(scheduled.request_id, request, position, token, step)
+        if self.states:
+            self._go_on(request, scheduled.start, end)
         request.last_step_id = step.plan.step_id
         request.last_sample = None
         if request.pooling is not None:
@@ -407,6 +469,7 @@ class Harness:
         enable_prefix_caching: bool = True,
         num_host_blocks: int = 0,
         max_transfers_per_step: int = 2,
+        num_state_slots: int = 0,
         step_time: StepTimeModel | None = None,
         propose: Propose | None = None,
         public_prefixes: Sequence[list[int]] = (),
@@ -426,6 +489,7 @@ class Harness:
             enable_prefix_caching=enable_prefix_caching,
             num_host_blocks=num_host_blocks,
             max_transfers_per_step=max_transfers_per_step,
+            num_state_slots=num_state_slots,
         )
         self.now = 0.0
         self.kv = KVCacheManager(cache_config, secret=b"test", public_prefixes=public_prefixes)

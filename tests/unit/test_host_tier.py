@@ -405,7 +405,7 @@ class Steps:
     def run(self) -> SchedulerOutput:
         plan = SchedulerOutput(self.num_steps)
         self.num_steps += 1
-        self.kv.complete(plan)
+        self.kv.complete(plan, [])
         self.kv.check_integrity()
         self.kv.retire(plan)
         self.kv.check_integrity()

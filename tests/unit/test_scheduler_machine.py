@@ -56,6 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_drafts=st.sampled_from([0, 0, 1, 3, 5]),
         accuracy=st.integers(0, 4),
         public_lengths=st.lists(st.integers(1, 12), max_size=2),
+        num_state_slots=st.sampled_from([0, 0, 1, 2, 5, 20]),
     )
     def start(
         self,
@@ -73,7 +74,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_drafts,
         accuracy,
         public_lengths=(),
+        num_state_slots=0,
     ):
+        if num_state_slots:  # neither is for a model that keeps states
+            num_host_blocks = num_drafts = 0
+        self.keeps_states = num_state_slots > 0
         self.harness = Harness(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -90,6 +95,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             speculative=drafting(num_drafts) if num_drafts else None,
             propose=None if accuracy == 4 else guesses(accuracy),
             public_prefixes=[shared_tokens(1, length) for length in public_lengths],
+            num_state_slots=num_state_slots,
         )
         if weak_hash:  # collisions all the time: they may cost hits, never serve a wrong one
             self.harness.kv._cache._hash = lambda parent, token_ids: bytes([sum(token_ids) % 3])
@@ -156,7 +162,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         params = self._params(max_tokens, 0, False)
         self._add(prompt, before.cache_salt, before.priority, params)
 
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: self.live and not self.keeps_states)
     @rule(
         index=INDEX,
         length=st.integers(0, 60),
@@ -193,6 +199,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.harness.scheduler.add_choices(source, others)
         self.requests.extend(others)
 
+    @precondition(lambda self: not self.keeps_states)
     @rule(
         prompt=st.lists(TOKENS, min_size=1, max_size=30),
         salt=SALTS,
