@@ -148,7 +148,11 @@ def conversions(code: str) -> dict[str, int]:
 
 def asked_of(name: str, found: dict[str, Any]) -> list[Callable[[str], dict[str, int]]]:
     """What its code is looked into for."""
-    of_name = {"_heads_kernel": accesses, "attention_kernel": conversions}
+    of_name = {
+        "_heads_kernel": accesses,
+        "attention_kernel": conversions,
+        "delta_kernel": accesses,
+    }
     return [*([pace] if found["wgmma"] else []), *([of_name[name]] if name in of_name else [])]
 
 
@@ -343,6 +347,30 @@ def block_rows_calls() -> Iterator[Callable[[], object]]:
     yield lambda: blocks.unpack(rows, ids)
 
 
+def recurrent_calls() -> Iterator[Callable[[], object]]:
+    """Of Qwen3-Next 80B: 16 key heads and 32 value heads of 128, a convolution of 4 tokens."""
+    from streamserve_kernels import triton as ours
+    from streamserve_kernels.recurrent import StepStates
+
+    keys, heads, size, width = 16, 32, 128, 4
+    channels = (2 * keys + heads) * size
+    weight, norm = bf16(channels, width), bf16(size)
+    conv_states, states = bf16(4, width - 1, channels), torch.zeros(4, heads, size, size)
+    rates = torch.zeros(heads), torch.zeros(heads)
+    for tokens, requests in ((1, 1), (64, 64), (512, 16)):
+        where = StepStates(ints(requests), ints(tokens)), ints(requests + 1), ints(requests)
+        x, gates = bf16(tokens, channels), bf16(tokens, 2 * heads)
+        yield lambda x=x, where=where: ours.causal_conv(
+            x, weight, None, conv_states, *where, activation="silu"
+        )
+        yield lambda x=x, gates=gates, where=where: ours.gated_delta_rule(
+            x, gates, *rates, states, *where, num_key_heads=keys
+        )
+        attended = bf16(tokens, heads * size)
+        yield lambda x=attended: ours.gated_rms_norm(x, x, norm, 1e-6)
+        yield lambda x=attended: ours.sigmoid_gate(x, x)
+
+
 PARTS = {
     "elementwise": elementwise_calls,
     "linear": linear_calls,
@@ -351,6 +379,7 @@ PARTS = {
     "sampling": sampling_calls,
     "attention": attention_calls,
     "block rows": block_rows_calls,
+    "recurrent": recurrent_calls,
 }
 
 

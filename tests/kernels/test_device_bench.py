@@ -297,7 +297,7 @@ def test_workers_that_do_not_start_end_the_table(tmp_path):
 def test_the_command_writes_both_files(tmp_path):
     page, data = tmp_path / "table.md", tmp_path / "table.json"
     command = ["kernels/bench/run.py", "--device", "cpu", "--tiny", "--backend", "naive"]
-    command += ["--only", "rms_norm 64", "--markdown", str(page), "--json", str(data)]
+    command += ["--only", "elementwise: rms_norm 64", "--markdown", str(page), "--json", str(data)]
     assert "1 rows, 0 failed" in run_python(*command, PYTHONPATH="").stdout
     [row] = json.loads(data.read_text())["rows"]
     assert (row["status"], row["method"]) == ("OK", "host")

@@ -15,10 +15,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from streamserve_kernels import naive, naive_sampling
+from streamserve_kernels import naive, naive_sampling, recurrent
 from streamserve_kernels import triton as ours
 from streamserve_kernels.adapters import AdapterRows
 from streamserve_kernels.fp8 import quantise_fp8
+from streamserve_kernels.recurrent import StepStates
 from streamserve_kernels.sampling import SamplingTensors
 from streamserve_kernels.triton import sampling
 from streamserve_kernels.triton.block_rows import TritonBlockRows
@@ -211,6 +212,69 @@ def test_rows_of_norms_activations_and_the_embedding():
     torch.testing.assert_close(found, expected, **CLOSE)
     ids = torch.tensor([2, 0])
     assert ours.embedding(ids, apart[0]).equal(x[ids])
+
+
+def of_one(slot: int, saves: list[int], first: int = 0) -> tuple[StepStates, Tensor, Tensor]:
+    """A sequence whose last tokens are the step's, from row `first` on."""
+    tokens = len(saves)
+    step = [slot], [*[-1] * first, *saves], [first, first + tokens], [tokens + 6]
+    slots, saved, starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in step)
+    return StepStates(slots, saved), starts, lengths
+
+
+def test_rows_and_states_of_recurrent_layers():
+    channels, size, heads = 8192, 64, 2
+    x, weight = torch.randn(3, channels), torch.randn(channels, 4)
+    qkv, gates = torch.randn(3, 4 * size), torch.randn(3, 2 * heads)
+    rates = -torch.rand(heads), torch.randn(heads)
+    expected = [torch.randn(2, 3, channels), torch.randn(2, heads, size, size)]
+    count = 2**31 // (heads * size * size) + 2
+    found = [far(count, *old.shape[1:], stride=old[0].numel()) for old in expected]
+    for one, other in zip(found, expected, strict=True):
+        one[-2:] = other
+    for kernels, states, slot, move in (
+        (recurrent, expected, 0, Tensor.clone),
+        (ours, found, count - 2, spread),
+    ):
+        where = of_one(slot, [-1, -1, slot + 1])
+        states.append(kernels.causal_conv(move(x), weight, None, states[0], *where))
+        parts = move(qkv), move(gates), *rates, states[1], *where
+        states.append(kernels.gated_delta_rule(*parts, num_key_heads=1))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one[-len(other) :], other, atol=1e-4, rtol=1e-4)
+
+
+def test_outputs_of_recurrent_layers():
+    many, heads, size, value_size = 2**20, 16, 16, 128
+    x, weight = torch.randn(2, heads * value_size), torch.randn(heads * value_size, 2)
+    qkv, gates = torch.randn(2, 32 + heads * value_size), torch.randn(2, 2 * heads)
+    rates = -torch.rand(heads), torch.randn(heads)
+    conv_states, states = torch.randn(1, 1, x.shape[1]), torch.randn(1, heads, size, value_size)
+
+    def run(kernels, first: int, move: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        where = of_one(0, [-1, -1], first)
+        conv = kernels.causal_conv(move(x), weight, None, conv_states.clone(), *where)
+        parts = move(qkv), move(gates), *rates, states.clone(), *where
+        return [conv, kernels.gated_delta_rule(*parts, num_key_heads=1)]
+
+    def at_the_end(tensor: Tensor) -> Tensor:
+        moved = far(many + 2, tensor.shape[1], stride=heads * value_size + 32)
+        moved[many:] = tensor
+        return moved
+
+    # Of the convolution, the first tile of the sequence.
+    with far_outputs(), only_some_programs(heads * value_size // 32, last=False):
+        found = run(ours, many, at_the_end)
+    for one, other in zip(found, run(recurrent, 0, Tensor.clone), strict=True):
+        torch.testing.assert_close(one[many:], other, atol=1e-4, rtol=1e-4)
+    row = torch.randn(1, K)
+    x = far(N, K, stride=K)
+    x[-1] = row
+    with far_outputs(), only_some_programs(1):
+        gated, normed = ours.sigmoid_gate(x, x), ours.gated_rms_norm(x, x, row[0], 1e-6)
+    torch.testing.assert_close(gated[-1:], recurrent.sigmoid_gate(row, row), **CLOSE)
+    expected = recurrent.gated_rms_norm(row, row, row[0], 1e-6)
+    torch.testing.assert_close(normed[-1:], expected, **CLOSE)
 
 
 def last_row(rows: Callable[[Tensor], Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from device_bench import (
     elementwise_rows,
     linear_rows,
     moe_rows,
+    recurrent_rows,
     sampling_rows,
     stored_rows,
 )
@@ -30,6 +31,7 @@ _GROUPS = (
     elementwise_rows,
     cache_rows,
     sampling_rows,
+    recurrent_rows,
     moe_rows,
     adapter_rows,
     linear_rows,

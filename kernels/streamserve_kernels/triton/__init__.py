@@ -12,12 +12,6 @@ from torch import Tensor
 
 from streamserve_kernels.interface import QuantLinear
 from streamserve_kernels.naive import add_shared_experts, kv_cache_shape
-from streamserve_kernels.recurrent import (
-    causal_conv,
-    gated_delta_rule,
-    gated_rms_norm,
-    sigmoid_gate,
-)
 from streamserve_kernels.triton.adapters import AdapterTable, add_adapters
 from streamserve_kernels.triton.attention import paged_attention
 from streamserve_kernels.triton.cache import (
@@ -41,6 +35,12 @@ from streamserve_kernels.triton.linear import (
     slow_quantisation,
 )
 from streamserve_kernels.triton.moe import chosen_experts, moe
+from streamserve_kernels.triton.recurrent import (
+    causal_conv,
+    gated_delta_rule,
+    gated_rms_norm,
+    sigmoid_gate,
+)
 from streamserve_kernels.triton.runtime import compilations
 from streamserve_kernels.triton.stored import prepare_stored
 

@@ -147,7 +147,7 @@ def _norm(
 
 
 @jit
-def _sigmoid(x):
+def sigmoid(x):
     # of powers that do not overflow
     power = tl.exp(-tl.abs(x))
     return tl.where(x >= 0.0, 1.0, power) / (1.0 + power)
@@ -156,14 +156,14 @@ def _sigmoid(x):
 @jit
 def act(x, KIND: tl.constexpr):
     if KIND == 0:
-        y = x * _sigmoid(x)
+        y = x * sigmoid(x)
     elif KIND == 1:
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif KIND == 2:
         # (1 + tanh(y)) / 2 is sigmoid(2y)
-        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif KIND == 3:
-        y = x * _sigmoid(1.702 * x)
+        y = x * sigmoid(1.702 * x)
     elif KIND == 4:
         y = tl.maximum(x, 0.0)
     else:

@@ -1,0 +1,177 @@
+"""Layers with a state of constant size: the launches of `recurrent_kernels`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+from torch import Tensor
+
+from streamserve_kernels.recurrent import StepStates
+from streamserve_kernels.triton.recurrent_kernels import (
+    conv_kernel,
+    delta_kernel,
+    gated_norm_kernel,
+    sigmoid_gate_kernel,
+)
+from streamserve_kernels.triton.runtime import overlaps
+
+_CHANNELS = 256  # of a program of the convolution
+_TOKENS = 16  # and of a sequence's tokens, where it may have more than one
+_ELEMENTS = 1024  # of a program of what goes through memory once
+_COLUMNS = 32  # of a program's part of a state: a row of it is a cache line
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: Tensor,
+    step: StepStates,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    *,
+    activation: Literal["silu"] | None = None,
+) -> Tensor:
+    """See `recurrent.causal_conv`."""
+    x = _with_adjacent_columns(x)
+    num_tokens, channels = x.shape
+    num_seqs, width = seq_lens.shape[0], weight.shape[1]
+    y = torch.empty(num_tokens, channels, dtype=x.dtype, device=x.device)
+    if num_tokens == 0:
+        return y
+    # Decodes, but for a few of more tokens: tiles as short as can be.
+    tokens = triton.next_power_of_2(max(width - 1, 4 if num_tokens <= num_seqs else _TOKENS))
+    overlap = overlaps(x.device)
+    # Each sequence's first tile, then all others: see `_later_tile`.
+    grid = (num_seqs + triton.cdiv(num_tokens, tokens), triton.cdiv(channels, _CHANNELS))
+    conv_kernel[grid](
+        x,
+        weight.contiguous(),
+        x if bias is None else bias,
+        states,
+        step.slots,
+        step.saves,
+        query_start_loc,
+        seq_lens,
+        y,
+        x.stride(0),
+        num_tokens,
+        num_seqs,
+        C=channels,
+        W=width,
+        HAS_BIAS=bias is not None,
+        HAS_SILU=activation == "silu",
+        BLOCK_T=tokens,
+        BLOCK_C=_CHANNELS,
+        BLOCK_W=triton.next_power_of_2(max(width - 1, 1)),
+        OVERLAP=overlap,
+        num_warps=4,
+        launch_pdl=overlap,
+    )
+    return y
+
+
+def gated_delta_rule(
+    qkv: Tensor,
+    gates: Tensor,
+    decay: Tensor,
+    time_bias: Tensor,
+    states: Tensor,
+    step: StepStates,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    *,
+    num_key_heads: int,
+) -> Tensor:
+    """See `recurrent.gated_delta_rule`."""
+    qkv, gates = _with_adjacent_columns(qkv), _with_adjacent_columns(gates)
+    num_heads, key_size, value_size = states.shape[1:]
+    num_tokens, num_seqs = qkv.shape[0], seq_lens.shape[0]
+    y = torch.empty(num_tokens, num_heads * value_size, dtype=qkv.dtype, device=qkv.device)
+    if num_tokens == 0:
+        return y
+    columns = min(triton.next_power_of_2(value_size), _COLUMNS)
+    overlap = overlaps(qkv.device)
+    grid = (num_heads * triton.cdiv(value_size, columns), num_seqs + 1)
+    delta_kernel[grid](
+        qkv,
+        gates,
+        decay,
+        time_bias,
+        states,
+        step.slots,
+        step.saves,
+        query_start_loc,
+        seq_lens,
+        y,
+        qkv.stride(0),
+        gates.stride(0),
+        num_tokens,
+        num_seqs,
+        HK=num_key_heads,
+        HV=num_heads,
+        D=key_size,
+        DV=value_size,
+        BLOCK_D=triton.next_power_of_2(key_size),
+        BLOCK_V=columns,
+        OVERLAP=overlap,
+        num_warps=4,
+        launch_pdl=overlap,
+    )
+    return y
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `recurrent.gated_rms_norm`."""
+    x, gate = _with_adjacent_columns(x), _with_adjacent_columns(gate)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
+    size = weight.shape[0]
+    num_heads, block = x.shape[1] // size, triton.next_power_of_2(size)
+    heads = min(max(_ELEMENTS // block, 1), triton.next_power_of_2(num_heads))
+    overlap = overlaps(x.device)
+    if len(x):
+        gated_norm_kernel[(len(x), triton.cdiv(num_heads, heads))](
+            x,
+            gate,
+            weight,
+            y,
+            x.stride(0),
+            gate.stride(0),
+            eps,
+            H=num_heads,
+            D=size,
+            HEADS=heads,
+            BLOCK_D=block,
+            IS_ROUNDED=weight.dtype == x.dtype,
+            OVERLAP=overlap,
+            num_warps=4,
+            launch_pdl=overlap,
+        )
+    return y
+
+
+def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """See `recurrent.sigmoid_gate`."""
+    x, gate = _with_adjacent_columns(x), _with_adjacent_columns(gate)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
+    width, overlap = x.shape[1], overlaps(x.device)
+    if y.numel():
+        sigmoid_gate_kernel[(len(x), triton.cdiv(width, _ELEMENTS))](
+            x,
+            gate,
+            y,
+            x.stride(0),
+            gate.stride(0),
+            N=width,
+            BLOCK=_ELEMENTS,
+            OVERLAP=overlap,
+            num_warps=4,
+            launch_pdl=overlap,
+        )
+    return y
+
+
+def _with_adjacent_columns(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
