@@ -41,13 +41,13 @@ from streamserve_kernels.native.ops import (
 )
 from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 from streamserve_kernels.native.record import Recorder
-from streamserve_kernels.native.stored import prepare_stored
-from streamserve_kernels.recurrent import (
+from streamserve_kernels.native.recurrent import (
     causal_conv,
     gated_delta_rule,
     gated_rms_norm,
     sigmoid_gate,
 )
+from streamserve_kernels.native.stored import prepare_stored
 
 __all__ = [
     "AdapterTable",

@@ -20,7 +20,7 @@ Instruction = tuple[str, tuple[int, ...]]
 _CODES = {name: code for code, name in enumerate(OPERATIONS)}
 _INSTRUCTION = struct.Struct(f"={MAX_ARGS + 1}q")
 _PADDING = (0,) * MAX_ARGS
-_STEP_FIELDS = 16
+_STEP_FIELDS = 18
 _STEP = struct.Struct(f"={_STEP_FIELDS}q")
 _NO_GROUPS = (0, 0, 0, 0)
 _OUT_OF_RANGE = -2  # SS_OUT_OF_RANGE

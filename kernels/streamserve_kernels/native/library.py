@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 12
+ABI = 13
 MAX_ARGS = 24
 # In the order of program.c.
 OPERATIONS = (
@@ -53,6 +53,11 @@ OPERATIONS = (
     "add_shared",
     "draw",
     "top_logits",
+    "causal_conv",
+    "delta_scales",
+    "delta_rule",
+    "gated_norm",
+    "sigmoid_gate",
 )
 # In the order of elementwise.c.
 ACTIVATION_CODES = {
@@ -104,6 +109,8 @@ class Step(ctypes.Structure):
             "group_starts",
             "group_blocks",
             "wants_logits",
+            "state_slots",
+            "state_saves",
         )
     )
 

@@ -35,6 +35,8 @@ typedef struct {
     const int32_t *group_starts;
     const int32_t *group_blocks;
     int64_t wants_logits;  // 0: the arg-max of each row is all that is asked for
+    const int32_t *state_slots;  // [R], or 0 where no layer keeps a state
+    const int32_t *state_saves;  // [T]
 } ss_step;
 
 typedef struct {
@@ -79,7 +81,8 @@ extern const ss_operation ss_embedding, ss_gather_rows, ss_rms_norm, ss_layer_no
     ss_pack_quant, ss_stored_sums, ss_stored_linear, ss_stored_pack, ss_stored_rows,
     ss_gather_inputs, ss_table_linear, ss_adapt_down, ss_adapt_up, ss_route, ss_order_pairs,
     ss_gather_pairs, ss_experts, ss_combine_pairs, ss_add_shared,
-    ss_draw, ss_top_logits;
+    ss_draw, ss_top_logits,
+    ss_causal_conv, ss_delta_scales, ss_delta_rule, ss_gated_norm, ss_sigmoid_gate;
 
 const ss_operation *ss_operation_of(const ss_instruction *instruction);
 
