@@ -122,7 +122,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     The normalised head is rounded to x's dtype before the weight, as in `naive.rms_norm`; the
     gate's part is in float32, and so is the last product.
     """
-    heads = x.unflatten(1, (-1, weight.shape[0]))
+    size = weight.shape[0]
+    heads = x.reshape(len(x), x.shape[1] // size, size)
     h32 = heads.float()
     normed = weight * (h32 * torch.rsqrt(h32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     return (normed.reshape(x.shape).float() * F.silu(gate.float())).to(x.dtype)
