@@ -90,6 +90,34 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1_000_000.0,
         "tie_word_embeddings": True,
     },
+    # Qwen/Qwen3.5-0.8B, its text model: three layers of a delta net for each of attention
+    "qwen3.5-0.8b": {
+        **_COMMON,
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "attention_bias": False,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_value_head_dim": 128,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 248_320,
+        "max_position_embeddings": 262_144,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000_000.0,
+            "partial_rotary_factor": 0.25,
+        },
+        "tie_word_embeddings": True,
+    },
     # ibm-granite/granite-3.1-1b-a400m-base: 24 layers of 32 experts, of which a token takes 8
     "granite-moe-1b": {
         **_COMMON,
@@ -260,19 +288,14 @@ def _merges() -> Iterator[tuple[str, str]]:
 def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a checkpoint's tensors, in the order of the forward."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    head_size = hidden // config["num_attention_heads"]
-    heads = {"q": config["num_attention_heads"]} | dict.fromkeys(
-        "kv", config["num_key_value_heads"]
-    )
+    attends_every = config.get("full_attention_interval", 1)
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}."
         yield layer + "input_layernorm.weight", (hidden,)
-        for name, count in heads.items():
-            yield f"{layer}self_attn.{name}_proj.weight", (count * head_size, hidden)
-            if config["model_type"] == "qwen2":
-                yield f"{layer}self_attn.{name}_proj.bias", (count * head_size,)
-        yield layer + "self_attn.o_proj.weight", (hidden, hidden)
+        mixes = _delta_net if (index + 1) % attends_every else _attention
+        for name, shape in mixes(config):
+            yield layer + name, shape
         yield layer + "post_attention_layernorm.weight", (hidden,)
         if experts := config.get("num_local_experts"):
             yield layer + "block_sparse_moe.router.layer.weight", (experts, hidden)
@@ -285,6 +308,37 @@ def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def _attention(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
+    head_size = config.get("head_dim", hidden // num_heads)
+    # In a hybrid every query has a gate beside it.
+    is_hybrid = "full_attention_interval" in config
+    heads = {"q": 2 * num_heads if is_hybrid else num_heads}
+    for name, count in (heads | dict.fromkeys("kv", config["num_key_value_heads"])).items():
+        yield f"self_attn.{name}_proj.weight", (count * head_size, hidden)
+        if config["model_type"] == "qwen2":
+            yield f"self_attn.{name}_proj.bias", (count * head_size,)
+    if is_hybrid:
+        yield "self_attn.q_norm.weight", (head_size,)
+        yield "self_attn.k_norm.weight", (head_size,)
+    yield "self_attn.o_proj.weight", (hidden, num_heads * head_size)
+
+
+def _delta_net(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, num_heads = config["hidden_size"], config["linear_num_value_heads"]
+    values = num_heads * config["linear_value_head_dim"]
+    mixed = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"] + values
+    yield "linear_attn.in_proj_qkv.weight", (mixed, hidden)
+    yield "linear_attn.in_proj_z.weight", (values, hidden)
+    yield "linear_attn.in_proj_b.weight", (num_heads, hidden)
+    yield "linear_attn.in_proj_a.weight", (num_heads, hidden)
+    yield "linear_attn.conv1d.weight", (mixed, 1, config["linear_conv_kernel_dim"])
+    yield "linear_attn.A_log", (num_heads,)
+    yield "linear_attn.dt_bias", (num_heads,)
+    yield "linear_attn.norm.weight", (config["linear_value_head_dim"],)
+    yield "linear_attn.out_proj.weight", (hidden, values)
 
 
 def _write_weights(

@@ -20,7 +20,13 @@ from streamserve.models.families.text_parts import TEXT_MODELS, TEXT_PARTS
 from streamserve.models.gguf.architectures import ARCHITECTURES
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.parameters import layer_modules, takes_adapter
-from streamserve.models.spec import AttentionSpec, DecoderSpec, ExpertsSpec, RopeScalingKind
+from streamserve.models.spec import (
+    AttentionSpec,
+    DecoderSpec,
+    DeltaNetSpec,
+    ExpertsSpec,
+    RopeScalingKind,
+)
 
 Values = Mapping[str, Any]
 
@@ -74,6 +80,8 @@ FEATURES: Mapping[str, Callable[[DecoderSpec], bool]] = {
     ),
     "query and key norms": _of_layers(lambda attention: attention.qk_norm),
     "log-scaled queries": _of_layers(lambda attention: attention.log_scaled_beyond),
+    "delta nets": lambda spec: any(isinstance(held, DeltaNetSpec) for held in spec.caches()),
+    "output gates": _of_layers(lambda attention: attention.output_gate),
     "rotary positions": _of_layers(lambda attention: attention.rope),
     "learned positions": lambda spec: spec.learned_positions is not None,
     "ALiBi": _of_layers(lambda attention: attention.alibi),

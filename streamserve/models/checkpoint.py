@@ -70,7 +70,7 @@ class CheckpointSource:
     ) -> None:
         self._path = path
         self._files = files
-        self._names = names
+        self._names = names = names.of_files(files.names())
         self._spec = spec
         self._uploader = Uploader()
         self._stored = full_names(files, names)

@@ -110,24 +110,29 @@ class HfConfig:
             )
         return hidden_size // num_heads
 
-    def layer_windows(self, num_layers: int, window: int | None) -> tuple[int | None, ...]:
-        """Each layer's attention window from ``layer_types``; without them ``window`` for all."""
+    def layer_kinds(self, num_layers: int, known: tuple[str, ...]) -> tuple[str, ...] | None:
+        """Each layer's kind from ``layer_types``; None without them."""
         kinds = self.values.get("layer_types")
         if kinds is None:
-            return (window,) * num_layers
+            return None
         if not isinstance(kinds, list) or len(kinds) != num_layers:
             raise ModelLoadError(
                 f"{self.source}: layer_types must list {num_layers} layers, got {kinds!r}"
             )
-        windows: list[int | None] = []
         for kind in kinds:
-            if kind not in ("full_attention", "sliding_attention"):
+            if kind not in known:
                 raise UnsupportedModelError(
                     f"{self.source}: layer type {kind!r} is not supported; "
-                    "these are: full_attention, sliding_attention"
+                    f"these are: {', '.join(known)}"
                 )
-            windows.append(window if kind == "sliding_attention" else None)
-        return tuple(windows)
+        return tuple(kinds)
+
+    def layer_windows(self, num_layers: int, window: int | None) -> tuple[int | None, ...]:
+        """Each layer's attention window from ``layer_types``; without them ``window`` for all."""
+        kinds = self.layer_kinds(num_layers, ("full_attention", "sliding_attention"))
+        if kinds is None:
+            return (window,) * num_layers
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def rope(
         self,

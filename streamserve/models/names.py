@@ -16,8 +16,8 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 QkvLayout = Literal["stacked", "grouped", "gated"]
@@ -42,6 +42,7 @@ class WeightNames:
     A single checkpoint module for ``layers.qkv`` or ``layers.gate_up`` is already fused.
     ``transposed`` modules keep ``[in, out]`` (GPT-2's Conv1D). ``sliced`` experts share a tensor
     ``[experts, …]``, whose name stands here whole; that of their biases ends in ``_bias`` besides.
+    ``apart`` are their names in checkpoints that keep each expert by itself, if there are such.
     ``interleaved`` gates and ups take turns, row by row. ``optional_prefix`` may be absent from a
     checkpoint's names. ``ignored`` are regular expressions, matched at the end of a name, of
     buffers that old checkpoints carry and no decoder needs. ``renamed`` are beginnings of names as
@@ -54,11 +55,19 @@ class WeightNames:
     delta_layout: DeltaLayout = "stacked"
     transposed: frozenset[str] = field(default_factory=frozenset)
     sliced: frozenset[str] = field(default_factory=frozenset)
+    apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     interleaved: frozenset[str] = field(default_factory=frozenset)
     optional_prefix: str = ""
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     skipped: tuple[str, ...] = ()
+
+    def of_files(self, stored: Iterable[str]) -> WeightNames:
+        """These names for a checkpoint with tensors so named: its experts share them, or do not."""
+        if not self.apart or not any(".experts.0." in name for name in stored):
+            return self
+        sliced = self.sliced - self.apart.keys()
+        return replace(self, modules={**self.modules, **self.apart}, sliced=sliced)
 
     def full(self, stored: str) -> str:
         """A name as it stands here."""

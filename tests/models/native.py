@@ -87,6 +87,25 @@ DEEPSEEK = {
     "moe_layer_freq": 1,
     "norm_topk_prob": False,
 }
+# Every size of a delta net is another in each of these.
+DELTA = {
+    **GQA,
+    **ENDS,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+DELTA_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+DELTA_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
 # What a model serves by default is shorter than what is asked of these.
 LONGER = {"qwen1-long": 128}
 
@@ -238,10 +257,32 @@ NATIVE = {
     ),
 }
 
+HYBRID = {
+    "qwen3-next": lambda: transformers.Qwen3NextConfig(
+        **DELTA, **DELTA_EXPERTS, mlp_only_layers=[1]
+    ),
+    "qwen3.5": lambda: transformers.Qwen3_5TextConfig(
+        **{**DELTA, "layer_types": None, "linear_num_key_heads": 3, "linear_num_value_heads": 3},
+        linear_conv_kernel_dim=3,
+        rms_norm_eps=1e-5,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
+    # Its last layer is no attention: only some rows of it are worth finishing.
+    "qwen3.5-last": lambda: transformers.Qwen3_5TextConfig(
+        **{**DELTA, "layer_types": [*reversed(DELTA["layer_types"])]},
+        rope_parameters={**DELTA_ROPE, "mrope_section": [1, 1, 0], "mrope_interleaved": True},
+    ),
+    "qwen3.5-moe": lambda: transformers.Qwen3_5MoeTextConfig(
+        **{**DELTA, "linear_key_head_dim": 16, "linear_value_head_dim": 16}, **DELTA_EXPERTS
+    ),
+}
+"""Layers that keep a state in the place of keys and values."""
+
 
 def config_values(name: str) -> dict[str, Any]:
     """The config.json that a case saves."""
-    made = NATIVE[name]()
+    made = {**NATIVE, **HYBRID}[name]()
     if isinstance(made, references.Reference):
         return made.values()
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[made.model_type]

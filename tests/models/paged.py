@@ -1,7 +1,7 @@
 """A paged cache driven by hand: what a runner does to a decoder, in the fewest lines.
 
-Block ids are dealt in shuffled order and blocks start out full of NaN-free rubbish, so that a read
-of a wrong block or a stale row shows.
+Block ids and slots are dealt in shuffled order and start out full of NaN-free rubbish, so that a
+read of a wrong block or a stale row shows. States are kept at the end of every block.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from itertools import accumulate
 import torch
 
 from streamserve.core.prefix_groups import find_groups
-from streamserve.models import ForwardBatch, LanguageModel, allocate_kv_cache
+from streamserve.models import ForwardBatch, LanguageModel, allocate_kv_cache, state_caches
 from streamserve_kernels import PrefixGroups
+from streamserve_kernels.recurrent import StepStates
 
 
 class Sequence:
@@ -20,6 +21,8 @@ class Sequence:
         self.tokens = list(tokens)
         self.block_table: list[int] = []
         self.num_computed = 0
+        self.slot: int | None = None  # of its state
+        self.saved: dict[int, int] = {}  # by number of blocks, the slot with the state behind them
 
 
 class PagedHarness:
@@ -39,8 +42,17 @@ class PagedHarness:
         self.block_size = block_size
         generator = torch.Generator().manual_seed(3)
         self.free = torch.randperm(num_blocks, generator=generator).tolist()
+        self.has_states = len(decoder.spec.attentions()) < len(decoder.spec.caches())
+        num_slots = 2 * num_blocks if self.has_states else 0
+        self.free_slots = torch.randperm(num_slots, generator=generator).tolist()
         self.caches = allocate_kv_cache(
-            decoder.spec, num_blocks, block_size, decoder.dtype, decoder.device, decoder.kernels
+            decoder.spec,
+            num_blocks,
+            block_size,
+            decoder.dtype,
+            decoder.device,
+            decoder.kernels,
+            num_state_slots=num_slots,
         )
         for cache in (cache for pair in self.caches for cache in pair):
             rubbish = torch.empty(cache.shape, dtype=cache.dtype)
@@ -55,6 +67,10 @@ class PagedHarness:
         blocks = common // self.block_size
         sequence.block_table = other.block_table[:blocks]
         sequence.num_computed = blocks * self.block_size
+        if self.has_states and blocks:
+            sequence.slot = self.free_slots.pop()
+            for cache in state_caches(self.decoder.spec, self.caches):
+                cache[sequence.slot] = cache[other.saved[blocks]]
 
     def batch(
         self,
@@ -96,6 +112,24 @@ class PagedHarness:
             block_table=torch.tensor(table, dtype=torch.int32, device=device),
             logits_indices=torch.tensor(rows, dtype=torch.int64, device=device),
             prefix_groups=self._groups([sequence for sequence, _ in work]),
+            states=self._states(work, padding) if self.has_states else None,
+        )
+
+    def _states(self, work: list[tuple[Sequence, int]], padding: int) -> StepStates:
+        slots, saves = [], []
+        for sequence, count in work:
+            if sequence.slot is None:
+                sequence.slot = self.free_slots.pop()
+            slots.append(sequence.slot)
+            for position in range(sequence.num_computed + 1, sequence.num_computed + count + 1):
+                blocks, rest = divmod(position, self.block_size)
+                if rest == 0:
+                    sequence.saved[blocks] = self.free_slots.pop()
+                saves.append(-1 if rest else sequence.saved[blocks])
+        device = self.decoder.device
+        return StepStates(
+            torch.tensor(slots, dtype=torch.int32, device=device),
+            torch.tensor(saves + [-1] * padding, dtype=torch.int32, device=device),
         )
 
     def _groups(self, sequences: list[Sequence]) -> PrefixGroups | None:

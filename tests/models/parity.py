@@ -8,6 +8,8 @@ from streamserve.models import LanguageModel
 from tests.models.paged import PagedHarness, Sequence
 
 NUM_GREEDY = 32
+# Of states, the judge adds up the tokens of a text in another order, and rounds otherwise.
+STATES_TOLERANCE = 5e-4
 
 
 def prompts(shared: int) -> list[list[int]]:
@@ -24,6 +26,7 @@ def assert_equals_judge(
     *,
     chunk: int | None,
     prefix_hit: bool,
+    tolerance: float = 1e-4,
 ) -> None:
     """A forward of the judge over prompt and answer checks each token that was drawn.
 
@@ -52,7 +55,9 @@ def assert_equals_judge(
         with torch.inference_mode():
             expected = judge(torch.tensor([sequence.tokens])).logits[0]
         ours = torch.cat((prefill_logits[index], decode_logits[index, 1:]))
-        torch.testing.assert_close(ours, expected[skipped[index] : -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            ours, expected[skipped[index] : -1], rtol=tolerance, atol=tolerance
+        )
         drawn = expected[lengths[index] - 1 : -1].argmax(-1).tolist()
         assert sequence.tokens[lengths[index] :] == drawn
 

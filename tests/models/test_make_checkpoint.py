@@ -26,6 +26,7 @@ SCRIPT = "tools/make_checkpoint.py"
 PARAMETERS = {
     "smollm-135m": 134_515_008,
     "qwen-0.5b": 494_032_768,
+    "qwen3.5-0.8b": 752_393_024,
     "llama-1b": 1_235_814_400,
     "llama-8b": 8_030_261_248,
 }
@@ -78,7 +79,7 @@ def test_the_shapes_are_those_of_the_real_models(shape, tmp_path):
     config = load_config(tmp_path)
     # A tied head counts twice.
     tied = config.vocab_size * SHAPES[shape]["hidden_size"] if config.spec.tied_head else 0
-    assert config.weight_bytes(torch.bfloat16) // 2 - tied == PARAMETERS[shape]
+    assert config.weight_bytes(torch.float32) // 4 - tied == PARAMETERS[shape]
     assert config.eos_token_ids == (config.vocab_size - 1, config.vocab_size - 3)
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == (
         config.vocab_size

@@ -41,7 +41,7 @@ from streamserve.models.hf_config import HfConfig
 from streamserve.models.spec import DecoderSpec, RopeScaling
 from streamserve.runner.model_runner import TorchModelRunner
 from tests.models.foreign import FOREIGN
-from tests.models.native import ENDS, GQA, LONGER, NATIVE, config_values
+from tests.models.native import ENDS, GQA, HYBRID, LONGER, NATIVE, config_values
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.parity import assert_unasked_rows_change_nothing
 from tests.models.random_model import random_model
@@ -237,7 +237,7 @@ def test_weights_are_counted_before_they_are_there(pair: Pair) -> None:
 def specs_of_cases() -> dict[str, list[DecoderSpec]]:
     """By architecture."""
     specs: dict[str, list[DecoderSpec]] = {}
-    for name in NATIVE:
+    for name in (*NATIVE, *HYBRID):
         config = HfConfig(config_values(name))
         family = find_family(config)
         specs.setdefault(family.architecture, []).append(family.spec(config))

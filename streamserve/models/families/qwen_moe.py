@@ -60,7 +60,7 @@ def _without_experts(config: HfConfig, num_layers: int) -> frozenset[int]:
     return frozenset(named) | {layer for layer in range(num_layers) if (layer + 1) % step}
 
 
-def _experts(config: HfConfig, *, default_top_k: int, shared_size: int | None) -> ExpertsSpec:
+def experts(config: HfConfig, *, default_top_k: int, shared_size: int | None) -> ExpertsSpec:
     activation = config.activation_or("silu", "hidden_act")
     return ExpertsSpec(
         num_experts=config.integer("num_experts", "num_local_experts"),
@@ -72,8 +72,8 @@ def _experts(config: HfConfig, *, default_top_k: int, shared_size: int | None) -
     )
 
 
-def _some_plain(config: HfConfig, spec: DecoderSpec) -> DecoderSpec:
-    """The same with a plain MLP in the layers that the config names."""
+def some_plain(config: HfConfig, spec: DecoderSpec) -> DecoderSpec:
+    """The same, with a plain MLP in the layers that the config names."""
     if config.flag_or(False, "use_sliding_window"):
         raise UnsupportedModelError(
             f"{config.source}: use_sliding_window is not supported for this architecture"
@@ -92,11 +92,11 @@ def _qwen2_moe(config: HfConfig) -> DecoderSpec:
     spec = rotary_decoder(
         config,
         windows=(None,) * config.integer("num_hidden_layers"),
-        mlp=_experts(config, default_top_k=4, shared_size=shared_size),
+        mlp=experts(config, default_top_k=4, shared_size=shared_size),
         default_context=32_768,
         qkv_bias=config.flag_or(True, "qkv_bias"),
     )
-    return _some_plain(config, spec)
+    return some_plain(config, spec)
 
 
 def _qwen3_moe(config: HfConfig) -> DecoderSpec:
@@ -104,14 +104,14 @@ def _qwen3_moe(config: HfConfig) -> DecoderSpec:
     spec = rotary_decoder(
         config,
         windows=(None,) * config.integer("num_hidden_layers"),
-        mlp=_experts(config, default_top_k=8, shared_size=None),
+        mlp=experts(config, default_top_k=8, shared_size=None),
         default_kv_heads=4,
         default_context=32_768,
         qkv_bias=bias,
         output_bias=bias,
         qk_norm=True,
     )
-    return _some_plain(config, spec)
+    return some_plain(config, spec)
 
 
 FAMILIES = tuple(

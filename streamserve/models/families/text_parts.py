@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models.families import gemma, llama, qwen_moe
+from streamserve.models.families import gemma, llama, qwen_hybrid, qwen_moe
 from streamserve.models.families.family import Family
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
@@ -80,7 +80,7 @@ class TextPart:
         names = model.names or model.family.names
         assert isinstance(names, WeightNames)
         skipped = tuple(before + name for name in self.skipped for before in ("", "model."))
-        names = replace(names, renamed=_RENAMED, skipped=skipped)
+        names = replace(names, renamed=_RENAMED, skipped=(*names.skipped, *skipped))
         return replace(model.family, architecture=self.architecture, names=names)
 
 
@@ -110,7 +110,9 @@ def _sizes(vocabulary: int, hidden: int, inside: int, layers: int, heads: int) -
 
 
 _BY_MODEL_TYPE = {
-    family.model_type: family for module in (llama, gemma, qwen_moe) for family in module.FAMILIES
+    family.model_type: family
+    for module in (llama, gemma, qwen_moe, qwen_hybrid)
+    for family in module.FAMILIES
 }
 _QWEN2_VL = TextModel(
     _BY_MODEL_TYPE["qwen2"],
@@ -144,6 +146,18 @@ TEXT_MODELS: dict[str, TextModel] = {
         _BY_MODEL_TYPE["qwen3"],
         {**_sizes(151_936, 4096, 22_016, 32, 32), "num_key_value_heads": 32},
     ),
+    "qwen3_5_text": TextModel(
+        _BY_MODEL_TYPE["qwen3_5_text"],
+        {**_sizes(248_320, 4096, 12_288, 32, 16), "num_key_value_heads": 4},
+    ),
+    "qwen3_5_moe_text": TextModel(
+        _BY_MODEL_TYPE["qwen3_5_moe_text"],
+        {
+            **_sizes(248_320, 2048, 512, 40, 16),
+            "num_experts": 256,
+            "moe_intermediate_size": 512,
+        },
+    ),
     "qwen3_vl_text": TextModel(
         _BY_MODEL_TYPE["qwen3"], {**_sizes(151_936, 4096, 22_016, 32, 32), **_QWEN3_VL}
     ),
@@ -174,6 +188,8 @@ _PARTS = (
     TextPart("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text", ("visual.",)),
     TextPart("Qwen3VLForConditionalGeneration", "qwen3_vl_text", ("visual.",)),
     TextPart("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe_text", ("visual.",)),
+    TextPart("Qwen3_5ForConditionalGeneration", "qwen3_5_text", ("visual.",)),
+    TextPart("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text", ("visual.",)),
     TextPart("InternVLForConditionalGeneration", "qwen2", _TOWER),
     TextPart("Idefics3ForConditionalGeneration", "llama", ("vision_model.", "connector.")),
     TextPart("SmolVLMForConditionalGeneration", "llama", ("vision_model.", "connector.")),

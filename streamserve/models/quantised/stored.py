@@ -62,8 +62,9 @@ class CheckpointQuantization:
     @cached_property
     def _modules(self) -> StoredModules:
         files = open_tensor_files(self._directory, "auto")
-        tensors = Tensors(files, full_names(files, self._names))
-        return StoredModules(self.reader, tensors, self._names, self._spec)
+        names = self._names.of_files(files.names())
+        tensors = Tensors(files, full_names(files, names))
+        return StoredModules(self.reader, tensors, names, self._spec)
 
     def format(self, module: Module) -> StoredFormat | None:
         return self._modules.format(module)
