@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from streamserve.cli.compose import Service
-from streamserve.models import ModelConfig
+from streamserve.models import ModelConfig, state_bytes
 from streamserve.models.config import NativeConfig
 from streamserve.models.parameters import decoder_modules
 from streamserve.runner.passing_thread import on_passing_thread
@@ -21,17 +21,21 @@ from streamserve_kernels.stored import StoredFormat
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
     """Per step of so many tokens: bytes of weights. Per token: bytes of KV, FLOPs of products. Per
-    pair of a query and a key that it sees: FLOPs of attention.
+    pair of a query and a key that it sees: FLOPs of attention. Per sequence: bytes of its state.
     """
 
     weight_bytes: Callable[[int], int]
     kv_bytes_per_token: float
     flops_per_token: float
     flops_per_pair: float
+    state_bytes: int = 0
 
     def decode_s(self, num_tokens: int, num_keys: float, ceilings: Ceilings) -> float:
-        """Seconds of reading once the weights that so many tokens use, and `num_keys` of KV."""
+        """Seconds of reading once the weights that so many tokens use, and `num_keys` of KV, and
+        of reading and writing a state for each token.
+        """
         num_bytes = self.weight_bytes(num_tokens) + num_keys * self.kv_bytes_per_token
+        num_bytes += 2 * num_tokens * self.state_bytes
         return num_bytes / ceilings.bandwidth
 
     def prompt_s(self, num_tokens: int, ceilings: Ceilings) -> float:
@@ -57,6 +61,7 @@ def model_costs(service: Service, quantization: Quantization | None) -> ModelCos
         flops_per_pair=float(
             sum(2 * a.num_heads * (a.query_key_head_size + a.value_head_size) for a in attention)
         ),
+        state_bytes=state_bytes(config.spec, service.dtype),
     )
 
 

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 
 from streamserve.cli.args import model_name, scheduling_policy
-from streamserve.cli.device_flags import refuse_undivided, resolve_device_flags
+from streamserve.cli.device_flags import (
+    refuse_beside_states,
+    refuse_undivided,
+    resolve_device_flags,
+)
 from streamserve.cli.draft_model import check_vocabulary, with_draft_model
 from streamserve.cli.lora_flags import adapter_config
 from streamserve.cli.model_setup import BuiltModel, ModelBuilder, ModelSetup, Say
@@ -47,6 +51,7 @@ from streamserve.models import (
     read_embedding_config,
     read_text_files,
     resolve_dtype,
+    state_bytes,
     tokenizer_backend,
 )
 from streamserve.models.tensor_parallel.config import share_config
@@ -127,6 +132,7 @@ def _build(
         enable_prefix_caching=args.enable_prefix_caching,
         num_host_blocks=built.num_host_blocks,
         max_transfers_per_step=built.max_transfers_per_step,
+        num_state_slots=built.memory.num_state_slots,
     )
     config, scheduler = setup.config, setup.scheduler
     engine = AsyncEngine(
@@ -217,6 +223,8 @@ def set_up(args: Namespace, say: Say, warn: Say, *, rank: int = 0) -> ModelSetup
         trust_remote_code=args.trust_remote_code,
         hf_overrides=args.hf_overrides,
     )
+    if state_bytes(config.spec, torch.float32):
+        refuse_beside_states(args)
     if size > 1:
         config = share_config(config, rank, size)
     stored = None if config.stored_quantization is None else config.stored_quantization.name

@@ -11,6 +11,7 @@ from streamserve.models import (
     NativeConfig,
     adapter_bytes,
     kv_bytes_per_block,
+    state_bytes,
     touch_kv_cache,
 )
 from streamserve.runner.available import available_cpu_memory
@@ -114,6 +115,7 @@ def _plan(setup: ModelSetup) -> MemoryPlan:
         max_model_len=scheduler.max_model_len,
         max_num_seqs=scheduler.max_num_seqs,
         kv_cache_memory=None if args.kv_cache_memory is None else parse_bytes(args.kv_cache_memory),
+        state_bytes=state_bytes(setup.config.spec, setup.dtype),
     )
 
 

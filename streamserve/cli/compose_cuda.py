@@ -9,7 +9,7 @@ import torch
 
 from streamserve.cli.model_setup import BuiltModel, ModelSetup
 from streamserve.errors import ConfigError, KVCacheMemoryError, OutOfMemoryError
-from streamserve.models import LanguageModel, kv_bytes_per_block
+from streamserve.models import LanguageModel, kv_bytes_per_block, state_bytes
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner
@@ -71,7 +71,7 @@ class CudaBuilder:
         room = _RoomFor("the KV cache", setup, "lower --gpu-memory-utilization")
         with room, ExitStack() as on_error:
             kv_caches = new_kv_cache(
-                model.spec, memory, self._kv_dtype, setup.device, self._kernels
+                model.spec, memory, self._kv_dtype, setup.device, self._kernels, setup.dtype
             )
             transfer = None
             if self._num_host_blocks:
@@ -138,6 +138,7 @@ class CudaBuilder:
             max_model_len=scheduler.max_model_len,
             max_num_seqs=scheduler.max_num_seqs,
             kv_cache_memory=self._kv_cache_memory,
+            state_bytes=state_bytes(model.spec, setup.dtype),
         )
 
 

@@ -56,6 +56,24 @@ def refuse_undivided(args: Namespace, *, with_adapters: bool) -> None:
             )
 
 
+def refuse_beside_states(args: Namespace) -> None:
+    """Raises ConfigError for what is not built for a model whose layers keep states."""
+    size = args.tensor_parallel_size
+    given = {
+        "--speculative-config": (
+            args.speculative_config is not None,
+            "a state cannot go back behind drafts that were wrong",
+        ),
+        "--swap-space": (args.swap_space is not None, "states are kept on the device only"),
+        "--tensor-parallel-size": (size > 1, "states are not divided"),
+    }
+    for flag, (is_given, why) in given.items():
+        if is_given:
+            raise ConfigError(
+                f"{flag} must not be given for a model whose layers keep states: {why}"
+            )
+
+
 def resolve_device_flags(
     args: Namespace, *, on_gpu: bool, warn: Callable[[str], None]
 ) -> Namespace:

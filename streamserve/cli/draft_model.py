@@ -10,7 +10,7 @@ from streamserve.cli.quantization import agreed_quantization
 from streamserve.engine.text_source import TextSource
 from streamserve.engine.tokenizer import Tokenizer
 from streamserve.errors import ConfigError
-from streamserve.models import load_config, resolve_dtype
+from streamserve.models import load_config, resolve_dtype, state_bytes
 
 _FLAG = "--speculative-config"
 _MAX_DIFFERENT = 64  # tokens of a vocabulary, which then are hardly ever guessed right
@@ -32,6 +32,8 @@ def with_draft_model(setup: ModelSetup) -> ModelSetup:
         )
     path = named_directory(args, name, say)
     config = load_config(path, trust_remote_code=args.trust_remote_code)
+    if state_bytes(config.spec, setup.dtype):
+        raise ConfigError(f"{_FLAG}: {name} must be a model whose layers keep no state")
     max_model_len = setup.scheduler.max_model_len
     if config.max_position_embeddings < max_model_len:
         raise ConfigError(

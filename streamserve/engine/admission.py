@@ -24,11 +24,15 @@ def check_length(num_tokens: int, params: SamplingParams, max_model_len: int) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionLimits:
-    """The model's limits: positions and rows of the vocabulary."""
+    """The model's limits: positions and rows of the vocabulary.
+
+    With ``keeps_states`` its layers remember a text in a form that beams cannot share.
+    """
 
     max_model_len: int
     vocab_size: int
     num_tokenizer_ids: int
+    keeps_states: bool = False
 
     def check(
         self, prompt_token_ids: list[int], params: SamplingParams, *, is_tokenized: bool
@@ -64,6 +68,12 @@ class AdmissionLimits:
 
     def check_beams(self, beams: BeamSearchParams, n: int, num_ending_ids: int) -> None:
         """Raise ``InvalidParameterError`` unless the likeliest tokens suffice for so many beams."""
+        if self.keeps_states:
+            raise InvalidParameterError(
+                "use_beam_search may not be true with this model (its layers keep a state of the"
+                " text, which beams cannot share), got true",
+                param="use_beam_search",
+            )
         if beams.beam_width < n:
             raise InvalidParameterError(
                 f"n must be at most the beam width of {beams.beam_width}, got {n}", param="n"

@@ -90,6 +90,7 @@ class AsyncEngine(EngineFront):
             max_model_len=min(max_model_len, scheduler.max_model_len),
             vocab_size=vocab_size,
             num_tokenizer_ids=tokenizer.vocab_size,
+            keeps_states=scheduler.kv_cache.keeps_states,
         )
         grammars = grammars or Grammars(tokenizer, eos_token_ids, vocab_size)
         intake = Intake(

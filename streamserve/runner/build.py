@@ -9,7 +9,13 @@ import torch
 
 from streamserve.core.plan import ModelRunner
 from streamserve.core.step_time import StepProfile
-from streamserve.models import KVCache, LanguageModel, allocate_kv_cache, touch_kv_cache
+from streamserve.models import (
+    KVCache,
+    LanguageModel,
+    allocate_kv_cache,
+    state_caches,
+    touch_kv_cache,
+)
 from streamserve.models.spec import ModelShape
 from streamserve.runner.allocator import keep_freed_memory
 from streamserve.runner.kv_transfer import KVTransfer
@@ -30,9 +36,22 @@ def new_kv_cache(
     dtype: torch.dtype,
     device: torch.device,
     kernels: Kernels,
+    activations: torch.dtype | None = None,
 ) -> KVCache:
-    """Allocates the KV cache of a plan; on a CPU its memory is only promised."""
-    return allocate_kv_cache(spec, memory.num_blocks, memory.block_size, dtype, device, kernels)
+    """Allocates the KV cache of a plan; on a CPU its memory is only promised.
+
+    ``activations`` have a dtype of their own where the cache's is narrower.
+    """
+    return allocate_kv_cache(
+        spec,
+        memory.num_blocks,
+        memory.block_size,
+        dtype,
+        device,
+        kernels,
+        num_state_slots=memory.num_state_slots,
+        state_dtype=activations,
+    )
 
 
 def build_runner(
@@ -79,6 +98,7 @@ def build_runner(
         max_num_batched_tokens=max_num_batched_tokens,
         padded_sizes=sizes,
         transfer=transfer,
+        state_caches=state_caches(model.spec, kv_caches),
     )
     runner, call = steered(own, {"whole model": lambda: own.replace_model(model)}, team)
     with closed_on_error(runner):

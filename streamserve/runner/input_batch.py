@@ -41,7 +41,9 @@ class InputBatch:
         vocab_size: int,
         device: torch.device,
         padded_sizes: Sequence[int] = (),
+        keeps_states: bool = False,
     ) -> None:
+        self._keeps_states = keeps_states
         self._vocab_size = vocab_size
         self._device = device
         # Two steps in flight: a leaving request may overlap with the one that takes its seat.
@@ -102,6 +104,8 @@ class InputBatch:
         buffers.set_tokens(step.token_ids, step.positions, step.slots, step.logits_indices)
         has_adapters = self._rows.have_adapters(step.rows)
         buffers.set_adapters(self._rows.adapter[step.token_rows] if has_adapters else None)
+        if self._keeps_states:
+            buffers.set_states(self._rows.state_slot[step.rows], *step.saves(plan))
         return buffers.tensors(self._device), step.sampled(scheduled)
 
     def is_greedy(self, step: StepRows) -> bool:

@@ -1,7 +1,7 @@
 """Is there room? Answered, with the numbers, before the model is loaded.
 
-|<------------------------- available ------------------------->|
-|<-- weights -->|<- step buffers ->|<---- KV blocks ---->| rest |
+|<------------------------------- available ------------------------------->|
+|<-- weights -->|<- step buffers ->|<- states ->|<---- KV blocks ---->| rest |
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ DEFAULT_CPU_SHARE = 0.25
 DEFAULT_CPU_LIMIT = 4 * GIB
 # Of what all seats can use. Past it are prefixes that nobody comes back to, and blocks to count.
 MAX_GPU_SHARE = 8
+# Of what is given to the cache, the most that states take, and the most of these: all seats', and
+# as many that are kept for whoever has their prefix.
+STATE_SHARE = 0.5
+MAX_STATES_PER_SEAT = 2
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -33,7 +37,10 @@ class AvailableMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """What goes where, in bytes; ``kv_bytes`` is ``num_blocks`` blocks of ``block_size`` tokens."""
+    """What goes where, in bytes; ``kv_bytes`` is ``num_blocks`` blocks of ``block_size`` tokens.
+
+    ``state_bytes`` is what the ``num_state_slots`` states take, of a model that keeps some.
+    """
 
     available: AvailableMemory
     weight_bytes: int
@@ -44,6 +51,8 @@ class MemoryPlan:
     block_size: int
     max_model_len: int
     max_num_seqs: int
+    state_bytes: int = 0
+    num_state_slots: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -68,16 +77,21 @@ class MemoryPlan:
             f"{count:,} {'chat' if count == 1 else 'chats'} of {length:,}"
             for count, length in self.chats()
         )
-        return "\n".join(
-            (
-                f"available     {format_bytes(self.available.num_bytes)} ({self.available.source})",
-                f"weights       {format_bytes(self.weight_bytes)}",
-                f"step buffers  {format_bytes(self.step_buffer_bytes)}",
-                f"KV blocks     {self.num_blocks:,} of {self.block_size} tokens, "
-                f"{format_bytes(self.kv_bytes)} ({format_bytes(per_token)} per token)",
-                f"tokens        {self.num_tokens:,} fit: {chats} tokens",
+        lines = [
+            f"available     {format_bytes(self.available.num_bytes)} ({self.available.source})",
+            f"weights       {format_bytes(self.weight_bytes)}",
+            f"step buffers  {format_bytes(self.step_buffer_bytes)}",
+            f"KV blocks     {self.num_blocks:,} of {self.block_size} tokens, "
+            f"{format_bytes(self.kv_bytes)} ({format_bytes(per_token)} per token)",
+            f"tokens        {self.num_tokens:,} fit: {chats} tokens",
+        ]
+        if self.num_state_slots:
+            each = self.state_bytes / self.num_state_slots
+            lines.append(
+                f"states        {self.num_state_slots:,} of {format_bytes(each)}, "
+                f"{format_bytes(self.state_bytes)}: a chat that runs has one, prefixes the others"
             )
-        )
+        return "\n".join(lines)
 
 
 def plan_memory(
@@ -91,8 +105,9 @@ def plan_memory(
     max_num_seqs: int,
     kv_cache_memory: int | None = None,
     use_all: bool = False,
+    state_bytes: int = 0,
 ) -> MemoryPlan:
-    """Sizes the KV cache.
+    """Sizes the KV cache, states included, of which each takes ``state_bytes``.
 
     ``kv_cache_memory`` is what was asked for in bytes. Without it, ``use_all`` (a GPU, whose
     ``available`` is already a share) takes whatever the weights and buffers leave, up to eight
@@ -105,6 +120,8 @@ def plan_memory(
     room = available.num_bytes - weight_bytes - step_buffer_bytes
     blocks_per_sequence = -(-max_model_len // block_size)
     all_seats = max_num_seqs * blocks_per_sequence * kv_bytes_per_block
+    all_states = MAX_STATES_PER_SEAT * max_num_seqs * state_bytes
+    all_seats += all_states
     if kv_cache_memory is not None:
         budget = kv_cache_memory
     elif use_all:
@@ -116,7 +133,10 @@ def plan_memory(
             all_seats,
             room,
         )
-    num_blocks = max(budget, 0) // kv_bytes_per_block
+    num_states = 0
+    if state_bytes:
+        num_states = max(min(int(STATE_SHARE * budget), all_states) // state_bytes, 1)
+    num_blocks = max(budget - num_states * state_bytes, 0) // kv_bytes_per_block
     sizes = (
         f"weights {format_bytes(weight_bytes)} + step buffers {format_bytes(step_buffer_bytes)} + "
         f"KV cache {format_bytes(max(budget, 0))}; available: {format_bytes(available.num_bytes)} "
@@ -134,7 +154,9 @@ def plan_memory(
         )
     if num_blocks < blocks_per_sequence:
         shortest = num_blocks * block_size
-        advice = _advice(shortest, blocks_per_sequence * kv_bytes_per_block, room, on_gpu=use_all)
+        needed = blocks_per_sequence * kv_bytes_per_block
+        needed += max(min(needed, all_states), state_bytes)  # as many states leave it so much
+        advice = _advice(shortest, needed, room, on_gpu=use_all)
         raise KVCacheMemoryError(
             f"the KV cache holds {shortest} tokens, fewer than one sequence of --max-model-len "
             f"{max_model_len}: {advice}. {sizes}"
@@ -149,6 +171,8 @@ def plan_memory(
         block_size=block_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
+        state_bytes=num_states * state_bytes,
+        num_state_slots=num_states,
     )
 
 

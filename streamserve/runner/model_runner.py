@@ -108,19 +108,25 @@ class TorchModelRunner:
         max_num_batched_tokens: int,
         padded_sizes: Sequence[int] = (),
         transfer: KVTransfer | None = None,
+        state_caches: Sequence[Tensor] = (),
         sampler: Callable[[int, int, RowDraws | None], Sampler] = Sampler,
         clock: Clock = monotonic,
     ) -> None:
         """``clock`` measures what a step takes on the device thread.
 
-        Plans with stores or loads need a ``transfer``; it is closed with the runner.
+        Plans with stores or loads need a ``transfer``; it is closed with the runner. Of the
+        ``kv_caches`` the ``state_caches`` have a row for each slot, all others one for each block.
         """
         self._clock = clock
         self._model = model
         self._kernels = model.kernels
         self._kv_caches = kv_caches
         self._transfer = transfer
-        self._flat_caches = [cache for pair in kv_caches for cache in pair]
+        self._state_caches = state_caches
+        are_states = {id(cache) for cache in state_caches}
+        self._flat_caches = [
+            cache for pair in kv_caches for cache in pair if id(cache) not in are_states
+        ]
         self._input_batch = InputBatch(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -129,6 +135,7 @@ class TorchModelRunner:
             vocab_size=vocab_size,
             device=model.device,
             padded_sizes=padded_sizes,
+            keeps_states=bool(state_caches),
         )
         self._sampler = sampler(vocab_size, max_num_seqs, load_row_draws(vocab_size))
         self._vocab_size = vocab_size
@@ -177,7 +184,7 @@ class TorchModelRunner:
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
-        del self._model, self._kv_caches, self._flat_caches, self._input_batch
+        del self._model, self._kv_caches, self._flat_caches, self._state_caches, self._input_batch
 
     def _work(self) -> None:
         try:
@@ -221,6 +228,9 @@ class TorchModelRunner:
     def _compute(self, plan: SchedulerOutput) -> Launched:
         if plan.block_copies:
             self._copy_blocks(plan.block_copies)
+        for src, dst in plan.state_copies:
+            for cache in self._state_caches:
+                cache[dst] = cache[src]
         if not plan.scheduled:
             return Launched()
         batch, rows = self._input_batch.build(plan)

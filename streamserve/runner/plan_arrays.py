@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from streamserve.core.plan import ScheduledRequest, SchedulerOutput
 from streamserve.runner.philox import uniforms
-from streamserve.runner.request_rows import RequestRows
+from streamserve.runner.request_rows import Int64Array, RequestRows
 
 NO_DRAFT = -1
 
@@ -117,6 +117,15 @@ class PlanArrays:
         self.logits_indices = self.query_start_loc[1:][self._place_array] - 1
         if self._num_behind is not None:
             self.logits_indices = self.logits_indices - self._num_behind.astype(np.int32)
+
+    def saves(self, plan: SchedulerOutput) -> tuple[Int64Array, NDArray[np.int32]]:
+        """The tokens behind which a state is saved, and the slots that take them."""
+        tokens = [
+            self.query_start_loc[save.place] + save.position - 1 - plan.scheduled[save.place].start
+            for save in plan.state_saves
+        ]
+        slots = [save.slot for save in plan.state_saves]
+        return np.array(tokens, dtype=np.int64), np.array(slots, dtype=np.int32)
 
     def sampled(self, scheduled: Sequence[ScheduledRequest]) -> StepRows:
         """The rows that are sampled; ``scheduled`` is the plan's."""

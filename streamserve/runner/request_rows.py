@@ -80,6 +80,7 @@ class RequestRows:
         self.min_p[row] = params.min_p
         self.seed[row] = (request.seed + 2**63) % 2**64 - 2**63  # any integer, as 64 bits
         self.choice_index[row] = request.choice_index
+        self.state_slot[row] = -1 if request.state_slot is None else request.state_slot
         self.adapter[row] = -1 if request.adapter is None else request.adapter
         self.num_adapted += request.adapter is not None
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
@@ -156,6 +157,7 @@ class RequestRows:
         self.num_logprobs = np.full(num_rows, -1, dtype=np.int64)
         self.is_plain = np.ones(num_rows, dtype=np.bool_)
         self.adapter = np.full(num_rows, -1, dtype=np.int32)
+        self.state_slot = np.full(num_rows, -1, dtype=np.int32)
 
     def _grow(self) -> None:
         num_old = self.num_rows
@@ -164,7 +166,7 @@ class RequestRows:
             raise RuntimeError(f"more than {num_old} requests are live in the model runner")
         names = (
             "block_table", "num_blocks", "temperature", "top_k", "top_p", "min_p", "seed",
-            "choice_index", "num_logprobs", "is_plain", "adapter",
+            "choice_index", "num_logprobs", "is_plain", "adapter", "state_slot",
         )  # fmt: skip
         old = {name: getattr(self, name) for name in names}
         self._allocate(num_new)

@@ -20,6 +20,7 @@ from streamserve.core.plan import PrefixGroup
 from streamserve.models.batch import ForwardBatch
 from streamserve_kernels import PrefixGroups
 from streamserve_kernels.adapters import AdapterRows, StepAdapters
+from streamserve_kernels.recurrent import StepStates
 
 _SMALL_SIZES = (1, 2, 4)
 
@@ -74,6 +75,8 @@ class StepBuffers:
         self._num_rows = 0
         self._num_logits = 0
         self._adapters: NDArray[np.int32] | None = None
+        self._state_slots: NDArray[np.int32] | None = None
+        self._state_saves = np.full(capacity, -1, dtype=np.int32)
 
     def set_sequences(
         self,
@@ -141,6 +144,17 @@ class StepBuffers:
         padding = self._num_rows - len(slots)
         self._adapters = np.pad(slots, (0, padding), constant_values=-1)
 
+    def set_states(
+        self,
+        slots: NDArray[np.int32],
+        saved_tokens: NDArray[np.int64],
+        save_slots: NDArray[np.int32],
+    ) -> None:
+        """Sets each sequence's slot ``[R]``, and those that keep the states behind some tokens."""
+        self._state_slots = slots
+        self._state_saves[: self._num_rows] = -1
+        self._state_saves[saved_tokens] = save_slots
+
     def tensors(self, device: torch.device) -> ForwardBatch:
         """The step as the model takes it: views on a CPU, copies on another device."""
         num_rows, num_seqs = self._num_rows, self._num_seqs
@@ -157,6 +171,10 @@ class StepBuffers:
                 starts=tensor(self._group_starts[: num_groups + 1]),
                 num_blocks=tensor(self._group_num_blocks[:num_groups]),
             )
+        states = None
+        if self._state_slots is not None:
+            saves = tensor(self._state_saves[:num_rows])
+            states = StepStates(tensor(self._state_slots), saves)
         return ForwardBatch(
             input_ids=tensor(self._input_ids[:num_rows]),
             positions=tensor(self._positions[:num_rows]),
@@ -167,6 +185,7 @@ class StepBuffers:
             logits_indices=tensor(self._logits_indices[: self._num_logits]),
             prefix_groups=prefix_groups,
             adapters=self._step_adapters(device),
+            states=states,
             max_query_len=self._max_query_len,
             max_seq_len=self._max_seq_len,
         )

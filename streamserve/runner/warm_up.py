@@ -17,6 +17,8 @@ from streamserve.core.plan import (
     PrefixGroup,
     ScheduledRequest,
     SchedulerOutput,
+    StateCopy,
+    StateSave,
 )
 from streamserve.core.pooling import Pooling
 from streamserve.core.sampling_params import SamplingParams
@@ -262,12 +264,24 @@ class WarmUp:
             plan.prefix_groups.append(PrefixGroup(tuple(range(len(work))), shared))
         if num_blocks > 1:
             plan.block_copies.append(BlockCopy(0, 1))
+        num_slots = self._memory.num_state_slots
+        if num_slots > len(work) > 0:
+            plan.state_copies.append(StateCopy(num_slots - 1, 0))
+            plan.state_saves.append(StateSave(0, sum(work[0]), num_slots - 1))
         for i, ((start, length), chosen) in enumerate(
             zip(work, islice(cycle(params), len(work)), strict=True)
         ):
             request_id, token_ids = self._live[i], [0] * (start + length)
             plan.new_requests.append(
-                NewRequest(request_id, token_ids, len(token_ids), chosen, seed=i, choice_index=0)
+                NewRequest(
+                    request_id,
+                    token_ids,
+                    len(token_ids),
+                    chosen,
+                    seed=i,
+                    choice_index=0,
+                    state_slot=i if i < num_slots else None,
+                )
             )
             first = 0 if plan.prefix_groups else i
             blocks = [(first + j) % num_blocks for j in range(-(-len(token_ids) // block_size))]

@@ -37,6 +37,7 @@ class Loop:
         block_size=BLOCK_SIZE,
         prefix=True,
         num_host_blocks=0,
+        num_state_slots=0,
         propose=None,
         **config,
     ) -> None:
@@ -47,6 +48,7 @@ class Loop:
             enable_prefix_caching=prefix,
             num_host_blocks=num_host_blocks,
             max_transfers_per_step=6,
+            num_state_slots=num_state_slots,
         )
         options = {
             "max_model_len": MAX_LEN,

@@ -230,6 +230,7 @@ def plan_gpu_memory(
     max_model_len: int,
     max_num_seqs: int,
     kv_cache_memory: int | None = None,
+    state_bytes: int = 0,
 ) -> MemoryPlan:
     """Gives the KV cache what is left within ``utilization`` of the GPU called ``name``.
 
@@ -249,4 +250,5 @@ def plan_gpu_memory(
         max_num_seqs=max_num_seqs,
         kv_cache_memory=kv_cache_memory,
         use_all=True,
+        state_bytes=state_bytes,
     )
