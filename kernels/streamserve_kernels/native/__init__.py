@@ -5,10 +5,10 @@ library         finds the compiled library and says why it cannot serve, if so
 execute         instructions in C's layout, run on torch's threads
 layout          the order of the elements in a cache block
 product         how a weight tells its instructions, and what these have in common
-ops, linear, quant_linear, stored*, experts
+ops, linear, quant_linear, stored*, experts, recurrent
                 the functions of the contract on tensors, one or a few instructions each
 sampling        draws from rows of logits, in float32 whatever the model's weights
-record, symbol, recorded
+record*, symbol, recorded
                 a decoder's forward written down once as instructions, and run
 
 Caches have the shape of `naive`'s, but the elements inside a block lie as the dot-product

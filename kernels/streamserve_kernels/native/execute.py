@@ -13,6 +13,7 @@ import torch
 from streamserve_kernels.interface import PrefixGroups
 from streamserve_kernels.native.library import MAX_ARGS, OPERATIONS, PackedInstruction, load_library
 from streamserve_kernels.pool import pool
+from streamserve_kernels.recurrent import StepStates
 
 Instruction = tuple[str, tuple[int, ...]]
 """An operation and its arguments; those that are not given are 0."""
@@ -47,6 +48,16 @@ def group_fields(groups: PrefixGroups | None) -> tuple[int, int, int, int]:
             raise TypeError(f"prefix groups must be contiguous int32, got {tensor.dtype}")
     members, starts, num_blocks = groups
     return num_blocks.shape[0], members.data_ptr(), starts.data_ptr(), num_blocks.data_ptr()
+
+
+def state_fields(states: StepStates | None) -> tuple[int, int]:
+    """What ``ss_step`` holds of them. Raises TypeError for numbers other than adjacent int32."""
+    if states is None:
+        return 0, 0
+    for tensor in states:
+        if tensor.dtype != torch.int32 or not tensor.is_contiguous():
+            raise TypeError(f"slots of states must be contiguous int32, got {tensor.dtype}")
+    return states.slots.data_ptr(), states.saves.data_ptr()
 
 
 def pack_instructions(instructions: Sequence[Instruction]) -> torch.Tensor:

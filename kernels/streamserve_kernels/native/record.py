@@ -8,8 +8,7 @@ functions, so that the one decoder there is serves both ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,63 +19,19 @@ from streamserve_kernels.adapters import AdapterRows
 from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import NotRecordableError, PackedLinear, QuantLinear
 from streamserve_kernels.native.adapters import AdapterTable
-from streamserve_kernels.native.execute import Executable, Instruction, done_flags, double_bits
+from streamserve_kernels.native.execute import Executable, double_bits
 from streamserve_kernels.native.experts import ExpertProducts, Routes
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.library import ACTIVATION_CODES, GATED_CODES
-from streamserve_kernels.native.product import NativeWeight, Product, Work
+from streamserve_kernels.native.product import NativeWeight, Product
+from streamserve_kernels.native.record_memory import ProductMemory
+from streamserve_kernels.native.record_recurrent import RecurrentRecorder
 from streamserve_kernels.native.recorded import RecordedProgram
 from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol, rows_kind
 from streamserve_kernels.pool import pool
 
 
-class _Memory:
-    """A buffer that goes back to the recorder when no symbol points into it any more."""
-
-    __slots__ = ("_give_back", "tensor")
-
-    def __init__(self, tensor: Tensor, give_back: Callable[[Tensor], None]) -> None:
-        self.tensor = tensor
-        self._give_back = give_back
-
-    def __del__(self) -> None:
-        self._give_back(self.tensor)
-
-
-class _ProductMemory:
-    """Memory for the products of so many rows, until no instruction of theirs is to come."""
-
-    def __init__(self, recorder: Recorder, rows: int) -> None:
-        self._recorder = recorder
-        self._rows = rows
-        self._symbols: list[Symbol] = []
-
-    def work(self, row_bytes: int) -> tuple[int, int, int, int]:
-        return self._recorder._work(self._rows, row_bytes)
-
-    def rows(self, width: int) -> int:
-        self._symbols.append(self._recorder._new(self._rows, width))
-        return self._symbols[-1].address
-
-
-class RecordedBatch:
-    """What stands for a ``ForwardBatch`` while a forward is recorded."""
-
-    def __init__(self) -> None:
-        self.input_ids = Index("input_ids", TOKENS)
-        self.positions = Index("positions", TOKENS)
-        self.slot_mapping = Index("slot_mapping", TOKENS)
-        self.query_start_loc = Index("query_start_loc", 0)
-        self.seq_lens = Index("seq_lens", 0)
-        self.block_table = Index("block_table", 0)
-        self.logits_indices = Index("logits_indices", LOGITS)
-        # A step's own are read when it runs; a layer's window is heeded there as well.
-        self.prefix_groups = None
-        self.max_query_len = self.max_seq_len = None
-        self.adapters = None
-
-
-class Recorder:
+class Recorder(RecurrentRecorder):
     """A backend whose functions take symbols and write down what is to be done.
 
     Steps of up to ``max_tokens`` tokens and ``max_logits`` rows that need logits. Whatever no
@@ -84,59 +39,6 @@ class Recorder:
     """
 
     name = "native recorder"
-
-    def __init__(self, max_tokens: int, max_logits: int) -> None:
-        self.batch = RecordedBatch()
-        self.max_tokens = max_tokens
-        self.max_logits = max_logits
-        self.instructions: list[Instruction] = []
-        self.keep: list[object] = []  # what the instructions' addresses point to
-        self.attention: tuple[int, ...] | None = None
-        self._buffers: list[Tensor] = []  # free, to be used again
-        self._works: dict[tuple[int, int], Work] = {}  # by rows and bytes for each
-        self._slots: tuple[Tensor, Tensor] | None = None  # of tokens and logits, with adapters
-        self._low: dict[int, Tensor] = {}  # what adapters make between their products, by width
-
-    # Memory
-
-    def _new(self, rows: int, *tail: int) -> Symbol:
-        width = prod(tail)
-        count = self._most_rows(rows) * width
-        fitting = [i for i, buffer in enumerate(self._buffers) if buffer.numel() >= count]
-        if fitting:
-            tensor = self._buffers.pop(min(fitting, key=lambda i: self._buffers[i].numel()))
-        else:
-            tensor = huge_pages.zeros((count,), torch.bfloat16)
-            huge_pages.touch(tensor)
-            self.keep.append(tensor)
-        memory = _Memory(tensor, self._buffers.append)
-        return Symbol(self, memory, tensor.data_ptr(), rows, width, *tail)
-
-    def _most_rows(self, rows: int) -> int:
-        if rows == LOGITS or rows > 0:
-            return self.max_logits * max(1, rows)
-        return self.max_tokens * max(1, -2 - rows)
-
-    def _work(self, rows: int, row_bytes: int) -> tuple[int, int, int, int]:
-        """See `Memory.work`; products that follow one another share all but the flags."""
-        key = max(self._most_rows(rows), self.max_tokens), row_bytes
-        work = self._works.get(key) or self._works.setdefault(key, Work(*key))
-        done = done_flags()
-        self.keep += work, done
-        return (*work.fields, done.data_ptr())
-
-    def _address(self, tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        if not tensor.is_contiguous():
-            raise NotRecordableError(f"a weight of shape {tuple(tensor.shape)} with gaps")
-        self.keep.append(tensor)
-        return tensor.data_ptr()
-
-    def _add(self, operation: str, *args: int) -> None:
-        self.instructions.append((operation, args))
-
-    # The functions of a backend
 
     def embedding(self, ids: Index, weight: Tensor | QuantLinear) -> Symbol:
         if ids.name not in ("input_ids", "positions"):
@@ -356,7 +258,7 @@ class Recorder:
         if not isinstance(packed, NativeWeight):
             raise NotRecordableError(f"a product with {type(packed).__name__}")
         self.keep.append(packed)
-        self.instructions += packed.instructions(product, _ProductMemory(self, x.rows))
+        self.instructions += packed.instructions(product, ProductMemory(self, x.rows))
 
     def add_adapters(
         self, y: Symbol, x: Symbol, table: AdapterTable, rows: AdapterRows | None
@@ -396,11 +298,6 @@ class Recorder:
         self._add("scale", out.address, x.address, 0, x.width, rows, double_bits(factor))
         return out
 
-    def causal_conv(self, *_args: Any, **_options: Any) -> Symbol:
-        raise NotRecordableError("layers that keep a state, or gates of what attention found")
-
-    gated_delta_rule = gated_rms_norm = sigmoid_gate = causal_conv
-
     def moe(
         self,
         x: Symbol,
@@ -429,7 +326,7 @@ class Recorder:
     ) -> Symbol:
         products = ExpertProducts(experts)
         out = self._new(x.rows, products.out_features)
-        memory = _ProductMemory(self, x.rows)
+        memory = ProductMemory(self, x.rows)
         self.instructions += products.instructions(routes, out.address, x.address, memory)
         self.keep += experts, products, routes
         return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from streamserve_kernels.interface import StepTensors
-from streamserve_kernels.native.execute import Executable, group_fields, pack_step
+from streamserve_kernels.native.execute import Executable, group_fields, pack_step, state_fields
 from streamserve_kernels.pool import pool
 
 
@@ -72,6 +72,7 @@ class RecordedProgram:
             batch.block_table.data_ptr(),
             *group_fields(batch.prefix_groups),
             int(wants_logits),
+            *state_fields(batch.states),
         )
         self._executable.run(step, self._threads)
         return result[:num_logits]

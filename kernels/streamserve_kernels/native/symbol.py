@@ -117,3 +117,21 @@ class Index:
 
     def __add__(self, offset: int) -> Index:
         return Index(self.name, self.shape[0], self.offset + offset)
+
+
+class RecordedBatch:
+    """What stands for a ``ForwardBatch`` while a forward is recorded."""
+
+    def __init__(self) -> None:
+        self.input_ids = Index("input_ids", TOKENS)
+        self.positions = Index("positions", TOKENS)
+        self.slot_mapping = Index("slot_mapping", TOKENS)
+        self.query_start_loc = Index("query_start_loc", 0)
+        self.seq_lens = Index("seq_lens", 0)
+        self.block_table = Index("block_table", 0)
+        self.logits_indices = Index("logits_indices", LOGITS)
+        # A step's own are read when it runs; a layer's window is heeded there as well.
+        self.prefix_groups = None
+        self.max_query_len = self.max_seq_len = None
+        self.adapters = None
+        self.states = Index("states", TOKENS)
