@@ -23,7 +23,7 @@ from streamserve.models import Decoder, load_model
 from streamserve.models.adapters import adapter_bytes
 from streamserve_kernels.adapters import AdapterRows, StepAdapters
 from streamserve_kernels.native.library import why_not
-from tests.models.native import BASE, ENDS, GPT2, GQA, PHI3
+from tests.models.native import BASE, DELTA, DELTA_EXPERTS, ENDS, GPT2, GQA, PHI3
 from tests.models.paged import PagedHarness, Sequence
 
 CPU = torch.device("cpu")
@@ -33,6 +33,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "q, k, v stacked": lambda: transformers.Phi3Config(**PHI3),
     "q, k, v by group": lambda: transformers.GPTNeoXConfig(**BASE),
     "transposed": lambda: transformers.GPT2Config(**GPT2, **ENDS),
+    "q, k, v, z apart": lambda: transformers.Qwen3_5TextConfig(**DELTA),
     "a plain MLP": lambda: transformers.PhiConfig(**BASE),
 }
 TOKENS = [5, 11, 3, 42, 7, 19, 23]
@@ -95,6 +96,23 @@ def test_logits_are_those_of_the_merged_model(kind, checkpoint, kernels, tmp_pat
     decoder.adapters.clear(1)
     empty = decoder.forward(with_adapters(batch, [1] * len(TOKENS)), harness.caches)
     assert torch.equal(empty, plain)
+
+
+def test_rows_by_key_head_are_put_in_order(checkpoint, kernels, tmp_path):
+    config = transformers.Qwen3NextConfig(**DELTA, **DELTA_EXPERTS)
+    directory, model = checkpoint(config)
+    save_adapter(
+        model,
+        tmp_path / "adapter",
+        target_modules=["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"],
+    )
+    decoder = load(directory, kernels)
+    decoder.adapters.load(0, tmp_path / "adapter")
+    harness = PagedHarness(decoder)
+    batch = harness.batch([(Sequence(TOKENS), len(TOKENS))], all_rows=True)
+    adapted = decoder.forward(with_adapters(batch, [0] * len(TOKENS)), harness.caches)
+    expected = merged_logits(model, tmp_path / "adapter", TOKENS)
+    torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_ranks_and_scales_follow_their_patterns(checkpoint, kernels, tmp_path):

@@ -32,6 +32,22 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 GQA = {**SIZES, "num_key_value_heads": 2}
+DELTA = {
+    **GQA,
+    **ENDS,
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+# Which packers leave as they are.
+PLAIN = ("layers.router", "layers.delta.gates")
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**GQA),
     "qwen2": lambda: transformers.Qwen2Config(**GQA, tie_word_embeddings=True),
@@ -41,6 +57,8 @@ CONFIGS = {
     ),
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**SIZES),
     "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4),
+    "qwen3.5-moe": lambda: transformers.Qwen3_5MoeTextConfig(**DELTA),
+    "qwen3-next": lambda: transformers.Qwen3NextConfig(**DELTA, mlp_only_layers=[0]),
 }
 # Every format on one family, and every family on formats that are read in different ways.
 CASES = [("llama", kind) for kind in KINDS] + [
@@ -57,13 +75,13 @@ BOUND = 0.04
 def quantise(directory: Path, kind: str) -> dict[str, torch.Tensor]:
     """Makes a plain checkpoint one of this kind; returns what its tensors stand for."""
     config = load_config(directory)
-    names = config.family.weight_names(config.spec)
     file = directory / "model.safetensors"
     tensors = load_file(file)
+    names = config.family.weight_names(config.spec).of_files(tensors)
     dense = dict(tensors)
     generator = torch.Generator().manual_seed(13)
     for module in decoder_modules(config.spec):
-        is_kept = module.name == "layers.router" or (module.name == "head" and not KINDS[kind].head)
+        is_kept = module.name in PLAIN or (module.name == "head" and not KINDS[kind].head)
         if module.role != "linear" or is_kept:
             continue
         for piece in module_pieces(names, module, "weight"):

@@ -152,6 +152,9 @@ def test_what_cannot_be_cut_is_refused_by_name(tmp_path: Path) -> None:
     quantise(tmp_path, "fp8-block")
     with pytest.raises(ConfigError, match=r"layers\.down of layer 0 is quantised in groups of 32"):
         load_shares(tmp_path, load_config(tmp_path), 2, **options())
+    made = random_checkpoint(config_values("qwen3.5"), tmp_path)
+    with pytest.raises(ConfigError, match=r"must be 1 .* layers that keep a state .* got 2"):
+        share_config(made, 0, 2)
     for size, what in ((3, "4 .attention heads"), (5, "4 .attention heads")):
         with pytest.raises(ConfigError, match=f"must divide the model's {what}.*got {size}"):
             share_config(config, 0, size)
