@@ -18,6 +18,8 @@ _BETWEEN = {
     "attention_kernel",
     "merge_kernel",
     "_activation_kernel",
+    "delta_parts_kernel",
+    "delta_chunks_kernel",
     "conv_kernel",
     "delta_kernel",
     "gated_norm_kernel",
@@ -58,6 +60,10 @@ def test_every_kernel_compiles_for_hopper_and_spills_little(part, compiled):
             # Where the sequence and its state are; that is read, kept and saved in whole lines.
             assert kernel["early"] >= 4, kernel
             assert (kernel["wide"], kernel["stack"]) == (3 * 8, 0), kernel
+        elif name == "delta_chunks_kernel":
+            # The state is there all the time.
+            assert kernel["stack"] <= 32, kernel
+            assert kernel["wgmma"], kernel
         elif name == "attention_kernel":
             assert kernel["slow_conversions"] == 0, kernel
         elif kernel["kernel"].endswith("stored_split_kernel"):

@@ -28,6 +28,13 @@ RAGGED = [
     (33, 0, False, (20,)),
     (2, 0, True, ()),
 ]
+CROWDED = [(21, 3, True, (4,)), *[(0, 0, False, ())] * 20]  # as many tokens as sequences
+MIXED = [*[(1, 5, False, ())] * 20, (70, 2, True, ())]
+STEPS = pytest.mark.parametrize(
+    "sequences",
+    [DECODES, RAGGED, CROWDED, MIXED],
+    ids=["decodes", "ragged", "crowded", "mixed"],
+)
 
 
 @dataclass
@@ -82,7 +89,7 @@ def strided(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -
     return torch.randn(rows, columns + 24).to(device, dtype)[:, 8 : columns + 8]
 
 
-@pytest.mark.parametrize("sequences", [DECODES, RAGGED], ids=["decodes", "ragged"])
+@STEPS
 @pytest.mark.parametrize(
     ("width", "channels", "has_bias", "activation"),
     [(4, 300, False, "silu"), (3, 40, True, None), (2, 256, True, "silu"), (4, 8, False, None)],
@@ -133,7 +140,7 @@ class Delta:
         torch.testing.assert_close(states, expected_states, equal_nan=True, **bounds)
 
 
-@pytest.mark.parametrize("sequences", [DECODES, RAGGED], ids=["decodes", "ragged"])
+@STEPS
 @pytest.mark.parametrize(
     ("heads", "sizes"),
     [((1, 1), (16, 16)), ((2, 4), (64, 16)), ((1, 3), (128, 24)), ((1, 1), (40, 128))],
@@ -144,12 +151,18 @@ def test_delta_rules(device, dtype, sequences, heads, sizes):
     Delta(case, heads, sizes, device, dtype).check(dtype)
 
 
-def test_a_slow_decay_and_a_fast_one(device, dtype):
-    """Of what exp and softplus are asked for, the ends."""
-    case = step_of([(8, 3, True, ())], device)
+@pytest.mark.parametrize("count", [8, 90])
+def test_a_slow_decay_and_a_fast_one(device, dtype, count):
+    """Of what exp and softplus are asked for, the ends; and keys that are all the same."""
+    case = step_of([(count, 3, True, ()), (1, 3, True, ())], device)
     delta = Delta(case, (1, 2), (16, 16), device, dtype)
-    delta.gates[:4] = -25.0
-    delta.gates[4:] = 25.0
+    delta.gates[: count // 2] = -25.0
+    delta.gates[count // 2 :] = 25.0
+    delta.check(dtype)
+    delta.gates[:, :2], delta.gates[:, 2:] = 25.0, -25.0
+    delta.qkv[:, 16:32] = delta.qkv[0, 16:32]
+    delta.check(dtype)
+    delta.decay[:], delta.gates[:, 2:] = -1e4, -12.0
     delta.check(dtype)
 
 

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from streamserve_kernels.recurrent import StepStates
+from streamserve_kernels.triton.delta_chunks import CHUNK, delta_chunks_kernel, delta_parts_kernel
 from streamserve_kernels.triton.recurrent_kernels import (
     conv_kernel,
     delta_kernel,
@@ -19,6 +20,8 @@ from streamserve_kernels.triton.runtime import overlaps
 
 _CHANNELS = 256  # of a program of the convolution
 _TOKENS = 16  # and of a sequence's tokens, where it may have more than one
+_FEW_TOKENS = 16  # more of a sequence's are chunks of matrix products, where a step may have them
+_ANY = 2**31 - 1
 _ELEMENTS = 1024  # of a program of what goes through memory once
 _COLUMNS = 32  # of a program's part of a state: a row of it is a cache line
 
@@ -92,33 +95,81 @@ def gated_delta_rule(
     y = torch.empty(num_tokens, num_heads * value_size, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return y
+    has_chunks = num_tokens > max(num_seqs, _FEW_TOKENS)
     columns = min(triton.next_power_of_2(value_size), _COLUMNS)
     overlap = overlaps(qkv.device)
-    grid = (num_heads * triton.cdiv(value_size, columns), num_seqs + 1)
-    delta_kernel[grid](
+    where = step.slots, step.saves, query_start_loc, seq_lens
+    sizes = {
+        "HK": num_key_heads,
+        "HV": num_heads,
+        "D": key_size,
+        "OVERLAP": overlap,
+        "num_warps": 4,
+        "launch_pdl": overlap,
+    }
+    tiles = num_heads * triton.cdiv(value_size, columns)
+    delta_kernel[(tiles, num_seqs + 1)](
         qkv,
         gates,
         decay,
         time_bias,
         states,
-        step.slots,
-        step.saves,
-        query_start_loc,
-        seq_lens,
+        *where,
         y,
         qkv.stride(0),
         gates.stride(0),
         num_tokens,
         num_seqs,
-        HK=num_key_heads,
-        HV=num_heads,
-        D=key_size,
         DV=value_size,
         BLOCK_D=triton.next_power_of_2(key_size),
         BLOCK_V=columns,
-        OVERLAP=overlap,
-        num_warps=4,
-        launch_pdl=overlap,
+        MOST=_FEW_TOKENS if has_chunks else _ANY,
+        **sizes,
+    )
+    if not has_chunks:
+        return y
+    of_tokens = num_tokens, num_heads
+    updates, scores, scales = (
+        torch.empty(*shape, dtype=torch.float32, device=qkv.device)
+        for shape in ((*of_tokens, CHUNK), (*of_tokens, CHUNK), (3, *of_tokens))
+    )
+    block = max(triton.next_power_of_2(key_size), 16)
+    # Each sequence has at most one chunk that is not full.
+    num_chunks = num_tokens // CHUNK + min(num_seqs, num_tokens // (_FEW_TOKENS + 1))
+    delta_parts_kernel[(num_heads, num_chunks)](
+        qkv,
+        gates,
+        decay,
+        time_bias,
+        query_start_loc,
+        updates,
+        scores,
+        scales,
+        qkv.stride(0),
+        gates.stride(0),
+        num_tokens,
+        num_seqs,
+        BLOCK_D=block,
+        FEW=_FEW_TOKENS,
+        **sizes,
+    )
+    columns = max(columns, 16)
+    delta_chunks_kernel[(num_heads * triton.cdiv(value_size, columns), num_seqs)](
+        qkv,
+        states,
+        *where,
+        updates,
+        scores,
+        scales,
+        y,
+        qkv.stride(0),
+        num_tokens,
+        DV=value_size,
+        BLOCK_D=block,
+        BLOCK_V=columns,
+        FEW=_FEW_TOKENS,
+        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
+        **sizes,
     )
     return y
 

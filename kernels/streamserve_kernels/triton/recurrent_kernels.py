@@ -149,11 +149,13 @@ def delta_kernel(
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    MOST: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched with `launch_pdl`
 ):
     """A sequence's tokens one by one, on columns of a head's state that stay in registers.
 
-    The programs of sequence R write zeros to the rows that belong to none.
+    Of those with up to MOST tokens: others are `delta_chunks`'s. The programs of sequence R write
+    zeros to the rows that belong to none.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -169,7 +171,8 @@ def delta_kernel(
     count = tl.load(query_start_loc + r + 1, mask=is_anybodys, other=0) - begin
     slot = tl.load(slots + r, mask=is_anybodys, other=-1)
     length = tl.load(seq_lens + r, mask=is_anybodys, other=0)
-    has_before = (slot >= 0) & (length > count) & (count > 0)
+    is_done = (count > 0) & (count <= MOST)
+    has_before = (slot >= 0) & (length > count) & is_done
     rate = tl.load(decay + head)
     bias = tl.load(time_bias + head)
     of_slot = states + tl.maximum(slot, 0).to(tl.int64) * (HV * D * DV)
@@ -191,7 +194,7 @@ def delta_kernel(
                 mask=(i < T)[:, None] & is_value[None, :],
             )
         return
-    if count <= 0:
+    if not is_done:
         return
     state = tl.load(of_slot + part, mask=is_part & has_before, other=0.0)
     row = qkv + begin.to(tl.int64) * qkv_stride
