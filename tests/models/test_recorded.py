@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import streamserve_kernels
-from streamserve.models import Decoder, load_config
+from streamserve.models import Decoder, load_config, state_caches
 from streamserve.models.checkpoint import RandomSource
 from streamserve.models.families import FAMILIES
 from streamserve.models.hf_config import HfConfig
@@ -61,7 +61,12 @@ def widened(spec: DecoderSpec) -> DecoderSpec:
             rope=rope and replace(rope, rotary_dim=rope.rotary_dim * factor),
         )
 
-    layers = tuple(replace(layer, attention=wide(layer.attention)) for layer in spec.layers)
+    layers = tuple(
+        replace(layer, attention=wide(layer.attention))
+        if isinstance(layer.attention, AttentionSpec)
+        else layer
+        for layer in spec.layers
+    )
     return replace(spec, layers=layers)
 
 
@@ -104,11 +109,14 @@ def other_axes() -> dict[str, DecoderSpec]:
     }
 
 
-@pytest.fixture(params=[*native.NATIVE, *other_axes()])
+FAMILY_CASES = {**native.NATIVE, **native.HYBRID}
+
+
+@pytest.fixture(params=[*FAMILY_CASES, *other_axes()])
 def spec(request, tmp_path) -> DecoderSpec:
     name = request.param
-    if name in native.NATIVE:
-        native.NATIVE[name]().save_pretrained(tmp_path)
+    if name in FAMILY_CASES:
+        FAMILY_CASES[name]().save_pretrained(tmp_path)
         return widened(load_config(tmp_path).spec)
     return widened(other_axes()[name])
 
@@ -144,7 +152,7 @@ def has_experts(spec: DecoderSpec) -> bool:
 
 def has_unrecorded(spec: DecoderSpec) -> str | None:
     """What the recorder has no instruction for."""
-    is_scaled = spec.layers[0].attention.log_scaled_beyond is not None
+    is_scaled = spec.attentions()[0].log_scaled_beyond is not None
     return "rows scaled by their positions" if is_scaled else None
 
 
@@ -198,8 +206,12 @@ def test_greedy_is_the_arg_max_of_the_logits(spec):
     with torch.inference_mode():
         for batch in batches(harness):
             is_recorded = batch.input_ids.shape[0] <= MAX_TOKENS and not has_unrecorded(spec)
+            states = state_caches(spec, harness.caches)
+            before = [state.clone() for state in states]
             token_ids = decoder.greedy(batch, harness.caches)
             assert (token_ids is not None) == is_recorded
+            for state, old in zip(states, before, strict=True):  # a step passes them once
+                state.copy_(old)
             logits = decoder.forward(batch, harness.caches)
             if token_ids is not None:
                 assert token_ids.dtype == torch.int64
