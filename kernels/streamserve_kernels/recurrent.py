@@ -91,15 +91,12 @@ def gated_delta_rule(
     All of it in float32, but for sigmoid(b), which is rounded to gates' dtype.
     Rows that belong to no sequence come back as zeros.
     """
-    num_heads, key_size, value_size = states.shape[1:]
+    num_heads, _, value_size = states.shape[1:]
+    query, key, value, beta, kept_share = delta_rule_inputs(
+        qkv, gates, decay, time_bias, states, num_key_heads
+    )
     share = num_heads // num_key_heads
-    keys = num_key_heads * key_size
-    query, key, value = qkv.float().split_with_sizes([keys, keys, num_heads * value_size], -1)
-    query = _unit(query.view(-1, num_key_heads, key_size)).repeat_interleave(share, dim=1)
-    key = _unit(key.view(-1, num_key_heads, key_size)).repeat_interleave(share, dim=1)
-    query, value = query * key_size**-0.5, value.view(-1, num_heads, value_size)
-    beta = gates[:, :num_heads].sigmoid().float()
-    kept_share = torch.exp(decay * F.softplus(gates[:, num_heads:].float() + time_bias))
+    query, key = (x.repeat_interleave(share, dim=1) for x in (query, key))
     y = torch.zeros(len(qkv), num_heads, value_size, dtype=qkv.dtype, device=qkv.device)
     for begin, end, slot, is_new in _sequences(step, query_start_loc, seq_lens):
         state = torch.zeros_like(states[0]) if is_new or slot < 0 else states[slot].clone()
@@ -114,6 +111,37 @@ def gated_delta_rule(
         if slot >= 0:
             states[slot] = state
     return y.view(len(qkv), num_heads * value_size)
+
+
+class DeltaRuleInputs(NamedTuple):
+    """What the gated delta rule makes of its arguments before it looks at a state, in float32."""
+
+    query: Tensor  # [T, Hk, D]
+    key: Tensor  # [T, Hk, D]
+    value: Tensor  # [T, Hv, Dv]
+    beta: Tensor  # [T, Hv]
+    kept_share: Tensor  # [T, Hv]
+
+
+def delta_rule_inputs(
+    qkv: Tensor,
+    gates: Tensor,
+    decay: Tensor,
+    time_bias: Tensor,
+    states: Tensor,
+    num_key_heads: int,
+) -> DeltaRuleInputs:
+    """See `gated_delta_rule`."""
+    num_heads, key_size, value_size = states.shape[1:]
+    keys = num_key_heads * key_size
+    query, key, value = qkv.float().split_with_sizes([keys, keys, num_heads * value_size], -1)
+    return DeltaRuleInputs(
+        _unit(query.view(len(qkv), num_key_heads, key_size)) * key_size**-0.5,
+        _unit(key.view(len(qkv), num_key_heads, key_size)),
+        value.view(len(qkv), num_heads, value_size),
+        gates[:, :num_heads].sigmoid().float(),
+        torch.exp(decay * F.softplus(gates[:, num_heads:].float() + time_bias)),
+    )
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

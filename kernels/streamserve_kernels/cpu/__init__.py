@@ -3,6 +3,7 @@
 jit, vector, simd   what kernel bodies are written in: pointers, bfloat16, vector operations
 attention*          paged attention: compiled for decode, torch's flash attention for prompts
 elementwise, ops    norms, rotary + cache write, gated activation, block copies
+recurrent*          layers with a state of constant size
 packed_linear       bfloat16 weights packed for oneDNN; linear_few reads them for a few rows
 """
 
@@ -23,6 +24,7 @@ from streamserve_kernels.cpu.ops import (
     write_kv,
 )
 from streamserve_kernels.cpu.packed_linear import linear, prepare_linear
+from streamserve_kernels.cpu.recurrent import causal_conv, gated_delta_rule
 from streamserve_kernels.cpu.warming import warm_up
 from streamserve_kernels.experts import chosen_experts
 from streamserve_kernels.naive import (
@@ -33,12 +35,7 @@ from streamserve_kernels.naive import (
 )
 from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 from streamserve_kernels.native.stored import prepare_stored
-from streamserve_kernels.recurrent import (
-    causal_conv,
-    gated_delta_rule,
-    gated_rms_norm,
-    sigmoid_gate,
-)
+from streamserve_kernels.recurrent import gated_rms_norm, sigmoid_gate
 
 __all__ = [
     "AdapterTable",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from streamserve_kernels.cpu import ops
+from streamserve_kernels.cpu import ops, recurrent
 from streamserve_kernels.cpu.attention import decode_kernel
 
 
@@ -26,5 +26,7 @@ def warm_up(
     ops.rms_norm_kernel(bits)
     ops.layer_norm_kernel(bits)
     ops.gated_kernel(bits)
+    recurrent.conv_kernel(bits)
+    recurrent.delta_kernel()
     for interleaved in (False, True):
         ops.rotary_write_kernel(bits, interleaved)
