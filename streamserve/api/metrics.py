@@ -185,6 +185,11 @@ class MetricsCollector(Collector):
                 "Share of the host's KV blocks that hold something; 1 is all.",
                 stats.kv_host_usage,
             ),
+            (
+                "kept_states",
+                "States of layers that are no attention, kept for whoever has their prefix.",
+                stats.num_kept_states,
+            ),
         )
         for name, documentation, value in gauges:
             yield self._gauge(name, documentation, value)
@@ -210,6 +215,11 @@ class MetricsCollector(Collector):
                 "kv_stored_tokens",
                 "Tokens whose KV was copied to host memory.",
                 stats.kv_stored_tokens,
+            ),
+            (
+                "state_evictions",
+                "Kept states whose memory was taken for others.",
+                stats.num_state_evictions,
             ),
             (
                 "cascade_kv_tokens_saved",

@@ -17,7 +17,9 @@ _DEVICES = "--tensor-parallel-size divides a model among devices of one machine,
 _MULTIMODAL = "models here read and write text only"
 _LORA = "adapters are loaded in one way, beside the linear layers"
 _SPECULATION = "--speculative-config drafts tokens, by prompt lookup or a small model"
-_MAMBA = "no such layers are served"
+_STATES = (
+    "states are float32 and inputs of convolutions the model's, kept where prompts part or end"
+)
 _KERNELS = "kernels are chosen by the device and the dtype, in one way"
 _OFFLOAD = "weights stay on the device; --swap-space keeps KV blocks of a GPU in host memory"
 _METRICS = "GET /metrics has what is measured"
@@ -75,9 +77,9 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         "num_speculative_tokens diffusion_config per_request_spec_decode_metrics",
     ),
     (
-        _MAMBA,
+        _STATES,
         "mamba_backend=* mamba_ssu_algorithm=* enable_mamba_cache_stochastic_rounding! "
-        "mamba_cache_philox_rounds=* mamba_cache_dtype=* mamba_ssm_cache_dtype=* "
+        "mamba_cache_philox_rounds=* mamba_cache_dtype=auto mamba_ssm_cache_dtype=auto|float32 "
         "mamba_block_size=* mamba_cache_mode=* enable_mamba_shared_prefix_checkpoint! "
         "replayssm_buffer_len=* use_replayssm! gdn_prefill_backend=* kda_prefill_backend=* "
         "kda_decode_backend=* mamba_config swa_bounded_replay! prefix_match_unit=*",

@@ -19,10 +19,12 @@ class EngineStats:
     num_paused: int
     kv_usage: float
     kv_host_usage: float
+    num_kept_states: int  # of models whose layers keep some: for whoever has their prefix
     prefix_query_tokens: int
     prefix_hit_tokens: int
     prefix_host_hit_tokens: int  # copied back from host memory to be hits
     kv_stored_tokens: int  # copied to host memory
+    num_state_evictions: int  # kept ones whose slots were taken
     num_steps: int
     num_failed_steps: int
     num_rolled_back: int  # times that a request was in one of them, and began it again
@@ -55,10 +57,12 @@ def stats_of(
         num_paused=scheduler.num_paused,
         kv_usage=cache.usage,
         kv_host_usage=cache.host_usage,
+        num_kept_states=cache.num_kept_states,
         prefix_query_tokens=cache.stats.num_queried_tokens,
         prefix_hit_tokens=cache.stats.num_hit_tokens,
         prefix_host_hit_tokens=cache.stats.num_host_hit_tokens,
         kv_stored_tokens=cache.stats.num_stored_tokens,
+        num_state_evictions=cache.stats.num_state_evictions,
         num_steps=num_steps,
         num_failed_steps=num_failed_steps,
         num_rolled_back=scheduler.recovery.num_rolled_back,

@@ -87,6 +87,7 @@ class Api:
         is_held: bool = False,
         num_blocks: int = 256,
         num_host_blocks: int = 0,
+        num_state_slots: int = 0,
         max_num_waiting: int = 64,
         max_num_seqs: int = 8,
         clock: Clock = monotonic,
@@ -111,7 +112,12 @@ class Api:
             speculative=speculative,
         )
         self.kv_cache = KVCacheManager(
-            CacheConfig(num_blocks=num_blocks, num_host_blocks=num_host_blocks, block_size=16),
+            CacheConfig(
+                num_blocks=num_blocks,
+                num_host_blocks=num_host_blocks,
+                num_state_slots=num_state_slots,
+                block_size=16,
+            ),
             public_prefixes=public_prefixes,
         )
         self.runner = runner or NullRunner(tuple(token_ids), pace=self.pace)

@@ -90,6 +90,18 @@ async def test_what_comes_back_from_host_memory_is_counted():
     assert now["kv_host_usage_perc", None] == 14 / 32
 
 
+async def test_states_that_are_kept_and_taken_are_counted():
+    async with Api(num_state_slots=3).running() as api:
+        # A prompt keeps one near its end, a second one of the kind where whole blocks of it end,
+        # and an answer one behind it, unless that is there.
+        for letter in "aab":
+            await api.complete(prompt=letter * 100, max_tokens=20)
+        now = await scrape(api)
+    assert now["prefix_cache_hits_total", None] == 80
+    assert now["kept_states", None] == 3
+    assert now["state_evictions_total", None] == 1 + 2
+
+
 async def test_running_and_waiting_requests_are_counted():
     async with Api(is_held=True).running() as api:
         exchanges = [

@@ -89,13 +89,16 @@ def make_world(seed: int) -> World:
 def _make_configs(rng: random.Random) -> tuple[CacheConfig, SchedulerConfig]:
     block_size = rng.choice([1, 2, 4, 5])
     caching = rng.random() < 0.85
+    num_state_slots = rng.choice([1, 2, 4, 12]) if rng.random() < 0.3 else 0
     cache = CacheConfig(
         num_blocks=-(-rng.choice([16, 24, 60, 200]) // block_size),
         block_size=block_size,
         enable_prefix_caching=caching,
-        num_host_blocks=rng.choice([0, 0, 3, 20]) if caching else 0,
+        num_host_blocks=rng.choice([0, 0, 3, 20]) if caching and not num_state_slots else 0,
         max_transfers_per_step=rng.randint(1, 4),
+        num_state_slots=num_state_slots,
     )
+    speculates = rng.random() < 0.3 and not num_state_slots
     config = SchedulerConfig(
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=rng.randint(1, 6),
@@ -104,7 +107,7 @@ def _make_configs(rng: random.Random) -> tuple[CacheConfig, SchedulerConfig]:
         max_steps_in_flight=rng.choice([1, 2]),
         policy=rng.choice(sorted(POLICIES)),
         cascade_overhead_tokens=rng.randint(0, 5),
-        speculative=drafting(rng.choice([1, 3])) if rng.random() < 0.3 else None,
+        speculative=drafting(rng.choice([1, 3])) if speculates else None,
     )
     return cache, config
 
@@ -131,7 +134,9 @@ def _make_clients(
         )
         kind = rng.random()
         n = rng.randint(2, 3) if kind < 0.3 else 1
-        beams = BeamSearchParams(beam_width=rng.randint(n, 3)) if kind < 0.12 else None
+        beams = None
+        if kind < 0.12 and not cache.num_state_slots:
+            beams = BeamSearchParams(beam_width=rng.randint(n, 3))
         if beams is not None:
             params = SamplingParams(temperature=0.0, max_tokens=min(params.max_tokens, 6))
         clients.append(
