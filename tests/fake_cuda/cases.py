@@ -39,6 +39,7 @@ NATIVES = (
     "falcon-7b", "falcon-rw", "bloom", "mixtral", "qwen2-moe", "qwen3-moe", "deepseek-moe",
     "gpt-oss", "granite-moe", "phi3", "baichuan1-13b", "chatglm2", "glm", "qwen1", "smollm3",
 )  # fmt: skip
+HYBRIDS = ("qwen3-next", "qwen3.5", "qwen3.5-last", "qwen3.5-moe")
 FOREIGNERS = (
     "llama", "cohere2", "deepseek-v2", "deepseek-v3", "glm4-moe", "olmo3", "olmoe", "nemotron",
     "granite", "granite-moe", "gemma3n",
@@ -66,6 +67,9 @@ CASES: dict[str, Case] = {
         for kind in ("int8", "int4", "fp8")
     },
     **{name: Case(name) for name in NATIVES},
+    **{name: Case(name) for name in HYBRIDS},
+    "hybrid-large": Case("qwen3-next", flags=_LARGE),
+    "hybrid-fp8-cache": Case("qwen3-next", flags=("--kv-cache-dtype", "fp8")),
     **{f"transformers-{name}": Case(f"transformers-{name}", flags=_FOREIGN) for name in FOREIGNERS},
     "transformers-olmoe-int8": Case(
         "transformers-olmoe", flags=(*_FOREIGN, "--quantization", "int8")
@@ -105,10 +109,11 @@ def make(case: Case, directory: Path) -> Path:
         quantise(directory, case.packed)
         return directory
     from tests.models.foreign import FOREIGN
-    from tests.models.native import NATIVE
+    from tests.models.native import HYBRID, NATIVE
 
     name = case.native.removeprefix("transformers-")
-    random_model((NATIVE if name == case.native else FOREIGN)[name]()).save_pretrained(directory)
+    families = {**NATIVE, **HYBRID} if name == case.native else FOREIGN
+    random_model(families[name]()).save_pretrained(directory)
     return directory
 
 

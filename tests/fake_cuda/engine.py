@@ -104,6 +104,7 @@ class Engine:
         options = {"num_blocks": 48, "block_size": BLOCK_SIZE, "max_num_seqs": SEATS}
         if self.built.num_host_blocks:
             options["num_host_blocks"] = self.built.num_host_blocks
+        options["num_state_slots"] = self.built.memory.num_state_slots
         loop = EngineLoop(self.runner, **{**options, "max_steps_in_flight": 2, **config})
         self.loops.append(loop)
         return loop

@@ -49,14 +49,14 @@ def alone(engine: Engine) -> None:
 
 
 def prefixes(engine: Engine) -> None:
-    """Hits up to the middle of a block (copies), and members of a group."""
+    """Hits up to the middle of a block, or up to a state (copies), and members of a group."""
     loop = engine.loop()
     shared = prompts(1, seed=5)[0] * 4
     token_ids = [shared[:50] + prompt[:20] for prompt in prompts(6, seed=6)]
     loop.run(requests(token_ids))
     loop.run(requests([ids[:-3] for ids in token_ids]))
     assert any(plan.prefix_groups for plan in loop.plans), "no groups"
-    assert any(plan.block_copies for plan in loop.plans), "no copies"
+    assert any(plan.block_copies or plan.state_copies for plan in loop.plans), "no copies"
 
 
 def seeded(engine: Engine) -> None:

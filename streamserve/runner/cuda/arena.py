@@ -25,6 +25,7 @@ from streamserve.runner.cuda.step_key import StepKey
 from streamserve.runner.cuda.timeline import Mark, Timeline
 from streamserve_kernels import PrefixGroups
 from streamserve_kernels.adapters import AdapterRows, StepAdapters
+from streamserve_kernels.recurrent import StepStates
 
 HostViews: TypeAlias = dict[str, NDArray[np.generic]]
 
@@ -51,7 +52,7 @@ class StepInputs:
     num_before: Tensor  # [L] int32 rows of the same request right before this one
 
 
-def _fields(key: StepKey) -> list[tuple[str, type[np.generic], int]]:
+def _fields(key: StepKey, keeps_states: bool) -> list[tuple[str, type[np.generic], int]]:
     """Name, dtype and length of every array but the block table, in their order."""
     tokens, seqs = key.num_tokens, key.num_seqs
     groups = seqs // 2 if key.has_groups else 0
@@ -77,6 +78,8 @@ def _fields(key: StepKey) -> list[tuple[str, type[np.generic], int]]:
         ("group_members", np.int32, seqs if groups else 0),
         ("group_starts", np.int32, groups + 1 if groups else 0),
         ("group_num_blocks", np.int32, groups),
+        ("state_slots", np.int32, seqs if keeps_states else 0),
+        ("state_saves", np.int32, tokens if keeps_states else 0),
         *_adapter_fields(key),
     ]
 
@@ -110,9 +113,17 @@ class StepArena:
     """Room for a step of any shape up to ``largest``. Its views live as long as it does."""
 
     def __init__(
-        self, largest: StepKey, max_blocks: int, device: torch.device, timeline: Timeline
+        self,
+        largest: StepKey,
+        max_blocks: int,
+        device: torch.device,
+        timeline: Timeline,
+        *,
+        keeps_states: bool = False,
     ) -> None:
+        """With ``keeps_states`` it holds where the sequences' states are."""
         self._max_blocks = max_blocks
+        self._keeps_states = keeps_states
         self._timeline = timeline
         self._layouts: dict[StepKey, _Layout] = {}
         self._host_views: dict[tuple[int, StepKey], HostViews] = {}
@@ -153,7 +164,7 @@ class StepArena:
         if key not in self._layouts:
             offset = 0
             fields = []
-            for name, dtype, length in _fields(key):
+            for name, dtype, length in _fields(key, self._keeps_states):
                 fields.append((name, dtype, length, offset))
                 num_bytes = length * np.dtype(dtype).itemsize
                 offset += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
@@ -189,6 +200,9 @@ class StepArena:
             tokens = _adapter_rows(views, "token")
             of_logits = tokens if key.has_all_logits else _adapter_rows(views, "logits")
             adapters = StepAdapters(tokens, of_logits)
+        states = None
+        if self._keeps_states:
+            states = StepStates(views["state_slots"], views["state_saves"])
         batch = ForwardBatch(
             input_ids=views["input_ids"],
             positions=views["positions"],
@@ -199,6 +213,7 @@ class StepArena:
             logits_indices=views["logits_indices"],
             prefix_groups=prefix_groups,
             adapters=adapters,
+            states=states,
             max_query_len=key.max_query_len,
         )
         names = StepInputs.__dataclass_fields__.keys() - {"batch"}

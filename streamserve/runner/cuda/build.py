@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from streamserve.core.clock import monotonic
 from streamserve.core.plan import ModelRunner
 from streamserve.core.step_time import StepProfile
-from streamserve.models import KVCache, LanguageModel
+from streamserve.models import KVCache, LanguageModel, state_caches
 from streamserve.runner.cuda.graphs import DeviceModel, StepExecutor
 from streamserve.runner.cuda.input_batch import DeviceInputBatch
 from streamserve.runner.cuda.model_runner import CudaModelRunner
@@ -63,6 +64,7 @@ def build_cuda_runner(
         max_model_len=memory.max_model_len,
         max_num_seqs=memory.max_num_seqs,
         transfer=transfer,
+        state_caches=state_caches(model.spec, kv_caches),
         sampler=DeviceSampler if team is None else partial(rank_sampler, team.ranks),
     )
 
@@ -123,6 +125,7 @@ def assemble(
     max_model_len: int,
     max_num_seqs: int,
     transfer: KVTransfer | None = None,
+    state_caches: Sequence[Tensor] = (),
     sampler: Callable[..., DeviceSampler] = DeviceSampler,
 ) -> tuple[CudaModelRunner, StepExecutor]:
     """A runner that has met nothing yet, and what runs its steps."""
@@ -136,6 +139,7 @@ def assemble(
         vocab_size=vocab_size,
         device=device,
         timeline=timeline,
+        keeps_states=bool(state_caches),
     )
     sampling = load_sampling(kernels)
     last_tokens = torch.zeros(batch.unused_row + 1, dtype=torch.int64, device=device)
@@ -143,7 +147,9 @@ def assemble(
     logits = torch.empty((max_rows, vocab_size), dtype=model.logits_dtype, device=device)
     executor = StepExecutor(model, kv_caches, batch.arena, sampling, last_tokens, logits)
     draws = sampler(sampling, vocab_size, max_rows, device)
-    runner = CudaModelRunner(kernels, kv_caches, batch, executor, draws, timeline, transfer)
+    runner = CudaModelRunner(
+        kernels, kv_caches, batch, executor, draws, timeline, transfer, state_caches
+    )
     return runner, executor
 
 

@@ -66,8 +66,10 @@ class DeviceInputBatch:
         vocab_size: int,
         device: torch.device,
         timeline: Timeline,
+        keeps_states: bool = False,
     ) -> None:
         self._ladder = ladder
+        self._keeps_states = keeps_states
         self._vocab_size = vocab_size
         self._timeline = timeline
         # Two steps in flight: a leaving request may overlap with the one that takes its seat.
@@ -79,7 +81,9 @@ class DeviceInputBatch:
             vocab_size=vocab_size,
         )
         self.edits: dict[int, LogitsEdits] = {}  # by row, where a request edits its logits
-        self.arena = StepArena(ladder.largest, self.rows.max_blocks, device, timeline)
+        self.arena = StepArena(
+            ladder.largest, self.rows.max_blocks, device, timeline, keeps_states=keeps_states
+        )
         self._has_drawn = np.zeros(self.rows.num_rows, dtype=np.bool_)
 
     @property
@@ -141,6 +145,8 @@ class DeviceInputBatch:
             _write_groups(views, plan.prefix_groups)
         if key.num_adapters:
             _write_adapters(views, self.rows.adapter[step.token_rows], key)
+        if self._keeps_states:
+            _write_states(views, self.rows.state_slot[step.rows], *step.saves(plan))
         started = self._timeline.mark()
         return DeviceStep(
             key=key,
@@ -254,6 +260,19 @@ def _write_groups(views: HostViews, groups: Sequence[PrefixGroup]) -> None:
     views["group_members"][end:] = 0
     views["group_starts"][len(groups) + 1 :] = end
     views["group_num_blocks"][len(groups) :] = 0
+
+
+def _write_states(
+    views: HostViews,
+    slots: NDArray[np.int32],
+    saved_tokens: NDArray[np.int64],
+    save_slots: NDArray[np.int32],
+) -> None:
+    """``slots`` ``[R]`` of the sequences; those that keep the states behind some tokens."""
+    views["state_slots"][: len(slots)] = slots
+    views["state_slots"][len(slots) :] = -1
+    views["state_saves"].fill(-1)
+    views["state_saves"][saved_tokens] = save_slots
 
 
 def _write_adapters(views: HostViews, slots: NDArray[np.int32], key: StepKey) -> None:

@@ -19,11 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamserve.models import ForwardBatch, KVCache, LanguageModel, allocate_kv_cache
+from streamserve.models import (
+    ForwardBatch,
+    KVCache,
+    LanguageModel,
+    allocate_kv_cache,
+    state_bytes,
+)
 from streamserve.runner.cuda.step_key import StepKey, StepLadder
 from streamserve.runner.memory import MIB, AvailableMemory, MemoryPlan, plan_memory
 from streamserve_kernels import PrefixGroups
 from streamserve_kernels.adapters import AdapterRows, StepAdapters
+from streamserve_kernels.recurrent import StepStates
 
 # The process's, whose graphs use cuBLAS's work spaces; torch has those once for the process.
 open_runners: WeakSet[object] = WeakSet()
@@ -108,8 +115,17 @@ def profile_step_bytes(
     ``graphs`` are the shapes that will be captured. Compiles what the steps need. Raises what torch
     raises when one does not fit.
     """
-    device = model.device
-    caches = allocate_kv_cache(model.spec, _NUM_BLOCKS, block_size, kv_dtype, device, model.kernels)
+    device, has_states = model.device, state_bytes(model.spec, model.dtype) > 0
+    caches = allocate_kv_cache(
+        model.spec,
+        _NUM_BLOCKS,
+        block_size,
+        kv_dtype,
+        device,
+        model.kernels,
+        num_state_slots=1,
+        state_dtype=model.dtype,
+    )
     shape = ProfileShape(ladder.largest.num_seqs, max_model_len, block_size)
 
     seats = (ladder.largest.num_seqs, model.spec.vocab_size)
@@ -119,6 +135,8 @@ def profile_step_bytes(
         batches = profile_batches(shape, num_tokens, device)
         if num_adapters := ladder.largest.num_adapters:
             batches = (_with_adapters(batch, num_adapters) for batch in batches)
+        if has_states:
+            batches = map(_with_states, batches)
         return max(_peak_bytes(model, batch, caches, logits) for batch in batches)
 
     graphed = max((key.num_tokens for key in graphs), default=0)
@@ -206,6 +224,12 @@ def _with_adapters(batch: ForwardBatch, num_adapters: int) -> ForwardBatch:
         for part in (batch.input_ids, batch.logits_indices)
     )
     return replace(batch, adapters=StepAdapters(tokens, of_logits))
+
+
+def _with_states(batch: ForwardBatch) -> ForwardBatch:
+    """The batch, whose sequences' states nobody keeps."""
+    slots, saves = torch.full_like(batch.seq_lens, -1), torch.full_like(batch.positions, -1)
+    return replace(batch, states=StepStates(slots, saves.int()))
 
 
 def _lengths(shape: ProfileShape, num_tokens: int) -> list[int]:

@@ -17,7 +17,7 @@ import gc
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput
+from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, StateCopy
 from streamserve.errors import DeviceDeadError
 from streamserve.models.batch import KVCache
 from streamserve.runner.compilations import num_compilations
@@ -103,11 +103,20 @@ class CudaModelRunner:
         sampler: DeviceSampler,
         timeline: Timeline,
         transfer: KVTransfer | None = None,
+        state_caches: Sequence[Tensor] = (),
     ) -> None:
-        """Plans with stores or loads need a ``transfer``; it is closed with the runner."""
+        """Plans with stores or loads need a ``transfer``; it is closed with the runner.
+
+        Of the ``kv_caches`` the ``state_caches`` have a row for each slot, all others one for each
+        block.
+        """
         self._transfer = transfer
         self._kernels = kernels
-        self._flat_caches = [cache for pair in kv_caches for cache in pair]
+        self._state_caches = state_caches
+        are_states = {id(cache) for cache in state_caches}
+        self._block_caches = [
+            cache for pair in kv_caches for cache in pair if id(cache) not in are_states
+        ]
         self._batch = batch
         self._executor = executor
         self._sampler = sampler
@@ -185,7 +194,8 @@ class CudaModelRunner:
         self._free_spare()  # a step that was launched, and not asked for, still runs
         if self._transfer is not None:
             self._transfer.close()
-        del self._transfer, self._executor, self._batch, self._sampler, self._flat_caches
+        del self._transfer, self._executor, self._batch, self._sampler
+        del self._block_caches, self._state_caches
         open_runners.discard(self)
         self._free_spare()
 
@@ -270,8 +280,8 @@ class CudaModelRunner:
             return self._compute(plan)
 
     def _compute(self, plan: SchedulerOutput) -> _Forwarded | None:
-        if plan.block_copies:
-            self._copy_blocks(plan.block_copies)
+        if plan.block_copies or plan.state_copies:
+            self._copy(plan.block_copies, plan.state_copies)
         if not plan.scheduled:
             return None
         step = self._batch.build(plan, self._sampler.count_rows)
@@ -306,9 +316,12 @@ class CudaModelRunner:
             pooled = self._sampler.fetch_pooled(self._pools.of_all_rows(pools, hidden_states))
         return _Extras(prompts, pooled)
 
-    def _copy_blocks(self, copies: list[BlockCopy]) -> None:
-        pairs = upload(torch.tensor(copies, dtype=torch.int64).t().contiguous(), self._device)
-        self._kernels.copy_blocks(self._flat_caches, pairs[0], pairs[1])
+    def _copy(self, blocks: list[BlockCopy], states: list[StateCopy]) -> None:
+        pairs = torch.tensor([*blocks, *states], dtype=torch.int64).t().contiguous()
+        src, dst = upload(pairs, self._device)
+        count = len(blocks)
+        self._kernels.copy_blocks(self._block_caches, src[:count], dst[:count])
+        self._kernels.copy_blocks(self._state_caches, src[count:], dst[count:])
 
     def _draw(self, forwarded: _Forwarded, masks: Mapping[str, bytes] | None) -> Drawn | None:
         step, (logits, token_ids) = forwarded.step, forwarded.result

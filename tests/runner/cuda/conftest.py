@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streamserve.models import Decoder
+from streamserve.models import Decoder, state_caches
 from streamserve.runner.build import new_kv_cache
 from streamserve.runner.cuda.build import assemble, build_cuda_runner
 from streamserve.runner.cuda.model_runner import CudaModelRunner
@@ -42,4 +42,5 @@ def triton_runner(
         block_size=memory.block_size,
         max_model_len=memory.max_model_len,
         max_num_seqs=memory.max_num_seqs,
+        state_caches=state_caches(model.spec, caches),
     )[0]

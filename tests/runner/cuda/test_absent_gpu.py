@@ -11,7 +11,7 @@ import pytest
 
 from tests.interpreter import run_python
 
-CASES = ("llama", "llama-int8-fp8-cache", "transformers-olmoe")
+CASES = ("llama", "llama-int8-fp8-cache", "transformers-olmoe", "qwen3-next")
 # Copies to the device beside the one of the step's inputs; all of them from pinned memory, and
 # nobody waits for one. Of a step: blocks to copy, what edits its logits. Of a request, in its first
 # step: its history (2), its bad words (4), the prompt's tokens whose logprobs are asked for (2).

@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streamserve.core.plan import PENDING_TOKEN, NewRequest, PrefixGroup, SchedulerOutput
+from streamserve.core.plan import (
+    PENDING_TOKEN,
+    NewRequest,
+    PrefixGroup,
+    SchedulerOutput,
+    StateSave,
+)
 from streamserve.core.plan import ScheduledRequest as Scheduled
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.runner.cuda.input_batch import DeviceInputBatch
@@ -15,7 +21,9 @@ from tests.runner.test_input_batch import BLOCK_SIZE, MAX_LEN, MAX_SEQS, MAX_TOK
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def device_batch(num_adapters: int = 0, **drafting: int) -> DeviceInputBatch:
+def device_batch(
+    num_adapters: int = 0, keeps_states: bool = False, **drafting: int
+) -> DeviceInputBatch:
     return DeviceInputBatch(
         StepLadder(MAX_TOKENS, MAX_SEQS, num_adapters=num_adapters, **drafting),
         max_num_seqs=MAX_SEQS,
@@ -24,6 +32,7 @@ def device_batch(num_adapters: int = 0, **drafting: int) -> DeviceInputBatch:
         vocab_size=100,
         device=torch.device("cpu"),
         timeline=HostTimeline(),
+        keeps_states=keeps_states,
     )
 
 
@@ -225,6 +234,30 @@ def test_adapters_travel_with_a_step_that_has_some():
     assert tokens.starts.tolist() == [0, 0, 0, 3]
     assert logits.slots[:2].tolist() == [-1, 2]
     assert (logits.order[0], logits.starts.tolist()) == (1, [0, 0, 0, 1])
+
+
+def test_where_states_are_travels_with_a_step_of_a_model_that_keeps_some():
+    batch = device_batch(keeps_states=True)
+    new = [
+        NewRequest(name, [1, 2], 2, GREEDY, 7, 0, state_slot=slot)
+        for name, slot in (("a", 5), ("b", None), ("c", 0))
+    ]
+    batch.apply(SchedulerOutput(0, new_requests=new))
+    for request in new:
+        batch.rows.append_blocks(request.request_id, [3, 4])
+    prompt = Scheduled("a", 1, [1, 2, 3], [], 1, 0)
+    saves = [StateSave(1, 3, 7), StateSave(1, 4, 2), StateSave(2, 1, 9)]
+    scheduled = [decode("b"), prompt, decode("c")]
+    plan = SchedulerOutput(1, scheduled=scheduled, state_saves=saves)
+    states = batch.build(plan, {}).inputs.batch.states
+    assert states.slots.tolist() == [-1, 5, 0, *[-1] * (len(states.slots) - 3)]
+    assert states.saves.tolist() == [-1, -1, 7, 2, 9, *[-1] * (len(states.saves) - 5)]
+    for _ in range(3):  # each of the host's buffers, with what was in them
+        step = batch.build(SchedulerOutput(2, scheduled=scheduled), {})
+        assert (step.inputs.batch.states.saves == -1).all()
+    others = device_batch()
+    enter(others, GREEDY, "a")
+    assert build(others, decode("a")).inputs.batch.states is None
 
 
 def test_more_requests_than_two_steps_can_have_are_refused():
