@@ -26,6 +26,7 @@ from streamserve.models.spec import (
     DeltaNetSpec,
     ExpertsSpec,
     RopeScalingKind,
+    ShortConvSpec,
 )
 
 Values = Mapping[str, Any]
@@ -51,6 +52,7 @@ _SWITCHES: tuple[Values, ...] = (
     {**_CONTEXT, "use_dynamic_ntk": True, "use_logn_attn": True},
     {**_CONTEXT, "alibi": True},
     {**_CONTEXT, "first_k_dense_replace": 1, "mlp_only_layers": [0]},
+    {**_CONTEXT, "full_attn_idxs": [1]},
     {},  # Baichuan's larger ones state no context, and have ALiBi
 )
 _STRETCH: Values = {
@@ -81,6 +83,9 @@ FEATURES: Mapping[str, Callable[[DecoderSpec], bool]] = {
     "query and key norms": _of_layers(lambda attention: attention.qk_norm),
     "log-scaled queries": _of_layers(lambda attention: attention.log_scaled_beyond),
     "delta nets": lambda spec: any(isinstance(held, DeltaNetSpec) for held in spec.caches()),
+    "short convolutions": lambda spec: any(
+        isinstance(held, ShortConvSpec) for held in spec.caches()
+    ),
     "output gates": _of_layers(lambda attention: attention.output_gate),
     "rotary positions": _of_layers(lambda attention: attention.rope),
     "learned positions": lambda spec: spec.learned_positions is not None,

@@ -19,7 +19,7 @@ from streamserve.models.families.text_parts import find_text_part
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.model_config import ModelConfig
 from streamserve.models.quantised.stored import stored_quantization
-from streamserve.models.spec import AttentionSpec, DecoderSpec
+from streamserve.models.spec import AttentionSpec, DecoderSpec, ShortConvSpec
 from streamserve.models.tensor_files import open_tensor_files
 from streamserve_kernels import Quantization
 
@@ -206,6 +206,8 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
 
 def _check_heads(spec: DecoderSpec, source: str) -> None:
     for held in spec.caches():
+        if isinstance(held, ShortConvSpec):
+            continue
         if isinstance(held, AttentionSpec):
             heads, shared = held.num_heads, held.num_kv_heads
             what = f"{heads} attention heads cannot share {shared} key/value heads evenly"

@@ -17,9 +17,16 @@ from torch import Tensor
 
 from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
-from streamserve.models.layers import Attention, BoundNorm, DeltaNet, bind_mlp, bind_norm
+from streamserve.models.layers import Attention, BoundNorm, DeltaNet, ShortConv, bind_mlp, bind_norm
 from streamserve.models.rope import cos_sin_table
-from streamserve.models.spec import AttentionSpec, DecoderSpec, DeltaNetSpec, LayerSpec, RopeSpec
+from streamserve.models.spec import (
+    AttentionSpec,
+    DecoderSpec,
+    DeltaNetSpec,
+    LayerSpec,
+    RopeSpec,
+    ShortConvSpec,
+)
 from streamserve.models.weights import DecoderWeights, Weights
 from streamserve_kernels import (
     Kernels,
@@ -31,6 +38,9 @@ from streamserve_kernels import (
 )
 
 logger = logging.getLogger(__name__)
+
+Mixing = Attention | DeltaNet | ShortConv
+"""What brings a token together with those before it: the first half of a block."""
 
 
 class Block:
@@ -53,7 +63,7 @@ class Block:
         spec: LayerSpec,
         weights: Weights,
         kernels: Kernels,
-        attention: Attention | DeltaNet,
+        attention: Mixing,
         mlp: Callable[[Tensor], Tensor],
     ) -> None:
         def norm(name: str) -> BoundNorm | None:
@@ -209,9 +219,11 @@ class Decoder:
     def _block(self, index: int, weights: Weights) -> Block:
         layer, kernels = self.spec.layers[index], self.kernels
         mlp = bind_mlp(layer.mlp, weights, kernels)
-        attention: Attention | DeltaNet
+        attention: Mixing
         if isinstance(layer.attention, DeltaNetSpec):
             attention = DeltaNet(layer.attention, weights, kernels)
+        elif isinstance(layer.attention, ShortConvSpec):
+            attention = ShortConv(layer.attention, weights, kernels)
         else:
             attention = self._attention(layer.attention, weights)
         return Block(layer, weights, kernels, attention, mlp)

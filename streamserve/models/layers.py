@@ -18,6 +18,7 @@ from streamserve.models.spec import (
     ExpertsSpec,
     MlpSpec,
     NormSpec,
+    ShortConvSpec,
 )
 from streamserve.models.weights import NormWeights, Weights
 from streamserve_kernels import GatedKind, Kernels
@@ -307,6 +308,49 @@ class DeltaNet:
         """Normed by heads and gated, [T, Hv * Dv], before the output projection."""
         assert gate is not None
         return self._gated_norm(found, gate, self._norm_weight, self._spec.norm.eps)
+
+
+class ShortConv:
+    """A causal convolution between two gates. Its parts are called as those of `Attention`."""
+
+    __slots__ = ("_bias", "_conv", "_input", "_sizes", "_weight", "output")
+
+    def __init__(self, spec: ShortConvSpec, weights: Weights, kernels: Kernels) -> None:
+        self._sizes = (spec.channels,) * 3
+        self._input = weights.linears["layers.short_conv.input"]
+        self.output: Callable[[Tensor], Tensor] = weights.linears["layers.short_conv.output"]
+        self._weight = weights.tensors["layers.short_conv.conv"]
+        self._bias = weights.tensors.get("layers.short_conv.conv.bias")
+        self._conv = kernels.causal_conv
+
+    def write(
+        self, normed: Tensor, batch: ForwardBatch, conv_states: Tensor, matrices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[T, H] -> the convolution's outputs and their gate, both [T, C]."""
+        assert batch.states is not None, "a model that keeps states is told where"
+        before, gate, x = self._input(normed).split_with_sizes(self._sizes, 1)
+        mixed = self._conv(
+            before * x,
+            self._weight,
+            self._bias,
+            conv_states,
+            batch.states,
+            batch.query_start_loc,
+            batch.seq_lens,
+        )
+        return mixed, gate
+
+    def attend(
+        self,
+        mixed: Tensor,
+        gate: Tensor | None,
+        batch: ForwardBatch,
+        conv_states: Tensor,
+        matrices: Tensor,
+    ) -> Tensor:
+        """[T, C], before the output projection."""
+        assert gate is not None
+        return mixed * gate
 
 
 def bind_mlp(

@@ -18,6 +18,7 @@ from streamserve.models.spec import (
     ExpertsSpec,
     MlpSpec,
     NormSpec,
+    ShortConvSpec,
 )
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def layer_modules(spec: DecoderSpec, index: int) -> Iterator[Module]:
         yield _norm("layers.attention_norm", layer.attention_norm, hidden_size, index)
     if isinstance(layer.attention, DeltaNetSpec):
         yield from _delta_net_modules(layer.attention, hidden_size, index)
+    elif isinstance(layer.attention, ShortConvSpec):
+        yield from _short_conv_modules(layer.attention, hidden_size, index)
     else:
         yield from _attention_modules(layer.attention, hidden_size, index)
     if layer.attention_post_norm is not None:
@@ -185,6 +188,15 @@ def _delta_net_modules(spec: DeltaNetSpec, hidden_size: int, index: int) -> Iter
         yield Module(prefix + name, "vector", (heads,), layer=index, float32=True)
     yield _norm(prefix + "norm", spec.norm, spec.value_head_size, index)
     yield Module(prefix + "output", "linear", (hidden_size,), spec.value_size, layer=index)
+
+
+def _short_conv_modules(spec: ShortConvSpec, hidden_size: int, index: int) -> Iterator[Module]:
+    channels, bias = spec.channels, spec.bias
+    prefix = "layers.short_conv."
+    rows, width = (channels,), spec.conv_width
+    yield Module(prefix + "input", "linear", 3 * rows, hidden_size, bias=bias, layer=index)
+    yield Module(prefix + "conv", "convolution", rows, width, bias=bias, layer=index)
+    yield Module(prefix + "output", "linear", (hidden_size,), channels, bias=bias, layer=index)
 
 
 def _mlp_modules(mlp: MlpSpec | ExpertsSpec, hidden_size: int, index: int) -> Iterator[Module]:

@@ -105,7 +105,7 @@ def row_groups(
     held = spec.layers[module.layer].attention
     if isinstance(held, AttentionSpec):
         return _qkv_groups(names, module, held)
-    return _delta_groups(names, module, held)
+    return _delta_groups(names, module, held) if isinstance(held, DeltaNetSpec) else None
 
 
 def _qkv_groups(names: WeightNames, module: Module, spec: AttentionSpec) -> RowGroups | None:

@@ -7,7 +7,7 @@ are in elements, windows and positions in tokens.
     ├── embedding, learned positions, embedding norm and scale
     ├── layers: tuple[LayerSpec]          one per layer, so that layers may differ
     │   ├── AttentionSpec                 heads, window, rope, qk-norm, biases, sinks, soft cap
-    │   │   or DeltaNetSpec                a state of constant size in the place of keys and values
+    │   │   or DeltaNetSpec, ShortConvSpec  a state of constant size, not keys and values
     │   ├── MlpSpec | ExpertsSpec
     │   └── norms before and after each half; sequential or parallel residual
     └── final norm, head (tied or not), logit scale and soft cap
@@ -169,7 +169,30 @@ class DeltaNetSpec:
         return (self.num_value_heads, self.key_head_size, self.value_head_size)
 
 
-CacheSpec = AttentionSpec | DeltaNetSpec
+@dataclass(frozen=True, slots=True)
+class ShortConvSpec:
+    """A causal convolution of each channel, what goes in and what comes out times a gate.
+
+    The last inputs of the convolution are all that it remembers. ``bias`` is that of all three
+    products.
+    """
+
+    channels: int
+    conv_width: int
+    bias: bool = False
+
+    @property
+    def conv_state_shape(self) -> tuple[int, int]:
+        """See `DeltaNetSpec.conv_state_shape`."""
+        return (self.conv_width - 1, self.channels)
+
+    @property
+    def matrices_shape(self) -> tuple[int]:
+        """None."""
+        return (0,)
+
+
+CacheSpec = AttentionSpec | DeltaNetSpec | ShortConvSpec
 """What a layer remembers of the tokens so far: keys and values in blocks, or a state in a slot."""
 
 
@@ -314,5 +337,7 @@ def _attention_width(spec: CacheSpec) -> int:
     """What is alive at once: the product, what the convolution made of it, what was found."""
     if isinstance(spec, DeltaNetSpec):
         return 2 * (spec.conv_channels + spec.value_size + spec.num_value_heads)
+    if isinstance(spec, ShortConvSpec):
+        return 6 * spec.channels
     heads = spec.query_size + spec.key_size + spec.value_size
     return heads + spec.output_size + 2 * spec.gate_size

@@ -146,6 +146,8 @@ class _Builder:
             weights.norms[module.name] = NormWeights(weight, bias)
         elif module.role != "linear" and quantization is None:
             weights.tensors[module.name] = weight
+            if bias is not None:
+                weights.tensors[f"{module.name}.bias"] = bias
         else:
             self._add_linear(weights, module, self._pack(weight, bias, quantization))
 

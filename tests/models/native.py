@@ -106,6 +106,7 @@ DELTA_EXPERTS = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
 }
+LFM2 = {**GQA, **ENDS}
 # What a model serves by default is shorter than what is asked of these.
 LONGER = {"qwen1-long": 128}
 
@@ -275,6 +276,15 @@ HYBRID = {
     ),
     "qwen3.5-moe": lambda: transformers.Qwen3_5MoeTextConfig(
         **{**DELTA, "linear_key_head_dim": 16, "linear_value_head_dim": 16}, **DELTA_EXPERTS
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(**LFM2, full_attn_idxs=[1], block_multiple_of=16),
+    "lfm2-biases": lambda: transformers.Lfm2Config(
+        **{**LFM2, "hidden_size": 64, "tie_word_embeddings": False},
+        layer_types=["conv", "full_attention", "conv"],
+        conv_bias=True,
+        conv_L_cache=4,
+        norm_eps=1e-6,
+        block_auto_adjust_ff_dim=False,
     ),
 }
 """Layers that keep a state in the place of keys and values."""

@@ -298,6 +298,12 @@ class Recorder(RecurrentRecorder):
         self._add("scale", out.address, x.address, 0, x.width, rows, double_bits(factor))
         return out
 
+    def multiply(self, a: Symbol, b: Symbol) -> Symbol:
+        """Element by element."""
+        out, rows = self._new(a.rows, *a.tail), rows_kind(a.rows)
+        self._add("multiply", out.address, a.address, a.stride, a.width, rows, b.address, b.stride)
+        return out
+
     def moe(
         self,
         x: Symbol,

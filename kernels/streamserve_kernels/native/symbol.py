@@ -25,8 +25,8 @@ def rows_kind(rows: int) -> int:
 class Symbol:
     """Rows of bfloat16, `stride` elements apart, of a shape [rows, *tail].
 
-    Behaves as far like a tensor as a decoder's forward asks: views along a row, sums, a choice of
-    rows. `memory` keeps what it points into from being handed out again.
+    Behaves as far like a tensor as a decoder's forward asks: views along a row, sums, products, a
+    choice of rows. `memory` keeps what it points into from being handed out again.
     """
 
     __slots__ = ("address", "memory", "recorder", "rows", "stride", "tail")
@@ -96,7 +96,9 @@ class Symbol:
 
     def __mul__(self, factor: float | Symbol) -> Symbol:
         if isinstance(factor, Symbol):
-            raise NotRecordableError("rows scaled by their positions")
+            if factor.tail != self.tail:
+                raise NotRecordableError("rows scaled by their positions")
+            return self.recorder.multiply(self, factor)  # type: ignore[no-any-return]
         return self.recorder.scale(self, factor)  # type: ignore[no-any-return]
 
 

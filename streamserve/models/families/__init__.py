@@ -16,6 +16,7 @@ from streamserve.models.families import (
     gpt_oss,
     gptj,
     granite,
+    lfm2,
     llama,
     olmo2,
     phi,
@@ -62,6 +63,7 @@ FAMILIES: dict[str, Family] = {
         gpt_oss,
         granite,
         bloom,
+        lfm2,
     )
     for family in module.FAMILIES
 }

@@ -441,5 +441,23 @@ static void scale_run(const ss_context *context, const int64_t *args, int64_t un
     }
 }
 
+enum { MUL_OUT, MUL_A, MUL_A_STRIDE, MUL_WIDTH, MUL_ROWS_KIND, MUL_B, MUL_B_STRIDE };
+_Static_assert((int)MUL_WIDTH == ADD_WIDTH && (int)MUL_ROWS_KIND == ADD_ROWS_KIND, "add_units");
+
+static void multiply_run(const ss_context *context, const int64_t *args, int64_t unit,
+                         int64_t num_units, int thread) {
+    (void)thread;
+    const int64_t width = args[MUL_WIDTH];
+    SS_FOR_ROWS(row, ss_rows(context, args[MUL_ROWS_KIND]))
+    for (int64_t c = 0; c < width; c += 16) {
+        const __mmask16 mask = ss_mask(width - c);
+        const bf16 *a = (const bf16 *)args[MUL_A] + row * args[MUL_A_STRIDE] + c;
+        const bf16 *b = (const bf16 *)args[MUL_B] + row * args[MUL_B_STRIDE] + c;
+        ss_store_masked((bf16 *)args[MUL_OUT] + row * width + c,
+                        _mm512_mul_ps(ss_load_masked(a, mask), ss_load_masked(b, mask)), mask);
+    }
+}
+
 const ss_operation ss_add = {add_units, add_run, 0};
+const ss_operation ss_multiply = {add_units, multiply_run, 0};
 const ss_operation ss_scale = {add_units, scale_run, 0};

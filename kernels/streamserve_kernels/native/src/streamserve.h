@@ -82,7 +82,8 @@ extern const ss_operation ss_embedding, ss_gather_rows, ss_rms_norm, ss_layer_no
     ss_gather_inputs, ss_table_linear, ss_adapt_down, ss_adapt_up, ss_route, ss_order_pairs,
     ss_gather_pairs, ss_experts, ss_combine_pairs, ss_add_shared,
     ss_draw, ss_top_logits,
-    ss_causal_conv, ss_delta_scales, ss_delta_rule, ss_gated_norm, ss_sigmoid_gate;
+    ss_causal_conv, ss_delta_scales, ss_delta_rule, ss_gated_norm, ss_sigmoid_gate,
+    ss_multiply;
 
 const ss_operation *ss_operation_of(const ss_instruction *instruction);
 
