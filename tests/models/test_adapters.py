@@ -23,7 +23,7 @@ from streamserve.models import Decoder, load_model
 from streamserve.models.adapters import adapter_bytes
 from streamserve_kernels.adapters import AdapterRows, StepAdapters
 from streamserve_kernels.native.library import why_not
-from tests.models.native import BASE, DELTA, DELTA_EXPERTS, ENDS, GPT2, GQA, PHI3
+from tests.models.native import BASE, DELTA, DELTA_EXPERTS, ENDS, GPT2, GQA, LFM2, PHI3
 from tests.models.paged import PagedHarness, Sequence
 
 CPU = torch.device("cpu")
@@ -34,6 +34,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "q, k, v by group": lambda: transformers.GPTNeoXConfig(**BASE),
     "transposed": lambda: transformers.GPT2Config(**GPT2, **ENDS),
     "q, k, v, z apart": lambda: transformers.Qwen3_5TextConfig(**DELTA),
+    "short convolutions": lambda: transformers.Lfm2Config(**LFM2, full_attn_idxs=[1]),
     "a plain MLP": lambda: transformers.PhiConfig(**BASE),
 }
 TOKENS = [5, 11, 3, 42, 7, 19, 23]

@@ -150,11 +150,15 @@ def test_dummy_weights_run(saved):
     assert logits.std() > 0
 
 
-def test_layers_that_guess_further_tokens_are_left_out(saved, tmp_path):
+def test_other_parts_of_a_whole_checkpoint_are_left_out(saved, tmp_path):
     judge, directory = saved("qwen3.5")
     (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
-    tensors = load_file(directory / "model.safetensors")
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): tensor  # as in a whole checkpoint
+        for name, tensor in load_file(directory / "model.safetensors").items()
+    }
     more = {"mtp.fc.weight": torch.ones(3, 3), "mtp.layers.0.input_layernorm.weight": torch.ones(3)}
+    more["model.visual.merger.norm.weight"] = torch.ones(3)
     save_file({**tensors, **more}, tmp_path / "model.safetensors")
     logits = PagedHarness(load(tmp_path)).prefill([Sequence([5, 6, 7])], None)[0]
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from streamserve.models import LanguageModel, load_config, load_model
 from streamserve.models.families.text_parts import TEXT_MODELS, TEXT_PARTS
 from streamserve.models.hf_config import HfConfig
 from streamserve_kernels import Kernels
-from tests.models.native import DELTA, DELTA_EXPERTS
+from tests.models.native import DELTA, DELTA_EXPERTS, LFM2
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.parity import STATES_TOLERANCE, assert_equals_judge, prompts
 from tests.models.random_model import random_model
@@ -134,6 +134,14 @@ CONFIGS = {
             named("qwen3_5_moe_text", {**QWEN3_5, **DELTA_EXPERTS}),
             QWEN3_5_VISION,
             tie_word_embeddings=False,
+        )
+    ),
+    "Lfm2Vl": lambda: transformers.Lfm2VlConfig(
+        **of(
+            named("lfm2", {**LFM2, "full_attn_idxs": [1]}),
+            {**VISION, "num_patches": 4, "vision_use_head": False},
+            projector_hidden_size=16,
+            tie_word_embeddings=True,
         )
     ),
     "InternVL": lambda: transformers.InternVLConfig(

@@ -55,6 +55,9 @@ NAMES = replace(
         "layers.experts.down": (_EXPERTS + "down_proj",),
     },
     delta_layout="stacked",
+    # Of a whole checkpoint, saved again with its text's config alone.
+    renamed=(("model.language_model.", "model."),),
+    skipped=(*_SKIPPED, "model.visual."),
     sliced=frozenset({"layers.experts.gate_up", "layers.experts.down"}),
     apart={
         name: MIXTURE_NAMES.modules[name]

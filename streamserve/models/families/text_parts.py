@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models.families import gemma, llama, qwen_hybrid, qwen_moe
+from streamserve.models.families import gemma, lfm2, llama, qwen_hybrid, qwen_moe
 from streamserve.models.families.family import Family
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
@@ -111,7 +111,7 @@ def _sizes(vocabulary: int, hidden: int, inside: int, layers: int, heads: int) -
 
 _BY_MODEL_TYPE = {
     family.model_type: family
-    for module in (llama, gemma, qwen_moe, qwen_hybrid)
+    for module in (llama, gemma, qwen_moe, qwen_hybrid, lfm2)
     for family in module.FAMILIES
 }
 _QWEN2_VL = TextModel(
@@ -131,6 +131,10 @@ _QWEN3_VL = {
 }
 TEXT_MODELS: dict[str, TextModel] = {
     "gemma3_text": TextModel(_BY_MODEL_TYPE["gemma3_text"], _sizes(262_208, 2304, 9216, 26, 8)),
+    "lfm2": TextModel(
+        _BY_MODEL_TYPE["lfm2"],
+        {**_sizes(65_536, 2560, 12_288, 32, 32), "num_key_value_heads": 8},
+    ),
     "llama": TextModel(_BY_MODEL_TYPE["llama"], _sizes(32_000, 4096, 11_008, 32, 32)),
     "mistral": TextModel(
         _BY_MODEL_TYPE["mistral"],
@@ -191,6 +195,7 @@ _PARTS = (
     TextPart("Qwen3_5ForConditionalGeneration", "qwen3_5_text", ("visual.",)),
     TextPart("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text", ("visual.",)),
     TextPart("InternVLForConditionalGeneration", "qwen2", _TOWER),
+    TextPart("Lfm2VlForConditionalGeneration", "lfm2", _TOWER),
     TextPart("Idefics3ForConditionalGeneration", "llama", ("vision_model.", "connector.")),
     TextPart("SmolVLMForConditionalGeneration", "llama", ("vision_model.", "connector.")),
     TextPart("Qwen2AudioForConditionalGeneration", "qwen2", _AUDIO, "sound"),
