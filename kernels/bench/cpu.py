@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from draws import bench_draws
 from quantised import bench_quantised
+from states import bench_states
 from streamserve_kernels import Kernels, PackedLinear, load
 
 
@@ -255,7 +256,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
-    parser.add_argument("--only", choices=["linear", "attention", "step", "quantised", "draws"])
+    parser.add_argument(
+        "--only", choices=["linear", "attention", "step", "quantised", "draws", "states"]
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -277,6 +280,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         bench_quantised(served, linears, options.rows, bandwidth, timed)
     if options.only in (None, "draws"):
         bench_draws(shape.vocab, [rows for rows in options.rows if rows <= 64], bandwidth, timed)
+    if options.only in (None, "states"):
+        bench_states(load("cpu", dtype=dtype), naive, dtype, timed)
     if options.only in (None, "linear"):
         bench_linear(kernels, shape, dtype, options.rows, bandwidth)
 
