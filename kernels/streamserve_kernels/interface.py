@@ -341,6 +341,25 @@ class Kernels(Protocol):
         num_key_heads: int,
     ) -> Tensor: ...
 
+    def state_space_scan(
+        self,
+        xbc: Tensor,
+        dt: Tensor,
+        decay: Tensor,
+        time_bias: Tensor,
+        skip: Tensor,
+        states: Tensor,
+        step: StepStates,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        *,
+        num_groups: int,
+    ) -> Tensor: ...
+
+    def norm_of_gated(
+        self, x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int
+    ) -> Tensor: ...
+
     def gated_rms_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
     def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor: ...

@@ -37,7 +37,9 @@ add_adapters = adapters.add_adapters
 causal_conv = recurrent.causal_conv
 gated_delta_rule = recurrent.gated_delta_rule
 gated_rms_norm = recurrent.gated_rms_norm
+norm_of_gated = recurrent.norm_of_gated
 sigmoid_gate = recurrent.sigmoid_gate
+state_space_scan = recurrent.state_space_scan
 
 
 def kv_cache_shape(

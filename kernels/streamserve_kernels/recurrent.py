@@ -9,6 +9,7 @@ Shape letters are those of `interface`; besides
 
     X slots    C channels    W width of a convolution
     Hk, Hv key and value heads (Hv a multiple of Hk), D and Dv their sizes
+    H, P   heads of a state space and their size    G, N   groups that share B and C, their size
 """
 
 from __future__ import annotations
@@ -144,6 +145,54 @@ def delta_rule_inputs(
     )
 
 
+def state_space_scan(
+    xbc: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    time_bias: Tensor,
+    skip: Tensor,
+    states: Tensor,
+    step: StepStates,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    *,
+    num_groups: int,
+) -> Tensor:
+    """The selective state space of Mamba 2 (Dao & Gu 2024) -> [T, H * P] of xbc's dtype.
+
+    `xbc` [T, H * P + 2 * G * N] are the inputs of H heads of P, then B and C of G groups of N; head
+    h reads group h // (H / G). `dt` is [T, H]; `decay` (negative), `time_bias` and `skip` are [H]
+    float32. With S the state [N, P] of a head, `states` [X, H, N, P] float32, and t the time step
+    softplus(dt + time_bias):
+
+        S = S * exp(decay * t) + B (t * x)
+        y = Cᵀ S + skip * x
+
+    All of it in float32. Rows that belong to no sequence come back as zeros.
+    """
+    num_heads, size, head_size = states.shape[1:]
+    width = num_groups * size
+    x, b, c = xbc.float().split_with_sizes([num_heads * head_size, width, width], -1)
+    x = x.view(-1, num_heads, head_size)
+    share = num_heads // num_groups
+    b, c = (part.view(-1, num_groups, size).repeat_interleave(share, dim=1) for part in (b, c))
+    time = F.softplus(dt.float() + time_bias)
+    kept_share = torch.exp(decay * time)
+    y = torch.zeros(len(xbc), num_heads, head_size, dtype=xbc.dtype, device=xbc.device)
+    for begin, end, slot, is_new in _sequences(step, query_start_loc, seq_lens):
+        state = torch.zeros_like(states[0]) if is_new or slot < 0 else states[slot].clone()
+        saved = dict(_saved(step, begin, end, -1))
+        for t in range(begin, end):
+            state *= kept_share[t, :, None, None]
+            state += b[t, :, :, None] * (time[t, :, None] * x[t])[:, None, :]
+            y[t] = torch.einsum("hn,hnp->hp", c[t], state) + skip[:, None] * x[t]
+            if t in saved:
+                states[saved[t]] = state
+        if slot >= 0:
+            states[slot] = state
+    return y.view(len(xbc), num_heads * head_size)
+
+
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of each head of x [T, H * D], times silu(gate [T, H * D]); `weight` is [D].
 
@@ -155,6 +204,17 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     h32 = heads.float()
     normed = weight * (h32 * torch.rsqrt(h32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     return (normed.reshape(x.shape).float() * F.silu(gate.float())).to(x.dtype)
+
+
+def norm_of_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
+    """RMS norm of x * silu(gate), both [T, N], over each `group_size` elements; `weight` is [N].
+
+    The normalised row is rounded to x's dtype before the weight, all before that is in float32.
+    """
+    gated = x.float() * F.silu(gate.float())
+    groups = gated.view(len(x), -1, group_size)
+    normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.view(x.shape).to(x.dtype)
 
 
 def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:

@@ -27,12 +27,20 @@ def rows(quick: bool) -> list[Row]:
     steps = list(_STEPS)[:1] if quick else list(_STEPS)
     made = [
         Row("recurrent", f"{name}, {step}", partial(build, counts=_STEPS[step]))
-        for name, build in (("causal_conv", _conv), ("gated_delta_rule", _delta))
+        for name, build in (
+            ("causal_conv", _conv),
+            ("gated_delta_rule", _delta),
+            ("state_space_scan", _state_space),
+        )
         for step in steps
     ]
     return made + [
         Row("recurrent", f"{name}, {count} rows", sized(of_rows, count))
-        for name, of_rows in (("gated_rms_norm", _norm), ("sigmoid_gate", _gate))
+        for name, of_rows in (
+            ("gated_rms_norm", _norm),
+            ("norm_of_gated", _norm_behind),
+            ("sigmoid_gate", _gate),
+        )
         for count in ((64,) if quick else (64, 2048))
     ]
 
@@ -96,6 +104,29 @@ def _delta(bench: Bench, counts: Sequence[int]) -> Case:
     return Case(case.calls, case.check, case.num_bytes, flops, peers=case.peers)
 
 
+def _state_space(bench: Bench, counts: Sequence[int]) -> Case:
+    """One group, whose B and C are as long as a head."""
+    sizes, step = bench.sizes, _Step(bench, counts)
+    heads, size = sizes.heads, sizes.head_size
+    columns = (heads + 2) * size
+    rates = -torch.rand(heads, device=bench.device), torch.zeros(heads, device=bench.device)
+    skip = torch.ones(heads, device=bench.device)
+
+    def make(kernels: Kernels) -> Call:
+        xbc, dt = bench.randn(step.num_tokens, columns), bench.randn(step.num_tokens, heads)
+        states = bench.randn(step.num_seqs, heads, size, size).float()
+        return lambda: (
+            kernels.state_space_scan(xbc, dt, *rates, skip, states, *step.where, num_groups=1),
+            states,
+        )
+
+    of_tokens = step.num_tokens * (columns + heads * size) * bench.dtype.itemsize
+    num_bytes = of_tokens + step.num_moves * 4 * heads * size * size
+    flops = 4 * step.num_tokens * heads * size * size
+    case = case_of(bench, make, _check(bench, make), num_bytes)
+    return Case(case.calls, case.check, case.num_bytes, flops, peers=case.peers)
+
+
 def _check(bench: Bench, make: Callable[[Kernels], Call]) -> Callable[[], None]:
     """What a call gives, with the states that it leaves, against the same of the naive twin."""
 
@@ -117,6 +148,17 @@ def _norm(bench: Bench, count: int) -> Case:
     def make(kernels: Kernels) -> Call:
         x, gate = (bench.randn(count, sizes.heads * sizes.head_size) for _ in range(2))
         return lambda: (kernels.gated_rms_norm(x, gate, weight, 1e-6),)
+
+    return _of_rows(bench, make, count)
+
+
+def _norm_behind(bench: Bench, count: int) -> Case:
+    size = bench.sizes.heads * bench.sizes.head_size
+    weight = bench.randn(size)
+
+    def make(kernels: Kernels) -> Call:
+        x, gate = (bench.randn(count, size) for _ in range(2))
+        return lambda: (kernels.norm_of_gated(x, gate, weight, 1e-6, size),)
 
     return _of_rows(bench, make, count)
 

@@ -35,7 +35,12 @@ from streamserve_kernels.naive import (
 )
 from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 from streamserve_kernels.native.stored import prepare_stored
-from streamserve_kernels.recurrent import gated_rms_norm, sigmoid_gate
+from streamserve_kernels.recurrent import (
+    gated_rms_norm,
+    norm_of_gated,
+    sigmoid_gate,
+    state_space_scan,
+)
 
 __all__ = [
     "AdapterTable",
@@ -55,6 +60,7 @@ __all__ = [
     "linear",
     "moe",
     "name",
+    "norm_of_gated",
     "paged_attention",
     "prepare_linear",
     "prepare_quantised",
@@ -65,6 +71,7 @@ __all__ = [
     "rotary_write_kv",
     "sigmoid_gate",
     "slow_quantisation",
+    "state_space_scan",
     "warm_up",
     "write_kv",
 ]

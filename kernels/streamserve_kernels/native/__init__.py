@@ -48,6 +48,7 @@ from streamserve_kernels.native.recurrent import (
     sigmoid_gate,
 )
 from streamserve_kernels.native.stored import prepare_stored
+from streamserve_kernels.recurrent import norm_of_gated, state_space_scan
 
 __all__ = [
     "AdapterTable",
@@ -68,6 +69,7 @@ __all__ = [
     "linear",
     "moe",
     "name",
+    "norm_of_gated",
     "paged_attention",
     "prepare_linear",
     "prepare_quantised",
@@ -78,6 +80,7 @@ __all__ = [
     "rotary_write_kv",
     "sigmoid_gate",
     "slow_quantisation",
+    "state_space_scan",
     "unpack_keys",
     "unpack_values",
     "warm_up",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from streamserve_kernels.interface import QuantLinear
 from streamserve_kernels.naive import add_shared_experts, kv_cache_shape
+from streamserve_kernels.recurrent import norm_of_gated, state_space_scan
 from streamserve_kernels.triton.adapters import AdapterTable, add_adapters
 from streamserve_kernels.triton.attention import paged_attention
 from streamserve_kernels.triton.cache import (
@@ -62,6 +63,7 @@ __all__ = [
     "linear",
     "moe",
     "name",
+    "norm_of_gated",
     "paged_attention",
     "prepare_linear",
     "prepare_quantised",
@@ -73,6 +75,7 @@ __all__ = [
     "rotary_write_kv",
     "sigmoid_gate",
     "slow_quantisation",
+    "state_space_scan",
     "warm_up",
     "write_kv",
 ]
