@@ -62,7 +62,7 @@ def test_every_kernel_compiles_for_hopper_and_spills_little(part, compiled):
             assert (kernel["wide"], kernel["stack"]) == (3 * 8, 0), kernel
         elif name == "delta_chunks_kernel":
             # The state is there all the time.
-            assert kernel["stack"] <= 32, kernel
+            assert kernel["stack"] <= 64, kernel
             assert kernel["wgmma"], kernel
         elif name == "attention_kernel":
             assert kernel["slow_conversions"] == 0, kernel

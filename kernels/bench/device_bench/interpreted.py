@@ -23,7 +23,7 @@ def mended_interpreter() -> Iterator[None]:
     - A kernel's argument may bound a loop: the interpreter holds a scalar as an array of one
       element, which NumPy no longer makes an int.
     - Numbers become bfloat16 and float8 by rounding to the nearest, as on a GPU, and are multiplied
-      as what they are.
+      as what they are; of float32 a product in tf32 takes 11 bits.
     - A float32 product that is added, or subtracted, enters the sum unrounded, as a GPU's fused
       multiply-add has it; reduced, selected or cast it is rounded.
     - What a called function would put into `triton.language` is put there once for a launch: its
@@ -129,7 +129,7 @@ def _rounding(convert: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _multiplying(interpreter: Any) -> Callable[..., Any]:
-    """The interpreter multiplies the bits of bfloat16 as integers."""
+    """The interpreter multiplies the bits of bfloat16 as integers, and tf32 as float32."""
     from triton import language
 
     create_dot = interpreter.InterpreterBuilder.create_dot
@@ -137,9 +137,16 @@ def _multiplying(interpreter: Any) -> Callable[..., Any]:
     def dot(builder: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
         if a.dtype == language.bfloat16:
             a, b = (builder.cast_impl(x, language.float32) for x in (a, b))
+        elif a.dtype == language.float32 and how[0].name == "TF32":
+            a, b = (interpreter.TensorHandle(_cut(x.data), x.dtype) for x in (a, b))
         return create_dot(builder, a, b, d, *how)
 
     return dot
+
+
+def _cut(values: Any) -> Any:
+    """What a GPU's matrix units take of float32: 11 bits of mantissa, the others are left out."""
+    return (np.ascontiguousarray(values).view(np.int32) & -0x2000).view(np.float32)
 
 
 class _Fusion:

@@ -178,7 +178,7 @@ def blocks_at(table, at, stop, one_block: tl.constexpr, KEYS: tl.constexpr, c: t
 def multiply(a, b, acc, c: tl.constexpr):
     """`acc + a @ b` in float32. The interpreter is wrong about bfloat16, and knows no float8."""
     if c.interpreted:
-        out = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+        out = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif c.ieee:
         out = tl.dot(a, b, acc, input_precision="ieee")
     else:

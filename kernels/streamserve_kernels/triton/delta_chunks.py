@@ -26,7 +26,18 @@ from streamserve_kernels.triton.runtime import jit
 CHUNK = 64
 _CHUNK = tl.constexpr(CHUNK)
 _LEVELS = tl.constexpr(CHUNK.bit_length() - 1)
+# Of float32: three products of numbers of 11 bits. Numbers of 16 bits are multiplied as they are.
+EXACT = "tf32x3"
+_EXACT = tl.constexpr(EXACT)
 _REQUESTS = tl.constexpr(256)  # read at a time
+
+
+@triton.jit
+def _rounded(x, PRECISION: tl.constexpr):
+    """To the 11 bits that the matrix units take of a number: the others they cut off."""
+    if PRECISION == "tf32":
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -60,8 +71,8 @@ def _inverse(lower):
     inverse -= tl.where((i == j + 1) & (i // 2 == j // 2), lower, 0.0)
     for level in range(1, _LEVELS):
         is_below = ((i >> level) == (j >> level) + 1) & ((i >> level + 1) == (j >> level + 1))
-        below = tl.dot(tl.where(is_below, lower, 0.0), inverse, input_precision="tf32x3")
-        inverse -= tl.dot(inverse, below, input_precision="tf32x3")
+        below = tl.dot(tl.where(is_below, lower, 0.0), inverse, input_precision=_EXACT)
+        inverse -= tl.dot(inverse, below, input_precision=_EXACT)
     return inverse
 
 
@@ -84,6 +95,7 @@ def delta_parts_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     FEW: tl.constexpr,
+    PRECISION: tl.constexpr,  # of products with states and updates
     OVERLAP: tl.constexpr,  # launched with `launch_pdl`
 ):
     """What a chunk's updates and outputs are made of, for a head, whatever the state before it."""
@@ -121,12 +133,13 @@ def delta_parts_kernel(
     decayed = tl.where(i >= j, tl.exp(tl.where(i >= j, passed, 0.0)), 0.0) * of_keys[None, :]
     place = rows * HV + head
     out = place[:, None] * _CHUNK + j
-    seen = tl.dot(query, tl.trans(key), input_precision="ieee") * of_queries[:, None] * decayed
-    tl.store(scores + out, seen, mask=inside[:, None])
-    lower = tl.dot(key, tl.trans(key), input_precision="ieee")
+    seen = tl.dot(query, tl.trans(key), input_precision=_EXACT) * of_queries[:, None] * decayed
+    tl.store(scores + out, _rounded(seen, PRECISION), mask=inside[:, None])
+    lower = tl.dot(key, tl.trans(key), input_precision=_EXACT)
     lower *= (beta * of_keys)[:, None] * decayed
     solved = _inverse(tl.where(i > j, lower, 0.0))
-    tl.store(updates + out, solved * beta[None, :], mask=inside[:, None])
+    solved = _rounded(solved * beta[None, :], PRECISION)
+    tl.store(updates + out, solved, mask=inside[:, None])
     total = T.to(tl.int64) * HV
     tl.store(scales + place, log_decay, mask=inside)
     tl.store(scales + total + place, of_keys, mask=inside)
@@ -141,7 +154,8 @@ def _after(state, at, of_key, is_key, update, log_decay, of_keys, PRECISION: tl.
     share = tl.where(i <= at, of_keys * tl.exp(tl.where(i <= at, passed - log_decay, 0.0)), 0.0)
     # Again, and not kept in registers all the time.
     key = tl.trans(tl.load(of_key, mask=is_key, other=0.0).to(tl.float32))
-    added = tl.dot(key, update * share[:, None], input_precision=PRECISION)
+    share = _rounded(update * share[:, None], PRECISION)
+    added = tl.dot(key, share, input_precision=PRECISION)
     return state * tl.exp(passed) + added
 
 
@@ -205,17 +219,19 @@ def delta_chunks_kernel(
         wanted = inside[:, None] & is_key[None, :]
         key = tl.load(of_key, mask=wanted, other=0.0).to(tl.float32)
         kept = tl.exp(log_decay)
-        known = tl.dot(key, state, input_precision=PRECISION) * (kept * of_keys)[:, None]
+        before = _rounded(state, PRECISION)
+        known = tl.dot(key, before, input_precision=PRECISION) * (kept * of_keys)[:, None]
         written = inside[:, None] & is_value[None, :]
         of_value = row[:, None] + 2 * HK * D + head * DV + v[None, :]
         value = tl.load(of_value, mask=written, other=0.0).to(tl.float32)
         matrix = place[:, None] * _CHUNK + i[None, :]
         solved = tl.load(updates + matrix, mask=inside[:, None], other=0.0)
-        update = tl.dot(solved, value - known, input_precision=PRECISION)
+        missing = _rounded(value - known, PRECISION)
+        update = tl.dot(solved, missing, input_precision=PRECISION)
         query = tl.load(of_key - HK * D, mask=wanted, other=0.0).to(tl.float32)
-        found = tl.dot(query, state, input_precision=PRECISION) * (kept * of_queries)[:, None]
+        found = tl.dot(query, before, input_precision=PRECISION) * (kept * of_queries)[:, None]
         seen = tl.load(scores + matrix, mask=inside[:, None], other=0.0)
-        found = tl.dot(seen, update, found, input_precision=PRECISION)
+        found = tl.dot(seen, _rounded(update, PRECISION), found, input_precision=PRECISION)
         out = y + rows[:, None] * (HV * DV) + head * DV + v[None, :]
         tl.store(out, found.to(y.dtype.element_ty), mask=written)
         save = tl.load(saves + rows, mask=inside, other=-1)

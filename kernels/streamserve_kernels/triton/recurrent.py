@@ -9,7 +9,12 @@ import triton
 from torch import Tensor
 
 from streamserve_kernels.recurrent import StepStates
-from streamserve_kernels.triton.delta_chunks import CHUNK, delta_chunks_kernel, delta_parts_kernel
+from streamserve_kernels.triton.delta_chunks import (
+    CHUNK,
+    EXACT,
+    delta_chunks_kernel,
+    delta_parts_kernel,
+)
 from streamserve_kernels.triton.recurrent_kernels import (
     conv_kernel,
     delta_kernel,
@@ -50,29 +55,12 @@ def causal_conv(
     # Each sequence's first tile, then all others: see `_later_tile`.
     grid = (num_seqs + triton.cdiv(num_tokens, tokens), triton.cdiv(channels, _CHANNELS))
     conv_kernel[grid](
-        x,
-        weight.contiguous(),
-        x if bias is None else bias,
-        states,
-        step.slots,
-        step.saves,
-        query_start_loc,
-        seq_lens,
-        y,
-        x.stride(0),
-        num_tokens,
-        num_seqs,
-        C=channels,
-        W=width,
-        HAS_BIAS=bias is not None,
-        HAS_SILU=activation == "silu",
-        BLOCK_T=tokens,
-        BLOCK_C=_CHANNELS,
-        BLOCK_W=triton.next_power_of_2(max(width - 1, 1)),
-        OVERLAP=overlap,
-        num_warps=4,
-        launch_pdl=overlap,
-    )
+        x, weight.contiguous(), x if bias is None else bias, states, step.slots, step.saves,
+        query_start_loc, seq_lens, y, x.stride(0), num_tokens, num_seqs,
+        C=channels, W=width, HAS_BIAS=bias is not None, HAS_SILU=activation == "silu",
+        BLOCK_T=tokens, BLOCK_C=_CHANNELS, BLOCK_W=triton.next_power_of_2(max(width - 1, 1)),
+        OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+    )  # fmt: skip
     return y
 
 
@@ -98,80 +86,64 @@ def gated_delta_rule(
     has_chunks = num_tokens > max(num_seqs, _FEW_TOKENS)
     columns = min(triton.next_power_of_2(value_size), _COLUMNS)
     overlap = overlaps(qkv.device)
-    where = step.slots, step.saves, query_start_loc, seq_lens
-    sizes = {
-        "HK": num_key_heads,
-        "HV": num_heads,
-        "D": key_size,
-        "OVERLAP": overlap,
-        "num_warps": 4,
-        "launch_pdl": overlap,
-    }
-    tiles = num_heads * triton.cdiv(value_size, columns)
-    delta_kernel[(tiles, num_seqs + 1)](
-        qkv,
-        gates,
-        decay,
-        time_bias,
-        states,
-        *where,
-        y,
-        qkv.stride(0),
-        gates.stride(0),
-        num_tokens,
-        num_seqs,
-        DV=value_size,
-        BLOCK_D=triton.next_power_of_2(key_size),
-        BLOCK_V=columns,
+    delta_kernel[(num_heads * triton.cdiv(value_size, columns), num_seqs + 1)](
+        qkv, gates, decay, time_bias, states, step.slots, step.saves, query_start_loc, seq_lens, y,
+        qkv.stride(0), gates.stride(0), num_tokens, num_seqs,
+        HK=num_key_heads, HV=num_heads, D=key_size, DV=value_size,
+        BLOCK_D=triton.next_power_of_2(key_size), BLOCK_V=columns,
         MOST=_FEW_TOKENS if has_chunks else _ANY,
-        **sizes,
-    )
-    if not has_chunks:
-        return y
+        OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+    )  # fmt: skip
+    if has_chunks:
+        parameters = decay, time_bias, states
+        where = step, query_start_loc, seq_lens
+        _in_chunks(qkv, gates, *parameters, *where, y, num_key_heads)
+    return y
+
+
+def _in_chunks(
+    qkv: Tensor,
+    gates: Tensor,
+    decay: Tensor,
+    time_bias: Tensor,
+    states: Tensor,
+    step: StepStates,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    y: Tensor,
+    num_key_heads: int,
+) -> None:
+    """Sequences of more than a few tokens: see `delta_chunks`."""
+    num_heads, key_size, value_size = states.shape[1:]
+    num_tokens, num_seqs, overlap = qkv.shape[0], seq_lens.shape[0], overlaps(qkv.device)
     of_tokens = num_tokens, num_heads
     updates, scores, scales = (
         torch.empty(*shape, dtype=torch.float32, device=qkv.device)
         for shape in ((*of_tokens, CHUNK), (*of_tokens, CHUNK), (3, *of_tokens))
     )
     block = max(triton.next_power_of_2(key_size), 16)
+    sizes = {
+        "HK": num_key_heads,
+        "HV": num_heads,
+        "D": key_size,
+        "BLOCK_D": block,
+        "FEW": _FEW_TOKENS,
+        "PRECISION": EXACT if qkv.dtype == torch.float32 else "tf32",
+        "OVERLAP": overlap,
+        "num_warps": 4 if block <= 128 else 8,
+        "launch_pdl": overlap,
+    }
     # Each sequence has at most one chunk that is not full.
     num_chunks = num_tokens // CHUNK + min(num_seqs, num_tokens // (_FEW_TOKENS + 1))
     delta_parts_kernel[(num_heads, num_chunks)](
-        qkv,
-        gates,
-        decay,
-        time_bias,
-        query_start_loc,
-        updates,
-        scores,
-        scales,
-        qkv.stride(0),
-        gates.stride(0),
-        num_tokens,
-        num_seqs,
-        BLOCK_D=block,
-        FEW=_FEW_TOKENS,
-        **sizes,
-    )
-    columns = max(columns, 16)
+        qkv, gates, decay, time_bias, query_start_loc, updates, scores, scales,
+        qkv.stride(0), gates.stride(0), num_tokens, num_seqs, **sizes,
+    )  # fmt: skip
+    columns = min(max(triton.next_power_of_2(value_size), 16), _COLUMNS)
     delta_chunks_kernel[(num_heads * triton.cdiv(value_size, columns), num_seqs)](
-        qkv,
-        states,
-        *where,
-        updates,
-        scores,
-        scales,
-        y,
-        qkv.stride(0),
-        num_tokens,
-        DV=value_size,
-        BLOCK_D=block,
-        BLOCK_V=columns,
-        FEW=_FEW_TOKENS,
-        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-        **sizes,
-    )
-    return y
+        qkv, states, step.slots, step.saves, query_start_loc, seq_lens, updates, scores, scales, y,
+        qkv.stride(0), num_tokens, DV=value_size, BLOCK_V=columns, **sizes,
+    )  # fmt: skip
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -184,22 +156,10 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     overlap = overlaps(x.device)
     if len(x):
         gated_norm_kernel[(len(x), triton.cdiv(num_heads, heads))](
-            x,
-            gate,
-            weight,
-            y,
-            x.stride(0),
-            gate.stride(0),
-            eps,
-            H=num_heads,
-            D=size,
-            HEADS=heads,
-            BLOCK_D=block,
-            IS_ROUNDED=weight.dtype == x.dtype,
-            OVERLAP=overlap,
-            num_warps=4,
-            launch_pdl=overlap,
-        )
+            x, gate, weight, y, x.stride(0), gate.stride(0), eps,
+            H=num_heads, D=size, HEADS=heads, BLOCK_D=block, IS_ROUNDED=weight.dtype == x.dtype,
+            OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+        )  # fmt: skip
     return y
 
 
@@ -210,17 +170,9 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     width, overlap = x.shape[1], overlaps(x.device)
     if y.numel():
         sigmoid_gate_kernel[(len(x), triton.cdiv(width, _ELEMENTS))](
-            x,
-            gate,
-            y,
-            x.stride(0),
-            gate.stride(0),
-            N=width,
-            BLOCK=_ELEMENTS,
-            OVERLAP=overlap,
-            num_warps=4,
-            launch_pdl=overlap,
-        )
+            x, gate, y, x.stride(0), gate.stride(0), N=width, BLOCK=_ELEMENTS,
+            OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+        )  # fmt: skip
     return y
 
 
