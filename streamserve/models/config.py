@@ -205,6 +205,8 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
 
 
 def _check_heads(spec: DecoderSpec, source: str) -> None:
+    if not spec.attentions():
+        raise UnsupportedModelError(f"{source}: a model of which no layer attends is not supported")
     for held in spec.caches():
         if isinstance(held, ShortConvSpec):
             continue
