@@ -102,15 +102,18 @@ def row_groups(
         return RowGroups(piece.rows // 2, (1, 1))
     if module.layer is None or piece.start > 0:  # only a module's first piece has parts of many
         return None
-    held = spec.layers[module.layer].attention
-    if isinstance(held, AttentionSpec):
-        return _qkv_groups(names, module, held)
-    return _delta_groups(names, module, held) if isinstance(held, DeltaNetSpec) else None
+    if module.name == "layers.qkv" and names.qkv_layout != "stacked":
+        attention = spec.layers[module.layer].attention
+        assert isinstance(attention, AttentionSpec)
+        return _qkv_groups(names, attention)
+    if module.name.startswith("layers.delta.") and names.delta_layout == "grouped":
+        delta_net = spec.layers[module.layer].attention
+        assert isinstance(delta_net, DeltaNetSpec)
+        return _delta_groups(module, delta_net)
+    return None
 
 
-def _qkv_groups(names: WeightNames, module: Module, spec: AttentionSpec) -> RowGroups | None:
-    if module.name != "layers.qkv" or names.qkv_layout == "stacked":
-        return None
+def _qkv_groups(names: WeightNames, spec: AttentionSpec) -> RowGroups:
     size = spec.query_key_head_size
     if names.qkv_layout == "gated":
         return RowGroups(spec.num_heads, (size, spec.value_head_size))
@@ -118,9 +121,7 @@ def _qkv_groups(names: WeightNames, module: Module, spec: AttentionSpec) -> RowG
     return RowGroups(spec.num_kv_heads, (share * size, size, spec.value_head_size))
 
 
-def _delta_groups(names: WeightNames, module: Module, spec: DeltaNetSpec) -> RowGroups | None:
-    if names.delta_layout == "stacked":
-        return None
+def _delta_groups(module: Module, spec: DeltaNetSpec) -> RowGroups | None:
     share, size = spec.num_value_heads // spec.num_key_heads, spec.key_head_size
     values = share * spec.value_head_size
     if module.name == "layers.delta.qkvz":
