@@ -124,7 +124,7 @@ class TorchModelRunner:
         self._transfer = transfer
         self._state_caches = state_caches
         are_states = {id(cache) for cache in state_caches}
-        self._flat_caches = [
+        self._block_caches = [
             cache for pair in kv_caches for cache in pair if id(cache) not in are_states
         ]
         self._input_batch = InputBatch(
@@ -184,7 +184,7 @@ class TorchModelRunner:
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
-        del self._model, self._kv_caches, self._flat_caches, self._state_caches, self._input_batch
+        del self._model, self._kv_caches, self._block_caches, self._state_caches, self._input_batch
 
     def _work(self) -> None:
         try:
@@ -280,7 +280,7 @@ class TorchModelRunner:
     def _copy_blocks(self, copies: list[BlockCopy]) -> None:
         pairs = torch.tensor(copies, dtype=torch.int64).to(self._model.device)
         self._kernels.copy_blocks(
-            self._flat_caches, pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+            self._block_caches, pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
         )
 
     def _resolve(

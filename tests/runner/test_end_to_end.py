@@ -208,5 +208,5 @@ def test_the_requests_of_a_step_that_fails_go_on_with_the_same_tokens(
 
 
 def test_nothing_on_the_device_is_a_graph(runner, expected):
-    assert not any(cache.requires_grad for cache in runner._flat_caches)
-    assert all(cache.device == CPU for cache in runner._flat_caches)
+    assert not any(cache.requires_grad for cache in runner._block_caches)
+    assert all(cache.device == CPU for cache in runner._block_caches)

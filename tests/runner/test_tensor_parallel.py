@@ -212,7 +212,7 @@ def test_ranks_that_are_closed_hold_neither_shares_nor_caches(checkpoint, on_dev
     held = [weakref.ref(share) for share in shares]
     runner, followers = lead(shares, on_device)
     own = runner._own
-    caches = own._flat_caches
+    caches = own._block_caches
     held.append(weakref.ref(caches[0]))
     del shares, own, caches
     assert None not in [ref() for ref in held]
