@@ -39,7 +39,7 @@ NATIVES = (
     "falcon-7b", "falcon-rw", "bloom", "mixtral", "qwen2-moe", "qwen3-moe", "deepseek-moe",
     "gpt-oss", "granite-moe", "phi3", "baichuan1-13b", "chatglm2", "glm", "qwen1", "smollm3",
 )  # fmt: skip
-HYBRIDS = ("qwen3-next", "qwen3.5", "qwen3.5-last", "qwen3.5-moe")
+HYBRIDS = ("qwen3-next", "qwen3.5", "qwen3.5-last", "qwen3.5-moe", "lfm2", "lfm2-biases")
 FOREIGNERS = (
     "llama", "cohere2", "deepseek-v2", "deepseek-v3", "glm4-moe", "olmo3", "olmoe", "nemotron",
     "granite", "granite-moe", "gemma3n",

@@ -152,6 +152,7 @@ def asked_of(name: str, found: dict[str, Any]) -> list[Callable[[str], dict[str,
         "_heads_kernel": accesses,
         "attention_kernel": conversions,
         "delta_kernel": accesses,
+        "state_space_kernel": accesses,
     }
     return [*([pace] if found["wgmma"] else []), *([of_name[name]] if name in of_name else [])]
 
@@ -354,7 +355,7 @@ def recurrent_calls() -> Iterator[Callable[[], object]]:
 
     keys, heads, size, width = 16, 32, 128, 4
     channels = (2 * keys + heads) * size
-    weight, norm = bf16(channels, width), bf16(size)
+    weight, norm, wide = bf16(channels, width), bf16(size), bf16(heads * size)
     conv_states, states = bf16(4, width - 1, channels), torch.zeros(4, heads, size, size)
     rates = torch.zeros(heads), torch.zeros(heads)
     for tokens, requests in ((1, 1), (64, 64), (512, 16)):
@@ -368,7 +369,13 @@ def recurrent_calls() -> Iterator[Callable[[], object]]:
         )
         attended = bf16(tokens, heads * size)
         yield lambda x=attended: ours.gated_rms_norm(x, x, norm, 1e-6)
+        yield lambda x=attended: ours.norm_of_gated(x, x, wide, 1e-6, heads * size)
         yield lambda x=attended: ours.sigmoid_gate(x, x)
+        # of Mamba 2
+        dt = bf16(tokens, heads)
+        yield lambda x=x, dt=dt, where=where: ours.state_space_scan(
+            x, dt, *rates, rates[0], states, *where, num_groups=keys
+        )
 
 
 PARTS = {

@@ -21,6 +21,7 @@ from streamserve_kernels.adapters import AdapterRows
 from streamserve_kernels.fp8 import quantise_fp8
 from streamserve_kernels.recurrent import StepStates
 from streamserve_kernels.sampling import SamplingTensors
+from streamserve_kernels.triton import recurrent as triton_recurrent
 from streamserve_kernels.triton import sampling
 from streamserve_kernels.triton.block_rows import TritonBlockRows
 from streamserve_kernels.triton.fp8 import Fp8Linear
@@ -222,12 +223,14 @@ def of_one(slot: int, saves: list[int], first: int = 0) -> tuple[StepStates, Ten
     return StepStates(slots, saved), starts, lengths
 
 
-def test_rows_and_states_of_recurrent_layers():
+@pytest.mark.parametrize("few", [2, 16], ids=["chunk", "one by one"])
+def test_rows_and_states_of_recurrent_layers(few, monkeypatch):
+    monkeypatch.setattr(triton_recurrent, "_FEW_TOKENS", few)
     channels, size, heads = 8192, 64, 2
     x, weight = torch.randn(3, channels), torch.randn(channels, 4)
     qkv, gates = torch.randn(3, 4 * size), torch.randn(3, 2 * heads)
     rates = -torch.rand(heads), torch.randn(heads)
-    expected = [torch.randn(2, 3, channels), torch.randn(2, heads, size, size)]
+    expected = [torch.randn(2, 3, channels), *torch.randn(2, 2, heads, size, size)]
     count = 2**31 // (heads * size * size) + 2
     found = [far(count, *old.shape[1:], stride=old[0].numel()) for old in expected]
     for one, other in zip(found, expected, strict=True):
@@ -240,11 +243,14 @@ def test_rows_and_states_of_recurrent_layers():
         states.append(kernels.causal_conv(move(x), weight, None, states[0], *where))
         parts = move(qkv), move(gates), *rates, states[1], *where
         states.append(kernels.gated_delta_rule(*parts, num_key_heads=1))
+        parts = move(qkv), move(gates[:, :heads]), *rates, rates[0], states[2], *where
+        states.append(kernels.state_space_scan(*parts, num_groups=1))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one[-len(other) :], other, atol=1e-4, rtol=1e-4)
 
 
-def test_outputs_of_recurrent_layers():
+def test_outputs_of_recurrent_layers(monkeypatch):
+    monkeypatch.setattr(triton_recurrent, "_FEW_TOKENS", 2**31)  # a million chunks are too many
     many, heads, size, value_size = 2**20, 16, 16, 128
     x, weight = torch.randn(2, heads * value_size), torch.randn(heads * value_size, 2)
     qkv, gates = torch.randn(2, 32 + heads * value_size), torch.randn(2, 2 * heads)
@@ -255,7 +261,9 @@ def test_outputs_of_recurrent_layers():
         where = of_one(0, [-1, -1], first)
         conv = kernels.causal_conv(move(x), weight, None, conv_states.clone(), *where)
         parts = move(qkv), move(gates), *rates, states.clone(), *where
-        return [conv, kernels.gated_delta_rule(*parts, num_key_heads=1)]
+        passed = move(qkv), move(gates[:, :heads]), *rates, rates[0], states.clone(), *where
+        scanned = kernels.state_space_scan(*passed, num_groups=1)
+        return [conv, kernels.gated_delta_rule(*parts, num_key_heads=1), scanned]
 
     def at_the_end(tensor: Tensor) -> Tensor:
         moved = far(many + 2, tensor.shape[1], stride=heads * value_size + 32)

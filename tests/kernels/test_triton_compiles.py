@@ -23,7 +23,9 @@ _BETWEEN = {
     "conv_kernel",
     "delta_kernel",
     "gated_norm_kernel",
+    "norm_of_gated_kernel",
     "sigmoid_gate_kernel",
+    "state_space_kernel",
 }
 # A step begins with these: what was there before them may be read before a wait.
 _FIRST = {"_resolve_kernel", "_gather_kernel"}
@@ -56,7 +58,7 @@ def test_every_kernel_compiles_for_hopper_and_spills_little(part, compiled):
                 # Slot and position are 8 bytes, and so are eight numbers of a float8 cache.
                 assert kernel["narrow"] <= 4, kernel
                 assert kernel["shared"] == 0, kernel
-        elif name == "delta_kernel":
+        elif name in ("delta_kernel", "state_space_kernel"):
             # Where the sequence and its state are; that is read, kept and saved in whole lines.
             assert kernel["early"] >= 4, kernel
             assert (kernel["wide"], kernel["stack"]) == (3 * 8, 0), kernel

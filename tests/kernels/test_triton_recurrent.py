@@ -155,6 +155,29 @@ def test_delta_rules(device, dtype, sequences, heads, sizes):
     Delta(case, heads, sizes, device, dtype).check(dtype)
 
 
+@STEPS
+@pytest.mark.parametrize(
+    ("heads", "sizes"), [((1, 1), (16, 16)), ((2, 4), (40, 24)), ((1, 3), (128, 64))], ids=str
+)
+def test_state_spaces(device, dtype, sequences, heads, sizes):
+    case = step_of(sequences, device, padding=20 if sequences is RAGGED else 0)
+    (num_groups, num_heads), (size, head_size) = heads, sizes
+    columns = num_heads * head_size + 2 * num_groups * size
+    xbc = strided(case.num_tokens, columns, device, dtype)
+    dt = 2 * strided(case.num_tokens, num_heads, device, dtype)
+    rates = [-torch.rand(num_heads), torch.randn(num_heads), torch.randn(num_heads)]
+    rates = [rate.to(device) for rate in rates]
+    states = states_of(case, num_heads, size, head_size, dtype=torch.float32)
+    expected_states = states.clone()
+    expected, found = (
+        kernels.state_space_scan(xbc, dt, *rates, mine, *case.where, num_groups=num_groups)
+        for kernels, mine in ((naive, expected_states), (ours, states))
+    )
+    close(found, expected, dtype)
+    assert not found[case.query_start_loc[-1] :].any()
+    close_states(states, expected_states, torch.float32)
+
+
 @pytest.mark.parametrize("count", [8, 90])
 def test_a_slow_decay_and_a_fast_one(device, dtype, count):
     """Of what exp and softplus are asked for, the ends; and keys that are all the same."""
@@ -235,6 +258,16 @@ def test_gated_norms(device, dtype, heads, size):
     for weight in (torch.randn(size).to(device, dtype), torch.randn(size).to(device)):
         args = x, gate, weight, 1e-5
         close(ours.gated_rms_norm(*args), naive.gated_rms_norm(*args), dtype)
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 300), (3, 64)])
+def test_norms_behind_a_gate(device, dtype, groups, size):
+    x, gate = (strided(5, groups * size, device, dtype) for _ in range(2))
+    x[0] *= 1e-3  # as small as epsilon
+    weight = torch.randn(groups * size).to(device)
+    for of_dtype in (weight.to(dtype), weight):
+        args = x, gate, of_dtype, 1e-5, size
+        close(ours.norm_of_gated(*args), naive.norm_of_gated(*args), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from streamserve_kernels.interface import QuantLinear
 from streamserve_kernels.naive import add_shared_experts, kv_cache_shape
-from streamserve_kernels.recurrent import norm_of_gated, state_space_scan
 from streamserve_kernels.triton.adapters import AdapterTable, add_adapters
 from streamserve_kernels.triton.attention import paged_attention
 from streamserve_kernels.triton.cache import (
@@ -40,7 +39,9 @@ from streamserve_kernels.triton.recurrent import (
     causal_conv,
     gated_delta_rule,
     gated_rms_norm,
+    norm_of_gated,
     sigmoid_gate,
+    state_space_scan,
 )
 from streamserve_kernels.triton.runtime import compilations
 from streamserve_kernels.triton.stored import prepare_stored

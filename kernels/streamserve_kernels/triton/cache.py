@@ -208,8 +208,10 @@ def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     for cache in caches:
         by_size.setdefault(cache[0].nbytes, []).append(cache)
     for num_bytes, same in by_size.items():
-        if num_bytes % 8 or len(src) == 0:
-            for cache in same if len(src) else []:
+        if num_bytes == 0 or len(src) == 0:
+            continue
+        if num_bytes % 8:
+            for cache in same:
                 cache.view(torch.uint8)[dst] = cache.view(torch.uint8)[src]
             continue
         key = tuple(cache.data_ptr() for cache in same)

@@ -19,7 +19,9 @@ from streamserve_kernels.triton.recurrent_kernels import (
     conv_kernel,
     delta_kernel,
     gated_norm_kernel,
+    norm_of_gated_kernel,
     sigmoid_gate_kernel,
+    state_space_kernel,
 )
 from streamserve_kernels.triton.runtime import overlaps
 
@@ -146,6 +148,36 @@ def _in_chunks(
     )  # fmt: skip
 
 
+def state_space_scan(
+    xbc: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    time_bias: Tensor,
+    skip: Tensor,
+    states: Tensor,
+    step: StepStates,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    *,
+    num_groups: int,
+) -> Tensor:
+    """See `recurrent.state_space_scan`. Token by token, whatever their number."""
+    xbc, dt = _with_adjacent_columns(xbc), _with_adjacent_columns(dt)
+    num_heads, size, head_size = states.shape[1:]
+    num_tokens, num_seqs, overlap = xbc.shape[0], seq_lens.shape[0], overlaps(xbc.device)
+    y = torch.empty(num_tokens, num_heads * head_size, dtype=xbc.dtype, device=xbc.device)
+    columns = min(triton.next_power_of_2(head_size), _COLUMNS)
+    if num_tokens:
+        state_space_kernel[(num_heads * triton.cdiv(head_size, columns), num_seqs + 1)](
+            xbc, dt, decay, time_bias, skip, states, step.slots, step.saves, query_start_loc,
+            seq_lens, y, xbc.stride(0), dt.stride(0), num_tokens, num_seqs,
+            G=num_groups, H=num_heads, N=size, P=head_size,
+            BLOCK_N=triton.next_power_of_2(size), BLOCK_P=columns,
+            OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+        )  # fmt: skip
+    return y
+
+
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `recurrent.gated_rms_norm`."""
     x, gate = _with_adjacent_columns(x), _with_adjacent_columns(gate)
@@ -159,6 +191,21 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
             x, gate, weight, y, x.stride(0), gate.stride(0), eps,
             H=num_heads, D=size, HEADS=heads, BLOCK_D=block, IS_ROUNDED=weight.dtype == x.dtype,
             OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+        )  # fmt: skip
+    return y
+
+
+def norm_of_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
+    """See `recurrent.norm_of_gated`."""
+    x, gate = _with_adjacent_columns(x), _with_adjacent_columns(gate)
+    width, block = x.shape[1], triton.next_power_of_2(group_size)
+    dtype, overlap = torch.promote_types(x.dtype, weight.dtype), overlaps(x.device)
+    y = torch.empty(*x.shape, dtype=dtype, device=x.device)
+    if len(x):
+        norm_of_gated_kernel[(len(x), width // group_size)](
+            x, gate, weight, y, x.stride(0), gate.stride(0), eps,
+            N=width, SIZE=group_size, BLOCK=block, OVERLAP=overlap,
+            num_warps=min(max(block // 512, 1), 16), launch_pdl=overlap,
         )  # fmt: skip
     return y
 

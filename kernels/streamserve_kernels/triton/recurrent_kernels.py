@@ -18,6 +18,27 @@ _ZEROED = tl.constexpr(16)  # rows of nobody, at a time
 
 
 @triton.jit
+def _sequence(r, R, slots, query_start_loc, seq_lens):
+    """(its first row, its tokens, its slot, whether that holds what was before); of R: no slot."""
+    is_anybodys = r < R
+    begin = tl.load(query_start_loc + r)
+    count = tl.load(query_start_loc + r + 1, mask=is_anybodys, other=0) - begin
+    slot = tl.load(slots + r, mask=is_anybodys, other=-1)
+    length = tl.load(seq_lens + r, mask=is_anybodys, other=0)
+    return begin, count, slot, (slot >= 0) & (length > count) & (count > 0)
+
+
+@triton.jit
+def _write_zeros(columns, begin, T, stride, is_column):
+    """To rows `begin` to T - 1, `stride` apart, of these columns [N]."""
+    for first in range(begin, T, _ZEROED):
+        i = first + tl.arange(0, _ZEROED)
+        rows = columns[None, :] + i.to(tl.int64)[:, None] * stride
+        mask = (i < T)[:, None] & is_column[None, :]
+        tl.store(rows, tl.zeros(rows.shape, columns.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _later_tile(number, query_start_loc, T, R, BLOCK_T: tl.constexpr):
     """(sequence, tile of it) of the `number`-th tile of BLOCK_T tokens that is no sequence's first.
 
@@ -166,33 +187,22 @@ def delta_kernel(
     v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
     is_key = d < D
     is_value = v < DV
-    is_anybodys = r < R
-    begin = tl.load(query_start_loc + r)
-    count = tl.load(query_start_loc + r + 1, mask=is_anybodys, other=0) - begin
-    slot = tl.load(slots + r, mask=is_anybodys, other=-1)
-    length = tl.load(seq_lens + r, mask=is_anybodys, other=0)
+    begin, count, slot, has_before = _sequence(r, R, slots, query_start_loc, seq_lens)
     is_done = (count > 0) & (count <= MOST)
-    has_before = (slot >= 0) & (length > count) & is_done
     rate = tl.load(decay + head)
     bias = tl.load(time_bias + head)
     of_slot = states + tl.maximum(slot, 0).to(tl.int64) * (HV * D * DV)
     part = head * (D * DV) + d[:, None] * DV + v[None, :]
     is_part = is_key[:, None] & is_value[None, :]
-    if has_before:
+    if has_before & is_done:
         # A line for each row of the part: what is past the last row, or column, is not asked for.
         column = tl.program_id(0) % tiles * BLOCK_V
         bring_to_l2(of_slot + head * (D * DV) + tl.minimum(d, D - 1) * DV + column)
     if OVERLAP:
         gdc_wait()
     out = y + head * DV + v
-    if not is_anybodys:
-        for first in range(begin, T, _ZEROED):
-            i = first + tl.arange(0, _ZEROED)
-            tl.store(
-                out[None, :] + i.to(tl.int64)[:, None] * (HV * DV),
-                tl.zeros((_ZEROED, BLOCK_V), y.dtype.element_ty),
-                mask=(i < T)[:, None] & is_value[None, :],
-            )
+    if r == R:
+        _write_zeros(out, begin, T, HV * DV, is_value)
         return
     if not is_done:
         return
@@ -222,6 +232,85 @@ def delta_kernel(
         of_value += qkv_stride
         of_head += gates_stride
         out += HV * DV
+    if slot >= 0:
+        tl.debug_barrier()  # the whole program's reads of the state before what replaces it
+        tl.store(of_slot + part, state, mask=is_part)
+
+
+@jit(do_not_specialize=["T", "R"])
+def state_space_kernel(
+    xbc,  # [T, H * P + 2 * G * N], rows `xbc_stride` apart
+    dt,  # [T, H], rows `dt_stride` apart
+    decay,  # [H]
+    time_bias,  # [H]
+    skip,  # [H]
+    states,  # [X, H, N, P]
+    slots,  # [R]
+    saves,  # [T]
+    query_start_loc,  # [R + 1]
+    seq_lens,  # [R]
+    y,  # [T, H * P]
+    xbc_stride,
+    dt_stride,
+    T,
+    R,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    OVERLAP: tl.constexpr,  # launched with `launch_pdl`
+):
+    """As `delta_kernel`, of any number of tokens."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    tiles: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    r = tl.program_id(1)
+    head = tl.program_id(0) // tiles
+    n = tl.arange(0, BLOCK_N)
+    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    is_row = n < N
+    is_column = p < P
+    begin, count, slot, has_before = _sequence(r, R, slots, query_start_loc, seq_lens)
+    rate = tl.load(decay + head)
+    bias = tl.load(time_bias + head)
+    passed_on = tl.load(skip + head)
+    of_slot = states + tl.maximum(slot, 0).to(tl.int64) * (H * N * P)
+    part = head * (N * P) + n[:, None] * P + p[None, :]
+    is_part = is_row[:, None] & is_column[None, :]
+    if has_before:
+        column = tl.program_id(0) % tiles * BLOCK_P
+        bring_to_l2(of_slot + head * (N * P) + tl.minimum(n, N - 1) * P + column)
+    if OVERLAP:
+        gdc_wait()
+    out = y + head * P + p
+    if r == R:
+        _write_zeros(out, begin, T, H * P, is_column)
+        return
+    if count <= 0:
+        return
+    state = tl.load(of_slot + part, mask=is_part & has_before, other=0.0)
+    row = xbc + begin.to(tl.int64) * xbc_stride
+    of_input = row + head * P + p
+    of_b = row + H * P + head // (H // G) * N + n
+    of_time = dt + begin.to(tl.int64) * dt_stride + head
+    out += begin.to(tl.int64) * (H * P)
+    for t in range(count):
+        x = tl.load(of_input, mask=is_column, other=0.0).to(tl.float32)
+        b = tl.load(of_b, mask=is_row, other=0.0).to(tl.float32)
+        c = tl.load(of_b + G * N, mask=is_row, other=0.0).to(tl.float32)
+        step = softplus(tl.load(of_time).to(tl.float32) + bias)
+        save = tl.load(saves + begin + t)
+        state = state * tl.exp(rate * step) + b[:, None] * (step * x)[None, :]
+        found = tl.sum(c[:, None] * state, axis=0) + passed_on * x
+        tl.store(out, found.to(y.dtype.element_ty), mask=is_column)
+        if save >= 0:
+            tl.store(states + save.to(tl.int64) * (H * N * P) + part, state, mask=is_part)
+        of_input += xbc_stride
+        of_b += xbc_stride
+        of_time += dt_stride
+        out += H * P
     if slot >= 0:
         tl.debug_barrier()  # the whole program's reads of the state before what replaces it
         tl.store(of_slot + part, state, mask=is_part)
@@ -269,6 +358,35 @@ def gated_norm_kernel(
     if IS_ROUNDED:
         normed = normed.to(x.dtype.element_ty).to(tl.float32)
     tl.store(y + row * (H * D) + at, (normed * act(g, 0)).to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def norm_of_gated_kernel(
+    x,  # [T, N], rows `x_stride` apart
+    gate,  # [T, N], rows `gate_stride` apart
+    weight,  # [N]
+    y,  # [T, N]
+    x_stride,
+    gate_stride,
+    eps,
+    N: tl.constexpr,
+    SIZE: tl.constexpr,  # of a group, of which each program has one
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,  # launched with `launch_pdl`
+):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    inside = place < SIZE
+    at = tl.program_id(1) * SIZE + place
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    h = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
+    h *= act(tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32), 0)
+    normed = h * tl.rsqrt(tl.sum(h * h, axis=0) / SIZE + eps)
+    out = normed.to(x.dtype.element_ty).to(tl.float32) * w
+    tl.store(y + row * N + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 @jit
