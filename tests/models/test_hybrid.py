@@ -27,6 +27,7 @@ from streamserve.models import (
 from streamserve.models.families import FAMILIES
 from streamserve.models.hf_config import HfConfig
 from streamserve_kernels import QuantLinear
+from streamserve_kernels.native.library import why_not
 from tests.models.native import HYBRID
 from tests.models.packers import edit_config
 from tests.models.paged import PagedHarness, Sequence
@@ -89,8 +90,9 @@ def test_a_thin_copy_writes_only_its_own_layers_states(saved):
     assert written == [[True, True], [False, False], [False, False], [True, True]]
 
 
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_a_crowd_in_bfloat16_stays_near_each_alone(saved):
-    decoder = load(saved("qwen3.5")[1], "cpu", torch.bfloat16)
+    decoder = load(saved("qwen3.5")[1], "native", torch.bfloat16)
     sequences = [Sequence(tokens) for tokens in prompts(shared=0)]
     crowd = PagedHarness(decoder, block_size=16).prefill(sequences, 7)
     alone = [
