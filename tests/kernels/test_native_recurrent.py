@@ -55,12 +55,12 @@ def test_delta_rule_is_naive(
 
 
 @pytest.mark.parametrize("sizes", [(20, 24), (5, 136), (256, 40), (18, 1)])
-@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize("count", [1, 3, 5])
 def test_delta_rule_of_odd_sizes_is_naive(
     naive: Kernels, native: Kernels, sizes: tuple[int, int], count: int
 ) -> None:
-    """On many threads the columns of a head fall into pieces."""
-    case = delta_rule(step_of(RAGGED[:4], SAVES[:5]), (1, 2), sizes, BF16)
+    """On five threads the columns of a head fall into three pieces."""
+    case = delta_rule(step_of(RAGGED[:4], SAVES[:5]), (1, 1), sizes, BF16)
     with threads(count):
         assert_close(case.run(native), case.run(naive), case, rtol=RTOL)
 
