@@ -106,7 +106,8 @@ def row_groups(
         attention = spec.layers[module.layer].attention
         assert isinstance(attention, AttentionSpec)
         return _qkv_groups(names, attention)
-    if module.name.startswith("layers.delta.") and names.delta_layout == "grouped":
+    is_whole = piece.rows == module.num_rows  # a file may keep qkvz in parts, the gates as one
+    if module.name.startswith("layers.delta.") and names.delta_layout == "grouped" and is_whole:
         delta_net = spec.layers[module.layer].attention
         assert isinstance(delta_net, DeltaNetSpec)
         return _delta_groups(module, delta_net)

@@ -34,6 +34,9 @@ _K_SCALES = {
 }
 
 
+_WITH_DELTA_NETS = ("qwen35", "qwen35moe", "qwen3next")
+
+
 def settings_of(model: Any) -> Any:
     """The model's config; that of a reference of our own by transformers' names."""
     config = model.config
@@ -54,6 +57,22 @@ def neighbours_together(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
+def tiled_heads(config: Any, size: int) -> np.ndarray:
+    """`_reorder_v_heads`: which row, of those of all value heads, is each row of the file."""
+    key_heads = config.linear_num_key_heads
+    rows = np.arange(config.linear_num_value_heads * size)
+    return rows.reshape(key_heads, -1, size).swapaxes(0, 1).reshape(-1)
+
+
+def _stacked_qkvz(config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """`Qwen3NextModel`: rows of q, k and v, and of z, of what has them key head by key head."""
+    key_heads, size = config.linear_num_key_heads, config.linear_key_head_dim
+    values = config.linear_num_value_heads // key_heads * config.linear_value_head_dim
+    rows = np.arange(key_heads * 2 * (size + values)).reshape(key_heads, -1)
+    q, k, v, z = np.split(rows, [size, 2 * size, 2 * size + values], axis=1)
+    return np.concatenate([part.ravel() for part in (q, k, v)]), z.ravel()
+
+
 def stacked_qkv(heads: int, kv_heads: int, size: int) -> np.ndarray:
     """`FalconModel` and `GPTNeoXModel`: groups of (queries, key, value) to all q, all k, all v."""
     rows = np.arange((heads + 2 * kv_heads) * size).reshape(kv_heads, heads // kv_heads + 2, size)
@@ -69,12 +88,14 @@ def write_gguf(
     kind: Callable[[str], Kind] = lambda name: F32,
     extra: Mapping[str, np.ndarray] | None = None,
     text: Callable[[gguf.GGUFWriter], None] | None = None,
+    whole_qkvz: bool = False,
     **options: Any,
 ) -> gguf.GGUFWriter:
     """Writes ``path``; ``kind`` says how a tensor of the file's name is held.
 
     ``values`` are metadata behind the architecture's name, ``extra`` tensors as they are, ``text``
-    adds the tokenizer. Matrices only are quantised.
+    adds the tokenizer. Matrices only are quantised. With ``whole_qkvz`` those of a delta net stay
+    one, as they did at first.
     """
     writer = gguf.GGUFWriter(str(path), architecture, **options)
     for key, value in values.items():
@@ -85,7 +106,7 @@ def write_gguf(
     config = settings_of(model)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     generator = np.random.default_rng(3)
-    for name, tensor in _tensors(model, architecture):
+    for name, tensor in _tensors(model, architecture, whole_qkvz):
         held = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert held is not None, name
         _write(writer, held, tensor, config, architecture, kind, generator)
@@ -115,7 +136,7 @@ _EXPERT = re.compile(r"(.*mlp\.experts)\.\d+\.(\w+\.weight)$")
 
 
 def _tensors(
-    model: transformers.PreTrainedModel, architecture: str
+    model: transformers.PreTrainedModel, architecture: str, whole_qkvz: bool
 ) -> list[tuple[str, list[Tensor]]]:
     """Names with transformers' tensors, experts of one layer together; a tied head is left out."""
     found: dict[str, list[Tensor]] = {}
@@ -138,6 +159,10 @@ def _tensors(
         elif name.endswith("W_pack.weight"):
             for part, rows in zip("qkv", data.chunk(3), strict=True):
                 found[name.replace("W_pack", f"{part}_proj")] = [rows]
+        elif name.endswith("in_proj_qkvz.weight") and not whole_qkvz:
+            found |= {name.replace("qkvz", part): [data] for part in ("qkv", "z")}
+        elif leaf == "dt_bias":
+            found[f"{base}.dt_proj.bias"] = [data]
         elif leaf == "sinks":
             found[name + ".weight"] = [data]
         elif architecture == "gpt2" and name.endswith(
@@ -173,7 +198,29 @@ def _order(held: str, rows: int, config: Any, architecture: str) -> np.ndarray |
         return stacked_qkv(heads, kv_heads, rows // (heads + 2 * kv_heads))
     if architecture == "gptneox" and ".attn_qkv." in held:
         return stacked_qkv(heads, heads, rows // (3 * heads))
+    if architecture in _WITH_DELTA_NETS:
+        stem = re.sub(r"^blk\.\d+\.|\.(weight|bias)$", "", held)
+        return _delta_net_order(stem, config, architecture)
     return None
+
+
+def _delta_net_order(held: str, config: Any, architecture: str) -> np.ndarray | None:
+    if architecture == "qwen3next":
+        qkv, z = _stacked_qkvz(config)
+        return {"attn_qkv": qkv, "attn_gate": z}.get(held)
+    values = tiled_heads(config, config.linear_value_head_dim)
+    keys = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+    if held in ("attn_qkv", "ssm_conv1d"):
+        return np.concatenate([np.arange(keys), keys + values])
+    if held in ("ssm_alpha", "ssm_beta", "ssm_a", "ssm_dt"):
+        return tiled_heads(config, 1)
+    return values if held == "attn_gate" else None
+
+
+def _columns(held: str, config: Any, architecture: str) -> np.ndarray | slice:
+    if architecture in ("qwen35", "qwen35moe") and ".ssm_out." in held:
+        return tiled_heads(config, config.linear_value_head_dim)
+    return slice(None)
 
 
 def _write(
@@ -187,11 +234,18 @@ def _write(
 ) -> None:
     order = _order(held, tensors[0].shape[0], config, architecture)
     arrays = [tensor.numpy() if order is None else tensor.numpy()[order] for tensor in tensors]
+    columns = _columns(held, config, architecture)
     array = arrays[0] if len(arrays) == 1 and "_exps." not in held else np.stack(arrays)
-    if architecture.startswith("gemma") and held.endswith("norm.weight"):
+    has_offset = architecture.startswith("gemma") or architecture in _WITH_DELTA_NETS
+    if has_offset and held.endswith("norm.weight") and "ssm_norm" not in held:
         array = array + np.float32(1)
+    if held.endswith("ssm_a"):
+        array = -np.exp(array)
+    if held.endswith(("ssm_conv1d.weight", "shortconv.conv.weight")):
+        array = array[:, 0]
     if held.endswith("ffn_gate_inp_shexp.weight"):
         array = array[0]
+    array = array[..., columns]
     chosen = kind(held) if array.ndim > 1 and held.endswith("weight") else F32
     if chosen == F32:
         writer.add_tensor(held, np.ascontiguousarray(array, dtype=np.float32))
@@ -200,7 +254,11 @@ def _write(
     writer.add_tensor(held, data, raw_dtype=chosen)
     weights = dequantize(data.view(np.uint8), chosen).reshape(array.shape)
     for tensor, weight in zip(tensors, [weights] if array.ndim == 2 else weights, strict=True):
-        tensor[slice(None) if order is None else torch.from_numpy(order)] = torch.from_numpy(weight)
+        in_order = np.empty_like(weight)
+        in_order[:, columns] = weight
+        tensor[slice(None) if order is None else torch.from_numpy(order)] = torch.from_numpy(
+            in_order
+        )
 
 
 def _quantised(array: np.ndarray, kind: Kind, generator: np.random.Generator) -> np.ndarray:

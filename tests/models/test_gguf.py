@@ -23,6 +23,8 @@ from streamserve.models.parameters import decoder_modules, final_modules
 from streamserve_kernels.stored import concatenate
 from tests.models import references
 from tests.models.gguf_files import F32, Kind, settings_of, write_gguf
+from tests.models.gguf_hybrids import HYBRID_CASES
+from tests.models.gguf_parity import compare, sizes
 from tests.models.native import (
     BAICHUAN_13B,
     BASE,
@@ -50,18 +52,6 @@ GEMMA_VALUES = {**EPS, "attention.key_length": 16, "attention.value_length": 16}
 MOE = {**GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MOE_VALUES = {**EPS, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24}
 FALCON_KV = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
-
-
-def _sizes(config: Any) -> dict[str, Any]:
-    """What llama.cpp's converter writes for every model."""
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_hidden_size", None)
-    return {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": inner or 4 * config.hidden_size,
-        "attention.head_count": config.num_attention_heads,
-    }
 
 
 def _llama3_factors() -> dict[str, np.ndarray]:
@@ -365,6 +355,7 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict
         },
         dict,
     ),
+    **HYBRID_CASES,
 }
 
 
@@ -376,28 +367,9 @@ def _write(path: Path, case: str, build: Any, **options: Any) -> Any:
     """Writes the case's file; returns the model that it stands for."""
     architecture, config, values, extra = CASES[case]
     model = build(config())
-    values = {**_sizes(settings_of(model)), **values}
+    values = {**sizes(settings_of(model)), **values}
     write_gguf(path, model, architecture, values, extra=extra(), **options)
     return model
-
-
-def _compare(
-    path: Path, model: Any, kernels: Any, *, tolerance: float = 1e-4, num_greedy: int = 8
-) -> Any:
-    """Logits of prompts in chunks, and of greedy tokens after them, by transformers' own."""
-    decoder = load_model(path, dtype=torch.float32, device=CPU, kernels=kernels)
-    harness = PagedHarness(decoder)
-    sequences = [Sequence(tokens) for tokens in prompts(shared=10)]
-    lengths = [len(sequence.tokens) for sequence in sequences]
-    logits = harness.prefill(sequences, 5)
-    harness.decode(sequences, torch.stack([rows[-1] for rows in logits]), num_greedy)
-    for sequence, ours, length in zip(sequences, logits, lengths, strict=True):
-        with torch.inference_mode():
-            expected = model(torch.tensor([sequence.tokens])).logits[0]
-        rows = expected[:length]
-        torch.testing.assert_close(ours, rows, rtol=tolerance, atol=tolerance)
-        assert sequence.tokens[length:] == expected[length - 1 : -1].argmax(-1).tolist()
-    return decoder
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -407,7 +379,7 @@ def test_plain_weights_are_those_of_transformers(case, tmp_path, build, kernels)
     assert config.stored_quantization is None
     assert config.spec.vocab_size == 97
     # transformers takes the long factors for texts of more than 32 tokens: each must be one.
-    _compare(tmp_path / "model.gguf", model, kernels, num_greedy=32 if case == "phi3-long" else 8)
+    compare(tmp_path / "model.gguf", model, kernels, num_greedy=32 if case == "phi3-long" else 8)
 
 
 def test_within_the_trained_length_the_short_factors_count(tmp_path, build, kernels):
@@ -416,7 +388,7 @@ def test_within_the_trained_length_the_short_factors_count(tmp_path, build, kern
         **PHI3, rope_parameters=rope, original_max_position_embeddings=32
     )
     model = build(config)
-    values = {**_sizes(config), **CASES["phi3-long"][2]}
+    values = {**sizes(config), **CASES["phi3-long"][2]}
     write_gguf(tmp_path / "m.gguf", model, "phi3", values, extra=_longrope_factors(rope))
     tokens = prompts(shared=10)[0][:20]
     with torch.inference_mode():
@@ -442,7 +414,7 @@ def test_a_step_reads_as_much_with_a_tied_head_as_without(tmp_path, build):
     found = []
     for name, tied in (("tied", True), ("untied", False)):
         config = transformers.LlamaConfig(**{**GQA, **WIDE}, tie_word_embeddings=tied)
-        values = {**_sizes(config), **EPS, "attention.head_count_kv": 2}
+        values = {**sizes(config), **EPS, "attention.head_count_kv": 2}
         file = tmp_path / f"{name}.gguf"
         write_gguf(file, build(config), "llama", values, kind=lambda name: Kind.Q8_0)
         packed = load_config(file)
@@ -456,9 +428,9 @@ def test_a_step_reads_as_much_with_a_tied_head_as_without(tmp_path, build):
 def test_packed_weights_stay_packed(kind, tmp_path, build, kernels):
     config = transformers.LlamaConfig(**{**GQA, **WIDE})
     model = build(config)
-    values = {**_sizes(config), **EPS, "attention.head_count_kv": 2}
+    values = {**sizes(config), **EPS, "attention.head_count_kv": 2}
     write_gguf(tmp_path / "m.gguf", model, "llama", values, kind=lambda name: kind)
-    decoder = _compare(tmp_path / "m.gguf", model, kernels)
+    decoder = compare(tmp_path / "m.gguf", model, kernels)
     stored = load_config(tmp_path / "m.gguf").stored_quantization
     assert stored is not None
     assert stored.name == "gguf"
@@ -471,7 +443,7 @@ def test_packed_weights_stay_packed(kind, tmp_path, build, kernels):
 
 def test_a_head_that_is_normalised_is_not_kept_packed(tmp_path, build):
     config = transformers.LlamaConfig(**{**GQA, **WIDE})
-    values = {**_sizes(config), **EPS, "attention.head_count_kv": 2}
+    values = {**sizes(config), **EPS, "attention.head_count_kv": 2}
     write_gguf(tmp_path / "m.gguf", build(config), "llama", values, kind=lambda name: Kind.Q8_0)
     spec = load_config(tmp_path / "m.gguf").spec
     stored = load_config(tmp_path / "m.gguf").stored_quantization
@@ -483,17 +455,30 @@ def test_a_head_that_is_normalised_is_not_kept_packed(tmp_path, build):
 
 
 @pytest.mark.parametrize(
-    "case", ["mixtral", "qwen2moe", "qwen2", "falcon-40b", "phi3", "gpt-oss", "baichuan"]
+    "case",
+    [
+        "mixtral",
+        "qwen2moe",
+        "qwen2",
+        "falcon-40b",
+        "phi3",
+        "gpt-oss",
+        "baichuan",
+        "qwen3.5",
+        "qwen3-next",
+        "lfm2",
+    ],
 )
 def test_experts_and_fused_matrices_are_packed_too(case, tmp_path, build, kernels):
-    narrow = ("down_exps", "down_shexp", "ffn_down")  # rows of 24, 40 or 48: no whole blocks
+    # Rows of 3, 24, 40 or 48: no whole blocks.
+    narrow = ("down_exps", "down_shexp", "ffn_down", "ssm_out", "conv.", "conv1d")
     model = _write(
         tmp_path / "m.gguf",
         case,
         build,
         kind=lambda name: F32 if any(part in name for part in narrow) else Kind.Q8_0,
     )
-    _compare(tmp_path / "m.gguf", model, kernels)
+    compare(tmp_path / "m.gguf", model, kernels)
 
 
 MIXES = {
@@ -512,7 +497,7 @@ def test_parts_of_unlike_kinds_make_one_matrix(mix, tmp_path, build, kernels):
     model = build(config)
     for norm in (p for p in model.parameters() if p.dim() == 1):
         norm.data.mul_(0.3)  # or logits of this width are too large to compare
-    values = {**_sizes(config), **EPS, "attention.head_count_kv": 2}
+    values = {**sizes(config), **EPS, "attention.head_count_kv": 2}
     kinds = MIXES[mix]
     write_gguf(
         tmp_path / "m.gguf",
@@ -521,7 +506,7 @@ def test_parts_of_unlike_kinds_make_one_matrix(mix, tmp_path, build, kernels):
         values,
         kind=lambda name: next(kind for part, kind in kinds.items() if part in name),
     )
-    decoder = _compare(tmp_path / "m.gguf", model, kernels, tolerance=1e-3)
+    decoder = compare(tmp_path / "m.gguf", model, kernels, tolerance=1e-3)
     loaded = load_config(tmp_path / "m.gguf")
     assert decoder.nbytes <= loaded.weight_bytes(torch.float32)
     for module in decoder_modules(loaded.spec):

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streamserve.errors import UnsupportedModelError
+from streamserve.models.names import DeltaLayout, QkvLayout
 
 if TYPE_CHECKING:
     from streamserve.models.gguf.reading import Reading
@@ -28,6 +29,9 @@ class Architecture:
     ``also``: others whose files are of this one too: ``values`` says which, or it does not matter.
     ``permuted``: the rows of q and k are stored so that neighbours are rotated together.
     ``norm_offset`` was added to the weights of norms. ``windows``: the family has a window.
+    ``tiled``: a delta net's value heads are stored one of each key head, then the next of each.
+    ``num_kv_heads``: of each layer that attends. ``read``: names of `_REFUSED` whose values count
+    here, or change nothing.
     """
 
     family: str
@@ -36,6 +40,11 @@ class Architecture:
     norm_offset: float = 0.0
     windows: bool = False
     also: tuple[str, ...] = ()
+    tiled: bool = False
+    num_kv_heads: Callable[[Reading], int | None] = lambda reading: reading.num_kv_heads
+    read: tuple[str, ...] = ()
+    qkv_layout: QkvLayout = "stacked"
+    delta_layout: DeltaLayout = "stacked"
 
 
 # What would change an answer and is not built, by the value that changes nothing.
@@ -69,7 +78,7 @@ def find_architecture(reading: Reading) -> Architecture:
         )
     for name, allowed in _REFUSED.items():
         key = reading.key(name)
-        if key not in reading.file.metadata:
+        if name in found.read or key not in reading.file.metadata:
             continue
         value = reading.file.metadata.value(key)
         if value not in allowed:
@@ -84,13 +93,14 @@ def find_architecture(reading: Reading) -> Architecture:
 
 def config_values(reading: Reading, architecture: Architecture) -> Values:
     """The file's values as transformers' ``config.json`` would have them."""
-    values = {**_common(reading), **architecture.values(reading)}
+    common = _common(reading, architecture.num_kv_heads(reading))
+    values = {**common, **architecture.values(reading)}
     [named] = values.setdefault("architectures", [architecture.family])
     assert named in (architecture.family, *architecture.also)
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _common(reading: Reading) -> Values:
+def _common(reading: Reading, num_kv_heads: int | None) -> Values:
     """What every family has, by all of the names that one or the other looks for."""
     head_size = reading.head_size
     layer_eps = reading.optional_number("attention.layer_norm_epsilon")
@@ -100,9 +110,9 @@ def _common(reading: Reading) -> Values:
     values: Values = {
         "vocab_size": vocab_size,
         "hidden_size": reading.integer("embedding_length"),
-        "num_hidden_layers": reading.integer("block_count"),
+        "num_hidden_layers": reading.num_layers,
         "num_attention_heads": reading.integer("attention.head_count"),
-        "num_key_value_heads": reading.optional_integer("attention.head_count_kv"),
+        "num_key_value_heads": num_kv_heads,
         "head_dim": head_size,
         "intermediate_size": intermediate_size or None,
         "n_inner": intermediate_size or None,
@@ -201,7 +211,7 @@ def _experts(reading: Reading, *, renormalise: bool) -> Values:
     used = reading.integer("expert_used_count")
     metadata, key = reading.file.metadata, reading.key("expert_weights_norm")
     stated = metadata.optional_flag(key)
-    layers = range(reading.integer("block_count"))
+    layers = range(reading.num_layers)
     return {
         "num_experts": reading.integer("expert_count"),
         "num_experts_per_tok": used,
@@ -212,13 +222,56 @@ def _experts(reading: Reading, *, renormalise: bool) -> Values:
     }
 
 
-def _qwen2_moe(reading: Reading) -> Values:
+def _qwen2_moe(reading: Reading, *, renormalise: bool = False) -> Values:
     shared = reading.file.tensors.get("blk.0.ffn_up_shexp.weight")
     size = reading.optional_integer("expert_shared_feed_forward_length")
     return {
-        **_experts(reading, renormalise=False),
+        **_experts(reading, renormalise=renormalise),
         "shared_expert_intermediate_size": size or (shared.shape[0] if shared else None),
         "qkv_bias": _has_bias(reading, "attn_q") or _has_bias(reading, "attn_qkv"),
+    }
+
+
+def _delta_net(reading: Reading) -> Values:
+    num_value_heads = reading.count("ssm.time_step_rank")
+    rotary_dim = reading.integer_or(reading.head_size, "rope.dimension_count")
+    recurrent = reading.file.metadata.numbers(reading.key("attention.recurrent_layers"))
+    kinds = ("full_attention", "linear_attention")
+    return {
+        "linear_num_key_heads": reading.count("ssm.group_count"),
+        "linear_num_value_heads": num_value_heads,
+        "linear_key_head_dim": reading.integer("ssm.state_size"),
+        "linear_value_head_dim": reading.integer("ssm.inner_size") // num_value_heads,
+        "linear_conv_kernel_dim": reading.integer("ssm.conv_kernel"),
+        "full_attention_interval": reading.optional_integer("full_attention_interval"),
+        "layer_types": [kinds[bool(r)] for r in recurrent[: reading.num_layers]] or None,
+        "partial_rotary_factor": _factor(rotary_dim, reading.head_size),
+    }
+
+
+def _delta_net_moe(reading: Reading) -> Values:
+    return {**_delta_net(reading), **_qwen2_moe(reading, renormalise=True)}
+
+
+def _some_kv_heads(reading: Reading) -> int | None:
+    """Where layers without any are those that do not attend."""
+    key = reading.key("attention.head_count_kv")
+    found = sorted(set(reading.file.metadata.numbers(key)) - {0})
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"{reading.file.path}: {key} differs among the layers that attend ({found}), "
+            "which is not supported"
+        )
+    return found[0] if found else None
+
+
+def _lfm2(reading: Reading) -> Values:
+    heads = reading.file.metadata.numbers(reading.key("attention.head_count_kv"))
+    return {
+        "layer_types": ["full_attention" if count else "conv" for count in heads],
+        "conv_L_cache": reading.integer("shortconv.l_cache"),
+        "norm_eps": reading.optional_number("attention.layer_norm_rms_epsilon"),
+        "block_auto_adjust_ff_dim": False,
     }
 
 
@@ -373,6 +426,17 @@ def _gpt_oss(reading: Reading) -> Values:
     }
 
 
+# Text turns by one position, whichever of three axes a pair belongs to. Layers that guess further
+# tokens are left out.
+_DELTA_NET = Architecture(
+    "Qwen3_5ForCausalLM",
+    _delta_net,
+    norm_offset=1.0,
+    tiled=True,
+    read=("nextn_predict_layers", "rope.dimension_sections"),
+    qkv_layout="gated",
+)
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(
         "LlamaForCausalLM",
@@ -387,6 +451,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3moe": Architecture(
         "Qwen3MoeForCausalLM", lambda reading: _experts(reading, renormalise=True)
     ),
+    "qwen35": _DELTA_NET,
+    "qwen35moe": replace(_DELTA_NET, family="Qwen3_5MoeForCausalLM", values=_delta_net_moe),
+    "qwen3next": replace(
+        _DELTA_NET,
+        family="Qwen3NextForCausalLM",
+        values=_delta_net_moe,
+        tiled=False,
+        delta_layout="grouped",
+    ),
+    "lfm2": Architecture("Lfm2ForCausalLM", _lfm2, num_kv_heads=_some_kv_heads),
     "smollm3": Architecture("SmolLM3ForCausalLM", permuted=True),
     "gemma": Architecture("GemmaForCausalLM", norm_offset=1.0),
     "gemma2": Architecture("Gemma2ForCausalLM", _gemma2, norm_offset=1.0, windows=True),

@@ -44,7 +44,7 @@ def load_gguf_config(path: Path) -> NativeConfig:
         dtype=_dtype(tensors),
         sampling_defaults=_sampling_defaults(reading),
     )
-    names = weight_names(dict.fromkeys(tensors.names()))
+    names = weight_names(dict.fromkeys(tensors.names()), architecture)
     quantization = GgufQuantization.of(tensors, names, parsed.spec)
     packed = quantization if _is_packed(quantization, parsed) else None
     return replace(parsed, stored_quantization=packed)
@@ -52,8 +52,10 @@ def load_gguf_config(path: Path) -> NativeConfig:
 
 def gguf_source(path: Path, config: NativeConfig) -> GgufSource:
     """The weights of the file that ``config`` is of. Raises ModelLoadError."""
-    tensors = GgufTensors(*_read(path))
-    return GgufSource(tensors, weight_names(dict.fromkeys(tensors.names())), config.spec, path)
+    reading, architecture = _read(path)
+    tensors = GgufTensors(reading, architecture)
+    names = weight_names(dict.fromkeys(tensors.names()), architecture)
+    return GgufSource(tensors, names, config.spec, path)
 
 
 def _read(path: Path) -> tuple[Reading, Architecture]:

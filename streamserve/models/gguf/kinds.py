@@ -7,6 +7,7 @@ a number of blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,18 @@ class Kind:
     # Bytes of a group's scale and minimum, held as `Blocks` has them.
     group_bytes: float = 4.0
     table: tuple[int, ...] = ()
+
+    def in_runs(self, run: int) -> Kind:
+        """The same of rows whose runs of ``run`` weights were moved: none shares a unit."""
+        if self.block < SUPER_BLOCK:
+            return self
+        per_number = self._bytes_per_number(SUPER_BLOCK)
+        share = self._bytes_per_number(math.gcd(SUPER_BLOCK, run)) / per_number
+        return replace(self, group_bytes=self.group_bytes * share)
+
+    def _bytes_per_number(self, columns: int) -> float:
+        """Of a group's factor and its share of a unit for ``columns``."""
+        return 1 + 4 * self.group / columns
 
 
 @dataclass(frozen=True, slots=True)

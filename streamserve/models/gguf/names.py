@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from streamserve.models.gguf.architectures import Architecture
 from streamserve.models.names import WeightNames
 
 _BLOCK = "blk.{layer}."
@@ -17,12 +18,14 @@ def _block(*names: str) -> tuple[str, ...]:
     return tuple(_BLOCK + name for name in names)
 
 
+_ATTENTION = _block("attn_q", "attn_k", "attn_v")
 # Each module's tensors, in the order of preference: the first whose first tensor some layer has.
 _ALTERNATIVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "embedding": (("token_embd",),),
     "position_embedding": (("position_embd",),),
     "embedding_norm": (("token_embd_norm",),),
-    "final_norm": (("output_norm",),),
+    # LFM 2's has the name of one after the embedding.
+    "final_norm": (("output_norm",), ("token_embd_norm",), ("output_norm",)),
     "head": (("output",),),
     # Falcon 40B's attention has the second of two.
     "layers.attention_norm": (_block("attn_norm_2"), _block("attn_norm")),
@@ -34,11 +37,22 @@ _ALTERNATIVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
         _block("attn_norm"),
     ),
     "layers.mlp_post_norm": (_block("post_ffw_norm"),),
-    "layers.qkv": (_block("attn_qkv"), _block("attn_q", "attn_k", "attn_v")),
+    "layers.qkv": (_block("attn_qkv"), _ATTENTION),
     "layers.q_norm": (_block("attn_q_norm"),),
     "layers.k_norm": (_block("attn_k_norm"),),
     "layers.output": (_block("attn_output"),),
     "layers.sinks": (_block("attn_sinks.weight"),),
+    # The converter's first way with Qwen 3-Next left it whole.
+    "layers.delta.qkvz": (_block("ssm_in"), _block("attn_qkv", "attn_gate")),
+    "layers.delta.gates": (_block("ssm_ba"), _block("ssm_beta", "ssm_alpha")),
+    "layers.delta.conv": (_block("ssm_conv1d"),),
+    "layers.delta.decay": (_block("ssm_a"),),
+    "layers.delta.time_bias": (_block("ssm_dt.bias"),),
+    "layers.delta.norm": (_block("ssm_norm"),),
+    "layers.delta.output": (_block("ssm_out"),),
+    "layers.short_conv.input": (_block("shortconv.in_proj"),),
+    "layers.short_conv.conv": (_block("shortconv.conv"),),
+    "layers.short_conv.output": (_block("shortconv.out_proj"),),
     "layers.gate_up": (_block("ffn_gate", "ffn_up"), _block("ffn_up")),
     "layers.up": (_block("ffn_up"),),
     "layers.down": (_block("ffn_down"),),
@@ -62,7 +76,7 @@ _IGNORED = (
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def weight_names(tensors: Mapping[str, object]) -> WeightNames:
+def weight_names(tensors: Mapping[str, object], architecture: Architecture) -> WeightNames:
     """The table for a file that holds these tensors (experts one by one)."""
     held = {_NUMBER.sub("0", name) for name in tensors}
 
@@ -70,10 +84,15 @@ def weight_names(tensors: Mapping[str, object]) -> WeightNames:
         name = template.format(layer=0, expert=0)
         return name in held or f"{name}.weight" in held
 
+    modules = {
+        module: next((names for names in choices if is_held(names[0])), choices[-1])
+        for module, choices in _ALTERNATIVES.items()
+    }
+    if architecture.qkv_layout == "gated":  # the other is a delta net's, and has its name
+        modules["layers.qkv"] = _ATTENTION
     return WeightNames(
-        {
-            module: next((names for names in choices if is_held(names[0])), choices[-1])
-            for module, choices in _ALTERNATIVES.items()
-        },
+        modules,
+        qkv_layout=architecture.qkv_layout,
+        delta_layout=architecture.delta_layout,
         ignored=_IGNORED,
     )

@@ -104,7 +104,7 @@ _digits = Splitting((r"\p{N}", _GPT2))
 _qwen2 = Splitting((_QWEN2,), composed=True)
 _BY_NAME: Mapping[str, Splitting] = {
     "default": Splitting((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", _THREE_DIGITS)),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"), _llama3),
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2"), _llama3),
     **dict.fromkeys(("dbrx", "smaug-bpe"), Splitting((_LLAMA3,))),
     **dict.fromkeys(("glm4", "glm5"), Splitting((_LLAMA3,), whole_pieces=True)),
     "chatglm-bpe": Splitting((_LLAMA3,)),

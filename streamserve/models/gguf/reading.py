@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import struct
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.gguf.container import GgufFile
 from streamserve.models.gguf.kinds import kind_of
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 class Reading:
@@ -27,6 +30,15 @@ class Reading:
 
     def integer(self, key: str) -> int:
         return self.file.metadata.integer(self.key(key))
+
+    def count(self, key: str) -> int:
+        """Raises ModelLoadError for less than one."""
+        value = self.integer(key)
+        if value < 1:
+            raise ModelLoadError(
+                f"{self.file.path}: {self.key(key)} must be at least 1, got {value}"
+            )
+        return value
 
     def integer_or(self, default: int, key: str) -> int:
         return self.file.metadata.integer_or(default, self.key(key))
@@ -50,6 +62,20 @@ class Reading:
         if entry.start + size > len(entry.file.map):
             raise ModelLoadError(f"{entry.file.path}: tensor {name} lies outside the file")
         return list(struct.unpack_from(f"<{entry.shape[0]}f", entry.file.map, entry.start))
+
+    @property
+    def num_layers(self) -> int:
+        """Those that the decoder has, without the last ones, which guess further tokens."""
+        return self.integer("block_count") - self.integer_or(0, "nextn_predict_layers")
+
+    def is_of_guess(self, name: str) -> bool:
+        """Whether a tensor belongs to a layer that guesses further tokens."""
+        layer = _LAYER.match(name)
+        return layer is not None and self.num_layers <= int(layer[1]) < self.integer("block_count")
+
+    @property
+    def num_kv_heads(self) -> int | None:
+        return self.optional_integer("attention.head_count_kv")
 
     @property
     def head_size(self) -> int:

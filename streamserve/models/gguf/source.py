@@ -11,12 +11,18 @@ from streamserve.models.gguf.kinds import Kind
 from streamserve.models.gguf.tensors import GgufTensors
 from streamserve.models.names import WeightNames
 from streamserve.models.parameters import Module
-from streamserve.models.pieces import module_pieces
+from streamserve.models.pieces import module_pieces, row_groups
+from streamserve.models.quantised.modules import select_rows
 from streamserve.models.spec import DecoderSpec
 from streamserve_kernels.stored import StoredFormat, StoredWeight, concatenate
 
 # These decide, or are read in another way than by products and rows.
-_NEVER_PACKED = ("layers.router", "layers.shared.gate", "position_embedding")
+_NEVER_PACKED = (
+    "layers.router",
+    "layers.shared.gate",
+    "layers.delta.gates",
+    "position_embedding",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +84,14 @@ class GgufSource(CheckpointSource):
         if self._quantization.kinds(module) is None:
             return None
         pieces = module_pieces(self._names, module, "weight")
-        parts = [self._gguf.stored(piece.name) for piece in pieces]
+        parts = []
+        for piece in pieces:
+            part = self._gguf.stored(piece.name)
+            assert part is not None
+            groups = row_groups(self._names, module, piece, self._spec)
+            parts.append(part if groups is None else select_rows(part, groups.order()))
         # Q4_K_M has q and k in Q4_K and v in Q6_K, in half of its layers.
-        weight = concatenate([part for part in parts if part is not None])
+        weight = concatenate(parts)
         for piece in pieces:
             self._gguf.release(piece.name)
         return weight

@@ -1,8 +1,8 @@
 """The tensors of a GGUF file as the loader wants them: mapped, named, and as transformers has them.
 
 Experts, which are stacked in one tensor, are tensors of their own here: ``ffn_up_exps.7.weight``.
-What the converter changed is changed back: the rows of q and k, where neighbours turn together, and
-the 1 that Gemma's norms were given. Both hold for packed rows as well.
+What the converter changed is changed back: the order of rows and columns (`orders`), packed ones
+too, the 1 that norms of some were given, and what was made of a delta net's decay.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.gguf.architectures import Architecture
 from streamserve.models.gguf.container import TensorEntry
 from streamserve.models.gguf.kinds import GgufWeight, Kind, kind_of, served_kinds, unpack_rows
+from streamserve.models.gguf.orders import Order, orders
 from streamserve.models.gguf.reading import Reading
-from streamserve_kernels.stored import GroupedWeight, TableWeight, rows_of
 
 _EXPERTS = re.compile(r"(ffn_\w+_exps)\.(weight|bias)$")
-_HEADS = re.compile(r"blk\.\d+\.attn_(q|k|qkv)\.(weight|bias)$")
-_NORM = re.compile(r"norm\.weight$")
+_LAYER = re.compile(r"blk\.\d+\.(\w+)")
+_NORM = re.compile(r"(?<!ssm_)norm\.weight$")
+_CONVOLUTION = re.compile(r"(ssm_conv1d|shortconv\.conv)\.weight$")
 # Rows that are dequantised at a time, by their weights.
 _SLICE_ELEMENTS = 2**22
 
@@ -46,19 +47,12 @@ class GgufTensors:
 
     def __init__(self, reading: Reading, architecture: Architecture) -> None:
         self._norm_offset = architecture.norm_offset
-        self._orders: dict[str, Tensor] = {}
-        if architecture.permuted:
-            self._orders = _row_orders(
-                reading.integer("attention.head_count"),
-                reading.integer_or(
-                    reading.integer("attention.head_count"), "attention.head_count_kv"
-                ),
-                reading.head_size,
-            )
+        self._orders = orders(reading, architecture)
         self._slices: dict[str, _Slice] = {}
         for entry in reading.file.tensors.values():
-            for name, part in _parts(entry):
-                self._slices[name] = part
+            if not reading.is_of_guess(entry.name):
+                for name, part in _parts(entry):
+                    self._slices[name] = self._in_runs(name, part)
 
     def names(self) -> Iterator[str]:
         return iter(self._slices)
@@ -90,13 +84,15 @@ class GgufTensors:
             tensor = self._dequantise(part)
         order = self._order(name)
         if order is not None:
-            tensor = tensor[order]
+            tensor = order.plain(tensor)
+        if name.endswith(".ssm_a"):
+            tensor = (-tensor).log()
         if self._norm_offset and _NORM.search(name):
             tensor = tensor - self._norm_offset
         return tensor
 
     def read_rows(self, name: str, rows: slice) -> Tensor:
-        # The converter's order of q and k is undone over all rows.
+        # The converter's order is undone over all rows.
         return self.read(name)[rows]
 
     def stored(self, name: str) -> GgufWeight | None:
@@ -106,7 +102,7 @@ class GgufTensors:
             return None
         weight = unpack_rows(part.kind, self._bytes(part), part.shape[0])
         order = self._order(name)
-        return weight if order is None else _in_order(weight, order)
+        return weight if order is None else order.packed(weight)
 
     def release(self, name: str) -> None:
         part = self._slices[name]
@@ -128,9 +124,25 @@ class GgufTensors:
             weight[start : start + rows] = unpacked.dequantise()
         return weight.view(part.shape)
 
-    def _order(self, name: str) -> Tensor | None:
-        heads = _HEADS.search(name)
-        return self._orders.get(heads[1]) if heads is not None else None
+    def _order(self, name: str) -> Order | None:
+        layer = _LAYER.match(name)
+        return self._orders.get(layer[1]) if layer is not None else None
+
+    def _in_runs(self, name: str, part: _Slice) -> _Slice:
+        """The same; of a kind whose units are a run's own where runs of columns are moved.
+
+        Raises UnsupportedModelError where a group lies in several.
+        """
+        order = self._order(name)
+        if order is None or not order.run or part.kind.plain is not None:
+            return part
+        if order.run % part.kind.group:
+            raise UnsupportedModelError(
+                f"{part.entry.file.path}: tensor {name} is of kind {part.kind.name}, whose groups "
+                f"of {part.kind.group} do not fit value heads of {order.run}: their order cannot "
+                "be undone"
+            )
+        return replace(part, kind=part.kind.in_runs(order.run))
 
 
 def _parts(entry: TensorEntry) -> Iterator[tuple[str, _Slice]]:
@@ -161,43 +173,11 @@ def _parts(entry: TensorEntry) -> Iterator[tuple[str, _Slice]]:
         shape = entry.shape
         if entry.name.endswith("ffn_gate_inp_shexp.weight") and len(shape) == 1:
             shape = (1, *shape)
+        if _CONVOLUTION.search(entry.name) and len(shape) == 2:
+            shape = (shape[0], 1, shape[1])
         yield entry.name, _Slice(entry, kind, shape, entry.start, nbytes)
         return
     size = nbytes // entry.shape[0]
     for index in range(entry.shape[0]):
         name = f"{entry.name[: experts.start()]}{experts[1]}.{index}.{experts[2]}"
         yield name, _Slice(entry, kind, entry.shape[1:], entry.start + index * size, size)
-
-
-def _row_orders(num_heads: int, num_kv_heads: int, head_size: int) -> dict[str, Tensor]:
-    """For q, k and all three: which of the file's rows is each row of ours.
-
-    A head's rows (pair, which of two) are stored as (which, pair) by transformers:
-
-        file  a0 b0 a1 b1 a2 b2 …     ours  a0 a1 a2 … b0 b1 b2 …
-    """
-
-    def order(heads: int, start: int) -> Tensor:
-        rows = torch.arange(start, start + heads * head_size)
-        return rows.view(heads, head_size // 2, 2).transpose(1, 2).reshape(-1)
-
-    q, k = order(num_heads, 0), order(num_kv_heads, num_heads * head_size)
-    kv_size = num_kv_heads * head_size
-    v = torch.arange(kv_size) + (num_heads + num_kv_heads) * head_size
-    return {"q": q, "k": order(num_kv_heads, 0), "qkv": torch.cat((q, k, v))}
-
-
-def _in_order(weight: GgufWeight, order: Tensor) -> GgufWeight:
-    codes, scales = weight.codes[order], weight.scales
-    if isinstance(weight, TableWeight):
-        assert scales is not None
-        return replace(weight, codes=codes, scales=rows_of(scales, order))
-    assert isinstance(weight, GroupedWeight)
-    assert not isinstance(weight.zeros, Tensor)
-    minimums = weight.minimums
-    return replace(
-        weight,
-        codes=codes,
-        scales=rows_of(weight.scales, order),
-        minimums=None if minimums is None else rows_of(minimums, order),
-    )

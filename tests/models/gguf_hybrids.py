@@ -1,0 +1,104 @@
+"""GGUF files of models whose layers keep states, with the values that the converter writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import transformers
+
+from tests.models.native import DELTA, DELTA_EXPERTS, DELTA_ROPE, LFM2
+
+DELTA_VALUES = {
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "attention.head_count_kv": 2,
+    "attention.key_length": 16,
+    "attention.value_length": 16,
+    "rope.freq_base": 10_000.0,
+    "rope.dimension_count": 4,
+    "rope.dimension_sections": [11, 11, 10, 0],
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 8,
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 4,
+    "ssm.inner_size": 48,
+    "attention.recurrent_layers": [True, False, True, False],
+    "full_attention_interval": 4,
+}
+EXPERT_VALUES = {
+    "expert_count": 4,
+    "expert_used_count": 2,
+    "expert_feed_forward_length": 24,
+    "expert_shared_feed_forward_length": 40,
+}
+EACH = {**DELTA, "layer_types": None, "linear_num_key_heads": 3, "linear_num_value_heads": 3}
+EACH_VALUES = {
+    **{k: v for k, v in DELTA_VALUES.items() if k != "attention.recurrent_layers"},
+    "ssm.group_count": 3,
+    "ssm.time_step_rank": 3,
+    "ssm.inner_size": 36,
+    "full_attention_interval": 4,
+}
+
+# As `CASES` of test_gguf.
+HYBRID_CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict]]] = {
+    # As many value heads as key heads: nothing is in another order.
+    "qwen3.5-each": (
+        "qwen35",
+        lambda: transformers.Qwen3_5TextConfig(**EACH, tie_word_embeddings=True),
+        EACH_VALUES,
+        dict,
+    ),
+    "qwen3.5": (
+        "qwen35",
+        lambda: transformers.Qwen3_5TextConfig(**DELTA, rope_parameters=DELTA_ROPE),
+        DELTA_VALUES,
+        dict,
+    ),
+    # The last block, which no layer of the model is, guesses further tokens.
+    "qwen3.5-guesses": (
+        "qwen35",
+        lambda: transformers.Qwen3_5TextConfig(**{**DELTA, "linear_num_value_heads": 6}),
+        {
+            **DELTA_VALUES,
+            "ssm.time_step_rank": 6,
+            "ssm.inner_size": 72,
+            "block_count": 5,
+            "nextn_predict_layers": 1,
+            "attention.recurrent_layers": [True, False, True, False, False],
+        },
+        lambda: {
+            f"blk.4.{name}.weight": np.ones((32, 32), dtype=np.float32)
+            for name in ("attn_q", "attn_qkv", "ffn_up", "nextn.eh_proj")
+        },
+    ),
+    "qwen3.5-moe": (
+        "qwen35moe",
+        lambda: transformers.Qwen3_5MoeTextConfig(**DELTA, **DELTA_EXPERTS),
+        {**DELTA_VALUES, **EXPERT_VALUES},
+        dict,
+    ),
+    "qwen3-next": (
+        "qwen3next",
+        lambda: transformers.Qwen3NextConfig(**DELTA, **DELTA_EXPERTS),
+        {**DELTA_VALUES, **EXPERT_VALUES},
+        dict,
+    ),
+    "lfm2": (
+        "lfm2",
+        lambda: transformers.Lfm2Config(
+            **LFM2,
+            layer_types=["conv", "full_attention", "conv"],
+            block_auto_adjust_ff_dim=False,
+        ),
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.head_count_kv": [0, 2, 0],
+            "rope.freq_base": 1e6,
+            "shortconv.l_cache": 3,
+            "vocab_size": 97,
+        },
+        dict,
+    ),
+}
