@@ -15,6 +15,7 @@ from streamserve.models import load_config
 from streamserve.models.gguf.kinds import KINDS, unpack_rows
 from streamserve.models.gguf.orders import Order
 from streamserve.models.parameters import decoder_modules
+from streamserve_kernels.stored import FactoredNumbers
 from tests.models.gguf_files import F32, Kind, settings_of, write_gguf
 from tests.models.gguf_hybrids import DELTA_VALUES, HYBRID_CASES
 from tests.models.gguf_parity import compare, sizes
@@ -88,10 +89,17 @@ def test_columns_of_any_kind_are_moved_by_heads(number):
     # The high byte of no float16 may be that of an infinity.
     weight = unpack_rows(kind, torch.from_numpy(data & 0xBB), 5)
     heads = [3, 0, 4, 1, 5, 2]
-    moved = Order(torch.tensor(heads), run=128).packed(weight).dequantise()
+    moved = Order(torch.tensor(heads), run=128).packed(weight)
     columns = weight.dequantise().split(128, dim=1)
     expected = torch.cat([columns[head] for head in heads], dim=1)
-    torch.testing.assert_close(moved, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(moved.dequantise(), expected, rtol=0, atol=0, equal_nan=True)
+    numbers = [moved.scales, getattr(moved, "minimums", None)]
+    held = sum(
+        n.codes.nbytes + n.units.nbytes if isinstance(n, FactoredNumbers) else n.nbytes
+        for n in numbers
+        if n is not None
+    )
+    assert held == 5 * 768 / kind.group * kind.in_runs(128).group_bytes
 
 
 def test_products_that_stayed_one_are_read_too(tmp_path, build, kernels):
