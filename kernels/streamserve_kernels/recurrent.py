@@ -212,7 +212,7 @@ def norm_of_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_siz
     The normalised row is rounded to x's dtype before the weight, all before that is in float32.
     """
     gated = x.float() * F.silu(gate.float())
-    groups = gated.view(len(x), -1, group_size)
+    groups = gated.view(len(x), x.shape[1] // group_size, group_size)
     normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
     return weight * normed.view(x.shape).to(x.dtype)
 

@@ -209,6 +209,62 @@ def delta_rule(
     )
 
 
+@dataclass(frozen=True)
+class StateSpace:
+    """Arguments of `state_space_scan`."""
+
+    step: Step
+    xbc: Tensor
+    dt: Tensor
+    decay: Tensor
+    time_bias: Tensor
+    skip: Tensor
+    states: Tensor
+    num_groups: int
+
+    def run(self, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        """y and the states after it."""
+        states = self.states.clone()
+        y = kernels.state_space_scan(
+            self.xbc,
+            self.dt,
+            self.decay,
+            self.time_bias,
+            self.skip,
+            states,
+            self.step.states,
+            self.step.query_start_loc,
+            self.step.seq_lens,
+            num_groups=self.num_groups,
+        )
+        return y, states
+
+    def part(self, step: Step, rows: slice) -> StateSpace:
+        """The same weights in another step, of some of the rows."""
+        return replace(self, step=step, xbc=self.xbc[rows], dt=self.dt[rows])
+
+
+def state_space(
+    step: Step, heads: tuple[int, int], sizes: tuple[int, int], dtype: torch.dtype
+) -> StateSpace:
+    """`heads` are G and H, `sizes` N and P; inputs and time steps are columns of the same rows."""
+    (num_groups, num_heads), (size, head_size) = heads, sizes
+    inner, width = num_heads * head_size, num_groups * size
+    wide = rows_of(step, inner + 2 * width + num_heads, 1, dtype)
+    wide[:, inner : inner + 2 * width] *= size**-0.5
+    xbc, dt = wide.split_with_sizes([inner + 2 * width, num_heads], 1)
+    return StateSpace(
+        step,
+        xbc,
+        dt,
+        -normal(3, num_heads).abs() * 2,
+        normal(4, num_heads),
+        normal(5, num_heads),
+        states_of(step, num_heads, size, head_size, dtype=torch.float32),
+        num_groups,
+    )
+
+
 def _is_near_a_tie(x: Tensor) -> Tensor:
     """What two exact functions may round to two neighbours of bfloat16."""
     return ((x.float().view(torch.int32) & 0xFFFF) - 0x8000).abs() < 64
@@ -217,7 +273,7 @@ def _is_near_a_tie(x: Tensor) -> Tensor:
 def assert_close(
     got: tuple[Tensor, Tensor],
     expected: tuple[Tensor, Tensor],
-    case: Convolution | DeltaRule,
+    case: Convolution | DeltaRule | StateSpace,
     *,
     rtol: float,
     atol: float = 4e-6,

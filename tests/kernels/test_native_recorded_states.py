@@ -53,11 +53,47 @@ class Layer:
         return kernels.linear(y, self.output)
 
 
+class SpaceLayer:
+    """A state space whose time steps, inputs and gate are one product, with a norm behind it."""
+
+    def __init__(self, kernels: Kernels, seed: int) -> None:
+        def weight(outputs: int, inputs: int) -> Any:
+            scaled = normal(seed, outputs, inputs, dtype=BF16) / inputs**0.5
+            return kernels.prepare_linear(scaled)
+
+        self.mixed = weight(VALUES + CHANNELS + HEADS, HIDDEN)
+        self.output = weight(HIDDEN, VALUES)
+        self.conv = normal(seed + 1, CHANNELS, WIDTH, dtype=BF16)
+        self.bias = normal(seed + 2, CHANNELS, dtype=BF16)
+        self.decay, self.time_bias = -normal(seed + 3, HEADS).abs(), normal(seed + 4, HEADS)
+        self.skip = normal(seed + 5, HEADS)
+        self.norm = normal(seed + 6, VALUES, dtype=BF16)
+
+    def forward(self, kernels: Any, x: Any, batch: Any, states: tuple[Tensor, Tensor]) -> Any:
+        mixed = kernels.linear(x, self.mixed)
+        gate, xbc, dt = mixed.split_with_sizes((VALUES, CHANNELS, HEADS), 1)
+        where = batch.states, batch.query_start_loc, batch.seq_lens
+        xbc = kernels.causal_conv(xbc, self.conv, self.bias, states[0], *where, activation="silu")
+        y = kernels.state_space_scan(
+            xbc,
+            dt,
+            self.decay,
+            self.time_bias,
+            self.skip,
+            states[1],
+            *where,
+            num_groups=KEY_HEADS,
+        )
+        y = kernels.norm_of_gated(y, gate, self.norm, 1e-6, VALUES // KEY_HEADS)
+        return kernels.linear(y, self.output)
+
+
 class Model:
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
         self.table = normal(1, 20, HIDDEN, dtype=BF16)
-        self.layers = [Layer(kernels, 10), Layer(kernels, 30)]
+        kinds = Layer, SpaceLayer, Layer, SpaceLayer
+        self.layers = [kind(kernels, 10 + 20 * i) for i, kind in enumerate(kinds)]
         self.head = kernels.prepare_linear(normal(2, 20, HIDDEN, dtype=BF16))
 
     def forward(self, kernels: Any, batch: Any, states: list[tuple[Tensor, Tensor]]) -> Any:
@@ -89,7 +125,7 @@ def states_like(step: Step) -> list[tuple[Tensor, Tensor]]:
             states_of(step, WIDTH - 1, CHANNELS, dtype=BF16),
             states_of(step, HEADS, SIZE, VALUE_SIZE, dtype=torch.float32),
         )
-        for _ in range(2)
+        for _ in range(4)
     ]
 
 
@@ -145,5 +181,6 @@ def test_states_of_rows_that_need_logits_are_not_recorded(native: Kernels) -> No
     assert recorder is not None
     batch = recorder.batch
     x = recorder.gather(recorder.embedding(batch.input_ids, model.table))
-    with pytest.raises(NotRecordableError, match="other rows than the step's tokens"):
-        model.layers[0].forward(recorder, x, batch, states_like(step)[0])
+    for layer in model.layers[:2]:
+        with pytest.raises(NotRecordableError, match="other rows than the step's tokens"):
+            layer.forward(recorder, x, batch, states_like(step)[0])

@@ -19,6 +19,7 @@ from tests.kernels.recurrent_cases import (
     assert_close,
     convolution,
     delta_rule,
+    state_space,
     step_of,
 )
 from tests.kernels.test_layers import normal
@@ -65,12 +66,38 @@ def test_delta_rule_of_odd_sizes_is_naive(
         assert_close(case.run(native), case.run(naive), case, rtol=RTOL)
 
 
+@pytest.mark.parametrize(
+    ("heads", "sizes"),
+    [((1, 3), (16, 16)), ((2, 4), (128, 64)), ((3, 6), (64, 128)), ((1, 17), (32, 32))],
+)
+def test_state_space_is_naive(
+    naive: Kernels, native: Kernels, heads: tuple[int, int], sizes: tuple[int, int]
+) -> None:
+    case = state_space(step_of(RAGGED, SAVES, NO_SLOT, padding=4), heads, sizes, BF16)
+    assert_close(case.run(native), case.run(naive), case, rtol=RTOL)
+
+
+@pytest.mark.parametrize("sizes", [(20, 24), (5, 136), (256, 40), (18, 1), (16, 80)])
+@pytest.mark.parametrize("count", [1, 5])
+def test_state_space_of_odd_sizes_is_naive(
+    naive: Kernels, native: Kernels, sizes: tuple[int, int], count: int
+) -> None:
+    """On five threads the columns of a head fall into three pieces."""
+    case = state_space(step_of(RAGGED[:4], SAVES[:5]), (1, 1), sizes, BF16)
+    with threads(count):
+        assert_close(case.run(native), case.run(naive), case, rtol=RTOL)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_sequence_does_not_depend_on_its_batch_or_the_threads(
     native: Kernels, count: int
 ) -> None:
     step = step_of(RAGGED, SAVES, padding=3)
-    for case in (convolution(step, 72, 4, BF16), delta_rule(step, (1, 2), (32, 128), BF16)):
+    for case in (
+        convolution(step, 72, 4, BF16),
+        delta_rule(step, (1, 2), (32, 128), BF16),
+        state_space(step, (1, 2), (32, 208), BF16),
+    ):
         with threads(count):
             y, states = case.run(native)
         for r, rows in enumerate(step.rows()):
@@ -85,7 +112,11 @@ def test_a_sequence_does_not_depend_on_its_batch_or_the_threads(
 def test_chunks_are_the_whole(native: Kernels, parts: tuple[int, ...]) -> None:
     """Bit for bit: what lies in a slot is the state itself."""
     step = step_of([(0, 70)])
-    for case in (convolution(step, 40, 4, BF16), delta_rule(step, (1, 2), (32, 48), BF16)):
+    for case in (
+        convolution(step, 40, 4, BF16),
+        delta_rule(step, (1, 2), (32, 48), BF16),
+        state_space(step, (1, 2), (48, 80), BF16),
+    ):
         whole, states = case.run(native)
         done, pieces = 0, []
         carried = case.states
@@ -105,7 +136,11 @@ def test_chunks_are_the_whole(native: Kernels, parts: tuple[int, ...]) -> None:
 def test_steps_of_decodes_and_of_nothing(naive: Kernels, native: Kernels) -> None:
     for sequences, padding in ((DECODES, 7), ([], 5), ([], 0), ([(3, 0)], 0)):
         step = step_of(sequences, padding=padding)
-        for case in (convolution(step, 40, 4, BF16), delta_rule(step, (2, 4), (16, 16), BF16)):
+        for case in (
+            convolution(step, 40, 4, BF16),
+            delta_rule(step, (2, 4), (16, 16), BF16),
+            state_space(step, (2, 4), (16, 80), BF16),
+        ):
             assert_close(case.run(native), case.run(naive), case, rtol=RTOL)
 
 
@@ -115,6 +150,14 @@ def test_strong_gates(naive: Kernels, native: Kernels) -> None:
     case = delta_rule(step, (1, 4), (16, 16), BF16)
     case.gates[:, 4:] = torch.tensor([-100.0, -9.0, 25.0, 3e4]).to(BF16)
     case.gates[:, :2] = torch.tensor([-100.0, 100.0]).to(BF16)
+    case.decay[:] = torch.tensor([-16.0, -1.0, -0.01, -1e-6])
+    assert_close(case.run(native), case.run(naive), case, rtol=RTOL)
+
+
+def test_strong_rates_of_a_state_space(naive: Kernels, native: Kernels) -> None:
+    """Of nearly no time, of much: nothing is written and all is kept, all is, or nothing is."""
+    case = state_space(step_of([(3, 5), (0, 4)]), (1, 4), (16, 16), BF16)
+    case.dt[:] = torch.tensor([-100.0, -9.0, 25.0, 3e4]).to(BF16)
     case.decay[:] = torch.tensor([-16.0, -1.0, -0.01, -1e-6])
     assert_close(case.run(native), case.run(naive), case, rtol=RTOL)
 
@@ -133,6 +176,11 @@ def test_gates_are_naive(naive: Kernels, native: Kernels, rows: int, heads: int,
     # Rounded before the weight, behind it, and behind the gate.
     got, expected = (k.gated_rms_norm(x, gate, weight, 1e-6) for k in (native, naive))
     torch.testing.assert_close(got, expected, atol=4e-6, rtol=2.4e-2)
+    weights = normal(4, width, dtype=BF16)
+    for group in {size, width}:
+        # Rounded before the weight and behind it.
+        got, expected = (k.norm_of_gated(x, gate, weights, 1e-6, group) for k in (native, naive))
+        torch.testing.assert_close(got, expected, atol=4e-6, rtol=1.6e-2)
 
 
 def test_gates_of_extreme_values(naive: Kernels, native: Kernels) -> None:
@@ -141,6 +189,7 @@ def test_gates_of_extreme_values(naive: Kernels, native: Kernels) -> None:
     for call in (
         lambda k: k.sigmoid_gate(x, gate),
         lambda k: k.gated_rms_norm(x, gate, weight, 1e-6),
+        lambda k: k.norm_of_gated(x, gate, weight, 1e-6, 4),
     ):
         torch.testing.assert_close(call(native), call(naive), rtol=RTOL, atol=1e-6, equal_nan=True)
 
@@ -188,6 +237,29 @@ def test_what_a_delta_rule_cannot_take_is_refused(native: Kernels) -> None:
         wide.run(native)
 
 
+def test_what_a_state_space_cannot_take_is_refused(native: Kernels) -> None:
+    case = state_space(step_of(RAGGED), (2, 4), (16, 32), BF16)
+    wide = state_space(step_of([(0, 1)]), (1, 1), (257, 16), BF16)
+    wrong = (
+        (TypeError, {"xbc": case.xbc.float()}),
+        (ValueError, {"xbc": case.xbc[:, 1:]}),
+        (ValueError, {"dt": case.dt[:, 1:]}),
+        (ValueError, {"dt": case.dt[1:]}),
+        (TypeError, {"dt": case.dt.float()}),
+        (ValueError, {"decay": case.decay.double()}),
+        (ValueError, {"skip": case.skip[:1]}),
+        (ValueError, {"skip": case.skip.to(BF16)}),
+        (TypeError, {"skip": case.skip.repeat_interleave(2)[::2]}),
+        (TypeError, {"states": case.states.to(BF16)}),
+        (ValueError, {"num_groups": 3}),
+    )
+    for error, arguments in wrong:
+        with pytest.raises(error):
+            replace(case, **arguments).run(native)
+    with pytest.raises(ValueError, match="at most 256 elements, got 257"):
+        wide.run(native)
+
+
 def test_gates_of_other_rows_are_refused(native: Kernels) -> None:
     x, weight = normal(1, 4, 32, dtype=BF16), normal(2, 16, dtype=BF16)
     for gate in (x[:, :16], x[:2]):
@@ -195,6 +267,13 @@ def test_gates_of_other_rows_are_refused(native: Kernels) -> None:
             native.sigmoid_gate(x, gate)
         with pytest.raises(ValueError, match="cannot be gated"):
             native.gated_rms_norm(x, gate, weight, 1e-6)
+        with pytest.raises(ValueError, match="cannot be gated"):
+            native.norm_of_gated(x, gate, weight.repeat(2), 1e-6, 32)
+    for group, wide in ((15, weight.repeat(2)), (16, weight)):
+        with pytest.raises(ValueError, match=f"groups of {group} in rows of 32"):
+            native.norm_of_gated(x, x, wide, 1e-6, group)
+    with pytest.raises(TypeError, match=r"got torch\.float32"):
+        native.norm_of_gated(x, x, weight.repeat(2).float(), 1e-6, 32)
     with pytest.raises(ValueError, match="heads of 15"):
         native.gated_rms_norm(x, x, weight[:15], 1e-6)
     with pytest.raises(TypeError, match=r"got torch\.float32"):
@@ -204,7 +283,11 @@ def test_gates_of_other_rows_are_refused(native: Kernels) -> None:
 def test_a_step_that_points_nowhere_does_not_run(native: Kernels) -> None:
     step = step_of(RAGGED)
     many, rows = step.num_slots, step.num_rows
-    for case in (convolution(step, 40, 4, BF16), delta_rule(step, (2, 4), (16, 16), BF16)):
+    for case in (
+        convolution(step, 40, 4, BF16),
+        delta_rule(step, (2, 4), (16, 16), BF16),
+        state_space(step, (2, 4), (16, 16), BF16),
+    ):
         for change in (
             {"states": step.states._replace(slots=torch.full_like(step.states.slots, many))},
             {"states": step.states._replace(slots=torch.full_like(step.states.slots, -2))},

@@ -45,10 +45,11 @@ from streamserve_kernels.native.recurrent import (
     causal_conv,
     gated_delta_rule,
     gated_rms_norm,
+    norm_of_gated,
     sigmoid_gate,
+    state_space_scan,
 )
 from streamserve_kernels.native.stored import prepare_stored
-from streamserve_kernels.recurrent import norm_of_gated, state_space_scan
 
 __all__ = [
     "AdapterTable",

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 14
+ABI = 15
 MAX_ARGS = 24
 # In the order of program.c.
 OPERATIONS = (
@@ -58,6 +58,9 @@ OPERATIONS = (
     "delta_rule",
     "gated_norm",
     "sigmoid_gate",
+    "state_space_times",
+    "state_space",
+    "norm_of_gated",
     "multiply",
 )
 # In the order of elementwise.c.

@@ -61,7 +61,7 @@ class RecorderMemory:
         self._works: dict[tuple[int, int], Work] = {}  # by rows and bytes for each
         self._slots: tuple[Tensor, Tensor] | None = None  # of tokens and logits, with adapters
         self._low: dict[int, Tensor] = {}  # what adapters make between their products, by width
-        self._scales: dict[int, Tensor] = {}  # what a delta rule knows of each row, by width
+        self._scales: dict[int, Tensor] = {}  # what rules know of each row, by width
 
     def _new(self, rows: int, *tail: int) -> Symbol:
         width = prod(tail)

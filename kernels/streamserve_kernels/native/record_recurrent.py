@@ -59,6 +59,29 @@ class RecurrentRecorder(RecorderMemory):
         self.keep += decay, time_bias, states, scales
         return out
 
+    def state_space_scan(
+        self,
+        xbc: Symbol,
+        dt: Symbol,
+        decay: Tensor,
+        time_bias: Tensor,
+        skip: Tensor,
+        states: Tensor,
+        step: Index,
+        query_start_loc: Index,
+        seq_lens: Index,
+        *,
+        num_groups: int,
+    ) -> Symbol:
+        _require_tokens(xbc, dt)
+        out = self._new(TOKENS, states.shape[1] * states.shape[3])
+        times = self._scales_of(recurrent.times_width(states))
+        self.instructions += recurrent.state_space(
+            _rows(out), _rows(xbc), _rows(dt), decay, time_bias, skip, states, num_groups, times
+        )
+        self.keep += decay, time_bias, skip, states, times
+        return out
+
     def _scales_of(self, width: int) -> Tensor:
         """Layers of a kind share them: the next one writes when this one's rule is through."""
         if width not in self._scales:
@@ -69,6 +92,18 @@ class RecurrentRecorder(RecorderMemory):
         out, kind = self._new(x.rows, *x.tail), rows_kind(x.rows)
         self.instructions.append(
             recurrent.gated_norm(_rows(out), _rows(x), _rows(gate), weight, eps, kind)
+        )
+        self.keep.append(weight)
+        return out
+
+    def norm_of_gated(
+        self, x: Symbol, gate: Symbol, weight: Tensor, eps: float, group_size: int
+    ) -> Symbol:
+        out, kind = self._new(x.rows, *x.tail), rows_kind(x.rows)
+        self.instructions.append(
+            recurrent.norm_behind_gate(
+                _rows(out), _rows(x), _rows(gate), weight, eps, group_size, kind
+            )
         )
         self.keep.append(weight)
         return out

@@ -1,6 +1,6 @@
 """Layers with a state of constant size: their instructions, and the functions on tensors.
 
-The C side is `src/recurrent.c`.
+The C side is `src/recurrent.c` and, where a state is a matrix, `src/rules.c`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from streamserve_kernels.pool import pool
 from streamserve_kernels.recurrent import StepStates
 
 _MAX_WIDTH = 16  # MAX_WIDTH of recurrent.c
-_MAX_KEY_SIZE = 256  # MAX_KEY_SIZE of recurrent.c
+_MAX_KEY_SIZE = 256  # MAX_KEY_SIZE of rules.c
 
 
 class Rows(NamedTuple):
@@ -91,9 +91,51 @@ def delta_rule(
 
     Raises TypeError or ValueError for what C cannot read.
     """
+    per_head = {"decay": decay, "time_bias": time_bias}
+    args = _rule(out, qkv, gates, 2, per_head, states, num_key_heads, scales)
+    return [("delta_scales", args), ("delta_rule", args)]
+
+
+def times_width(states: Tensor) -> int:
+    """Numbers of float32 that `state_space` needs for each row."""
+    return 2 * states.shape[1]
+
+
+def state_space(
+    out: Rows,
+    xbc: Rows,
+    dt: Rows,
+    decay: Tensor,
+    time_bias: Tensor,
+    skip: Tensor,
+    states: Tensor,
+    num_groups: int,
+    times: Tensor,
+) -> list[Instruction]:
+    """`state_space_scan`; `times` has room for every row: see `times_width`.
+
+    Raises TypeError or ValueError for what C cannot read.
+    """
+    per_head = {"decay": decay, "time_bias": time_bias, "skip": skip}
+    args = _rule(out, xbc, dt, 1, per_head, states, num_groups, times)
+    args = (*args, skip.data_ptr())
+    return [("state_space_times", args), ("state_space", args)]
+
+
+def _rule(
+    out: Rows,
+    inputs: Rows,
+    gates: Rows,
+    gates_per_head: int,
+    per_head: dict[str, Tensor],
+    states: Tensor,
+    num_key_heads: int,
+    scales: Tensor,
+) -> tuple[int, ...]:
+    """What both kinds of rules are told, checked."""
     num_heads, key_size, value_size = states.shape[1:]
     check_states(states, torch.float32)
-    for name, tensor in (("decay", decay), ("time_bias", time_bias)):
+    for name, tensor in per_head.items():
         if tensor.shape != (num_heads,) or tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be {num_heads} numbers of float32")
         if not tensor.is_contiguous():
@@ -103,19 +145,19 @@ def delta_rule(
     if key_size > _MAX_KEY_SIZE:
         raise ValueError(f"a key head has at most {_MAX_KEY_SIZE} elements, got {key_size}")
     width = 2 * num_key_heads * key_size + num_heads * value_size
-    if qkv.width != width or gates.width != 2 * num_heads:
+    if inputs.width != width or gates.width != gates_per_head * num_heads:
         raise ValueError(
-            f"qkv and gates of {width} and {2 * num_heads} elements are due,"
-            f" got {qkv.width} and {gates.width}"
+            f"inputs and gates of {width} and {gates_per_head * num_heads} elements are due,"
+            f" got {inputs.width} and {gates.width}"
         )
-    args = (
+    return (
         out.address,
-        qkv.address,
-        qkv.stride,
+        inputs.address,
+        inputs.stride,
         gates.address,
         gates.stride,
-        decay.data_ptr(),
-        time_bias.data_ptr(),
+        per_head["decay"].data_ptr(),
+        per_head["time_bias"].data_ptr(),
         scales.data_ptr(),
         states.data_ptr(),
         states.shape[0],
@@ -124,7 +166,6 @@ def delta_rule(
         key_size,
         value_size,
     )
-    return [("delta_scales", args), ("delta_rule", args)]
 
 
 def gated_norm(
@@ -137,6 +178,20 @@ def gated_norm(
         raise ValueError(f"heads of {size} in rows of {x.width}, gated by {gate.width} elements")
     fields = (x.width, rows_kind, weight.data_ptr(), size, double_bits(eps))
     return "gated_norm", (out.address, *x[:2], *gate[:2], *fields)
+
+
+def norm_behind_gate(
+    out: Rows, x: Rows, gate: Rows, weight: Tensor, eps: float, group_size: int, rows_kind: int
+) -> Instruction:
+    """`norm_of_gated`. Raises TypeError or ValueError for what C cannot read."""
+    check_parameters(weight)
+    if x.width != gate.width or x.width % group_size or weight.shape != (x.width,):
+        raise ValueError(
+            f"groups of {group_size} in rows of {x.width}, gated by {gate.width} elements,"
+            f" weighted by {tuple(weight.shape)}"
+        )
+    fields = (x.width, rows_kind, weight.data_ptr(), group_size, double_bits(eps))
+    return "norm_of_gated", (out.address, *x[:2], *gate[:2], *fields)
 
 
 def gate_by_sigmoid(out: Rows, x: Rows, gate: Rows, rows_kind: int) -> Instruction:
@@ -205,6 +260,40 @@ def gated_delta_rule(
     )
     fields = _step(qkv, step, query_start_loc, seq_lens)
     run_at_once(instructions, fields, pool().threads())
+    return out
+
+
+def state_space_scan(
+    xbc: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    time_bias: Tensor,
+    skip: Tensor,
+    states: Tensor,
+    step: StepStates,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    *,
+    num_groups: int,
+) -> Tensor:
+    """See `recurrent.state_space_scan`."""
+    out = torch.empty(len(xbc), states.shape[1] * states.shape[3], dtype=torch.bfloat16)
+    if len(dt) != len(xbc):
+        raise ValueError(f"{len(xbc)} rows cannot have time steps of {len(dt)}")
+    times = torch.empty(len(xbc), times_width(states))
+    instructions = state_space(
+        _rows(out), _rows(xbc), _rows(dt), decay, time_bias, skip, states, num_groups, times
+    )
+    fields = _step(xbc, step, query_start_loc, seq_lens)
+    run_at_once(instructions, fields, pool().threads())
+    return out
+
+
+def norm_of_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
+    """See `recurrent.norm_of_gated`."""
+    out = _empty_like(x, gate)
+    instruction = norm_behind_gate(_rows(out), _rows(x), _rows(gate), weight, eps, group_size, 0)
+    run_at_once([instruction], pack_step(len(x)), pool().threads())
     return out
 
 

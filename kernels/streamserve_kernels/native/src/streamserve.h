@@ -83,6 +83,7 @@ extern const ss_operation ss_embedding, ss_gather_rows, ss_rms_norm, ss_layer_no
     ss_gather_pairs, ss_experts, ss_combine_pairs, ss_add_shared,
     ss_draw, ss_top_logits,
     ss_causal_conv, ss_delta_scales, ss_delta_rule, ss_gated_norm, ss_sigmoid_gate,
+    ss_state_space_times, ss_state_space, ss_norm_of_gated,
     ss_multiply;
 
 const ss_operation *ss_operation_of(const ss_instruction *instruction);
