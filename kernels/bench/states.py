@@ -1,7 +1,7 @@
 """Layers with a state of constant size on a CPU, timed: `kernels/bench/cpu.py --only states`.
 
 The floor is what must be read and written, at the rate at which a large tensor is updated in place:
-of the delta rule the states, of a convolution its inputs, outputs and states. Many tokens of one
+of a delta rule or a state space the states, of a convolution its inputs, outputs and states. Many tokens of one
 sequence are arithmetic instead, and have no floor here.
 """
 
@@ -20,7 +20,10 @@ Timed = Callable[[list[Callable[[], object]], float], list[float]]
 
 # Hk, Hv of Qwen 3.5 0.8B and 9B; heads of 128
 HEADS = ((16, 16), (16, 32))
-SIZE = 128
+# Heads of Granite 4.0 H Tiny and Micro, which share one group
+SPACES = ((1, 48), (1, 64))
+SIZE = 128  # of keys and values, of a group's B and C
+HEAD_SIZE = 64  # of a state space
 WIDTH = 4
 # (tokens before the step, tokens in it)
 STEPS = {
@@ -54,9 +57,12 @@ def bench_states(kernels: Kernels, naive: Kernels, dtype: torch.dtype, timed: Ti
         f"{'layers with a state':<24}{'heads':>8}{'':>8}{'µs':>10}{'floor':>9}{'share':>7}"
         f"{'GFLOP/s':>9}{'vs naive':>10}"
     )
-    for heads in HEADS:
+    of_rules = (("conv", _convolution), ("rule", _delta_rule))
+    kinds = [*((heads, of_rules) for heads in HEADS)]
+    kinds += ((heads, (("space", _state_space),)) for heads in SPACES)
+    for heads, measures in kinds:
         for name, sequences in STEPS.items():
-            for kind, measure in (("conv", _convolution), ("rule", _delta_rule)):
+            for kind, measure in measures:
                 ours, theirs, nbytes, flops = measure(
                     kernels, naive, heads, sequences, dtype, timed
                 )
@@ -154,3 +160,39 @@ def _delta_rule(
 
     seconds = _measure(call, kernels, naive, state, dtype, timed)
     return *seconds, 2 * state.nbytes, 8 * len(qkv) * num_heads * SIZE**2
+
+
+def _state_space(
+    kernels: Kernels,
+    naive: Kernels,
+    heads: tuple[int, int],
+    sequences: list[tuple[int, int]],
+    dtype: torch.dtype,
+    timed: Timed,
+) -> tuple[float, float, int, int]:
+    """The same of a state space: for each element of a state it takes 5 a token."""
+    (num_groups, num_heads), (states, starts, lengths) = heads, _step(sequences)
+    inner = num_heads * HEAD_SIZE
+    xbc = torch.randn(len(states.saves), inner + 2 * num_groups * SIZE)
+    xbc[:, inner:] *= SIZE**-0.5
+    xbc = xbc.to(dtype)
+    dt = torch.randn(len(xbc), num_heads).to(dtype)
+    decay, time_bias, skip = -torch.rand(num_heads), torch.randn(num_heads), torch.randn(num_heads)
+    state = torch.randn(len(sequences), num_heads, SIZE, HEAD_SIZE) / 10
+
+    def call(of: Kernels, state: Tensor) -> Tensor:
+        return of.state_space_scan(
+            xbc,
+            dt,
+            decay,
+            time_bias,
+            skip,
+            state,
+            states,
+            starts,
+            lengths,
+            num_groups=num_groups,
+        )
+
+    seconds = _measure(call, kernels, naive, state, dtype, timed)
+    return *seconds, 2 * state.nbytes, 5 * len(xbc) * num_heads * SIZE * HEAD_SIZE

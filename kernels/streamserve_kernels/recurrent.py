@@ -176,8 +176,7 @@ def state_space_scan(
     x = x.view(-1, num_heads, head_size)
     share = num_heads // num_groups
     b, c = (part.view(-1, num_groups, size).repeat_interleave(share, dim=1) for part in (b, c))
-    time = F.softplus(dt.float() + time_bias)
-    kept_share = torch.exp(decay * time)
+    time, kept_share = time_steps(dt, decay, time_bias)
     y = torch.zeros(len(xbc), num_heads, head_size, dtype=xbc.dtype, device=xbc.device)
     for begin, end, slot, is_new in _sequences(step, query_start_loc, seq_lens):
         state = torch.zeros_like(states[0]) if is_new or slot < 0 else states[slot].clone()
@@ -191,6 +190,12 @@ def state_space_scan(
         if slot >= 0:
             states[slot] = state
     return y.view(len(xbc), num_heads * head_size)
+
+
+def time_steps(dt: Tensor, decay: Tensor, time_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A state space's time steps, and the share of a state that each keeps: [T, H] float32."""
+    time = F.softplus(dt.float() + time_bias)
+    return time, torch.exp(decay * time)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -24,7 +24,7 @@ from streamserve_kernels.cpu.ops import (
     write_kv,
 )
 from streamserve_kernels.cpu.packed_linear import linear, prepare_linear
-from streamserve_kernels.cpu.recurrent import causal_conv, gated_delta_rule
+from streamserve_kernels.cpu.recurrent import causal_conv, gated_delta_rule, state_space_scan
 from streamserve_kernels.cpu.warming import warm_up
 from streamserve_kernels.experts import chosen_experts
 from streamserve_kernels.naive import (
@@ -39,7 +39,6 @@ from streamserve_kernels.recurrent import (
     gated_rms_norm,
     norm_of_gated,
     sigmoid_gate,
-    state_space_scan,
 )
 
 __all__ = [

@@ -28,6 +28,11 @@ def delta_kernel() -> _Run:
     return pool().kernel(bodies.delta_body(), bodies.DELTA_LAYOUT)
 
 
+@lru_cache(maxsize=1)
+def space_kernel() -> _Run:
+    return pool().kernel(bodies.space_body(), bodies.SPACE_LAYOUT)
+
+
 def causal_conv(
     x: Tensor,
     weight: Tensor,
@@ -94,7 +99,7 @@ def gated_delta_rule(
     )
     out = torch.zeros(len(qkv), num_heads * value_size)
     threads = pool().threads()
-    room = bodies.delta_scratch(key_size, value_size)
+    room = bodies.rule_scratch(key_size, value_size)
     scratch = torch.empty(threads, room)
     delta_kernel()(
         threads,
@@ -116,6 +121,56 @@ def gated_delta_rule(
         value_size,
     )
     return out.to(qkv.dtype)
+
+
+def state_space_scan(
+    xbc: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    time_bias: Tensor,
+    skip: Tensor,
+    states: Tensor,
+    step: StepStates,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    *,
+    num_groups: int,
+) -> Tensor:
+    """See `recurrent.state_space_scan`; what becomes of a state is compiled, in float32."""
+    num_heads, size, head_size = states.shape[1:]
+    require("xbc", xbc, xbc.dtype)
+    require("dt", dt, dt.dtype)
+    require("skip", skip, torch.float32)
+    _require_states(states, torch.float32, (num_heads, size, head_size))
+    indices = _indices(step, query_start_loc, seq_lens)
+    width = num_groups * size
+    x, b, c = xbc.float().split_with_sizes([num_heads * head_size, width, width], -1)
+    time, kept_share = recurrent.time_steps(dt, decay, time_bias)
+    out = torch.zeros(len(xbc), num_heads * head_size)
+    threads = pool().threads()
+    room = bodies.rule_scratch(size, head_size)
+    scratch = torch.empty(threads, room)
+    space_kernel()(
+        threads,
+        out.data_ptr(),
+        x.data_ptr(),
+        b.data_ptr(),
+        c.data_ptr(),
+        time.data_ptr(),
+        kept_share.data_ptr(),
+        skip.data_ptr(),
+        states.data_ptr(),
+        *indices,
+        scratch.data_ptr(),
+        room,
+        x.stride(0),
+        len(seq_lens),
+        num_groups,
+        num_heads,
+        size,
+        head_size,
+    )
+    return out.to(xbc.dtype)
 
 
 def _require_states(states: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Compiled bodies for layers with a state of constant size: a convolution, the gated delta rule."""
+"""Compiled bodies for layers with a state: convolutions, gated delta rules, state spaces."""
 
 # Numba infers the types of these functions: annotations would only repeat its work.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -31,6 +31,9 @@ CONV_LAYOUT = "10q6q"
 # out, query, key, value, beta, share that is kept, states; slots, saves, query_start_loc, seq_lens;
 # scratch, floats of it for each thread; stride of a row of values; R, Hk, Hv, D, Dv
 DELTA_LAYOUT = "11q2q6q"
+# out, x, B, C, time steps, share that is kept, skip, states; slots, saves, query_start_loc,
+# seq_lens; scratch, floats of it for each thread; stride of a row of x, B and C; R, G, H, N, P
+SPACE_LAYOUT = "12q2q6q"
 
 
 @inline
@@ -143,7 +146,7 @@ def conv_body(bits: int) -> Any:
     return compile_body(body)
 
 
-def delta_scratch(key_size: int, value_size: int) -> int:
+def rule_scratch(key_size: int, value_size: int) -> int:
     """Float32 elements for each thread: three rows of columns, and a state that nothing keeps."""
     return (3 + key_size) * value_size
 
@@ -172,6 +175,15 @@ def _add_rows(sums, factors, rows, size, count):
         _add_four_rows(sums, at(factors, d), at(rows, d * count), count)
     for d in range(whole, size):
         _add_row(sums, factors[d], at(rows, d * count), count)
+
+
+@inline
+def _update(state, kept, key, delta, size, count):
+    """State [size, count] = kept * state + key deltaᵀ."""
+    for d in range(size):
+        line, factor = at(state, d * count), key[d]
+        for i in range(count):
+            line[i] = kept * line[i] + factor * delta[i]
 
 
 @lru_cache(maxsize=1)
@@ -222,10 +234,51 @@ def delta_body() -> Any:
                     delta[i] = written * (value[i] - kept * by_key[i])
                 for i in range(columns):
                     out[i] = kept * by_query[i] + both * delta[i]
-                for d in range(size):
-                    line, factor = at(state, d * columns), key[d]
-                    for i in range(columns):
-                        line[i] = kept * line[i] + factor * delta[i]
+                _update(state, kept, key, delta, size, columns)
+                if saves[row] >= 0:
+                    place = (saves[row] * heads + head) * size * columns
+                    copy(at(states, place), state, size * columns)
+
+    return compile_body(body)
+
+
+@lru_cache(maxsize=1)
+def space_body() -> Any:
+    """`recurrent.state_space_scan`, all float32; units as in `delta_body`."""
+
+    def body(args):
+        times, kept_share = pointer(args[7], 32), pointer(args[8], 32)
+        slots, saves = pointer(args[11], -32), pointer(args[12], -32)
+        starts, lengths = pointer(args[13], -32), pointer(args[14], -32)
+        stride, requests, groups, heads = args[17], args[18], args[19], args[20]
+        size, columns = args[21], args[22]
+        thread, begin_unit, end_unit = _share(args, heads * requests)
+        delta = at(pointer(args[15], 32), thread * args[16])
+        own = at(delta, columns)
+        for unit in range(begin_unit, end_unit):
+            head, r = unit // requests, unit % requests
+            group = head // (heads // groups)
+            begin, end, slot = starts[r], starts[r + 1], slots[r]
+            if begin == end:
+                continue
+            skip = pointer(args[9], 32)[head]
+            states = pointer(args[10], 32)
+            state = own
+            if slot >= 0:
+                state = at(states, (slot * heads + head) * size * columns)
+            if slot < 0 or lengths[r] == end - begin:
+                _clear(state, size * columns)
+            for row in range(begin, end):
+                x = at(pointer(args[4], 32), row * stride + head * columns)
+                b = at(pointer(args[5], 32), row * stride + group * size)
+                c = at(pointer(args[6], 32), row * stride + group * size)
+                out = at(pointer(args[3], 32), (row * heads + head) * columns)
+                time = times[row * heads + head]
+                for i in range(columns):
+                    delta[i] = time * x[i]
+                    out[i] = skip * x[i]
+                _update(state, kept_share[row * heads + head], b, delta, size, columns)
+                _add_rows(out, c, state, size, columns)
                 if saves[row] >= 0:
                     place = (saves[row] * heads + head) * size * columns
                     copy(at(states, place), state, size * columns)

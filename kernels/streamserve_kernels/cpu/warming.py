@@ -28,5 +28,6 @@ def warm_up(
     ops.gated_kernel(bits)
     recurrent.conv_kernel(bits)
     recurrent.delta_kernel()
+    recurrent.space_kernel()
     for interleaved in (False, True):
         ops.rotary_write_kernel(bits, interleaved)
