@@ -1,8 +1,8 @@
 """Layers with a state of constant size on a CPU, timed: `kernels/bench/cpu.py --only states`.
 
 The floor is what must be read and written, at the rate at which a large tensor is updated in place:
-of a delta rule or a state space the states, of a convolution its inputs, outputs and states. Many tokens of one
-sequence are arithmetic instead, and have no floor here.
+of delta rules and state spaces the states, of a convolution its inputs, outputs and states. Many
+tokens of one sequence are arithmetic instead, and have no floor here.
 """
 
 from __future__ import annotations
