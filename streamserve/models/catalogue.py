@@ -27,6 +27,7 @@ from streamserve.models.spec import (
     ExpertsSpec,
     RopeScalingKind,
     ShortConvSpec,
+    StateSpaceSpec,
 )
 
 Values = Mapping[str, Any]
@@ -83,6 +84,7 @@ FEATURES: Mapping[str, Callable[[DecoderSpec], bool]] = {
     "query and key norms": _of_layers(lambda attention: attention.qk_norm),
     "log-scaled queries": _of_layers(lambda attention: attention.log_scaled_beyond),
     "delta nets": lambda spec: any(isinstance(held, DeltaNetSpec) for held in spec.caches()),
+    "state spaces": lambda spec: any(isinstance(held, StateSpaceSpec) for held in spec.caches()),
     "short convolutions": lambda spec: any(
         isinstance(held, ShortConvSpec) for held in spec.caches()
     ),

@@ -19,7 +19,7 @@ from streamserve.models.families.text_parts import find_text_part
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.model_config import ModelConfig
 from streamserve.models.quantised.stored import stored_quantization
-from streamserve.models.spec import AttentionSpec, DecoderSpec, ShortConvSpec
+from streamserve.models.spec import AttentionSpec, DecoderSpec, ShortConvSpec, StateSpaceSpec
 from streamserve.models.tensor_files import open_tensor_files
 from streamserve_kernels import Quantization
 
@@ -213,6 +213,9 @@ def _check_heads(spec: DecoderSpec, source: str) -> None:
         if isinstance(held, AttentionSpec):
             heads, shared = held.num_heads, held.num_kv_heads
             what = f"{heads} attention heads cannot share {shared} key/value heads evenly"
+        elif isinstance(held, StateSpaceSpec):
+            heads, shared = held.num_heads, held.num_groups
+            what = f"{heads} heads of a state space cannot share {shared} groups evenly"
         else:
             heads, shared = held.num_value_heads, held.num_key_heads
             what = f"{heads} value heads cannot share {shared} key heads evenly"

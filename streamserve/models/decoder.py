@@ -17,7 +17,15 @@ from torch import Tensor
 
 from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
-from streamserve.models.layers import Attention, BoundNorm, DeltaNet, ShortConv, bind_mlp, bind_norm
+from streamserve.models.layers import (
+    Attention,
+    BoundNorm,
+    DeltaNet,
+    ShortConv,
+    StateSpace,
+    bind_mlp,
+    bind_norm,
+)
 from streamserve.models.rope import cos_sin_table
 from streamserve.models.spec import (
     AttentionSpec,
@@ -26,6 +34,7 @@ from streamserve.models.spec import (
     LayerSpec,
     RopeSpec,
     ShortConvSpec,
+    StateSpaceSpec,
 )
 from streamserve.models.weights import DecoderWeights, Weights
 from streamserve_kernels import (
@@ -39,7 +48,7 @@ from streamserve_kernels import (
 
 logger = logging.getLogger(__name__)
 
-Mixing = Attention | DeltaNet | ShortConv
+Mixing = Attention | DeltaNet | StateSpace | ShortConv
 """What brings a token together with those before it: the first half of a block."""
 
 
@@ -222,6 +231,8 @@ class Decoder:
         attention: Mixing
         if isinstance(layer.attention, DeltaNetSpec):
             attention = DeltaNet(layer.attention, weights, kernels)
+        elif isinstance(layer.attention, StateSpaceSpec):
+            attention = StateSpace(layer.attention, weights, kernels)
         elif isinstance(layer.attention, ShortConvSpec):
             attention = ShortConv(layer.attention, weights, kernels)
         else:

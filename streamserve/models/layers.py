@@ -19,6 +19,7 @@ from streamserve.models.spec import (
     MlpSpec,
     NormSpec,
     ShortConvSpec,
+    StateSpaceSpec,
 )
 from streamserve.models.weights import NormWeights, Weights
 from streamserve_kernels import GatedKind, Kernels
@@ -308,6 +309,91 @@ class DeltaNet:
         """Normed by heads and gated, [T, Hv * Dv], before the output projection."""
         assert gate is not None
         return self._gated_norm(found, gate, self._norm_weight, self._spec.norm.eps)
+
+
+class StateSpace:
+    """A selective state space: one product, a convolution over the last tokens, then the scan.
+
+    Its parts are called as those of `Attention`, with the layer's states in the caches' place.
+    """
+
+    __slots__ = (
+        "_conv",
+        "_conv_bias",
+        "_conv_weight",
+        "_decay",
+        "_input",
+        "_norm",
+        "_norm_weight",
+        "_scan",
+        "_sizes",
+        "_skip",
+        "_spec",
+        "_time_bias",
+        "output",
+    )
+
+    def __init__(self, spec: StateSpaceSpec, weights: Weights, kernels: Kernels) -> None:
+        self._spec = spec
+        self._sizes = (spec.inner_size, spec.conv_channels, spec.num_heads)
+        self._input = weights.linears["layers.space.input"]
+        self.output: Callable[[Tensor], Tensor] = weights.linears["layers.space.output"]
+        self._conv_weight = weights.tensors["layers.space.conv"]
+        self._conv_bias = weights.tensors.get("layers.space.conv.bias")
+        self._decay = weights.tensors["layers.space.decay"]
+        self._time_bias = weights.tensors["layers.space.time_bias"]
+        self._skip = weights.tensors["layers.space.skip"]
+        self._norm_weight = weights.norms["layers.space.norm"].weight
+        self._conv = kernels.causal_conv
+        self._scan = kernels.state_space_scan
+        self._norm = kernels.norm_of_gated
+
+    def write(
+        self, normed: Tensor, batch: ForwardBatch, conv_states: Tensor, matrices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[T, H] -> what the heads found and their gate, both [T, heads * head size].
+
+        The sequences' states are what they are after the step's tokens.
+        """
+        states = batch.states
+        assert states is not None, "a model that keeps states is told where"
+        gate, mixed, time = self._input(normed).split_with_sizes(self._sizes, 1)
+        mixed = self._conv(
+            mixed,
+            self._conv_weight,
+            self._conv_bias,
+            conv_states,
+            states,
+            batch.query_start_loc,
+            batch.seq_lens,
+            activation="silu",
+        )
+        found = self._scan(
+            mixed,
+            time,
+            self._decay,
+            self._time_bias,
+            self._skip,
+            matrices,
+            states,
+            batch.query_start_loc,
+            batch.seq_lens,
+            num_groups=self._spec.num_groups,
+        )
+        return found, gate
+
+    def attend(
+        self,
+        found: Tensor,
+        gate: Tensor | None,
+        batch: ForwardBatch,
+        conv_states: Tensor,
+        matrices: Tensor,
+    ) -> Tensor:
+        """Gated and normed by groups, [T, heads * head size], before the output projection."""
+        assert gate is not None
+        spec = self._spec
+        return self._norm(found, gate, self._norm_weight, spec.norm.eps, spec.group_size)
 
 
 class ShortConv:

@@ -9,6 +9,8 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
     layers.qkv  layers.q_norm  layers.k_norm  layers.output  layers.sinks
     layers.delta.qkvz  layers.delta.gates  layers.delta.conv  layers.delta.decay
     layers.delta.time_bias  layers.delta.norm  layers.delta.output
+    layers.space.input  layers.space.conv  layers.space.decay  layers.space.time_bias
+    layers.space.skip  layers.space.norm  layers.space.output
     layers.short_conv.input  layers.short_conv.conv  layers.short_conv.output
     layers.gate_up (or layers.up when not gated)  layers.down
     layers.router  layers.experts.gate_up  layers.experts.down

@@ -19,6 +19,7 @@ from streamserve.models.spec import (
     MlpSpec,
     NormSpec,
     ShortConvSpec,
+    StateSpaceSpec,
 )
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def layer_modules(spec: DecoderSpec, index: int) -> Iterator[Module]:
         yield _norm("layers.attention_norm", layer.attention_norm, hidden_size, index)
     if isinstance(layer.attention, DeltaNetSpec):
         yield from _delta_net_modules(layer.attention, hidden_size, index)
+    elif isinstance(layer.attention, StateSpaceSpec):
+        yield from _state_space_modules(layer.attention, hidden_size, index)
     elif isinstance(layer.attention, ShortConvSpec):
         yield from _short_conv_modules(layer.attention, hidden_size, index)
     else:
@@ -188,6 +191,25 @@ def _delta_net_modules(spec: DeltaNetSpec, hidden_size: int, index: int) -> Iter
         yield Module(prefix + name, "vector", (heads,), layer=index, float32=True)
     yield _norm(prefix + "norm", spec.norm, spec.value_head_size, index)
     yield Module(prefix + "output", "linear", (hidden_size,), spec.value_size, layer=index)
+
+
+def _state_space_modules(spec: StateSpaceSpec, hidden_size: int, index: int) -> Iterator[Module]:
+    channels, inner, heads = spec.conv_channels, spec.inner_size, spec.num_heads
+    prefix = "layers.space."
+    rows = (inner, channels, heads)
+    yield Module(prefix + "input", "linear", rows, hidden_size, bias=spec.bias, layer=index)
+    yield Module(
+        prefix + "conv",
+        "convolution",
+        (channels,),
+        spec.conv_width,
+        bias=spec.conv_bias,
+        layer=index,
+    )
+    for name in ("decay", "time_bias", "skip"):
+        yield Module(prefix + name, "vector", (heads,), layer=index, float32=True)
+    yield _norm(prefix + "norm", spec.norm, inner, index)
+    yield Module(prefix + "output", "linear", (hidden_size,), inner, bias=spec.bias, layer=index)
 
 
 def _short_conv_modules(spec: ShortConvSpec, hidden_size: int, index: int) -> Iterator[Module]:

@@ -7,7 +7,7 @@ are in elements, windows and positions in tokens.
     ├── embedding, learned positions, embedding norm and scale
     ├── layers: tuple[LayerSpec]          one per layer, so that layers may differ
     │   ├── AttentionSpec                 heads, window, rope, qk-norm, biases, sinks, soft cap
-    │   │   or DeltaNetSpec, ShortConvSpec  a state of constant size, not keys and values
+    │   │   or DeltaNetSpec, StateSpaceSpec, ShortConvSpec     a state of constant size instead
     │   ├── MlpSpec | ExpertsSpec
     │   └── norms before and after each half; sequential or parallel residual
     └── final norm, head (tied or not), logit scale and soft cap
@@ -192,7 +192,49 @@ class ShortConvSpec:
         return (0,)
 
 
-CacheSpec = AttentionSpec | DeltaNetSpec | ShortConvSpec
+@dataclass(frozen=True, slots=True)
+class StateSpaceSpec:
+    """A selective state space (Mamba 2, Dao & Gu 2024): a matrix for each head is all it remembers.
+
+    Inputs, B and C pass a causal convolution over ``conv_width`` tokens first; B and C are those of
+    a group of heads. ``norm`` is of what the heads found times a gate, a group at a time. ``bias``
+    is that of the products, ``conv_bias`` the convolution's.
+    """
+
+    num_heads: int
+    head_size: int
+    num_groups: int
+    state_size: int
+    conv_width: int
+    norm: NormSpec
+    conv_bias: bool = True
+    bias: bool = False
+
+    @property
+    def inner_size(self) -> int:
+        return self.num_heads * self.head_size
+
+    @property
+    def group_size(self) -> int:
+        """Of the heads of a group: what is normed together."""
+        return self.inner_size // self.num_groups
+
+    @property
+    def conv_channels(self) -> int:
+        return self.inner_size + 2 * self.num_groups * self.state_size
+
+    @property
+    def conv_state_shape(self) -> tuple[int, int]:
+        """See `DeltaNetSpec.conv_state_shape`."""
+        return (self.conv_width - 1, self.conv_channels)
+
+    @property
+    def matrices_shape(self) -> tuple[int, int, int]:
+        """A slot's, in float32."""
+        return (self.num_heads, self.state_size, self.head_size)
+
+
+CacheSpec = AttentionSpec | DeltaNetSpec | StateSpaceSpec | ShortConvSpec
 """What a layer remembers of the tokens so far: keys and values in blocks, or a state in a slot."""
 
 
@@ -337,6 +379,8 @@ def _attention_width(spec: CacheSpec) -> int:
     """What is alive at once: the product, what the convolution made of it, what was found."""
     if isinstance(spec, DeltaNetSpec):
         return 2 * (spec.conv_channels + spec.value_size + spec.num_value_heads)
+    if isinstance(spec, StateSpaceSpec):
+        return 2 * (spec.conv_channels + spec.inner_size) + spec.num_heads
     if isinstance(spec, ShortConvSpec):
         return 6 * spec.channels
     heads = spec.query_size + spec.key_size + spec.value_size

@@ -99,6 +99,10 @@ def build_weights(
     return DecoderWeights(outer, layers)
 
 
+# As checkpoints have them.
+_OPPOSITE_LOGARITHMS = ("layers.delta.decay", "layers.space.decay")
+
+
 class _Builder:
     def __init__(
         self,
@@ -138,7 +142,7 @@ class _Builder:
         weight = self._fetch(module, "weight")
         if module.name == "head" and self._spec.normalised_head:
             F.normalize(weight, dim=1, out=weight)
-        if module.name == "layers.delta.decay":  # checkpoints have the logarithm of its opposite
+        if module.name in _OPPOSITE_LOGARITHMS:
             weight.exp_().neg_()
         bias = self._fetch(module, "bias") if module.bias else None
         quantization = module_quantization(module, self._spec, self._quantization)

@@ -50,6 +50,12 @@ SCALES = {
     "attention_multiplier": 0.3,
     "logits_scaling": 4.0,
 }
+SPACE = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "shared_intermediate_size": 40,
+    "mamba_n_heads": 4,
+    "mamba_d_state": 16,
+}
 FALCON = {**BASE, **ENDS, "ffn_hidden_size": 48}
 FALCON.pop("intermediate_size")
 QWEN = {
@@ -273,6 +279,22 @@ HYBRID = {
     "qwen3.5-last": lambda: transformers.Qwen3_5TextConfig(
         **{**DELTA, "layer_types": [*reversed(DELTA["layer_types"])]},
         rope_parameters={**DELTA_ROPE, "mrope_section": [1, 1, 0], "mrope_interleaved": True},
+    ),
+    "granite-4": lambda: transformers.GraniteMoeHybridConfig(
+        **GQA, **SCALES, **SPACE, num_local_experts=4, num_experts_per_tok=2
+    ),
+    # Positions that are rotated, no experts, biases, and groups.
+    "granite-4-dense": lambda: transformers.GraniteMoeHybridConfig(
+        **{**GQA, **SPACE, "mamba_n_heads": 8, "mamba_d_state": 8},
+        mamba_n_groups=2,
+        mamba_d_conv=3,
+        rms_norm_eps=1e-5,
+        num_local_experts=0,
+        position_embedding_type="rope",
+        attention_bias=True,
+        mamba_proj_bias=True,
+        mamba_conv_bias=False,
+        tie_word_embeddings=True,
     ),
     "qwen3.5-moe": lambda: transformers.Qwen3_5MoeTextConfig(
         **{**DELTA, "linear_key_head_dim": 16, "linear_value_head_dim": 16}, **DELTA_EXPERTS

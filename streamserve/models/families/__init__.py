@@ -16,6 +16,7 @@ from streamserve.models.families import (
     gpt_oss,
     gptj,
     granite,
+    granite_hybrid,
     lfm2,
     llama,
     olmo2,
@@ -62,6 +63,7 @@ FAMILIES: dict[str, Family] = {
         deepseek,
         gpt_oss,
         granite,
+        granite_hybrid,
         bloom,
         lfm2,
     )

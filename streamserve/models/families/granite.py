@@ -30,7 +30,7 @@ MOE_NAMES = WeightNames(
 )
 
 
-def _decoder(config: HfConfig, mlp: MlpSpec | ExpertsSpec) -> DecoderSpec:
+def scaled_decoder(config: HfConfig, mlp: MlpSpec | ExpertsSpec) -> DecoderSpec:
     bias = config.flag_or(False, "attention_bias")
     spec = rotary_decoder(
         config,
@@ -54,7 +54,7 @@ def _decoder(config: HfConfig, mlp: MlpSpec | ExpertsSpec) -> DecoderSpec:
 
 
 def _granite(config: HfConfig) -> DecoderSpec:
-    return _decoder(config, gated_mlp(config, bias=config.flag_or(False, "mlp_bias")))
+    return scaled_decoder(config, gated_mlp(config, bias=config.flag_or(False, "mlp_bias")))
 
 
 def _granite_moe(config: HfConfig) -> DecoderSpec:
@@ -64,7 +64,7 @@ def _granite_moe(config: HfConfig) -> DecoderSpec:
         intermediate_size=config.integer("intermediate_size"),
         activation=config.activation_or("silu", "hidden_act"),
     )
-    return _decoder(config, experts)
+    return scaled_decoder(config, experts)
 
 
 def _family(
