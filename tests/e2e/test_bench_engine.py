@@ -57,6 +57,7 @@ def test_the_floor_is_made_of_the_models_own_sizes(run: Run, dummy: list[str], t
         "kv_bytes_per_token": 2 * 2 * 2 * 16 * 4,
         "flops_per_token": 2 * weights,
         "flops_per_pair": 2 * 4 * 4 * 16,
+        "state_bytes": 0,
     }
 
 

@@ -165,7 +165,7 @@ def test_a_server_that_dies_while_starting_is_not_waited_for(plan):
 def test_the_whole_command_on_a_cpu(tmp_path):
     """Every step but the tests themselves, on a model small enough."""
     engine = "--kv-cache-memory 8MiB --dtype float32 --max-num-seqs 4 --max-num-batched-tokens 64"
-    kernels = "--quick --device cpu --tiny --backend naive --only rms_norm"
+    kernels = "--quick --device cpu --tiny --backend naive --only layer_norm"
     command = ["kernels/bench/gpu.py", str(tmp_path)]
     command += ["--steps", "serve", "kernels", "rest", "latency", "throughput", "--shape", "tiny"]
     command += ["--engine-flags", engine, "--kernel-flags", kernels, "--batch-size", "2"]
@@ -178,8 +178,8 @@ def test_the_whole_command_on_a_cpu(tmp_path):
         name: [row["name"] for row in json.loads((tmp_path / f"{name}.json").read_text())["rows"]]
         for name in ("kernels", "rest")
     }
-    assert rows["kernels"] == ["rms_norm + residual, 64 rows"]
-    assert rows["rest"] == ["rms_norm + residual, 2048 rows"]
+    assert rows["kernels"] == ["layer_norm + residual, 64 rows"]
+    assert rows["rest"] == ["layer_norm + residual, 2048 rows"]
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     measured = {name: value for line in lines for name, value in json.loads(line).items()}
     assert list(measured) == ["latency", "serve-3", "throughput"]
