@@ -224,7 +224,7 @@ def set_up(args: Namespace, say: Say, warn: Say, *, rank: int = 0) -> ModelSetup
         hf_overrides=args.hf_overrides,
     )
     if state_bytes(config.spec, torch.float32):
-        refuse_beside_states(args)
+        refuse_beside_states(args, on_gpu=device != cpu)
     if size > 1:
         config = share_config(config, rank, size)
     stored = None if config.stored_quantization is None else config.stored_quantization.name

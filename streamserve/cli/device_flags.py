@@ -56,7 +56,7 @@ def refuse_undivided(args: Namespace, *, with_adapters: bool) -> None:
             )
 
 
-def refuse_beside_states(args: Namespace) -> None:
+def refuse_beside_states(args: Namespace, *, on_gpu: bool) -> None:
     """Raises ConfigError for what is not built for a model whose layers keep states."""
     size = args.tensor_parallel_size
     given = {
@@ -64,7 +64,10 @@ def refuse_beside_states(args: Namespace) -> None:
             args.speculative_config is not None,
             "a state cannot go back behind drafts that were wrong",
         ),
-        "--swap-space": (args.swap_space is not None, "states are kept on the device only"),
+        "--swap-space": (
+            args.swap_space is not None and on_gpu,
+            "states are kept on the device only",
+        ),
         "--tensor-parallel-size": (size > 1, "states are not divided"),
     }
     for flag, (is_given, why) in given.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
@@ -53,3 +54,10 @@ def test_so_many_beams_as_tokens_that_go_on(width, n, refused):
     with pytest.raises(InvalidParameterError) if refused else nullcontext() as caught:
         LIMITS.check_beams(beams, n, num_ending_ids=2)
     assert refused is None or caught.value.param == refused
+
+
+def test_beams_cannot_share_a_state():
+    limits = replace(LIMITS, keeps_states=True)
+    with pytest.raises(InvalidParameterError, match="got true") as caught:
+        limits.check_beams(BeamSearchParams(beam_width=2), 2, num_ending_ids=2)
+    assert caught.value.param == "use_beam_search"

@@ -55,6 +55,39 @@ def test_sizes(changes, kv_bytes):
 
 
 @pytest.mark.parametrize(
+    ("changes", "num_slots", "total"),
+    [
+        ({}, 113, 4 * GIB),  # half of it
+        # All that can be used: two for each seat, and the tokens of both.
+        ({"max_num_seqs": 2}, 4, 4 * 18 * MIB + 2 * 512 * 192 * KIB),
+        ({"kv_cache_memory": 120 * MIB}, 1, 120 * MIB),  # one at least
+        ({"use_all": True}, 128, 30 * GIB - 64 * MIB),
+    ],
+)
+def test_states_take_a_part_of_the_cache(changes, num_slots, total):
+    changes = {"max_model_len": 8192 if "max_num_seqs" in changes else 4096, **changes}
+    per_state = 70 * MIB if "kv_cache_memory" in changes else 18 * MIB
+    found = plan(state_bytes=per_state, **changes)
+    assert found.num_state_slots == num_slots
+    assert found.state_bytes == num_slots * per_state
+    assert found.num_blocks == (total - found.state_bytes) // (192 * KIB)
+    assert f"states        {num_slots} of {per_state // MIB}.0 MiB, " in found.describe()
+
+
+def test_without_states_nothing_is_said_of_them():
+    assert plan().num_state_slots == 0
+    assert "states" not in plan().describe()
+
+
+@pytest.mark.parametrize(("per_state", "proposed"), [(18 * MIB, 192), (300 * MIB, 396), (KIB, 97)])
+def test_what_is_proposed_beside_states_is_accepted(per_state, proposed):
+    with pytest.raises(KVCacheMemoryError, match=f"raise --kv-cache-memory to {proposed}MiB"):
+        plan(state_bytes=per_state, kv_cache_memory=50 * MIB)
+    found = plan(state_bytes=per_state, kv_cache_memory=proposed * MIB)
+    assert found.num_tokens >= 8192
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
@@ -108,9 +141,10 @@ def test_what_a_refusal_proposes_is_accepted():
     length=st.integers(2, 40_000),
     block_size=st.sampled_from([1, 8, 16, 32]),
     requested=st.none() | st.integers(1, 40 * GIB),
+    per_state=st.sampled_from([0, 0, MIB, 150 * MIB]),
 )
 def test_a_plan_always_fits_and_holds_one_sequence(
-    gib, weights, seqs, length, block_size, requested
+    gib, weights, seqs, length, block_size, requested, per_state
 ):
     try:
         found = plan(
@@ -120,16 +154,19 @@ def test_a_plan_always_fits_and_holds_one_sequence(
             max_model_len=length,
             block_size=block_size,
             kv_cache_memory=requested,
+            state_bytes=per_state,
         )
     except KVCacheMemoryError:
         return
-    assert found.weight_bytes + found.step_buffer_bytes + found.kv_bytes <= gib * GIB
+    cache_bytes = found.kv_bytes + found.state_bytes
+    assert found.weight_bytes + found.step_buffer_bytes + cache_bytes <= gib * GIB
+    assert (found.num_state_slots > 0) == (per_state > 0)
     assert found.num_tokens >= length
     for chats, tokens in found.chats():
         assert 1 <= chats <= seqs
         assert tokens <= length
         assert chats * -(-tokens // block_size) <= found.num_blocks
-    assert len(found.describe().splitlines()) == 5
+    assert len(found.describe().splitlines()) == 5 + (per_state > 0)
 
 
 def test_what_a_person_reads():
