@@ -106,10 +106,10 @@ def zeros_in_one_piece(
     ]
 
 
-def block_caches(spec: ModelShape, caches: KVCache) -> list[Tensor]:
-    """Those whose rows are blocks: what a copy of a block is in."""
-    pairs = zip(spec.caches(), caches, strict=True)
-    return [cache for held, pair in pairs if isinstance(held, AttentionSpec) for cache in pair]
+def block_caches(caches: KVCache, states: Sequence[Tensor]) -> list[Tensor]:
+    """Those whose rows are blocks, what a copy of a block is in: all but ``states``."""
+    are_states = {id(cache) for cache in states}
+    return [cache for pair in caches for cache in pair if id(cache) not in are_states]
 
 
 def state_caches(spec: ModelShape, caches: KVCache) -> list[Tensor]:

@@ -68,6 +68,10 @@ def _of_layers(has: Callable[[AttentionSpec], object]) -> Callable[[DecoderSpec]
     return lambda spec: any(map(has, spec.attentions()))
 
 
+def _of_kind(kind: type) -> Callable[[DecoderSpec], bool]:
+    return lambda spec: any(isinstance(held, kind) for held in spec.caches())
+
+
 def _experts(spec: DecoderSpec) -> Iterator[ExpertsSpec]:
     return (layer.mlp for layer in spec.layers if isinstance(layer.mlp, ExpertsSpec))
 
@@ -83,11 +87,9 @@ FEATURES: Mapping[str, Callable[[DecoderSpec], bool]] = {
     ),
     "query and key norms": _of_layers(lambda attention: attention.qk_norm),
     "log-scaled queries": _of_layers(lambda attention: attention.log_scaled_beyond),
-    "delta nets": lambda spec: any(isinstance(held, DeltaNetSpec) for held in spec.caches()),
-    "state spaces": lambda spec: any(isinstance(held, StateSpaceSpec) for held in spec.caches()),
-    "short convolutions": lambda spec: any(
-        isinstance(held, ShortConvSpec) for held in spec.caches()
-    ),
+    "delta nets": _of_kind(DeltaNetSpec),
+    "state spaces": _of_kind(StateSpaceSpec),
+    "short convolutions": _of_kind(ShortConvSpec),
     "output gates": _of_layers(lambda attention: attention.output_gate),
     "rotary positions": _of_layers(lambda attention: attention.rope),
     "learned positions": lambda spec: spec.learned_positions is not None,

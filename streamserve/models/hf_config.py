@@ -98,6 +98,14 @@ class HfConfig:
             return ACTIVATIONS[value]
         return ACTIVATIONS[default]
 
+    def require_silu(self) -> None:
+        """Raises UnsupportedModelError for a ``hidden_act`` of another kind."""
+        if self.activation_or("silu", "hidden_act") != "silu":
+            raise UnsupportedModelError(
+                f"{self.source}: hidden_act {self.values['hidden_act']!r} is not supported for this"
+                " architecture; these are: silu"
+            )
+
     def head_size(self, hidden_size: int, num_heads: int) -> int:
         """``head_dim`` where the config names it, else an equal share of the hidden size."""
         named = self.optional_integer("head_dim")

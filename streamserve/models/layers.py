@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -231,6 +231,38 @@ class Attention:
         return norm.norm(x.reshape(-1, width)).view(x.shape)
 
 
+class _Convolution:
+    """A causal convolution over the last tokens, of weights below ``prefix``."""
+
+    __slots__ = ("_activation", "_bias", "_kernel", "_weight")
+
+    def __init__(
+        self,
+        prefix: str,
+        weights: Weights,
+        kernels: Kernels,
+        activation: Literal["silu"] | None = None,
+    ) -> None:
+        self._weight = weights.tensors[f"{prefix}conv"]
+        self._bias = weights.tensors.get(f"{prefix}conv.bias")
+        self._kernel = kernels.causal_conv
+        self._activation = activation
+
+    def __call__(self, x: Tensor, conv_states: Tensor, batch: ForwardBatch) -> Tensor:
+        """[T, C] -> [T, C]; the sequences' last inputs are what they are after the step."""
+        assert batch.states is not None, "a model that keeps states is told where"
+        return self._kernel(
+            x,
+            self._weight,
+            self._bias,
+            conv_states,
+            batch.states,
+            batch.query_start_loc,
+            batch.seq_lens,
+            activation=self._activation,
+        )
+
+
 class DeltaNet:
     """A gated delta net: one product, a convolution over the last tokens, then the delta rule.
 
@@ -239,7 +271,6 @@ class DeltaNet:
 
     __slots__ = (
         "_conv",
-        "_conv_weight",
         "_decay",
         "_delta_rule",
         "_gated_norm",
@@ -256,11 +287,10 @@ class DeltaNet:
         self._qkvz = weights.linears["layers.delta.qkvz"]
         self._gates = weights.linears["layers.delta.gates"]
         self.output: Callable[[Tensor], Tensor] = weights.linears["layers.delta.output"]
-        self._conv_weight = weights.tensors["layers.delta.conv"]
+        self._conv = _Convolution("layers.delta.", weights, kernels, "silu")
         self._decay = weights.tensors["layers.delta.decay"]
         self._time_bias = weights.tensors["layers.delta.time_bias"]
         self._norm_weight = weights.norms["layers.delta.norm"].weight
-        self._conv = kernels.causal_conv
         self._delta_rule = kernels.gated_delta_rule
         self._gated_norm = kernels.gated_rms_norm
 
@@ -275,18 +305,8 @@ class DeltaNet:
         assert states is not None, "a model that keeps states is told where"
         sizes = (spec.conv_channels, spec.value_size)
         mixed, gate = self._qkvz(normed).split_with_sizes(sizes, 1)
-        mixed = self._conv(
-            mixed,
-            self._conv_weight,
-            None,
-            conv_states,
-            states,
-            batch.query_start_loc,
-            batch.seq_lens,
-            activation="silu",
-        )
         found = self._delta_rule(
-            mixed,
+            self._conv(mixed, conv_states, batch),
             self._gates(normed),
             self._decay,
             self._time_bias,
@@ -319,8 +339,6 @@ class StateSpace:
 
     __slots__ = (
         "_conv",
-        "_conv_bias",
-        "_conv_weight",
         "_decay",
         "_input",
         "_norm",
@@ -338,13 +356,11 @@ class StateSpace:
         self._sizes = (spec.inner_size, spec.conv_channels, spec.num_heads)
         self._input = weights.linears["layers.space.input"]
         self.output: Callable[[Tensor], Tensor] = weights.linears["layers.space.output"]
-        self._conv_weight = weights.tensors["layers.space.conv"]
-        self._conv_bias = weights.tensors.get("layers.space.conv.bias")
+        self._conv = _Convolution("layers.space.", weights, kernels, "silu")
         self._decay = weights.tensors["layers.space.decay"]
         self._time_bias = weights.tensors["layers.space.time_bias"]
         self._skip = weights.tensors["layers.space.skip"]
         self._norm_weight = weights.norms["layers.space.norm"].weight
-        self._conv = kernels.causal_conv
         self._scan = kernels.state_space_scan
         self._norm = kernels.norm_of_gated
 
@@ -358,18 +374,8 @@ class StateSpace:
         states = batch.states
         assert states is not None, "a model that keeps states is told where"
         gate, mixed, time = self._input(normed).split_with_sizes(self._sizes, 1)
-        mixed = self._conv(
-            mixed,
-            self._conv_weight,
-            self._conv_bias,
-            conv_states,
-            states,
-            batch.query_start_loc,
-            batch.seq_lens,
-            activation="silu",
-        )
         found = self._scan(
-            mixed,
+            self._conv(mixed, conv_states, batch),
             time,
             self._decay,
             self._time_bias,
@@ -399,32 +405,20 @@ class StateSpace:
 class ShortConv:
     """A causal convolution between two gates. Its parts are called as those of `Attention`."""
 
-    __slots__ = ("_bias", "_conv", "_input", "_sizes", "_weight", "output")
+    __slots__ = ("_conv", "_input", "_sizes", "output")
 
     def __init__(self, spec: ShortConvSpec, weights: Weights, kernels: Kernels) -> None:
         self._sizes = (spec.channels,) * 3
         self._input = weights.linears["layers.short_conv.input"]
         self.output: Callable[[Tensor], Tensor] = weights.linears["layers.short_conv.output"]
-        self._weight = weights.tensors["layers.short_conv.conv"]
-        self._bias = weights.tensors.get("layers.short_conv.conv.bias")
-        self._conv = kernels.causal_conv
+        self._conv = _Convolution("layers.short_conv.", weights, kernels)
 
     def write(
         self, normed: Tensor, batch: ForwardBatch, conv_states: Tensor, matrices: Tensor
     ) -> tuple[Tensor, Tensor]:
         """[T, H] -> the convolution's outputs and their gate, both [T, C]."""
-        assert batch.states is not None, "a model that keeps states is told where"
         before, gate, x = self._input(normed).split_with_sizes(self._sizes, 1)
-        mixed = self._conv(
-            before * x,
-            self._weight,
-            self._bias,
-            conv_states,
-            batch.states,
-            batch.query_start_loc,
-            batch.seq_lens,
-        )
-        return mixed, gate
+        return self._conv(before * x, conv_states, batch), gate
 
     def attend(
         self,

@@ -26,7 +26,7 @@ from torch import Tensor
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from streamserve.errors import DeviceDeadError
-from streamserve.models.batch import ForwardBatch, KVCache
+from streamserve.models.batch import ForwardBatch, KVCache, block_caches
 from streamserve.runner.compilations import num_compilations
 from streamserve.runner.input_batch import InputBatch
 from streamserve.runner.kv_transfer import KVTransfer
@@ -123,10 +123,7 @@ class TorchModelRunner:
         self._kv_caches = kv_caches
         self._transfer = transfer
         self._state_caches = state_caches
-        are_states = {id(cache) for cache in state_caches}
-        self._block_caches = [
-            cache for pair in kv_caches for cache in pair if id(cache) not in are_states
-        ]
+        self._block_caches = block_caches(kv_caches, state_caches)
         self._input_batch = InputBatch(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

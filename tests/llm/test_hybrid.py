@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,11 @@ def test_answers_from_the_cache_are_those_without_it(hybrid):
     assert again.outputs[0].token_ids == first.outputs[0].token_ids
     turn = PROMPT + first.outputs[0].text
     cached = hybrid.generate(turn, GREEDY)[0].outputs[0].token_ids
-    uncached = hybrid.generate(turn, SamplingParams(**{**vars_of(GREEDY), "prompt_logprobs": 0}))
+    uncached = hybrid.generate(turn, replace(GREEDY, prompt_logprobs=0))
     assert cached == uncached[0].outputs[0].token_ids
     stats = hybrid._service.engine.stats()
     assert stats.prefix_hit_tokens > 0
     assert stats.num_kept_states > 0
-
-
-def vars_of(params: SamplingParams) -> dict[str, object]:
-    return {"temperature": params.temperature, "max_tokens": params.max_tokens, "ignore_eos": True}
 
 
 def test_vectors_do_not_depend_on_what_was_cached(hybrid):

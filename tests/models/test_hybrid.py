@@ -113,11 +113,13 @@ def test_states_are_held_and_planned_by_layer(saved):
     # 3 key and 3 value heads; a convolution over 3 tokens.
     assert (conv.shape, conv.dtype) == ((5, 2, 2 * 3 * 8 + 3 * 12), torch.bfloat16)
     assert (matrices.shape, matrices.dtype) == ((5, 3, 8, 12), torch.float32)
-    assert [c.dtype for c in block_caches(spec, caches)] == [torch.float8_e4m3fn] * 2
+    assert [c.dtype for c in block_caches(caches, state_caches(spec, caches))] == [
+        torch.float8_e4m3fn
+    ] * 2
     assert sum(cache.nbytes for cache in state_caches(spec, caches)) == 5 * state_bytes(
         spec, torch.bfloat16
     )
-    blocks = sum(cache.nbytes for cache in block_caches(spec, caches))
+    blocks = sum(cache.nbytes for cache in block_caches(caches, state_caches(spec, caches)))
     assert blocks == 6 * kv_bytes_per_block(spec, 4, torch.float8_e4m3fn)
     attention = replace(spec, layers=spec.layers[-1:])
     assert state_bytes(attention, torch.bfloat16) == 0

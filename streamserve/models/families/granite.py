@@ -57,14 +57,17 @@ def _granite(config: HfConfig) -> DecoderSpec:
     return scaled_decoder(config, gated_mlp(config, bias=config.flag_or(False, "mlp_bias")))
 
 
-def _granite_moe(config: HfConfig) -> DecoderSpec:
-    experts = ExpertsSpec(
+def experts(config: HfConfig) -> ExpertsSpec:
+    return ExpertsSpec(
         num_experts=config.integer_or(8, "num_local_experts"),
         top_k=config.integer_or(2, "num_experts_per_tok"),
         intermediate_size=config.integer("intermediate_size"),
         activation=config.activation_or("silu", "hidden_act"),
     )
-    return scaled_decoder(config, experts)
+
+
+def _granite_moe(config: HfConfig) -> DecoderSpec:
+    return scaled_decoder(config, experts(config))
 
 
 def _family(

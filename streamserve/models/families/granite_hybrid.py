@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
-from streamserve.models.families.granite import MOE_NAMES, scaled_decoder
+from streamserve.models.families.granite import MOE_NAMES, experts, scaled_decoder
 from streamserve.models.families.llama import LAYER
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.spec import (
@@ -64,23 +64,11 @@ def _state_space(config: HfConfig) -> StateSpaceSpec:
 
 
 def _mlp(config: HfConfig) -> MlpSpec | ExpertsSpec:
-    activation = config.activation_or("silu", "hidden_act")
-    if activation != "silu":
-        raise UnsupportedModelError(
-            f"{config.source}: hidden_act {activation!r} is not supported for this architecture; "
-            "these are: silu"
-        )
-    shared = MlpSpec(config.integer_or(1024, "shared_intermediate_size"), activation, gated=True)
+    config.require_silu()
+    shared = MlpSpec(config.integer_or(1024, "shared_intermediate_size"), "silu", gated=True)
     if config.values.get("num_local_experts", 8) in (0, None):
         return shared
-    return ExpertsSpec(
-        num_experts=config.integer_or(8, "num_local_experts"),
-        top_k=config.integer_or(2, "num_experts_per_tok"),
-        intermediate_size=config.integer("intermediate_size"),
-        activation=activation,
-        shared=shared,
-        shared_gate=False,
-    )
+    return replace(experts(config), shared=shared, shared_gate=False)
 
 
 def _spec(config: HfConfig) -> DecoderSpec:

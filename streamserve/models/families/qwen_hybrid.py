@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
 from streamserve.models.families.llama import LAYER, gated_mlp
 from streamserve.models.families.qwen_moe import NAMES as MIXTURE_NAMES
@@ -68,11 +67,7 @@ _KINDS = ("linear_attention", "full_attention")
 
 
 def _delta_net(config: HfConfig, eps: float) -> DeltaNetSpec:
-    if config.activation_or("silu", "hidden_act") != "silu":
-        raise UnsupportedModelError(
-            f"{config.source}: hidden_act {config.values['hidden_act']!r} is not supported for "
-            "this architecture; these are: silu"
-        )
+    config.require_silu()
     return DeltaNetSpec(
         num_key_heads=config.integer_or(16, "linear_num_key_heads"),
         num_value_heads=config.integer_or(32, "linear_num_value_heads"),

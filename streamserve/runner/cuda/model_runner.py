@@ -29,7 +29,7 @@ from torch import Tensor
 
 from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, StateCopy
 from streamserve.errors import DeviceDeadError
-from streamserve.models.batch import KVCache
+from streamserve.models.batch import KVCache, block_caches
 from streamserve.runner.compilations import num_compilations
 from streamserve.runner.cuda.graphs import StepExecutor, StepResult
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
@@ -113,10 +113,7 @@ class CudaModelRunner:
         self._transfer = transfer
         self._kernels = kernels
         self._state_caches = state_caches
-        are_states = {id(cache) for cache in state_caches}
-        self._block_caches = [
-            cache for pair in kv_caches for cache in pair if id(cache) not in are_states
-        ]
+        self._block_caches = block_caches(kv_caches, state_caches)
         self._batch = batch
         self._executor = executor
         self._sampler = sampler
