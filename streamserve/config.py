@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from streamserve.errors import ConfigError
 
@@ -67,23 +67,29 @@ class AdapterConfig:
         _at_least("max_rank", self.max_rank, 1)
 
 
+DraftMethod = Literal["ngram", "draft_model", "mtp", "eagle3"]
+
 MAX_DRAFTING_ROWS = 64
 """Rows that drafts may add to what a runner must be able to sample in one step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculativeConfig:
-    """Drafts by prompt lookup, what followed the text's last tokens when they last occurred; or by
-    a ``draft_model``.
+    """Drafts by ``method``: prompt lookup (``ngram``), what followed the text's last tokens when
+    they last occurred; a ``draft_model``; a head that is in the checkpoint (``mtp``); or a head
+    that is a checkpoint of its own (``eagle3``).
 
     At most ``num_speculative_tokens`` for a request and step; the n-grams that are looked up have
-    ``prompt_lookup_min`` to ``prompt_lookup_max`` tokens.
+    ``prompt_lookup_min`` to ``prompt_lookup_max`` tokens. ``model`` is a checkpoint, or a hub id.
+    ``quantization`` is of what drafts, while it is loaded.
     """
 
     num_speculative_tokens: int
+    method: DraftMethod = "ngram"
     prompt_lookup_min: int = 1
     prompt_lookup_max: int = 1
-    draft_model: str | None = None  # a checkpoint, or a hub id
+    model: str | None = None
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         _at_least("num_speculative_tokens", self.num_speculative_tokens, 1)

@@ -22,9 +22,9 @@ def with_draft_model(setup: ModelSetup) -> ModelSetup:
     Raises ConfigError for one that cannot draft for this model.
     """
     speculative = setup.scheduler.speculative
-    if speculative is None or speculative.draft_model is None:
+    if speculative is None or speculative.model is None:
         return setup
-    args, say, name = setup.args, setup.say, speculative.draft_model
+    args, say, name = setup.args, setup.say, speculative.model
     if setup.device.type != "cpu" or args.tensor_parallel_size > 1:
         raise ConfigError(
             f"{_FLAG}: a draft model must be on a CPU, in one process, got {setup.device} and "

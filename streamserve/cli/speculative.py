@@ -39,7 +39,9 @@ def parse_speculative_config(text: str) -> SpeculativeConfig:
         )
     num_tokens = _number(given, "num_speculative_tokens")
     if method == "draft_model":
-        return SpeculativeConfig(num_speculative_tokens=num_tokens, draft_model=_model(given))
+        return SpeculativeConfig(
+            num_speculative_tokens=num_tokens, method="draft_model", model=_model(given)
+        )
     if "model" in given:
         raise ConfigError(
             "--speculative-config: model must not be given with method 'ngram', got "

@@ -48,6 +48,15 @@ class StateSave(NamedTuple):
     slot: int
 
 
+class StateMove(NamedTuple):
+    """From this step on a request has its state in ``slot``: the one that was kept where its
+    drafts stopped being right.
+    """
+
+    request_id: str
+    slot: int
+
+
 @dataclass(frozen=True, slots=True)
 class NewRequest:
     """What a runner must know about a request that enters, or after preemption re-enters, a plan.
@@ -131,6 +140,7 @@ class SchedulerOutput:
     block_copies: list[BlockCopy] = field(default_factory=list)
     state_copies: list[StateCopy] = field(default_factory=list)
     state_saves: list[StateSave] = field(default_factory=list)
+    state_moves: list[StateMove] = field(default_factory=list)
     released_ids: list[str] = field(default_factory=list)
     prefix_groups: list[PrefixGroup] = field(default_factory=list)
     stores: list[BlockTransfer] = field(default_factory=list)

@@ -95,7 +95,7 @@ class Scheduler:
             None
             if config.speculative is None
             else ModelDrafts(config, config.speculative, step_time)
-            if config.speculative.draft_model is not None
+            if config.speculative.method != "ngram"
             else Speculator(config, config.speculative, step_time, propose)
         )
         self._next_step_id = 0

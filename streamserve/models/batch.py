@@ -45,6 +45,7 @@ class ForwardBatch:
     prefix_groups: PrefixGroups | None = None  # sequences that share leading blocks
     adapters: StepAdapters | None = None  # None: no sequence has one
     states: StepStates | None = None  # where a model keeps some
+    hidden_states: Tensor | None = None  # [T, H], what a draft head is given besides
     # What the host knows, so that no device is asked: bounds of a sequence's tokens in this step,
     # and of seq_lens.
     max_query_len: int | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from copy import copy
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -350,6 +351,19 @@ class Decoder:
             return logits, recorded.hidden_states(logits.shape[0])
         hidden_states = self.hidden_states(batch, kv_caches)
         return self.compute_logits(hidden_states), hidden_states
+
+    def forward_with_all_states(
+        self, batch: ForwardBatch, kv_caches: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, with the final normed hidden states [T, H] of all rows."""
+        every_row = torch.arange(batch.input_ids.shape[0], device=self.device)
+        all_rows = replace(batch, logits_indices=every_row)
+        recorded = self._recorded_for(all_rows, kv_caches)
+        if recorded is not None:
+            logits = recorded.logits(all_rows).index_select(0, batch.logits_indices)
+            return logits, recorded.hidden_states(len(every_row))
+        states = self.hidden_states(all_rows, kv_caches)
+        return self.compute_logits(states.index_select(0, batch.logits_indices)), states
 
     def hidden_states(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         """As `forward`, but returns the final normed hidden states [L, H] of the same rows."""

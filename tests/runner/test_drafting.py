@@ -57,7 +57,7 @@ def drafting(runners: list[ModelRunner], draft: int) -> DraftingRunner:
 
 
 def by_a_model(num_drafts: int) -> SpeculativeConfig:
-    return SpeculativeConfig(num_speculative_tokens=num_drafts, draft_model="small")
+    return SpeculativeConfig(num_speculative_tokens=num_drafts, method="draft_model", model="small")
 
 
 @pytest.mark.parametrize("seed", range(6))

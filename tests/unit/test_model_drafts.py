@@ -122,7 +122,7 @@ class DraftedRunner:
 
 
 def drafting(num_tokens: int) -> SpeculativeConfig:
-    return SpeculativeConfig(num_speculative_tokens=num_tokens, draft_model="small")
+    return SpeculativeConfig(num_speculative_tokens=num_tokens, method="draft_model", model="small")
 
 
 def drafted(num_drafts: int = 4, accuracy: float = 1.0, **options) -> Harness:

@@ -36,7 +36,7 @@ def test_a_draft_model(leave_out):
     """As in vLLM, a model says the method."""
     given = {key: value for key, value in BY_MODEL.items() if key != leave_out}
     assert parse_speculative_config(json.dumps(given)) == SpeculativeConfig(
-        num_speculative_tokens=4, draft_model="small"
+        num_speculative_tokens=4, method="draft_model", model="small"
     )
 
 
