@@ -18,6 +18,7 @@ from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import build_runner, new_kv_cache, step_buffer_bytes
 from streamserve.runner.drafting import DraftingRunner
 from streamserve.runner.memory import MemoryPlan, parse_bytes, plan_memory
+from streamserve.runner.model_drafter import ModelDrafter
 from streamserve.runner.passing_thread import in_background, on_passing_thread
 from streamserve.runner.tensor_parallel.team import agreed
 from streamserve.runner.warm_up import closed_on_error
@@ -79,13 +80,13 @@ class _DraftBuilder:
             max_num_batched_tokens=max_num_batched_tokens,
             kv_caches=kv_caches,
         )
-        return DraftingRunner(
-            target,
+        drafter = ModelDrafter(
             runner,
             block_size=self._memory.block_size,
             vocab_size=min(vocab_size, model.spec.vocab_size),
             max_num_batched_tokens=max_num_batched_tokens,
         )
+        return DraftingRunner(target, drafter)
 
 
 def _new_kv_cache(setup: ModelSetup, memory: MemoryPlan, kernels: Kernels) -> KVCache:

@@ -73,6 +73,11 @@ class ForwardModel(PromptModel, Protocol):
     def greedy(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor | None:
         """The likeliest token ``[L]`` int64 of each row; None, nothing having run: use forward."""
 
+    def forward_with_all_states(
+        self, batch: ForwardBatch, kv_caches: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """As ``forward``, with what a draft head is given of all rows ``[T, C]``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Launched:
@@ -109,6 +114,7 @@ class TorchModelRunner:
         padded_sizes: Sequence[int] = (),
         transfer: KVTransfer | None = None,
         state_caches: Sequence[Tensor] = (),
+        keeps_hidden_states: bool = False,
         sampler: Callable[[int, int, RowDraws | None], Sampler] = Sampler,
         clock: Clock = monotonic,
     ) -> None:
@@ -116,6 +122,7 @@ class TorchModelRunner:
 
         Plans with stores or loads need a ``transfer``; it is closed with the runner. Of the
         ``kv_caches`` the ``state_caches`` have a row for each slot, all others one for each block.
+        With ``keeps_hidden_states`` those of the last step are in ``hidden_states``.
         """
         self._clock = clock
         self._model = model
@@ -124,6 +131,12 @@ class TorchModelRunner:
         self._transfer = transfer
         self._state_caches = state_caches
         self._block_caches = block_caches(kv_caches, state_caches)
+        self._keeps_hidden_states = keeps_hidden_states
+        self.hidden_states: Tensor | None = None
+        """[T, C] of the step that ran last, in its plan's order, for the device thread.
+
+        None where that step had none: prompts whose logprobs or vectors were asked for.
+        """
         self._input_batch = InputBatch(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -181,6 +194,7 @@ class TorchModelRunner:
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
+        self.hidden_states = None
         del self._model, self._kv_caches, self._block_caches, self._state_caches, self._input_batch
 
     def _work(self) -> None:
@@ -231,10 +245,14 @@ class TorchModelRunner:
         if not plan.scheduled:
             return Launched()
         batch, rows = self._input_batch.build(plan)
+        self.hidden_states = None
         if self._pools.requests and (pools := self._pools.rows_of(plan)):
             return self._compute_pools(batch, rows, pools, self._prompts.rows_of(plan))
         if wanted := self._prompts.rows_of(plan):
             return self._compute_prompts(batch, rows, wanted)
+        if self._keeps_hidden_states:
+            logits, self.hidden_states = self._model.forward_with_all_states(batch, self._kv_caches)
+            return Launched(rows, logits=logits)
         if rows.places and self._input_batch.is_greedy(rows):
             token_ids = self._model.greedy(batch, self._kv_caches)
             if token_ids is not None:

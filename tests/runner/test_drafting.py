@@ -13,6 +13,7 @@ from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.runner.build import build_runner
 from streamserve.runner.drafting import DraftingRunner
+from streamserve.runner.model_drafter import ModelDrafter
 from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop, forget
 from tests.runner.test_speculation import (
     MAX_SEQS,
@@ -47,13 +48,13 @@ def drafting(runners: list[ModelRunner], draft: int) -> DraftingRunner:
     """A runner that knows no request yet."""
     for runner in runners:
         forget(runner)
-    return DraftingRunner(
-        runners[0],
+    drafter = ModelDrafter(
         runners[draft],
         block_size=BLOCK_SIZE,
         vocab_size=VOCAB,
         max_num_batched_tokens=MAX_TOKENS + ROWS,
     )
+    return DraftingRunner(runners[0], drafter)
 
 
 def by_a_model(num_drafts: int) -> SpeculativeConfig:

@@ -18,6 +18,7 @@ from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.step import Step
 from streamserve.core.step_time import StepShape, StepTimeModel
 from streamserve.runner.drafting import DraftingRunner
+from streamserve.runner.model_drafter import ModelDrafter
 from tests.unit.machines import Machine, linear, plateau
 from tests.unit.simulated import VOCAB_SIZE, Harness, SimulatedRunner, naive_output
 
@@ -92,13 +93,13 @@ class DraftedRunner:
         draft.max_tokens += 16  # what is sampled, of 16 seats at most
         draft.salts, draft.num_public = target.salts, target.num_public
         self.target, self.draft = Stepper(target), DraftModel(draft, accuracy)
-        self.runner = DraftingRunner(
-            self.target,
+        drafter = ModelDrafter(
             self.draft,
             block_size=target.block_size,
             vocab_size=VOCAB_SIZE,
             max_num_batched_tokens=draft.max_tokens,
         )
+        self.runner = DraftingRunner(self.target, drafter)
         self.results: deque[Future] = deque()
 
     def __getattr__(self, name: str):
@@ -301,7 +302,7 @@ def test_a_draft_model_that_fails_costs_its_guesses(caplog):
     plans = some.run()
     assert request.output_token_ids == naive_output(request, 30)
     assert [record.message for record in caplog.records] == [
-        "the draft model has failed: nothing is drafted any more"
+        "the drafter has failed: nothing is drafted any more"
     ]
     assert sum(any(plan.num_drafts.values()) for plan in plans) == 1  # it was told by then
     assert plans[-1].scheduled[0].sample == 1
@@ -331,7 +332,7 @@ def test_what_the_draft_model_takes_is_told():
 def test_ids_that_one_model_lacks():
     """A token past the draft model's vocabulary is fed as another; a guess past ours is none."""
     some = drafted(3)
-    some.runner.runner._vocab_size = 6
+    some.runner.runner._drafter._vocab_size = 6
     request = some.add([1, 2, 3], max_tokens=40)
     some.run()
     assert request.output_token_ids == naive_output(request, 40)

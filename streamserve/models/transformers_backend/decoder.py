@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,13 @@ class TransformersDecoder:
     def forward_with_states(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
         hidden_states = self.hidden_states(batch, kv_caches)
         return self.compute_logits(hidden_states), hidden_states
+
+    def forward_with_all_states(
+        self, batch: ForwardBatch, kv_caches: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        every_row = torch.arange(batch.input_ids.shape[0], device=self.device)
+        states = self.hidden_states(replace(batch, logits_indices=every_row), kv_caches)
+        return self.compute_logits(states.index_select(0, batch.logits_indices)), states
 
     def hidden_states(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         step = self._step
