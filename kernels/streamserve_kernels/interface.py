@@ -156,6 +156,10 @@ class RecordedStep(Protocol):
         """What the head was given [num_rows, H] in the step that ran last."""
         ...
 
+    def tapped(self, num_tokens: int) -> list[Tensor]:
+        """What else it was recorded to give, [num_tokens, H] each, of the step that ran last."""
+        ...
+
 
 class StepRecorder(Protocol):
     """Offers a backend's functions on symbols, and writes down what they are called with.
@@ -171,9 +175,14 @@ class StepRecorder(Protocol):
         ...
 
     def finish(
-        self, x: Any, head: PackedLinear, scale: float, soft_cap: float | None
+        self,
+        x: Any,
+        head: PackedLinear,
+        scale: float,
+        soft_cap: float | None,
+        tapped: Sequence[Any] = (),
     ) -> RecordedStep:
-        """`x` are the hidden states; logits are scaled, then capped."""
+        """`x` are the hidden states; logits are scaled, then capped. `tapped` it gives besides."""
         ...
 
 

@@ -188,6 +188,7 @@ class Decoder:
         self._embedding_scale: float = torch.tensor(spec.embedding_scale, dtype=dtype).item()
         self._cos_sin_tables: dict[RopeSpec, Tensor] = {}
         self._cache_indices = list(range(len(spec.layers)))
+        self._taps: tuple[int, ...] = ()
         self._recorded: RecordedStep | None = None
         self._recorded_adapted: RecordedStep | None = None  # for steps with adapters
         self._recorded_caches: KVCache | None = None
@@ -298,12 +299,13 @@ class Decoder:
         if adapted:
             twin._blocks = twin._adapted_blocks
         try:
-            hidden_states = twin.hidden_states(recorder.batch, kv_caches)
+            hidden_states, tapped = twin._run(recorder.batch, kv_caches, self._taps)
             return recorder.finish(
                 hidden_states,
                 self._head,
                 self.spec.logit_scale,
                 self.spec.logit_soft_cap,
+                tapped,
             )
         except NotRecordableError as error:
             logger.info("the forward runs function by function: it has %s", error)
@@ -352,10 +354,26 @@ class Decoder:
         hidden_states = self.hidden_states(batch, kv_caches)
         return self.compute_logits(hidden_states), hidden_states
 
+    def tap(self, layers: tuple[int, ...]) -> None:
+        """Has `forward_with_all_states` give what enters these layers, instead of what leaves all.
+
+        To be said before `record`. Raises ValueError for layers that there are not.
+        """
+        num_layers = len(self.spec.layers)
+        if not all(0 <= layer < num_layers for layer in layers):
+            raise ValueError(f"taps {layers} must be layers of the model, 0 to {num_layers - 1}")
+        self._taps = layers
+
     def forward_with_all_states(
         self, batch: ForwardBatch, kv_caches: KVCache
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, with the final normed hidden states [T, H] of all rows."""
+        """As `forward`, with the final normed hidden states [T, H] of all rows.
+
+        With taps, [T, taps * H]: the sums, not normed, that enter each of these layers, one beside
+        the other.
+        """
+        if self._taps:
+            return self._forward_with_taps(batch, kv_caches)
         every_row = torch.arange(batch.input_ids.shape[0], device=self.device)
         all_rows = replace(batch, logits_indices=every_row)
         recorded = self._recorded_for(all_rows, kv_caches)
@@ -365,9 +383,24 @@ class Decoder:
         states = self.hidden_states(all_rows, kv_caches)
         return self.compute_logits(states.index_select(0, batch.logits_indices)), states
 
+    def _forward_with_taps(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
+        recorded = self._recorded_for(batch, kv_caches)
+        if recorded is not None:
+            logits = recorded.logits(batch)
+            return logits, torch.cat(recorded.tapped(batch.input_ids.shape[0]), dim=1)
+        states, tapped = self._run(batch, kv_caches, self._taps)
+        return self.compute_logits(states), torch.cat(tapped, dim=1)
+
     def hidden_states(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         """As `forward`, but returns the final normed hidden states [L, H] of the same rows."""
+        return self._run(batch, kv_caches, ())[0]
+
+    def _run(
+        self, batch: ForwardBatch, kv_caches: KVCache, taps: tuple[int, ...]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns the final normed hidden states [L, H], and the sums [T, H] at the taps."""
         x = self._embed(batch)
+        tapped: dict[int, Tensor] = {}
         residual: Tensor | None = None
         rows = batch.logits_indices
         # Strictly increasing rows that are as many as the tokens are all of them.
@@ -378,14 +411,17 @@ class Decoder:
             blocks = self._adapted_blocks
         last = len(blocks) - 1
         for index, block in enumerate(blocks):
+            if index in taps:
+                tapped[index] = x if residual is None else x + residual
             key_cache, value_cache = kv_caches[self._cache_indices[index]]
             x, residual = block.forward(
                 x, residual, batch, key_cache, value_cache, last_rows if index == last else None
             )
+        found = [tapped[index] for index in taps]
         if rows.shape[0] == 0:
-            return x[:0]
+            return x[:0], found
         assert residual is not None
-        return self._final_norm.add_norm(x, residual)[0]
+        return self._final_norm.add_norm(x, residual)[0], found
 
     def one_of_each_layer(self) -> Decoder:
         """A thin copy that shares the weights: the first layer of each kind is left, and the last.
@@ -396,6 +432,7 @@ class Decoder:
         first = {layer: index for index, layer in reversed(list(enumerate(self.spec.layers)))}
         thin = copy(self)
         thin._recorded = None
+        thin._taps = (0,) * len(self._taps)
         thin._cache_indices = sorted({*first.values(), len(self._blocks) - 1})
         thin._blocks = [self._blocks[index] for index in thin._cache_indices]
         if self.adapters is not None:

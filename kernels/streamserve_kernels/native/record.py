@@ -355,7 +355,14 @@ class Recorder(RecurrentRecorder):
         )
         return out
 
-    def finish(self, x: Symbol, head: Any, scale: float, soft_cap: float | None) -> RecordedProgram:
+    def finish(
+        self,
+        x: Symbol,
+        head: Any,
+        scale: float,
+        soft_cap: float | None,
+        tapped: Sequence[Symbol] = (),
+    ) -> RecordedProgram:
         """Ends with the head's product in float32, and each row's arg-max."""
         if x.rows != LOGITS:
             raise NotRecordableError("hidden states of other rows than those that need logits")
@@ -376,13 +383,15 @@ class Recorder(RecurrentRecorder):
         self._add("argmax", token_ids.data_ptr(), best.data_ptr())
         executable = Executable(len(self.instructions), self.attention or (0,) * 6)
         executable.set(self.instructions)
-        states = x.memory.tensor.as_strided(
-            (self.max_logits, x.width),
-            (x.stride, 1),
-            (x.address - x.memory.tensor.data_ptr()) // x.memory.tensor.itemsize,
-        )
         return RecordedProgram(
-            executable, self.max_tokens, states, logits, token_ids, self.keep, self._slots
+            executable,
+            self.max_tokens,
+            self._memory_of(x),
+            logits,
+            token_ids,
+            self.keep,
+            self._slots,
+            [self._memory_of(symbol) for symbol in tapped],
         )
 
 

@@ -81,6 +81,12 @@ class RecorderMemory:
             return self.max_logits * max(1, rows)
         return self.max_tokens * max(1, -2 - rows)
 
+    def _memory_of(self, x: Symbol) -> Tensor:
+        """All rows that x may have."""
+        memory: Tensor = x.memory.tensor
+        start = (x.address - memory.data_ptr()) // memory.itemsize
+        return memory.as_strided((self._most_rows(x.rows), x.width), (x.stride, 1), start)
+
     def _work(self, rows: int, row_bytes: int) -> tuple[int, int, int, int]:
         """See `Memory.work`; products that follow one another share all but the flags."""
         key = max(self._most_rows(rows), self.max_tokens), row_bytes

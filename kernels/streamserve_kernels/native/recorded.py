@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from streamserve_kernels.interface import StepTensors
@@ -24,6 +26,7 @@ class RecordedProgram:
         token_ids: Tensor,
         keep: list[object],
         slots: tuple[Tensor, Tensor] | None = None,
+        tapped: Sequence[Tensor] = (),
     ) -> None:
         self.max_tokens = max_tokens
         self.max_logits = logits.shape[0]
@@ -33,6 +36,7 @@ class RecordedProgram:
         self._token_ids = token_ids
         self._keep = keep
         self._slots = slots
+        self._tapped = tapped
         self._threads = pool().threads()
 
     def logits(self, batch: StepTensors) -> Tensor:
@@ -46,6 +50,10 @@ class RecordedProgram:
     def hidden_states(self, num_rows: int) -> Tensor:
         """What the head was given [num_rows, H] bfloat16 in the step that ran last."""
         return self._states[:num_rows]
+
+    def tapped(self, num_tokens: int) -> list[Tensor]:
+        """What else it was recorded to give, [num_tokens, H] bfloat16 each."""
+        return [rows[:num_tokens] for rows in self._tapped]
 
     def _run(self, batch: StepTensors, result: Tensor, *, wants_logits: bool) -> Tensor:
         num_tokens, num_logits = batch.input_ids.shape[0], batch.logits_indices.shape[0]

@@ -1,0 +1,114 @@
+"""What enters some layers, beside a step's logits: what draft heads are given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import streamserve_kernels
+from streamserve.models import Decoder, load_config, load_model
+from streamserve.models.families import FAMILIES
+from streamserve.models.hf_config import HfConfig
+from streamserve.models.spec import DecoderSpec
+from streamserve_kernels.native.library import why_not
+from tests.models import native
+from tests.models.paged import PagedHarness, Sequence
+from tests.models.test_recorded import CPU, batches, decoder_of, widened
+
+TAPS = (0, 1, 2)
+TOKENS = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (19, 11)]
+
+
+def tapped(decoder: Decoder, harness: PagedHarness, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode():
+        logits, states = decoder.forward_with_all_states(batch, harness.caches)
+    return logits.clone(), states.clone()
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        *((family, "naive") for family in ("llama3", "qwen3-moe", "gpt-oss", "granite", "glm4")),
+        *((family, "naive") for family in ("gpt-neox", "falcon-7b", "qwen3.5")),
+        ("gpt-neox", "cpu"),
+    ],
+)
+def test_taps_equal_transformers_hidden_states(family, backend, checkpoint):
+    """Layers that differ, halves in parallel, norms behind a half, scaled sums, and states."""
+    directory, model = checkpoint({**native.NATIVE, **native.HYBRID}[family]())
+    kernels = streamserve_kernels.load(CPU, backend)
+    decoder = load_model(directory, dtype=torch.float32, device=CPU, kernels=kernels)
+    assert isinstance(decoder, Decoder)
+    decoder.tap(TAPS)
+    harness = PagedHarness(decoder)
+    sequences = [Sequence(tokens.tolist()) for tokens in TOKENS]
+    found: list[list[torch.Tensor]] = [[], []]
+    # A chunk of each, of which nobody needs logits, then the rest, then one token.
+    for counts in ((7, 4), (11, 7), (1, 0)):
+        work = [(sequence, n) for sequence, n in zip(sequences, counts, strict=True) if n]
+        logits, states = tapped(decoder, harness, harness.batch(work))
+        assert states.shape == (sum(counts), 3 * decoder.spec.hidden_size)
+        for index, part in enumerate(states.split([n for _, n in work])):
+            found[index].append(part)
+        for sequence, n in work:
+            sequence.num_computed += n
+
+    for tokens, parts in zip(TOKENS, found, strict=True):
+        with torch.inference_mode():
+            expected = model(tokens[None], output_hidden_states=True)
+        states = torch.cat([expected.hidden_states[tap][0] for tap in TAPS], dim=1)
+        torch.testing.assert_close(torch.cat(parts), states, rtol=5e-4, atol=5e-4)
+    last = model(TOKENS[0][None]).logits[0, -1:]
+    torch.testing.assert_close(logits, last, rtol=5e-4, atol=5e-4)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("family", ["llama3", "qwen3-moe", "gpt-oss", "falcon-7b", "qwen3.5"])
+def test_recorded_taps_are_those_of_functions(family, tmp_path):
+    case = {**native.NATIVE, **native.HYBRID}[family]()
+    case.save_pretrained(tmp_path)
+    spec = widened(load_config(tmp_path).spec)
+    exact, decoder = decoder_of(spec, "naive", torch.float32), decoder_of(spec, "native")
+    plain = PagedHarness(decoder, block_size=16)
+    with torch.inference_mode():
+        expected = [decoder.forward(batch, plain.caches).clone() for batch in batches(plain)]
+    exact.tap(TAPS)
+    decoder.tap(TAPS)
+    judge, eager, recorded = (
+        PagedHarness(model, block_size=16) for model in (exact, decoder, decoder)
+    )
+    assert decoder.record(recorded.caches, max_tokens=64, max_logits=64) == 64
+    steps = zip(batches(judge), batches(eager), batches(recorded), expected, strict=True)
+    for of_judge, of_eager, of_recorded, without in steps:
+        _, right = tapped(exact, judge, of_judge)
+        logits, ours = tapped(decoder, eager, of_eager)
+        recorded_logits, theirs = tapped(decoder, recorded, of_recorded)
+        assert torch.equal(logits, without)  # taps change nothing
+        assert torch.equal(recorded_logits.bfloat16().float(), without)
+        num_rows = int(of_eager.query_start_loc[-1])  # others are padding
+        assert torch.equal(ours[:num_rows], theirs[:num_rows])
+        if family in ("llama3", "falcon-7b"):  # else a token may choose other experts
+            error = (ours - right)[:num_rows].abs().max()
+            assert error < 0.03 * right.abs().max()
+
+
+def test_layers_that_there_are_not_are_refused():
+    decoder = decoder_of(widened(_plain()), "naive")
+    for taps in ((0, 3), (-1,)):
+        with pytest.raises(ValueError, match=r"layers of the model, 0 to 2"):
+            decoder.tap(taps)
+
+
+def test_a_thin_copy_gives_as_many():
+    decoder = decoder_of(widened(_plain()), "naive")
+    decoder.tap((1, 2))
+    thin = decoder.one_of_each_layer()
+    harness = PagedHarness(decoder)
+    batch = harness.batch([(Sequence([1, 2, 3]), 3)])
+    _, states = tapped(thin, harness, batch)
+    assert states.shape == (3, 2 * decoder.spec.hidden_size)
+
+
+def _plain() -> DecoderSpec:
+    values = native.config_values("llama2")
+    return FAMILIES["LlamaForCausalLM"].spec(HfConfig(values))
