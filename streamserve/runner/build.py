@@ -62,13 +62,14 @@ def build_runner(
     kv_caches: KVCache | None = None,
     transfer: KVTransfer | None = None,
     max_num_sampled: int | None = None,
+    keeps_hidden_states: bool = False,
     team: Team | None = None,
 ) -> tuple[ModelRunner, StepProfile]:
     """Makes the step buffers, and a touched KV cache if none is given; starts and warms the runner.
 
     A ``transfer`` is one between these ``kv_caches`` and host memory. ``max_num_sampled``: rows
-    that a step may sample, where that is more than one for each seat. With a ``team`` the model is
-    a share, and the runner that of all ranks.
+    that a step may sample, where that is more than one for each seat. ``keeps_hidden_states``: for
+    a draft head. With a ``team`` the model is a share, and the runner that of all ranks.
     After it no step compiles anything or asks the system for much memory. On a CPU it changes the
     allocator's settings for the whole process. The forward is recorded where the kernels can; what
     is left is met at all sizes with one layer of each kind, and only a few steps are run with the
@@ -99,6 +100,7 @@ def build_runner(
         padded_sizes=sizes,
         transfer=transfer,
         state_caches=state_caches(model.spec, kv_caches),
+        keeps_hidden_states=keeps_hidden_states,
     )
     runner, call = steered(own, {"whole model": lambda: own.replace_model(model)}, team)
     with closed_on_error(runner):

@@ -97,8 +97,7 @@ class _Followed:
 class HeadDrafter(Drafter):
     """Guesses of ``head``, whose ``kv_caches`` have as many blocks as the target's.
 
-    ``hidden_states`` are [T, C] of the target's step that ran last, in the plan's order; None where
-    that step had none.
+    ``hidden_states`` are [T, C] of the target's step that ran last, in the plan's order.
     """
 
     def __init__(
@@ -162,9 +161,9 @@ class HeadDrafter(Drafter):
         for scheduled, ids in zip(plan.scheduled, sampled, strict=True):
             request = self._requests[scheduled.request_id]
             num_rows = len(scheduled.token_ids)
-            own = None if states is None else states[row : row + num_rows]
+            assert states is not None
+            _remember(request, scheduled, ids, states[row : row + num_rows])
             row += num_rows
-            _remember(request, scheduled, ids, own)
             if keeps_up and not request.is_lost:
                 rows = request.take(min(num_rows + self.most_late, num_left))
                 next_ids = [next_id for part in rows for next_id in part.next_ids]
@@ -230,7 +229,7 @@ class HeadDrafter(Drafter):
 
 
 def _remember(
-    request: _Followed, scheduled: ScheduledRequest, sampled: list[int], states: Tensor | None
+    request: _Followed, scheduled: ScheduledRequest, sampled: list[int], states: Tensor
 ) -> None:
     """Takes note of what a step has found for a request, but for wrong drafts."""
     token_ids = scheduled.token_ids
@@ -243,8 +242,6 @@ def _remember(
         next_id = request.token_ids[end]
     else:
         return request.lose()  # somebody else chooses its next token
-    if states is None:
-        return request.lose()
     rows = _Rows([*token_ids[1:num_right], next_id], states[:num_right])
     return request.remember(scheduled.start, rows)
 

@@ -133,10 +133,7 @@ class TorchModelRunner:
         self._block_caches = block_caches(kv_caches, state_caches)
         self._keeps_hidden_states = keeps_hidden_states
         self.hidden_states: Tensor | None = None
-        """[T, C] of the step that ran last, in its plan's order, for the device thread.
-
-        None where that step had none: prompts whose logprobs or vectors were asked for.
-        """
+        """[T, C] of the step that ran last, in its plan's order, for the device thread."""
         self._input_batch = InputBatch(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -262,7 +259,7 @@ class TorchModelRunner:
     def _compute_prompts(
         self, batch: ForwardBatch, rows: StepRows, wanted: list[PromptRows]
     ) -> Launched:
-        hidden_states = all_hidden_states(self._model, batch, self._kv_caches)
+        hidden_states = self._all_hidden_states(batch)
         logits = self._model.compute_logits(hidden_states.index_select(0, batch.logits_indices))
         found = find_logprobs(self._model, hidden_states, wanted, self._vocab_size, _HEAD_SIZES)
         return Launched(rows, logits=logits, prompts=found, is_ordinary=False)
@@ -270,9 +267,13 @@ class TorchModelRunner:
     def _compute_pools(
         self, batch: ForwardBatch, rows: StepRows, pools: list[PoolRows], wanted: list[PromptRows]
     ) -> Launched:
-        every_row = bool(wanted) or any(part.pooling.needs_every_row for part in pools)
+        every_row = (
+            self._keeps_hidden_states
+            or bool(wanted)
+            or any(part.pooling.needs_every_row for part in pools)
+        )
         if every_row:
-            hidden_states = all_hidden_states(self._model, batch, self._kv_caches)
+            hidden_states = self._all_hidden_states(batch)
             vectors = self._pools.of_all_rows(pools, hidden_states)
             states = hidden_states.index_select(0, batch.logits_indices)
             logits = self._model.compute_logits(states)
@@ -291,6 +292,12 @@ class TorchModelRunner:
             pooled=Pooled(vectors),
             is_ordinary=not every_row,
         )
+
+    def _all_hidden_states(self, batch: ForwardBatch) -> Tensor:
+        hidden_states = all_hidden_states(self._model, batch, self._kv_caches)
+        if self._keeps_hidden_states:
+            self.hidden_states = hidden_states
+        return hidden_states
 
     def _copy_blocks(self, copies: list[BlockCopy]) -> None:
         pairs = torch.tensor(copies, dtype=torch.int64).to(self._model.device)

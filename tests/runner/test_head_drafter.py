@@ -1,0 +1,268 @@
+"""What a draft head is given: at each position the target's own hidden state, and the next token.
+
+The head here keeps what it is given in its caches and looks, at every guess, whether all of it is
+what the target finds in the whole text; it guesses what the text goes on with.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import streamserve_kernels
+from streamserve.config import SpeculativeConfig
+from streamserve.core.pooling import Pooling
+from streamserve.core.request import Request
+from streamserve.core.sampling_params import SamplingParams
+from streamserve.models import Decoder, ForwardBatch, allocate_kv_cache
+from streamserve.runner import head_drafter
+from streamserve.runner.build import build_runner
+from streamserve.runner.drafting import DraftingRunner
+from streamserve.runner.head_drafter import HeadDrafter
+from streamserve.runner.model_runner import TorchModelRunner
+from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop, forget
+from tests.runner.test_speculation import (
+    MAX_SEQS,
+    MAX_TOKENS,
+    random_options,
+    random_requests,
+    summary,
+)
+from tests.runner.tiny_llama import CPU, MAX_LEN, VOCAB, memory_for, tiny_llama
+
+MAX_DRAFTS = 4
+ROWS = MAX_SEQS * (1 + MAX_DRAFTS)
+
+
+class Target:
+    """A runner, and what its model finds at each position of a text."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        memory = memory_for(
+            model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_SEQS
+        )
+        runner, _ = build_runner(
+            model,
+            memory,
+            max_num_batched_tokens=MAX_TOKENS,
+            max_num_sampled=ROWS,
+            keeps_hidden_states=True,
+        )
+        assert isinstance(runner, TorchModelRunner)
+        self.runner = runner
+
+    def hidden_states(self, token_ids: list[int]) -> torch.Tensor:
+        model, length = self.model, len(token_ids)
+        num_blocks = -(-length // BLOCK_SIZE)
+        caches = allocate_kv_cache(
+            model.spec, num_blocks, BLOCK_SIZE, model.dtype, CPU, model.kernels
+        )
+        batch = ForwardBatch(
+            input_ids=torch.tensor(token_ids),
+            positions=torch.arange(length),
+            slot_mapping=torch.arange(length),
+            query_start_loc=torch.tensor([0, length], dtype=torch.int32),
+            seq_lens=torch.tensor([length], dtype=torch.int32),
+            block_table=torch.arange(num_blocks, dtype=torch.int32)[None],
+            logits_indices=torch.arange(length),
+        )
+        with torch.inference_mode():
+            return model.hidden_states(batch, caches)
+
+
+class Text:
+    def __init__(self, token_ids: list[int], states: torch.Tensor) -> None:
+        self.token_ids, self.states = token_ids, states
+
+
+class WatchingHead:
+    """A `DraftHead` that knows the answers. What it finds is the number of the guess, but first
+    no number: so it is told from what the target finds.
+    """
+
+    taps = ()
+    dtype = torch.float32
+    device = CPU
+    nbytes = 0
+    kernels = streamserve_kernels.load(CPU, "naive")
+    spec = SimpleNamespace(vocab_size=VOCAB)
+
+    def __init__(self, texts: list[Text], accuracy: float, rng: random.Random) -> None:
+        self.texts, self.accuracy, self.rng = texts, accuracy, rng
+        width = texts[0].states.shape[1]
+        self.next_ids = torch.full((NUM_BLOCKS, BLOCK_SIZE), -1)
+        self.states = torch.zeros(NUM_BLOCKS, BLOCK_SIZE, width)
+        self.num_fed = 0
+        self.guessed_behind: list[list[int]] = []
+        self.num_foreign: list[int] = []  # of each guess: positions whose next token is another's
+
+    def take(self, states: torch.Tensor) -> torch.Tensor:
+        self.num_fed += len(states)
+        return states.clone()
+
+    def guess(self, batch: ForwardBatch, kv_caches) -> tuple[torch.Tensor, torch.Tensor]:
+        assert batch.hidden_states is not None
+        assert len(batch.hidden_states) == len(batch.input_ids)
+        self.next_ids.view(-1)[batch.slot_mapping] = batch.input_ids
+        self.states.view(NUM_BLOCKS * BLOCK_SIZE, -1)[batch.slot_mapping] = batch.hidden_states
+        ends = batch.query_start_loc.tolist()[1:]
+        guesses = []
+        for row in batch.logits_indices.tolist():
+            place = next(i for i, end in enumerate(ends) if row < end)
+            blocks = batch.block_table[place].long()
+            length = int(batch.positions[row]) + 1
+            next_ids = self.next_ids[blocks].view(-1)[:length].tolist()
+            states = self.states[blocks].view(len(blocks) * BLOCK_SIZE, -1)[:length]
+            guesses.append(self.check(next_ids, states))
+        numbers = torch.arange(len(self.guessed_behind) - len(guesses), len(self.guessed_behind))
+        found = numbers[:, None].repeat(1, self.states.shape[2]).float()
+        found[:, 0] = torch.nan
+        return torch.tensor(guesses, dtype=torch.int64), found
+
+    def check(self, next_ids: list[int], states: torch.Tensor) -> int:
+        """All but the guesses that it goes on from is of one of the texts."""
+        num_known = int((~states.isnan().any(1)).sum())
+        assert not states[:num_known].isnan().any()
+        for position in range(num_known, len(next_ids)):
+            behind = self.guessed_behind[int(states[position, 1])]
+            assert behind == next_ids[:position], "goes on from another's guess"
+        self.guessed_behind.append(next_ids)
+        fits = [
+            text
+            for text in self.texts
+            if len(text.token_ids) >= num_known
+            and torch.allclose(text.states[:num_known], states[:num_known], atol=1e-4)
+        ]
+        assert fits, "hidden states of no text"
+        text = min(fits, key=lambda text: _num_other(text, next_ids, num_known))
+        self.num_foreign.append(_num_other(text, next_ids, num_known))
+        after = text.token_ids[len(next_ids) + 1 :]
+        is_wrong = text.token_ids[num_known + 1 : len(next_ids) + 1] != next_ids[num_known:]
+        if is_wrong or not after or self.rng.random() >= self.accuracy:
+            return self.rng.randrange(VOCAB)
+        return after[0]
+
+
+def _num_other(text: Text, next_ids: list[int], num_known: int) -> int:
+    expected = text.token_ids[1 : num_known + 1]
+    return sum(a != b for a, b in zip(expected, next_ids, strict=False))
+
+
+@pytest.fixture(scope="module", params=["naive", "cpu"])
+def target(request, tmp_path_factory) -> Iterator[Target]:
+    target = Target(tiny_llama(tmp_path_factory.mktemp("model"), backend=request.param))
+    yield target
+    target.runner.close()
+
+
+def watched(
+    target: Target, requests: list[Request], accuracy: float
+) -> tuple[DraftingRunner, WatchingHead]:
+    """``requests`` have been answered before."""
+    forget(target.runner)
+    texts = [Text(r.token_ids, target.hidden_states(r.token_ids)) for r in requests]
+    head = WatchingHead(texts, accuracy, random.Random(1))
+    drafter = HeadDrafter(
+        head,
+        [(head.next_ids, head.states)],
+        lambda: target.runner.hidden_states,
+        block_size=BLOCK_SIZE,
+        max_model_len=MAX_LEN,
+        max_num_seqs=MAX_SEQS,
+        max_num_batched_tokens=MAX_TOKENS + ROWS,
+    )
+    return DraftingRunner(target.runner, drafter), head
+
+
+def by_a_head(num_drafts: int) -> SpeculativeConfig:
+    return SpeculativeConfig(num_speculative_tokens=num_drafts, method="mtp")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_requests_get_the_same_answers(target, seed):
+    rng = random.Random(seed)
+    options = random_options(rng)
+    forget(target.runner)
+    loop, plain = Loop(target.runner, **options), random_requests(seed)
+    loop.run(plain)
+    expected = summary(loop, plain)
+    for accuracy in (1.0, 0.6):
+        runner, head = watched(target, plain, accuracy)
+        loop = Loop(runner, **options, speculative=by_a_head(rng.choice([1, MAX_DRAFTS])))
+        drafted = random_requests(seed)
+        loop.run(drafted)
+        assert summary(loop, drafted) == expected
+        assert not runner._has_failed
+        assert max(head.num_foreign, default=0) <= options["prefix"]
+
+
+@pytest.mark.parametrize(("accuracy", "num_steps"), [(1.0, 7), (0.0, 24)])
+def test_right_guesses_save_steps_and_wrong_ones_cost_none(target, accuracy, num_steps):
+    params = SamplingParams(temperature=0.0, max_tokens=24)
+    requests = [Request("r", [5, 9, 13], params, arrival_time=0.0, seed=1) for _ in range(2)]
+    forget(target.runner)
+    Loop(target.runner).run(requests[:1])
+    runner, head = watched(target, requests[:1], accuracy)
+    loop = Loop(runner, speculative=by_a_head(MAX_DRAFTS))
+    assert loop.run(requests[1:]) == [requests[0].output_token_ids]
+    assert len(loop.updates) == num_steps
+    stats = loop.scheduler.speculation_stats
+    assert (stats.num_accepted_tokens == stats.num_draft_tokens) == (accuracy == 1.0)
+    assert head.num_fed == 3 + 23, "each position once"
+
+
+def test_while_guesses_do_not_pay_the_head_rests(target):
+    """What it would have been fed is kept; of who has more than is kept nothing is guessed."""
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    prompt = [random.Random(4).randrange(VOCAB) for _ in range(40)]
+    requests = [Request("r", prompt, params, arrival_time=0.0, seed=1) for _ in range(3)]
+    forget(target.runner)
+    Loop(target.runner).run(requests[:1])
+    for request, most, num_fed in ((requests[1], 1024, 99), (requests[2], 20, 40)):
+        runner, head = watched(target, requests[:1], 1.0)
+        loop = Loop(runner, speculative=by_a_head(MAX_DRAFTS))
+        speculator = loop.scheduler._speculator
+        speculator._best_count = lambda *_: 0
+        loop.scheduler.add(request)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(head_drafter, "_MOST_UNFED", most)
+            while request.num_output_tokens < 30:
+                loop.turn()
+            assert head.num_fed == 40, "of the prompt, when nobody had been asked"
+            speculator._best_count = lambda *_: MAX_DRAFTS
+            loop.run([])
+        assert request.output_token_ids == requests[0].output_token_ids
+        assert head.num_fed == num_fed
+        stats = loop.scheduler.speculation_stats
+        assert stats.num_accepted_tokens == stats.num_draft_tokens
+        assert bool(stats.num_draft_tokens) == (num_fed > 40)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"pooling": Pooling(kind="last", normalize=True)},
+        {"pooling": Pooling(kind="mean", normalize=False)},
+        {"prompt_logprobs": 1},
+    ],
+)
+def test_what_others_ask_of_their_prompts_disturbs_no_guesses(target, asked):
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    requests = [Request("r", [5, 9, 13], params, arrival_time=0.0, seed=1) for _ in range(2)]
+    forget(target.runner)
+    Loop(target.runner).run(requests[:1])
+    runner, head = watched(target, requests[:1], 1.0)
+    loop = Loop(runner, speculative=by_a_head(1))
+    loop.scheduler.add(requests[1])
+    while requests[1].num_output_tokens < 10:
+        loop.turn()
+    params = SamplingParams(max_tokens=1, **asked)
+    loop.run([Request("v", [3, 4, 5], params, arrival_time=0.0, seed=1)])
+    assert requests[1].output_token_ids == requests[0].output_token_ids
+    assert not runner._has_failed
+    assert head.num_fed == 3 + 39 + 3 * (params.pooling is None)
