@@ -383,6 +383,16 @@ class Decoder:
         states = self.hidden_states(all_rows, kv_caches)
         return self.compute_logits(states.index_select(0, batch.logits_indices)), states
 
+    def all_states(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
+        """Runs a step: final normed hidden states [T, H] of all rows, whichever need logits.
+
+        And what `forward_with_all_states` gives of them.
+        """
+        every_row = torch.arange(batch.input_ids.shape[0], device=self.device)
+        all_rows = replace(batch, logits_indices=every_row)
+        states, tapped = self._run(all_rows, kv_caches, self._taps)
+        return states, torch.cat(tapped, dim=1) if tapped else states
+
     def _forward_with_taps(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
         recorded = self._recorded_for(batch, kv_caches)
         if recorded is not None:

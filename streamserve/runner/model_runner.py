@@ -78,6 +78,9 @@ class ForwardModel(PromptModel, Protocol):
     ) -> tuple[Tensor, Tensor]:
         """As ``forward``, with what a draft head is given of all rows ``[T, C]``."""
 
+    def all_states(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
+        """Final normed hidden states ``[T, H]``, and what a draft head is given ``[T, C]``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Launched:
@@ -294,9 +297,9 @@ class TorchModelRunner:
         )
 
     def _all_hidden_states(self, batch: ForwardBatch) -> Tensor:
-        hidden_states = all_hidden_states(self._model, batch, self._kv_caches)
-        if self._keeps_hidden_states:
-            self.hidden_states = hidden_states
+        if not self._keeps_hidden_states:
+            return all_hidden_states(self._model, batch, self._kv_caches)
+        hidden_states, self.hidden_states = self._model.all_states(batch, self._kv_caches)
         return hidden_states
 
     def _copy_blocks(self, copies: list[BlockCopy]) -> None:
