@@ -11,6 +11,7 @@ from streamserve.models.batch import touch_kv_cache as touch_kv_cache
 from streamserve.models.config import NativeConfig as NativeConfig
 from streamserve.models.config import read_sampling_defaults as read_sampling_defaults
 from streamserve.models.decoder import Decoder as Decoder
+from streamserve.models.draft_head import DraftHead as DraftHead
 from streamserve.models.families import supported_architectures as supported_architectures
 from streamserve.models.gguf.vocabulary import read_text_files as read_text_files
 from streamserve.models.hub import LoadFormat as LoadFormat
@@ -20,6 +21,9 @@ from streamserve.models.loader import load_model as load_model
 from streamserve.models.loader import resolve_dtype as resolve_dtype
 from streamserve.models.model import LanguageModel as LanguageModel
 from streamserve.models.model_config import ModelConfig as ModelConfig
+from streamserve.models.mtp import MtpConfig as MtpConfig
+from streamserve.models.mtp import find_mtp as find_mtp
+from streamserve.models.mtp import load_mtp_head as load_mtp_head
 from streamserve.models.sentence_files import read_embedding_config as read_embedding_config
 from streamserve.models.spec import DecoderSpec as DecoderSpec
 from streamserve.models.tokenizer_files import tokenizer_backend as tokenizer_backend

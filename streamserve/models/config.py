@@ -15,6 +15,7 @@ import torch
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import footprint
 from streamserve.models.families import Family, find_family, has_family, unknown_family
+from streamserve.models.families.mtp import MtpLayers
 from streamserve.models.families.text_parts import find_text_part
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.model_config import ModelConfig
@@ -32,10 +33,15 @@ ModelImpl = Literal["auto", "native", "transformers"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeConfig(ModelConfig):
-    """Of a family that our decoder runs."""
+    """Of a family that our decoder runs.
+
+    ``mtp`` is what the config says of layers that guess further tokens, None of families without
+    any: see `find_mtp`.
+    """
 
     family: Family
     spec: DecoderSpec
+    mtp: MtpLayers | None = None
 
     def weight_bytes(
         self,
@@ -141,6 +147,7 @@ def parse_config(
         dtype=dtype,
         sampling_defaults=sampling_defaults,
         end_tokens=family.end_tokens,
+        mtp=None if family.mtp is None else family.mtp(config),
     )
 
 

@@ -196,7 +196,7 @@ class Decoder:
 
     def _bind(self, kernels: Kernels) -> None:
         """Makes every part of the forward call the functions of ``kernels``."""
-        spec, outer = self.spec, self._weights.outer
+        spec, outer, borrowed = self.spec, self._weights.outer, self._weights.borrowed
         self.kernels = kernels
         self._blocks = self._assemble(self._weights.layers)
         # The same once more, for steps in which rows have adapters.
@@ -204,12 +204,14 @@ class Decoder:
         if self.adapters is not None:
             adapted = self.adapters.adapted(self._weights.layers, kernels)
             self._adapted_blocks = self._assemble(adapted)
-        self._head = outer.linears["head"]
+        linears = {**borrowed.linears, **outer.linears}
+        tensors = {**borrowed.tensors, **outer.tensors}
+        self._head = linears["head"]
         self._embedding: Tensor | QuantLinear
-        if "embedding" in outer.tensors:
-            self._embedding = outer.tensors["embedding"]
+        if "embedding" in tensors:
+            self._embedding = tensors["embedding"]
         else:
-            rows = outer.linears.get("embedding", self._head)
+            rows = linears.get("embedding", self._head)
             assert isinstance(rows, QuantLinear), "a quantised tied head is the embedding too"
             self._embedding = rows
         self._position_embedding = outer.tensors.get("position_embedding")
@@ -259,6 +261,15 @@ class Decoder:
             yield from weights.expert_gate_up
             yield from weights.expert_down
         yield self._head
+
+    def around(self) -> Weights:
+        """The embedding and the head, for another decoder to borrow."""
+        around = Weights(linears={"head": self._head})
+        if isinstance(self._embedding, Tensor):
+            around.tensors["embedding"] = self._embedding
+        else:
+            around.linears["embedding"] = self._embedding
+        return around
 
     def _cos_sin(self, rope: RopeSpec | None) -> Tensor | None:
         tables = self._cos_sin_tables

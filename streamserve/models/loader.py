@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -22,8 +21,11 @@ from streamserve.models.gguf.container import gguf_file
 from streamserve.models.hub import LoadFormat
 from streamserve.models.model import LanguageModel
 from streamserve.models.model_config import ModelConfig
+from streamserve.models.names import WeightNames
+from streamserve.models.parameters import StoredQuantization
 from streamserve.models.quantised.stored import CheckpointQuantization
-from streamserve.models.tensor_files import open_tensor_files
+from streamserve.models.spec import DecoderSpec
+from streamserve.models.tensor_files import TensorFiles, open_tensor_files
 from streamserve.models.tensor_parallel.config import ShareConfig
 from streamserve.models.tensor_parallel.decoder import ShareDecoder
 from streamserve.models.tensor_parallel.ranks import Ranks
@@ -156,7 +158,8 @@ def load_model(
         )
     share = config.share if isinstance(config, ShareConfig) else None
     whole = config.spec if share is None else share.whole
-    source = _weight_source(Path(path), replace(config, spec=whole), load_format, seed)
+    names = config.family.weight_names(whole)
+    source = weight_source(Path(path), whole, names, stored, load_format, seed)
     if share is not None:
         assert ranks is not None, "a share is one of several ranks'"
         held = ShareSource(source, share)
@@ -169,7 +172,7 @@ def load_model(
     if adapters is not None:
         beside = AdapterTables(
             whole,
-            config.family.weight_names(whole),
+            names,
             kernels,
             dtype=dtype,
             device=device,
@@ -187,19 +190,32 @@ def load_model(
     )
 
 
-def _weight_source(
-    path: Path, config: NativeConfig, load_format: LoadFormat, seed: int
+def weight_source(
+    path: Path,
+    spec: DecoderSpec,
+    names: WeightNames,
+    stored: StoredQuantization | None,
+    load_format: LoadFormat,
+    seed: int,
 ) -> PartSource:
-    """Where the weights of an undivided model come from. Raises ModelLoadError."""
+    """Where the weights of an undivided model come from, or of its head. Raises ModelLoadError.
+
+    ``names`` and ``stored`` are of a directory; a GGUF file has its own.
+    """
     if load_format == "dummy":
         return RandomSource(seed)
     file = gguf_file(path)
     if file is not None:
-        return gguf_source(file, config)
+        return gguf_source(file, spec)
+    files = directory_files(path, load_format)
+    reader = stored.reader if isinstance(stored, CheckpointQuantization) else None
+    return CheckpointSource(files, names, spec, path, reader)
+
+
+def directory_files(
+    path: Path, load_format: Literal["auto", "safetensors", "pt", "gguf"]
+) -> TensorFiles:
+    """The tensors of a checkpoint's directory. Raises ModelLoadError."""
     if load_format == "gguf":
         raise ModelLoadError(f"{path} is no GGUF file")
-    files = open_tensor_files(path, load_format)
-    stored = config.stored_quantization
-    reader = stored.reader if isinstance(stored, CheckpointQuantization) else None
-    names = config.family.weight_names(config.spec)
-    return CheckpointSource(files, names, config.spec, path, reader)
+    return open_tensor_files(path, load_format)

@@ -5,6 +5,7 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
 ``{expert}`` stand for their numbers.
 
     embedding  position_embedding  embedding_norm  final_norm  head
+    join.embedding_norm  join.hidden_norm  join.product
     layers.attention_norm  layers.attention_post_norm  layers.mlp_norm  layers.mlp_post_norm
     layers.qkv  layers.q_norm  layers.k_norm  layers.output  layers.sinks
     layers.delta.qkvz  layers.delta.gates  layers.delta.conv  layers.delta.decay
@@ -49,8 +50,8 @@ class WeightNames:
     ``interleaved`` gates and ups take turns, row by row. ``optional_prefix`` may be absent from a
     checkpoint's names. ``ignored`` are regular expressions, matched at the end of a name, of
     buffers that old checkpoints carry and no decoder needs. ``renamed`` are beginnings of names as
-    a checkpoint has them and as they stand here; names that begin with one of ``skipped`` are of
-    parts that nobody asks for.
+    a checkpoint has them and as they stand here; names that begin with one of ``skipped``, or with
+    none of ``kept`` where that is given, are of parts that nobody asks for.
     """
 
     modules: Mapping[str, tuple[str, ...]]
@@ -64,10 +65,16 @@ class WeightNames:
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     skipped: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    def asked(self, stored: Iterable[str]) -> list[str]:
+        """Those of a checkpoint's names that are of parts that somebody asks for."""
+        kept = self.kept or ("",)
+        return [n for n in stored if n.startswith(kept) and not n.startswith(self.skipped)]
 
     def of_files(self, stored: Iterable[str]) -> WeightNames:
         """These names for a checkpoint with tensors so named: its experts share them, or do not."""
-        if not self.apart or not any(".experts.0." in name for name in stored):
+        if not self.apart or not any(".experts.0." in name for name in self.asked(stored)):
             return self
         sliced = self.sliced - self.apart.keys()
         return replace(self, modules={**self.modules, **self.apart}, sliced=sliced)

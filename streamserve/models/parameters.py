@@ -77,24 +77,25 @@ class StoredQuantization(Protocol):
 
 def decoder_modules(spec: DecoderSpec) -> Iterator[Module]:
     """Every module of the decoder; a tied head has none of its own."""
-    yield embedding_module(spec)
-    yield from position_modules(spec)
+    yield from opening_modules(spec)
     for index in range(len(spec.layers)):
         yield from layer_modules(spec, index)
     yield from final_modules(spec)
 
 
-def embedding_module(spec: DecoderSpec) -> Module:
-    return Module("embedding", "table", (spec.vocab_size,), spec.hidden_size)
-
-
-def position_modules(spec: DecoderSpec) -> Iterator[Module]:
-    """What is added to the embedding before the first layer, where a family has it."""
+def opening_modules(spec: DecoderSpec) -> Iterator[Module]:
+    """What makes the first layer's input."""
+    size = spec.hidden_size
+    if spec.join is not None:
+        yield _norm("join.embedding_norm", spec.join.norm, size)
+        yield _norm("join.hidden_norm", spec.join.norm, size)
+        yield Module("join.product", "linear", (size,), 2 * size)
+        return
+    yield Module("embedding", "table", (spec.vocab_size,), size)
     if spec.learned_positions is not None:
-        rows = (spec.learned_positions,)
-        yield Module("position_embedding", "table", rows, spec.hidden_size)
+        yield Module("position_embedding", "table", (spec.learned_positions,), size)
     if spec.embedding_norm is not None:
-        yield _norm("embedding_norm", spec.embedding_norm, spec.hidden_size)
+        yield _norm("embedding_norm", spec.embedding_norm, size)
 
 
 def final_modules(spec: DecoderSpec) -> Iterator[Module]:

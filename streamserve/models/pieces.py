@@ -82,11 +82,11 @@ def module_pieces(names: WeightNames, module: Module, leaf: Leaf) -> list[Piece]
 
 
 def full_names(files: TensorFiles, names: WeightNames) -> dict[str, str]:
-    """Full names to names as stored, of all parts but the skipped ones.
+    """Full names to names as stored, of all parts that are asked for.
 
     A checkpoint may leave the optional prefix out.
     """
-    stored = [name for name in files.names() if not name.startswith(names.skipped)]
+    stored = names.asked(files.names())
     prefix = names.optional_prefix
     if not prefix or any(name.startswith(prefix) for name in stored):
         return {names.full(name): name for name in stored}

@@ -4,7 +4,7 @@ A family differs from another along few axes. Each axis is a field here; none is
 are in elements, windows and positions in tokens.
 
     DecoderSpec
-    ├── embedding, learned positions, embedding norm and scale
+    ├── embedding, learned positions, embedding norm and scale; or, of a draft head, a JoinSpec
     ├── layers: tuple[LayerSpec]          one per layer, so that layers may differ
     │   ├── AttentionSpec                 heads, window, rope, qk-norm, biases, sinks, soft cap
     │   │   or DeltaNetSpec, StateSpaceSpec, ShortConvSpec     a state of constant size instead
@@ -321,11 +321,22 @@ class ModelShape(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class JoinSpec:
+    """What a draft head makes its layers' input of: one product of two rows side by side.
+
+    They are a token's embedding and a hidden state, each after a ``norm`` of its own.
+    """
+
+    norm: NormSpec
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderSpec:
     """A whole decoder-only language model. ``logit_scale`` multiplies, then the soft cap bounds.
 
     ``learned_positions`` are the rows of a table that is added to the embedding, one per position.
-    With ``normalised_head`` each row of the head is divided by its length (Baichuan 2).
+    With ``normalised_head`` each row of the head is divided by its length (Baichuan 2). With
+    ``join`` it is a draft head: its embedding is another's, and so is its head where that is tied.
     """
 
     vocab_size: int
@@ -340,6 +351,7 @@ class DecoderSpec:
     normalised_head: bool = False
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
+    join: JoinSpec | None = None
 
     def caches(self) -> tuple[CacheSpec, ...]:
         return tuple(layer.attention for layer in self.layers)

@@ -15,11 +15,10 @@ from streamserve.models.footprint import weight_bytes
 from streamserve.models.host_memory import release_freed_memory
 from streamserve.models.parameters import (
     Module,
-    embedding_module,
     final_modules,
     layer_modules,
     module_quantization,
-    position_modules,
+    opening_modules,
 )
 from streamserve.models.pieces import Leaf
 from streamserve.models.spec import DecoderSpec
@@ -57,15 +56,18 @@ class Weights:
 
 @dataclass(slots=True)
 class DecoderWeights:
+    """``borrowed`` are those around the layers that another decoder has."""
+
     outer: Weights
     layers: list[Weights]
+    borrowed: Weights = field(default_factory=Weights)
 
     def nbytes(self) -> int:
-        """Bytes resident. A tied head counts if the kernels made a packed copy of it."""
-        head = self.outer.linears["head"]
+        """Bytes resident of its own. A tied head counts if the kernels made a packed copy of it."""
+        head = self.outer.linears.get("head")
         embedding = self.outer.tensors.get("embedding")
         is_shared = embedding is not None and getattr(head, "weight", None) is embedding
-        shared = head.nbytes if is_shared else 0
+        shared = head.nbytes if head is not None and is_shared else 0
         return self.outer.nbytes() + sum(layer.nbytes() for layer in self.layers) - shared
 
 
@@ -85,14 +87,14 @@ def build_weights(
     """
     builder = _Builder(spec, source, kernels, dtype, device, progress, quantization)
     outer = Weights()
-    builder.add(outer, (embedding_module(spec), *position_modules(spec)))
+    builder.add(outer, opening_modules(spec))
     layers = []
     for index in range(len(spec.layers)):
         layer = Weights()
         builder.add(layer, layer_modules(spec, index))
         layers.append(layer)
     builder.add(outer, final_modules(spec))
-    if spec.tied_head and "head" not in outer.linears:
+    if spec.tied_head and spec.join is None and "head" not in outer.linears:
         outer.linears["head"] = kernels.prepare_linear(outer.tensors["embedding"], None)
     if progress is not None:
         progress(builder.total, builder.total)

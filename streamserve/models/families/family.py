@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from streamserve.models.families.mtp import MtpLayers
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
 from streamserve.models.spec import DecoderSpec
@@ -18,7 +19,8 @@ class Family:
 
     ``default_positions`` is a shorter one, which is served unless a longer is asked for.
     ``names`` is a function where the names of a checkpoint depend on what it is. ``end_tokens``
-    end an answer too, whatever the checkpoint's configs say: its own code says it.
+    end an answer too, whatever the checkpoint's configs say: its own code says it. ``mtp`` reads
+    what a config says of layers that guess further tokens, where the family has such.
     """
 
     architecture: str
@@ -30,6 +32,7 @@ class Family:
     names: WeightNames | Callable[[DecoderSpec], WeightNames]
     default_positions: Callable[[HfConfig], int] | None = None
     end_tokens: tuple[str, ...] = ()
+    mtp: Callable[[HfConfig], MtpLayers] | None = None
 
     def weight_names(self, spec: DecoderSpec) -> WeightNames:
         return self.names if isinstance(self.names, WeightNames) else self.names(spec)

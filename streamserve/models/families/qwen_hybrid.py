@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from streamserve.models.families.family import Family
 from streamserve.models.families.llama import LAYER, gated_mlp
+from streamserve.models.families.mtp import PREFIX, mtp_layers
 from streamserve.models.families.qwen_moe import NAMES as MIXTURE_NAMES
 from streamserve.models.families.qwen_moe import experts, some_plain
 from streamserve.models.hf_config import HfConfig
@@ -27,8 +28,8 @@ from streamserve.models.spec import (
 
 _DELTA = LAYER + "linear_attn."
 _EXPERTS = LAYER + "mlp.experts."
-# Layers that guess further tokens: transformers leaves them out too.
-_SKIPPED = ("mtp.",)
+# Layers that guess further tokens are a head of their own.
+_SKIPPED = (PREFIX,)
 _NEXT_NAMES = WeightNames(
     {
         **MIXTURE_NAMES.modules,
@@ -152,6 +153,7 @@ FAMILIES = tuple(
         spec=spec,
         max_positions=lambda config: config.integer_or(32_768, "max_position_embeddings"),
         names=names,
+        mtp=mtp_layers,
     )
     for architecture, model_type, title, spec, names in (
         ("Qwen3NextForCausalLM", "qwen3_next", "Qwen 3-Next", _next, _NEXT_NAMES),

@@ -246,6 +246,7 @@ def _delta_net(reading: Reading) -> Values:
         "full_attention_interval": reading.optional_integer("full_attention_interval"),
         "layer_types": [kinds[bool(r)] for r in recurrent[: reading.num_layers]] or None,
         "partial_rotary_factor": _factor(rotary_dim, reading.head_size),
+        "mtp_num_hidden_layers": reading.integer_or(0, "nextn_predict_layers"),
     }
 
 
@@ -427,7 +428,7 @@ def _gpt_oss(reading: Reading) -> Values:
 
 
 # Text turns by one position, whichever of three axes a pair belongs to. Layers that guess further
-# tokens are left out.
+# tokens are a head of their own.
 _DELTA_NET = Architecture(
     "Qwen3_5ForCausalLM",
     _delta_net,

@@ -22,7 +22,9 @@ from streamserve.models.gguf.source import GgufQuantization, GgufSource
 from streamserve.models.gguf.special_tokens import end_token_ids
 from streamserve.models.gguf.tensors import GgufTensors
 from streamserve.models.hf_config import HfConfig
+from streamserve.models.names import WeightNames
 from streamserve.models.parameters import decoder_modules
+from streamserve.models.spec import DecoderSpec
 
 _SAMPLING = {
     "general.sampling.temp": "temperature",
@@ -45,17 +47,25 @@ def load_gguf_config(path: Path) -> NativeConfig:
         sampling_defaults=_sampling_defaults(reading),
     )
     names = weight_names(dict.fromkeys(tensors.names()), architecture)
-    quantization = GgufQuantization.of(tensors, names, parsed.spec)
-    packed = quantization if _is_packed(quantization, parsed) else None
-    return replace(parsed, stored_quantization=packed)
+    return replace(parsed, stored_quantization=_quantization(tensors, names, parsed.spec))
 
 
-def gguf_source(path: Path, config: NativeConfig) -> GgufSource:
-    """The weights of the file that ``config`` is of. Raises ModelLoadError."""
+def gguf_source(path: Path, spec: DecoderSpec) -> GgufSource:
+    """The weights of the file's decoder, or of its draft head. Raises ModelLoadError."""
+    return GgufSource(*_tables(path, spec), spec, path)
+
+
+def gguf_head_quantization(path: Path, spec: DecoderSpec) -> GgufQuantization | None:
+    """How the file's draft head is packed, if it is."""
+    return _quantization(*_tables(path, spec), spec)
+
+
+def _tables(path: Path, spec: DecoderSpec) -> tuple[GgufTensors, WeightNames]:
     reading, architecture = _read(path)
-    tensors = GgufTensors(reading, architecture)
-    names = weight_names(dict.fromkeys(tensors.names()), architecture)
-    return GgufSource(tensors, names, config.spec, path)
+    is_head = spec.join is not None
+    tensors = GgufTensors(reading, architecture, of_guess=is_head)
+    block = reading.num_layers if is_head else None
+    return tensors, weight_names(dict.fromkeys(tensors.names()), architecture, block)
 
 
 def _read(path: Path) -> tuple[Reading, Architecture]:
@@ -63,8 +73,12 @@ def _read(path: Path) -> tuple[Reading, Architecture]:
     return reading, find_architecture(reading)
 
 
-def _is_packed(quantization: GgufQuantization, config: NativeConfig) -> bool:
-    return any(quantization.kinds(module) is not None for module in decoder_modules(config.spec))
+def _quantization(
+    tensors: GgufTensors, names: WeightNames, spec: DecoderSpec
+) -> GgufQuantization | None:
+    found = GgufQuantization.of(tensors, names, spec)
+    is_packed = any(found.kinds(module) is not None for module in decoder_modules(spec))
+    return found if is_packed else None
 
 
 def _dtype(tensors: GgufTensors) -> torch.dtype | None:

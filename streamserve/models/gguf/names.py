@@ -25,8 +25,16 @@ _ALTERNATIVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "position_embedding": (("position_embd",),),
     "embedding_norm": (("token_embd_norm",),),
     # LFM 2's has the name of one after the embedding.
-    "final_norm": (("output_norm",), ("token_embd_norm",), ("output_norm",)),
+    "final_norm": (
+        ("output_norm",),
+        ("token_embd_norm",),
+        _block("nextn.shared_head_norm"),
+        ("output_norm",),
+    ),
     "head": (("output",),),
+    "join.embedding_norm": (_block("nextn.enorm"),),
+    "join.hidden_norm": (_block("nextn.hnorm"),),
+    "join.product": (_block("nextn.eh_proj"),),
     # Falcon 40B's attention has the second of two.
     "layers.attention_norm": (_block("attn_norm_2"), _block("attn_norm")),
     "layers.attention_post_norm": (_block("post_attention_norm"),),
@@ -76,8 +84,10 @@ _IGNORED = (
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def weight_names(tensors: Mapping[str, object], architecture: Architecture) -> WeightNames:
-    """The table for a file that holds these tensors (experts one by one)."""
+def weight_names(
+    tensors: Mapping[str, object], architecture: Architecture, block: int | None = None
+) -> WeightNames:
+    """The table for a file that holds these tensors (experts one by one), or for one ``block``."""
     held = {_NUMBER.sub("0", name) for name in tensors}
 
     def is_held(template: str) -> bool:
@@ -90,6 +100,11 @@ def weight_names(tensors: Mapping[str, object], architecture: Architecture) -> W
     }
     if architecture.qkv_layout == "gated":  # the other is a delta net's, and has its name
         modules["layers.qkv"] = _ATTENTION
+    if block is not None:
+        of_block = f"blk.{block}."
+        modules = {
+            m: tuple(n.replace(_BLOCK, of_block) for n in names) for m, names in modules.items()
+        }
     return WeightNames(
         modules,
         qkv_layout=architecture.qkv_layout,

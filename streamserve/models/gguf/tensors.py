@@ -43,14 +43,19 @@ class _Slice:
 
 
 class GgufTensors:
-    """`TensorFiles` of a GGUF file. Raises ModelLoadError that names the file and the tensor."""
+    """`TensorFiles` of a GGUF file; ``of_guess``: those of layers that guess further tokens.
 
-    def __init__(self, reading: Reading, architecture: Architecture) -> None:
+    Raises ModelLoadError that names the file and the tensor.
+    """
+
+    def __init__(
+        self, reading: Reading, architecture: Architecture, *, of_guess: bool = False
+    ) -> None:
         self._norm_offset = architecture.norm_offset
         self._orders = orders(reading, architecture)
         self._slices: dict[str, _Slice] = {}
         for entry in reading.file.tensors.values():
-            if not reading.is_of_guess(entry.name):
+            if reading.is_of_guess(entry.name) == of_guess:
                 for name, part in _parts(entry):
                     self._slices[name] = self._in_runs(name, part)
 

@@ -59,6 +59,10 @@ class CheckpointQuantization:
         self._names = names
         self._spec = spec
 
+    def of(self, names: WeightNames, spec: DecoderSpec) -> CheckpointQuantization:
+        """The same of another part of the checkpoint."""
+        return CheckpointQuantization(self.name, self.reader, self._directory, names, spec)
+
     @cached_property
     def _modules(self) -> StoredModules:
         files = open_tensor_files(self._directory, "auto")
