@@ -104,6 +104,7 @@ def _plan(setup: ModelSetup) -> MemoryPlan:
         weight_bytes += of_draft[0]
         buffer_bytes += of_draft[1]
         block_bytes += of_draft[2]
+    speculative = scheduler.speculative
     # The ranks of a model share the host's memory.
     available = available_cpu_memory()
     share = replace(available, num_bytes=available.num_bytes // args.tensor_parallel_size)
@@ -117,6 +118,7 @@ def _plan(setup: ModelSetup) -> MemoryPlan:
         max_num_seqs=scheduler.max_num_seqs,
         kv_cache_memory=None if args.kv_cache_memory is None else parse_bytes(args.kv_cache_memory),
         state_bytes=state_bytes(setup.config.spec, setup.dtype),
+        num_drafts=0 if speculative is None else speculative.num_speculative_tokens,
     )
 
 

@@ -113,6 +113,7 @@ class CudaBuilder:
     def _plan(self, model: LanguageModel) -> MemoryPlan:
         setup, args, scheduler = self._setup, self._setup.args, self._setup.scheduler
         graphs = [] if args.enforce_eager else list(self._ladder.graphs())
+        speculative = scheduler.speculative
         step = profile_step_bytes(
             model,
             ladder=self._ladder,
@@ -139,6 +140,7 @@ class CudaBuilder:
             max_num_seqs=scheduler.max_num_seqs,
             kv_cache_memory=self._kv_cache_memory,
             state_bytes=state_bytes(model.spec, setup.dtype),
+            num_drafts=0 if speculative is None else speculative.num_speculative_tokens,
         )
 
 

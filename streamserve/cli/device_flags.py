@@ -60,10 +60,6 @@ def refuse_beside_states(args: Namespace, *, on_gpu: bool) -> None:
     """Raises ConfigError for what is not built for a model whose layers keep states."""
     size = args.tensor_parallel_size
     given = {
-        "--speculative-config": (
-            args.speculative_config is not None,
-            "a state cannot go back behind drafts that were wrong",
-        ),
         "--swap-space": (
             args.swap_space is not None and on_gpu,
             "states are kept on the device only",

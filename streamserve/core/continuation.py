@@ -51,10 +51,14 @@ class Continuation:
     def _put_drafts(self, request: Request, step: Step) -> bool:
         """As `put` for a request with drafts. ``False``: it has none, or no room for any.
 
-        Drafts take blocks that nobody is about to need; nobody makes room for them.
+        Drafts take blocks, and slots for states, that nobody is about to need; nobody makes room
+        for them.
         """
         drafts = None if step.drafts is None else step.drafts.get(request.request_id)
         if not drafts or not request.is_in_runner:
+            return False
+        drafts = drafts[: self._kv_cache.room_for_drafts(request, self._seats.num_coming)]
+        if not drafts:
             return False
         num_slots = len(request.block_table) * self._kv_cache.block_size
         room = num_slots - request.num_computed_tokens - 1
@@ -69,6 +73,7 @@ class Continuation:
                 assert allocated is not None
                 new_block_ids = allocated
         if drafts:
+            self._kv_cache.keep_drafted(request, len(drafts))
             step.add_drafts(request, drafts, new_block_ids)
         return bool(drafts)
 

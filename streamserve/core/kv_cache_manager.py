@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import insort
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from streamserve.config import CacheConfig
 from streamserve.core.block_pool import BlockPool, KVCacheBlock, PrefixNode
 from streamserve.core.host_tier import HostTier
-from streamserve.core.plan import BlockCopy, SchedulerOutput, StateSave
+from streamserve.core.plan import BlockCopy, SchedulerOutput
 from streamserve.core.prefix_cache import NO_MATCH, PrefixCache, PrefixMatch, num_common_tokens
 from streamserve.core.request import Request
-from streamserve.core.state_slots import MOST_PLACES, StateSlots, place_to_keep
+from streamserve.core.request_states import RequestStates
+from streamserve.core.state_slots import place_to_keep
 
 
 @dataclass(slots=True)
@@ -40,24 +41,14 @@ class _Holding:
         block_table   [ 0 | 1 | 2 | 3 | 4 ]
                        shared ^   ^ own          num_shared_blocks = 2
         nodes     root, 0 , 1 , 2                blocks 3 and 4 are not (all) written yet
-
-    ``places`` are those of its prompt, rising, behind which its state is to be kept, and ``saves``
-    those (with a slot) where a step in flight does that.
     """
 
-    __slots__ = ("nodes", "num_shared_blocks", "places", "request", "saves")
+    __slots__ = ("nodes", "num_shared_blocks", "request")
 
     def __init__(self, request: Request, nodes: list[PrefixNode], num_shared_blocks: int) -> None:
         self.request = request
         self.nodes = nodes
         self.num_shared_blocks = num_shared_blocks
-        self.places: list[int] = []
-        self.saves: list[tuple[int, int]] = []
-
-    def slots(self) -> list[int]:
-        """Of states: its own, and those that steps in flight write."""
-        assert self.request.state_slot is not None
-        return [self.request.state_slot, *(slot for _, slot in self.saves)]
 
 
 class KVCacheManager:
@@ -80,7 +71,8 @@ class KVCacheManager:
     ) -> None:
         self.block_size = config.block_size
         self.num_blocks = config.num_blocks
-        self._states = StateSlots(config.num_state_slots) if config.num_state_slots else None
+        num_slots = config.num_state_slots
+        self._states = RequestStates(num_slots, config.block_size) if num_slots else None
         keeps_states = self._states is not None
         self._cache = PrefixCache(
             config.block_size, secret, public_prefixes, keeps_states=keeps_states
@@ -105,12 +97,17 @@ class KVCacheManager:
     @property
     def has_state_slot(self) -> bool:
         """Whether one more request could have a slot for its state, where it needs one."""
-        return self._states is None or self._states.has_room
+        return self._states is None or self._states.slots.has_room
 
     @property
     def num_kept_states(self) -> int:
         """States that are kept for whoever has their prefix."""
-        return 0 if self._states is None else self._states.num_kept
+        return 0 if self._states is None else self._states.slots.num_kept
+
+    @property
+    def num_spare_states(self) -> int:
+        """Drafts that steps may have while those who run now do: each takes a slot for a state."""
+        return sys.maxsize if self._states is None else self._states.num_spare
 
     @property
     def usage(self) -> float:
@@ -122,7 +119,7 @@ class KVCacheManager:
         """The counters now. Not a copy."""
         self._stats.num_evictions = self._pool.num_evictions
         if self._states is not None:
-            self._stats.num_state_evictions = self._states.num_evictions
+            self._stats.num_state_evictions = self._states.slots.num_evictions
         if self._host is not None:
             self._stats.num_host_hit_tokens = self._host.num_loaded_tokens
             self._stats.num_stored_tokens = self._host.num_stored_tokens
@@ -236,7 +233,7 @@ class KVCacheManager:
             num_free -= self._host.num_promised(request)
         if num_all + num_reserved_blocks > num_free:
             return None
-        if self._states is not None and not self._states.has_room:
+        if not self.has_state_slot:
             return None
 
         nodes = [self._cache.root_of(request), *match.nodes] if self._caching else []
@@ -245,11 +242,10 @@ class KVCacheManager:
         holding = _Holding(request, nodes, len(matched))
         self._holdings[request.request_id] = holding
         if self._states is not None:
-            request.state_slot = self._states.begin(match.source)
-            if self._caching:
-                at_end = place_to_keep(request.num_tokens, self.block_size)
-                places = {at_end, match.num_parted}
-                holding.places = sorted(place for place in places if place > match.num_tokens)
+            at_end = place_to_keep(request.num_tokens, self.block_size)
+            places = {at_end, match.num_parted} if self._caching else set()
+            places = {place for place in places if place > match.num_tokens}
+            self._states.begin(request, match.source, sorted(places))
         request.matched_nodes = []  # a tree's nodes should not outlive their place in it
         table = request.block_table
         self._pool.touch_all(matched)
@@ -320,9 +316,7 @@ class KVCacheManager:
         if self._host is not None:
             self._host.use(nodes[first:])
         if self._states is not None:
-            while holding.saves and holding.saves[0][0] <= num_full * size:
-                position, slot = holding.saves.pop(0)
-                self._states.keep(nodes[position // size], slot)
+            self._states.cached(request, nodes)
 
     def free(self, request: Request) -> None:
         """Give all blocks back, deepest first; what was written and is known stays cached.
@@ -334,25 +328,12 @@ class KVCacheManager:
             self.cache_blocks(request)
             last = self._leave_cached(holding)
         if self._states is not None:
-            self._leave_states(self._states, holding, last)
+            self._states.leave(request, last)
         del self._holdings[request.request_id]
         table = request.block_table
         self._pool.release_all(table)
         table.clear()
         request.num_computed_tokens = request.num_written_tokens = 0
-
-    def _leave_states(self, states: StateSlots, holding: _Holding, last: PrefixNode | None) -> None:
-        """Keep the state of a request for ``last``, if that is behind all that went into it."""
-        request = holding.request
-        for _, slot in holding.saves:
-            states.give_back(slot)  # the steps have failed
-        assert request.state_slot is not None
-        is_known = request.num_computed_tokens == request.num_written_tokens <= request.num_tokens
-        if last is not None and is_known:
-            states.keep(last, request.state_slot)
-        else:
-            states.give_back(request.state_slot)
-        request.state_slot = None
 
     def _leave_cached(self, holding: _Holding) -> PrefixNode | None:
         """Make the cache show exactly the tokens that are written and known, tail included.
@@ -387,7 +368,7 @@ class KVCacheManager:
     def _discard(self, node: PrefixNode) -> None:
         """Let nobody find the node's content, which is in a block of one holder."""
         if self._states is not None:
-            self._states.forget(node)
+            self._states.slots.forget(node)
         if self._host is None:
             self._cache.detach(node)
         else:
@@ -396,7 +377,7 @@ class KVCacheManager:
     def _evict(self, node: PrefixNode) -> None:
         """The node's block is taken for something else."""
         if self._states is not None:
-            self._states.forget(node)
+            self._states.slots.forget(node)
         if self._host is None:
             self._cache.detach(node)
         else:
@@ -404,12 +385,26 @@ class KVCacheManager:
 
     def want_state(self, request: Request, num_tokens: int) -> None:
         """Others have so much of what the request is about to compute: keep its state there."""
-        place = num_tokens // self.block_size * self.block_size
-        places = self._holdings[request.request_id].places
-        if not self._caching or place <= request.num_computed_tokens or place in places:
-            return
-        if len(places) < MOST_PLACES:
-            insort(places, place)
+        if self._states is not None and self._caching:
+            self._states.want(request, num_tokens // self.block_size * self.block_size)
+
+    def room_for_drafts(self, request: Request, num_reserved_slots: int) -> int:
+        """How many of a request's drafts find a slot for the state before them in the plan being
+        made, ``num_reserved_slots`` left over.
+        """
+        if self._states is None:
+            return sys.maxsize
+        return self._states.room_for_drafts(request, num_reserved_slots)
+
+    def keep_drafted(self, request: Request, num_drafts: int) -> None:
+        """The plan being made has so many drafts of a request, for which there is room."""
+        if self._states is not None:
+            self._states.keep_drafted(request, num_drafts)
+
+    def settle_drafts(self, request: Request) -> None:
+        """The step with a request's drafts has retired: what is right of it, is computed."""
+        if self._states is not None:
+            self._states.settle(request)
 
     def complete(self, plan: SchedulerOutput, requests: Sequence[Request]) -> None:
         """Write what was planned beside the forward into a plan that will be launched.
@@ -418,22 +413,9 @@ class KVCacheManager:
         """
         plan.block_copies.extend(self.take_copies())
         if self._states is not None:
-            self._plan_states(self._states, plan, requests)
+            self._states.complete(plan, requests)
         if self._host is not None:
             self._host.fill(plan)
-
-    def _plan_states(
-        self, states: StateSlots, plan: SchedulerOutput, requests: Sequence[Request]
-    ) -> None:
-        plan.state_copies.extend(states.take_copies())
-        for index, request in enumerate(requests):
-            holding = self._holdings[request.request_id]
-            while holding.places and holding.places[0] <= request.num_computed_tokens:
-                place = holding.places.pop(0)
-                slot = states.take()
-                if slot is not None:
-                    holding.saves.append((place, slot))
-                    plan.state_saves.append(StateSave(index, place, slot))
 
     def retire(self, plan: SchedulerOutput, *, failed: bool = False) -> None:
         """The plan's step is done, or has failed: nothing reads or writes its blocks any more."""
@@ -466,8 +448,7 @@ class KVCacheManager:
         if self._host is not None:
             self._host.check_integrity(self._cache.nodes())
         if self._states is not None:
-            slots = [slot for holding in self._holdings.values() for slot in holding.slots()]
-            self._states.check_integrity(slots, list(self._cache.nodes()))
+            self._states.check_integrity(list(self._cache.nodes()))
 
     def _check_holding(self, holding: _Holding) -> None:
         request, size = holding.request, self.block_size

@@ -9,6 +9,7 @@ overlap as ever.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from math import log
 
@@ -37,7 +38,7 @@ class ModelDrafts(Speculator):
         self._seconds: dict[int, float] = {}  # for one guess more, by the bits of the requests
         self._is_asked = self._has_failed = False
 
-    def should_wait(self, running: Sequence[Request]) -> bool:
+    def should_wait(self, running: Sequence[Request], num_slots: int = sys.maxsize) -> bool:
         """Whether guesses come with the step in flight."""
         return self._is_asked
 
@@ -47,6 +48,7 @@ class ModelDrafts(Speculator):
         plan: SchedulerOutput,
         kv_cache: KVCacheManager,
         num_running: int,
+        num_slots: int = sys.maxsize,
     ) -> None:
         """Have guesses made behind a whole step, as many as gain most, and room for them.
 
@@ -69,7 +71,9 @@ class ModelDrafts(Speculator):
                 asked.append((request, scheduled.new_block_ids, most))
         if not asked:
             return
-        count = self._best_count([request for request, _, _ in asked], num_sampled, context)
+        requests = [request for request, _, _ in asked]
+        room = self._room_in(num_slots)
+        count = self._best_count(requests, room, num_sampled, context)
         if not count:
             for request, _, _ in asked:
                 rate = self._rate_of(request)
@@ -119,10 +123,16 @@ class ModelDrafts(Speculator):
             request.draft_rate = self._rate
         return request.draft_rate
 
-    def _best_count(self, requests: list[Request], num_sampled: int, context: int) -> int:
-        """How many guesses for each of ``requests`` make the product of all speeds largest."""
+    def _best_count(
+        self, requests: list[Request], room: int, num_sampled: int, context: int
+    ) -> int:
+        """How many guesses for each of ``requests`` make the product of all speeds largest.
+
+        All together at most ``room``.
+        """
         most = min(
             self._config.num_speculative_tokens,
+            room // len(requests),
             (self._max_num_sampled - num_sampled) // len(requests),
             (self._max_num_tokens - num_sampled) // len(requests),
         )

@@ -120,9 +120,9 @@ class PrefixGroup(NamedTuple):
 class SchedulerOutput:
     """The plan of one step. Σ ``len(token_ids)`` ≤ ``max_num_batched_tokens``.
 
-    A runner works in this order: drop ``released_ids``, add ``new_requests``, do every copy of a
-    block or a state, then the forward. No block, and no slot of a state, is both source and
-    destination of a copy in one plan.
+    A runner works in this order: drop ``released_ids``, add ``new_requests``, take over
+    ``state_moves`` (of requests that it has), do every copy of a block or a state, then the
+    forward. No block, and no slot of a state, is both source and destination of a copy in one plan.
     ``prefix_groups`` only say where attention may save work; no request is in two of them.
 
     ``stores`` copy blocks to host memory and ``loads`` copy them back, in every layer, at any time

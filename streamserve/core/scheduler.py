@@ -329,9 +329,11 @@ class Scheduler:
         num_free = max(seats.num_seats - len(running), 0)
         drafts = None
         if self._speculator is not None:
+            num_coming = min(len(waiting), num_free)
+            num_slots = self.kv_cache.num_spare_states - num_coming
             if not self._in_flight:
-                drafts = self._speculator.plan(running, len(running) + min(len(waiting), num_free))
-            elif self._speculator.should_wait(running):
+                drafts = self._speculator.plan(running, len(running) + num_coming, num_slots)
+            elif self._speculator.should_wait(running, num_slots):
                 return None
         prefill = self.pacer.open(running, waiting, num_free, self._clock, drafts)
         step = Step(self._next_step_id, prefill, None if drafts is None else drafts.token_ids)
@@ -382,7 +384,9 @@ class Scheduler:
         self.kv_cache.complete(plan, step.requests)
         plan.prefix_groups.extend(self.prefix_grouping.update(step))
         if self._speculator is not None:
-            self._speculator.ask(step.requests, plan, self.kv_cache, self.num_running)
+            num_slots = self.kv_cache.num_spare_states - self._seats.num_coming
+            num_running = self.num_running
+            self._speculator.ask(step.requests, plan, self.kv_cache, num_running, num_slots)
         self._next_step_id += 1
         if self._shares is not None:
             self._shares.charge(step)
@@ -427,6 +431,8 @@ class Scheduler:
                 if reason is not None:
                     self.finish(request, reason, stop_reason=stop_id)
                     continue
+                if sample > 1:
+                    self.kv_cache.settle_drafts(request)
                 if drafts is not None:
                     request.drafts = drafts.get(request.request_id, [])
             if end // block_size > start // block_size:

@@ -13,10 +13,15 @@ What is made largest is the product of the streams' speeds, that is
     Σ log (tokens that a request may expect of the step) - requests · log (seconds of the step)
 
 The sum of the speeds would have one stream that repeats itself slow down all that do not.
+
+Where layers keep states, each draft takes a slot for the one before it, which else keeps that of a
+prefix (``num_slots``: as many as nobody runs in). Drafts get half of them, so that a crowd's do not
+cost all its prefixes; or as many as one request can use.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import log, log1p
@@ -124,7 +129,7 @@ class Speculator:
         self._num_to_index = 0
         self._num_refusals_left = 0
 
-    def should_wait(self, running: Sequence[Request]) -> bool:
+    def should_wait(self, running: Sequence[Request], num_slots: int = sys.maxsize) -> bool:
         """Whether a step in flight should retire before the next is made, to draft in that one.
 
         While the answer is no, it is thought over again after a few steps only, the more there are
@@ -133,7 +138,8 @@ class Speculator:
         if self._num_refusals_left:
             self._num_refusals_left -= 1
             return False
-        if self._is_worth_waiting(running):
+        room = self._room_in(num_slots)
+        if room > 0 and self._is_worth_waiting(running, room):
             return True
         if self._model is not None and running:
             step_s = self._model.predict(StepShape(len(running), len(running)))
@@ -141,7 +147,11 @@ class Speculator:
             self._num_refusals_left = max(period, _PATIENCE) - 1
         return False
 
-    def _is_worth_waiting(self, running: Iterable[Request]) -> bool:
+    def _room_in(self, num_slots: int) -> int:
+        """How many drafts a step may have, of as many slots for states that nobody runs in."""
+        return max(min(num_slots, self._config.num_speculative_tokens), num_slots // 2)
+
+    def _is_worth_waiting(self, running: Iterable[Request], room: int) -> bool:
         self._num_to_index = _MAX_NUM_INDEXED
         num_decodes = num_unknown = decode_context = 0
         candidates: list[_Candidate] = []
@@ -162,12 +172,14 @@ class Speculator:
         if not candidates or self._model is None:
             return False
         shape = StepShape(num_decodes, num_decodes, decode_context)
-        room = self._max_num_sampled - num_decodes
+        room = min(room, self._max_num_sampled - num_decodes)
         # What has drafts in flight would sit out a step that is made now: half as many tokens.
         least = MIN_GAIN - num_unknown * log(2.0)
         return self._choose(self._model, candidates, shape, room, least, overlaps=True)[0] > 0
 
-    def plan(self, running: Iterable[Request], max_num_requests: int) -> Drafts:
+    def plan(
+        self, running: Iterable[Request], max_num_requests: int, num_slots: int = sys.maxsize
+    ) -> Drafts:
         """The drafts of the step that is made next, with ``max_num_requests`` in it at most.
 
         Those that do not decode are prompts, and get half of what the decodes leave of the step.
@@ -193,7 +205,7 @@ class Speculator:
         room = self._max_num_tokens - num_decodes
         if max_num_requests > num_decodes:
             room //= 2
-        room = min(room, self._max_num_sampled - max_num_requests)
+        room = min(room, self._max_num_sampled - max_num_requests, self._room_in(num_slots))
         if not candidates or room <= 0:
             return Drafts(shape=shape)
         if self._model is None:
@@ -211,6 +223,7 @@ class Speculator:
         plan: SchedulerOutput,
         kv_cache: KVCacheManager,
         num_running: int,
+        num_slots: int = sys.maxsize,
     ) -> None:
         """Have drafts made behind a whole step, where they are made behind steps."""
 

@@ -51,6 +51,11 @@ class StateSlots:
         return len(self._kept) + len(self._sources)
 
     @property
+    def num_spare(self) -> int:
+        """Slots that `take` would give, one after the other."""
+        return len(self._free) + len(self._kept)
+
+    @property
     def has_room(self) -> bool:
         """Whether one more request could run now."""
         return bool(self._free or self._kept)

@@ -78,6 +78,7 @@ class InputBatch:
         for request in plan.new_requests:
             self._remove(request.request_id)
             self._add(request)
+        self._rows.move_states(plan.state_moves)
         for scheduled in plan.scheduled:
             if scheduled.new_block_ids:
                 self._rows.append_blocks(scheduled.request_id, scheduled.new_block_ids)

@@ -19,7 +19,8 @@ DEFAULT_CPU_LIMIT = 4 * GIB
 # Of what all seats can use. Past it are prefixes that nobody comes back to, and blocks to count.
 MAX_GPU_SHARE = 8
 # Of what is given to the cache, the most that states take, and the most of these: all seats', and
-# as many that are kept for whoever has their prefix.
+# as many that are kept for whoever has their prefix. One request's drafts have slots besides, and
+# find them, and one for a prefix, in however little memory.
 STATE_SHARE = 0.5
 MAX_STATES_PER_SEAT = 2
 
@@ -106,8 +107,11 @@ def plan_memory(
     kv_cache_memory: int | None = None,
     use_all: bool = False,
     state_bytes: int = 0,
+    num_drafts: int = 0,
 ) -> MemoryPlan:
     """Sizes the KV cache, states included, of which each takes ``state_bytes``.
+
+    ``num_drafts`` of a request may be in a step; each needs a slot for the state before it.
 
     ``kv_cache_memory`` is what was asked for in bytes. Without it, ``use_all`` (a GPU, whose
     ``available`` is already a share) takes whatever the weights and buffers leave, up to eight
@@ -120,7 +124,8 @@ def plan_memory(
     room = available.num_bytes - weight_bytes - step_buffer_bytes
     blocks_per_sequence = -(-max_model_len // block_size)
     all_seats = max_num_seqs * blocks_per_sequence * kv_bytes_per_block
-    all_states = MAX_STATES_PER_SEAT * max_num_seqs * state_bytes
+    all_states = (MAX_STATES_PER_SEAT * max_num_seqs + num_drafts) * state_bytes
+    least_states = (2 + num_drafts if num_drafts else 1) * state_bytes
     all_seats += all_states
     if kv_cache_memory is not None:
         budget = kv_cache_memory
@@ -135,7 +140,7 @@ def plan_memory(
         )
     num_states = 0
     if state_bytes:
-        num_states = max(min(int(STATE_SHARE * budget), all_states) // state_bytes, 1)
+        num_states = max(min(int(STATE_SHARE * budget), all_states), least_states) // state_bytes
     num_blocks = max(budget - num_states * state_bytes, 0) // kv_bytes_per_block
     sizes = (
         f"weights {format_bytes(weight_bytes)} + step buffers {format_bytes(step_buffer_bytes)} + "
@@ -155,7 +160,7 @@ def plan_memory(
     if num_blocks < blocks_per_sequence:
         shortest = num_blocks * block_size
         needed = blocks_per_sequence * kv_bytes_per_block
-        needed += max(min(needed, all_states), state_bytes)  # as many states leave it so much
+        needed += max(min(needed, all_states), least_states)  # as many states leave it so much
         advice = _advice(shortest, needed, room, on_gpu=use_all)
         raise KVCacheMemoryError(
             f"the KV cache holds {shortest} tokens, fewer than one sequence of --max-model-len "

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from streamserve.core.plan import NewRequest, ScheduledRequest
+from streamserve.core.plan import NewRequest, ScheduledRequest, StateMove
 from streamserve.runner.logits_edits import LogitsEdits
 
 Int64Array = NDArray[np.int64]
@@ -100,6 +100,11 @@ class RequestRows:
             self._free.append(row)
             self.num_adapted -= int(self.adapter[row] >= 0)
         return row
+
+    def move_states(self, moves: Sequence[StateMove]) -> None:
+        """Live requests have their states in other slots."""
+        for request_id, slot in moves:
+            self.state_slot[self._row_of[request_id]] = slot
 
     def have_adapters(self, rows: Int64Array) -> bool:
         """Whether a request of these rows has an adapter."""

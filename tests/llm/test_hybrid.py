@@ -69,21 +69,24 @@ def test_beam_search_is_refused(hybrid):
         hybrid.generate(PROMPT, params)
 
 
-@pytest.mark.parametrize(
-    ("flags", "flag"),
-    [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative_config",
-        ),
-    ],
-)
-def test_what_states_do_not_go_with_is_refused(directory, flags, flag):
-    with pytest.raises(
-        ConfigError, match=f"{flag} must not be given for a model whose layers keep"
-    ):
-        LLM(str(directory), load_format="dummy", **SMALL, **flags)
+def test_what_states_do_not_go_with_is_refused(directory):
+    match = "tensor_parallel_size must not be given for a model whose layers keep"
+    with pytest.raises(ConfigError, match=match):
+        LLM(str(directory), load_format="dummy", **SMALL, tensor_parallel_size=2)
+
+
+def test_answers_with_drafts_are_those_without_them(hybrid, directory):
+    """Of tokens that repeat themselves, as those of a model that has learned nothing do."""
+    params = replace(GREEDY, max_tokens=24)
+    prompts = [PROMPT, "Spain Spain Spain Spain", PROMPT + " or Rome's, or Rome's, or Rome's"]
+    expected = [one.outputs[0].token_ids for one in hybrid.generate(prompts, params)]
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    flags = {"load_format": "dummy", "speculative_config": speculative}
+    with LLM(str(directory), **SMALL, **flags) as drafting:
+        found = drafting.generate(prompts, params)
+        assert [one.outputs[0].token_ids for one in found] == expected
+        stats = drafting._service.engine.stats().speculation
+    assert stats.num_draft_tokens > stats.num_accepted_tokens > 0
 
 
 def test_a_model_that_keeps_states_drafts_for_nobody(directory):

@@ -62,6 +62,9 @@ def test_sizes(changes, kv_bytes):
         ({"max_num_seqs": 2}, 4, 4 * 18 * MIB + 2 * 512 * 192 * KIB),
         ({"kv_cache_memory": 120 * MIB}, 1, 120 * MIB),  # one at least
         ({"use_all": True}, 128, 30 * GIB - 64 * MIB),
+        # With drafts as many more as one request has, and for one the least, and a kept state.
+        ({"max_num_seqs": 2, "num_drafts": 3}, 7, 7 * 18 * MIB + 2 * 512 * 192 * KIB),
+        ({"kv_cache_memory": 420 * MIB, "num_drafts": 3, "max_model_len": 256}, 5, 420 * MIB),
     ],
 )
 def test_states_take_a_part_of_the_cache(changes, num_slots, total):
@@ -79,11 +82,21 @@ def test_without_states_nothing_is_said_of_them():
     assert "states" not in plan().describe()
 
 
-@pytest.mark.parametrize(("per_state", "proposed"), [(18 * MIB, 192), (300 * MIB, 396), (KIB, 97)])
-def test_what_is_proposed_beside_states_is_accepted(per_state, proposed):
+@pytest.mark.parametrize(
+    ("per_state", "num_drafts", "proposed"),
+    [
+        (18 * MIB, 0, 192),
+        (300 * MIB, 0, 396),
+        (KIB, 0, 97),
+        (18 * MIB, 4, 204),
+        (300 * MIB, 4, 1896),
+    ],
+)
+def test_what_is_proposed_beside_states_is_accepted(per_state, num_drafts, proposed):
+    sizes = {"state_bytes": per_state, "num_drafts": num_drafts}
     with pytest.raises(KVCacheMemoryError, match=f"raise --kv-cache-memory to {proposed}MiB"):
-        plan(state_bytes=per_state, kv_cache_memory=50 * MIB)
-    found = plan(state_bytes=per_state, kv_cache_memory=proposed * MIB)
+        plan(kv_cache_memory=50 * MIB, **sizes)
+    found = plan(kv_cache_memory=proposed * MIB, **sizes)
     assert found.num_tokens >= 8192
 
 
@@ -142,9 +155,10 @@ def test_what_a_refusal_proposes_is_accepted():
     block_size=st.sampled_from([1, 8, 16, 32]),
     requested=st.none() | st.integers(1, 40 * GIB),
     per_state=st.sampled_from([0, 0, MIB, 150 * MIB]),
+    num_drafts=st.sampled_from([0, 3]),
 )
 def test_a_plan_always_fits_and_holds_one_sequence(
-    gib, weights, seqs, length, block_size, requested, per_state
+    gib, weights, seqs, length, block_size, requested, per_state, num_drafts
 ):
     try:
         found = plan(
@@ -155,12 +169,14 @@ def test_a_plan_always_fits_and_holds_one_sequence(
             block_size=block_size,
             kv_cache_memory=requested,
             state_bytes=per_state,
+            num_drafts=num_drafts,
         )
     except KVCacheMemoryError:
         return
     cache_bytes = found.kv_bytes + found.state_bytes
     assert found.weight_bytes + found.step_buffer_bytes + cache_bytes <= gib * GIB
     assert (found.num_state_slots > 0) == (per_state > 0)
+    assert found.num_state_slots >= 2 + num_drafts or not (per_state and num_drafts)
     assert found.num_tokens >= length
     for chats, tokens in found.chats():
         assert 1 <= chats <= seqs

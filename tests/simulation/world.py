@@ -98,7 +98,7 @@ def _make_configs(rng: random.Random) -> tuple[CacheConfig, SchedulerConfig]:
         max_transfers_per_step=rng.randint(1, 4),
         num_state_slots=num_state_slots,
     )
-    speculates = rng.random() < 0.3 and not num_state_slots
+    speculates = rng.random() < 0.3
     config = SchedulerConfig(
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=rng.randint(1, 6),
@@ -243,6 +243,7 @@ class Play:
                 "failed steps": stats.num_failed_steps,
                 "requests rolled back": stats.num_rolled_back,
                 "drafts": stats.speculation.num_drafts,
+                "states moved": self.device.runner.num_state_moves,
                 "block copies": kv.num_block_copies,
                 "prefix hits": kv.num_hit_tokens,
                 "evictions": kv.num_evictions,

@@ -137,6 +137,7 @@ class SimulatedRunner:
         self.num_copies = 0
         self.num_state_copies = 0
         self.num_state_saves = 0
+        self.num_state_moves = 0
         self.num_stores = 0
         self.num_loads = 0
 
@@ -155,6 +156,7 @@ class SimulatedRunner:
             request.state_slot = new.state_slot
             assert (new.state_slot is not None) == bool(self.states), "a slot for nothing, or none"
             self.requests[new.request_id] = request
+        self._move_states(plan)
         step = SimulatedStep(plan, [], {}, [], {})
         self._start_transfers(step)
         self._copy(step)
@@ -290,6 +292,16 @@ class SimulatedRunner:
             self.salt_of_block[dst] = set(self.salt_of_block[src])
             self.memory[dst] = list(self.memory[src])
 
+    def _move_states(self, plan: SchedulerOutput) -> None:
+        moves = dict(plan.state_moves)
+        assert len(moves) == len(plan.state_moves), "moved twice"
+        new_ids = {new.request_id for new in plan.new_requests}
+        for request_id, slot in moves.items():
+            assert request_id not in new_ids, "moved before it has come"
+            assert self.requests[request_id].state_slot != slot, "moved to where it is"
+            self.requests[request_id].state_slot = slot
+        self.num_state_moves += len(moves)
+
     def _copy_states(self, plan: SchedulerOutput) -> None:
         copies = plan.state_copies
         sources, destinations = {copy.src for copy in copies}, {copy.dst for copy in copies}
@@ -304,6 +316,8 @@ class SimulatedRunner:
         slots = [r.state_slot for r in self.requests.values() if r.state_slot is not None]
         slots += [save.slot for save in plan.state_saves]
         assert len(set(slots)) == len(slots), "a slot has two owners"
+        tokens = [save[:2] for save in plan.state_saves]
+        assert len(set(tokens)) == len(tokens), "a token's state is saved twice"
         for place, position, slot in plan.state_saves:
             scheduled = plan.scheduled[place]
             end = scheduled.start + len(scheduled.token_ids)

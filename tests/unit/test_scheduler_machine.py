@@ -76,8 +76,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         public_lengths=(),
         num_state_slots=0,
     ):
-        if num_state_slots:  # neither is for a model that keeps states
-            num_host_blocks = num_drafts = 0
+        if num_state_slots:  # host memory is not for a model that keeps states
+            num_host_blocks = 0
         self.keeps_states = num_state_slots > 0
         self.harness = Harness(
             num_blocks=num_blocks,

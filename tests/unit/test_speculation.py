@@ -198,7 +198,7 @@ def test_whether_to_wait_is_thought_over_less_often_the_more_it_costs(
     """64 requests cost 0.64 ms at most: 1% of what some 20 short steps are predicted to take."""
     thoughts = []
     one = speculator(Machine(lambda rows: step_s, sampled_s=0.0))
-    monkeypatch.setattr(one, "_is_worth_waiting", lambda running: thoughts.append(0))
+    monkeypatch.setattr(one, "_is_worth_waiting", lambda running, room: thoughts.append(0))
     requests = waiting(decoding(64, repeats=False))
     for _ in range(100):
         assert not one.should_wait(requests)

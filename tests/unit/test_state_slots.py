@@ -206,7 +206,7 @@ def test_a_prefix_is_worth_nothing_without_its_state():
     prompt = distinct(1, 30)
     computed_by(harness, prompt, max_tokens=1)
     for node in harness.kv._cache.nodes():
-        harness.kv._states.forget(node)
+        harness.kv._states.slots.forget(node)
     request = harness.request(prompt)
     assert harness.kv.estimate_cached(request, 100) == 0
     assert harness.kv.find_prefix(request).num_tokens == 0

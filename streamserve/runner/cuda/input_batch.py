@@ -112,6 +112,7 @@ class DeviceInputBatch:
                 self.edits[row] = LogitsEdits(request, self._vocab_size, keeps_history=False)
                 if request.sampling_params.has_penalties or self.edits[row].bad_sequences:
                     with_history.append((row, request))
+        self.rows.move_states(plan.state_moves)
         for scheduled in plan.scheduled:
             if scheduled.new_block_ids:
                 self.rows.append_blocks(scheduled.request_id, scheduled.new_block_ids)

@@ -255,6 +255,7 @@ def plan_gpu_memory(
     max_num_seqs: int,
     kv_cache_memory: int | None = None,
     state_bytes: int = 0,
+    num_drafts: int = 0,
 ) -> MemoryPlan:
     """Gives the KV cache what is left within ``utilization`` of the GPU called ``name``.
 
@@ -275,4 +276,5 @@ def plan_gpu_memory(
         kv_cache_memory=kv_cache_memory,
         use_all=True,
         state_bytes=state_bytes,
+        num_drafts=num_drafts,
     )
