@@ -89,7 +89,7 @@ class SpeculativeConfig:
     prompt_lookup_min: int = 1
     prompt_lookup_max: int = 1
     model: str | None = None
-    quantization: str | None = None
+    quantization: Literal["int8", "int4", "fp8"] | None = None
 
     def __post_init__(self) -> None:
         _at_least("num_speculative_tokens", self.num_speculative_tokens, 1)

@@ -18,6 +18,7 @@ from streamserve.cli.device_flags import (
     refuse_undivided,
     resolve_device_flags,
 )
+from streamserve.cli.draft_head import with_draft_head
 from streamserve.cli.draft_model import check_vocabulary, with_draft_model
 from streamserve.cli.lora_flags import adapter_config
 from streamserve.cli.model_setup import BuiltModel, ModelBuilder, ModelSetup, Say
@@ -258,7 +259,7 @@ def set_up(args: Namespace, say: Say, warn: Say, *, rank: int = 0) -> ModelSetup
         say=say,
         warn=warn,
     )
-    return with_draft_model(setup)
+    return with_draft_head(with_draft_model(setup))
 
 
 def _scheduler_config(args: Namespace, max_model_len: int) -> SchedulerConfig:

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from streamserve.cli.model_setup import BuiltModel, ModelSetup
+from streamserve.cli.model_setup import BuiltModel, HeadSetup, ModelSetup
 from streamserve.core.plan import ModelRunner
 from streamserve.models import (
+    Decoder,
     KVCache,
+    LanguageModel,
     NativeConfig,
     adapter_bytes,
     kv_bytes_per_block,
     state_bytes,
     touch_kv_cache,
 )
+from streamserve.models.spec import ModelShape
 from streamserve.runner.available import available_cpu_memory
-from streamserve.runner.build import build_runner, new_kv_cache, step_buffer_bytes
+from streamserve.runner.build import (
+    build_runner,
+    head_buffer_bytes,
+    new_kv_cache,
+    step_buffer_bytes,
+)
 from streamserve.runner.drafting import DraftingRunner
+from streamserve.runner.head_drafter import HeadDrafter
 from streamserve.runner.memory import MemoryPlan, parse_bytes, plan_memory
 from streamserve.runner.model_drafter import ModelDrafter
+from streamserve.runner.model_runner import TorchModelRunner
 from streamserve.runner.passing_thread import in_background, on_passing_thread
 from streamserve.runner.tensor_parallel.team import agreed
-from streamserve.runner.warm_up import closed_on_error
+from streamserve.runner.warm_up import WarmUp, closed_on_error
 from streamserve_kernels import Kernels
 
 
@@ -34,24 +44,33 @@ class CpuBuilder:
         setup.say_plan(self._memory)
         self._kernels = setup.choose_kernels()
         self._kv_caches = _new_kv_cache(setup, self._memory, self._kernels)
-        self._draft = None if setup.draft is None else _DraftBuilder(setup.draft, self._memory)
+        self._draft: _DraftBuilder | _HeadBuilder | None = None
+        if setup.draft is not None:
+            self._draft = _DraftBuilder(setup.draft, self._memory)
+        elif setup.head is not None:
+            self._draft = _HeadBuilder(setup, setup.head, self._memory, self._kernels)
 
     def build(self) -> BuiltModel:
         """As in `ModelBuilder`."""
         model = on_passing_thread(lambda: self._setup.load(self._kernels))
         # jinja2's errors keep whoever has called it, a builder too, until garbage is collected.
         kv_caches, self._kv_caches = self._kv_caches, []
+        head = self._setup.head
+        if head is not None:
+            assert isinstance(model, Decoder), "others have no heads"
+            model.tap(head.taps)
         runner, profile = build_runner(
             model,
             self._memory,
             max_num_batched_tokens=self._setup.scheduler.max_num_batched_tokens,
             kv_caches=kv_caches,
             max_num_sampled=self._setup.scheduler.max_num_sampled,
+            keeps_hidden_states=head is not None,
             team=self._setup.team,
         )
         if self._draft is not None:
             with closed_on_error(runner):
-                runner = self._draft.build(runner, model.spec.vocab_size)
+                runner = self._draft.build(runner, model)
         return BuiltModel(
             runner,
             profile,
@@ -69,28 +88,67 @@ class _DraftBuilder:
         self._kernels = setup.choose_kernels()
         self._kv_caches = _new_kv_cache(setup, memory, self._kernels)
 
-    def build(self, target: ModelRunner, vocab_size: int) -> ModelRunner:
-        """The runner of both models; ``vocab_size`` is the target's."""
+    def build(self, runner: ModelRunner, target: LanguageModel) -> ModelRunner:
+        """The runner of both models."""
         model = on_passing_thread(lambda: self._setup.load(self._kernels))
         kv_caches, self._kv_caches = self._kv_caches, []
         max_num_batched_tokens = self._setup.scheduler.max_num_batched_tokens
-        runner, _ = build_runner(
+        draft, _ = build_runner(
             model,
             self._memory,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_caches=kv_caches,
         )
         drafter = ModelDrafter(
-            runner,
+            draft,
             block_size=self._memory.block_size,
-            vocab_size=min(vocab_size, model.spec.vocab_size),
+            vocab_size=min(target.spec.vocab_size, model.spec.vocab_size),
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        return DraftingRunner(target, drafter)
+        return DraftingRunner(runner, drafter)
+
+
+class _HeadBuilder:
+    """Of a head that drafts from hidden states, in as many blocks as its target has."""
+
+    def __init__(
+        self, setup: ModelSetup, head: HeadSetup, memory: MemoryPlan, kernels: Kernels
+    ) -> None:
+        self._setup = setup
+        self._head = head
+        self._memory = memory
+        self._kv_caches = _touched_kv_cache(head.spec, setup, memory, kernels)
+
+    def build(self, runner: ModelRunner, target: LanguageModel) -> ModelRunner:
+        """The runner of both, warm."""
+        assert isinstance(runner, TorchModelRunner)
+        assert isinstance(target, Decoder)
+        head = on_passing_thread(lambda: self._head.load(target))
+        on_passing_thread(lambda: head.warm_up(self._memory.block_size))
+        kv_caches, self._kv_caches = self._kv_caches, []
+        scheduler = self._setup.scheduler
+        drafter = HeadDrafter(
+            head,
+            kv_caches,
+            lambda: runner.hidden_states,
+            block_size=self._memory.block_size,
+            max_model_len=self._memory.max_model_len,
+            max_num_seqs=self._memory.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        )
+        drafting = DraftingRunner(runner, drafter)
+        WarmUp(drafting, self._memory, scheduler.max_num_batched_tokens).run_guesses()
+        return drafting
 
 
 def _new_kv_cache(setup: ModelSetup, memory: MemoryPlan, kernels: Kernels) -> KVCache:
-    kv_caches = new_kv_cache(setup.config.spec, memory, setup.dtype, setup.device, kernels)
+    return _touched_kv_cache(setup.config.spec, setup, memory, kernels)
+
+
+def _touched_kv_cache(
+    spec: ModelShape, setup: ModelSetup, memory: MemoryPlan, kernels: Kernels
+) -> KVCache:
+    kv_caches = new_kv_cache(spec, memory, setup.dtype, setup.device, kernels)
     # A virtual machine may take seconds to get gigabytes from its host; nobody waits for that.
     in_background(lambda is_exiting: touch_kv_cache(kv_caches, is_exiting))
     return kv_caches
@@ -104,6 +162,12 @@ def _plan(setup: ModelSetup) -> MemoryPlan:
         weight_bytes += of_draft[0]
         buffer_bytes += of_draft[1]
         block_bytes += of_draft[2]
+    if (head := setup.head) is not None:
+        weight_bytes += head.weight_bytes
+        buffer_bytes += head_buffer_bytes(
+            head.spec, setup.dtype, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+        )
+        block_bytes += kv_bytes_per_block(head.spec, args.block_size, setup.dtype)
     speculative = scheduler.speculative
     # The ranks of a model share the host's memory.
     available = available_cpu_memory()

@@ -22,9 +22,10 @@ def with_draft_model(setup: ModelSetup) -> ModelSetup:
     Raises ConfigError for one that cannot draft for this model.
     """
     speculative = setup.scheduler.speculative
-    if speculative is None or speculative.model is None:
+    if speculative is None or speculative.method != "draft_model":
         return setup
     args, say, name = setup.args, setup.say, speculative.model
+    assert name is not None, "parsed so"
     if setup.device.type != "cpu" or args.tensor_parallel_size > 1:
         raise ConfigError(
             f"{_FLAG}: a draft model must be on a CPU, in one process, got {setup.device} and "
@@ -51,7 +52,7 @@ def with_draft_model(setup: ModelSetup) -> ModelSetup:
         config=config,
         dtype=dtype,
         scheduler=replace(setup.scheduler, max_num_batched_tokens=num_tokens, speculative=None),
-        quantization=agreed_quantization(args.quantization, stored),
+        quantization=agreed_quantization(speculative.quantization or args.quantization, stored),
         adapters=None,
         say=lambda line: say(f"  draft model:  {line.strip()}"),
     )

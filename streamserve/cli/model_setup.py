@@ -15,7 +15,15 @@ import streamserve_kernels
 from streamserve.config import AdapterConfig, SchedulerConfig
 from streamserve.core.plan import ModelRunner
 from streamserve.core.step_time import StepProfile
-from streamserve.models import AdapterTables, LanguageModel, ModelConfig, load_model
+from streamserve.models import (
+    AdapterTables,
+    Decoder,
+    DraftHead,
+    LanguageModel,
+    ModelConfig,
+    load_model,
+)
+from streamserve.models.spec import ModelShape
 from streamserve.runner.memory import MemoryPlan, format_bytes
 from streamserve.runner.tensor_parallel.team import Team
 from streamserve_kernels import Kernels, Quantization
@@ -23,12 +31,23 @@ from streamserve_kernels import Kernels, Quantization
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class HeadSetup:
+    """What is known of a draft head before it is loaded, for a target that is tapped so."""
+
+    spec: ModelShape
+    weight_bytes: int
+    load: Callable[[Decoder], DraftHead]
+    taps: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSetup:
     """The flags with the device's defaults, and all that follows from them and the config.
 
     ``quantization`` is of plain weights, while they are loaded. With a ``team`` the config is that
-    of this rank's share. ``draft`` is the setup of a model that drafts for this one.
+    of this rank's share. ``draft`` is the setup of a model that drafts for this one, ``head`` that
+    of a head of its hidden states.
     """
 
     args: Namespace
@@ -43,6 +62,7 @@ class ModelSetup:
     warn: Say
     team: Team | None = None
     draft: ModelSetup | None = None
+    head: HeadSetup | None = None
 
     def choose_kernels(self) -> Kernels:
         """The backend; says its name."""

@@ -123,3 +123,11 @@ def step_buffer_bytes(
     logits = max_num_seqs * spec.vocab_size * (dtype.itemsize + torch.float32.itemsize)
     draws = row_draws_bytes(spec.vocab_size, max_num_seqs)
     return activations + logits + Sampler.work_bytes(spec.vocab_size, max_num_seqs) + draws
+
+
+def head_buffer_bytes(
+    spec: ModelShape, dtype: torch.dtype, max_num_batched_tokens: int, max_num_seqs: int
+) -> int:
+    """About what feeding a draft head and guessing needs, beside its weights and KV."""
+    activations = max_num_batched_tokens * spec.row_width() * dtype.itemsize
+    return activations + max_num_seqs * spec.vocab_size * torch.float32.itemsize

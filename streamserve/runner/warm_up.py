@@ -198,6 +198,13 @@ class WarmUp:
             self._step(work, (params,), num_drafts=most)
         self._step([], ())
 
+    def run_guesses(self) -> None:
+        """Feeds what drafts, and has it guess, for a few requests and for one in each seat."""
+        for count in sorted({1, min(2, self._max_seqs), self._max_seqs}):
+            self._step(self._prompts(self._max_tokens), _GREEDY)
+            self._step(self._decodes(count), _GREEDY, num_guesses=2)
+        self._step([], ())
+
     def run_full_steps(self) -> None:
         """Runs the largest prompt and the largest batch: what a whole model needs room for."""
         self._step(self._prompts(self._max_tokens), _GREEDY)
@@ -253,6 +260,7 @@ class WarmUp:
         *,
         share_prefix: bool = False,
         num_drafts: int = 0,
+        num_guesses: int = 0,
     ) -> None:
         """One step of fresh requests, which share blocks; ``share_prefix``: the plan says so."""
         plan = SchedulerOutput(self._step_id, released_ids=self._live)
@@ -288,6 +296,8 @@ class WarmUp:
             plan.scheduled.append(
                 ScheduledRequest(request_id, start, token_ids[start:], blocks, 1 + num_drafts, 0)
             )
+            if num_guesses:
+                plan.num_drafts[request_id] = num_guesses
         self._runner.launch(plan)
         output = self._runner.sample(plan.step_id).result()
         if output.duration_s is not None and plan.scheduled:

@@ -40,6 +40,22 @@ def test_a_draft_model(leave_out):
     )
 
 
+@pytest.mark.parametrize("method", ["mtp", "qwen3_next_mtp", "qwen3_5_mtp"])
+def test_layers_that_guess(method):
+    text = json.dumps({"method": method, "num_speculative_tokens": 2, "quantization": "int4"})
+    assert parse_speculative_config(text) == SpeculativeConfig(
+        num_speculative_tokens=2, method="mtp", quantization="int4"
+    )
+    assert parse_speculative_config(json.dumps({"method": method})).num_speculative_tokens == 3
+
+
+def test_a_draft_head():
+    given = {**BY_MODEL, "method": "eagle3", "quantization": "int8"}
+    assert parse_speculative_config(json.dumps(given)) == SpeculativeConfig(
+        num_speculative_tokens=4, method="eagle3", model="small", quantization="int8"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -62,6 +78,10 @@ def test_a_draft_model(leave_out):
             "prompt_lookup_min must be at most prompt_lookup_max 2, got 4",
         ),
         (json.dumps({**PLAIN, "model": "small"}), "model must not be given .*, got 'small'"),
+        (json.dumps({**PLAIN, "quantization": "int4"}), "quantization must not .*, got 'int4'"),
+        (json.dumps({"method": "mtp", "model": "small"}), "model must not .* 'mtp', got 'small'"),
+        (json.dumps({"method": "eagle3"}), "model must be a directory.* got None"),
+        (json.dumps({"method": "mtp", "quantization": "int2"}), "int8, int4, fp8, got 'int2'"),
     ],
 )
 def test_everything_else_is_refused(text, message):
