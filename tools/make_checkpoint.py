@@ -3,12 +3,15 @@
     python tools/make_checkpoint.py smollm-135m /tmp/checkpoints/smollm-135m
     python tools/make_checkpoint.py llama-1b /tmp/checkpoints/llama-1b --shard-mb 1000
     python tools/make_checkpoint.py llama-8b /tmp/checkpoints/llama-8b --config-only
+    python tools/make_checkpoint.py qwen3.5-0.8b /tmp/checkpoints/guessable --guessable 0.7
 
 For load tests and benchmarks where nothing can be downloaded: the arithmetic is that of the real
 model, only the answers are nonsense. The same seed writes the same bytes. With ``--config-only`` no
 weights are written: a server that draws its own (``--load-format dummy``) needs none. Every
 vocabulary piece is plain ASCII, so that each generated id is text at once and no chunk waits for
 the rest of a character. Needs tokenizers and, for weights, torch; nothing of streamserve.
+
+With ``--guessable P`` speculation can be measured at a chosen acceptance: see `_guessable`.
 
 llama.cpp's converter knows a tokenizer by the hash of one encoded text, which no new vocabulary can
 match; its ``get_vocab_base_pre`` must be told that the pre-tokenizer is ``gpt-2``, as
@@ -21,14 +24,19 @@ import argparse
 import itertools
 import json
 import math
+import re
 import string
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _COMMON = {
     "attention_dropout": 0.0,
@@ -37,6 +45,25 @@ _COMMON = {
     "rope_scaling": None,
     "torch_dtype": "bfloat16",
     "use_cache": True,
+}
+_QWEN3_5 = {
+    **_COMMON,
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "attention_bias": False,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "max_position_embeddings": 262_144,
+    # A layer that guesses further tokens comes along.
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000_000.0,
+        "partial_rotary_factor": 0.25,
+    },
+    "tie_word_embeddings": True,
 }
 _LLAMA = {
     **_COMMON,
@@ -90,17 +117,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1_000_000.0,
         "tie_word_embeddings": True,
     },
+    "tiny-qwen3.5": {
+        **_QWEN3_5,
+        "head_dim": 32,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "linear_key_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 1024,
+    },
     # Qwen/Qwen3.5-0.8B, its text model: three layers of a delta net for each of attention
     "qwen3.5-0.8b": {
-        **_COMMON,
-        "architectures": ["Qwen3_5ForCausalLM"],
-        "model_type": "qwen3_5_text",
-        "attention_bias": False,
-        "full_attention_interval": 4,
+        **_QWEN3_5,
         "head_dim": 256,
         "hidden_size": 1024,
         "intermediate_size": 3584,
-        "linear_conv_kernel_dim": 4,
         "linear_key_head_dim": 128,
         "linear_num_key_heads": 16,
         "linear_num_value_heads": 16,
@@ -109,14 +145,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "vocab_size": 248_320,
-        "max_position_embeddings": 262_144,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10_000_000.0,
-            "partial_rotary_factor": 0.25,
-        },
-        "tie_word_embeddings": True,
     },
     # ibm-granite/granite-3.1-1b-a400m-base: 24 layers of 32 experts, of which a token takes 8
     "granite-moe-1b": {
@@ -184,6 +212,13 @@ CHAT_TEMPLATE = (
 # English letters, commonest first: a merge that comes early in the table is one that is made early.
 _LETTERS = "etaoinshrdlcumwfgypbvkjxqz"
 _SPACE = "\u0120"  # how GPT-2's byte-level alphabet spells a space
+_STD = 0.02
+_EMBEDDING = "model.embed_tokens.weight"
+_NORM = re.compile(r"norm(_\w+)?\.weight$")
+# What a layer's halves end with.
+_OUTPUT = re.compile(r"\.(o_proj|out_proj|down_proj|output_linear)\.weight$")
+_MARK = 0.3
+Draw = Callable[[str, tuple[int, ...]], "Tensor"]
 
 
 def main() -> None:
@@ -193,29 +228,48 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-mb", type=int, default=None, help="split into files of this size")
     parser.add_argument("--config-only", action="store_true", help="config and tokenizer alone")
+    parser.add_argument(
+        "--guessable", type=_share, metavar="P", help="a token follows from the last one"
+    )
     options = parser.parse_args()
     started = time.monotonic()
+    shape, directory = options.shape, options.directory
     if options.config_only:
-        write_config(options.shape, options.directory)
-        print(f"{options.directory}: a config and a tokenizer")
+        write_config(shape, directory, is_guessable=options.guessable is not None)
+        print(f"{directory}: a config and a tokenizer")
         return
-    written = write_checkpoint(options.shape, options.directory, options.seed, options.shard_mb)
+    written = write_checkpoint(shape, directory, options.seed, options.shard_mb, options.guessable)
     seconds = time.monotonic() - started
     print(f"{options.directory}: {written / 2**20:.0f} MiB of weights in {seconds:.1f} s")
 
 
+def _share(text: str) -> float:
+    if not 0.0 <= (share := float(text)) <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return share
+
+
 def write_checkpoint(
-    shape: str, directory: Path, seed: int = 0, shard_mb: int | None = None
+    shape: str,
+    directory: Path,
+    seed: int = 0,
+    shard_mb: int | None = None,
+    guessable: float | None = None,
 ) -> int:
     """Writes weights, configs and tokenizer; returns the bytes of weights written."""
-    config = write_config(shape, directory)
-    return _write_weights(directory, list(_tensors(config)), seed, shard_mb)
+    config = write_config(shape, directory, is_guessable=guessable is not None)
+    draw = partial(_random, seed=seed)
+    if guessable is not None:
+        draw = partial(_guessable, draw=draw, share=guessable, vocab_size=config["vocab_size"])
+    return _write_weights(directory, list(_tensors(config)), draw, shard_mb)
 
 
-def write_config(shape: str, directory: Path) -> dict[str, Any]:
+def write_config(shape: str, directory: Path, *, is_guessable: bool = False) -> dict[str, Any]:
     """Writes configs and tokenizer; returns the model's config."""
     directory.mkdir(parents=True, exist_ok=True)
     config = dict(SHAPES[shape])
+    if is_guessable:
+        config["tie_word_embeddings"] = False
     vocab_size = config["vocab_size"]
     end_of_text, _, end_of_turn = range(vocab_size - 3, vocab_size)
     config.update(bos_token_id=end_of_text, eos_token_id=end_of_turn)
@@ -289,7 +343,7 @@ def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a checkpoint's tensors, in the order of the forward."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     attends_every = config.get("full_attention_interval", 1)
-    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    yield _EMBEDDING, (config["vocab_size"], hidden)
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}."
         yield layer + "input_layernorm.weight", (hidden,)
@@ -302,12 +356,32 @@ def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield layer + "block_sparse_moe.input_linear.weight", (experts, 2 * inner, hidden)
             yield layer + "block_sparse_moe.output_linear.weight", (experts, hidden, inner)
             continue
-        yield layer + "mlp.gate_proj.weight", (inner, hidden)
-        yield layer + "mlp.up_proj.weight", (inner, hidden)
-        yield layer + "mlp.down_proj.weight", (hidden, inner)
+        for name, shape in _mlp(config):
+            yield layer + name, shape
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
+    if config.get("mtp_num_hidden_layers"):
+        yield from _mtp(config)
+
+
+def _mtp(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """A layer that guesses further tokens, and what is around it."""
+    hidden = config["hidden_size"]
+    yield "mtp.fc.weight", (hidden, 2 * hidden)
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        yield f"mtp.{name}.weight", (hidden,)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        yield f"mtp.layers.0.{name}.weight", (hidden,)
+    for name, shape in (*_attention(config), *_mlp(config)):
+        yield f"mtp.layers.0.{name}", shape
+
+
+def _mlp(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    yield "mlp.gate_proj.weight", (inner, hidden)
+    yield "mlp.up_proj.weight", (inner, hidden)
+    yield "mlp.down_proj.weight", (hidden, inner)
 
 
 def _attention(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -344,7 +418,7 @@ def _delta_net(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _write_weights(
     directory: Path,
     tensors: list[tuple[str, tuple[int, ...]]],
-    seed: int,
+    draw: Draw,
     shard_mb: int | None,
 ) -> int:
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
@@ -363,7 +437,7 @@ def _write_weights(
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        total += _write_shard(directory / file, shard, seed)
+        total += _write_shard(directory / file, shard, draw)
         weight_map.update({name: file for name, _ in shard})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -371,8 +445,10 @@ def _write_weights(
     return total
 
 
-def _write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]], seed: int) -> int:
+def _write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]], draw: Draw) -> int:
     """One safetensors file, tensor by tensor, so that memory holds no more than the largest."""
+    import torch  # which takes longer than all that a config needs
+
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in tensors:
@@ -385,20 +461,55 @@ def _write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]], seed: i
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name, shape in tensors:
-            file.write(_random_bytes(name, shape, seed))
+            file.write(draw(name, shape).view(-1).view(torch.uint8).numpy().data)
     return offset
 
 
-def _random_bytes(name: str, shape: tuple[int, ...], seed: int) -> memoryview:
+def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Of bfloat16 as Hugging Face initialises it: norms one, all else normal, of std 0.02."""
-    import torch  # which takes longer than all that a config needs
+    import torch
 
     values = torch.ones(math.prod(shape), dtype=torch.bfloat16)
-    if not name.endswith("norm.weight"):
+    if not _NORM.search(name):
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
-        values.normal_(0.0, 0.02, generator=generator)
-    data: memoryview = values.view(torch.uint8).numpy().data
-    return data
+        values.normal_(0.0, _STD, generator=generator)
+    return values.view(shape)
+
+
+def _guessable(
+    name: str, shape: tuple[int, ...], draw: Draw, share: float, vocab_size: int
+) -> Tensor:
+    """Weights with which the likeliest token follows from the last one alone, in real shapes.
+
+    What a layer adds is nothing, so that the last hidden state is the token's embedding; the head,
+    which is not tied, has at each token's successor the token's embedding. All plain tokens are
+    one cycle of successors: no text repeats itself, or ends. A layer that guesses further tokens
+    passes the embedding on, and so is right but for a ``share`` of the tokens: the others have a
+    mark in their embedding, in place of which it puts one token's embedding, much larger.
+    """
+    import torch
+
+    values = draw(name, shape)
+    generator = torch.Generator().manual_seed(vocab_size)
+    plain = vocab_size - len(SPECIAL_TOKENS)
+    cycle = torch.randperm(plain, generator=generator)
+    is_marked = torch.rand(plain, generator=generator) >= share
+    is_marked[cycle[0]] = False
+    if _OUTPUT.search(name):
+        return values.zero_()
+    if name == _EMBEDDING:
+        values[:, 0] = 0.0
+        values[:plain, 0][is_marked] = _MARK
+    elif name == "lm_head.weight":
+        embedding = _guessable(_EMBEDDING, shape, draw, share, vocab_size)
+        values.zero_()
+        values[cycle.roll(-1)] = embedding[cycle]
+    elif name == "mtp.fc.weight":
+        embedding = _guessable(_EMBEDDING, (vocab_size, shape[0]), draw, share, vocab_size)
+        values.zero_()
+        values.fill_diagonal_(1.0)
+        values[:, 0] += embedding[cycle[0]] / _STD
+    return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from streamserve.models import load_config, load_model
+from streamserve.models import find_mtp, load_config, load_model, load_mtp_head
 from tests.interpreter import run_python
 from tests.models.paged import PagedHarness, Sequence
 from tools.make_checkpoint import (
@@ -98,6 +99,29 @@ def test_every_id_is_ascii_text_and_every_ascii_text_has_ids(vocab_size):
         ids = tokenizer.encode(text).ids
         assert tokenizer.decode(ids) == text
     assert tokenizer.decode(tokenizer.encode("naïve").ids) == "na??ve"
+
+
+def test_a_guessable_checkpoint_goes_on_as_its_head_guesses_as_often_as_asked(tmp_path, kernels):
+    write_checkpoint("tiny-qwen3.5", tmp_path, guessable=0.7)
+    config = load_config(tmp_path)
+    options = {"dtype": torch.float32, "device": CPU, "kernels": kernels, "config": config}
+    target = load_model(tmp_path, **options)
+    head = load_mtp_head(find_mtp(tmp_path, config), target)
+    sequence = Sequence([5])
+    harness = PagedHarness(target)
+    harness.decode([sequence], harness.step([(sequence, 1)]), 200)
+    tokens = sequence.tokens
+    assert len(set(tokens)) == 201  # nothing comes twice, nor ends
+    harness, shifted = PagedHarness(head), Sequence(tokens[1:-1])
+    batch = harness.batch([(shifted, 199)], all_rows=True)
+    with torch.inference_mode():
+        states = torch.randn(199, head.spec.hidden_size)  # it makes nothing of them
+        guesses, _ = head.guess(replace(batch, hidden_states=states), harness.caches)
+    right = [a == b for a, b in zip(guesses.tolist(), tokens[2:], strict=True)]
+    assert 0.6 < sum(right) / len(right) < 0.8
+    assert (
+        len({g for g, is_right in zip(guesses.tolist(), right, strict=True) if not is_right}) == 1
+    )
 
 
 def test_the_chat_template_opens_the_assistants_turn(tiny):
