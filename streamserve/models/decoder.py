@@ -394,6 +394,22 @@ class Decoder:
         states = self.hidden_states(all_rows, kv_caches)
         return self.compute_logits(states.index_select(0, batch.logits_indices)), states
 
+    def greedy_with_all_states(
+        self, batch: ForwardBatch, kv_caches: KVCache
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `greedy`, with what `forward_with_all_states` gives beside the logits.
+
+        None, and nothing has run, also where rows that need no logits have no states.
+        """
+        num_rows = batch.input_ids.shape[0]
+        recorded = self._recorded_for(batch, kv_caches)
+        if recorded is None or not (self._taps or batch.logits_indices.shape[0] == num_rows):
+            return None
+        token_ids = recorded.greedy(batch)
+        if not self._taps:
+            return token_ids, recorded.hidden_states(num_rows)
+        return token_ids, torch.cat(recorded.tapped(num_rows), dim=1)
+
     def all_states(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
         """Runs a step: final normed hidden states [T, H] of all rows, whichever need logits.
 

@@ -78,6 +78,11 @@ class ForwardModel(PromptModel, Protocol):
     ) -> tuple[Tensor, Tensor]:
         """As ``forward``, with what a draft head is given of all rows ``[T, C]``."""
 
+    def greedy_with_all_states(
+        self, batch: ForwardBatch, kv_caches: KVCache
+    ) -> tuple[Tensor, Tensor] | None:
+        """As ``greedy``, with the same; None, nothing having run: use the one before."""
+
     def all_states(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
         """Final normed hidden states ``[T, H]``, and what a draft head is given ``[T, C]``."""
 
@@ -251,13 +256,22 @@ class TorchModelRunner:
         if wanted := self._prompts.rows_of(plan):
             return self._compute_prompts(batch, rows, wanted)
         if self._keeps_hidden_states:
-            logits, self.hidden_states = self._model.forward_with_all_states(batch, self._kv_caches)
-            return Launched(rows, logits=logits)
+            return self._compute_states(batch, rows)
         if rows.places and self._input_batch.is_greedy(rows):
             token_ids = self._model.greedy(batch, self._kv_caches)
             if token_ids is not None:
                 return Launched(rows, token_ids=token_ids)
         return Launched(rows, logits=self._model.forward(batch, self._kv_caches))
+
+    def _compute_states(self, batch: ForwardBatch, rows: StepRows) -> Launched:
+        model = self._model
+        if rows.places and self._input_batch.is_greedy(rows):
+            found = model.greedy_with_all_states(batch, self._kv_caches)
+            if found is not None:
+                token_ids, self.hidden_states = found
+                return Launched(rows, token_ids=token_ids)
+        logits, self.hidden_states = model.forward_with_all_states(batch, self._kv_caches)
+        return Launched(rows, logits=logits)
 
     def _compute_prompts(
         self, batch: ForwardBatch, rows: StepRows, wanted: list[PromptRows]

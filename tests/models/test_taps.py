@@ -92,6 +92,35 @@ def test_recorded_taps_are_those_of_functions(family, tmp_path):
             assert error < 0.03 * right.abs().max()
 
 
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("taps", [(), TAPS])
+def test_the_likeliest_tokens_come_with_the_states(taps, tmp_path):
+    """Of a step that was recorded; without taps where each row's token is wanted."""
+    case = native.NATIVE["llama3"]()
+    case.save_pretrained(tmp_path)
+    spec = widened(load_config(tmp_path).spec)
+    eager, recorded = decoder_of(spec, "native"), decoder_of(spec, "native")
+    harnesses = [PagedHarness(model, block_size=16) for model in (eager, recorded)]
+    for model in (eager, recorded):
+        model.tap(taps)
+    assert recorded.record(harnesses[1].caches, max_tokens=64, max_logits=64) == 64
+    num_found = 0
+    for batch, same in zip(*(batches(harness) for harness in harnesses), strict=True):
+        logits, states = tapped(eager, harnesses[0], batch)
+        assert eager.greedy_with_all_states(batch, harnesses[0].caches) is None
+        with torch.inference_mode():
+            found = recorded.greedy_with_all_states(same, harnesses[1].caches)
+        if found is None:
+            tapped(recorded, harnesses[1], same)
+            assert len(same.input_ids) > 64 or len(same.logits_indices) < len(same.input_ids)
+            continue
+        num_found += 1
+        assert torch.equal(found[0], logits.argmax(-1))
+        num_rows = int(batch.query_start_loc[-1])
+        assert torch.equal(found[1][:num_rows], states[:num_rows])
+    assert num_found > 1
+
+
 def test_layers_that_there_are_not_are_refused():
     decoder = decoder_of(widened(_plain()), "naive")
     for taps in ((0, 3), (-1,)):

@@ -82,6 +82,11 @@ class TransformersDecoder:
         states, _ = self.all_states(batch, kv_caches)
         return self.compute_logits(states.index_select(0, batch.logits_indices)), states
 
+    def greedy_with_all_states(
+        self, batch: ForwardBatch, kv_caches: KVCache
+    ) -> tuple[Tensor, Tensor] | None:
+        return None
+
     def all_states(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
         every_row = torch.arange(batch.input_ids.shape[0], device=self.device)
         states = self.hidden_states(replace(batch, logits_indices=every_row), kv_caches)
