@@ -12,6 +12,9 @@ from streamserve.models.config import NativeConfig as NativeConfig
 from streamserve.models.config import read_sampling_defaults as read_sampling_defaults
 from streamserve.models.decoder import Decoder as Decoder
 from streamserve.models.draft_head import DraftHead as DraftHead
+from streamserve.models.eagle3 import Eagle3Config as Eagle3Config
+from streamserve.models.eagle3 import load_eagle3_config as load_eagle3_config
+from streamserve.models.eagle3 import load_eagle3_head as load_eagle3_head
 from streamserve.models.families import supported_architectures as supported_architectures
 from streamserve.models.gguf.vocabulary import read_text_files as read_text_files
 from streamserve.models.hub import LoadFormat as LoadFormat

@@ -62,8 +62,8 @@ def load_hf_config(
 ) -> ModelConfig:
     """`load_config` of a directory: its ``config.json`` and ``generation_config.json``."""
     directory = Path(path)
-    values = _overridden(_read_json(directory / "config.json", required=True), hf_overrides)
-    generation = _read_json(directory / "generation_config.json", required=False)
+    values = _overridden(read_json(directory / "config.json", required=True), hf_overrides)
+    generation = read_json(directory / "generation_config.json", required=False)
     config = HfConfig(values, str(directory / "config.json"))
     part = None if model_impl == "transformers" else find_text_part(config)
     text = config if part is None else part.config(config, partial(_has_head, directory))
@@ -186,7 +186,7 @@ def _transformers_config(
 
 def read_sampling_defaults(directory: Path) -> Mapping[str, float]:
     """What a ``generation_config.json`` recommends. Raises ModelLoadError for a damaged one."""
-    return _sampling_defaults(_read_json(directory / "generation_config.json", required=False))
+    return _sampling_defaults(read_json(directory / "generation_config.json", required=False))
 
 
 def _sampling_defaults(generation: Mapping[str, Any]) -> Mapping[str, float]:
@@ -197,7 +197,7 @@ def _sampling_defaults(generation: Mapping[str, Any]) -> Mapping[str, float]:
     }
 
 
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+def read_json(path: Path, *, required: bool) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -310,7 +310,7 @@ class Decoder:
         if adapted:
             twin._blocks = twin._adapted_blocks
         try:
-            hidden_states, tapped = twin._run(recorder.batch, kv_caches, self._taps)
+            hidden_states, _, tapped = twin._run(recorder.batch, kv_caches, self._taps)
             return recorder.finish(
                 hidden_states,
                 self._head,
@@ -368,11 +368,12 @@ class Decoder:
     def tap(self, layers: tuple[int, ...]) -> None:
         """Has `forward_with_all_states` give what enters these layers, instead of what leaves all.
 
-        To be said before `record`. Raises ValueError for layers that there are not.
+        What would enter one more is what the last one leaves. To be said before `record`. Raises
+        ValueError for layers that there are not.
         """
-        num_layers = len(self.spec.layers)
-        if not all(0 <= layer < num_layers for layer in layers):
-            raise ValueError(f"taps {layers} must be layers of the model, 0 to {num_layers - 1}")
+        last = len(self.spec.layers)
+        if not all(0 <= layer <= last for layer in layers):
+            raise ValueError(f"taps {layers} must be between 0 and {last}, the number of layers")
         self._taps = layers
 
     def forward_with_all_states(
@@ -417,7 +418,7 @@ class Decoder:
         """
         every_row = torch.arange(batch.input_ids.shape[0], device=self.device)
         all_rows = replace(batch, logits_indices=every_row)
-        states, tapped = self._run(all_rows, kv_caches, self._taps)
+        states, _, tapped = self._run(all_rows, kv_caches, self._taps)
         return states, torch.cat(tapped, dim=1) if tapped else states
 
     def _forward_with_taps(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
@@ -425,7 +426,7 @@ class Decoder:
         if recorded is not None:
             logits = recorded.logits(batch)
             return logits, torch.cat(recorded.tapped(batch.input_ids.shape[0]), dim=1)
-        states, tapped = self._run(batch, kv_caches, self._taps)
+        states, _, tapped = self._run(batch, kv_caches, self._taps)
         return self.compute_logits(states), torch.cat(tapped, dim=1)
 
     def hidden_states(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
@@ -434,19 +435,19 @@ class Decoder:
 
     def _run(
         self, batch: ForwardBatch, kv_caches: KVCache, taps: tuple[int, ...]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the final normed hidden states [L, H], and the sums [T, H] at the taps."""
-        x = self._embed(batch)
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Returns the final hidden states [L, H], normed and not, and sums [T, H] at the taps."""
+        x, residual = self._open(batch)
         tapped: dict[int, Tensor] = {}
-        residual: Tensor | None = None
         rows = batch.logits_indices
         # Strictly increasing rows that are as many as the tokens are all of them.
-        last_rows = None if rows.shape[0] == x.shape[0] else rows
+        wanted = None if rows.shape[0] == batch.input_ids.shape[0] else rows
         blocks = self._blocks
         if batch.adapters is not None and self.adapters is not None:
             self.adapters.current.adapters = batch.adapters
             blocks = self._adapted_blocks
-        last = len(blocks) - 1
+        num_blocks = len(blocks)
+        last, last_rows = num_blocks - 1, None if num_blocks in taps else wanted
         for index, block in enumerate(blocks):
             if index in taps:
                 tapped[index] = x if residual is None else x + residual
@@ -454,11 +455,15 @@ class Decoder:
             x, residual = block.forward(
                 x, residual, batch, key_cache, value_cache, last_rows if index == last else None
             )
+        assert residual is not None
+        if num_blocks in taps:
+            tapped[num_blocks] = x + residual
+            if wanted is not None:
+                x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
         found = [tapped[index] for index in taps]
         if rows.shape[0] == 0:
-            return x[:0], found
-        assert residual is not None
-        return self._final_norm.add_norm(x, residual)[0], found
+            return x[:0], x[:0], found
+        return (*self._final_norm.add_norm(x, residual), found)
 
     def one_of_each_layer(self) -> Decoder:
         """A thin copy that shares the weights: the first layer of each kind is left, and the last.
@@ -502,6 +507,10 @@ class Decoder:
         if cap is not None:
             out.div_(cap).tanh_().mul_(cap)
         return out
+
+    def _open(self, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
+        """What enters the first layer: see `Block`."""
+        return self._embed(batch), None
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
         x = self._look_up(batch.input_ids)

@@ -5,7 +5,7 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
 ``{expert}`` stand for their numbers.
 
     embedding  position_embedding  embedding_norm  final_norm  head
-    join.embedding_norm  join.hidden_norm  join.product
+    join.embedding_norm  join.hidden_norm  join.product  join.taps_norm  join.tap_norms.0 (1, …)
     layers.attention_norm  layers.attention_post_norm  layers.mlp_norm  layers.mlp_post_norm
     layers.qkv  layers.q_norm  layers.k_norm  layers.output  layers.sinks
     layers.delta.qkvz  layers.delta.gates  layers.delta.conv  layers.delta.decay

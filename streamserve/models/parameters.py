@@ -16,6 +16,7 @@ from streamserve.models.spec import (
     DecoderSpec,
     DeltaNetSpec,
     ExpertsSpec,
+    FusionSpec,
     MlpSpec,
     NormSpec,
     ShortConvSpec,
@@ -86,6 +87,9 @@ def decoder_modules(spec: DecoderSpec) -> Iterator[Module]:
 def opening_modules(spec: DecoderSpec) -> Iterator[Module]:
     """What makes the first layer's input."""
     size = spec.hidden_size
+    if isinstance(spec.join, FusionSpec):
+        yield from _fusion_modules(spec.join, size)
+        return
     if spec.join is not None:
         yield _norm("join.embedding_norm", spec.join.norm, size)
         yield _norm("join.hidden_norm", spec.join.norm, size)
@@ -96,6 +100,20 @@ def opening_modules(spec: DecoderSpec) -> Iterator[Module]:
         yield Module("position_embedding", "table", (spec.learned_positions,), size)
     if spec.embedding_norm is not None:
         yield _norm("embedding_norm", spec.embedding_norm, size)
+
+
+def _fusion_modules(join: FusionSpec, size: int) -> Iterator[Module]:
+    if join.own_embedding:
+        yield Module("embedding", "table", (join.vocab_size,), size)
+    width = join.num_taps * join.target_size
+    if join.tap_norm == "all":
+        yield _norm("join.taps_norm", join.norm, width)
+    elif join.tap_norm == "each":
+        for tap in range(join.num_taps):
+            yield _norm(f"join.tap_norms.{tap}", join.norm, join.target_size)
+    yield Module("join.product", "linear", (size,), width)
+    yield _norm("join.embedding_norm", join.norm, size)
+    yield _norm("join.hidden_norm", join.norm, size)
 
 
 def final_modules(spec: DecoderSpec) -> Iterator[Module]:
@@ -118,7 +136,9 @@ def layer_modules(spec: DecoderSpec, index: int) -> Iterator[Module]:
     elif isinstance(layer.attention, ShortConvSpec):
         yield from _short_conv_modules(layer.attention, hidden_size, index)
     else:
-        yield from _attention_modules(layer.attention, hidden_size, index)
+        is_joined = index == 0 and isinstance(spec.join, FusionSpec)
+        input_size = 2 * hidden_size if is_joined else hidden_size
+        yield from _attention_modules(layer.attention, input_size, hidden_size, index)
     if layer.attention_post_norm is not None:
         yield _norm("layers.attention_post_norm", layer.attention_post_norm, hidden_size, index)
     if layer.mlp_norm is not None:
@@ -154,12 +174,14 @@ def _norm(name: str, norm: NormSpec, size: int, layer: int | None = None) -> Mod
     return Module(name, "norm", (size,), bias=norm.bias, layer=layer)
 
 
-def _attention_modules(attention: AttentionSpec, hidden_size: int, index: int) -> Iterator[Module]:
+def _attention_modules(
+    attention: AttentionSpec, input_size: int, hidden_size: int, index: int
+) -> Iterator[Module]:
     yield Module(
         "layers.qkv",
         "linear",
         (attention.query_size + attention.gate_size, attention.key_size, attention.value_size),
-        hidden_size,
+        input_size,
         bias=attention.qkv_bias,
         layer=index,
     )

@@ -4,7 +4,8 @@ A family differs from another along few axes. Each axis is a field here; none is
 are in elements, windows and positions in tokens.
 
     DecoderSpec
-    ├── embedding, learned positions, embedding norm and scale; or, of a draft head, a JoinSpec
+    ├── embedding, learned positions, embedding norm and scale; or, of a draft head, a JoinSpec or
+    │   a FusionSpec
     ├── layers: tuple[LayerSpec]          one per layer, so that layers may differ
     │   ├── AttentionSpec                 heads, window, rope, qk-norm, biases, sinks, soft cap
     │   │   or DeltaNetSpec, StateSpaceSpec, ShortConvSpec     a state of constant size instead
@@ -330,6 +331,31 @@ class JoinSpec:
     norm: NormSpec
 
 
+TapNorm = Literal["each", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class FusionSpec:
+    """What an EAGLE-3 head makes its first layer's input of.
+
+    One product of ``num_taps`` hidden states of the target, each of ``target_size``, is the hidden
+    state that it goes on from; ``tap_norm`` says what of these is normed before, if anything. The
+    first layer attends by a token's embedding and that, each after a norm of its own and one beside
+    the other, and adds to the latter: normed, with ``norms_residual``. ``feeds_normed``: behind a
+    guess it goes on from what its head was given, instead of the sum before the final norm. It has
+    an embedding of the target's ``vocab_size`` tokens with ``own_embedding``.
+    """
+
+    norm: NormSpec
+    target_size: int
+    num_taps: int
+    vocab_size: int
+    tap_norm: TapNorm | None = None
+    norms_residual: bool = False
+    feeds_normed: bool = False
+    own_embedding: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
     """A whole decoder-only language model. ``logit_scale`` multiplies, then the soft cap bounds.
@@ -351,7 +377,7 @@ class DecoderSpec:
     normalised_head: bool = False
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
-    join: JoinSpec | None = None
+    join: JoinSpec | FusionSpec | None = None
 
     def caches(self) -> tuple[CacheSpec, ...]:
         return tuple(layer.attention for layer in self.layers)

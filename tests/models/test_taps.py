@@ -62,6 +62,23 @@ def test_taps_equal_transformers_hidden_states(family, backend, checkpoint):
     torch.testing.assert_close(logits, last, rtol=5e-4, atol=5e-4)
 
 
+def test_what_leaves_the_last_layer_is_not_normed(checkpoint, kernels):
+    directory, model = checkpoint(native.NATIVE["llama3"]())
+    decoder = load_model(directory, dtype=torch.float32, device=CPU, kernels=kernels)
+    assert isinstance(decoder, Decoder)
+    decoder.tap((3,))
+    harness = PagedHarness(decoder)
+    tokens = TOKENS[0]
+    batch = harness.batch([(Sequence(tokens.tolist()), len(tokens))])
+    logits, states = tapped(decoder, harness, batch)
+    with torch.inference_mode():
+        expected = model(tokens[None]).logits[0]
+        found = model.lm_head(model.model.norm(states))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected[-1:], rtol=1e-4, atol=1e-4)
+    assert (states - model.model.norm(states)).abs().max() > 0.1
+
+
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 @pytest.mark.parametrize("family", ["llama3", "qwen3-moe", "gpt-oss", "falcon-7b", "qwen3.5"])
 def test_recorded_taps_are_those_of_functions(family, tmp_path):
@@ -72,8 +89,9 @@ def test_recorded_taps_are_those_of_functions(family, tmp_path):
     plain = PagedHarness(decoder, block_size=16)
     with torch.inference_mode():
         expected = [decoder.forward(batch, plain.caches).clone() for batch in batches(plain)]
-    exact.tap(TAPS)
-    decoder.tap(TAPS)
+    taps = (0, 2, len(spec.layers))
+    exact.tap(taps)
+    decoder.tap(taps)
     judge, eager, recorded = (
         PagedHarness(model, block_size=16) for model in (exact, decoder, decoder)
     )
@@ -123,8 +141,8 @@ def test_the_likeliest_tokens_come_with_the_states(taps, tmp_path):
 
 def test_layers_that_there_are_not_are_refused():
     decoder = decoder_of(widened(_plain()), "naive")
-    for taps in ((0, 3), (-1,)):
-        with pytest.raises(ValueError, match=r"layers of the model, 0 to 2"):
+    for taps in ((0, 4), (-1,)):
+        with pytest.raises(ValueError, match=r"must be between 0 and 3, the number of layers"):
             decoder.tap(taps)
 
 
