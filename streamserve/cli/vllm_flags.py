@@ -16,7 +16,7 @@ from typing import Any
 _DEVICES = "--tensor-parallel-size divides a model among devices of one machine, in one way"
 _MULTIMODAL = "models here read and write text only"
 _LORA = "adapters are loaded in one way, beside the linear layers"
-_SPECULATION = "--speculative-config drafts tokens, by prompt lookup or a small model"
+_SPECULATION = "--speculative-config drafts tokens: docs/speculation.md"
 _STATES = (
     "states are float32 and inputs of convolutions the model's, kept where prompts part or end"
 )
