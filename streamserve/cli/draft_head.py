@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamserve.cli.model_setup import HeadSetup, ModelSetup, Progress
+from streamserve.cli.model_source import named_directory
 from streamserve.errors import ConfigError
-from streamserve.models import find_mtp, load_mtp_head
+from streamserve.models import (
+    NativeConfig,
+    find_mtp,
+    load_eagle3_config,
+    load_eagle3_head,
+    load_mtp_head,
+)
 from streamserve_kernels import Quantization
 
 _FLAG = "--speculative-config"
@@ -26,7 +33,7 @@ def with_draft_head(setup: ModelSetup) -> ModelSetup:
             f"{_FLAG}: method {speculative.method!r} is for a CPU, in one process, got "
             f"{setup.device} and --tensor-parallel-size {setup.args.tensor_parallel_size}"
         )
-    head = _mtp(setup)
+    head = _mtp(setup) if speculative.method == "mtp" else _eagle3(setup)
     quantised = f", {speculative.quantization} weights" if speculative.quantization else ""
     setup.say(f"  draft head    {speculative.method}{quantised}")
     return replace(setup, head=head)
@@ -45,6 +52,33 @@ def _mtp(setup: ModelSetup) -> HeadSetup:
             progress=Progress(setup.say),
             seed=setup.args.seed or 0,
         ),
+    )
+
+
+def _eagle3(setup: ModelSetup) -> HeadSetup:
+    args, speculative = setup.args, setup.scheduler.speculative
+    assert speculative is not None
+    assert speculative.model is not None, "parsed so"
+    if not isinstance(setup.config, NativeConfig):
+        raise ConfigError(
+            f"{_FLAG}: method 'eagle3' is for the families with a decoder of ours, not for "
+            f"{setup.config.architecture}"
+        )
+    path = named_directory(args, speculative.model, setup.say)
+    config = load_eagle3_config(path, "dummy" if args.load_format == "dummy" else "auto")
+    config.check_target(setup.config.spec)
+    quantization = None if config.stored_quantization is not None else _quantization(setup)
+    return HeadSetup(
+        config.spec,
+        config.weight_bytes(setup.dtype, quantization),
+        lambda target: load_eagle3_head(
+            config,
+            target,
+            quantization=quantization,
+            progress=Progress(setup.say),
+            seed=args.seed or 0,
+        ),
+        taps=config.taps(len(setup.config.spec.layers)),
     )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from streamserve.cli.model_setup import ModelSetup
 from streamserve.cli.model_source import named_directory
 from streamserve.cli.quantization import agreed_quantization
 from streamserve.engine.text_source import TextSource
 from streamserve.engine.tokenizer import Tokenizer
-from streamserve.errors import ConfigError
-from streamserve.models import load_config, resolve_dtype, state_bytes
+from streamserve.errors import ConfigError, StreamServeError, UnsupportedModelError
+from streamserve.models import load_config, load_eagle3_config, resolve_dtype, state_bytes
 
 _FLAG = "--speculative-config"
 _MAX_DIFFERENT = 64  # tokens of a vocabulary, which then are hardly ever guessed right
@@ -32,7 +33,14 @@ def with_draft_model(setup: ModelSetup) -> ModelSetup:
             f"--tensor-parallel-size {args.tensor_parallel_size}"
         )
     path = named_directory(args, name, say)
-    config = load_config(path, trust_remote_code=args.trust_remote_code)
+    try:
+        config = load_config(path, trust_remote_code=args.trust_remote_code)
+    except UnsupportedModelError:
+        if _is_head(path):
+            raise ConfigError(
+                f"{_FLAG}: {name} is an EAGLE-3 head: method must be 'eagle3', got 'draft_model'"
+            ) from None
+        raise
     if state_bytes(config.spec, setup.dtype):
         raise ConfigError(f"{_FLAG}: {name} must be a model whose layers keep no state")
     max_model_len = setup.scheduler.max_model_len
@@ -57,6 +65,14 @@ def with_draft_model(setup: ModelSetup) -> ModelSetup:
         say=lambda line: say(f"  draft model:  {line.strip()}"),
     )
     return replace(setup, draft=draft)
+
+
+def _is_head(path: Path) -> bool:
+    try:
+        load_eagle3_config(path, "dummy")
+    except StreamServeError:
+        return False
+    return True
 
 
 def check_vocabulary(tokenizer: Tokenizer, of_draft: TextSource) -> None:

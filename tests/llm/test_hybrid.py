@@ -94,16 +94,3 @@ def test_a_model_that_keeps_states_drafts_for_nobody(directory):
     given = {"method": "draft_model", "model": str(directory), "num_speculative_tokens": 2}
     with pytest.raises(ConfigError, match="must be a model whose layers keep no state"):
         LLM(dtype="float32", speculative_config=given, max_model_len=128)
-
-
-def test_answers_with_the_checkpoints_own_head_are_those_without_it(hybrid, directory):
-    prompts = [PROMPT, "Spain Spain", PROMPT + " or Rome's"]
-    params = replace(GREEDY, max_tokens=24)
-    expected = [one.outputs[0].token_ids for one in hybrid.generate(prompts, params)]
-    flags = {"load_format": "dummy", "speculative_config": {"method": "mtp"}}
-    with LLM(str(directory), **SMALL, **flags) as drafting:
-        drafting._service.engine._scheduler._speculator._model = None  # it tries them all
-        found = drafting.generate(prompts, params)
-        assert [one.outputs[0].token_ids for one in found] == expected
-        stats = drafting._service.engine.stats().speculation
-    assert stats.num_draft_tokens > 24
