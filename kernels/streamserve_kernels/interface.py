@@ -129,6 +129,8 @@ class StepTensors(Protocol):
     def adapters(self) -> StepAdapters | None: ...
     @property
     def states(self) -> StepStates | None: ...
+    @property
+    def hidden_states(self) -> Tensor | None: ...
 
 
 class RecordedStep(Protocol):
@@ -172,6 +174,10 @@ class StepRecorder(Protocol):
     @property
     def batch(self) -> Any:
         """What stands for the step's tensors."""
+        ...
+
+    def give_hidden_states(self, width: int) -> None:
+        """Has the batch have hidden states [T, width]: to be said first."""
         ...
 
     def finish(
@@ -288,6 +294,8 @@ class Kernels(Protocol):
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor: ...
 
     def embedding(self, ids: Tensor, weight: Tensor | QuantLinear) -> Tensor: ...
+
+    def side_by_side(self, parts: Sequence[Tensor]) -> Tensor: ...
 
     @property
     def AdapterTable(self) -> type[adapters.AdapterTable]: ...  # noqa: N802

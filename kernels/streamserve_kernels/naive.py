@@ -434,6 +434,11 @@ def embedding(ids: Tensor, weight: Tensor | QuantLinear) -> Tensor:
     return F.embedding(ids, weight) if isinstance(weight, Tensor) else weight.rows(ids)
 
 
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """[T, each] -> [T, all of them]."""
+    return torch.cat(list(parts), dim=1)
+
+
 def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> None:
     """Replaces, in place, every id of `input_ids` [T] int64 below 0 by `last_tokens[-1 - id]`.
 

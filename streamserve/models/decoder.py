@@ -305,6 +305,8 @@ class Decoder:
         recorder = self.kernels.recorder(max_tokens, max_logits)
         if recorder is None:
             return None
+        if self.spec.join is not None:
+            recorder.give_hidden_states(self.spec.hidden_size)
         twin = copy(self)
         twin._bind(cast(Kernels, recorder))
         if adapted:

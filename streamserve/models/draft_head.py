@@ -48,6 +48,9 @@ class DraftHead(Protocol):
     def warm_up(self, block_size: int = 16) -> None:
         """Compiles what it calls."""
 
+    def record(self, kv_caches: KVCache, *, max_tokens: int, max_logits: int) -> int:
+        """Writes guesses down, where the kernels can: see `Decoder.record`."""
+
     def take(self, states: Tensor) -> Tensor:
         """The target's hidden states [T, C] of the ``taps`` -> what `guess` is given [T, H]."""
 

@@ -169,7 +169,7 @@ class MtpHead(Decoder):
         assert batch.hidden_states is not None, "a head is given the target's"
         embedding = self._of_embedding.norm(super()._embed(batch))
         hidden_states = self._of_hidden.norm(batch.hidden_states)
-        return self._product(torch.cat((embedding, hidden_states), dim=1))
+        return self._product(self.kernels.side_by_side((embedding, hidden_states)))
 
     def take(self, states: Tensor) -> Tensor:
         """See `DraftHead`."""
@@ -177,5 +177,10 @@ class MtpHead(Decoder):
 
     def guess(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
         """See `DraftHead`."""
+        recorded = self._recorded_for(batch, kv_caches)
+        if recorded is not None:
+            token_ids = recorded.greedy(batch)
+            # The next step overwrites them.
+            return token_ids.clone(), recorded.hidden_states(len(token_ids)).clone()
         found = self.hidden_states(batch, kv_caches)
         return self._head(found).argmax(-1), found

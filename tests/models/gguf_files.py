@@ -89,13 +89,14 @@ def write_gguf(
     extra: Mapping[str, np.ndarray] | None = None,
     text: Callable[[gguf.GGUFWriter], None] | None = None,
     whole_qkvz: bool = False,
+    named: Callable[[str], str | None] = lambda name: None,
     **options: Any,
 ) -> gguf.GGUFWriter:
     """Writes ``path``; ``kind`` says how a tensor of the file's name is held.
 
     ``values`` are metadata behind the architecture's name, ``extra`` tensors as they are, ``text``
     adds the tokenizer. Matrices only are quantised. With ``whole_qkvz`` those of a delta net stay
-    one, as they did at first.
+    one, as they did at first. ``named`` gives the names that the package's map lacks.
     """
     writer = gguf.GGUFWriter(str(path), architecture, **options)
     for key, value in values.items():
@@ -107,7 +108,7 @@ def write_gguf(
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     generator = np.random.default_rng(3)
     for name, tensor in _tensors(model, architecture, whole_qkvz):
-        held = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        held = named(name) or names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert held is not None, name
         _write(writer, held, tensor, config, architecture, kind, generator)
     for name, array in (extra or {}).items():

@@ -8,7 +8,7 @@ numbers, by the definition of its format and without the readers' help. The layo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+
+from streamserve.models.names import WeightNames
+from streamserve.models.parameters import decoder_modules
+from streamserve.models.pieces import module_pieces
+from streamserve.models.spec import DecoderSpec
 
 GROUP = 16
 BLOCK = (16, 32)
@@ -205,6 +210,32 @@ def mxfp4_experts(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]
         scales = torch.randint(121, 127, shape[:-1], generator=generator, dtype=torch.uint8)
         made[name] = tensors[name + "_blocks"], tensors[name + "_scales"] = blocks, scales
     return made
+
+
+def pack_modules(
+    spec: DecoderSpec,
+    names: WeightNames,
+    kind: Kind,
+    tensors: dict[str, Tensor],
+    plain: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """Replaces the linear modules of ``tensors`` by packed ones; returns what these stand for.
+
+    All but the ``plain`` ones, and the head where the format leaves it.
+    """
+    dense = {}
+    generator = torch.Generator().manual_seed(13)
+    for module in decoder_modules(spec):
+        is_kept = module.name in plain or (module.name == "head" and not kind.head)
+        if module.role != "linear" or is_kept:
+            continue
+        for piece in module_pieces(names, module, "weight"):
+            packed, weight = kind.pack(piece.rows, module.columns, generator)
+            transposed = module.name in names.transposed
+            dense[piece.name] = (weight.t() if transposed else weight).float().contiguous()
+            del tensors[piece.name]
+            tensors.update({f"{piece.base}.{key}": tensor for key, tensor in packed.items()})
+    return dense
 
 
 def edit_config(directory: Path, **changes: Any) -> None:

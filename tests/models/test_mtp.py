@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import streamserve_kernels
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import Decoder, MtpConfig, find_mtp, load_config, load_model, load_mtp_head
 from streamserve.models.mtp import MtpHead
-from tests.models.mtp_judge import MtpJudge, save_with_head
-from tests.models.packers import edit_config
-from tests.models.paged import PagedHarness, Sequence
-from tests.models.parity import prompts
+from streamserve_kernels import QuantLinear
+from streamserve_kernels.native.library import why_not
+from tests.models.mtp_judge import (
+    NUM_GUESSES,
+    Guesses,
+    MtpJudge,
+    check,
+    judge_states,
+    save_with_head,
+)
+from tests.models.native import DELTA, HYBRID
+from tests.models.packers import KINDS, edit_config, pack_modules
 
 CPU = torch.device("cpu")
-NUM_GUESSES = 4
 # A case of HYBRID, whether its head keeps each expert by itself, and what its config says.
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "qwen3.5": ("qwen3.5", False, {"mtp_num_hidden_layers": 1}),
@@ -40,7 +47,8 @@ def saved(tmp_path_factory):
         if name not in made:
             case, apart, changes = CASES[name]
             directory = tmp_path_factory.mktemp(name)
-            made[name] = save_with_head(case, directory, apart=apart, **changes), directory
+            config = HYBRID[case]()
+            made[name] = save_with_head(config, directory, apart=apart, **changes), directory
         return made[name]
 
     return saved
@@ -68,72 +76,121 @@ def load(
     return mtp, target, load_mtp_head(mtp, target, **options)
 
 
-class Guesses:
-    """A head's caches, and what it has found at each position of some sequences."""
-
-    def __init__(self, head: MtpHead) -> None:
-        self.harness = PagedHarness(head)
-        self.head = head
-        self.found: dict[int, list[torch.Tensor]] = {}
-        self.tokens: dict[int, list[int]] = {}
-
-    def step(self, work, states, *, all_rows: bool = True) -> None:
-        """``states`` are those of each sequence's next tokens, one beside the other."""
-        batch = self.harness.batch(work, all_rows=all_rows)
-        batch = replace(batch, hidden_states=torch.cat(states))
-        with torch.inference_mode():
-            tokens, found = self.head.guess(batch, self.harness.caches)
-        counts = [c if all_rows else int(s.num_computed + c == len(s.tokens)) for s, c in work]
-        parts = zip(work, tokens.split(counts), found.split(counts), strict=True)
-        for (sequence, count), of_tokens, rows in parts:
-            sequence.num_computed += count
-            self.tokens.setdefault(id(sequence), []).extend(of_tokens.tolist())
-            self.found.setdefault(id(sequence), []).extend(rows.clone())
-
-
-def judge_states(judge: MtpJudge) -> tuple[list[Sequence], list[torch.Tensor]]:
-    """Sequences of the tokens behind each position of prompts, and the states there."""
-    texts = [tokens for tokens in prompts(shared=0) if len(tokens) > 1]
-    with torch.inference_mode():
-        states = [judge.states_of_target(tokens)[:-1] for tokens in texts]
-    return [Sequence(tokens[1:]) for tokens in texts], states
-
-
-def check(judge: MtpJudge, head: MtpHead, chunk: int, tolerance: float) -> None:
-    """In chunks, all sequences together, and then on from its own states."""
-    sequences, states = judge_states(judge)
-    guesses = Guesses(head)
-    while any(s.num_computed < len(s.tokens) for s in sequences):
-        work = [(s, min(chunk, len(s.tokens) - s.num_computed)) for s in sequences]
-        work = [(s, count) for s, count in work if count]
-        rows = [
-            states[sequences.index(s)][s.num_computed : s.num_computed + count] for s, count in work
-        ]
-        guesses.step(work, rows)
-    for _ in range(NUM_GUESSES):
-        for sequence in sequences:
-            sequence.tokens.append(guesses.tokens[id(sequence)][-1])
-        own = [guesses.found[id(sequence)][-1][None] for sequence in sequences]
-        guesses.step([(sequence, 1) for sequence in sequences], own)
-    for sequence, given in zip(sequences, states, strict=True):
-        found = torch.stack(guesses.found[id(sequence)])
-        with torch.inference_mode():
-            expected = given[:0]
-            for _ in range(NUM_GUESSES + 1):
-                # What it has found at the last positions stands in for the target's states there.
-                inputs = torch.cat((given, expected[len(given) - 1 : len(expected)]))
-                expected = judge(sequence.tokens[: len(inputs)], inputs)
-            tokens = judge.likeliest(expected).tolist()
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-        assert guesses.tokens[id(sequence)] == tokens
-
-
 @pytest.mark.parametrize("backend", ["naive", "cpu"])
 @pytest.mark.parametrize("name", CASES)
 def test_states_and_guesses_are_the_judges(name, backend, saved):
     judge, directory = saved(name)
     _, _, head = load(directory, backend)
     check(judge, head, chunk=7, tolerance=1e-4)
+
+
+def test_the_embedding_and_the_head_are_the_targets(saved):
+    for name in ("qwen3.5", "qwen3-next"):  # the first one's are tied
+        mtp, target, head = load(saved(name)[1])
+        assert head._embedding is target._embedding
+        assert head._head is target._head
+        assert head.nbytes == mtp.weight_bytes(torch.float32)
+        assert head.nbytes < target.nbytes
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("name", ["qwen3.5", "qwen3-next"])
+def test_recorded_guesses_are_those_of_functions_one_by_one(name, saved):
+    judge, directory = saved(name)
+    _, _, head = load(directory, "native", torch.bfloat16)
+    found = []
+    for is_recorded in (False, True):
+        sequences, states = judge_states(judge)
+        guesses = Guesses(head, block_size=16)
+        if is_recorded:
+            assert head.record(guesses.harness.caches, max_tokens=64, max_logits=8) > 4
+        # Most chunks ask for no guess; what a guess has found must outlive the next.
+        guesses.feed(sequences, states, 2, all_rows=False)
+        guesses.go_on(sequences, NUM_GUESSES)
+        found.append([(guesses.tokens[id(s)], guesses.found[id(s)]) for s in sequences])
+    for one, other in zip(*found, strict=True):
+        assert one[0] == other[0]
+        assert len(one[0]) == 1 + NUM_GUESSES
+        assert torch.equal(torch.stack(one[1]), torch.stack(other[1]))
+
+
+@pytest.mark.parametrize(("quantization", "bound"), [("int8", 0.02), ("int4", 0.2)])
+def test_layers_and_a_copy_of_the_head_are_quantised(quantization, bound, saved):
+    judge, directory = saved("qwen3.5-moe")
+    mtp, target, head = load(directory, quantization=quantization)
+    planned = mtp.weight_bytes(torch.float32, quantization)
+    assert 0.9 * planned < head.nbytes <= planned
+    assert head._head.quantization == quantization
+    assert not isinstance(target._head, QuantLinear)
+    sequences, states = judge_states(judge)
+    guesses = Guesses(head)
+    guesses.feed(sequences, states, 9)
+    errors = []
+    for sequence, given in zip(sequences, states, strict=True):
+        found = torch.stack(guesses.found[id(sequence)])
+        with torch.inference_mode():
+            expected = judge(sequence.tokens, given)
+        errors.append((found - expected).norm(dim=1) / expected.norm(dim=1))
+    assert 0 < torch.cat(errors).median() < bound
+
+
+def test_a_head_that_is_quantised_already_is_not_copied(saved):
+    directory = saved("qwen3.5")[1]
+    mtp, target, head = load(directory, target_quantization="int8", quantization="int4")
+    assert head._head is target._head
+    assert head._embedding is target._embedding
+    assert head.nbytes <= mtp.weight_bytes(torch.float32, "int4", "int8")
+    assert mtp.weight_bytes(torch.float32, "int4", "int8") < mtp.weight_bytes(torch.float32, "int4")
+
+
+WIDE = {**DELTA, "hidden_size": 64, "head_dim": 32, "linear_value_head_dim": 24}
+
+
+@pytest.mark.parametrize("is_plain", [False, True], ids=["packed", "plain"])
+@pytest.mark.parametrize("kind", ["gptq-8", "ct-int4"])
+def test_heads_of_quantised_checkpoints_are_packed_or_left_out(kind, is_plain, tmp_path):
+    judge = save_with_head(
+        transformers.Qwen3_5TextConfig(**WIDE), tmp_path, mtp_num_hidden_layers=1
+    )
+    config, file = load_config(tmp_path), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    mtp = find_mtp(tmp_path, config)
+    names = config.family.weight_names(config.spec)
+    pack_modules(config.spec, names, KINDS[kind], tensors, ("layers.delta.gates",))
+    if not is_plain:
+        dense = pack_modules(mtp.spec, mtp.names, KINDS[kind], tensors)
+        held = {name.removeprefix("mtp."): weight for name, weight in dense.items()}
+        judge.load_state_dict({**judge.state_dict(), **held})
+    save_file(tensors, file)
+    edit_config(tmp_path, quantization_config=KINDS[kind].config)
+    mtp, _, head = load(tmp_path)
+    assert isinstance(head._product, QuantLinear) is not is_plain
+    assert head.nbytes <= mtp.weight_bytes(torch.float32)
+    check(judge, head, chunk=9, tolerance=1e-4)
+    # The target's head is plain: a copy may be made of it.
+    mtp, _, head = load(tmp_path, quantization="int8")
+    assert isinstance(head._product, QuantLinear)
+    assert head._head.quantization == "int8"
+    assert head.nbytes <= mtp.weight_bytes(torch.float32, "int8")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dummy_weights_need_a_config_alone(name, saved, tmp_path):
+    (tmp_path / "config.json").write_bytes((saved(name)[1] / "config.json").read_bytes())
+    mtp, _, head = load(tmp_path, load_format="dummy")
+    assert 0.9 * mtp.weight_bytes(torch.float32) < head.nbytes <= mtp.weight_bytes(torch.float32)
+    sequences, states = judge_states(saved(name)[0])
+    guesses = Guesses(head)
+    guesses.feed(sequences, states, 9)
+    found = torch.stack([state for s in sequences for state in guesses.found[id(s)]])
+    assert found.isfinite().all()
+    assert found.std(0).min() > 0
+
+
+def test_a_model_without_such_layers_is_refused(checkpoint, tiny_llama):
+    directory, _ = checkpoint(tiny_llama())
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM has no layers that guess"):
+        find_mtp(directory, load_config(directory))
 
 
 def test_a_checkpoint_that_was_saved_again_has_none(saved, tmp_path):
@@ -159,3 +216,23 @@ def test_configs_of_other_heads_are_refused(values, message, saved, tmp_path):
     edit_config(tmp_path, **values)
     with pytest.raises((ModelLoadError, UnsupportedModelError), match=re.escape(message)):
         find_mtp(tmp_path, load_config(tmp_path))
+
+
+def test_more_than_one_layer_is_refused(saved, tmp_path):
+    file = saved("qwen3-next")[1] / "model.safetensors"
+    (tmp_path / "config.json").write_bytes((file.parent / "config.json").read_bytes())
+    tensors = load_file(file)
+    tensors["mtp.layers.1.input_layernorm.weight"] = torch.ones(32)
+    save_file(tensors, tmp_path / file.name)
+    with pytest.raises(UnsupportedModelError, match=r"2 layers that guess .* are not supported; 1"):
+        find_mtp(tmp_path, load_config(tmp_path))
+
+
+def test_a_tensor_that_is_missing_is_named(saved, tmp_path):
+    file = saved("qwen3.5")[1] / "model.safetensors"
+    (tmp_path / "config.json").write_bytes((file.parent / "config.json").read_bytes())
+    tensors = load_file(file)
+    del tensors["mtp.pre_fc_norm_hidden.weight"]
+    save_file(tensors, tmp_path / file.name)
+    with pytest.raises(ModelLoadError, match=r"it lacks 1 tensor: mtp\.pre_fc_norm_hidden\.weight"):
+        load(tmp_path)

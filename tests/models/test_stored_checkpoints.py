@@ -16,9 +16,8 @@ import streamserve_kernels
 from streamserve.errors import ModelLoadError
 from streamserve.models import load_config, load_model
 from streamserve.models.parameters import decoder_modules
-from streamserve.models.pieces import module_pieces
 from tests.models.native import ENDS
-from tests.models.packers import KINDS, edit_config, words
+from tests.models.packers import KINDS, edit_config, pack_modules, words
 from tests.models.paged import PagedHarness, Sequence
 
 CPU = torch.device("cpu")
@@ -78,18 +77,7 @@ def quantise(directory: Path, kind: str) -> dict[str, torch.Tensor]:
     file = directory / "model.safetensors"
     tensors = load_file(file)
     names = config.family.weight_names(config.spec).of_files(tensors)
-    dense = dict(tensors)
-    generator = torch.Generator().manual_seed(13)
-    for module in decoder_modules(config.spec):
-        is_kept = module.name in PLAIN or (module.name == "head" and not KINDS[kind].head)
-        if module.role != "linear" or is_kept:
-            continue
-        for piece in module_pieces(names, module, "weight"):
-            packed, weight = KINDS[kind].pack(piece.rows, module.columns, generator)
-            transposed = module.name in names.transposed
-            dense[piece.name] = (weight.t() if transposed else weight).float().contiguous()
-            del tensors[piece.name]
-            tensors.update({f"{piece.base}.{key}": tensor for key, tensor in packed.items()})
+    dense = {**tensors, **pack_modules(config.spec, names, KINDS[kind], tensors, PLAIN)}
     save_file(tensors, file, metadata={"format": "pt"})
     edit_config(directory, quantization_config=KINDS[kind].config)
     return dense

@@ -32,6 +32,7 @@ from streamserve_kernels.naive import (
     embedding,
     kv_cache_shape,
     recorder,
+    side_by_side,
 )
 from streamserve_kernels.native.quant_linear import prepare_quantised, slow_quantisation
 from streamserve_kernels.native.stored import prepare_stored
@@ -68,6 +69,7 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "rotary_write_kv",
+    "side_by_side",
     "sigmoid_gate",
     "slow_quantisation",
     "state_space_scan",

@@ -17,7 +17,7 @@ instructions want them: `unpack_keys` and `unpack_values` tell how.
 
 from __future__ import annotations
 
-from streamserve_kernels.naive import compilations, embedding, warm_up
+from streamserve_kernels.naive import compilations, embedding, side_by_side, warm_up
 from streamserve_kernels.native.adapters import AdapterTable, add_adapters
 from streamserve_kernels.native.experts import add_shared_experts, chosen_experts, moe
 from streamserve_kernels.native.layout import (
@@ -79,6 +79,7 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "rotary_write_kv",
+    "side_by_side",
     "sigmoid_gate",
     "slow_quantisation",
     "state_space_scan",

@@ -291,12 +291,28 @@ class Recorder(RecurrentRecorder):
         return out
 
     def scale(self, x: Symbol, factor: float) -> Symbol:
-        if not x.is_dense:
-            raise NotRecordableError("a product of rows with gaps")
         out = self._new(x.rows, *x.tail)
-        rows = rows_kind(x.rows)
-        self._add("scale", out.address, x.address, 0, x.width, rows, double_bits(factor))
+        self._scale(out, x, factor)
         return out
+
+    def side_by_side(self, parts: Sequence[Symbol]) -> Symbol:
+        widths = [part.width for part in parts]
+        out = self._new(parts[0].rows, sum(widths))
+        for place, part in zip(out.split_with_sizes(widths, 1), parts, strict=True):
+            self._scale(place, part, 1.0)
+        return out
+
+    def _scale(self, out: Symbol, x: Symbol, factor: float) -> None:
+        self._add(
+            "scale",
+            out.address,
+            x.address,
+            x.stride,
+            x.width,
+            rows_kind(x.rows),
+            double_bits(factor),
+            out.stride,
+        )
 
     def multiply(self, a: Symbol, b: Symbol) -> Symbol:
         """Element by element."""
@@ -392,6 +408,7 @@ class Recorder(RecurrentRecorder):
             self.keep,
             self._slots,
             [self._memory_of(symbol) for symbol in tapped],
+            self._given,
         )
 
 

@@ -12,7 +12,7 @@ from streamserve_kernels import huge_pages
 from streamserve_kernels.interface import NotRecordableError
 from streamserve_kernels.native.execute import Instruction, done_flags
 from streamserve_kernels.native.product import Work
-from streamserve_kernels.native.symbol import LOGITS, RecordedBatch, Symbol
+from streamserve_kernels.native.symbol import LOGITS, TOKENS, RecordedBatch, Symbol
 
 
 class _Memory:
@@ -62,6 +62,12 @@ class RecorderMemory:
         self._slots: tuple[Tensor, Tensor] | None = None  # of tokens and logits, with adapters
         self._low: dict[int, Tensor] = {}  # what adapters make between their products, by width
         self._scales: dict[int, Tensor] = {}  # what rules know of each row, by width
+        self._given: Tensor | None = None  # hidden states
+
+    def give_hidden_states(self, width: int) -> None:
+        """Has the batch have some, of tokens, which a step copies from its own."""
+        self.batch.hidden_states = given = self._new(TOKENS, width)
+        self._given = self._memory_of(given)
 
     def _new(self, rows: int, *tail: int) -> Symbol:
         width = prod(tail)

@@ -27,6 +27,7 @@ class RecordedProgram:
         keep: list[object],
         slots: tuple[Tensor, Tensor] | None = None,
         tapped: Sequence[Tensor] = (),
+        given: Tensor | None = None,
     ) -> None:
         self.max_tokens = max_tokens
         self.max_logits = logits.shape[0]
@@ -37,6 +38,7 @@ class RecordedProgram:
         self._keep = keep
         self._slots = slots
         self._tapped = tapped
+        self._given = given
         self._threads = pool().threads()
 
     def logits(self, batch: StepTensors) -> Tensor:
@@ -66,6 +68,9 @@ class RecordedProgram:
             assert batch.adapters is not None, "recorded with adapters"
             self._slots[0][:num_tokens] = batch.adapters.tokens.slots
             self._slots[1][:num_logits] = batch.adapters.logits.slots
+        if self._given is not None:
+            assert batch.hidden_states is not None, "recorded with some"
+            self._given[:num_tokens] = batch.hidden_states
         step = pack_step(
             num_tokens,
             num_logits,

@@ -137,3 +137,4 @@ class RecordedBatch:
         self.max_query_len = self.max_seq_len = None
         self.adapters = None
         self.states = Index("states", TOKENS)
+        self.hidden_states: Symbol | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels.interface import QuantLinear
-from streamserve_kernels.naive import add_shared_experts, kv_cache_shape
+from streamserve_kernels.naive import add_shared_experts, kv_cache_shape, side_by_side
 from streamserve_kernels.triton.adapters import AdapterTable, add_adapters
 from streamserve_kernels.triton.attention import paged_attention
 from streamserve_kernels.triton.cache import (
@@ -74,6 +74,7 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "rotary_write_kv",
+    "side_by_side",
     "sigmoid_gate",
     "slow_quantisation",
     "state_space_scan",

@@ -404,7 +404,7 @@ const ss_operation ss_activation = {act_units, act_run, 0};
 
 // --- sums and products that no other operation takes in ----------------------------------------
 
-enum { ADD_OUT, ADD_A, ADD_B, ADD_WIDTH, ADD_ROWS_KIND, ADD_SCALE };
+enum { ADD_OUT, ADD_A, ADD_B, ADD_WIDTH, ADD_ROWS_KIND };
 
 static int64_t add_units(const ss_context *context, const int64_t *args) {
     return ss_row_units(ss_rows(context, args[ADD_ROWS_KIND]), args[ADD_WIDTH],
@@ -426,18 +426,21 @@ static void add_run(const ss_context *context, const int64_t *args, int64_t unit
     }
 }
 
+enum { SCALE_OUT, SCALE_IN, SCALE_IN_STRIDE, SCALE_WIDTH, SCALE_ROWS_KIND, SCALE_FACTOR,
+       SCALE_OUT_STRIDE };
+_Static_assert((int)SCALE_WIDTH == ADD_WIDTH && (int)SCALE_ROWS_KIND == ADD_ROWS_KIND, "add_units");
+
 static void scale_run(const ss_context *context, const int64_t *args, int64_t unit,
                       int64_t num_units, int thread) {
     (void)thread;
-    const int64_t width = args[ADD_WIDTH];
-    const __m512 factor = _mm512_set1_ps((float)ss_double(args[ADD_SCALE]));
-    SS_FOR_ROWS(row, ss_rows(context, args[ADD_ROWS_KIND]))
+    const int64_t width = args[SCALE_WIDTH];
+    const __m512 factor = _mm512_set1_ps((float)ss_double(args[SCALE_FACTOR]));
+    SS_FOR_ROWS(row, ss_rows(context, args[SCALE_ROWS_KIND]))
     for (int64_t c = 0; c < width; c += 16) {
         const __mmask16 mask = ss_mask(width - c);
-        const int64_t at = row * width + c;
-        ss_store_masked((bf16 *)args[ADD_OUT] + at,
-                        _mm512_mul_ps(ss_load_masked((const bf16 *)args[ADD_A] + at, mask), factor),
-                        mask);
+        const bf16 *x = (const bf16 *)args[SCALE_IN] + row * args[SCALE_IN_STRIDE] + c;
+        bf16 *out = (bf16 *)args[SCALE_OUT] + row * args[SCALE_OUT_STRIDE] + c;
+        ss_store_masked(out, _mm512_mul_ps(ss_load_masked(x, mask), factor), mask);
     }
 }
 
