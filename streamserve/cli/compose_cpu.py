@@ -127,6 +127,11 @@ class _HeadBuilder:
         on_passing_thread(lambda: head.warm_up(self._memory.block_size))
         kv_caches, self._kv_caches = self._kv_caches, []
         scheduler = self._setup.scheduler
+        head.record(
+            kv_caches,
+            max_tokens=scheduler.max_num_batched_tokens,
+            max_logits=self._memory.max_num_seqs,
+        )
         drafter = HeadDrafter(
             head,
             kv_caches,

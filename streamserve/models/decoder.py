@@ -312,7 +312,9 @@ class Decoder:
         if adapted:
             twin._blocks = twin._adapted_blocks
         try:
-            hidden_states, _, tapped = twin._run(recorder.batch, kv_caches, self._taps)
+            hidden_states, found, tapped = twin._run(recorder.batch, kv_caches, self._taps)
+            if self.spec.join is not None:
+                tapped = [found]  # what some heads go on from
             return recorder.finish(
                 hidden_states,
                 self._head,

@@ -36,6 +36,7 @@ from streamserve.models.families.eagle3 import (
     full_name,
     read_eagle3,
 )
+from streamserve.models.head_decoder import HeadDecoder
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.layers import BoundNorm, bind_norm
 from streamserve.models.names import WeightNames
@@ -217,7 +218,7 @@ class _AlreadyNormed(BoundNorm):
         return x, residual
 
 
-class Eagle3Head(Decoder):
+class Eagle3Head(HeadDecoder):
     """`DraftHead` of one or a few layers. See `Decoder` for what else it does."""
 
     def __init__(
@@ -264,7 +265,7 @@ class Eagle3Head(Decoder):
         embedding = self._of_embedding.norm(self._embed(batch))
         normed = self._of_hidden.norm(batch.hidden_states)
         residual = normed if self._join.norms_residual else batch.hidden_states
-        return torch.cat((embedding, normed), dim=1), residual
+        return self.kernels.side_by_side((embedding, normed)), residual
 
     def take(self, states: Tensor) -> Tensor:
         """See `DraftHead`."""
@@ -281,6 +282,5 @@ class Eagle3Head(Decoder):
 
     def guess(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
         """See `DraftHead`."""
-        normed, found, _ = self._run(batch, kv_caches, ())
-        token_ids = self._target_ids[self._head(normed).argmax(-1)]
-        return token_ids, normed if self._join.feeds_normed else found
+        token_ids, normed, found = self._guess(batch, kv_caches)
+        return self._target_ids[token_ids], normed if self._join.feeds_normed else found

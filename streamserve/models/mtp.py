@@ -29,6 +29,7 @@ from streamserve.models.decoder import Decoder
 from streamserve.models.families.mtp import head_names, head_spec
 from streamserve.models.gguf.config import gguf_head_quantization
 from streamserve.models.gguf.container import gguf_file
+from streamserve.models.head_decoder import HeadDecoder
 from streamserve.models.hub import LoadFormat
 from streamserve.models.layers import bind_norm
 from streamserve.models.loader import directory_files, weight_source
@@ -152,7 +153,7 @@ def load_mtp_head(
     )
 
 
-class MtpHead(Decoder):
+class MtpHead(HeadDecoder):
     """`DraftHead` of one layer. See `Decoder` for what else it does."""
 
     taps: tuple[int, ...] = ()
@@ -177,10 +178,5 @@ class MtpHead(Decoder):
 
     def guess(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
         """See `DraftHead`."""
-        recorded = self._recorded_for(batch, kv_caches)
-        if recorded is not None:
-            token_ids = recorded.greedy(batch)
-            # The next step overwrites them.
-            return token_ids.clone(), recorded.hidden_states(len(token_ids)).clone()
-        found = self.hidden_states(batch, kv_caches)
-        return self._head(found).argmax(-1), found
+        token_ids, normed, _ = self._guess(batch, kv_caches)
+        return token_ids, normed

@@ -25,10 +25,10 @@ from streamserve.models import (
 from streamserve.models.eagle3 import Eagle3Head
 from streamserve_kernels.native.library import why_not
 from tests.models.eagle3_judge import LAYER, Eagle3Judge
+from tests.models.guesses import check, check_recorded
 from tests.models.native import GQA
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.random_model import random_model
-from tests.models.test_mtp import check
 
 CPU = torch.device("cpu")
 REDUCED = {"draft_vocab_size": 50}
@@ -86,6 +86,14 @@ def test_states_and_guesses_are_the_judges(name, target, tmp_path):
             taken = head.take(judge.raw_states[:9])
         torch.testing.assert_close(taken, judge.take(judge.raw_states[:9]), rtol=1e-4, atol=1e-4)
         check(judge, head, chunk=chunk, tolerance=1e-4)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("name", ["first", "red hat", "eagle 3.1"])
+def test_recorded_guesses_are_those_of_functions_one_by_one(name, target_directory, tmp_path):
+    judge, config = judge_of(name)
+    judge.save(tmp_path, config)
+    check_recorded(judge, load(tmp_path, load_target(target_directory, "native", torch.bfloat16)))
 
 
 def test_a_target_of_another_width_is_taken_too(target, tmp_path):

@@ -17,14 +17,8 @@ from streamserve.models import Decoder, MtpConfig, find_mtp, load_config, load_m
 from streamserve.models.mtp import MtpHead
 from streamserve_kernels import QuantLinear
 from streamserve_kernels.native.library import why_not
-from tests.models.mtp_judge import (
-    NUM_GUESSES,
-    Guesses,
-    MtpJudge,
-    check,
-    judge_states,
-    save_with_head,
-)
+from tests.models.guesses import Guesses, check, check_recorded, judge_states
+from tests.models.mtp_judge import MtpJudge, save_with_head
 from tests.models.native import DELTA, HYBRID
 from tests.models.packers import KINDS, edit_config, pack_modules
 
@@ -98,20 +92,7 @@ def test_the_embedding_and_the_head_are_the_targets(saved):
 def test_recorded_guesses_are_those_of_functions_one_by_one(name, saved):
     judge, directory = saved(name)
     _, _, head = load(directory, "native", torch.bfloat16)
-    found = []
-    for is_recorded in (False, True):
-        sequences, states = judge_states(judge)
-        guesses = Guesses(head, block_size=16)
-        if is_recorded:
-            assert head.record(guesses.harness.caches, max_tokens=64, max_logits=8) > 4
-        # Most chunks ask for no guess; what a guess has found must outlive the next.
-        guesses.feed(sequences, states, 2, all_rows=False)
-        guesses.go_on(sequences, NUM_GUESSES)
-        found.append([(guesses.tokens[id(s)], guesses.found[id(s)]) for s in sequences])
-    for one, other in zip(*found, strict=True):
-        assert one[0] == other[0]
-        assert len(one[0]) == 1 + NUM_GUESSES
-        assert torch.equal(torch.stack(one[1]), torch.stack(other[1]))
+    check_recorded(judge, head)
 
 
 @pytest.mark.parametrize(("quantization", "bound"), [("int8", 0.02), ("int4", 0.2)])

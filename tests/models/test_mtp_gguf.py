@@ -18,7 +18,8 @@ from streamserve_kernels import QuantLinear
 from tests.models.gguf_files import F32, Kind, write_gguf
 from tests.models.gguf_hybrids import HYBRID_CASES
 from tests.models.gguf_parity import sizes
-from tests.models.mtp_judge import MtpJudge, check
+from tests.models.guesses import check
+from tests.models.mtp_judge import MtpJudge
 from tests.models.random_model import random_model
 
 CPU = torch.device("cpu")
