@@ -96,6 +96,8 @@ FEATURES: Mapping[str, Callable[[DecoderSpec], bool]] = {
     "ALiBi": _of_layers(lambda attention: attention.alibi),
 }
 """What a decoder may have that others do not, and how its spec tells."""
+GUESSES = "multi-token prediction"
+"""What its checkpoints may have besides: a draft head."""
 
 THROUGH_TRANSFORMERS: Mapping[str, str] = {
     "apertus": "Apertus",
@@ -197,7 +199,7 @@ def _entry(family: Family) -> Entry:
         model_type=family.model_type,
         series=family.series,
         title=family.title,
-        features=features_of(specs),
+        features=(*features_of(specs), *([] if family.mtp is None else [GUESSES])),
         rope_scaling=tuple(kind for kind in get_args(RopeScalingKind) if kind in kinds),
         gguf=tuple(
             name

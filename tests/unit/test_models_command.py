@@ -53,6 +53,10 @@ def test_the_list_is_the_loaders():
         ("BaichuanForCausalLM", ("ALiBi",)),
         ("Qwen2MoeForCausalLM", ("experts", "shared experts")),
         ("Gemma2ForCausalLM", ("sliding windows", "soft caps")),
+        (
+            "Qwen3_5ForCausalLM",
+            ("query and key norms", "delta nets", "output gates", "multi-token prediction"),
+        ),
     ],
 )
 def test_what_a_family_can_have_is_found_by_its_own_reading(architecture, has):
