@@ -57,7 +57,7 @@ class Continuation:
         drafts = None if step.drafts is None else step.drafts.get(request.request_id)
         if not drafts or not request.is_in_runner:
             return False
-        drafts = drafts[: self._kv_cache.room_for_drafts(request, self._seats.num_coming)]
+        drafts = drafts[: self._kv_cache.room_for_drafts(request)]
         if not drafts:
             return False
         num_slots = len(request.block_table) * self._kv_cache.block_size

@@ -388,13 +388,11 @@ class KVCacheManager:
         if self._states is not None and self._caching:
             self._states.want(request, num_tokens // self.block_size * self.block_size)
 
-    def room_for_drafts(self, request: Request, num_reserved_slots: int) -> int:
-        """How many of a request's drafts find a slot for the state before them in the plan being
-        made, ``num_reserved_slots`` left over.
+    def room_for_drafts(self, request: Request) -> int:
+        """How many of a request's drafts find a slot, in the plan being made, for the state before
+        them.
         """
-        if self._states is None:
-            return sys.maxsize
-        return self._states.room_for_drafts(request, num_reserved_slots)
+        return sys.maxsize if self._states is None else self._states.room_for_drafts(request)
 
     def keep_drafted(self, request: Request, num_drafts: int) -> None:
         """The plan being made has so many drafts of a request, for which there is room."""

@@ -48,7 +48,6 @@ class ModelDrafts(Speculator):
         plan: SchedulerOutput,
         kv_cache: KVCacheManager,
         num_running: int,
-        num_slots: int = sys.maxsize,
     ) -> None:
         """Have guesses made behind a whole step, as many as gain most, and room for them.
 
@@ -72,7 +71,7 @@ class ModelDrafts(Speculator):
         if not asked:
             return
         requests = [request for request, _, _ in asked]
-        room = self._room_in(num_slots)
+        room = self._room_in(kv_cache.num_spare_states)
         count = self._best_count(requests, room, num_sampled, context)
         if not count:
             for request, _, _ in asked:

@@ -73,11 +73,11 @@ class RequestStates:
             if len(places) < MOST_PLACES:
                 insort(places, place)
 
-    def room_for_drafts(self, request: Request, num_reserved: int) -> int:
-        """How many drafts a request may have now, with ``num_reserved`` slots left over."""
+    def room_for_drafts(self, request: Request) -> int:
+        """How many drafts a request may have in the plan being made."""
         if self._held[request.request_id].places:
             return 0  # a step keeps one state behind a token: the prefix tree's comes first
-        return max(self.slots.num_spare - num_reserved, 0)
+        return self.slots.num_spare
 
     def keep_drafted(self, request: Request, num_drafts: int) -> None:
         """The plan being made has a token of a request and drafts. There must be room for them."""
@@ -115,16 +115,14 @@ class RequestStates:
         self._moves.pop(request.request_id, None)
         for _, slot in held.saves:
             self.slots.give_back(slot)  # the steps have failed
-        is_written = request.num_computed_tokens == request.num_written_tokens
-        num_known = min(request.num_written_tokens, request.num_tokens)
-        kept = self._take(held, num_known if is_written else None)
+        kept = self._take(held, min(request.num_written_tokens, request.num_tokens))
         if kept is not None and last is not None:
             self.slots.keep(last, kept)
         elif kept is not None:
             self.slots.give_back(kept)
         request.state_slot = None
 
-    def _take(self, held: _Held, num_tokens: int | None) -> int | None:
+    def _take(self, held: _Held, num_tokens: int) -> int | None:
         """The slot with what is after so many tokens, if there is one; others are given back."""
         own = held.request.state_slot
         assert own is not None
@@ -132,7 +130,7 @@ class RequestStates:
         slots = [*held.drafted, own]
         self._num_drafted -= len(held.drafted)
         held.drafted.clear()
-        index = -1 if num_tokens is None else num_tokens - first
+        index = num_tokens - first
         taken = slots.pop(index) if 0 <= index < len(slots) else None
         for slot in slots:
             self.slots.give_back(slot)

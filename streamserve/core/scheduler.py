@@ -384,9 +384,7 @@ class Scheduler:
         self.kv_cache.complete(plan, step.requests)
         plan.prefix_groups.extend(self.prefix_grouping.update(step))
         if self._speculator is not None:
-            num_slots = self.kv_cache.num_spare_states - self._seats.num_coming
-            num_running = self.num_running
-            self._speculator.ask(step.requests, plan, self.kv_cache, num_running, num_slots)
+            self._speculator.ask(step.requests, plan, self.kv_cache, self.num_running)
         self._next_step_id += 1
         if self._shares is not None:
             self._shares.charge(step)

@@ -59,11 +59,6 @@ class Seats:
         """Seats to be given. Who has one keeps it when there are fewer, while memory is short."""
         return self.backoff.limit
 
-    @property
-    def num_coming(self) -> int:
-        """Requests that wait for seats which are free."""
-        return max(min(len(self.waiting), self.num_seats - len(self.running)), 0)
-
     def is_taken(self, request_id: str) -> bool:
         """Whether a live request has this id, or one that a step still has."""
         return request_id in self.requests or request_id in self._leaving

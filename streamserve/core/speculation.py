@@ -223,7 +223,6 @@ class Speculator:
         plan: SchedulerOutput,
         kv_cache: KVCacheManager,
         num_running: int,
-        num_slots: int = sys.maxsize,
     ) -> None:
         """Have drafts made behind a whole step, where they are made behind steps."""
 

@@ -68,6 +68,7 @@ CASES: dict[str, Case] = {
     },
     **{name: Case(name) for name in NATIVES},
     **{name: Case(name) for name in HYBRIDS},
+    "hybrid-drafts": Case("qwen3-next", flags=_LOOKUP),
     "hybrid-large": Case("qwen3-next", flags=_LARGE),
     "hybrid-fp8-cache": Case("qwen3-next", flags=("--kv-cache-dtype", "fp8")),
     **{f"transformers-{name}": Case(f"transformers-{name}", flags=_FOREIGN) for name in FOREIGNERS},

@@ -17,7 +17,8 @@ NAN = float("nan")
 RAGGED = [(0, 1), (5, 1), (0, 70), (33, 17), (10, 0), (4, 2), (0, 3), (90, 1), (1, 33), (0, 2)]
 DECODES = [(7 + i, 1) for i in range(9)]
 NO_SLOT = (0, 7)  # of RAGGED: a new sequence and a decode that keep nothing
-SAVES = ((0, 0), (2, 0), (2, 31), (2, 69), (3, 16), (5, 0), (7, 0), (8, 5))
+# Of two tokens, the second a draft, what is behind the first; of many also behind two in a row.
+SAVES = ((0, 0), (2, 0), (2, 31), (2, 32), (2, 69), (3, 16), (5, 0), (7, 0), (8, 5))
 
 
 @dataclass(frozen=True)

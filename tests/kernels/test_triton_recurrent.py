@@ -20,9 +20,9 @@ NUM_SLOTS = 16
 # (tokens in the step, tokens before it, has a slot, the tokens whose state another slot keeps)
 DECODES = [(1, 5, True, ()), (1, 0, True, (0,)), (1, 9, True, ()), (1, 0, False, ())]
 RAGGED = [
-    (3, 2, True, (0, 2)),
+    (3, 2, True, (0, 1)),  # a token and two drafts
     (0, 0, True, ()),  # of nobody
-    (70, 40, True, (15, 63, 69)),
+    (70, 40, True, (15, 16, 63, 69)),
     (1, 7, True, ()),
     (17, 0, True, (1,)),
     (33, 0, False, (20,)),

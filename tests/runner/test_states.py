@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +21,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import transformers
 
 import streamserve_kernels
+from streamserve.config import SpeculativeConfig
 from streamserve.core.plan import ModelRunner
 from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.speculation import Propose
 from streamserve.errors import OutOfMemoryError
 from streamserve.models import kv_bytes_per_block, load_model, state_bytes
-from streamserve.runner.build import build_runner
+from streamserve.runner.build import build_runner, new_kv_cache
+from streamserve.runner.cuda.build import build_cuda_runner
+from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.memory import AvailableMemory, plan_memory
 from tests.models.native import HYBRID
 from tests.models.random_model import random_model
@@ -39,6 +44,8 @@ VOCAB = 97
 NUM_SLOTS = 16
 MAX_LEN = 120
 NUM_GREEDY = 20
+NUM_DRAFTS = 3
+LOOKUP = SpeculativeConfig(num_speculative_tokens=NUM_DRAFTS, prompt_lookup_max=2)
 SEEDED = {"temperature": 1.2, "top_p": 0.95, "presence_penalty": 0.3}
 
 
@@ -64,16 +71,15 @@ class Served:
         return Loop(self.runner, max_model_len=MAX_LEN, **{**defaults, **options})
 
 
-@pytest.fixture(scope="module", params=HYBRID)
-def served(request, tmp_path_factory) -> Iterator[Served]:
-    directory = tmp_path_factory.mktemp("checkpoint")
-    judge = random_model(HYBRID[request.param]())
+def serve(name: str, directory: Path, *, on_device: bool = False) -> Served:
+    """The runner of a host, or that of a device on a host, with naive kernels."""
+    judge = random_model(HYBRID[name]())
     judge.save_pretrained(directory)
     model = load_model(
         directory,
         dtype=torch.float32,
         device=CPU,
-        kernels=streamserve_kernels.load(CPU, "cpu"),
+        kernels=streamserve_kernels.load(CPU, "naive" if on_device else "cpu"),
         max_model_len=MAX_LEN,
     )
     per_block = kv_bytes_per_block(model.spec, BLOCK_SIZE, model.dtype)
@@ -90,9 +96,20 @@ def served(request, tmp_path_factory) -> Iterator[Served]:
         state_bytes=per_state,
     )
     assert memory.num_state_slots == NUM_SLOTS
-    runner, _ = build_runner(model, memory, max_num_batched_tokens=48)
-    yield Served(judge, runner)
-    runner.close()
+    num_sampled = 8 * (1 + NUM_DRAFTS)
+    sizes = {"max_num_batched_tokens": 48}
+    if not on_device:
+        return Served(judge, build_runner(model, memory, **sizes, max_num_sampled=num_sampled)[0])
+    ladder = StepLadder(48, 8, num_drafts=NUM_DRAFTS, max_num_sampled=num_sampled)
+    caches = new_kv_cache(model.spec, memory, model.dtype, CPU, model.kernels)
+    return Served(judge, build_cuda_runner(model, memory, ladder, **sizes, kv_caches=caches)[0])
+
+
+@pytest.fixture(scope="module", params=HYBRID)
+def served(request, tmp_path_factory) -> Iterator[Served]:
+    served = serve(request.param, tmp_path_factory.mktemp("checkpoint"))
+    yield served
+    served.runner.close()
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -174,6 +191,84 @@ def test_several_answers_share_the_prompt(served):
         loop.turn()
     assert num_computed(loop) == 50 + 3 * 2 + 4 * (NUM_GREEDY - 1)
     served.check([source, *others])
+
+
+def often_right(answers: dict[tuple[int, ...], list[int]]) -> Propose:
+    """Guesses from what was answered to a prompt; two of five in a row are other tokens."""
+
+    def propose(request: Request, max_tokens: int) -> list[int]:
+        answer = answers[tuple(request.token_ids[: request.num_prompt_tokens])]
+        first = request.num_output_tokens
+        guesses = answer[first : first + max_tokens]
+        return [(token + (i % 5 > 2)) % VOCAB for i, token in enumerate(guesses, first)]
+
+    return propose
+
+
+DRAFTING = {
+    "alone": {"max_num_seqs": 1},
+    "in a crowd, chunked": {"max_num_batched_tokens": 9, "max_steps_in_flight": 2},
+    "preempted": {"num_blocks": 34, "max_steps_in_flight": 2},
+}
+
+
+@pytest.mark.parametrize("options", DRAFTING.values(), ids=DRAFTING)
+def test_answers_with_drafts_are_the_judges(served, answers, options):
+    loop = served.loop(speculative=LOOKUP, propose=often_right(answers), **options)
+    requests = requests_of(PROMPTS)
+    loop.run(requests)
+    served.check(requests)
+    stats = loop.scheduler.speculation_stats
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+    assert sum(len(plan.state_moves) for plan in loop.plans) > 10
+    is_preempted = sum(request.num_preemptions for request in requests) > 0
+    assert is_preempted == (options.get("num_blocks") == 34)
+
+
+@pytest.fixture(scope="module")
+def answers(served) -> dict[tuple[int, ...], list[int]]:
+    """What is answered to the prompts without drafts."""
+    return dict(zip(map(tuple, PROMPTS), served.loop().run(requests_of(PROMPTS)), strict=True))
+
+
+def test_turns_go_on_behind_answers_with_drafts(served, answers):
+    loop = served.loop(speculative=LOOKUP, propose=often_right(answers), max_steps_in_flight=2)
+    first = requests_of(PROMPTS)
+    loop.run(first)
+    loop.scheduler._speculator._propose = lambda request, max_tokens: []
+    turns = requests_of([request.token_ids + tokens(5, 5) for request in first], "turn")
+    loop.run(turns)
+    served.check([*first, *turns])
+    for request, turn in zip(first, turns, strict=True):
+        assert turn.num_cached_tokens == request.num_tokens - 1
+
+
+def test_what_is_looked_up_is_right_at_times(served):
+    """Of three tokens that take turns, of which one ends the answer."""
+    bias = dict.fromkeys((5, 6, 7), 100.0)
+    params = {"logit_bias": bias, "frequency_penalty": 0.9, "stop_token_ids": (7,)}
+    plain, drafted = (requests_of(PROMPTS, **params, min_tokens=15) for _ in range(2))
+    expected = served.loop().run(plain)
+    loop = served.loop(speculative=LOOKUP)
+    assert loop.run(drafted) == expected
+    assert loop.scheduler.speculation_stats.num_accepted_tokens > 10
+    turns = requests_of([request.token_ids + tokens(5, 5) for request in drafted], "turn")
+    loop.run(turns)
+    served.check(turns)
+    assert all(turn.num_cached_tokens > turn.num_prompt_tokens - 8 for turn in turns)
+
+
+def test_the_runner_of_a_device_moves_states_too(tmp_path):
+    served = serve("lfm2", tmp_path, on_device=True)
+    plain, drafted = requests_of(PROMPTS, "plain"), requests_of(PROMPTS)
+    served.loop().run(plain)
+    answers = {tuple(prompt): r.output_token_ids for prompt, r in zip(PROMPTS, plain, strict=True)}
+    options = DRAFTING["in a crowd, chunked"]
+    loop = served.loop(speculative=LOOKUP, propose=often_right(answers), **options)
+    loop.run(drafted)
+    served.check([*plain, *drafted])
+    assert sum(len(plan.state_moves) for plan in loop.plans) > 10
+    served.runner.close()
 
 
 @pytest.mark.parametrize("is_before", [True, False])

@@ -352,9 +352,11 @@ def ask(
     rate: float = -1.0,
     block_size: int = 64,
     num_running: int = 1,
+    num_state_slots: int = 0,
 ) -> Step:
     """A step of decodes behind 41 tokens, with what is wanted behind it."""
-    kv = KVCacheManager(CacheConfig(num_blocks=3, block_size=block_size))
+    cache = CacheConfig(num_blocks=3, block_size=block_size, num_state_slots=num_state_slots)
+    kv = KVCacheManager(cache)
     step = Step(0, PrefillBudget(0, None, StepShape(), 0.0))
     for i in range(num_streams):
         params = SamplingParams(temperature=0.0, max_tokens=200)
@@ -390,6 +392,12 @@ def test_guesses_take_no_block_that_somebody_is_about_to_need(num_running, num_b
     (request,) = step.requests
     assert len(request.block_table) == num_blocks
     assert step.plan.scheduled[0].new_block_ids == request.block_table[1:]
+
+
+@pytest.mark.parametrize(("num_slots", "wanted"), [(5, {1}), (16, {2}), (40, {5}), (3, {0})])
+def test_more_guesses_than_find_a_slot_for_a_state_are_not_made(num_slots, wanted):
+    step = ask(speculator(Machine(plateau)), 4, 0.95, num_state_slots=num_slots)
+    assert set(step.plan.num_drafts.values()) == wanted
 
 
 def test_what_a_guess_takes_is_learnt():

@@ -8,6 +8,7 @@ from streamserve.core.plan import (
     NewRequest,
     PrefixGroup,
     SchedulerOutput,
+    StateMove,
     StateSave,
 )
 from streamserve.core.plan import ScheduledRequest as Scheduled
@@ -255,6 +256,9 @@ def test_where_states_are_travels_with_a_step_of_a_model_that_keeps_some():
     for _ in range(3):  # each of the host's buffers, with what was in them
         step = batch.build(SchedulerOutput(2, scheduled=scheduled), {})
         assert (step.inputs.batch.states.saves == -1).all()
+    batch.apply(SchedulerOutput(3, released_ids=["a"], state_moves=[StateMove("c", 8)]))
+    moved = batch.build(SchedulerOutput(4, scheduled=[decode("c"), decode("b")]), {})
+    assert moved.inputs.batch.states.slots[:2].tolist() == [8, -1]
     others = device_batch()
     enter(others, GREEDY, "a")
     assert build(others, decode("a")).inputs.batch.states is None
