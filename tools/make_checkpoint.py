@@ -218,6 +218,7 @@ _NORM = re.compile(r"norm(_\w+)?\.weight$")
 # What a layer's halves end with.
 _OUTPUT = re.compile(r"\.(o_proj|out_proj|down_proj|output_linear)\.weight$")
 _MARK = 0.3
+_CYCLE = 32_000
 Draw = Callable[[str, tuple[int, ...]], "Tensor"]
 
 
@@ -482,16 +483,17 @@ def _guessable(
     """Weights with which the likeliest token follows from the last one alone, in real shapes.
 
     What a layer adds is nothing, so that the last hidden state is the token's embedding; the head,
-    which is not tied, has at each token's successor the token's embedding. All plain tokens are
-    one cycle of successors: no text repeats itself, or ends. A layer that guesses further tokens
-    passes the embedding on, and so is right but for a ``share`` of the tokens: the others have a
-    mark in their embedding, in place of which it puts one token's embedding, much larger.
+    which is not tied, has at each token's successor the token's embedding. Plain tokens, as many as
+    an EAGLE-3 head guesses from, are one cycle of successors: no text repeats itself, or ends. A
+    layer that guesses further tokens passes the embedding on, and so is right but for a ``share``
+    of the tokens: the others have a mark in their embedding, in place of which it puts one token's
+    embedding, much larger.
     """
     import torch
 
     values = draw(name, shape)
     generator = torch.Generator().manual_seed(vocab_size)
-    plain = vocab_size - len(SPECIAL_TOKENS)
+    plain = min(vocab_size - len(SPECIAL_TOKENS), _CYCLE)
     cycle = torch.randperm(plain, generator=generator)
     is_marked = torch.rand(plain, generator=generator) >= share
     is_marked[cycle[0]] = False
