@@ -70,7 +70,10 @@ class AdapterConfig:
 DraftMethod = Literal["ngram", "draft_model", "mtp", "eagle3"]
 
 MAX_DRAFTING_ROWS = 64
-"""Rows that drafts may add to what a runner must be able to sample in one step."""
+"""Rows that a runner must be able to sample in one step, where drafts need so many."""
+
+MAX_FORCED_TOKENS = 16
+"""Of a request and step: drafts that a grammar leaves no choice about, whatever else drafts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +118,14 @@ class SchedulerConfig:
 
     @property
     def max_num_sampled(self) -> int:
-        """Rows that may be sampled in one step: one for each seat, or more where there are drafts.
+        """Rows that may be sampled in one step: one for each seat, and some for drafts.
 
         Speculation is for small batches: with many seats, drafts take what the requests leave.
         """
-        if self.speculative is None:
-            return self.max_num_seqs
-        rows = self.max_num_seqs * (1 + self.speculative.num_speculative_tokens)
+        most = MAX_FORCED_TOKENS
+        if self.speculative is not None:
+            most = max(most, self.speculative.num_speculative_tokens)
+        rows = self.max_num_seqs * (1 + most)
         return max(self.max_num_seqs, min(rows, MAX_DRAFTING_ROWS))
 
     def __post_init__(self) -> None:

@@ -343,6 +343,11 @@ def _speculation_counters(stats: SpeculationStats) -> tuple[tuple[str, str, floa
             "Drafted tokens that were what the model would have sampled.",
             stats.num_accepted_tokens,
         ),
+        (
+            "forced_tokens",
+            "Accepted drafts that a grammar left no choice about.",
+            stats.num_forced_tokens,
+        ),
     )
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
 from streamserve.core.clock import Clock, monotonic
-from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
+from streamserve.core.plan import (
+    Masks,
+    ModelRunner,
+    ModelRunnerOutput,
+    SchedulerOutput,
+)
 from streamserve.errors import DeviceDeadError
 
 
@@ -63,9 +68,7 @@ class StepProbe:
         self.steps.append(record)
         self._unsampled[plan.step_id] = record
 
-    def sample(
-        self, step_id: int, masks: Mapping[str, bytes] | None = None
-    ) -> Future[ModelRunnerOutput]:
+    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
         """As of ``ModelRunner``."""
         future = self.runner.sample(step_id, masks)
         future.add_done_callback(partial(self._done, self._unsampled.pop(step_id)))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from math import log
 
 from streamserve.config import SchedulerConfig, SpeculativeConfig
+from streamserve.core.forced import learned
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
 from streamserve.core.request import Request
@@ -21,7 +22,7 @@ from streamserve.core.speculation import CAUTION, MIN_GAIN, Speculator, gains_of
 from streamserve.core.step_time import StepShape, StepTimeModel
 
 _FIRST_RATE = 0.7  # of guesses that are right, before any was tried
-_RATE_OF_LEARNING = 0.1  # from each guess
+_RATE_OF_LEARNING = 0.1  # from each step of a request
 _HOPE = 0.002  # in a step that asks for none: a text may become easier to guess
 _FIRST_SHARE = 0.15  # of a step, for one guess of each request, before any was measured
 _SECONDS_RATE = 0.1
@@ -40,7 +41,12 @@ class ModelDrafts(Speculator):
 
     def should_wait(self, running: Sequence[Request], num_slots: int = sys.maxsize) -> bool:
         """Whether guesses come with the step in flight."""
-        return self._is_asked
+        if self._is_asked:
+            return True
+        return self._num_with_forced > 0 and super().should_wait(running, num_slots)
+
+    def _prospects_of(self, request: Request) -> tuple[float, float]:
+        return 0.0, 0.0  # none is asked for
 
     def ask(
         self,
@@ -104,12 +110,8 @@ class ModelDrafts(Speculator):
             known = self._seconds.setdefault(size, seconds)
             self._seconds[size] = known + _SECONDS_RATE * (seconds - known)
 
-    def verified(self, request: Request, num_drafted: int, num_accepted: int) -> None:
-        """Count a request's drafts that a step has gone through, and learn from them."""
-        super().verified(request, num_drafted, num_accepted)
-        rate = self._rate_of(request)
-        for i in range(min(num_accepted + 1, num_drafted)):
-            rate += _RATE_OF_LEARNING * ((i < num_accepted) - rate)
+    def _learn(self, request: Request, num_drafted: int, num_accepted: int) -> None:
+        rate = learned(self._rate_of(request), num_drafted, num_accepted)
         request.draft_rate = rate
         self._rate += _RATE_OF_LEARNING * (rate - self._rate)
 
@@ -130,7 +132,7 @@ class ModelDrafts(Speculator):
         All together at most ``room``.
         """
         most = min(
-            self._config.num_speculative_tokens,
+            self._most,
             room // len(requests),
             (self._max_num_sampled - num_sampled) // len(requests),
             (self._max_num_tokens - num_sampled) // len(requests),

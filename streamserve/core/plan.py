@@ -6,13 +6,25 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import DeviceDeadError
 
 PENDING_TOKEN = -1
 """In ``ScheduledRequest.token_ids``: the id that the previous step sampled, still on the device."""
+
+Masks: TypeAlias = Mapping[str, bytes | Sequence[bytes | None]]
+"""What grammars allow, by request id: packed bits, lowest first, 1 for a token that may come. One
+mask for whatever a step samples of the request, or one for each of its samples, in their order.
+Where there is none, all may.
+"""
+
+
+def mask_of(masks: Masks, request_id: str, index: int) -> bytes | None:
+    """The mask of one of a request's samples in a step."""
+    mask = masks.get(request_id)
+    return mask if mask is None or isinstance(mask, bytes) else mask[index]
 
 
 class BlockCopy(NamedTuple):
@@ -217,14 +229,8 @@ class ModelRunner(Protocol):
     def launch(self, plan: SchedulerOutput) -> None:
         """Start the forward of ``plan``."""
 
-    def sample(
-        self, step_id: int, masks: Mapping[str, bytes] | None = None
-    ) -> Future[ModelRunnerOutput]:
-        """Sample the oldest launched step, which must be ``step_id``, once its forward is done.
-
-        ``masks``: request id → packed bits, lowest first, 1 for a token that may come; requests
-        without one are free.
-        """
+    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
+        """Sample the oldest launched step, which must be ``step_id``, once its forward is done."""
 
     def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
         """Have ``hear`` called with the cause, once, when no step can run any more.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum, StrEnum, auto
 
 from streamserve.core.block_pool import PrefixNode
+from streamserve.core.forced import ForcedTokens
 from streamserve.core.ngram import NgramIndex
 from streamserve.core.plan import ModelRunnerOutput, TokenLogprobs
 from streamserve.core.sampling_params import SamplingParams
@@ -72,6 +73,7 @@ class Request:
         "eos_token_ids",
         "failed_step_id",
         "finish_reason",
+        "forced",
         "fork_source",
         "is_in_runner",
         "is_paused",
@@ -176,14 +178,9 @@ class Request:
         self.matched_nodes: list[PrefixNode] = []  # while it waits: of its leading cached blocks
         self.computing_hash: bytes | None = None  # the block it computes for others that wait
         self.awaited_hash: bytes | None = None  # the block it waits for while another computes it
-        # A grammar's mask is made by the host, of the tokens before it: for one position only.
-        # So is what may complete a bad word of several tokens.
-        self.may_draft = (
-            sampling_params.structured_output is None
-            and sampling_params.thinking is None
-            and not sampling_params.bad_word_ids
-            and not sampling_params.ends_with_prompt
-        )
+        # What may complete a bad word of several tokens is known for one position only.
+        self.may_draft = not sampling_params.bad_word_ids and not sampling_params.ends_with_prompt
+        self.forced: ForcedTokens | None = None  # while it lives, if some may be
         self.ngram_index: NgramIndex | None = None  # of its own text, if it speculates
         self.drafts: list[int] = []  # what a draft model guesses behind the last token
         self.draft_rate = -1.0  # how many of its guesses were right lately; negative: not known

@@ -20,6 +20,7 @@ from streamserve.core.clock import Clock
 from streamserve.core.continuation import Continuation
 from streamserve.core.door import Door
 from streamserve.core.fairness import FairShare
+from streamserve.core.forced import FindForced
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.limits import ContextLimits
 from streamserve.core.model_drafts import ModelDrafts
@@ -91,13 +92,13 @@ class Scheduler:
         self._admission = Admission(self._seats, kv_cache, self._policy, clock, self._in_flight)
         backlog = self._admission.backlog
         self._door = Door(config, self._seats, backlog, clock, step_time, self._shares)
+        speculative = config.speculative
         self._speculator = (
-            None
-            if config.speculative is None
-            else ModelDrafts(config, config.speculative, step_time)
-            if config.speculative.method != "ngram"
-            else Speculator(config, config.speculative, step_time, propose)
+            Speculator(config, speculative, step_time, propose)
+            if speculative is None or speculative.method == "ngram"
+            else ModelDrafts(config, speculative, step_time)
         )
+        self._may_draft = self._speculator.is_needed
         self._next_step_id = 0
         self._arrivals = count()
 
@@ -138,7 +139,7 @@ class Scheduler:
     @property
     def speculation_stats(self) -> SpeculationStats:
         """What was drafted, and how much of it was right."""
-        return SpeculationStats() if self._speculator is None else self._speculator.stats
+        return self._speculator.stats
 
     @property
     def num_steps_in_flight(self) -> int:
@@ -218,6 +219,11 @@ class Scheduler:
             request.fork_source = source
             self._seats.queue(request)
 
+    def guide(self, request: Request, find_forced: FindForced) -> None:
+        """Draft what must follow the tokens of a request that was added and has not ended."""
+        self._speculator.guide(request, find_forced)
+        self._may_draft = self._speculator.is_needed
+
     def pause(self, request: Request) -> None:
         """Generate nothing more for a request that has not ended, until ``resume``.
 
@@ -281,6 +287,9 @@ class Scheduler:
         self._seats.finish(request)
         if self.recovery.is_active:
             self.recovery.forget(request)
+        if request.forced is not None:
+            self._speculator.leave(request)
+            self._may_draft = self._speculator.is_needed
         request.finish_reason = reason
         request.stop_reason = stop_reason
         if num_output_tokens is not None:
@@ -328,7 +337,7 @@ class Scheduler:
         running, waiting = seats.running, seats.waiting
         num_free = max(seats.num_seats - len(running), 0)
         drafts = None
-        if self._speculator is not None:
+        if self._may_draft:
             num_coming = min(len(waiting), num_free)
             num_slots = self.kv_cache.num_spare_states - num_coming
             if not self._in_flight:
@@ -383,7 +392,7 @@ class Scheduler:
         self._seats.released_ids.clear()
         self.kv_cache.complete(plan, step.requests)
         plan.prefix_groups.extend(self.prefix_grouping.update(step))
-        if self._speculator is not None:
+        if self._may_draft:
             self._speculator.ask(step.requests, plan, self.kv_cache, self.num_running)
         self._next_step_id += 1
         if self._shares is not None:
@@ -450,7 +459,7 @@ class Scheduler:
         step = self._in_flight.popleft()
         self.kv_cache.retire(step.plan)
         self.pacer.observe(step.plan, output)
-        if self._speculator is not None:
+        if self._may_draft:
             self._speculator.drafted(step.plan, output)
             if output.duration_s is not None:
                 self._speculator.host_time.observe(
@@ -468,7 +477,6 @@ class Scheduler:
 
     def _settle_drafts(self, request: Request, num_sampled: int, num_right: int) -> int:
         """Go back behind the drafts that were right; returns how many were not."""
-        assert self._speculator is not None
         num_wrong = num_sampled - num_right
         request.num_computed_tokens -= num_wrong
         request.num_draft_tokens = 0

@@ -26,7 +26,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import log, log1p
 
-from streamserve.config import SchedulerConfig, SpeculativeConfig
+from streamserve.config import MAX_FORCED_TOKENS, SchedulerConfig, SpeculativeConfig
+from streamserve.core.forced import (
+    FIRST_FORCED_RATE,
+    FIRST_FORCED_SHARE,
+    FindForced,
+    ForcedTokens,
+    learned,
+)
 from streamserve.core.kv_cache_manager import KVCacheManager
 from streamserve.core.ngram import NgramIndex
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
@@ -57,6 +64,7 @@ class SpeculationStats:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_forced_tokens: int = 0  # of those that were accepted: a grammar left no choice
 
 
 @dataclass(slots=True)
@@ -111,14 +119,20 @@ class Speculator:
     def __init__(
         self,
         config: SchedulerConfig,
-        speculative: SpeculativeConfig,
+        speculative: SpeculativeConfig | None,
         model: StepTimeModel | None,
         propose: Propose | None = None,
     ) -> None:
-        """``propose`` in place of the prompt lookup; how good it is, is not known."""
+        """``propose`` in place of the prompt lookup; how good it is, is not known.
+
+        Without ``speculative`` there are forced tokens only.
+        """
         self.stats = SpeculationStats()
         self.host_time = HostTime()
         self._config = speculative
+        self._most = 0 if speculative is None else speculative.num_speculative_tokens
+        self._forced_rate = FIRST_FORCED_RATE  # of requests that nothing is known of
+        self._num_with_forced = 0
         self._max_num_sampled = config.max_num_sampled
         self._max_num_tokens = config.max_num_batched_tokens
         self._max_step_s = (
@@ -128,6 +142,24 @@ class Speculator:
         self._propose = self._look_up if propose is None else propose
         self._num_to_index = 0
         self._num_refusals_left = 0
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there may be drafts at all."""
+        return self._config is not None or self._num_with_forced > 0
+
+    def guide(self, request: Request, find: FindForced) -> None:
+        """Draft what must follow a request's tokens, until `leave`."""
+        if request.may_draft:
+            share = 0.0 if request.sampling_params.thinking else FIRST_FORCED_SHARE
+            request.forced = ForcedTokens(find, self._forced_rate, share)
+            self._num_with_forced += 1
+
+    def leave(self, request: Request) -> None:
+        """Draft nothing that must follow: the request has ended."""
+        if request.forced is not None:
+            request.forced = None
+            self._num_with_forced -= 1
 
     def should_wait(self, running: Sequence[Request], num_slots: int = sys.maxsize) -> bool:
         """Whether a step in flight should retire before the next is made, to draft in that one.
@@ -144,12 +176,13 @@ class Speculator:
         if self._model is not None and running:
             step_s = self._model.predict(StepShape(len(running), len(running)))
             period = int(len(running) * _THOUGHT_S / (_THOUGHT_SHARE * step_s))
-            self._num_refusals_left = max(period, _PATIENCE) - 1
+            least = 1 if self._num_with_forced else _PATIENCE  # what is forced comes at once
+            self._num_refusals_left = max(period, least) - 1
         return False
 
     def _room_in(self, num_slots: int) -> int:
         """How many drafts a step may have, of as many slots for states that nobody runs in."""
-        return max(min(num_slots, self._config.num_speculative_tokens), num_slots // 2)
+        return max(min(num_slots, self._most or MAX_FORCED_TOKENS), num_slots // 2)
 
     def _is_worth_waiting(self, running: Iterable[Request], room: int) -> bool:
         self._num_to_index = _MAX_NUM_INDEXED
@@ -162,12 +195,17 @@ class Speculator:
             num_decodes += 1
             num_unknown += request.num_draft_tokens > 0
             decode_context += num_tokens
-            if request.may_draft and self._model is None:
-                return True
             num_drafts = self._num_allowed(request, num_tokens)
-            index = self._index_of(request)
-            if num_drafts and index is not None and index.hit_rate > _MIN_CHANCE:
-                gains = gains_of(index.hit_rate, index.continue_rate, num_drafts)
+            if self._model is None and (num_drafts or request.forced is not None):
+                return True
+            first, then = self._prospects_of(request) if num_drafts else (0.0, 0.0)
+            if request.forced is not None:
+                forced, behind, most = request.forced.prospects(request)
+                if forced >= first:
+                    num_left = request.max_num_tokens - num_tokens - 1
+                    first, then, num_drafts = forced, behind, min(most, num_left)
+            if first > _MIN_CHANCE and num_drafts:
+                gains = gains_of(first, then, num_drafts)
                 candidates.append(_Candidate(request, num_tokens - 1, [], gains))
         if not candidates or self._model is None:
             return False
@@ -193,11 +231,16 @@ class Speculator:
                 continue
             num_decodes += 1
             decode_context += num_tokens
-            if request.num_pending_tokens or not (
-                num_allowed := self._num_allowed(request, num_tokens)
-            ):
+            if request.num_pending_tokens:
+                continue
+            if request.forced is not None and (forced := self._forced(request, request.forced)):
+                candidates.append(forced)
+                continue
+            if not (num_allowed := self._num_allowed(request, num_tokens)):
                 continue
             drafts = self._propose(request, num_allowed)
+            if request.forced is not None:
+                request.forced.are_drafted = False
             if drafts:
                 gains = self._gains_of(request, len(drafts))
                 candidates.append(_Candidate(request, num_tokens - 1, drafts, gains))
@@ -230,23 +273,48 @@ class Speculator:
         """Learn what drafts took that were asked for."""
 
     def verified(self, request: Request, num_drafted: int, num_accepted: int) -> None:
-        """Count a request's drafts that a step has gone through."""
+        """Count a request's drafts that a step has gone through, and learn from them."""
         self.stats.num_drafts += 1
         self.stats.num_draft_tokens += num_drafted
         self.stats.num_accepted_tokens += num_accepted
+        if request.forced is None or not request.forced.are_drafted:
+            self._learn(request, num_drafted, num_accepted)
+            return
+        self.stats.num_forced_tokens += num_accepted
+        self._forced_rate = learned(self._forced_rate, num_drafted, num_accepted)
+        request.forced.rate = learned(request.forced.rate, num_drafted, num_accepted)
+
+    def _learn(self, request: Request, num_drafted: int, num_accepted: int) -> None:
+        """Learn from guesses. The prompt lookup does where it looks up."""
+
+    def _forced(self, request: Request, forced: ForcedTokens) -> _Candidate | None:
+        """What must follow a request's known tokens, before any guesses."""
+        num_tokens = len(request.token_ids)
+        drafts = forced.behind(request)[: max(request.max_num_tokens - num_tokens - 1, 0)]
+        if not drafts:
+            return None
+        forced.are_drafted, request.drafts = True, []
+        return _Candidate(
+            request, num_tokens - 1, drafts, gains_of(forced.rate, forced.rate, len(drafts))
+        )
+
+    def _prospects_of(self, request: Request) -> tuple[float, float]:
+        """How likely a guess behind a token that is not known yet is right, and each behind it."""
+        index = self._index_of(request)
+        return (0.0, 0.0) if index is None else (index.hit_rate, index.continue_rate)
 
     def _num_allowed(self, request: Request, num_tokens: int) -> int:
         """How many drafts may stand behind ``num_tokens``: the step yields one token more."""
         if not request.may_draft:
             return 0
-        num_left = request.max_num_tokens - num_tokens - 1
-        return max(min(self._config.num_speculative_tokens, num_left), 0)
+        return max(min(self._most, request.max_num_tokens - num_tokens - 1), 0)
 
     def _index_of(self, request: Request) -> NgramIndex | None:
         """The request's index once it holds all the known tokens: a long text takes some steps."""
         index = request.ngram_index
         if index is None:
             config = self._config
+            assert config is not None
             index = NgramIndex(config.prompt_lookup_min, config.prompt_lookup_max)
             request.ngram_index = index
         token_ids = request.token_ids

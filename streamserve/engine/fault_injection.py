@@ -7,13 +7,18 @@ has whose device reports an error late.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
 
 from streamserve.core.death import Death
-from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
+from streamserve.core.plan import (
+    Masks,
+    ModelRunner,
+    ModelRunnerOutput,
+    SchedulerOutput,
+)
 from streamserve.errors import DeviceDeadError, OutOfMemoryError
 
 
@@ -100,9 +105,7 @@ class FaultInjectingRunner:
         if self._faults:
             self._plans[plan.step_id] = plan
 
-    def sample(
-        self, step_id: int, masks: Mapping[str, bytes] | None = None
-    ) -> Future[ModelRunnerOutput]:
+    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
         """See ``core.plan.ModelRunner``."""
         plan = self._plans.pop(step_id, None)
         future = self._runner.sample(step_id, masks)

@@ -254,7 +254,8 @@ class EngineFront:
         if live.request.time_limits is not None:
             self._deadlines.add(live)
         if live.matcher is not None or live.request.sampling_params.thinking is not None:
-            self._masks.add(live.request, live.matcher)
+            find_forced = self._masks.add(live.request, live.matcher)
+            self._scheduler.guide(live.request, find_forced)
 
     def _end(self, live: Live) -> None:
         """Each of a request's ends comes through here, once."""

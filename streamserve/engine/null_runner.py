@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
 from streamserve.core.plan import (
+    Masks,
     ModelRunnerOutput,
     NewRequest,
     PromptLogprobs,
     ScheduledRequest,
     SchedulerOutput,
     TokenLogprobs,
+    mask_of,
 )
 from streamserve.errors import DeviceDeadError
 
 Pace = Callable[[Callable[[], None]], None]
 """Called with ``resolve`` for every step, on the event loop; calls it when the step may end."""
+
+_FREE: Masks = {}
 
 
 class NullRunner:
@@ -79,9 +83,7 @@ class NullRunner:
         self._plan = plan
         self.num_steps += 1
 
-    def sample(
-        self, step_id: int, masks: Mapping[str, bytes] | None = None
-    ) -> Future[ModelRunnerOutput]:
+    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
         """Return a future that is done, or that ``pace`` resolves."""
         plan = self._plan
         assert plan is not None, f"step {step_id} is sampled before it was launched"
@@ -101,7 +103,7 @@ class NullRunner:
         """There is nothing to free. Idempotent."""
         self.is_closed = True
 
-    def _output_of(self, plan: SchedulerOutput, masks: Mapping[str, bytes]) -> ModelRunnerOutput:
+    def _output_of(self, plan: SchedulerOutput, masks: Masks) -> ModelRunnerOutput:
         keys, ids, size = self._keys, self._token_ids, len(self._token_ids)
         sampled = [
             [ids[(keys[s.request_id] + s.output_position) % size]]
@@ -111,7 +113,7 @@ class NullRunner:
         ]
         for i, scheduled in enumerate(plan.scheduled) if masks else ():
             if scheduled.sample and scheduled.request_id in masks:
-                sampled[i] = [_next_allowed(sampled[i][0], masks[scheduled.request_id])]
+                sampled[i] = self._verified(scheduled, masks)
         logprobs = None
         if self._num_logprobs:
             logprobs = [
@@ -149,10 +151,13 @@ class NullRunner:
             )
         return found
 
-    def _verified(self, scheduled: ScheduledRequest) -> list[int]:
+    def _verified(self, scheduled: ScheduledRequest, masks: Masks = _FREE) -> list[int]:
         """The samples that count of a request without any, or with drafts."""
         ids, first = self._token_ids, self._keys[scheduled.request_id] + scheduled.output_position
         samples = [ids[(first + i) % len(ids)] for i in range(scheduled.sample)]
+        for i, token_id in enumerate(samples):
+            if (mask := mask_of(masks, scheduled.request_id, i)) is not None:
+                samples[i] = _next_allowed(token_id, mask)
         return samples[: scheduled.num_kept(samples)]
 
     def _logprobs_of(self, token_ids: list[int], num_top: int | None) -> list[TokenLogprobs]:

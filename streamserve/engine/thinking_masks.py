@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from typing import Protocol
 
 from streamserve.core.request import Request
@@ -23,8 +24,14 @@ class MaskSource(Protocol):
     def knows(self, output_position: int) -> bool:
         """Whether the host knows the output ids that the mask of this position depends on."""
 
-    def mask(self) -> bytes | None:
-        """A bit per token, lowest first, 1 where it may follow the output; ``None``: any may."""
+    def mask(self, ahead: Sequence[int] = ()) -> bytes | None:
+        """A bit per token, lowest first, 1 where it may follow the output; ``None``: any may.
+
+        ``ahead`` are tokens that are supposed to come behind the known ones; each may.
+        """
+
+    def forced(self, limit: int) -> list[int]:
+        """At most so many tokens that follow the output whatever the model says. Never raises."""
 
 
 class _Bridge:
@@ -53,15 +60,21 @@ class _Bridge:
     def knows(self, output_position: int) -> bool:
         return self._request.num_output_tokens >= output_position
 
-    def mask(self) -> bytes | None:
-        position = self._request.num_output_tokens - self._first
+    def mask(self, ahead: Sequence[int] = ()) -> bytes | None:
+        position = self._request.num_output_tokens + len(ahead) - self._first
         if position < len(self._ids):
             return _only(self._ids[position], self._vocab_size)
         if self._grammar is not None:
-            return self._grammar.mask()
+            return self._grammar.mask(ahead)
         if position == len(self._ids) and self._not_next is not None:
             return _all_but((self._not_next,), self._vocab_size)
         return None
+
+    def forced(self, limit: int) -> list[int]:
+        position = self._request.num_output_tokens - self._first
+        if position < len(self._ids):
+            return list(self._ids[position:][:limit])
+        return [] if self._grammar is None else self._grammar.forced(limit)
 
 
 def _only(token_id: int, vocab_size: int) -> bytes:
@@ -138,20 +151,34 @@ class ThinkingMatcher:
             return True
         return self._request.num_output_tokens >= output_position
 
-    def mask(self) -> bytes | None:
-        self._read()
-        if self._behind is not None:
-            return self._behind.mask()
-        if self._instead is not None and not self._has_thought:
-            return self._mask_without_thoughts(self._instead)
-        forced = self._forced_id()
-        if forced is None:
-            return self._free
-        return _only(forced, self._vocab_size)
+    def mask(self, ahead: Sequence[int] = ()) -> bytes | None:
+        self._read_known()
+        if not ahead or self._behind is not None:
+            return self._mask(ahead)
+        branch = copy(self)
+        branch._tokens = self._tokens.copy()
+        branch._read(ahead)
+        return branch._mask(ahead)
 
-    def _mask_without_thoughts(self, grammar: MaskSource) -> bytes | None:
+    def forced(self, limit: int) -> list[int]:
+        self._read_known()
+        if self._behind is not None:
+            return self._behind.forced(limit)
+        if self._instead is not None and not self._has_thought:
+            return []  # thoughts may come, too, or it has begun without
+        return list(self._forced_ids(self._request.num_output_tokens)[:limit])
+
+    def _mask(self, ahead: Sequence[int]) -> bytes | None:
+        if self._behind is not None:
+            return self._behind.mask(ahead)
+        if self._instead is not None and not self._has_thought:
+            return self._mask_without_thoughts(self._instead, ahead)
+        forced = self._forced_ids(self._request.num_output_tokens + len(ahead))
+        return _only(forced[0], self._vocab_size) if forced else self._free
+
+    def _mask_without_thoughts(self, grammar: MaskSource, ahead: Sequence[int]) -> bytes | None:
         """The grammar's, and at the very beginning that of thoughts as well."""
-        mask, position = grammar.mask(), self._request.num_output_tokens
+        mask, position = grammar.mask(ahead), self._request.num_output_tokens + len(ahead)
         if mask is None or position:
             return mask
         start = self._thinking.start_token_ids[0]
@@ -163,10 +190,13 @@ class ThinkingMatcher:
         """Where a grammar follows, an answer must not end in its thoughts."""
         return _all_but(self._request.ending_ids | self._request.eos_token_ids, self._vocab_size)
 
-    def _read(self) -> None:
+    def _read_known(self) -> None:
+        request = self._request
+        self._read(request.token_ids[request.num_prompt_tokens + self._num_read :])
+
+    def _read(self, token_ids: Sequence[int]) -> None:
         request, tokens = self._request, self._tokens
-        first = request.num_prompt_tokens + self._num_read
-        for token_id in request.token_ids[first:]:
+        for token_id in token_ids:
             if tokens.is_over:
                 break
             self._look_at_budget()
@@ -190,13 +220,14 @@ class ThinkingMatcher:
         if self._tokens.is_inside and self._tokens.count >= self._budget:
             self._exhausted_at = self._num_read
 
-    def _forced_id(self) -> int | None:
-        thinking, position = self._thinking, self._request.num_output_tokens
+    def _forced_ids(self, position: int) -> tuple[int, ...]:
+        """What must come at this output position and behind it."""
+        thinking = self._thinking
         ids: tuple[int, ...] = ()
         if self._tokens.is_over:
-            return None
+            return ()
         if self._exhausted_at is not None:
             ids, position = thinking.end_token_ids, position - self._exhausted_at
         elif self._new_grammar is not None and not thinking.is_open:
             ids = thinking.start_token_ids
-        return ids[position] if position < len(ids) else None
+        return ids[position:]

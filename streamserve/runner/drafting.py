@@ -22,13 +22,19 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import ClassVar
 
 from streamserve.core.clock import Clock, monotonic
-from streamserve.core.plan import ModelRunner, ModelRunnerOutput, NewRequest, SchedulerOutput
+from streamserve.core.plan import (
+    Masks,
+    ModelRunner,
+    ModelRunnerOutput,
+    NewRequest,
+    SchedulerOutput,
+)
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.errors import DeviceDeadError
 
@@ -126,9 +132,7 @@ class DraftingRunner:
         self._target.launch(plan)
         self._plans[plan.step_id] = plan
 
-    def sample(
-        self, step_id: int, masks: Mapping[str, bytes] | None = None
-    ) -> Future[ModelRunnerOutput]:
+    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
         """See ``core.plan.ModelRunner``."""
         sampled = self._target.sample(step_id, masks)
         plan = self._plans.pop(step_id)

@@ -11,13 +11,19 @@ A plan is taken in two parts, so that a forward that fails cannot leave the book
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from streamserve.core.plan import PENDING_TOKEN, NewRequest, SchedulerOutput
+from streamserve.core.plan import (
+    PENDING_TOKEN,
+    Masks,
+    NewRequest,
+    SchedulerOutput,
+    mask_of,
+)
 from streamserve.models.batch import ForwardBatch
 from streamserve.runner.logits_edits import LogitsEdits
 from streamserve.runner.plan_arrays import PlanArrays, StepRows, draws_for
@@ -113,9 +119,7 @@ class InputBatch:
         """Whether the arg-max of each row is all that the step's requests ask for."""
         return bool(self._rows.is_plain[step.rows].all())
 
-    def sampling_batch(
-        self, step: StepRows, masks: Mapping[str, bytes] | None
-    ) -> SamplingBatch | None:
+    def sampling_batch(self, step: StepRows, masks: Masks | None) -> SamplingBatch | None:
         """What the step's rows ask for; ``None`` if every one is a plain arg-max."""
         rows, live = step.rows, self._rows
         if not masks and self.is_greedy(step):
@@ -126,9 +130,9 @@ class InputBatch:
             if request_id in self._edits
         }
         row_masks = {
-            i: masks[request_id]
+            i: mask
             for i, request_id in enumerate(step.request_ids)
-            if masks and request_id in masks
+            if masks and (mask := mask_of(masks, request_id, step.index_of(i))) is not None
         }
         return SamplingBatch(
             temperature=live.temperature[rows],

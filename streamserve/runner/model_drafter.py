@@ -23,6 +23,15 @@ class _Drafted:
     num_blocks: int = 0  # that the target has told of
     new_block_ids: list[int] = field(default_factory=list)  # of these, not yet told the draft model
     last_token_id: int = PENDING_TOKEN  # what the target sampled last
+    guesses: list[int] = field(default_factory=list)  # fed behind that one
+
+
+def _num_same(some: list[int], others: list[int]) -> int:
+    """How many leading tokens are the same in both."""
+    num_same = 0
+    while num_same < min(len(some), len(others)) and some[num_same] == others[num_same]:
+        num_same += 1
+    return num_same
 
 
 class ModelDrafter(Drafter):
@@ -87,8 +96,9 @@ class ModelDrafter(Drafter):
         """See `Drafter`."""
         step = self._new_plan()
         for request_id, guess in guesses.items():
-            start = self._requests[request_id].num_fed
-            self._add(step, request_id, start, [guess], is_asked=True)
+            request = self._requests[request_id]
+            request.guesses.append(guess)
+            self._add(step, request_id, request.num_fed, [guess], is_asked=True)
         return self._run(step)
 
     def _remember(self, scheduled: ScheduledRequest, sampled: list[int]) -> None:
@@ -102,6 +112,9 @@ class ModelDrafter(Drafter):
         if sampled:
             request.last_token_id = sampled[-1]
         request.num_fed = min(request.num_fed, start + len(known))
+        if scheduled.sample > 1:  # the drafts may be somebody else's
+            num_same = _num_same(request.guesses, known[1:])
+            request.num_fed = min(request.num_fed, start + 1 + num_same)
         num_before = start - request.num_fed  # tokens of before this step that were not fed
         if num_before > 0:
             request.unfed[num_before:] = known
@@ -116,6 +129,7 @@ class ModelDrafter(Drafter):
         At most ``num_left`` tokens; returns how many.
         """
         request = self._requests[scheduled.request_id]
+        request.guesses.clear()
         new = request.unfed[: min(len(scheduled.token_ids) + self.most_late, num_left)]
         del request.unfed[: len(new)]
         end = request.num_fed + len(new)

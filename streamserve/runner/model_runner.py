@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Never, Protocol
@@ -24,7 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamserve.core.clock import Clock, monotonic
-from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from streamserve.core.plan import (
+    BlockCopy,
+    Masks,
+    ModelRunnerOutput,
+    SchedulerOutput,
+    TokenLogprobs,
+)
 from streamserve.errors import DeviceDeadError
 from streamserve.models.batch import ForwardBatch, KVCache, block_caches
 from streamserve.runner.compilations import num_compilations
@@ -171,9 +177,7 @@ class TorchModelRunner:
         """Queue the forward of ``plan``. Raises RuntimeError once closed."""
         self._calls.launch(plan)
 
-    def sample(
-        self, step_id: int, masks: Mapping[str, bytes] | None = None
-    ) -> Future[ModelRunnerOutput]:
+    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
         """See ``core.plan.ModelRunner``. Raises RuntimeError when it is another step's turn."""
         return self._calls.sample(step_id, masks)
 
@@ -346,7 +350,7 @@ class TorchModelRunner:
                 call.future.set_result(output)
 
     def _sample(
-        self, plan: SchedulerOutput, launched: Launched, masks: Mapping[str, bytes] | None
+        self, plan: SchedulerOutput, launched: Launched, masks: Masks | None
     ) -> ModelRunnerOutput:
         rows = launched.rows
         if rows is None or not rows.places:
@@ -362,7 +366,7 @@ class TorchModelRunner:
         return output
 
     def _draw(
-        self, launched: Launched, rows: StepRows, masks: Mapping[str, bytes] | None
+        self, launched: Launched, rows: StepRows, masks: Masks | None
     ) -> tuple[StepRows, NDArray[np.int64], list[list[TokenLogprobs]] | None]:
         """The samples that count, their ids, and their logprobs if anybody asks."""
         # Rows past those that were asked for are padding.

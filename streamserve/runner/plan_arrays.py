@@ -70,6 +70,10 @@ class StepRows:
             rows = replace(rows, drafts=self.drafts[kept], num_before=self.num_before[kept])
         return rows, kept
 
+    def index_of(self, row: int) -> int:
+        """Which of its request's samples it is."""
+        return 0 if self.num_before is None else int(self.num_before[row])
+
     def drafts_before(self, row: int) -> list[int]:
         """The drafts of the same request that stand before a sample."""
         if self.drafts is None or self.num_before is None:

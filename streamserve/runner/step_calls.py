@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from streamserve.core.death import Death
-from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from streamserve.core.plan import (
+    Masks,
+    ModelRunnerOutput,
+    SchedulerOutput,
+    TokenLogprobs,
+)
 from streamserve.errors import DeviceDeadError
 
 _Work = TypeVar("_Work")
@@ -20,7 +25,7 @@ _Work = TypeVar("_Work")
 class SampleCall:
     """One call of ``sample``, for the device thread to answer."""
 
-    masks: Mapping[str, bytes] | None
+    masks: Masks | None
     future: Future[ModelRunnerOutput]
 
     def fail(self, error: BaseException) -> None:
@@ -66,9 +71,7 @@ class StepCalls(Generic[_Work]):
         self._unsampled.append(plan.step_id)
         self.plans.put(plan)
 
-    def sample(
-        self, step_id: int, masks: Mapping[str, bytes] | None = None
-    ) -> Future[ModelRunnerOutput]:
+    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
         """See ``core.plan.ModelRunner``. Raises RuntimeError when closed, or out of order."""
         self.check_open()
         if not self._unsampled or self._unsampled[0] != step_id:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from streamserve.core.plan import mask_of
 from streamserve.engine.chat_template import ChatTemplate
 from streamserve.engine.null_runner import NullRunner
 from streamserve.engine.parsers.answer_format import AnswerFormat, choose_answer_format
@@ -46,13 +47,12 @@ class ScriptedRunner(NullRunner):
             self._answers[new.request_id] = [*self._script(prompt).encode(), EOS]
         super().launch(plan)
 
-    def _output_of(self, plan: Any, masks: Mapping[str, bytes]) -> Any:
+    def _output_of(self, plan: Any, masks: Any) -> Any:
         output = super()._output_of(plan, masks)
         for scheduled, ids in zip(plan.scheduled, output.sampled_token_ids, strict=True):
             answer = self._answers[scheduled.request_id]
             if ids:
-                token_id = answer[min(scheduled.output_position, len(answer) - 1)]
-                ids[0] = allowed(token_id, masks.get(scheduled.request_id))
+                ids[:] = samples(scheduled, answer, masks)
         if output.logprobs is None:
             return output
         logprobs = [
@@ -60,6 +60,18 @@ class ScriptedRunner(NullRunner):
             for scheduled, ids in zip(plan.scheduled, output.sampled_token_ids, strict=True)
         ]
         return replace(output, logprobs=logprobs)
+
+
+def samples(scheduled: Any, answer: list[int], masks: Any) -> list[int]:
+    """What counts of an answer's next tokens, as far as masks allow them."""
+    found = [
+        allowed(
+            answer[min(scheduled.output_position + i, len(answer) - 1)],
+            mask_of(masks, scheduled.request_id, i),
+        )
+        for i in range(scheduled.sample)
+    ]
+    return found[: scheduled.num_kept(found)]
 
 
 def allowed(token_id: int, mask: bytes | None) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ from streamserve.config import ApiConfig, CacheConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
 from streamserve.core.death import Death
 from streamserve.core.kv_cache_manager import KVCacheManager
-from streamserve.core.plan import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from streamserve.core.plan import Masks, ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from streamserve.core.scheduler import Scheduler
 from streamserve.engine.async_engine import AsyncEngine
 from streamserve.engine.fault_injection import FaultInjectingRunner
@@ -84,9 +84,7 @@ class CarryingRunner:
         sampled = [self._forward(scheduled) for scheduled in plan.scheduled]
         self._output = ModelRunnerOutput(plan.step_id, sampled)
 
-    def sample(
-        self, step_id: int, masks: Mapping[str, bytes] | None = None
-    ) -> Future[ModelRunnerOutput]:
+    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
         assert not masks
         output, self._output = self._output, None
         assert output is not None

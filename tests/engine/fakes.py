@@ -230,6 +230,13 @@ async def serving(
     assert getattr(runner, "is_closed", True)  # a real one has its thread to show
 
 
+class NothingForced(Scheduler):
+    """Makes every token of a grammar wait for the one before."""
+
+    def guide(self, request, find_forced):
+        pass
+
+
 class SharedTrial:
     """A worker for all engines of these special tokens: to start one takes a fifth of a second."""
 

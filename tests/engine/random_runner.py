@@ -6,7 +6,13 @@ import random
 from concurrent.futures import Future
 
 from streamserve.core.death import Death
-from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
+from streamserve.core.plan import (
+    Masks,
+    ModelRunnerOutput,
+    ScheduledRequest,
+    SchedulerOutput,
+    mask_of,
+)
 
 _LIKED = frozenset(b'"]}:,0123456789 eE') | {257}
 
@@ -36,12 +42,20 @@ class RandomRunner:
         assert plan.step_id == step_id
         self.num_masks.append(len(masks or ()))
         future: Future[ModelRunnerOutput] = Future()
-        sampled = [
-            [self._draw(s, None if masks is None else masks.get(s.request_id))] if s.sample else []
-            for s in plan.scheduled
-        ]
+        sampled = [self._samples(s, masks or {}) for s in plan.scheduled]
         future.set_result(ModelRunnerOutput(step_id, sampled))
         return future
+
+    def _samples(self, scheduled: ScheduledRequest, masks: Masks) -> list[int]:
+        """With drafts the samples that count."""
+        request_id, position = scheduled.request_id, scheduled.output_position
+        drawn = [
+            self._draw(
+                scheduled._replace(output_position=position + i), mask_of(masks, request_id, i)
+            )
+            for i in range(scheduled.sample)
+        ]
+        return drawn[: scheduled.num_kept(drawn)]
 
     def close(self) -> None:
         self.is_closed = True

@@ -42,8 +42,8 @@ def allowed(mask: bytes) -> set[int]:
     return {i for i in range(258) if mask[i >> 3] >> (i & 7) & 1}
 
 
-def plan(output_position: int, *, sample: bool = True) -> SchedulerOutput:
-    row = ScheduledRequest("r", 0, [1], [], sample, output_position)
+def plan(output_position: int, *, sample: bool = True, drafts: bytes = b"") -> SchedulerOutput:
+    row = ScheduledRequest("r", 0, [1, *drafts], [], sample + len(drafts), output_position)
     return SchedulerOutput(0, scheduled=[row])
 
 
@@ -110,3 +110,61 @@ def test_a_grammar_that_is_slow_for_long_is_an_error(monkeypatch):
     slow = RequestMatcher(request(), SlowMatcher())
     with pytest.raises(GrammarError, match="more than 10 ms"):
         slow.mask()
+
+
+def fill_rows(masks: GrammarMasks, drafts: bytes) -> list[set[int] | None]:
+    filled, failed = masks.fill(plan(0, drafts=drafts))
+    assert not failed
+    return [None if mask is None else allowed(mask) for mask in filled["r"]]
+
+
+async def test_each_sample_behind_a_draft_has_a_mask(matcher):
+    """What was drafted counts for nothing once it is known that something else came."""
+    masks, one = no_masks(), request(b"a")
+    masks.add(one, matcher.deep_copy())
+    middle = {98, 99}
+    assert fill_rows(masks, b"bbc") == [middle, middle, middle, {EOS}]
+    assert fill_rows(masks, b"cb") == [middle, {EOS}, None]
+    assert fill_rows(masks, b"xbb") == [middle, None, None, None]
+    one.token_ids.extend(b"bb")
+    assert fill_rows(masks, b"c") == [middle, {EOS}]
+    one.token_ids.extend(b"c")
+    assert allowed(masks.fill(plan(4))[0]["r"]) == {EOS}
+
+
+async def test_drafts_across_the_end(matcher):
+    """Behind an id that ends there are ends only, here as where there are no drafts."""
+    for params in ({}, {"stop_token_ids": (1,)}, {"min_tokens": 5}, {"ignore_eos": True}):
+        drafts = [98, 99, EOS, EOS, 1, EOS]
+        expected: list[set[int] | None] = []
+        for i in range(len(drafts) + 1):
+            alone = RequestMatcher(request(b"a", **params), matcher.deep_copy())
+            alone._request.token_ids.extend(drafts[:i])
+            expected.append(allowed(alone.mask()))
+            if i < len(drafts) and drafts[i] not in expected[-1]:
+                break
+        expected += [None] * (len(drafts) + 1 - len(expected))
+        masks = no_masks()
+        masks.add(request(b"a", **params), matcher.deep_copy())
+        row = ScheduledRequest("r", 0, [97, *drafts], [], 1 + len(drafts), 1)
+        for _ in range(2):  # the first time leaves nothing behind
+            filled, _ = masks.fill(SchedulerOutput(0, scheduled=[row]))
+            assert [m and allowed(m) for m in filled["r"]] == expected
+
+
+async def test_what_must_follow():
+    grammars = patient_grammars(ByteTokenizer())
+    output = StructuredOutput(kind=GrammarKind.REGEX, text="abcd[ef]ghi")
+    await grammars.compile(output)
+    one = request()
+    find = no_masks().add(one, grammars.matcher(output))
+    assert [find(9), find(2)] == [[*b"abcd"], [*b"ab"]]
+    one.token_ids.extend(b"abc")
+    assert find(9) == [*b"d"]
+    one.token_ids.extend(b"d")
+    assert find(9) == []
+    one.token_ids.extend(b"f")
+    assert find(9) == [*b"ghi"]
+    one.token_ids.extend(b"x")
+    assert find(9) == []  # the mask says what is wrong
+    grammars.close()

@@ -4,12 +4,15 @@ import gc
 import json
 import random
 import re
+from functools import partial
 
 import jsonschema
 import pytest
 
 from streamserve.core.request import FinishReason
 from streamserve.core.sampling_params import SamplingParams
+from streamserve.core.scheduler import Scheduler
+from streamserve.core.step_time import StepTimeModel
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.grammar_masks import RequestMatcher
@@ -17,6 +20,7 @@ from streamserve.errors import EngineError, InvalidParameterError
 from tests.engine.fakes import EOS, collect, patient_grammars, serving
 from tests.engine.random_runner import RandomRunner
 from tests.engine.random_schemas import random_schema
+from tests.unit.machines import Machine
 
 VOCAB_SIZE = 258
 
@@ -184,7 +188,11 @@ async def test_masks_are_filled_while_the_next_forward_is_in_flight():
             launched.append(-step_id)
             return super().sample(step_id, masks)
 
-    async with serving(Watched(VOCAB_SIZE), max_steps_in_flight=2) as harness:
+    rows_that_cost_what_they_yield = Machine(lambda rows: 0.01 * rows).profile()
+    scheduler = partial(Scheduler, step_time=StepTimeModel(rows_that_cost_what_they_yield))
+    async with serving(
+        Watched(VOCAB_SIZE), scheduler_class=scheduler, max_steps_in_flight=2
+    ) as harness:
         await answer(harness, grammar("choice", '["abc"]'))
     # Step 2 is launched before the ids of step 1 are known, and sampled before 3 is launched.
     assert launched[:7] == [0, 0, 1, -1, 2, -2, 3]

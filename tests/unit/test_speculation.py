@@ -130,8 +130,15 @@ def test_rows_of_the_sampler():
             max_model_len=64, max_num_seqs=seats, speculative=drafting(drafts)
         ).max_num_sampled
 
-    assert [rows(1, 5), rows(4, 5), rows(16, 5), rows(64, 5), rows(200, 5)] == [6, 24, 64, 64, 200]
-    assert SchedulerConfig(max_model_len=64, max_num_seqs=7).max_num_sampled == 7
+    assert [rows(1, 20), rows(2, 5), rows(16, 5), rows(64, 5), rows(200, 5)] == [
+        21,
+        34,
+        64,
+        64,
+        200,
+    ]
+    forced_only = [SchedulerConfig(max_model_len=64, max_num_seqs=n) for n in (1, 2, 7, 200)]
+    assert [config.max_num_sampled for config in forced_only] == [17, 34, 64, 200]
 
 
 def speculator(machine: Machine, **config) -> Speculator:

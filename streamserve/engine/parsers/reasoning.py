@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
@@ -191,6 +192,12 @@ class ReasoningTokens:
     def is_inside(self) -> bool:
         """Whether what comes next is a thought, or the end of the thoughts."""
         return not self.is_over and (self._is_open or not self._is_undecided)
+
+    def copy(self) -> ReasoningTokens:
+        """One that goes on from here by itself."""
+        other = copy(self)
+        other._starts = list(self._starts)
+        return other
 
     def feed(self, token_ids: Sequence[int]) -> None:
         """Take the next tokens."""

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from streamserve.config import MAX_FORCED_TOKENS
 from streamserve.core.clock import monotonic
 from streamserve.core.plan import ModelRunner
 from streamserve.core.step_time import StepProfile
@@ -88,8 +89,8 @@ def build_cuda_runner(
         warm_up.run_ragged()
         warm_up.run_sampler()
         warm_up.run_extras()
-        if ladder.num_drafts:
-            warm_up.run_drafts(ladder.num_drafts)
+        num_forced = min(MAX_FORCED_TOKENS, ladder.largest.num_seqs - 1)
+        warm_up.run_drafts(ladder.num_drafts or num_forced)
         call("whole model")
         warm_up.run_full_steps()
         logger.info("%d shapes met in %.1f s", num_shapes, monotonic() - started)

@@ -17,7 +17,7 @@ import gc
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,7 +27,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from streamserve.core.plan import BlockCopy, ModelRunnerOutput, SchedulerOutput, StateCopy
+from streamserve.core.plan import (
+    BlockCopy,
+    Masks,
+    ModelRunnerOutput,
+    SchedulerOutput,
+    StateCopy,
+)
 from streamserve.errors import DeviceDeadError
 from streamserve.models.batch import KVCache, block_caches
 from streamserve.runner.compilations import num_compilations
@@ -146,9 +152,7 @@ class CudaModelRunner:
         self._check_open()
         self._calls.launch(plan)
 
-    def sample(
-        self, step_id: int, masks: Mapping[str, bytes] | None = None
-    ) -> Future[ModelRunnerOutput]:
+    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
         """See ``core.plan.ModelRunner``. Raises RuntimeError when it is another step's turn."""
         self._check_open()
         return self._calls.sample(step_id, masks)
@@ -320,7 +324,7 @@ class CudaModelRunner:
         self._kernels.copy_blocks(self._block_caches, src[:count], dst[:count])
         self._kernels.copy_blocks(self._state_caches, src[count:], dst[count:])
 
-    def _draw(self, forwarded: _Forwarded, masks: Mapping[str, bytes] | None) -> Drawn | None:
+    def _draw(self, forwarded: _Forwarded, masks: Masks | None) -> Drawn | None:
         step, (logits, token_ids) = forwarded.step, forwarded.result
         if not step.rows.places:
             return None

@@ -16,7 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streamserve.core.plan import NewRequest, TokenLogprobs
+from streamserve.core.plan import (
+    Masks,
+    NewRequest,
+    TokenLogprobs,
+    mask_of,
+)
 from streamserve.runner.bad_words import outputs_before
 from streamserve.runner.cuda.arena import torch_dtype
 from streamserve.runner.cuda.bad_words import DeviceBadWords
@@ -112,7 +117,7 @@ class DeviceSampler:
         logits: Tensor,
         step: DeviceStep,
         batch: DeviceInputBatch,
-        masks: Mapping[str, bytes] | None,
+        masks: Masks | None,
     ) -> Tensor:
         """Ids ``[L]`` int64 of all rows with logits; those of nobody are the arg-max."""
         inputs = step.inputs
@@ -168,7 +173,7 @@ class DeviceSampler:
         }
 
     def _edits(
-        self, step: DeviceStep, batch: DeviceInputBatch, masks: Mapping[str, bytes] | None
+        self, step: DeviceStep, batch: DeviceInputBatch, masks: Masks | None
     ) -> LogitsEditTensors | None:
         rows = step.rows
         by_place = {
@@ -225,16 +230,16 @@ class DeviceSampler:
         self,
         step: DeviceStep,
         batch: DeviceInputBatch,
-        masks: Mapping[str, bytes] | None,
+        masks: Masks | None,
         count: int,
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Each row's row of masks, and the masks: a grammar's, and where all is not allowed."""
         rows = np.full(count, -1, dtype=np.int32)
         packed: list[NDArray[np.int32]] = []
-        for at, row, request_id in zip(
-            step.logits_rows.tolist(), step.rows.rows.tolist(), step.rows.request_ids, strict=True
-        ):
-            grammar_mask = masks.get(request_id) if masks else None
+        places = zip(step.logits_rows.tolist(), step.rows.rows.tolist(), strict=True)
+        for i, (at, row) in enumerate(places):
+            request_id, index = step.rows.request_ids[i], step.rows.index_of(i)
+            grammar_mask = mask_of(masks, request_id, index) if masks else None
             if (mask := joint_mask(grammar_mask, batch.edits.get(row))) is not None:
                 rows[at] = len(packed)
                 packed.append(pack_mask(mask, self._vocab_size).numpy())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamserve.core.plan import Masks
 from streamserve.models.tensor_parallel.ranks import Ranks
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
 from streamserve.runner.cuda.sampling import DeviceSampler, Drawn
@@ -32,7 +32,7 @@ class _TellingSampler(DeviceSampler):
         logits: Tensor,
         step: DeviceStep,
         batch: DeviceInputBatch,
-        masks: Mapping[str, bytes] | None,
+        masks: Masks | None,
     ) -> Tensor:
         return self._ranks.broadcast(super().sample(logits, step, batch, masks))
 
@@ -43,7 +43,7 @@ class _ToldSampler(_TellingSampler):
         logits: Tensor,
         step: DeviceStep,
         batch: DeviceInputBatch,
-        masks: Mapping[str, bytes] | None,
+        masks: Masks | None,
     ) -> Tensor:
         shape = (logits.shape[0],)
         return self._ranks.broadcast(torch.empty(shape, dtype=torch.int64, device=logits.device))

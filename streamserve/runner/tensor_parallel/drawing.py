@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from streamserve.core.plan import TokenLogprobs
+from streamserve.core.plan import Masks, TokenLogprobs
 from streamserve.models.tensor_parallel.ranks import Ranks
 from streamserve.runner.model_runner import Launched, TorchModelRunner
 from streamserve.runner.plan_arrays import StepRows
@@ -46,7 +45,7 @@ class _ToldRunner(TorchModelRunner):
         super().__init__(*args, **options)
 
     def _draw(
-        self, launched: Launched, rows: StepRows, masks: Mapping[str, bytes] | None
+        self, launched: Launched, rows: StepRows, masks: Masks | None
     ) -> tuple[StepRows, NDArray[np.int64], list[list[TokenLogprobs]] | None]:
         token_ids = torch.empty(len(rows.places), dtype=torch.int64)
         rows, kept, _ = rows.keep(self._ranks.broadcast(token_ids).numpy())

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.death import Death
-from streamserve.core.plan import ModelRunner, ModelRunnerOutput, SchedulerOutput
+from streamserve.core.plan import Masks, ModelRunner, ModelRunnerOutput, SchedulerOutput
 from streamserve.errors import DeviceDeadError
 from streamserve.runner.tensor_parallel.messages import Call, Launch, Message, Sample
 
@@ -87,9 +87,7 @@ class LeadRunner:
         self._own.launch(plan)
         self._followers.send(Launch(plan))
 
-    def sample(
-        self, step_id: int, masks: Mapping[str, bytes] | None = None
-    ) -> Future[ModelRunnerOutput]:
+    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
         """See ``core.plan.ModelRunner``. Raises DeviceDeadError once a rank is gone."""
         self._raise_if_dead()
         found = self._own.sample(step_id, masks)
