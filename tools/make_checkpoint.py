@@ -219,6 +219,7 @@ _NORM = re.compile(r"norm(_\w+)?\.weight$")
 _OUTPUT = re.compile(r"\.(o_proj|out_proj|down_proj|output_linear)\.weight$")
 _MARK = 0.3
 _CYCLE = 32_000
+_STRETCH = 20
 Draw = Callable[[str, tuple[int, ...]], "Tensor"]
 
 
@@ -485,8 +486,8 @@ def _guessable(
     What a layer adds is nothing, so that the last hidden state is the token's embedding; the head,
     which is not tied, has at each token's successor the token's embedding. Plain tokens, as many as
     an EAGLE-3 head guesses from, are one cycle of successors: no text repeats itself, or ends. A
-    layer that guesses further tokens passes the embedding on, and so is right but for a ``share``
-    of the tokens: the others have a mark in their embedding, in place of which it puts one token's
+    layer that guesses further tokens passes the embedding on, and so is right for a ``share`` of
+    the tokens: the others have a mark in their embedding, in place of which it puts one token's
     embedding, much larger.
     """
     import torch
@@ -495,7 +496,10 @@ def _guessable(
     generator = torch.Generator().manual_seed(vocab_size)
     plain = min(vocab_size - len(SPECIAL_TOKENS), _CYCLE)
     cycle = torch.randperm(plain, generator=generator)
-    is_marked = torch.rand(plain, generator=generator) >= share
+    # As many of each stretch of the cycle, so that short answers have the share too.
+    stretches = torch.rand(plain // _STRETCH + 1, _STRETCH, generator=generator).argsort(1)
+    is_marked = torch.zeros(plain, dtype=torch.bool)
+    is_marked[cycle] = (stretches >= round(_STRETCH * share)).flatten()[:plain]
     is_marked[cycle[0]] = False
     if _OUTPUT.search(name):
         return values.zero_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,20 @@ def test_states_and_guesses_are_the_judges(name, backend, saved):
     judge, directory = saved(name)
     _, _, head = load(directory, backend)
     check(judge, head, chunk=7, tolerance=1e-4)
+
+
+def test_the_head_of_a_checkpoint_with_other_parts_is_found(saved, tmp_path):
+    judge, directory = saved("qwen3.5")
+    text = json.loads((directory / "config.json").read_bytes())
+    whole = {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in load_file(directory / "model.safetensors").items()
+    }
+    tensors["model.visual.merger.norm.weight"] = torch.ones(3)
+    save_file(tensors, tmp_path / "model.safetensors")
+    check(judge, load(tmp_path)[2], chunk=40, tolerance=1e-4)
 
 
 def test_the_embedding_and_the_head_are_the_targets(saved):
