@@ -35,13 +35,18 @@ from streamserve.models.layers import bind_norm
 from streamserve.models.loader import directory_files, weight_source
 from streamserve.models.model_config import ModelConfig
 from streamserve.models.names import WeightNames
-from streamserve.models.parameters import StoredQuantization, decoder_modules
+from streamserve.models.parameters import (
+    StoredQuantization,
+    decoder_modules,
+    module_quantization,
+)
 from streamserve.models.quantised.stored import CheckpointQuantization
 from streamserve.models.spec import DecoderSpec
 from streamserve.models.weights import Progress, build_weights
-from streamserve_kernels import Kernels, Quantization, QuantLinear
+from streamserve_kernels import Kernels, PackedLinear, Quantization, QuantLinear
 from streamserve_kernels.quantised import packed_bytes
 
+_LARGEST_COPY = 0.75  # of the head's bytes
 _LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 
 
@@ -70,16 +75,28 @@ class MtpConfig:
         ``target_quantization`` is what the target's are quantised to as they are loaded.
         """
         own = footprint.weight_bytes(self.spec, dtype, quantization, self.stored_quantization)
-        if quantization is None or target_quantization is not None or self._has_stored_head():
-            return own
-        return own + packed_bytes(quantization, self.spec.vocab_size, self.spec.hidden_size)
+        head_bytes = self._target_head_bytes(dtype, target_quantization)
+        return own + _copy_bytes(quantization, self.spec, head_bytes)
 
-    def _has_stored_head(self) -> bool:
-        """Whether the target's head is quantised in the files."""
+    def _target_head_bytes(self, dtype: torch.dtype, quantization: Quantization | None) -> int:
         stored, spec = self.target.stored_quantization, self.target.spec
         name = "embedding" if spec.tied_head else "head"
         head = next(module for module in decoder_modules(spec) if module.name == name)
-        return stored is not None and stored.format(head) is not None
+        kept = None if stored is None else stored.format(head)
+        if kept is not None:
+            return kept.nbytes(spec.vocab_size, spec.hidden_size)
+        held = module_quantization(head, spec, quantization)
+        if held is not None:
+            return packed_bytes(held, spec.vocab_size, spec.hidden_size)
+        return spec.vocab_size * spec.hidden_size * dtype.itemsize
+
+
+def _copy_bytes(quantization: Quantization | None, spec: DecoderSpec, head_bytes: int) -> int:
+    """What a copy of the target's head takes; 0: a guess from a copy would read hardly less."""
+    if quantization is None:
+        return 0
+    size = packed_bytes(quantization, spec.vocab_size, spec.hidden_size)
+    return size if size < _LARGEST_COPY * head_bytes else 0
 
 
 def find_mtp(path: Path | str, config: ModelConfig, load_format: LoadFormat = "auto") -> MtpConfig:
@@ -135,8 +152,8 @@ def load_mtp_head(
 ) -> MtpHead:
     """Loads the head that `find_mtp` found, with the embedding and the head of ``target``.
 
-    ``quantization`` is of its own plain layers, and of a copy of the target's head, if that is
-    plain: guesses need only be likely. Raises ModelLoadError.
+    ``quantization`` is of its own plain layers, and of a copy of the target's head, if that takes
+    much more: guesses need only be likely. Raises ModelLoadError.
     """
     kernels, dtype, device = target.kernels, target.dtype, target.device
     source = weight_source(
@@ -145,12 +162,20 @@ def load_mtp_head(
     weights = build_weights(mtp.spec, source, kernels, dtype, device, progress, quantization)
     weights.borrowed = target.around()
     head = weights.borrowed.linears["head"]
-    if quantization is not None and not isinstance(head, QuantLinear):
-        copy = kernels.prepare_quantised(head.unpack(), None, quantization)
-        weights.outer.linears["head"] = copy
+    if quantization is not None and _copy_bytes(quantization, mtp.spec, head.nbytes):
+        weights.outer.linears["head"] = kernels.prepare_quantised(
+            _rows(head, device), None, quantization
+        )
     return MtpHead(
         mtp.spec, weights, kernels, dtype=dtype, device=device, max_model_len=target.max_model_len
     )
+
+
+def _rows(head: PackedLinear, device: torch.device) -> Tensor:
+    """Its weight [V, H], in its dtype."""
+    if isinstance(head, QuantLinear):
+        return head.rows(torch.arange(head.out_features, device=device))
+    return head.unpack()
 
 
 class MtpHead(HeadDecoder):
