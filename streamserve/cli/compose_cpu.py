@@ -26,6 +26,7 @@ from streamserve.runner.build import (
 )
 from streamserve.runner.drafting import DraftingRunner
 from streamserve.runner.head_drafter import HeadDrafter
+from streamserve.runner.head_steps import HostHeadSteps
 from streamserve.runner.memory import MemoryPlan, parse_bytes, plan_memory
 from streamserve.runner.model_drafter import ModelDrafter
 from streamserve.runner.model_runner import TorchModelRunner
@@ -132,13 +133,19 @@ class _HeadBuilder:
             max_tokens=scheduler.max_num_batched_tokens,
             max_logits=self._memory.max_num_seqs,
         )
-        drafter = HeadDrafter(
+        block_size = self._memory.block_size
+        steps = HostHeadSteps(
             head,
             kv_caches,
-            lambda: runner.hidden_states,
-            block_size=self._memory.block_size,
+            block_size=block_size,
             max_model_len=self._memory.max_model_len,
             max_num_seqs=self._memory.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        )
+        drafter = HeadDrafter(
+            steps,
+            lambda: runner.hidden_states,
+            block_size=block_size,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
         )
         drafting = DraftingRunner(runner, drafter)

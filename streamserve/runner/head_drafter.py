@@ -8,16 +8,14 @@ target finds at a guess that was right is fed over what the head had found there
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from streamserve.core.plan import ScheduledRequest, SchedulerOutput
-from streamserve.models.batch import ForwardBatch, KVCache
-from streamserve.models.draft_head import DraftHead
 from streamserve.runner.drafting import Drafter, Guesses
-from streamserve.runner.input_batch import InputBatch
+from streamserve.runner.head_steps import HeadSteps
 
 _MOST_UNFED = 1024
 """Rows of a request that are kept while nobody wants guesses: who has more gets none any more."""
@@ -95,45 +93,32 @@ class _Followed:
 
 
 class HeadDrafter(Drafter):
-    """Guesses of ``head``, whose ``kv_caches`` have as many blocks as the target's.
+    """Guesses of a head that ``steps`` runs, in blocks of ``block_size`` tokens as the target's.
 
     ``hidden_states`` are [T, C] of the target's step that ran last, in the plan's order.
     """
 
     def __init__(
         self,
-        head: DraftHead,
-        kv_caches: KVCache,
+        steps: HeadSteps,
         hidden_states: Callable[[], Tensor | None],
         *,
         block_size: int,
-        max_model_len: int,
-        max_num_seqs: int,
         max_num_batched_tokens: int,
     ) -> None:
         super().__init__()
-        self._head = head
-        self._kv_caches = kv_caches
-        self._caches = [cache for pair in kv_caches for cache in pair]
+        self._steps = steps
         self._hidden_states = hidden_states
         self._block_size = block_size
         self._max_num_tokens = max_num_batched_tokens
         self._requests: dict[str, _Followed] = {}
-        self._books = InputBatch(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            block_size=block_size,
-            vocab_size=head.spec.vocab_size,
-            device=head.device,
-        )
         self._found: dict[str, Tensor] = {}  # [1, H] of those who have just been guessed for
 
     def close(self) -> None:
-        """See `Drafter`. Whoever holds it on holds neither weights nor caches."""
-        if hasattr(self, "_head"):
-            del self._head, self._kv_caches, self._caches, self._hidden_states, self._books
-            self._requests.clear()
+        """See `Drafter`."""
+        self._steps.close()
+        self._requests.clear()
+        self._found.clear()
 
     def book(self, plan: SchedulerOutput) -> None:
         """See `Drafter`."""
@@ -176,7 +161,7 @@ class HeadDrafter(Drafter):
                     request.num_fed += len(next_ids)
                 request.num_guessed = 0
             request.hold()
-        return self._run(step, lambda: self._head.take(_joined(parts)))
+        return self._run(step, lambda: self._steps.take(_joined(parts)))
 
     def guess_on(self, guesses: Guesses) -> Guesses:
         """See `Drafter`."""
@@ -207,25 +192,16 @@ class HeadDrafter(Drafter):
 
     def _run(self, step: SchedulerOutput, hidden_states: Callable[[], Tensor]) -> Guesses:
         """The guess behind each request of a plan that asks for one; a row has a hidden state."""
-        if not step.scheduled and not step.block_copies:
-            return {}
-        self._tell(step)
-        self._books.apply(step)
-        if step.block_copies:
-            pairs = torch.tensor(step.block_copies, dtype=torch.int64).to(self._head.device)
-            src, dst = pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
-            self._head.kernels.copy_blocks(self._caches, src, dst)
-        if not step.scheduled:
-            return {}
-        asked = [scheduled.request_id for scheduled in step.scheduled if scheduled.sample]
         with torch.inference_mode():
-            batch = self._batch_of(step, hidden_states())
-            token_ids, found = self._head.guess(batch, self._kv_caches)
+            if step.block_copies:
+                self._steps.copy_blocks(step.block_copies)
+            if not step.scheduled:
+                return {}
+            self._tell(step)
+            token_ids, found = self._steps.run(step, hidden_states())
+        asked = [scheduled.request_id for scheduled in step.scheduled if scheduled.sample]
         self._found = {request_id: found[i : i + 1] for i, request_id in enumerate(asked)}
-        return dict(zip(asked, token_ids.tolist(), strict=True))
-
-    def _batch_of(self, step: SchedulerOutput, hidden_states: Tensor) -> ForwardBatch:
-        return replace(self._books.build(step)[0], hidden_states=hidden_states)
+        return dict(zip(asked, token_ids, strict=True))
 
 
 def _remember(

@@ -23,6 +23,7 @@ from streamserve.runner import head_drafter
 from streamserve.runner.build import build_runner
 from streamserve.runner.drafting import DraftingRunner
 from streamserve.runner.head_drafter import HeadDrafter
+from streamserve.runner.head_steps import HostHeadSteps
 from streamserve.runner.model_runner import TorchModelRunner
 from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop, forget
 from tests.runner.test_speculation import (
@@ -167,13 +168,18 @@ def watched(
     forget(target.runner)
     texts = [Text(r.token_ids, target.hidden_states(r.token_ids)) for r in requests]
     head = WatchingHead(texts, accuracy, random.Random(1))
-    drafter = HeadDrafter(
+    steps = HostHeadSteps(
         head,
         [(head.next_ids, head.states)],
-        lambda: target.runner.hidden_states,
         block_size=BLOCK_SIZE,
         max_model_len=MAX_LEN,
         max_num_seqs=MAX_SEQS,
+        max_num_batched_tokens=MAX_TOKENS + ROWS,
+    )
+    drafter = HeadDrafter(
+        steps,
+        lambda: target.runner.hidden_states,
+        block_size=BLOCK_SIZE,
         max_num_batched_tokens=MAX_TOKENS + ROWS,
     )
     return DraftingRunner(target.runner, drafter), head
