@@ -20,10 +20,14 @@ from streamserve.core.request import Request
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.models import Decoder, ForwardBatch, allocate_kv_cache
 from streamserve.runner import head_drafter
-from streamserve.runner.build import build_runner
+from streamserve.runner.build import build_runner, new_kv_cache
+from streamserve.runner.cuda.build import build_cuda_runner
+from streamserve.runner.cuda.head_steps import DeviceHeadSteps
+from streamserve.runner.cuda.model_runner import CudaModelRunner
+from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.drafting import DraftingRunner
 from streamserve.runner.head_drafter import HeadDrafter
-from streamserve.runner.head_steps import HostHeadSteps
+from streamserve.runner.head_steps import HeadSteps, HostHeadSteps
 from streamserve.runner.model_runner import TorchModelRunner
 from tests.runner.loop import BLOCK_SIZE, NUM_BLOCKS, Loop, forget
 from tests.runner.test_speculation import (
@@ -40,22 +44,34 @@ ROWS = MAX_SEQS * (1 + MAX_DRAFTS)
 
 
 class Target:
-    """A runner, and what its model finds at each position of a text."""
+    """A runner, as on the host or as for a device, and what its model finds in a text."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, *, on_device: bool) -> None:
         self.model = model
+        self.on_device = on_device
         memory = memory_for(
             model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_SEQS
         )
-        runner, _ = build_runner(
-            model,
-            memory,
-            max_num_batched_tokens=MAX_TOKENS,
-            max_num_sampled=ROWS,
-            keeps_hidden_states=True,
-        )
-        assert isinstance(runner, TorchModelRunner)
+        options = {"max_num_batched_tokens": MAX_TOKENS, "keeps_hidden_states": True}
+        if on_device:
+            ladder = StepLadder(MAX_TOKENS, MAX_SEQS, num_drafts=MAX_DRAFTS, max_num_sampled=ROWS)
+            caches = new_kv_cache(model.spec, memory, model.dtype, CPU, model.kernels)
+            runner, _ = build_cuda_runner(model, memory, ladder, kv_caches=caches, **options)
+        else:
+            runner, _ = build_runner(model, memory, max_num_sampled=ROWS, **options)
+        assert isinstance(runner, TorchModelRunner | CudaModelRunner)
         self.runner = runner
+
+    def steps_of(self, head: WatchingHead) -> HeadSteps:
+        made = DeviceHeadSteps if self.on_device else HostHeadSteps
+        return made(
+            head,
+            [(head.next_ids, head.states)],
+            block_size=BLOCK_SIZE,
+            max_model_len=MAX_LEN,
+            max_num_seqs=MAX_SEQS,
+            max_num_batched_tokens=MAX_TOKENS + ROWS,
+        )
 
     def hidden_states(self, token_ids: list[int]) -> torch.Tensor:
         model, length = self.model, len(token_ids)
@@ -91,11 +107,11 @@ class WatchingHead:
     device = CPU
     nbytes = 0
     kernels = streamserve_kernels.load(CPU, "naive")
-    spec = SimpleNamespace(vocab_size=VOCAB)
 
     def __init__(self, texts: list[Text], accuracy: float, rng: random.Random) -> None:
         self.texts, self.accuracy, self.rng = texts, accuracy, rng
         width = texts[0].states.shape[1]
+        self.spec = SimpleNamespace(vocab_size=VOCAB, hidden_size=width)
         self.next_ids = torch.full((NUM_BLOCKS, BLOCK_SIZE), -1)
         self.states = torch.zeros(NUM_BLOCKS, BLOCK_SIZE, width)
         self.num_fed = 0
@@ -109,20 +125,24 @@ class WatchingHead:
     def guess(self, batch: ForwardBatch, kv_caches) -> tuple[torch.Tensor, torch.Tensor]:
         assert batch.hidden_states is not None
         assert len(batch.hidden_states) == len(batch.input_ids)
-        self.next_ids.view(-1)[batch.slot_mapping] = batch.input_ids
-        self.states.view(NUM_BLOCKS * BLOCK_SIZE, -1)[batch.slot_mapping] = batch.hidden_states
+        is_token = batch.slot_mapping >= 0  # others are padding
+        slots = batch.slot_mapping[is_token]
+        self.next_ids.view(-1)[slots] = batch.input_ids[is_token]
+        self.states.view(NUM_BLOCKS * BLOCK_SIZE, -1)[slots] = batch.hidden_states[is_token]
         ends = batch.query_start_loc.tolist()[1:]
         guesses = []
-        for row in batch.logits_indices.tolist():
-            place = next(i for i, end in enumerate(ends) if row < end)
+        found = torch.full((len(batch.logits_indices), self.states.shape[2]), torch.nan)
+        for i, row in enumerate(batch.logits_indices.tolist()):
+            place = next((place for place, end in enumerate(ends) if row < end), None)
+            if place is None:
+                guesses.append(0)
+                continue
             blocks = batch.block_table[place].long()
             length = int(batch.positions[row]) + 1
             next_ids = self.next_ids[blocks].view(-1)[:length].tolist()
             states = self.states[blocks].view(len(blocks) * BLOCK_SIZE, -1)[:length]
+            found[i, 1:] = len(self.guessed_behind)
             guesses.append(self.check(next_ids, states))
-        numbers = torch.arange(len(self.guessed_behind) - len(guesses), len(self.guessed_behind))
-        found = numbers[:, None].repeat(1, self.states.shape[2]).float()
-        found[:, 0] = torch.nan
         return torch.tensor(guesses, dtype=torch.int64), found
 
     def check(self, next_ids: list[int], states: torch.Tensor) -> int:
@@ -154,9 +174,11 @@ def _num_other(text: Text, next_ids: list[int], num_known: int) -> int:
     return sum(a != b for a, b in zip(expected, next_ids, strict=False))
 
 
-@pytest.fixture(scope="module", params=["naive", "cpu"])
+@pytest.fixture(scope="module", params=["naive", "cpu", "naive on a device"])
 def target(request, tmp_path_factory) -> Iterator[Target]:
-    target = Target(tiny_llama(tmp_path_factory.mktemp("model"), backend=request.param))
+    backend, _, on_device = request.param.partition(" ")
+    model = tiny_llama(tmp_path_factory.mktemp("model"), backend=backend)
+    target = Target(model, on_device=bool(on_device))
     yield target
     target.runner.close()
 
@@ -168,16 +190,8 @@ def watched(
     forget(target.runner)
     texts = [Text(r.token_ids, target.hidden_states(r.token_ids)) for r in requests]
     head = WatchingHead(texts, accuracy, random.Random(1))
-    steps = HostHeadSteps(
-        head,
-        [(head.next_ids, head.states)],
-        block_size=BLOCK_SIZE,
-        max_model_len=MAX_LEN,
-        max_num_seqs=MAX_SEQS,
-        max_num_batched_tokens=MAX_TOKENS + ROWS,
-    )
     drafter = HeadDrafter(
-        steps,
+        target.steps_of(head),
         lambda: target.runner.hidden_states,
         block_size=BLOCK_SIZE,
         max_num_batched_tokens=MAX_TOKENS + ROWS,

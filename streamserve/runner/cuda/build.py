@@ -43,14 +43,15 @@ def build_cuda_runner(
     kv_caches: KVCache,
     enforce_eager: bool = False,
     transfer: KVTransfer | None = None,
+    keeps_hidden_states: bool = False,
     team: Team | None = None,
 ) -> tuple[ModelRunner, StepProfile]:
     """Makes the arena, meets every shape of ``ladder`` once, captures the first graphs, measures.
 
     After it nothing compiles. The remaining graphs are captured while nobody asks for anything, or
     when a step needs one; with a ``team``, where the model is a share and the runner that of all
-    ranks, they are captured here. ``enforce_eager`` means none at all. Raises what torch raises
-    when the memory is not there after all.
+    ranks, they are captured here. ``enforce_eager`` means none at all. ``keeps_hidden_states``: for
+    a draft head. Raises what torch raises when the memory is not there after all.
     """
     # The device thread holds the interpreter while it launches a large step; the event loop should
     # not have to wait 5 ms for its turn.
@@ -66,6 +67,7 @@ def build_cuda_runner(
         max_num_seqs=memory.max_num_seqs,
         transfer=transfer,
         state_caches=state_caches(model.spec, kv_caches),
+        keeps_hidden_states=keeps_hidden_states,
         sampler=DeviceSampler if team is None else partial(rank_sampler, team.ranks),
     )
 
@@ -127,6 +129,7 @@ def assemble(
     max_num_seqs: int,
     transfer: KVTransfer | None = None,
     state_caches: Sequence[Tensor] = (),
+    keeps_hidden_states: bool = False,
     sampler: Callable[..., DeviceSampler] = DeviceSampler,
 ) -> tuple[CudaModelRunner, StepExecutor]:
     """A runner that has met nothing yet, and what runs its steps."""
@@ -146,7 +149,15 @@ def assemble(
     last_tokens = torch.zeros(batch.unused_row + 1, dtype=torch.int64, device=device)
     max_rows = ladder.largest.num_seqs
     logits = torch.empty((max_rows, vocab_size), dtype=model.logits_dtype, device=device)
-    executor = StepExecutor(model, kv_caches, batch.arena, sampling, last_tokens, logits)
+    executor = StepExecutor(
+        model,
+        kv_caches,
+        batch.arena,
+        sampling,
+        last_tokens,
+        logits,
+        keeps_hidden_states=keeps_hidden_states,
+    )
     draws = sampler(sampling, vocab_size, max_rows, device)
     runner = CudaModelRunner(
         kernels, kv_caches, batch, executor, draws, timeline, transfer, state_caches

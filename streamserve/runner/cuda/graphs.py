@@ -11,6 +11,7 @@ them.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from streamserve.models.batch import ForwardBatch, KVCache
 from streamserve.runner.cuda.arena import StepArena, StepInputs
 from streamserve.runner.cuda.step_key import StepKey
-from streamserve.runner.prompt_logprobs import PromptModel, all_hidden_states
+from streamserve.runner.prompt_logprobs import PromptModel
 from streamserve_kernels import Kernels
 from streamserve_kernels.sampling import SamplingKernels
 
@@ -52,39 +53,32 @@ class DeviceModel(PromptModel, Protocol):
     def forward(self, batch: ForwardBatch, kv_caches: KVCache, logits: Tensor) -> Tensor:
         """Writes and returns logits ``[L, V]``."""
 
+    def all_states(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
+        """Final normed hidden states ``[T, H]``, and what a draft head is given ``[T, C]``."""
+
 
 class StepResult(NamedTuple):
     """Of the rows that get logits."""
 
     logits: Tensor  # [L, V] in the model's `logits_dtype`
     token_ids: Tensor  # [L] int64, the arg-max
+    hidden_states: Tensor | None = None  # [T, C] of all rows, for a draft head
 
 
-class StepExecutor:
-    """Steps of a model on one arena. ``last_tokens`` ``[rows + 1]`` is what each row drew last."""
+class GraphExecutor(ABC):
+    """Steps of padded shapes, of which some were captured. One thread at a time."""
 
-    def __init__(
-        self,
-        model: DeviceModel,
-        kv_caches: KVCache,
-        arena: StepArena,
-        sampling: SamplingKernels,
-        last_tokens: Tensor,
-        logits: Tensor,
-    ) -> None:
-        """``logits`` ``[seats, V]``: one place for all steps, and for all graphs."""
-        self.model = model
-        self._logits = logits
-        self._kv_caches = kv_caches
-        self._arena = arena
-        self._sampling = sampling
-        self._resolve_tokens = cast(DeviceKernels, model.kernels).resolve_tokens
-        self._last_tokens = last_tokens
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graphs: dict[StepKey, tuple[Any, StepResult]] = {}
         self._wanted: dict[StepKey, None] = {}  # in order
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None  # of captures
         self.num_replays = 0
+
+    @abstractmethod
+    def run_eagerly(self, key: StepKey) -> StepResult:
+        """As `run`, launch by launch."""
 
     @property
     def num_graphs(self) -> int:
@@ -152,8 +146,58 @@ class StepExecutor:
         self.num_replays += 1
         return result
 
+    def _capture(self, key: StepKey) -> None:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # `torch.cuda.graph` stays on its stream when the capture fails.
+        here = torch.cuda.stream(torch.cuda.current_stream(self._device))
+        # Other threads wait for events meanwhile: that must not spoil the capture. And on torch's
+        # own stream for captures, a caller's graphs would share cuBLAS's work space with these.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        recording = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with here, recording:
+            result = self.run_eagerly(key)
+        torch.cuda.synchronize(self._device)
+        self._graphs[key] = graph, result
+
+
+class StepExecutor(GraphExecutor):
+    """Steps of a model on one arena. ``last_tokens`` ``[rows + 1]`` is what each row drew last.
+
+    With ``keeps_hidden_states`` a step's result has what a draft head is given.
+    """
+
+    def __init__(
+        self,
+        model: DeviceModel,
+        kv_caches: KVCache,
+        arena: StepArena,
+        sampling: SamplingKernels,
+        last_tokens: Tensor,
+        logits: Tensor,
+        *,
+        keeps_hidden_states: bool = False,
+    ) -> None:
+        """``logits`` ``[seats, V]``: one place for all steps, and for all graphs."""
+        super().__init__(model.device)
+        self.model = model
+        self._logits = logits
+        self._kv_caches = kv_caches
+        self._arena = arena
+        self._sampling = sampling
+        self._resolve_tokens = cast(DeviceKernels, model.kernels).resolve_tokens
+        self._last_tokens = last_tokens
+        self._keeps_hidden_states = keeps_hidden_states
+
     def run_eagerly(self, key: StepKey) -> StepResult:
-        """As `run`, launch by launch."""
+        """See `GraphExecutor`."""
+        if self._keeps_hidden_states:
+            return self.run_for_prompts(key)[0]
         inputs = self._arena.inputs(key)
         self._resolve_tokens(inputs.batch.input_ids, self._last_tokens)
         logits = self._logits[: key.num_seqs]
@@ -164,36 +208,21 @@ class StepExecutor:
         """As `run_eagerly`; and the final hidden states ``[T, H]`` of every row."""
         inputs = self._arena.inputs(key)
         self._resolve_tokens(inputs.batch.input_ids, self._last_tokens)
-        hidden_states = all_hidden_states(self.model, inputs.batch, self._kv_caches)
-        sampled = hidden_states.index_select(0, inputs.batch.logits_indices)
+        hidden_states, given = self.model.all_states(inputs.batch, self._kv_caches)
+        sampled = hidden_states
+        if not key.has_all_logits:
+            sampled = hidden_states.index_select(0, inputs.batch.logits_indices)
         logits = self._logits[: key.num_seqs]
         self.model.compute_logits(sampled, logits)
-        return self._finish(inputs, logits), hidden_states
+        return self._finish(inputs, logits, given), hidden_states
 
-    def _finish(self, inputs: StepInputs, logits: Tensor) -> StepResult:
+    def _finish(
+        self, inputs: StepInputs, logits: Tensor, hidden_states: Tensor | None = None
+    ) -> StepResult:
         token_ids = self._sampling.greedy(logits)
         self._last_tokens.index_copy_(0, inputs.sampled_rows, token_ids)
-        return StepResult(logits, token_ids)
+        return StepResult(logits, token_ids, hidden_states)
 
     def remember(self, key: StepKey, token_ids: Tensor) -> None:
         """Replaces what a step's rows drew: ``[L]`` int64."""
         self._last_tokens.index_copy_(0, self._arena.inputs(key).sampled_rows, token_ids)
-
-    def _capture(self, key: StepKey) -> None:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize(self.model.device)
-        graph = torch.cuda.CUDAGraph()
-        # `torch.cuda.graph` stays on its stream when the capture fails.
-        here = torch.cuda.stream(torch.cuda.current_stream(self.model.device))
-        # Other threads wait for events meanwhile: that must not spoil the capture. And on torch's
-        # own stream for captures, a caller's graphs would share cuBLAS's work space with these.
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
-        recording = torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        )
-        with here, recording:
-            result = self.run_eagerly(key)
-        torch.cuda.synchronize(self.model.device)
-        self._graphs[key] = graph, result

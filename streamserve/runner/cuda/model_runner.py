@@ -79,6 +79,7 @@ class _Forwarded(NamedTuple):
     result: StepResult
     started: Mark
     extras: _Extras = _NO_EXTRAS
+    hidden_states: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ class _Queued:
     started: Mark
     ended: Mark
     future: Future[ModelRunnerOutput]
+    hidden_states: Tensor | None  # [T, C] for a draft head
 
 
 class CudaModelRunner:
@@ -124,6 +126,11 @@ class CudaModelRunner:
         self._executor = executor
         self._sampler = sampler
         self._timeline = timeline
+        self.hidden_states: Tensor | None = None
+        """[T, C] of the step whose result is due, in its plan's order, for the results' thread.
+
+        Of an executor that keeps them. What they are is known when the result is.
+        """
         self._device = executor.model.device
         self._prompts = PromptsWanted()
         self._pools = Pools()
@@ -263,11 +270,14 @@ class CudaModelRunner:
             call.fail(error)
             raise
         ended = self._timeline.mark()
-        step, extras = None, _NO_EXTRAS
+        step, extras, hidden_states = None, _NO_EXTRAS, None
         if forwarded is not None:
             step, started, extras = forwarded.step, forwarded.started, forwarded.extras
+            hidden_states = forwarded.hidden_states
         assert started is not None
-        self._queued.put(_Queued(plan, step, drawn, extras, started, ended, call.future))
+        self._queued.put(
+            _Queued(plan, step, drawn, extras, started, ended, call.future, hidden_states)
+        )
         return True
 
     def _forward(self, plan: SchedulerOutput) -> _Forwarded | None:
@@ -291,13 +301,15 @@ class CudaModelRunner:
         if wanted or pools:
             result, hidden_states = self._executor.run_for_prompts(step.key)
             extras = self._find(hidden_states, wanted, pools, result.logits.shape[1])
+            kept = _kept(result, plan.num_tokens)
             step = step.without({part.place for part in pools if part.is_last})
-            return _Forwarded(step, result, step.started, extras)
+            return _Forwarded(step, result, step.started, extras, kept)
         started = step.started
         # A server that is asked from its first moment on would otherwise never have its graphs.
         if self._executor.capture(step.key):
             started = self._timeline.mark()  # a capture is none of the step's time
-        return _Forwarded(step, self._executor.run(step.key), started)
+        result = self._executor.run(step.key)
+        return _Forwarded(step, result, started, hidden_states=_kept(result, plan.num_tokens))
 
     def _find(
         self,
@@ -325,7 +337,7 @@ class CudaModelRunner:
         self._kernels.copy_blocks(self._state_caches, src[count:], dst[count:])
 
     def _draw(self, forwarded: _Forwarded, masks: Masks | None) -> Drawn | None:
-        step, (logits, token_ids) = forwarded.step, forwarded.result
+        step, (logits, token_ids, _) = forwarded.step, forwarded.result
         if not step.rows.places:
             return None
         if masks or not step.is_greedy:
@@ -352,7 +364,14 @@ class CudaModelRunner:
                 queued.future.set_exception(error)
                 return
             else:
+                self.hidden_states = queued.hidden_states
                 queued.future.set_result(output)
+                self.hidden_states = None
+
+
+def _kept(result: StepResult, num_tokens: int) -> Tensor | None:
+    """What the next step does not overwrite."""
+    return None if result.hidden_states is None else result.hidden_states[:num_tokens].clone()
 
 
 def _output(queued: _Queued) -> ModelRunnerOutput:
