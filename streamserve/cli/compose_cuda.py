@@ -9,13 +9,22 @@ import torch
 
 from streamserve.cli.model_setup import BuiltModel, ModelSetup
 from streamserve.errors import ConfigError, KVCacheMemoryError, OutOfMemoryError
-from streamserve.models import LanguageModel, kv_bytes_per_block, state_bytes
+from streamserve.models import (
+    Decoder,
+    DraftHead,
+    KVCache,
+    LanguageModel,
+    kv_bytes_per_block,
+    state_bytes,
+)
+from streamserve.models.spec import ModelShape
 from streamserve.runner.available import available_cpu_memory
-from streamserve.runner.build import new_kv_cache
-from streamserve.runner.cuda.build import build_cuda_runner
+from streamserve.runner.build import head_buffer_bytes, new_kv_cache
+from streamserve.runner.cuda.build import build_cuda_runner, draft_with_head
 from streamserve.runner.cuda.memory import (
     free_spare,
     free_work_spaces,
+    hidden_states_bytes,
     plan_gpu_memory,
     profile_step_bytes,
     read_gpu,
@@ -41,8 +50,9 @@ class CudaBuilder:
             None if setup.args.kv_cache_memory is None else parse_bytes(setup.args.kv_cache_memory)
         )
         self._kv_dtype = _kv_dtype(setup)
-        self._block_bytes = kv_bytes_per_block(
-            setup.config.spec, setup.args.block_size, self._kv_dtype
+        specs = [setup.config.spec] if setup.head is None else [setup.config.spec, setup.head.spec]
+        self._block_bytes = sum(
+            kv_bytes_per_block(spec, setup.args.block_size, self._kv_dtype) for spec in specs
         )
         self._num_host_blocks = self._plan_host_blocks()
         self._kernels = setup.choose_kernels()
@@ -62,6 +72,7 @@ class CudaBuilder:
         setup = self._setup
         with _RoomFor("the weights", setup, "a smaller model or dtype is needed"):
             model = setup.load(self._kernels)
+            head = self._load_head(model)
         with _RoomFor("the largest step", setup, "lower --max-num-batched-tokens"):
             memory = agreed(self._plan(model), setup.team)
         setup.say_plan(memory)
@@ -70,9 +81,8 @@ class CudaBuilder:
             setup.say(f"  host blocks   {self._num_host_blocks:,}, {host_bytes}")
         room = _RoomFor("the KV cache", setup, "lower --gpu-memory-utilization")
         with room, ExitStack() as on_error:
-            kv_caches = new_kv_cache(
-                model.spec, memory, self._kv_dtype, setup.device, self._kernels, setup.dtype
-            )
+            kv_caches = self._new_kv_cache(model.spec, memory)
+            caches_of_head = None if head is None else self._new_kv_cache(head.spec, memory)
             transfer = None
             if self._num_host_blocks:
                 transfer = KVTransfer(kv_caches, self._num_host_blocks)
@@ -85,6 +95,7 @@ class CudaBuilder:
                 kv_caches=kv_caches,
                 enforce_eager=setup.args.enforce_eager,
                 transfer=transfer,
+                keeps_hidden_states=head is not None,
                 team=setup.team,
             )
             on_error.enter_context(closed_on_error(runner))
@@ -97,12 +108,34 @@ class CudaBuilder:
                 adapters=model.adapters,
                 finish_warm_up=runner.capture_graphs,
             )
+            if head is not None and caches_of_head is not None:
+                drafting = draft_with_head(
+                    runner,
+                    head,
+                    caches_of_head,
+                    memory,
+                    max_num_batched_tokens=setup.scheduler.max_num_batched_tokens,
+                    enforce_eager=setup.args.enforce_eager,
+                )
+                on_error.enter_context(closed_on_error(drafting))
+                built = replace(built, runner=drafting)
             if transfer is None:
                 return built
             per_step = runner.on_device_thread(transfer.blocks_per_step)
             return replace(
                 built, num_host_blocks=transfer.num_host_blocks, max_transfers_per_step=per_step
             )
+
+    def _load_head(self, model: LanguageModel) -> DraftHead | None:
+        if (head := self._setup.head) is None:
+            return None
+        assert isinstance(model, Decoder), "others have no heads"
+        model.tap(head.taps)
+        return head.load(model)
+
+    def _new_kv_cache(self, spec: ModelShape, memory: MemoryPlan) -> KVCache:
+        setup = self._setup
+        return new_kv_cache(spec, memory, self._kv_dtype, setup.device, self._kernels, setup.dtype)
 
     def _plan_host_blocks(self) -> int:
         swap_space = self._setup.args.swap_space
@@ -129,6 +162,15 @@ class CudaBuilder:
         )
         if self._num_host_blocks:
             step_bytes += KVTransfer.device_bytes(self._block_bytes)
+        if (head := setup.head) is not None:
+            step_bytes += head_buffer_bytes(
+                head.spec, setup.dtype, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+            )
+            step_bytes += hidden_states_bytes(
+                model.spec.hidden_size * max(len(head.taps), 1),
+                setup.dtype,
+                scheduler.max_num_batched_tokens,
+            )
         return plan_gpu_memory(
             read_gpu(setup.device),
             name=str(setup.device),

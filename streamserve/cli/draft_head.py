@@ -28,10 +28,10 @@ def with_draft_head(setup: ModelSetup) -> ModelSetup:
     speculative = setup.scheduler.speculative
     if speculative is None or speculative.method in ("ngram", "draft_model"):
         return setup
-    if setup.device.type != "cpu" or setup.args.tensor_parallel_size > 1:
+    if setup.args.tensor_parallel_size > 1:
         raise ConfigError(
-            f"{_FLAG}: method {speculative.method!r} is for a CPU, in one process, got "
-            f"{setup.device} and --tensor-parallel-size {setup.args.tensor_parallel_size}"
+            f"{_FLAG}: method {speculative.method!r} is for one device, got "
+            f"--tensor-parallel-size {setup.args.tensor_parallel_size}"
         )
     head = _mtp(setup) if speculative.method == "mtp" else _eagle3(setup)
     quantised = f", {speculative.quantization} weights" if speculative.quantization else ""

@@ -12,6 +12,7 @@ for the target's hidden state when it guesses on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from streamserve.models.batch import ForwardBatch, KVCache
 from streamserve.models.spec import ModelShape
-from streamserve_kernels import Kernels
+from streamserve_kernels import Kernels, PackedLinear
 
 
 class DraftHead(Protocol):
@@ -44,6 +45,9 @@ class DraftHead(Protocol):
         """The target's layers whose inputs it is given, one beside the other; none: what the target
         has behind its final norm.
         """
+
+    def linears(self) -> Iterator[PackedLinear]:
+        """Every product of a guess."""
 
     def warm_up(self, block_size: int = 16) -> None:
         """Compiles what it calls."""

@@ -52,6 +52,7 @@ def play(args: argparse.Namespace, root: Path) -> int:
     num_failed = 0
     for name in args.cases:
         path = made[name]
+        flags = tuple(flag.replace("DIRECTORY", str(path)) for flag in CASES[name].flags)
         if isinstance(path, str):
             num_failed += 1
             print(json.dumps({"case": name, "error": path}), flush=True)
@@ -59,7 +60,7 @@ def play(args: argparse.Namespace, root: Path) -> int:
         if (child := os.fork()) == 0:
             status = 1
             try:
-                report = run_case(device, path, CASES[name].flags, args.scenarios or SCENARIOS)
+                report = run_case(device, path, flags, args.scenarios or SCENARIOS)
                 print(json.dumps({"case": name, **report}), flush=True)
                 status = 0
             except BaseException:
@@ -88,7 +89,7 @@ def run_case(
     report: dict[str, Any] = {
         "seconds": round(time.monotonic() - started, 1),
         "said": engine.said,
-        "graphs": engine.runner._executor.num_graphs,
+        "graphs": engine.target._executor.num_graphs,
         "copies in graphs": sum(
             entry.name == "aten::copy_" for graph in device.graphs for entry in graph.entries
         ),
@@ -115,7 +116,7 @@ def run_case(
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
             traceback.print_exc()
-        engine.runner.on_device_thread(lambda: None)  # it has come past the last step
+        engine.target.on_device_thread(lambda: None)  # it has come past the last step
         shapes = Counter(json.dumps(step.counts) for step in engine.steps)
         report["scenarios"][name] = {
             "error": error,

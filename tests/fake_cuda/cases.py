@@ -13,11 +13,17 @@ LLAMA = {
     "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
 
+EAGLE3 = {
+    **LLAMA, "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1,
+    "draft_vocab_size": 160, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1]},
+}  # fmt: skip
+
 
 class Case(NamedTuple):
     """``native``: a config of `tests.models.native`, or of `foreign` through transformers.
 
     ``packed``: a kind of `tests.models.packers`, or MXFP4.
+    In the flags DIRECTORY is the checkpoint's; a plain one has an EAGLE-3 head in it.
     """
 
     native: str | None = None
@@ -29,6 +35,8 @@ _DUMMY = ("--load-format", "dummy")
 _WITH_LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")
 _FP8_CACHE = ("--kv-cache-dtype", "fp8", "--swap-space", "8MiB")
 _LOOKUP = ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}')
+_MTP = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 2}')
+_EAGLE3 = ("--speculative-config", '{"method": "eagle3", "model": "DIRECTORY/head"}')
 _FOREIGN = ("--model-impl", "transformers")
 _LARGE = (
     "--max-num-batched-tokens", "2048", "--max-num-seqs", "80", "--max-model-len", "128",
@@ -69,6 +77,8 @@ CASES: dict[str, Case] = {
     **{name: Case(name) for name in NATIVES},
     **{name: Case(name) for name in HYBRIDS},
     "hybrid-drafts": Case("qwen3-next", flags=_LOOKUP),
+    "qwen3.5-mtp": Case("qwen3.5", flags=(*_DUMMY, *_MTP)),
+    "llama-eagle3": Case(flags=(*_DUMMY, *_EAGLE3)),
     "hybrid-large": Case("qwen3-next", flags=_LARGE),
     "hybrid-fp8-cache": Case("qwen3-next", flags=("--kv-cache-dtype", "fp8")),
     **{f"transformers-{name}": Case(f"transformers-{name}", flags=_FOREIGN) for name in FOREIGNERS},
@@ -85,6 +95,8 @@ def make(case: Case, directory: Path) -> Path:
     """Writes the checkpoint of a case; returns its path. Before the fake device is there."""
     if case.native is None:
         (directory / "config.json").write_text(json.dumps(LLAMA))
+        (directory / "head").mkdir()
+        (directory / "head" / "config.json").write_text(json.dumps(EAGLE3))
         return directory
     import transformers
 

@@ -17,6 +17,8 @@ from streamserve.cli.compose import builder_of, set_up
 from streamserve.core.plan import ModelRunnerOutput, SchedulerOutput
 from streamserve.errors import OutOfMemoryError
 from streamserve.runner.cuda.model_runner import CudaModelRunner
+from streamserve.runner.drafting import DraftingRunner
+from streamserve.runner.head_drafter import HeadDrafter
 from tests.fake_cuda import runtime
 from tests.fake_cuda.device import Entry, FakeDevice
 from tests.runner.loop import Loop
@@ -57,8 +59,12 @@ class Engine:
         self.scheduler = setup.scheduler
         self.built = builder_of(setup).build()
         self.built.finish_warm_up()
-        assert isinstance(self.built.runner, CudaModelRunner)
         self.runner = self.built.runner
+        target = self.runner
+        if isinstance(target, DraftingRunner):
+            target = target._target
+        assert isinstance(target, CudaModelRunner)
+        self.target = target
         self.num_compilations = self.runner.num_compilations
         self.prefix_options: dict[str, Any] = (
             {} if self.built.num_host_blocks else {"prefix": False}
@@ -83,7 +89,7 @@ class Engine:
         return sorted(self._operations() - self.met_operations)
 
     def _count_steps(self) -> None:
-        launch = self.runner._launch_step
+        launch = self.target._launch_step
 
         def counted(plan: SchedulerOutput) -> bool:
             first = len(self.device.log)
@@ -95,12 +101,20 @@ class Engine:
                 mine = [entry for entry in entries if entry.thread == "streamserve-device"]
                 self.steps.append(CountedStep(plan, mine))
 
-        self.runner._launch_step = counted  # type: ignore[method-assign]
+        self.target._launch_step = counted  # type: ignore[method-assign]
 
     def loop(self, **config: Any) -> EngineLoop:
         """A scheduler of its own, for a runner that knows of no request."""
-        for request_id in self.runner._batch.rows.request_ids:
-            self.runner._batch._remove(request_id)
+        books = [self.target._batch]
+        if isinstance(self.runner, DraftingRunner):
+            drafter = self.runner._drafter
+            assert isinstance(drafter, HeadDrafter)
+            for known in (drafter._requests, drafter._new, drafter._released_ids):
+                known.clear()
+            books.append(drafter._steps._books)
+        for batch in books:
+            for request_id in batch.rows.request_ids:
+                batch._remove(request_id)
         options = {"num_blocks": 48, "block_size": BLOCK_SIZE, "max_num_seqs": SEATS}
         if self.built.num_host_blocks:
             options["num_host_blocks"] = self.built.num_host_blocks

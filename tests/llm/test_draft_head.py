@@ -92,7 +92,7 @@ def test_answers_with_an_eagle_head_are_those_without_it(tmp_path):
             {"method": "eagle3", "model": EAGLE},
             {"tensor_parallel_size": 2},
             ConfigError,
-            r"'eagle3' is for a CPU, in one process, got cpu and tensor_parallel_size 2",
+            "'eagle3' is for one device, got tensor_parallel_size 2",
         ),
         (
             LLAMA,

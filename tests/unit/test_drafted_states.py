@@ -1,4 +1,4 @@
-"""Drafts of a model that keeps states: a state for each token, and the one that counts is gone on in.
+"""Drafts of a model that keeps states: each token has one, and what counts is gone on from.
 
 The simulated device asserts at every step that a request goes on from the state of just the tokens
 before it, and that what is kept is what it is kept as; here it is counted what is kept, and that

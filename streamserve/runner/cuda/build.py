@@ -14,13 +14,16 @@ from streamserve.config import MAX_FORCED_TOKENS
 from streamserve.core.clock import monotonic
 from streamserve.core.plan import ModelRunner
 from streamserve.core.step_time import StepProfile
-from streamserve.models import KVCache, LanguageModel, state_caches
+from streamserve.models import DraftHead, KVCache, LanguageModel, state_caches
 from streamserve.runner.cuda.graphs import DeviceModel, StepExecutor
+from streamserve.runner.cuda.head_steps import DeviceHeadSteps
 from streamserve.runner.cuda.input_batch import DeviceInputBatch
 from streamserve.runner.cuda.model_runner import CudaModelRunner
 from streamserve.runner.cuda.sampling import DeviceSampler
 from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.cuda.timeline import timeline_of
+from streamserve.runner.drafting import DraftingRunner
+from streamserve.runner.head_drafter import HeadDrafter
 from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.tensor_parallel.cuda_drawing import rank_sampler
@@ -101,7 +104,38 @@ def build_cuda_runner(
         return runner, warm_up.measure()
 
 
-def tune_linears(model: LanguageModel, ladder: StepLadder) -> None:
+def draft_with_head(
+    runner: CudaModelRunner,
+    head: DraftHead,
+    kv_caches: KVCache,
+    memory: MemoryPlan,
+    *,
+    max_num_batched_tokens: int,
+    enforce_eager: bool = False,
+) -> DraftingRunner:
+    """A warm runner with a head that guesses behind its steps; it has met all of its shapes."""
+    steps = DeviceHeadSteps(
+        head,
+        kv_caches,
+        block_size=memory.block_size,
+        max_model_len=memory.max_model_len,
+        max_num_seqs=memory.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    tune_linears(head, steps.ladder)
+    steps.warm_up(with_graphs=not enforce_eager and head.device.type == "cuda")
+    drafter = HeadDrafter(
+        steps,
+        lambda: runner.hidden_states,
+        block_size=memory.block_size,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    drafting = DraftingRunner(runner, drafter)
+    WarmUp(drafting, memory, max_num_batched_tokens).run_guesses()
+    return drafting
+
+
+def tune_linears(model: LanguageModel | DraftHead, ladder: StepLadder) -> None:
     """Chooses the kernels of the linear layers, where the backend has a choice; once per device.
 
     What was measured is kept on disk. Decodes of every size matter, and so do steps of a few

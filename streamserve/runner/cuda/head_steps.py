@@ -19,6 +19,7 @@ from streamserve.models.draft_head import DraftHead
 from streamserve.runner.cuda.arena import StepArena
 from streamserve.runner.cuda.graphs import GraphExecutor, StepResult
 from streamserve.runner.cuda.input_batch import DeviceInputBatch
+from streamserve.runner.cuda.memory import free_all_spare, open_runners
 from streamserve.runner.cuda.step_key import StepKey, StepLadder
 from streamserve.runner.cuda.timeline import timeline_of
 from streamserve_kernels.uploads import upload
@@ -74,6 +75,7 @@ class DeviceHeadSteps:
         shape = (self.ladder.largest.num_tokens, head.spec.hidden_size)
         hidden_states = torch.zeros(shape, dtype=head.dtype, device=head.device)
         self.executor = HeadExecutor(head, kv_caches, self._books.arena, hidden_states)
+        open_runners.add(self)
 
     def warm_up(self, *, with_graphs: bool) -> None:
         """Meets every shape, and captures the graphs."""
@@ -111,6 +113,10 @@ class DeviceHeadSteps:
         return on_host[rows].tolist(), found.index_select(0, upload(rows, found.device))
 
     def close(self) -> None:
-        """See `HeadSteps`."""
-        if hasattr(self, "executor"):
-            del self.executor, self._kv_caches, self._books
+        """See `HeadSteps`, and `CudaModelRunner.close`. Behind that of the target's runner."""
+        if self not in open_runners:
+            return
+        device = self.executor.head.device
+        del self.executor, self._kv_caches, self._books
+        open_runners.discard(self)
+        free_all_spare(device)

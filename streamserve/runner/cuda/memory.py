@@ -10,7 +10,9 @@ a cache of a few blocks, and the driver says what is in use.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from weakref import WeakSet
@@ -99,6 +101,15 @@ def free_work_spaces() -> None:
     """
     if not open_runners:
         torch._C._cuda_clearCublasWorkspaces()
+
+
+def free_all_spare(device: torch.device) -> None:
+    """What torch and cuBLAS keep spare of a GPU is the driver's, where nothing uses it any more."""
+    if device.type == "cuda":
+        gc.collect()  # modules of transformers refer to each other
+        free_work_spaces()
+        with suppress(torch.AcceleratorError):  # a device that is lost
+            free_spare(device)
 
 
 def profile_step_bytes(
@@ -214,6 +225,14 @@ def profile_batches(
             num_blocks=tensor([num_shared] + [0] * (num_groups - 1), torch.int32),
         )
         yield replace(batch, prefix_groups=groups)
+
+
+def hidden_states_bytes(width: int, dtype: torch.dtype, max_num_batched_tokens: int) -> int:
+    """What steps in flight keep for a draft head, ``width`` elements a token.
+
+    A step's own, the copies that two in flight have, and where the head reads them.
+    """
+    return 4 * max_num_batched_tokens * width * dtype.itemsize
 
 
 def _with_adapters(batch: ForwardBatch, num_adapters: int) -> ForwardBatch:

@@ -13,13 +13,11 @@ waits for the one event behind the copy of the ids. (It spins in the driver whil
 
 from __future__ import annotations
 
-import gc
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import NamedTuple, TypeVar
@@ -39,7 +37,7 @@ from streamserve.models.batch import KVCache, block_caches
 from streamserve.runner.compilations import num_compilations
 from streamserve.runner.cuda.graphs import StepExecutor, StepResult
 from streamserve.runner.cuda.input_batch import DeviceInputBatch, DeviceStep
-from streamserve.runner.cuda.memory import free_spare, free_work_spaces, open_runners
+from streamserve.runner.cuda.memory import free_all_spare, open_runners
 from streamserve.runner.cuda.sampling import DeviceSampler, Drawn
 from streamserve.runner.cuda.timeline import Mark, Timeline
 from streamserve.runner.kv_transfer import KVTransfer
@@ -199,20 +197,13 @@ class CudaModelRunner:
         self._calls.close()
         for thread in self._threads:
             thread.join()
-        self._free_spare()  # a step that was launched, and not asked for, still runs
+        free_all_spare(self._device)  # a step that was launched, and not asked for, still runs
         if self._transfer is not None:
             self._transfer.close()
         del self._transfer, self._executor, self._batch, self._sampler
         del self._block_caches, self._state_caches
         open_runners.discard(self)
-        self._free_spare()
-
-    def _free_spare(self) -> None:
-        if self._device.type == "cuda":
-            gc.collect()  # modules of transformers refer to each other
-            free_work_spaces()
-            with suppress(torch.AcceleratorError):  # a device that is lost
-                free_spare(self._device)
+        free_all_spare(self._device)
 
     def _check_open(self) -> None:
         self._calls.check_open()

@@ -11,7 +11,7 @@ import pytest
 
 from tests.interpreter import run_python
 
-CASES = ("llama", "llama-int8-fp8-cache", "transformers-olmoe", "qwen3-next")
+CASES = ("llama", "llama-int8-fp8-cache", "transformers-olmoe", "qwen3.5-mtp")
 # Copies to the device beside the one of the step's inputs; all of them from pinned memory, and
 # nobody waits for one. Of a step: blocks to copy, what edits its logits. Of a request, in its first
 # step: its history (2), its bad words (4), the prompt's tokens whose logprobs are asked for (2).
@@ -65,7 +65,9 @@ def test_no_step_waits_and_each_has_one_copy_of_its_inputs(report):
         for told in scenario["steps"]:
             counts = json.loads(told)
             assert not counts.keys() & {"blocking h2d", "blocking d2h"}, (name, counts)
-            assert counts.get("wait", 0) <= (name == "asked_before_captured"), (name, counts)
+            # A capture waits before and after, the former where a head works behind the last step.
+            most_waits = 2 * (name == "asked_before_captured")
+            assert counts.get("wait", 0) <= most_waits, (name, counts)
             more = HOST_COPIES.get(report["case"], 0)
             assert counts.get("h2d", 0) <= 1 + more + MORE_COPIES.get(name, 0), (name, counts)
             assert counts.get("d2h", 0) <= 1 + more + COPIES_BACK.get(name, 0), (name, counts)
@@ -85,6 +87,10 @@ def test_the_host_waits_for_nothing_but_the_event_behind_each_step(report):
     for name, scenario in report["scenarios"].items():
         waits = dict(scenario["waits"])
         num_waits = waits.pop("streamserve-device: wait device", 0)
+        guesses = [wait for wait in waits if wait.startswith("streamserve-results: wait d2h")]
+        assert bool(guesses) == (name == "drafts" and report["case"].endswith("mtp")), name
+        for wait in guesses:
+            del waits[wait]
         if name != "failed_capture":
             assert waits.keys() == {"streamserve-results: wait event"}, name
             assert waits["streamserve-results: wait event"] <= sum(scenario["steps"].values())
