@@ -147,7 +147,7 @@ def test_other_names_and_files_are_read(target, tmp_path):
     ("values", "taps"),
     [
         ({}, (2, 2, 2)),
-        ({"eagle_config": None}, (2, 2, 2)),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": []}}, (2, 2, 2)),
         ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, (1, 3, 4)),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}}, (2, 4, 5)),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 3, 5]}}, (2, 3, 5)),

@@ -171,10 +171,9 @@ def _taps(config: HfConfig, named: Mapping[str, Any]) -> tuple[int, ...] | None:
     if ids is None:
         ids = named.get(_IDS)
         offset = 1 if isinstance(ids, list) and ids[:1] == [1] else 0
-    if ids is None:
+    if ids is None or ids == []:
         return None
-    is_list = isinstance(ids, list) and ids
-    if not is_list or not all(type(layer) is int and layer >= 0 for layer in ids):
+    if not isinstance(ids, list) or not all(type(layer) is int and layer >= 0 for layer in ids):
         raise ModelLoadError(f"{config.source}: {_IDS} must list numbers of layers, got {ids!r}")
     return tuple(layer + offset for layer in ids)
 
