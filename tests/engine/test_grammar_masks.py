@@ -6,6 +6,7 @@ from streamserve.core.plan import ScheduledRequest, SchedulerOutput
 from streamserve.core.request import FinishReason, Request, RequestStatus
 from streamserve.core.sampling_params import SamplingParams
 from streamserve.core.structured_output import GrammarKind, StructuredOutput
+from streamserve.core.thinking import Thinking
 from streamserve.engine.byte_tokenizer import ByteTokenizer
 from streamserve.engine.grammar_masks import GrammarError, GrammarMasks, RequestMatcher
 from tests.engine.fakes import EOS, patient_grammars
@@ -132,24 +133,75 @@ async def test_each_sample_behind_a_draft_has_a_mask(matcher):
     assert allowed(masks.fill(plan(4))[0]["r"]) == {EOS}
 
 
-async def test_drafts_across_the_end(matcher):
+def assert_masks_behind(new_masks, output: bytes, drafts: list[int], **params) -> None:
+    """Of each sample, as they are where the drafts before it are known, and none of the others."""
+    expected: list[bytes | None] = []
+    for i in range(len(drafts) + 1):
+        known = request(output, **params)
+        known.token_ids.extend(drafts[:i])
+        filled, _ = new_masks(known).fill(plan(known.num_output_tokens))
+        expected.append(filled.get("r"))
+        if i < len(drafts) and expected[-1] and drafts[i] not in allowed(expected[-1]):
+            break
+    expected += [None] * (len(drafts) + 1 - len(expected))
+    one = request(output, **params)
+    masks = new_masks(one)
+    row = ScheduledRequest("r", 0, [97, *drafts], [], 1 + len(drafts), len(output))
+    for _ in range(2):  # the first time leaves nothing behind
+        filled, _ = masks.fill(SchedulerOutput(0, scheduled=[row]))
+        assert filled["r"] == expected
+
+
+@pytest.mark.parametrize("pattern", ["ab*c", "ab*"])
+@pytest.mark.parametrize(
+    "params", [{}, {"stop_token_ids": (1,)}, {"min_tokens": 4}, {"ignore_eos": True}]
+)
+async def test_drafts_across_the_end(pattern, params):
     """Behind an id that ends there are ends only, here as where there are no drafts."""
-    for params in ({}, {"stop_token_ids": (1,)}, {"min_tokens": 5}, {"ignore_eos": True}):
-        drafts = [98, 99, EOS, EOS, 1, EOS]
-        expected: list[set[int] | None] = []
-        for i in range(len(drafts) + 1):
-            alone = RequestMatcher(request(b"a", **params), matcher.deep_copy())
-            alone._request.token_ids.extend(drafts[:i])
-            expected.append(allowed(alone.mask()))
-            if i < len(drafts) and drafts[i] not in expected[-1]:
-                break
-        expected += [None] * (len(drafts) + 1 - len(expected))
+    grammars = patient_grammars(ByteTokenizer())
+    output = StructuredOutput(kind=GrammarKind.REGEX, text=pattern)
+    await grammars.compile(output)
+
+    def new_masks(followed: Request) -> GrammarMasks:
         masks = no_masks()
-        masks.add(request(b"a", **params), matcher.deep_copy())
-        row = ScheduledRequest("r", 0, [97, *drafts], [], 1 + len(drafts), 1)
-        for _ in range(2):  # the first time leaves nothing behind
-            filled, _ = masks.fill(SchedulerOutput(0, scheduled=[row]))
-            assert [m and allowed(m) for m in filled["r"]] == expected
+        masks.add(followed, grammars.matcher(output))
+        return masks
+
+    for drafts in ([*b"bbbb"], [*b"bbc", EOS, EOS], [*b"bb", EOS, EOS], [*b"bbc", 1, EOS]):
+        assert_masks_behind(new_masks, b"a", drafts, **params)
+    grammars.close()
+
+
+@pytest.mark.parametrize("next_token_ids", [(), tuple(b"!")])
+@pytest.mark.parametrize("budget", [None, 4])
+@pytest.mark.parametrize("is_optional", [False, True])
+async def test_drafts_across_the_end_of_thoughts(matcher, next_token_ids, budget, is_optional):
+    thinking = Thinking(
+        is_open=not is_optional,
+        start_token_ids=(60,),
+        end_token_ids=(62,),
+        start=b"<",
+        end=b">",
+        next_token_ids=next_token_ids,
+        budget=budget,
+        is_optional=is_optional,
+    )
+
+    def new_masks(followed: Request) -> GrammarMasks:
+        masks = no_masks()
+        masks.add(followed, matcher)
+        return masks
+
+    start = b"<" if is_optional else b""
+    behind = bytes(next_token_ids)
+    for output, drafts in (
+        (start + b"x", b"y>" + behind + b"abbc"),
+        (start + b"xyz", b"u>" + behind + b"abx"),
+        (start + b"xy>" + behind, b"abbc"),
+        (b"", start + b"x>" + behind + b"ab"),
+        (b"", b"abbc" if is_optional else b"x"),
+    ):
+        assert_masks_behind(new_masks, output, [*drafts], thinking=thinking)
 
 
 async def test_what_must_follow():

@@ -20,7 +20,13 @@ from streamserve.core.step_time import StepShape, StepTimeModel
 from streamserve.runner.drafting import DraftingRunner
 from streamserve.runner.model_drafter import ModelDrafter
 from tests.unit.machines import Machine, linear, plateau
-from tests.unit.simulated import VOCAB_SIZE, Harness, SimulatedRunner, naive_output
+from tests.unit.simulated import (
+    VOCAB_SIZE,
+    Harness,
+    SimulatedRunner,
+    guesses,
+    naive_output,
+)
 
 
 class Stepper:
@@ -220,6 +226,32 @@ def run_world(seed: int) -> DraftedRunner:
 def test_random_worlds():
     """Whatever the draft model says, the answers are right; and what it reads is what it should."""
     assert sum(run_world(seed).num_accepted_tokens for seed in range(100)) > 1000
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_forced_tokens_come_first_and_guesses_go_on_behind_them(depth):
+    """While they come, all guesses are wrong; what was read of these does not stay."""
+    some = drafted(3, 0.0, max_steps_in_flight=depth)
+    request = some.add([1, 2, 3], max_tokens=60)
+    right = guesses(3)
+
+    def find(limit: int) -> list[int]:
+        return right(request, min(limit, 4)) if request.num_output_tokens < 20 else []
+
+    some.scheduler.guide(request, find)
+    stats = some.scheduler.speculation_stats
+    while request.num_output_tokens < 20:
+        some.step()
+    assert stats.num_forced_tokens == stats.num_accepted_tokens == stats.num_draft_tokens == 16
+    some.runner.draft.accuracy = 1.0
+    for _ in range(2):
+        some.step()
+    before = replace(stats)
+    some.run()
+    assert request.output_token_ids == naive_output(request, 60)
+    num_drafted = stats.num_draft_tokens - before.num_draft_tokens
+    assert num_drafted == stats.num_accepted_tokens - before.num_accepted_tokens > 15
+    assert stats.num_forced_tokens == 16
 
 
 def test_what_was_not_fed_while_guesses_did_not_pay_is_fed_later():

@@ -215,6 +215,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.requests.append(request)
 
+    @precondition(lambda self: self.live)
+    @rule(index=INDEX, accuracy=st.integers(0, 3), most=st.integers(1, 5))
+    def guide(self, index, accuracy, most):
+        """What follows the tokens of one is known before they are computed, or almost."""
+        request = self.live[index % len(self.live)]
+        if request.forced is None:
+            find = guesses(accuracy)
+            self.harness.scheduler.guide(request, lambda limit: find(request, min(most, limit)))
+
     @rule(
         prefix=st.integers(0, 3),
         length=st.integers(1, 60),
