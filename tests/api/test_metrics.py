@@ -11,7 +11,10 @@ from streamserve.config import SpeculativeConfig
 from streamserve.core.histogram import Counts
 from streamserve.core.request import FinishReason
 from streamserve.engine.null_runner import NullRunner
+from streamserve.engine.parsers.answer_format import AnswerFormat
 from tests.api.harness import MODEL, Api, Exchange, chat_body
+from tests.api.scripted import scripted_parts
+from tests.api.test_forced_calls import STRICT
 
 CHAT = "/v1/chat/completions"
 
@@ -77,6 +80,20 @@ async def test_drafts_are_counted_and_change_no_usage():
     assert after["spec_decode_num_drafts_total", None] == 3
     assert after["spec_decode_num_draft_tokens_total", None] == 9
     assert after["spec_decode_num_accepted_tokens_total", None] == 9
+
+
+async def test_the_forced_tokens_of_a_forced_call_are_counted():
+    parts = scripted_parts("hm", answer_format=AnswerFormat(tool_parser="hermes"))
+    async with Api(**parts, max_model_len=1024).running() as api:
+        answer = await api.chat(tools=[STRICT], tool_choice="required")
+        assert answer.json["choices"][0]["finish_reason"] == "tool_calls"
+        num_tokens = answer.json["usage"]["completion_tokens"]
+        num_steps = api.engine.num_steps
+        after = await scrape(api)
+    num_forced = after["forced_tokens_total", None]
+    assert num_forced == after["spec_decode_num_accepted_tokens_total", None]
+    assert num_forced > num_tokens / 2
+    assert num_steps == num_tokens - num_forced
 
 
 async def test_what_comes_back_from_host_memory_is_counted():
