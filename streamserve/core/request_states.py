@@ -148,8 +148,9 @@ class RequestStates:
         saves = plan.state_saves
         for index, request in enumerate(requests):
             held = self._held[request.request_id]
-            for position, slot in enumerate(held.drafted, held.first_draft):
-                saves.append(StateSave(index, position, slot))
+            if held.drafted:
+                drafted = enumerate(held.drafted, held.first_draft)
+                saves.extend([StateSave(index, position, slot) for position, slot in drafted])
             while held.places and held.places[0] <= request.num_computed_tokens:
                 place = held.places.pop(0)
                 free = self.slots.take()
