@@ -125,7 +125,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 16,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "linear_value_head_dim": 16,
+        "linear_value_head_dim": 32,
         "num_hidden_layers": 4,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
