@@ -5,7 +5,8 @@ HTTP, the same engine behind HTTP under load; in part 2 the kernels' table, what
 time with, throughput, and transformers on the same shape; in part 3, when those are known, the
 rows that the table leaves out, and sizes of attention. Each has a limit, and the command has one; a
 step that fails or hangs does not keep the next from running, and whatever it started is ended with
-it. `--steps lookup` is in no part: two engines, with and without prompt lookup.
+it. `--steps lookup` and `heads` are in no part: two engines, with and without prompt lookup, or
+with and without a draft head that is right three times of four.
 
 OUTPUT holds a few files, written as things happen, so that nothing is lost with a machine:
 
@@ -66,6 +67,7 @@ _SUMMARY_LINES = {
     "serve": 14,
     "peer": 8,
     "lookup": 8,
+    "heads": 8,
 }
 _LIMITS = {
     "tests": 170.0,
@@ -78,6 +80,7 @@ _LIMITS = {
     "rest": 300.0,
     "sweep": 240.0,
     "lookup": 240.0,
+    "heads": 240.0,
 }
 # A quarter of an hour on a rented machine: two commands of ten minutes at most, and its start. Part
 # 3 takes one of its own.
@@ -87,6 +90,8 @@ PARTS = {
     3: ("rest", "sweep"),
 }
 _LOOKUP_CACHE = "12GiB"  # of each engine: 64 streams of 1,152 tokens take 9
+_MAKE_CHECKPOINT = Path(__file__).parents[2] / "tools" / "make_checkpoint.py"
+_GUESSED = "qwen3.5-0.8b"
 _GRACE_S = 5.0  # for a process to end when it is asked to
 
 
@@ -114,8 +119,12 @@ class Plan:
 
     def engine(self) -> list[str]:
         """Flags of the engine: random weights in the shape."""
-        made = [str(self.model), "--load-format", "dummy", *self.engine_flags]
-        return [*made, "--device", self.device] if self.device else made
+        return [str(self.model), "--load-format", "dummy", *self.common()]
+
+    def common(self) -> list[str]:
+        """Flags of the engine, whatever the weights."""
+        on_device = ["--device", self.device] if self.device else []
+        return [*self.engine_flags, *on_device]
 
 
 class StepError(Exception):
@@ -373,15 +382,27 @@ def run_peer(step: Step) -> None:
 
 def run_lookup(step: Step) -> None:
     """Prompt lookup on and off, in turns."""
-    plan, found = step.plan, step.plan.work / "lookup.json"
-    both = ["--kv-cache-memory", _LOOKUP_CACHE, *plan.engine()[1:]]
-    command = [sys.executable, "-m", "loadtest.speculation", str(plan.model)]
+    _speculate(step, "lookup", step.plan.engine())
+
+
+def run_heads(step: Step) -> None:
+    """A hybrid's head on and off, in turns, on weights that can be guessed."""
+    model = step.plan.work / "guessable"
+    step.run([sys.executable, str(_MAKE_CHECKPOINT), _GUESSED, str(model), "--guessable", "0.75"])
+    drafts = ("--speculative-config", '{"method": "mtp"}')
+    _speculate(step, "heads", [str(model), *step.plan.common()], *drafts)
+
+
+def _speculate(step: Step, name: str, engine: list[str], *drafts: str) -> None:
+    plan, found = step.plan, step.plan.work / f"{name}.json"
+    both = ["--kv-cache-memory", _LOOKUP_CACHE, *engine[1:]]
+    command = [sys.executable, "-m", "loadtest.speculation", engine[0], *drafts]
     command += ["--engine-flags", " ".join(both), "--streams", *map(str, plan.batch_sizes)]
     command += ["--input-len", str(plan.input_len), "--output-len", str(plan.output_len)]
     try:
         step.run([*command, "--json", str(found)])
     finally:
-        step.keep(found, "lookup")
+        step.keep(found, name)
 
 
 STEPS: dict[str, Callable[[Step], None]] = {
@@ -395,6 +416,7 @@ STEPS: dict[str, Callable[[Step], None]] = {
     "rest": run_rest,
     "sweep": run_sweep,
     "lookup": run_lookup,
+    "heads": run_heads,
 }
 
 

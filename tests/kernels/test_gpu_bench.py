@@ -91,7 +91,7 @@ def test_no_step_is_begun_when_the_time_is_up(plan, monkeypatch):
 
 
 def test_the_parts_fit_their_commands_and_the_machine():
-    assert sorted([*chain(*gpu.PARTS.values()), "lookup"]) == sorted(gpu.STEPS)
+    assert sorted([*chain(*gpu.PARTS.values()), "lookup", "heads"]) == sorted(gpu.STEPS)
     assert gpu._LIMITS.keys() == gpu._SUMMARY_LINES.keys() == gpu.STEPS.keys()
     limits = [sum(gpu._LIMITS[name] for name in names) for names in gpu.PARTS.values()]
     default = gpu.parser().parse_args(["out"]).seconds
