@@ -118,6 +118,40 @@ def test_a_preempted_one_goes_on_with_them():
     assert some.scheduler.speculation_stats.num_forced_tokens > 0
 
 
+@pytest.mark.parametrize("accuracy", [WRONG, 2, RIGHT])
+@pytest.mark.parametrize("num_state_slots", [2, 5, 12])
+def test_models_that_keep_states_go_on_from_the_one_that_counts(num_state_slots, accuracy):
+    some = Harness(num_state_slots=num_state_slots, max_num_seqs=2, max_steps_in_flight=2)
+    requests = [guided(some, accuracy, max_tokens=20) for _ in range(2)]
+    plans = some.run()
+    for request in requests:
+        assert request.output_token_ids == naive_output(request, 20)
+    for plan in plans:
+        num_drafts = sum(max(s.sample - 1, 0) for s in plan.scheduled)
+        assert num_drafts <= num_state_slots - len(plan.scheduled)
+    has_drafted = some.scheduler.speculation_stats.num_draft_tokens > 0
+    assert has_drafted == (num_state_slots > 2)
+    assert (some.scheduler.speculation_stats.num_forced_tokens > 0) == (
+        has_drafted and accuracy > 0
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_each_answer_to_a_prompt_has_its_own(depth):
+    some = Harness(max_steps_in_flight=depth)
+    first = some.request([1, 2, 3, 4, 5], max_tokens=12)
+    others = [some.request([1, 2, 3, 4, 5], max_tokens=12) for _ in range(2)]
+    some.scheduler.add(first)
+    some.scheduler.add_choices(first, others)
+    for request, accuracy in zip([first, *others], (RIGHT, WRONG, 2), strict=True):
+        find = partial(guesses(accuracy), request)
+        some.scheduler.guide(request, find)
+    some.run()
+    for request in (first, *others):
+        assert request.output_token_ids == naive_output(request, 12)
+    assert some.scheduler.speculation_stats.num_forced_tokens > 10
+
+
 def speculator(machine: Machine) -> Speculator:
     config = SchedulerConfig(max_model_len=4096)
     return Speculator(config, None, StepTimeModel(machine.profile()))
