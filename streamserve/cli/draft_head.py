@@ -17,6 +17,8 @@ from streamserve.models import (
 from streamserve_kernels import Quantization
 
 _FLAG = "--speculative-config"
+_COPY: Quantization = "int4"
+"""Of the model's last product, if nothing else is asked for: most of what a guess reads."""
 
 
 def with_draft_head(setup: ModelSetup) -> ModelSetup:
@@ -41,14 +43,17 @@ def with_draft_head(setup: ModelSetup) -> ModelSetup:
 
 def _mtp(setup: ModelSetup) -> HeadSetup:
     mtp = find_mtp(setup.path, setup.config, setup.args.load_format)
-    quantization = _quantization(setup)
+    speculative, quantization = setup.scheduler.speculative, _quantization(setup)
+    assert speculative is not None
+    copy = speculative.quantization or _COPY
     return HeadSetup(
         mtp.spec,
-        mtp.weight_bytes(setup.dtype, quantization, setup.quantization),
+        mtp.weight_bytes(setup.dtype, quantization, setup.quantization, copy=copy),
         lambda target: load_mtp_head(
             mtp,
             target,
             quantization=quantization,
+            copy=copy,
             progress=Progress(setup.say),
             seed=setup.args.seed or 0,
         ),

@@ -69,6 +69,8 @@ class MtpConfig:
         dtype: torch.dtype,
         quantization: Quantization | None = None,
         target_quantization: Quantization | None = None,
+        *,
+        copy: Quantization | None = None,
     ) -> int:
         """Bytes that its own weights take at most: see `load_mtp_head`.
 
@@ -76,7 +78,7 @@ class MtpConfig:
         """
         own = footprint.weight_bytes(self.spec, dtype, quantization, self.stored_quantization)
         head_bytes = self._target_head_bytes(dtype, target_quantization)
-        return own + _copy_bytes(quantization, self.spec, head_bytes)
+        return own + _copy_bytes(copy or quantization, self.spec, head_bytes)
 
     def _target_head_bytes(self, dtype: torch.dtype, quantization: Quantization | None) -> int:
         stored, spec = self.target.stored_quantization, self.target.spec
@@ -147,14 +149,17 @@ def load_mtp_head(
     target: Decoder,
     *,
     quantization: Quantization | None = None,
+    copy: Quantization | None = None,
     progress: Progress | None = None,
     seed: int = 0,
 ) -> MtpHead:
     """Loads the head that `find_mtp` found, with the embedding and the head of ``target``.
 
-    ``quantization`` is of its own plain layers, and of a copy of the target's head, if that takes
-    much more: guesses need only be likely. Raises ModelLoadError.
+    ``quantization`` is of its own plain layers, ``copy`` (the same, if it is not given) of a copy
+    of the target's head, where that takes much more: guesses need only be likely. Raises
+    ModelLoadError.
     """
+    copy = copy or quantization
     kernels, dtype, device = target.kernels, target.dtype, target.device
     source = weight_source(
         mtp.path, mtp.spec, mtp.names, mtp.stored_quantization, mtp.load_format, seed
@@ -162,10 +167,8 @@ def load_mtp_head(
     weights = build_weights(mtp.spec, source, kernels, dtype, device, progress, quantization)
     weights.borrowed = target.around()
     head = weights.borrowed.linears["head"]
-    if quantization is not None and _copy_bytes(quantization, mtp.spec, head.nbytes):
-        weights.outer.linears["head"] = kernels.prepare_quantised(
-            _rows(head, device), None, quantization
-        )
+    if copy is not None and _copy_bytes(copy, mtp.spec, head.nbytes):
+        weights.outer.linears["head"] = kernels.prepare_quantised(_rows(head, device), None, copy)
     return MtpHead(
         mtp.spec, weights, kernels, dtype=dtype, device=device, max_model_len=target.max_model_len
     )

@@ -145,6 +145,14 @@ def test_a_quantised_head_is_copied_where_the_copy_takes_less(name, saved):
         assert (head._head.unpack() - rows).abs().max() < step
 
 
+def test_a_copy_may_be_quantised_alone(saved):
+    mtp, _, head = load(saved("qwen3.5")[1], copy="int4")
+    assert head._head.quantization == "int4"
+    assert not isinstance(head._product, QuantLinear)
+    planned = mtp.weight_bytes(torch.float32, copy="int4")
+    assert mtp.weight_bytes(torch.float32) < head.nbytes <= planned
+
+
 WIDE = {**DELTA, "hidden_size": 64, "head_dim": 32, "linear_value_head_dim": 24}
 
 
