@@ -19,7 +19,7 @@ from streamserve.cli.lora_flags import adapter_config, add_lora_flags, add_lora_
 from streamserve.cli.peer_flags import add_peer_flags
 from streamserve.cli.quantization import QUANTIZATIONS, STORED_METHODS, check_quantization
 from streamserve.cli.source_flags import add_seed_flag, add_source_flags
-from streamserve.cli.speculative import parse_speculative_config
+from streamserve.cli.speculative import speculative_config
 from streamserve.cli.spelling import usual_spelling
 from streamserve.cli.tools import add_tool_commands
 from streamserve.cli.values import (
@@ -281,6 +281,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         'small model: {"method": "draft_model", "model": PATH, "num_speculative_tokens": 4}; the '
         "answers stay the same (default: none)",
     )
+    for name, key, kind in (
+        ("--spec-method", "method", str),
+        ("--spec-model", "model", str),
+        ("--spec-tokens", "num_speculative_tokens", int),
+    ):
+        group.add_argument(name, type=kind, help=f"--speculative-config's {key}, by itself")
     group.add_argument(
         "--disable-cascade-attn",
         action=argparse.BooleanOptionalAction,
@@ -471,8 +477,7 @@ def check_flags(args: Namespace) -> None:
         raise ConfigError("MODEL must be a directory or a hub id, got ''")
     check_quantization(args.quantization)
     adapter_config(args)
-    if args.speculative_config is not None:
-        parse_speculative_config(args.speculative_config)
+    speculative_config(args)
     utilization = args.gpu_memory_utilization
     if utilization is not None and not 0.0 < utilization <= 1.0:
         raise ConfigError(

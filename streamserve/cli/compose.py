@@ -29,7 +29,7 @@ from streamserve.cli.model_source import (
 )
 from streamserve.cli.quantization import agreed_quantization
 from streamserve.cli.ranks import LeadingTeam
-from streamserve.cli.speculative import parse_speculative_config
+from streamserve.cli.speculative import speculative_config
 from streamserve.config import CacheConfig, EmbeddingConfig, SchedulerConfig
 from streamserve.core.clock import monotonic
 from streamserve.core.kv_cache_manager import KVCacheManager
@@ -263,7 +263,6 @@ def set_up(args: Namespace, say: Say, warn: Say, *, rank: int = 0) -> ModelSetup
 
 
 def _scheduler_config(args: Namespace, max_model_len: int) -> SchedulerConfig:
-    given = args.speculative_config
     return SchedulerConfig(
         max_model_len=max_model_len,
         max_num_seqs=args.max_num_seqs,
@@ -274,7 +273,7 @@ def _scheduler_config(args: Namespace, max_model_len: int) -> SchedulerConfig:
         max_steps_in_flight=2 if args.async_scheduling else 1,
         enable_cascade_attention=not args.disable_cascade_attn,
         itl_target_ms=args.itl_target_ms,
-        speculative=None if given is None else parse_speculative_config(given),
+        speculative=speculative_config(args),
     )
 
 

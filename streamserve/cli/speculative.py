@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from typing import Any, get_args
 
 from streamserve.cli.quantization import QUANTIZATIONS, OnTheFly
@@ -10,6 +11,11 @@ from streamserve.config import DraftMethod, SpeculativeConfig
 from streamserve.errors import ConfigError
 
 _FLAG = "--speculative-config"
+_SHORT = {
+    "spec_method": "method",
+    "spec_model": "model",
+    "spec_tokens": "num_speculative_tokens",
+}
 _METHODS: dict[DraftMethod, str] = {
     "ngram": "drafts from the text itself",
     "draft_model": "by a small model",
@@ -35,15 +41,35 @@ _DEFAULT_TOKENS = 3  # of heads, where vLLM takes what they were trained on, one
 _MAX_TOKENS = 32
 
 
-def parse_speculative_config(text: str) -> SpeculativeConfig:
-    """Raises ``ConfigError``, which names the key, the limit and the value."""
+def speculative_config(args: Namespace) -> SpeculativeConfig | None:
+    """What the flags ask for: one with all of it, or a flag for a key.
+
+    Raises ``ConfigError``, which names the key, the limit and the value.
+    """
+    text: str | None = args.speculative_config
+    given = {} if text is None else _object(text)
+    for name, key in _SHORT.items():
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if key in given:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} must not be given beside {_FLAG} with {key}, got {value!r}")
+        given[key] = value
+    return None if text is None and not given else _parse(given)
+
+
+def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{_FLAG} must be JSON ({error}), got {text!r}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{_FLAG} must be a JSON object, got {text!r}")
-    given = {key: item for key, item in value.items() if item is not None}
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def _parse(given: dict[str, Any]) -> SpeculativeConfig:
     for key in given:
         if key not in _ALL_KEYS:
             raise ConfigError(f"{_FLAG}: the keys are {', '.join(_ALL_KEYS)}, got {key!r}")

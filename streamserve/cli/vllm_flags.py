@@ -73,8 +73,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
     ),
     (
         _SPECULATION,
-        "spec_method spec_model spec_tokens speculative_model "
-        "num_speculative_tokens diffusion_config per_request_spec_decode_metrics",
+        "speculative_model num_speculative_tokens diffusion_config per_request_spec_decode_metrics",
     ),
     (
         _STATES,

@@ -5,9 +5,14 @@ import json
 import pytest
 
 from streamserve.cli.args import check_flags, parse_args
-from streamserve.cli.speculative import parse_speculative_config
+from streamserve.cli.speculative import speculative_config
 from streamserve.config import SpeculativeConfig
 from streamserve.errors import ConfigError
+
+
+def parsed(text: str) -> SpeculativeConfig | None:
+    return speculative_config(parse_args(["serve", "--speculative-config", text]))
+
 
 PLAIN = {"method": "ngram", "num_speculative_tokens": 5}
 BY_MODEL = {"method": "draft_model", "model": "small", "num_speculative_tokens": 4}
@@ -26,7 +31,7 @@ BY_MODEL = {"method": "draft_model", "model": "small", "num_speculative_tokens":
 @pytest.mark.parametrize("method", ["ngram", "[ngram]"])
 def test_vllms_keys_and_defaults(bounds, low, high, method):
     text = json.dumps({**PLAIN, **bounds, "method": method})
-    assert parse_speculative_config(text) == SpeculativeConfig(
+    assert parsed(text) == SpeculativeConfig(
         num_speculative_tokens=5, prompt_lookup_min=low, prompt_lookup_max=high
     )
 
@@ -35,7 +40,7 @@ def test_vllms_keys_and_defaults(bounds, low, high, method):
 def test_a_draft_model(leave_out):
     """As in vLLM, a model says the method."""
     given = {key: value for key, value in BY_MODEL.items() if key != leave_out}
-    assert parse_speculative_config(json.dumps(given)) == SpeculativeConfig(
+    assert parsed(json.dumps(given)) == SpeculativeConfig(
         num_speculative_tokens=4, method="draft_model", model="small"
     )
 
@@ -43,15 +48,32 @@ def test_a_draft_model(leave_out):
 @pytest.mark.parametrize("method", ["mtp", "qwen3_next_mtp", "qwen3_5_mtp"])
 def test_layers_that_guess(method):
     text = json.dumps({"method": method, "num_speculative_tokens": 2, "quantization": "int4"})
-    assert parse_speculative_config(text) == SpeculativeConfig(
+    assert parsed(text) == SpeculativeConfig(
         num_speculative_tokens=2, method="mtp", quantization="int4"
     )
-    assert parse_speculative_config(json.dumps({"method": method})).num_speculative_tokens == 3
+    assert parsed(json.dumps({"method": method})).num_speculative_tokens == 3
+
+
+def test_a_flag_for_a_key():
+    flags = ["--spec-method", "mtp", "--spec-tokens", "2"]
+    given = parse_args(["serve", *flags, "--speculative-config", '{"quantization": "int8"}'])
+    assert speculative_config(given) == SpeculativeConfig(
+        num_speculative_tokens=2, method="mtp", quantization="int8"
+    )
+    flags = ["--spec-model", "small", "--spec-tokens", "4"]
+    assert speculative_config(parse_args(["serve", *flags])) == parsed(json.dumps(BY_MODEL))
+    assert speculative_config(parse_args(["serve"])) is None
+
+
+def test_a_key_is_given_once():
+    flags = ["--spec-tokens", "2", "--speculative-config", json.dumps(PLAIN)]
+    with pytest.raises(ConfigError, match=r"--spec-tokens must not .* with num_.*, got 2"):
+        check_flags(parse_args(["serve", *flags]))
 
 
 def test_a_draft_head():
     given = {**BY_MODEL, "method": "eagle3", "quantization": "int8"}
-    assert parse_speculative_config(json.dumps(given)) == SpeculativeConfig(
+    assert parsed(json.dumps(given)) == SpeculativeConfig(
         num_speculative_tokens=4, method="eagle3", model="small", quantization="int8"
     )
 
@@ -86,6 +108,6 @@ def test_a_draft_head():
 )
 def test_everything_else_is_refused(text, message):
     with pytest.raises(ConfigError, match=message):
-        parse_speculative_config(text)
+        parsed(text)
     with pytest.raises(ConfigError, match=message):
         check_flags(parse_args(["serve", "--speculative-config", text]))
