@@ -7,6 +7,7 @@ target finds at a guess that was right is fed over what the head had found there
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,8 +18,11 @@ from streamserve.core.plan import ScheduledRequest, SchedulerOutput
 from streamserve.runner.drafting import Drafter, Guesses
 from streamserve.runner.head_steps import HeadSteps
 
-_MOST_UNFED = 1024
-"""Rows of a request that are kept while nobody wants guesses: who has more gets none any more."""
+_UNFED_BYTES = 64 * 2**20
+"""Hidden states of all requests that are kept while nobody wants guesses.
+
+Who has more than there is room for gets no guesses any more.
+"""
 
 
 @dataclass(slots=True)
@@ -28,11 +32,15 @@ class _Rows:
     next_ids: list[int]
     states: Tensor
 
-    def cut(self, num_rows: int) -> _Rows:
-        """The first of them, which these no longer have."""
-        first = _Rows(self.next_ids[:num_rows], self.states[:num_rows])
-        self.next_ids, self.states = self.next_ids[num_rows:], self.states[num_rows:]
-        return first
+    def __len__(self) -> int:
+        return len(self.next_ids)
+
+    def first(self, num_rows: int) -> _Rows:
+        return _Rows(self.next_ids[:num_rows], self.states[:num_rows])
+
+    def behind(self, num_rows: int) -> _Rows:
+        """Those that are not among the `first`."""
+        return _Rows(self.next_ids[num_rows:], self.states[num_rows:])
 
 
 @dataclass(slots=True)
@@ -41,55 +49,49 @@ class _Followed:
 
     token_ids: list[int]  # those that were known when it came
     num_fed: int = -1  # leading positions whose keys and values it has; negative: not yet seen
-    unfed: list[_Rows] = field(default_factory=list)  # the positions behind these
+    unfed: deque[_Rows] = field(default_factory=deque)  # the positions behind these
+    num_unfed: int = 0
     num_blocks: int = 0  # that the target has told of
     new_block_ids: list[int] = field(default_factory=list)  # of these, not yet in the books
     num_guessed: int = 0  # positions behind `num_fed` where guesses are
     is_lost: bool = False  # positions are missing that nobody kept
 
-    @property
-    def num_unfed(self) -> int:
-        return sum(len(rows.next_ids) for rows in self.unfed)
-
     def lose(self) -> None:
         """Guesses behind a gap are not worth their time."""
         self.is_lost = True
         self.unfed.clear()
+        self.num_unfed = 0
 
     def remember(self, start: int, rows: _Rows) -> None:
         """Takes what the target has computed at ``start``; nothing behind that counts any more."""
-        if self.is_lost:
-            return
+        self.num_fed = min(self.num_fed, start)
         num_before = start - self.num_fed
-        if num_before < 0:
-            self.num_fed, num_before = start, 0
-        kept: list[_Rows] = []
-        for earlier in self.unfed:
-            kept.append(earlier.cut(num_before))
-            num_before -= len(kept[-1].next_ids)
-        self.unfed = [part for part in kept if part.next_ids]
-        if num_before:
+        while self.num_unfed > num_before:
+            last = self.unfed.pop()
+            self.num_unfed -= len(last)
+            if self.num_unfed < num_before:
+                self._append(last.first(num_before - self.num_unfed))
+        if self.num_unfed < num_before:
             self.lose()
         else:
-            self.unfed.append(rows)
+            self._append(rows)
 
     def take(self, num_rows: int) -> list[_Rows]:
         """The first of what was not fed."""
         taken: list[_Rows] = []
         while self.unfed and num_rows:
-            rows = self.unfed[0].cut(num_rows)
-            num_rows -= len(rows.next_ids)
+            rows = self.unfed.popleft()
+            if len(rows) > num_rows:
+                self.unfed.appendleft(rows.behind(num_rows))
+                rows = rows.first(num_rows)
+            num_rows -= len(rows)
+            self.num_unfed -= len(rows)
             taken.append(rows)
-            if not self.unfed[0].next_ids:
-                del self.unfed[0]
         return taken
 
-    def hold(self) -> None:
-        """Keeps what was not fed beyond this step, whose memory the next one takes."""
-        if self.num_unfed > _MOST_UNFED:
-            self.lose()
-        elif self.unfed:
-            self.unfed[-1].states = self.unfed[-1].states.clone()
+    def _append(self, rows: _Rows) -> None:
+        self.unfed.append(rows)
+        self.num_unfed += len(rows)
 
 
 class HeadDrafter(Drafter):
@@ -112,6 +114,7 @@ class HeadDrafter(Drafter):
         self._block_size = block_size
         self._max_num_tokens = max_num_batched_tokens
         self._requests: dict[str, _Followed] = {}
+        self._num_unfed = 0  # of all requests, behind the last step
         self._found: dict[str, Tensor] = {}  # [1, H] of those who have just been guessed for
 
     def close(self) -> None:
@@ -124,7 +127,7 @@ class HeadDrafter(Drafter):
         """See `Drafter`."""
         requests = self._requests
         for request_id in plan.released_ids:
-            del requests[request_id]
+            self._num_unfed -= requests.pop(request_id).num_unfed
             self._left(request_id)
         for new in plan.new_requests:
             requests[new.request_id] = _Followed(new.token_ids)
@@ -146,10 +149,13 @@ class HeadDrafter(Drafter):
         for scheduled, ids in zip(plan.scheduled, sampled, strict=True):
             request = self._requests[scheduled.request_id]
             num_rows = len(scheduled.token_ids)
-            assert states is not None
-            _remember(request, scheduled, ids, states[row : row + num_rows])
             row += num_rows
-            if keeps_up and not request.is_lost:
+            if request.is_lost:
+                continue
+            assert states is not None
+            self._num_unfed -= request.num_unfed
+            _remember(request, scheduled, ids, states[row - num_rows : row])
+            if keeps_up and request.unfed:
                 rows = request.take(min(num_rows + self.most_late, num_left))
                 next_ids = [next_id for part in rows for next_id in part.next_ids]
                 parts.extend(part.states for part in rows)
@@ -160,7 +166,9 @@ class HeadDrafter(Drafter):
                     self._add(step, scheduled.request_id, request.num_fed, next_ids, is_asked)
                     request.num_fed += len(next_ids)
                 request.num_guessed = 0
-            request.hold()
+            if request.unfed:
+                self._hold(request)
+            self._num_unfed += request.num_unfed
         return self._run(step, lambda: self._steps.take(_joined(parts)))
 
     def guess_on(self, guesses: Guesses) -> Guesses:
@@ -175,6 +183,15 @@ class HeadDrafter(Drafter):
                 request.num_guessed += 1
                 parts.append(self._found[request_id])
         return self._run(step, lambda: _joined(parts))
+
+    def _hold(self, request: _Followed) -> None:
+        """Keeps what was not fed beyond this step, whose memory the next one takes."""
+        last = request.unfed[-1]
+        row_bytes = last.states.shape[1] * last.states.itemsize
+        if (self._num_unfed + request.num_unfed) * row_bytes > _UNFED_BYTES:
+            request.lose()
+        else:
+            last.states = last.states.clone()
 
     def _add(
         self,

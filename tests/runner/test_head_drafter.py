@@ -243,14 +243,15 @@ def test_while_guesses_do_not_pay_the_head_rests(target):
     requests = [Request("r", prompt, params, arrival_time=0.0, seed=1) for _ in range(3)]
     forget(target.runner)
     Loop(target.runner).run(requests[:1])
-    for request, most, num_fed in ((requests[1], 1024, 99), (requests[2], 20, 40)):
+    row_bytes = target.model.spec.hidden_size * target.model.dtype.itemsize
+    for request, most, num_fed in ((requests[1], 59, 99), (requests[2], 20, 40)):
         runner, head = watched(target, requests[:1], 1.0)
         loop = Loop(runner, speculative=by_a_head(MAX_DRAFTS))
         speculator = loop.scheduler._speculator
         speculator._best_count = lambda *_: 0
         loop.scheduler.add(request)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(head_drafter, "_MOST_UNFED", most)
+            patch.setattr(head_drafter, "_UNFED_BYTES", most * row_bytes)
             while request.num_output_tokens < 30:
                 loop.turn()
             assert head.num_fed == 40, "of the prompt, when nobody had been asked"
@@ -286,3 +287,32 @@ def test_what_others_ask_of_their_prompts_disturbs_no_guesses(target, asked):
     assert requests[1].output_token_ids == requests[0].output_token_ids
     assert not runner._has_failed
     assert head.num_fed == 3 + 39 + 3 * (params.pooling is None)
+
+
+def test_a_step_that_goes_back_takes_what_was_kept_behind_it():
+    """As behind one that failed; what was fed is fed again, and a gap ends it."""
+    request = head_drafter._Followed([], num_fed=10)
+
+    def rows(*token_ids: int) -> head_drafter._Rows:
+        return head_drafter._Rows(list(token_ids), torch.tensor([[float(i)] for i in token_ids]))
+
+    def kept() -> list[int]:
+        ids = [token_id for part in request.unfed for token_id in part.next_ids]
+        assert [part.states[:, 0].tolist() for part in request.unfed] == [
+            [float(i) for i in part.next_ids] for part in request.unfed
+        ]
+        assert request.num_unfed == len(ids)
+        return ids
+
+    request.remember(10, rows(1, 2, 3))
+    request.remember(13, rows(4))
+    request.remember(12, rows(5, 6))
+    assert kept() == [1, 2, 5, 6]
+    assert [part.next_ids for part in request.take(3)] == [[1, 2], [5]]
+    assert kept() == [6]
+    request.num_fed = 13
+    request.remember(11, rows(7, 8))
+    assert (request.num_fed, kept()) == (11, [7, 8])
+    request.remember(14, rows(9))
+    assert request.is_lost
+    assert kept() == []
