@@ -279,7 +279,9 @@ def test_every_axis_of_a_spec_is_some_familys() -> None:
 
     for spec in (spec for specs in specs_of_cases().values() for spec in specs):
         visit(spec)
-    assert {axis for axis, found in values.items() if len(found) < 2} == {"DecoderSpec.vocab_size"}
+    of_heads = {"DecoderSpec.join"}  # which have tests of their own
+    alone = {axis for axis, found in values.items() if len(found) < 2}
+    assert alone == {"DecoderSpec.vocab_size", *of_heads}
 
 
 def test_the_first_gemma_says_gelu_and_means_its_tanh_form() -> None:

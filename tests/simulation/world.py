@@ -98,7 +98,7 @@ def _make_configs(rng: random.Random) -> tuple[CacheConfig, SchedulerConfig]:
         max_transfers_per_step=rng.randint(1, 4),
         num_state_slots=num_state_slots,
     )
-    speculates = rng.random() < 0.3
+    speculates = rng.random() < (0.7 if num_state_slots else 0.3)
     config = SchedulerConfig(
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=rng.randint(1, 6),

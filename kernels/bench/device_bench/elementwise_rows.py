@@ -22,6 +22,7 @@ def rows(quick: bool) -> list[Row]:
             ("activation", _activation),
             ("add_shared_experts", _add_shared_experts),
             ("embedding", _embedding),
+            ("side_by_side", _side_by_side),
             ("resolve_tokens", _resolve_tokens),
         )
         for count in ((64,) if quick else (64, 2048))
@@ -80,6 +81,20 @@ def _layer_norm(bench: Bench, count: int) -> Case:
         theirs = bench.naive.layer_norm(x, weight, bias, 1e-5, residual)
         for what, actual, expected in zip(("norm", "residual"), ours, theirs, strict=True):
             check_close(actual, expected, tolerance(bench.dtype), what)
+
+    return case_of(bench, make, check, 4 * count * hidden * bench.dtype.itemsize)
+
+
+def _side_by_side(bench: Bench, count: int) -> Case:
+    hidden = bench.sizes.hidden
+
+    def make(kernels: Kernels) -> Call:
+        parts = (bench.randn(count, hidden), bench.randn(count, hidden))
+        return lambda: kernels.side_by_side(parts)
+
+    def check() -> None:
+        parts = (bench.randn(count, hidden), bench.randn(count, hidden))
+        check_equal(bench.kernels.side_by_side(parts), bench.naive.side_by_side(parts))
 
     return case_of(bench, make, check, 4 * count * hidden * bench.dtype.itemsize)
 
