@@ -57,6 +57,7 @@ def _mtp(setup: ModelSetup) -> HeadSetup:
             progress=Progress(setup.say),
             seed=setup.args.seed or 0,
         ),
+        taps=mtp.taps,
     )
 
 

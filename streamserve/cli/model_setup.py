@@ -38,7 +38,7 @@ class HeadSetup:
     spec: ModelShape
     weight_bytes: int
     load: Callable[[Decoder], DraftHead]
-    taps: tuple[int, ...] = ()
+    taps: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -220,7 +220,7 @@ class Decoder:
             if spec.embedding_norm is None
             else bind_norm(spec.embedding_norm, outer.norms["embedding_norm"], kernels)
         )
-        self._final_norm = (
+        self.final_norm = (
             BoundNorm()
             if spec.final_norm is None
             else bind_norm(spec.final_norm, outer.norms["final_norm"], kernels)
@@ -370,7 +370,7 @@ class Decoder:
         return self.compute_logits(hidden_states), hidden_states
 
     def tap(self, layers: tuple[int, ...]) -> None:
-        """Has `forward_with_all_states` give what enters these layers, instead of what leaves all.
+        """Has steps give what enters these layers, for a draft head.
 
         What would enter one more is what the last one leaves. To be said before `record`. Raises
         ValueError for layers that there are not.
@@ -383,55 +383,36 @@ class Decoder:
     def forward_with_all_states(
         self, batch: ForwardBatch, kv_caches: KVCache
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, with the final normed hidden states [T, H] of all rows.
+        """As `forward`, with the sums at the taps, of all rows: [T, taps * H], not normed.
 
-        With taps, [T, taps * H]: the sums, not normed, that enter each of these layers, one beside
-        the other.
+        A recorded step's are overwritten by the next.
         """
-        if self._taps:
-            return self._forward_with_taps(batch, kv_caches)
-        every_row = torch.arange(batch.input_ids.shape[0], device=self.device)
-        all_rows = replace(batch, logits_indices=every_row)
-        recorded = self._recorded_for(all_rows, kv_caches)
+        recorded = self._recorded_for(batch, kv_caches)
         if recorded is not None:
-            logits = recorded.logits(all_rows).index_select(0, batch.logits_indices)
-            return logits, recorded.hidden_states(len(every_row))
-        states = self.hidden_states(all_rows, kv_caches)
-        return self.compute_logits(states.index_select(0, batch.logits_indices)), states
+            logits = recorded.logits(batch)
+            return logits, _joined(recorded.tapped(batch.input_ids.shape[0]))
+        states, _, tapped = self._run(batch, kv_caches, self._taps)
+        return self.compute_logits(states), _joined(tapped)
 
     def greedy_with_all_states(
         self, batch: ForwardBatch, kv_caches: KVCache
     ) -> tuple[Tensor, Tensor] | None:
-        """As `greedy`, with what `forward_with_all_states` gives beside the logits.
-
-        None, and nothing has run, also where rows that need no logits have no states.
-        """
-        num_rows = batch.input_ids.shape[0]
+        """As `greedy`, with what `forward_with_all_states` gives beside the logits."""
         recorded = self._recorded_for(batch, kv_caches)
-        if recorded is None or not (self._taps or batch.logits_indices.shape[0] == num_rows):
+        if recorded is None:
             return None
         token_ids = recorded.greedy(batch)
-        if not self._taps:
-            return token_ids, recorded.hidden_states(num_rows)
-        return token_ids, torch.cat(recorded.tapped(num_rows), dim=1)
+        return token_ids, _joined(recorded.tapped(batch.input_ids.shape[0]))
 
     def all_states(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
         """Runs a step: final normed hidden states [T, H] of all rows, whichever need logits.
 
-        And what `forward_with_all_states` gives of them.
+        And, with taps, what `forward_with_all_states` gives beside the logits.
         """
         every_row = torch.arange(batch.input_ids.shape[0], device=self.device)
         all_rows = replace(batch, logits_indices=every_row)
         states, _, tapped = self._run(all_rows, kv_caches, self._taps)
-        return states, torch.cat(tapped, dim=1) if tapped else states
-
-    def _forward_with_taps(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
-        recorded = self._recorded_for(batch, kv_caches)
-        if recorded is not None:
-            logits = recorded.logits(batch)
-            return logits, torch.cat(recorded.tapped(batch.input_ids.shape[0]), dim=1)
-        states, _, tapped = self._run(batch, kv_caches, self._taps)
-        return self.compute_logits(states), torch.cat(tapped, dim=1)
+        return states, _joined(tapped) if tapped else states
 
     def hidden_states(self, batch: ForwardBatch, kv_caches: KVCache) -> Tensor:
         """As `forward`, but returns the final normed hidden states [L, H] of the same rows."""
@@ -467,7 +448,7 @@ class Decoder:
         found = [tapped[index] for index in taps]
         if rows.shape[0] == 0:
             return x[:0], x[:0], found
-        return (*self._final_norm.add_norm(x, residual), found)
+        return (*self.final_norm.add_norm(x, residual), found)
 
     def one_of_each_layer(self) -> Decoder:
         """A thin copy that shares the weights: the first layer of each kind is left, and the last.
@@ -528,3 +509,7 @@ class Decoder:
 
     def _look_up(self, input_ids: Tensor) -> Tensor:
         return self.kernels.embedding(input_ids, self._embedding)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -42,8 +42,9 @@ class DraftHead(Protocol):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The target's layers whose inputs it is given, one beside the other; none: what the target
-        has behind its final norm.
+        """The target's layers whose inputs it is given, one beside the other.
+
+        What would enter one more is what the last one leaves.
         """
 
     def linears(self) -> Iterator[PackedLinear]:

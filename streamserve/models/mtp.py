@@ -31,7 +31,7 @@ from streamserve.models.gguf.config import gguf_head_quantization
 from streamserve.models.gguf.container import gguf_file
 from streamserve.models.head_decoder import HeadDecoder
 from streamserve.models.hub import LoadFormat
-from streamserve.models.layers import bind_norm
+from streamserve.models.layers import BoundNorm, bind_norm
 from streamserve.models.loader import directory_files, weight_source
 from streamserve.models.model_config import ModelConfig
 from streamserve.models.names import WeightNames
@@ -42,7 +42,7 @@ from streamserve.models.parameters import (
 )
 from streamserve.models.quantised.stored import CheckpointQuantization
 from streamserve.models.spec import DecoderSpec
-from streamserve.models.weights import Progress, build_weights
+from streamserve.models.weights import DecoderWeights, Progress, build_weights
 from streamserve_kernels import Kernels, PackedLinear, Quantization, QuantLinear
 from streamserve_kernels.quantised import packed_bytes
 
@@ -63,6 +63,11 @@ class MtpConfig:
     spec: DecoderSpec
     names: WeightNames
     stored_quantization: StoredQuantization | None
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Of the target: what its last layer leaves."""
+        return (len(self.target.spec.layers),)
 
     def weight_bytes(
         self,
@@ -170,7 +175,14 @@ def load_mtp_head(
     if copy is not None and _copy_bytes(copy, mtp.spec, head.nbytes):
         weights.outer.linears["head"] = kernels.prepare_quantised(_rows(head, device), None, copy)
     return MtpHead(
-        mtp.spec, weights, kernels, dtype=dtype, device=device, max_model_len=target.max_model_len
+        mtp.spec,
+        weights,
+        kernels,
+        dtype=dtype,
+        device=device,
+        max_model_len=target.max_model_len,
+        taps=mtp.taps,
+        norm_of_target=target.final_norm,
     )
 
 
@@ -184,7 +196,23 @@ def _rows(head: PackedLinear, device: torch.device) -> Tensor:
 class MtpHead(HeadDecoder):
     """`DraftHead` of one layer. See `Decoder` for what else it does."""
 
-    taps: tuple[int, ...] = ()
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: DecoderWeights,
+        kernels: Kernels,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        taps: tuple[int, ...],
+        norm_of_target: BoundNorm,
+    ) -> None:
+        self.taps = taps
+        self._norm_of_target = norm_of_target
+        super().__init__(
+            spec, weights, kernels, dtype=dtype, device=device, max_model_len=max_model_len
+        )
 
     def _bind(self, kernels: Kernels) -> None:
         super()._bind(kernels)
@@ -202,7 +230,7 @@ class MtpHead(HeadDecoder):
 
     def take(self, states: Tensor) -> Tensor:
         """See `DraftHead`."""
-        return states
+        return self._norm_of_target.norm(states)
 
     def guess(self, batch: ForwardBatch, kv_caches: KVCache) -> tuple[Tensor, Tensor]:
         """See `DraftHead`."""

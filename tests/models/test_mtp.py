@@ -22,6 +22,7 @@ from tests.models.guesses import Guesses, check, check_recorded, judge_states
 from tests.models.mtp_judge import MtpJudge, save_with_head
 from tests.models.native import DELTA, HYBRID
 from tests.models.packers import KINDS, edit_config, pack_modules
+from tests.models.paged import PagedHarness, Sequence
 
 CPU = torch.device("cpu")
 # A case of HYBRID, whether its head keeps each expert by itself, and what its config says.
@@ -143,6 +144,18 @@ def test_a_quantised_head_is_copied_where_the_copy_takes_less(name, saved):
         rows = target._head.unpack()
         step = rows.abs().max() / 7  # of a code, at most
         assert (head._head.unpack() - rows).abs().max() < step
+
+
+def test_what_the_last_layer_leaves_is_normed_as_the_target_does(saved):
+    _, target, head = load(saved("qwen3.5")[1])
+    assert head.taps == (len(target.spec.layers),)
+    target.tap(head.taps)
+    harness = PagedHarness(target)
+    batch = harness.batch([(Sequence([3, 1, 4, 1, 5]), 5)])
+    with torch.inference_mode():
+        normed, left = target.all_states(batch, harness.caches)
+    assert not torch.allclose(left, normed, atol=0.1)
+    torch.testing.assert_close(head.take(left), normed)
 
 
 def test_a_copy_may_be_quantised_alone(saved):

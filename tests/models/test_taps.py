@@ -111,16 +111,15 @@ def test_recorded_taps_are_those_of_functions(family, tmp_path):
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-@pytest.mark.parametrize("taps", [(), TAPS])
-def test_the_likeliest_tokens_come_with_the_states(taps, tmp_path):
-    """Of a step that was recorded; without taps where each row's token is wanted."""
+def test_the_likeliest_tokens_come_with_the_states(tmp_path):
+    """Of a step that was recorded."""
     case = native.NATIVE["llama3"]()
     case.save_pretrained(tmp_path)
     spec = widened(load_config(tmp_path).spec)
     eager, recorded = decoder_of(spec, "native"), decoder_of(spec, "native")
     harnesses = [PagedHarness(model, block_size=16) for model in (eager, recorded)]
     for model in (eager, recorded):
-        model.tap(taps)
+        model.tap(TAPS)
     assert recorded.record(harnesses[1].caches, max_tokens=64, max_logits=64) == 64
     num_found = 0
     for batch, same in zip(*(batches(harness) for harness in harnesses), strict=True):
@@ -130,7 +129,7 @@ def test_the_likeliest_tokens_come_with_the_states(taps, tmp_path):
             found = recorded.greedy_with_all_states(same, harnesses[1].caches)
         if found is None:
             tapped(recorded, harnesses[1], same)
-            assert len(same.input_ids) > 64 or len(same.logits_indices) < len(same.input_ids)
+            assert len(same.input_ids) > 64
             continue
         num_found += 1
         assert torch.equal(found[0], logits.argmax(-1))

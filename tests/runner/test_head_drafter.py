@@ -48,6 +48,7 @@ class Target:
 
     def __init__(self, model: Decoder, *, on_device: bool) -> None:
         self.model = model
+        model.tap(WatchingHead.taps)
         self.on_device = on_device
         memory = memory_for(
             model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_SEQS
@@ -89,7 +90,7 @@ class Target:
             logits_indices=torch.arange(length),
         )
         with torch.inference_mode():
-            return model.hidden_states(batch, caches)
+            return model.all_states(batch, caches)[1]
 
 
 class Text:
@@ -102,7 +103,7 @@ class WatchingHead:
     no number: so it is told from what the target finds.
     """
 
-    taps = ()
+    taps = (1, 2)
     dtype = torch.float32
     device = CPU
     nbytes = 0
@@ -243,7 +244,7 @@ def test_while_guesses_do_not_pay_the_head_rests(target):
     requests = [Request("r", prompt, params, arrival_time=0.0, seed=1) for _ in range(3)]
     forget(target.runner)
     Loop(target.runner).run(requests[:1])
-    row_bytes = target.model.spec.hidden_size * target.model.dtype.itemsize
+    row_bytes = 2 * target.model.spec.hidden_size * target.model.dtype.itemsize
     for request, most, num_fed in ((requests[1], 59, 99), (requests[2], 20, 40)):
         runner, head = watched(target, requests[:1], 1.0)
         loop = Loop(runner, speculative=by_a_head(MAX_DRAFTS))
