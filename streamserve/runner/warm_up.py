@@ -200,8 +200,8 @@ class WarmUp:
 
     def run_guesses(self) -> None:
         """Feeds what drafts, and has it guess, for a few requests and for one in each seat."""
+        self._step(self._prompts(self._max_tokens), _GREEDY)
         for count in sorted({1, min(2, self._max_seqs), self._max_seqs}):
-            self._step(self._prompts(self._max_tokens), _GREEDY)
             self._step(self._decodes(count), _GREEDY, num_guesses=2)
         self._step([], ())
 
