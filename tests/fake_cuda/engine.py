@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 from streamserve.cli.args import build_parser
@@ -125,9 +126,17 @@ class Engine:
 
     @contextmanager
     def failing(self, name: str, error: BaseException) -> Iterator[list[BaseException]]:
-        """The next operation of this name raises, once; what has not been raised yet."""
+        """The next operation of this name raises, once; what has not been raised yet.
+
+        Of a step's: what a head guesses meanwhile is on another thread.
+        """
         left = [error]
-        self.device.fail_when = lambda asked: left.pop() if left and asked == name else None
+
+        def fail_when(asked: str) -> BaseException | None:
+            is_step = current_thread().name == "streamserve-device"
+            return left.pop() if left and asked == name and is_step else None
+
+        self.device.fail_when = fail_when
         try:
             yield left
         finally:
