@@ -276,8 +276,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="draft tokens, where that is predicted to pay, by prompt lookup: "
         '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, '
-        '"prompt_lookup_max": 4}, or on a CPU by layers of the checkpoint that guess further '
-        'tokens: {"method": "mtp"}, an EAGLE-3 head: {"method": "eagle3", "model": PATH}, or a '
+        '"prompt_lookup_max": 4}, by layers of the checkpoint that guess further tokens: '
+        '{"method": "mtp"}, an EAGLE-3 head: {"method": "eagle3", "model": PATH}, or on a CPU a '
         'small model: {"method": "draft_model", "model": PATH, "num_speculative_tokens": 4}; the '
         "answers stay the same (default: none)",
     )

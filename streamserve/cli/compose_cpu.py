@@ -25,14 +25,14 @@ from streamserve.runner.build import (
     step_buffer_bytes,
 )
 from streamserve.runner.drafting import DraftingRunner
-from streamserve.runner.head_drafter import HeadDrafter
+from streamserve.runner.head_drafter import draft_with_head
 from streamserve.runner.head_steps import HostHeadSteps
 from streamserve.runner.memory import MemoryPlan, parse_bytes, plan_memory
 from streamserve.runner.model_drafter import ModelDrafter
 from streamserve.runner.model_runner import TorchModelRunner
 from streamserve.runner.passing_thread import in_background, on_passing_thread
 from streamserve.runner.tensor_parallel.team import agreed
-from streamserve.runner.warm_up import WarmUp, closed_on_error
+from streamserve.runner.warm_up import closed_on_error
 from streamserve_kernels import Kernels
 
 
@@ -44,7 +44,7 @@ class CpuBuilder:
         self._memory = agreed(_plan(setup), setup.team)
         setup.say_plan(self._memory)
         self._kernels = setup.choose_kernels()
-        self._kv_caches = _new_kv_cache(setup, self._memory, self._kernels)
+        self._kv_caches = _new_kv_cache(setup.config.spec, setup, self._memory, self._kernels)
         self._draft: _DraftBuilder | _HeadBuilder | None = None
         if setup.draft is not None:
             self._draft = _DraftBuilder(setup.draft, self._memory)
@@ -87,7 +87,7 @@ class _DraftBuilder:
         self._setup = setup
         self._memory = memory
         self._kernels = setup.choose_kernels()
-        self._kv_caches = _new_kv_cache(setup, memory, self._kernels)
+        self._kv_caches = _new_kv_cache(setup.config.spec, setup, memory, self._kernels)
 
     def build(self, runner: ModelRunner, target: LanguageModel) -> ModelRunner:
         """The runner of both models."""
@@ -118,7 +118,7 @@ class _HeadBuilder:
         self._setup = setup
         self._head = head
         self._memory = memory
-        self._kv_caches = _touched_kv_cache(head.spec, setup, memory, kernels)
+        self._kv_caches = _new_kv_cache(head.spec, setup, memory, kernels)
 
     def build(self, runner: ModelRunner, target: LanguageModel) -> ModelRunner:
         """The runner of both, warm."""
@@ -133,31 +133,18 @@ class _HeadBuilder:
             max_tokens=scheduler.max_num_batched_tokens,
             max_logits=self._memory.max_num_seqs,
         )
-        block_size = self._memory.block_size
         steps = HostHeadSteps(
             head,
             kv_caches,
-            block_size=block_size,
+            block_size=self._memory.block_size,
             max_model_len=self._memory.max_model_len,
             max_num_seqs=self._memory.max_num_seqs,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
         )
-        drafter = HeadDrafter(
-            steps,
-            lambda: runner.hidden_states,
-            block_size=block_size,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        )
-        drafting = DraftingRunner(runner, drafter)
-        WarmUp(drafting, self._memory, scheduler.max_num_batched_tokens).run_guesses()
-        return drafting
+        return draft_with_head(runner, steps, self._memory, scheduler.max_num_batched_tokens)
 
 
-def _new_kv_cache(setup: ModelSetup, memory: MemoryPlan, kernels: Kernels) -> KVCache:
-    return _touched_kv_cache(setup.config.spec, setup, memory, kernels)
-
-
-def _touched_kv_cache(
+def _new_kv_cache(
     spec: ModelShape, setup: ModelSetup, memory: MemoryPlan, kernels: Kernels
 ) -> KVCache:
     kv_caches = new_kv_cache(spec, memory, setup.dtype, setup.device, kernels)

@@ -20,7 +20,7 @@ from streamserve.models import (
 from streamserve.models.spec import ModelShape
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import head_buffer_bytes, new_kv_cache
-from streamserve.runner.cuda.build import build_cuda_runner, draft_with_head
+from streamserve.runner.cuda.build import build_cuda_runner, draft_with_device_head
 from streamserve.runner.cuda.memory import (
     free_spare,
     free_work_spaces,
@@ -109,7 +109,7 @@ class CudaBuilder:
                 finish_warm_up=runner.capture_graphs,
             )
             if head is not None and caches_of_head is not None:
-                drafting = draft_with_head(
+                drafting = draft_with_device_head(
                     runner,
                     head,
                     caches_of_head,

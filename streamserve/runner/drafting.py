@@ -24,8 +24,8 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, TypeVar
 
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import (
@@ -46,21 +46,46 @@ Guesses = dict[str, int]
 """The likeliest token behind each request that was asked for one, by request id."""
 
 
-class Drafter(ABC):
+@dataclass(slots=True, kw_only=True)
+class Followed:
+    """A live request, as a drafter has it."""
+
+    num_fed: int = -1  # leading positions whose keys and values it has; negative: not yet seen
+    num_blocks: int = 0  # that the target has told of
+    new_block_ids: list[int] = field(default_factory=list)  # of these, not yet in a drafter's plan
+
+
+RequestT = TypeVar("RequestT", bound=Followed)
+
+
+class Drafter(ABC, Generic[RequestT]):
     """What guesses behind a target's steps. Its methods are for the target's device thread."""
 
     most_late: ClassVar[int] = 64
     """Tokens of a request, of before its step, that are fed together."""
 
     def __init__(self) -> None:
+        self._requests: dict[str, RequestT] = {}
         # Who came and went, until a step of the drafter says so.
         self._new: dict[str, NewRequest] = {}
         self._released_ids: list[str] = []
         self._next_step_id = 0
 
-    @abstractmethod
     def book(self, plan: SchedulerOutput) -> None:
         """Takes over what a plan says about requests, whatever became of its step."""
+        requests = self._requests
+        for request_id in plan.released_ids:
+            self._forget(requests.pop(request_id))
+            self._left(request_id)
+        for new in plan.new_requests:
+            requests[new.request_id] = self._follow(new)
+            self._came(new)
+        for scheduled in plan.scheduled:
+            request = requests[scheduled.request_id]
+            request.num_blocks += len(scheduled.new_block_ids)
+            request.new_block_ids.extend(scheduled.new_block_ids)
+            if request.num_fed < 0:
+                request.num_fed = scheduled.start  # what the cache had
 
     @abstractmethod
     def feed(self, plan: SchedulerOutput, sampled: list[list[int]], *, keeps_up: bool) -> Guesses:
@@ -76,6 +101,13 @@ class Drafter(ABC):
     @abstractmethod
     def close(self) -> None:
         """Idempotent."""
+
+    @abstractmethod
+    def _follow(self, new: NewRequest) -> RequestT:
+        """What is known of a request that comes."""
+
+    def _forget(self, request: RequestT) -> None:
+        """A request has left."""
 
     def _came(self, new: NewRequest) -> None:
         """As the drafter has it: neither penalties nor masks, nor adapters, nor states."""
@@ -110,7 +142,9 @@ class DraftingRunner:
     forward; ``clock`` measures how long.
     """
 
-    def __init__(self, target: ModelRunner, drafter: Drafter, *, clock: Clock = monotonic) -> None:
+    def __init__(
+        self, target: ModelRunner, drafter: Drafter[Any], *, clock: Clock = monotonic
+    ) -> None:
         self._target = target
         self._drafter = drafter
         self._has_failed = False

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from streamserve.core.plan import ScheduledRequest, SchedulerOutput
-from streamserve.runner.drafting import Drafter, Guesses
+from streamserve.core.plan import ModelRunner, NewRequest, ScheduledRequest, SchedulerOutput
+from streamserve.runner.drafting import Drafter, DraftingRunner, Followed, Guesses
 from streamserve.runner.head_steps import HeadSteps
+from streamserve.runner.memory import MemoryPlan
+from streamserve.runner.warm_up import WarmUp
 
 _UNFED_BYTES = 64 * 2**20
 """Hidden states of all requests that are kept while nobody wants guesses.
@@ -43,16 +46,11 @@ class _Rows:
         return _Rows(self.next_ids[num_rows:], self.states[num_rows:])
 
 
-@dataclass(slots=True)
-class _Followed:
-    """A live request, as the head has it."""
-
+@dataclass(slots=True, kw_only=True)
+class _Fed(Followed):
     token_ids: list[int]  # those that were known when it came
-    num_fed: int = -1  # leading positions whose keys and values it has; negative: not yet seen
-    unfed: deque[_Rows] = field(default_factory=deque)  # the positions behind these
+    unfed: deque[_Rows] = field(default_factory=deque)  # the positions behind what was fed
     num_unfed: int = 0
-    num_blocks: int = 0  # that the target has told of
-    new_block_ids: list[int] = field(default_factory=list)  # of these, not yet in the books
     num_guessed: int = 0  # positions behind `num_fed` where guesses are
     is_lost: bool = False  # positions are missing that nobody kept
 
@@ -94,7 +92,7 @@ class _Followed:
         self.num_unfed += len(rows)
 
 
-class HeadDrafter(Drafter):
+class HeadDrafter(Drafter[_Fed]):
     """Guesses of a head that ``steps`` runs, in blocks of ``block_size`` tokens as the target's.
 
     ``hidden_states`` are [T, C] of the target's step that ran last, in the plan's order.
@@ -113,7 +111,6 @@ class HeadDrafter(Drafter):
         self._hidden_states = hidden_states
         self._block_size = block_size
         self._max_num_tokens = max_num_batched_tokens
-        self._requests: dict[str, _Followed] = {}
         self._num_unfed = 0  # of all requests, behind the last step
         self._found: dict[str, Tensor] = {}  # [1, H] of those who have just been guessed for
 
@@ -123,21 +120,11 @@ class HeadDrafter(Drafter):
         self._requests.clear()
         self._found.clear()
 
-    def book(self, plan: SchedulerOutput) -> None:
-        """See `Drafter`."""
-        requests = self._requests
-        for request_id in plan.released_ids:
-            self._num_unfed -= requests.pop(request_id).num_unfed
-            self._left(request_id)
-        for new in plan.new_requests:
-            requests[new.request_id] = _Followed(new.token_ids)
-            self._came(new)
-        for scheduled in plan.scheduled:
-            request = requests[scheduled.request_id]
-            request.num_blocks += len(scheduled.new_block_ids)
-            request.new_block_ids.extend(scheduled.new_block_ids)
-            if request.num_fed < 0:
-                request.num_fed = scheduled.start  # what the cache had
+    def _follow(self, new: NewRequest) -> _Fed:
+        return _Fed(token_ids=new.token_ids)
+
+    def _forget(self, request: _Fed) -> None:
+        self._num_unfed -= request.num_unfed
 
     def feed(self, plan: SchedulerOutput, sampled: list[list[int]], *, keeps_up: bool) -> Guesses:
         """See `Drafter`."""
@@ -184,7 +171,7 @@ class HeadDrafter(Drafter):
                 parts.append(self._found[request_id])
         return self._run(step, lambda: _joined(parts))
 
-    def _hold(self, request: _Followed) -> None:
+    def _hold(self, request: _Fed) -> None:
         """Keeps what was not fed beyond this step, whose memory the next one takes."""
         last = request.unfed[-1]
         row_bytes = last.states.shape[1] * last.states.itemsize
@@ -222,7 +209,7 @@ class HeadDrafter(Drafter):
 
 
 def _remember(
-    request: _Followed, scheduled: ScheduledRequest, sampled: list[int], states: Tensor
+    request: _Fed, scheduled: ScheduledRequest, sampled: list[int], states: Tensor
 ) -> None:
     """Takes note of what a step has found for a request, but for wrong drafts."""
     token_ids = scheduled.token_ids
@@ -241,3 +228,24 @@ def _remember(
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Target(ModelRunner, Protocol):
+    """A runner that keeps hidden states."""
+
+    hidden_states: Tensor | None
+
+
+def draft_with_head(
+    target: Target, steps: HeadSteps, memory: MemoryPlan, max_num_batched_tokens: int
+) -> DraftingRunner:
+    """A warm runner with a head that guesses behind its steps."""
+    drafter = HeadDrafter(
+        steps,
+        lambda: target.hidden_states,
+        block_size=memory.block_size,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    drafting = DraftingRunner(target, drafter)
+    WarmUp(drafting, memory, max_num_batched_tokens).run_guesses()
+    return drafting

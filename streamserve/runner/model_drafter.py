@@ -7,21 +7,17 @@ from dataclasses import dataclass, field
 from streamserve.core.plan import (
     PENDING_TOKEN,
     ModelRunner,
+    NewRequest,
     ScheduledRequest,
     SchedulerOutput,
 )
-from streamserve.runner.drafting import Drafter, Guesses
+from streamserve.runner.drafting import Drafter, Followed, Guesses
 
 
-@dataclass(slots=True)
-class _Drafted:
-    """A live request, as the draft model has it."""
-
+@dataclass(slots=True, kw_only=True)
+class _Drafted(Followed):
     num_prompt_tokens: int
-    num_fed: int = -1  # leading positions whose keys and values it has; negative: not yet seen
-    unfed: list[int] = field(default_factory=list)  # the known tokens behind these
-    num_blocks: int = 0  # that the target has told of
-    new_block_ids: list[int] = field(default_factory=list)  # of these, not yet told the draft model
+    unfed: list[int] = field(default_factory=list)  # the known tokens behind what was fed
     last_token_id: int = PENDING_TOKEN  # what the target sampled last
     guesses: list[int] = field(default_factory=list)  # fed behind that one
 
@@ -34,7 +30,7 @@ def _num_same(some: list[int], others: list[int]) -> int:
     return num_same
 
 
-class ModelDrafter(Drafter):
+class ModelDrafter(Drafter[_Drafted]):
     """Guesses of ``draft``, a model that knows the text only.
 
     Behind a step it is fed the tokens that are known; where a guess is wanted the token that was
@@ -57,27 +53,13 @@ class ModelDrafter(Drafter):
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._max_num_tokens = max_num_batched_tokens
-        self._requests: dict[str, _Drafted] = {}
 
     def close(self) -> None:
         """See `Drafter`."""
         self._draft.close()
 
-    def book(self, plan: SchedulerOutput) -> None:
-        """See `Drafter`."""
-        requests = self._requests
-        for request_id in plan.released_ids:
-            del requests[request_id]
-            self._left(request_id)
-        for new in plan.new_requests:
-            requests[new.request_id] = _Drafted(new.num_prompt_tokens)
-            self._came(new)
-        for scheduled in plan.scheduled:
-            request = requests[scheduled.request_id]
-            request.num_blocks += len(scheduled.new_block_ids)
-            request.new_block_ids.extend(scheduled.new_block_ids)
-            if request.num_fed < 0:
-                request.num_fed = scheduled.start  # what the cache had
+    def _follow(self, new: NewRequest) -> _Drafted:
+        return _Drafted(num_prompt_tokens=new.num_prompt_tokens)
 
     def feed(self, plan: SchedulerOutput, sampled: list[list[int]], *, keeps_up: bool) -> Guesses:
         """See `Drafter`."""

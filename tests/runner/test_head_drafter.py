@@ -292,7 +292,7 @@ def test_what_others_ask_of_their_prompts_disturbs_no_guesses(target, asked):
 
 def test_a_step_that_goes_back_takes_what_was_kept_behind_it():
     """As behind one that failed; what was fed is fed again, and a gap ends it."""
-    request = head_drafter._Followed([], num_fed=10)
+    request = head_drafter._Fed(token_ids=[], num_fed=10)
 
     def rows(*token_ids: int) -> head_drafter._Rows:
         return head_drafter._Rows(list(token_ids), torch.tensor([[float(i)] for i in token_ids]))

@@ -23,7 +23,7 @@ from streamserve.runner.cuda.sampling import DeviceSampler
 from streamserve.runner.cuda.step_key import StepLadder
 from streamserve.runner.cuda.timeline import timeline_of
 from streamserve.runner.drafting import DraftingRunner
-from streamserve.runner.head_drafter import HeadDrafter
+from streamserve.runner.head_drafter import draft_with_head
 from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.tensor_parallel.cuda_drawing import rank_sampler
@@ -104,7 +104,7 @@ def build_cuda_runner(
         return runner, warm_up.measure()
 
 
-def draft_with_head(
+def draft_with_device_head(
     runner: CudaModelRunner,
     head: DraftHead,
     kv_caches: KVCache,
@@ -124,15 +124,7 @@ def draft_with_head(
     )
     tune_linears(head, steps.ladder)
     steps.warm_up(with_graphs=not enforce_eager and head.device.type == "cuda")
-    drafter = HeadDrafter(
-        steps,
-        lambda: runner.hidden_states,
-        block_size=memory.block_size,
-        max_num_batched_tokens=max_num_batched_tokens,
-    )
-    drafting = DraftingRunner(runner, drafter)
-    WarmUp(drafting, memory, max_num_batched_tokens).run_guesses()
-    return drafting
+    return draft_with_head(runner, steps, memory, max_num_batched_tokens)
 
 
 def tune_linears(model: LanguageModel | DraftHead, ladder: StepLadder) -> None:

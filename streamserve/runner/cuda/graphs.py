@@ -214,7 +214,8 @@ class StepExecutor(GraphExecutor):
             sampled = hidden_states.index_select(0, inputs.batch.logits_indices)
         logits = self._logits[: key.num_seqs]
         self.model.compute_logits(sampled, logits)
-        return self._finish(inputs, logits, given), hidden_states
+        kept = given if self._keeps_hidden_states else None
+        return self._finish(inputs, logits, kept), hidden_states
 
     def _finish(
         self, inputs: StepInputs, logits: Tensor, hidden_states: Tensor | None = None
