@@ -91,6 +91,7 @@ class _DraftBuilder:
 
     def build(self, runner: ModelRunner, target: LanguageModel) -> ModelRunner:
         """The runner of both models."""
+        assert isinstance(runner, TorchModelRunner)
         model = on_passing_thread(lambda: self._setup.load(self._kernels))
         kv_caches, self._kv_caches = self._kv_caches, []
         max_num_batched_tokens = self._setup.scheduler.max_num_batched_tokens

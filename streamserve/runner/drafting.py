@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from streamserve.core.clock import Clock, monotonic
 from streamserve.core.plan import (
@@ -135,6 +135,23 @@ class Drafter(ABC, Generic[RequestT]):
         self._new.clear()
 
 
+class Target(ModelRunner, Protocol):
+    """A runner whose steps a drafter follows."""
+
+    def sample(
+        self,
+        step_id: int,
+        masks: Masks | None = None,
+        *,
+        hear: Callable[[Future[ModelRunnerOutput]], None] | None = None,
+    ) -> Future[ModelRunnerOutput]:
+        """``hear`` is called where the step resolves, before anything else happens there.
+
+        (A callback that is added to the future comes too late for that if the step is over by then:
+        it is called by whoever adds it.)
+        """
+
+
 class DraftingRunner:
     """``core.plan.ModelRunner`` of a ``target``, with the guesses of a ``drafter``.
 
@@ -142,9 +159,7 @@ class DraftingRunner:
     forward; ``clock`` measures how long.
     """
 
-    def __init__(
-        self, target: ModelRunner, drafter: Drafter[Any], *, clock: Clock = monotonic
-    ) -> None:
+    def __init__(self, target: Target, drafter: Drafter[Any], *, clock: Clock = monotonic) -> None:
         self._target = target
         self._drafter = drafter
         self._has_failed = False
@@ -168,11 +183,10 @@ class DraftingRunner:
 
     def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
         """See ``core.plan.ModelRunner``."""
-        sampled = self._target.sample(step_id, masks)
         plan = self._plans.pop(step_id)
         result: Future[ModelRunnerOutput] = Future()
         # Called where the target works, which so waits for the drafter.
-        sampled.add_done_callback(lambda done: self._resolve(plan, done, result))
+        self._target.sample(step_id, masks, hear=lambda done: self._resolve(plan, done, result))
         return result
 
     def close(self) -> None:

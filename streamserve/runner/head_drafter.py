@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from streamserve.core.plan import ModelRunner, NewRequest, ScheduledRequest, SchedulerOutput
-from streamserve.runner.drafting import Drafter, DraftingRunner, Followed, Guesses
+from streamserve.core.plan import NewRequest, ScheduledRequest, SchedulerOutput
+from streamserve.runner.drafting import Drafter, DraftingRunner, Followed, Guesses, Target
 from streamserve.runner.head_steps import HeadSteps
 from streamserve.runner.memory import MemoryPlan
 from streamserve.runner.warm_up import WarmUp
@@ -230,14 +230,14 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class Target(ModelRunner, Protocol):
+class TargetOfHead(Target, Protocol):
     """A runner that keeps hidden states."""
 
     hidden_states: Tensor | None
 
 
 def draft_with_head(
-    target: Target, steps: HeadSteps, memory: MemoryPlan, max_num_batched_tokens: int
+    target: TargetOfHead, steps: HeadSteps, memory: MemoryPlan, max_num_batched_tokens: int
 ) -> DraftingRunner:
     """A warm runner with a head that guesses behind its steps."""
     drafter = HeadDrafter(

@@ -177,9 +177,15 @@ class TorchModelRunner:
         """Queue the forward of ``plan``. Raises RuntimeError once closed."""
         self._calls.launch(plan)
 
-    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
-        """See ``core.plan.ModelRunner``. Raises RuntimeError when it is another step's turn."""
-        return self._calls.sample(step_id, masks)
+    def sample(
+        self,
+        step_id: int,
+        masks: Masks | None = None,
+        *,
+        hear: Callable[[Future[ModelRunnerOutput]], None] | None = None,
+    ) -> Future[ModelRunnerOutput]:
+        """See ``runner.drafting.Target``. Raises RuntimeError when it is another step's turn."""
+        return self._calls.sample(step_id, masks, hear)
 
     def on_death(self, hear: Callable[[DeviceDeadError], None]) -> None:
         """See ``core.plan.ModelRunner``."""

@@ -71,8 +71,13 @@ class StepCalls(Generic[_Work]):
         self._unsampled.append(plan.step_id)
         self.plans.put(plan)
 
-    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
-        """See ``core.plan.ModelRunner``. Raises RuntimeError when closed, or out of order."""
+    def sample(
+        self,
+        step_id: int,
+        masks: Masks | None = None,
+        hear: Callable[[Future[ModelRunnerOutput]], None] | None = None,
+    ) -> Future[ModelRunnerOutput]:
+        """See ``runner.drafting.Target``. Raises RuntimeError when closed, or out of order."""
         self.check_open()
         if not self._unsampled or self._unsampled[0] != step_id:
             raise RuntimeError(
@@ -81,6 +86,8 @@ class StepCalls(Generic[_Work]):
             )
         self._unsampled.popleft()
         future: Future[ModelRunnerOutput] = Future()
+        if hear is not None:
+            future.add_done_callback(hear)
         self.sample_calls.put(SampleCall(masks, future))
         if self._death.cause is not None:  # it died between the check and now
             self._fail_waiting(self._death.cause)

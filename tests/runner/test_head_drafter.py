@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import wait
+from threading import current_thread
 from types import SimpleNamespace
 
 import pytest
@@ -116,11 +118,13 @@ class WatchingHead:
         self.next_ids = torch.full((NUM_BLOCKS, BLOCK_SIZE), -1)
         self.states = torch.zeros(NUM_BLOCKS, BLOCK_SIZE, width)
         self.num_fed = 0
+        self.threads: set[str] = set()
         self.guessed_behind: list[list[int]] = []
         self.num_foreign: list[int] = []  # of each guess: positions whose next token is another's
 
     def take(self, states: torch.Tensor) -> torch.Tensor:
         self.num_fed += len(states)
+        self.threads.add(current_thread().name)
         return states.clone()
 
     def guess(self, batch: ForwardBatch, kv_caches) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,6 +239,28 @@ def test_right_guesses_save_steps_and_wrong_ones_cost_none(target, accuracy, num
     stats = loop.scheduler.speculation_stats
     assert (stats.num_accepted_tokens == stats.num_draft_tokens) == (accuracy == 1.0)
     assert head.num_fed == 3 + 23, "each position once"
+
+
+def test_a_step_that_is_over_at_once_is_followed_where_it_resolves(target, monkeypatch):
+    """Whoever asked for it has not even got its future yet; by then its hidden states are gone."""
+    params = SamplingParams(temperature=0.0, max_tokens=24)
+    requests = [Request("r", [5, 9, 13], params, arrival_time=0.0, seed=1) for _ in range(2)]
+    forget(target.runner)
+    Loop(target.runner).run(requests[:1])
+    runner, head = watched(target, requests[:1], 1.0)
+    sample = target.runner.sample
+
+    def over_at_once(*asked, **options):
+        future = sample(*asked, **options)
+        wait([future])
+        return future
+
+    monkeypatch.setattr(target.runner, "sample", over_at_once)
+    loop = Loop(runner, speculative=by_a_head(MAX_DRAFTS))
+    assert loop.run(requests[1:]) == [requests[0].output_token_ids]
+    assert not runner._has_failed
+    assert len(loop.updates) == 7
+    assert head.threads == {"streamserve-results" if target.on_device else "streamserve-device"}
 
 
 def test_while_guesses_do_not_pay_the_head_rests(target):

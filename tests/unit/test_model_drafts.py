@@ -42,8 +42,10 @@ class Stepper:
         self.simulated.launch(plan)
         self.num_steps += 1
 
-    def sample(self, step_id, masks=None) -> Future:
+    def sample(self, step_id, masks=None, *, hear=None) -> Future:
         self.waiting.append(Future())
+        if hear is not None:
+            self.waiting[-1].add_done_callback(hear)
         return self.waiting[-1]
 
     def retire(self) -> None:

@@ -157,10 +157,16 @@ class CudaModelRunner:
         self._check_open()
         self._calls.launch(plan)
 
-    def sample(self, step_id: int, masks: Masks | None = None) -> Future[ModelRunnerOutput]:
-        """See ``core.plan.ModelRunner``. Raises RuntimeError when it is another step's turn."""
+    def sample(
+        self,
+        step_id: int,
+        masks: Masks | None = None,
+        *,
+        hear: Callable[[Future[ModelRunnerOutput]], None] | None = None,
+    ) -> Future[ModelRunnerOutput]:
+        """See ``runner.drafting.Target``. Raises RuntimeError when it is another step's turn."""
         self._check_open()
-        return self._calls.sample(step_id, masks)
+        return self._calls.sample(step_id, masks, hear)
 
     def on_device_thread(self, work: Callable[[], _T]) -> _T:
         """Runs ``work`` between two steps and returns what it does; raises what it raises."""
