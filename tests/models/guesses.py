@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from streamserve.models import DraftHead
+from streamserve.models.head_decoder import HeadDecoder
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.parity import prompts
 
@@ -32,8 +33,11 @@ class Guesses:
         self.found: dict[int, list[torch.Tensor]] = {}
         self.tokens: dict[int, list[int]] = {}
 
-    def step(self, work, states, *, all_rows: bool = True) -> None:
-        """``states`` are those of each sequence's next tokens, one beside the other."""
+    def step(self, work, states, *, all_rows: bool = True) -> tuple[Tensor, Tensor]:
+        """``states`` are those of each sequence's next tokens, one beside the other.
+
+        Returns what the head did.
+        """
         batch = self.harness.batch(work, all_rows=all_rows)
         batch = replace(batch, hidden_states=torch.cat(states).to(self.head.dtype))
         with torch.inference_mode():
@@ -44,11 +48,13 @@ class Guesses:
             sequence.num_computed += count
             self.tokens.setdefault(id(sequence), []).extend(of_tokens.tolist())
             self.found.setdefault(id(sequence), []).extend(rows)
+        return tokens, found
 
     def feed(
         self, sequences: list[Sequence], states: list[torch.Tensor], chunk: int, **options: bool
-    ) -> None:
+    ) -> list[tuple[Tensor, Tensor]]:
         """All of their tokens, in chunks, the sequences together."""
+        steps = []
         while any(s.num_computed < len(s.tokens) for s in sequences):
             work, rows = [], []
             for sequence, given in zip(sequences, states, strict=True):
@@ -56,15 +62,18 @@ class Guesses:
                 if count := min(chunk, len(sequence.tokens) - start):
                     work.append((sequence, count))
                     rows.append(given[start : start + count])
-            self.step(work, rows, **options)
+            steps.append(self.step(work, rows, **options))
+        return steps
 
-    def go_on(self, sequences: list[Sequence], count: int) -> None:
-        """Guesses on from what was found."""
-        for _ in range(count):
-            for sequence in sequences:
-                sequence.tokens.append(self.tokens[id(sequence)][-1])
-            own = [self.found[id(sequence)][-1][None] for sequence in sequences]
-            self.step([(sequence, 1) for sequence in sequences], own)
+    def go_on(
+        self, sequences: list[Sequence], tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Guesses on from what was found, behind ``tokens`` if not behind its own."""
+        for i, sequence in enumerate(sequences):
+            token = self.tokens[id(sequence)][-1] if tokens is None else int(tokens[i])
+            sequence.tokens.append(token)
+        own = [self.found[id(sequence)][-1][None] for sequence in sequences]
+        return self.step([(sequence, 1) for sequence in sequences], own)
 
 
 def judge_states(judge: Judge) -> tuple[list[Sequence], list[torch.Tensor]]:
@@ -80,7 +89,8 @@ def check(judge: Judge, head: DraftHead, chunk: int, tolerance: float) -> None:
     sequences, states = judge_states(judge)
     guesses = Guesses(head)
     guesses.feed(sequences, states, chunk)
-    guesses.go_on(sequences, NUM_GUESSES)
+    for _ in range(NUM_GUESSES):
+        guesses.go_on(sequences)
     for sequence, given in zip(sequences, states, strict=True):
         found = torch.stack(guesses.found[id(sequence)])
         with torch.inference_mode():
@@ -94,20 +104,38 @@ def check(judge: Judge, head: DraftHead, chunk: int, tolerance: float) -> None:
         assert guesses.tokens[id(sequence)] == tokens
 
 
-def check_recorded(judge: Judge, head: DraftHead) -> None:
-    """A recorded guess is that of functions one by one, bit for bit."""
-    found = []
-    texts, states = judge_states(judge)  # once: sums of another order round to other inputs
-    for is_recorded in (False, True):
-        sequences = [Sequence(list(text.tokens)) for text in texts]
-        guesses = Guesses(head, block_size=16)
-        if is_recorded:
-            assert head.record(guesses.harness.caches, max_tokens=64, max_logits=8) > 4
+def check_recorded(judge: Judge, head: HeadDecoder) -> None:
+    """A recorded guess is that of functions one by one: what it finds bit for bit.
+
+    The functions round their logits, a recorded guess does not: of those that round to the same it
+    may prefer another.
+    """
+    texts, given = judge_states(judge)
+
+    def run(guesses: Guesses, tokens: list[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+        sequences = [Sequence(text.tokens) for text in texts]
         # Most chunks ask for no guess; what a guess has found must outlive the next.
-        guesses.feed(sequences, states, 2, all_rows=False)
-        guesses.go_on(sequences, NUM_GUESSES)
-        found.append([(guesses.tokens[id(s)], guesses.found[id(s)]) for s in sequences])
-    for one, other in zip(*found, strict=True):
-        assert one[0] == other[0]
-        assert len(one[0]) == 1 + NUM_GUESSES
-        assert torch.equal(torch.stack(one[1]), torch.stack(other[1]))
+        steps = guesses.feed(sequences, given, 2, all_rows=False)
+        return steps + [guesses.go_on(sequences, tokens[i]) for i in range(NUM_GUESSES)]
+
+    product, logits = head._head, []
+    names = getattr(head, "_target_ids", None)  # of its rows, where they are not all
+
+    def watched(rows: Tensor) -> Tensor:
+        logits.append(product(rows))
+        return logits[-1]
+
+    head._head = watched
+    functions = Guesses(head, block_size=16)
+    expected = run(functions, [None] * NUM_GUESSES)
+    head._head = product
+
+    recorded = Guesses(head, block_size=16)
+    assert head.record(recorded.harness.caches, max_tokens=64, max_logits=8) > 4
+    guessed = torch.tensor(list(functions.tokens.values()))  # of each sequence
+    found = run(recorded, list(guessed[:, :NUM_GUESSES].t()))
+    for (tokens, states), (_, theirs), of_rows in zip(found, expected, logits, strict=True):
+        assert torch.equal(states, theirs)
+        for token, row in zip(tokens, of_rows, strict=True):
+            likeliest = (row == row.max()).nonzero()[:, 0]
+            assert token in (likeliest if names is None else names[likeliest])

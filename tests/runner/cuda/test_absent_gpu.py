@@ -65,8 +65,9 @@ def test_no_step_waits_and_each_has_one_copy_of_its_inputs(report):
         for told in scenario["steps"]:
             counts = json.loads(told)
             assert not counts.keys() & {"blocking h2d", "blocking d2h"}, (name, counts)
-            # A capture waits before and after, the former where a head works behind the last step.
-            most_waits = 2 * (name == "asked_before_captured")
+            # A capture waits before (once for us, once in torch) and after; where a head works
+            # behind the last step there may be something to wait for each time.
+            most_waits = 3 * (name == "asked_before_captured")
             assert counts.get("wait", 0) <= most_waits, (name, counts)
             more = HOST_COPIES.get(report["case"], 0)
             assert counts.get("h2d", 0) <= 1 + more + MORE_COPIES.get(name, 0), (name, counts)
