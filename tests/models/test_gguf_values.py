@@ -7,20 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from streamserve.models.gguf.architectures import (
-    _chatglm,
-    _deepseek,
-    _experts,
-    _factor,
-    _gemma3,
-    _gemma_scale,
-    _gpt_oss,
-    _gptneox,
-    _rope_scaling,
-)
+from streamserve.models.gguf.architecture import rotary_factor
+from streamserve.models.gguf.architectures import _chatglm, _gemma3, _gemma_scale, _gptneox
 from streamserve.models.gguf.container import GgufFile
 from streamserve.models.gguf.metadata import Metadata
+from streamserve.models.gguf.mixtures import _deepseek, _gpt_oss, experts
 from streamserve.models.gguf.reading import Reading
+from streamserve.models.gguf.rope_scaling import rope_scaling
 
 PATH = Path("m.gguf")
 
@@ -45,8 +38,8 @@ MOE = {"block_count": 3, "expert_count": 8, "expert_used_count": 2}
         (("blk.0.ffn_up.weight",), {"feed_forward_length": 48}, "mlp_only_layers", [0]),
     ],
 )
-def test_experts(tensors, values, name, expected):
-    found = _experts(reading(*tensors, **MOE, **values), renormalise=True)
+def testexperts(tensors, values, name, expected):
+    found = experts(reading(*tensors, **MOE, **values), renormalise=True)
     assert found[name] == expected
 
 
@@ -63,14 +56,14 @@ def test_experts(tensors, values, name, expected):
         ),
     ],
 )
-def test_rope_scaling(values, expected):
-    assert _rope_scaling(reading(context_length=64, **values)) == expected
+def testrope_scaling(values, expected):
+    assert rope_scaling(reading(context_length=64, **values)) == expected
 
 
 def test_a_share_of_a_head_counts_the_elements_that_it_stands_for():
     sizes = [(turned, size) for size in range(2, 257, 2) for turned in range(2, size + 1, 2)]
     assert any(int(size * (turned / size)) != turned for turned, size in sizes)
-    assert all(int(size * _factor(turned, size)) == turned for turned, size in sizes)
+    assert all(int(size * rotary_factor(turned, size)) == turned for turned, size in sizes)
 
 
 @pytest.mark.parametrize(("num_layers", "scale"), [(26, 16), (46, 8)])

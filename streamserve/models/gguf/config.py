@@ -10,11 +10,8 @@ from pathlib import Path
 import torch
 
 from streamserve.models.config import NativeConfig, parse_config
-from streamserve.models.gguf.architectures import (
-    Architecture,
-    config_values,
-    find_architecture,
-)
+from streamserve.models.gguf.architecture import Architecture
+from streamserve.models.gguf.config_values import config_values, find_architecture
 from streamserve.models.gguf.container import open_gguf
 from streamserve.models.gguf.names import weight_names
 from streamserve.models.gguf.reading import Reading

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from streamserve.models.gguf.architectures import Architecture
+from streamserve.models.gguf.architecture import Architecture
 from streamserve.models.names import WeightNames
 
 _BLOCK = "blk.{layer}."

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamserve.models.gguf.architectures import Architecture
+from streamserve.models.gguf.architecture import Architecture
 from streamserve.models.gguf.kinds import GgufWeight
 from streamserve.models.gguf.reading import Reading
 from streamserve.models.quantised.modules import select_rows

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models.gguf.architectures import Architecture
+from streamserve.models.gguf.architecture import Architecture
 from streamserve.models.gguf.container import TensorEntry
 from streamserve.models.gguf.kinds import GgufWeight, Kind, kind_of, served_kinds, unpack_rows
 from streamserve.models.gguf.orders import Order, orders

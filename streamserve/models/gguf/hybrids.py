@@ -1,0 +1,83 @@
+"""GGUF files of models whose layers keep states, in the words of our families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from streamserve.errors import UnsupportedModelError
+from streamserve.models.gguf.architecture import Architecture, Values, rotary_factor
+from streamserve.models.gguf.mixtures import qwen2_moe
+
+if TYPE_CHECKING:
+    from streamserve.models.gguf.reading import Reading
+
+
+def _delta_net(reading: Reading) -> Values:
+    num_value_heads = reading.count("ssm.time_step_rank")
+    rotary_dim = reading.integer_or(reading.head_size, "rope.dimension_count")
+    recurrent = reading.file.metadata.numbers(reading.key("attention.recurrent_layers"))
+    kinds = ("full_attention", "linear_attention")
+    return {
+        "linear_num_key_heads": reading.count("ssm.group_count"),
+        "linear_num_value_heads": num_value_heads,
+        "linear_key_head_dim": reading.integer("ssm.state_size"),
+        "linear_value_head_dim": reading.integer("ssm.inner_size") // num_value_heads,
+        "linear_conv_kernel_dim": reading.integer("ssm.conv_kernel"),
+        "full_attention_interval": reading.optional_integer("full_attention_interval"),
+        "layer_types": [kinds[bool(r)] for r in recurrent[: reading.num_layers]] or None,
+        "partial_rotary_factor": rotary_factor(rotary_dim, reading.head_size),
+        "mtp_num_hidden_layers": reading.integer_or(0, "nextn_predict_layers"),
+    }
+
+
+def _delta_net_moe(reading: Reading) -> Values:
+    return {**_delta_net(reading), **qwen2_moe(reading, renormalise=True)}
+
+
+def _some_kv_heads(reading: Reading) -> int | None:
+    """Where layers without any are those that do not attend."""
+    key = reading.key("attention.head_count_kv")
+    found = sorted(set(reading.file.metadata.numbers(key)) - {0})
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"{reading.file.path}: {key} differs among the layers that attend ({found}), "
+            "which is not supported"
+        )
+    return found[0] if found else None
+
+
+def _lfm2(reading: Reading) -> Values:
+    heads = reading.file.metadata.numbers(reading.key("attention.head_count_kv"))
+    return {
+        "layer_types": ["full_attention" if count else "conv" for count in heads],
+        "conv_L_cache": reading.integer("shortconv.l_cache"),
+        "norm_eps": reading.optional_number("attention.layer_norm_rms_epsilon"),
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
+# Text turns by one position, whichever of three axes a pair belongs to. Layers that guess further
+# tokens are a head of their own.
+_DELTA_NET = Architecture(
+    "Qwen3_5ForCausalLM",
+    _delta_net,
+    norm_offset=1.0,
+    tiled=True,
+    read=("nextn_predict_layers", "rope.dimension_sections"),
+    qkv_layout="gated",
+)
+
+HYBRIDS: Mapping[str, Architecture] = {
+    "qwen35": _DELTA_NET,
+    "qwen35moe": replace(_DELTA_NET, family="Qwen3_5MoeForCausalLM", values=_delta_net_moe),
+    "qwen3next": replace(
+        _DELTA_NET,
+        family="Qwen3NextForCausalLM",
+        values=_delta_net_moe,
+        tiled=False,
+        delta_layout="grouped",
+    ),
+    "lfm2": Architecture("Lfm2ForCausalLM", _lfm2, num_kv_heads=_some_kv_heads),
+}

@@ -1,0 +1,76 @@
+"""GGUF files of mixtures of experts, in the words of our families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from streamserve.models.gguf.architecture import Architecture, Values, has_bias, layer_types
+from streamserve.models.gguf.rope_scaling import rope_scaling
+
+if TYPE_CHECKING:
+    from streamserve.models.gguf.reading import Reading
+
+
+def experts(reading: Reading, *, renormalise: bool) -> Values:
+    """By Qwen's names; ``renormalise`` where the file does not say."""
+    size = reading.optional_integer("expert_feed_forward_length")
+    used = reading.integer("expert_used_count")
+    metadata, key = reading.file.metadata, reading.key("expert_weights_norm")
+    stated = metadata.optional_flag(key)
+    layers = range(reading.num_layers)
+    return {
+        "num_experts": reading.integer("expert_count"),
+        "num_experts_per_tok": used,
+        # As llama.cpp reads files from before there was a key.
+        "moe_intermediate_size": size or reading.integer("feed_forward_length") // used,
+        "norm_topk_prob": renormalise if stated is None else stated,
+        "mlp_only_layers": [n for n in layers if reading.has_tensor(f"blk.{n}.ffn_up.weight")],
+    }
+
+
+def qwen2_moe(reading: Reading, *, renormalise: bool = False) -> Values:
+    """The same with a shared expert."""
+    shared = reading.file.tensors.get("blk.0.ffn_up_shexp.weight")
+    size = reading.optional_integer("expert_shared_feed_forward_length")
+    return {
+        **experts(reading, renormalise=renormalise),
+        "shared_expert_intermediate_size": size or (shared.shape[0] if shared else None),
+        "qkv_bias": has_bias(reading, "attn_q") or has_bias(reading, "attn_qkv"),
+    }
+
+
+def _deepseek(reading: Reading) -> Values:
+    used = reading.integer("expert_used_count")
+    stated = reading.file.metadata.optional_flag(reading.key("expert_weights_norm"))
+    return {
+        "n_routed_experts": reading.integer("expert_count"),
+        "n_shared_experts": reading.integer_or(0, "expert_shared_count"),
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": reading.integer("expert_feed_forward_length"),
+        "first_k_dense_replace": reading.integer_or(0, "leading_dense_block_count"),
+        "norm_topk_prob": stated is True,
+    }
+
+
+def _gpt_oss(reading: Reading) -> Values:
+    scaling = rope_scaling(reading)
+    return {
+        "num_local_experts": reading.integer("expert_count"),
+        "num_experts_per_tok": reading.integer("expert_used_count"),
+        "intermediate_size": reading.integer("expert_feed_forward_length"),
+        "sliding_window": reading.integer("attention.sliding_window"),
+        "layer_types": layer_types(reading),
+        # Its frequencies are stretched from fractions of pairs on, which no key says.
+        "rope_scaling": None if scaling is None else {**scaling, "truncate": False},
+    }
+
+
+MIXTURES: Mapping[str, Architecture] = {
+    "qwen2moe": Architecture("Qwen2MoeForCausalLM", qwen2_moe),
+    "qwen3moe": Architecture(
+        "Qwen3MoeForCausalLM", lambda reading: experts(reading, renormalise=True)
+    ),
+    "deepseek": Architecture("DeepseekForCausalLM", _deepseek, permuted=True),
+    "gpt-oss": Architecture("GptOssForCausalLM", _gpt_oss, windows=True),
+}
