@@ -103,8 +103,6 @@ THROUGH_TRANSFORMERS: Mapping[str, str] = {
     "apertus": "Apertus",
     "arcee": "Arcee",
     "codegen": "CodeGen",
-    "cohere": "Cohere",
-    "cohere2": "Cohere 2",
     "deepseek_v2": "DeepSeek V2",
     "deepseek_v3": "DeepSeek V3",
     "ernie4_5": "Ernie 4.5",

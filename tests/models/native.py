@@ -198,6 +198,12 @@ NATIVE = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         },
     ),
+    "cohere": lambda: transformers.CohereConfig(
+        **GQA, **ENDS, logit_scale=0.3, attention_bias=True, tie_word_embeddings=False
+    ),
+    "cohere2": lambda: transformers.Cohere2Config(
+        **{**GQA, "num_hidden_layers": 4}, **ENDS, sliding_window=6
+    ),
     "smollm3": lambda: transformers.SmolLM3Config(**GQA, **ENDS, no_rope_layer_interval=2),
     "smollm3-windows": lambda: transformers.SmolLM3Config(
         **GQA, **ENDS, no_rope_layers=[0, 1, 0], use_sliding_window=True, sliding_window=6

@@ -49,6 +49,8 @@ def test_each_value_may_be_left_out(name):
         ("Gemma2ForCausalLM", {}),
         ("Gemma3ForCausalLM", {"sliding_window_pattern": 3}),
         ("GptOssForCausalLM", {}),
+        ("Cohere2ForCausalLM", {}),
+        ("Cohere2ForCausalLM", {"sliding_window_pattern": 3}),
     ],
 )
 def test_layers_that_no_config_lists_have_the_windows_of_transformers(name, settings):

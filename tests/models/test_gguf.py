@@ -279,6 +279,33 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict
         },
         dict,
     ),
+    "cohere": (
+        "command-r",
+        lambda: transformers.CohereConfig(**GQA, **ENDS, logit_scale=0.3),
+        {
+            **LAYER_EPS,
+            "attention.head_count_kv": 2,
+            "logit_scale": 0.3,
+            "rope.freq_base": 500_000.0,
+            "rope.scaling.type": "none",
+        },
+        dict,
+    ),
+    "cohere2": (
+        "cohere2",
+        lambda: transformers.Cohere2Config(
+            **{**GQA, "num_hidden_layers": 4}, **ENDS, sliding_window=6
+        ),
+        {
+            **LAYER_EPS,
+            "attention.head_count_kv": 2,
+            "attention.sliding_window": 6,
+            "logit_scale": 0.0625,
+            "rope.dimension_count": 8,
+            "rope.scaling.type": "none",
+        },
+        dict,
+    ),
     "chatglm": (
         "chatglm",
         lambda: references.ChatGlm(**CHATGLM, rope_ratio=50),

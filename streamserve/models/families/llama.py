@@ -62,6 +62,7 @@ def rotary_decoder(
     default_theta: float = 10_000.0,
     head_size: int | None = None,
     rope: RopeSpec | None = None,
+    norm: NormSpec | None = None,
     norm_offset: float = 0.0,
     qkv_bias: bool = False,
     output_bias: bool = False,
@@ -71,8 +72,9 @@ def rotary_decoder(
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = config.integer_or(default_kv_heads or num_heads, "num_key_value_heads")
     size = head_size or config.head_size(hidden_size, num_heads)
-    eps = config.number_or(default_eps, "rms_norm_eps")
-    norm = NormSpec("rms_norm", eps, weight_offset=norm_offset)
+    if norm is None:
+        eps = config.number_or(default_eps, "rms_norm_eps")
+        norm = NormSpec("rms_norm", eps, weight_offset=norm_offset)
     if rope is None:
         rope = config.rope(size, default_context=default_context, default_theta=default_theta)
     layers = {

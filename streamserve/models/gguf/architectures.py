@@ -62,6 +62,22 @@ def _gemma3(reading: Reading) -> Values:
     }
 
 
+def _cohere(reading: Reading) -> Values:
+    return {
+        "logit_scale": reading.number_or(1.0, "logit_scale"),
+        "use_qk_norm": reading.has_tensor("blk.0.attn_q_norm.weight"),
+    }
+
+
+def _cohere2(reading: Reading) -> Values:
+    return {
+        "logit_scale": reading.number_or(1.0, "logit_scale"),
+        "sliding_window": reading.integer("attention.sliding_window"),
+        "sliding_window_pattern": every(reading),
+        "layer_types": layer_types(reading),
+    }
+
+
 def _phi3(reading: Reading) -> Values:
     return {
         "sliding_window": reading.integer_or(0, "attention.sliding_window") or None,
@@ -164,6 +180,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "chatglm": Architecture(
         "ChatGLMModel", _chatglm, also=("ChatGLMForConditionalGeneration", "GlmForCausalLM")
     ),
+    "command-r": Architecture("CohereForCausalLM", _cohere, read=("logit_scale",)),
+    "cohere2": Architecture("Cohere2ForCausalLM", _cohere2, windows=True, read=("logit_scale",)),
     "qwen": Architecture("QWenLMHeadModel", _qwen),
     "baichuan": Architecture(
         "BaichuanForCausalLM", _baichuan, permuted=True, also=("BaiChuanForCausalLM",)
