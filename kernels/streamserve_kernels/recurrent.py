@@ -223,8 +223,12 @@ def norm_of_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_siz
 
 
 def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """`x * sigmoid(gate)`, both [T, N], computed in float32 and rounded once."""
-    return (x.float() * gate.float().sigmoid()).to(x.dtype)
+    """`x * sigmoid(gate)`, [T, N] and [T, G], computed in float32 and rounded once.
+
+    Each of a row's G gates is for N / G adjacent elements.
+    """
+    runs = x.float().reshape(*gate.shape, x.shape[1] // gate.shape[1])
+    return (runs * gate.float().sigmoid()[..., None]).to(x.dtype).flatten(1)
 
 
 def _unit(x: Tensor) -> Tensor:

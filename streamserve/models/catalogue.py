@@ -86,7 +86,7 @@ FEATURES: Mapping[str, Callable[[DecoderSpec], bool]] = {
         or any(attention.soft_cap is not None for attention in spec.attentions())
     ),
     "query and key norms": _of_layers(lambda attention: attention.qk_norm),
-    "log-scaled queries": _of_layers(lambda attention: attention.log_scaled_beyond),
+    "log-scaled queries": _of_layers(lambda attention: attention.query_scale),
     "delta nets": _of_kind(DeltaNetSpec),
     "state spaces": _of_kind(StateSpaceSpec),
     "short convolutions": _of_kind(ShortConvSpec),

@@ -175,6 +175,11 @@ class HfConfig:
             scaling=self._rope_scaling(parameters, default_context, rotary_dim // 2),
         )
 
+    def rope_number(self, name: str) -> float | None:
+        """A number among the rotary settings, whatever it is for; None where they lack it."""
+        value = self._rope_parameters(None).get(name)
+        return None if value is None else _number(f"{self.source}: rope {name}", value)
+
     def rotary_dim(self, head_size: int, default: int) -> int:
         """How many elements of each head turn, where the config counts them."""
         return self._checked_rotary_dim(self.integer_or(default, "rotary_dim"), head_size)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.batch import ForwardBatch
-from streamserve.models.rope import alibi_slopes, query_log_scales
+from streamserve.models.rope import alibi_slopes, query_scales
 from streamserve.models.spec import (
     AttentionSpec,
     DeltaNetSpec,
@@ -132,8 +132,8 @@ class Attention:
         self._splits = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         self._sinks = weights.tensors.get("layers.sinks")
         self._query_scales = None
-        if spec.log_scaled_beyond is not None and max_model_len > spec.log_scaled_beyond:
-            scales = query_log_scales(spec.log_scaled_beyond, max_model_len)
+        if spec.query_scale is not None and max_model_len > spec.query_scale.trained:
+            scales = query_scales(spec.query_scale, max_model_len)
             self._query_scales = scales[:, None].to(device, self._qkv.dtype)
         self._alibi_slopes = None
         if spec.alibi:

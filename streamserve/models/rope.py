@@ -1,4 +1,4 @@
-"""Position encodings that need a table: rotary frequencies and ALiBi slopes.
+"""Position encodings that need a table: rotary frequencies, ALiBi slopes, scales of queries.
 
 Frequencies follow transformers' ``modeling_rope_utils`` to the last bit in float32, so that a
 checkpoint sees the angles it was trained with. One thing differs on purpose: *dynamic* NTK scaling
@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from streamserve.models.spec import RopeScaling, RopeSpec
+from streamserve.models.spec import QueryScaleSpec, RopeScaling, RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, max_length: int) -> Tensor:
@@ -59,13 +59,17 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + extra
 
 
-def query_log_scales(trained: int, max_length: int) -> Tensor:
-    """``[max_length]`` float32: log(p + 1) / log(trained) at positions p past ``trained``, else 1.
+def query_scales(scale: QueryScaleSpec, max_length: int) -> Tensor:
+    """What queries are multiplied by, ``[max_length]`` float32; up to the trained length it is 1.
 
-    Su 2021, https://kexue.fm/archives/8823.
+    ``logarithm``: Su 2021, https://kexue.fm/archives/8823.
     """
-    lengths = torch.arange(1, max_length + 1, dtype=torch.float64).clamp_(min=trained)
-    return (lengths.log() / math.log(trained)).float()
+    positions = torch.arange(max_length, dtype=torch.float64)
+    if scale.kind == "logarithm":
+        lengths = (positions + 1).clamp_(min=scale.trained)
+        return (lengths.log() / math.log(scale.trained)).float()
+    steps = positions.div_(scale.trained).floor_()
+    return (1 + scale.beta * steps.log1p_()).float()
 
 
 def _dynamic_ntk_base(base: float, dim: int, scaling: RopeScaling, max_length: int) -> float:

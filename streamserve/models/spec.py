@@ -81,16 +81,30 @@ class QkNormSpec:
     per_head: bool = True
 
 
+QueryScaleKind = Literal["logarithm", "steps"]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryScaleSpec:
+    """What a query past the ``trained`` length is multiplied by: attention stays as sharp.
+
+    At position p that is log(p + 1) / log(trained) by ``logarithm``, and by ``steps``
+    1 + beta * log(1 + floor(p / trained)).
+    """
+
+    kind: QueryScaleKind
+    trained: int
+    beta: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """``num_kv_heads`` covers MHA (= heads), GQA and MQA (= 1); ``window`` counts the token itself.
 
     ``window=None`` is full attention. ``rope=None`` with ``alibi=False`` leaves order to learned
     positions, or to nothing. ``alibi_scale`` multiplies ALiBi's slopes. ``soft_cap`` bounds the
-    scores by ``cap * tanh(score / cap)``. With ``log_scaled_beyond`` n, a query at position p >= n
-    is multiplied by log(p + 1) / log(n): attention stays as sharp among more tokens. With
-    ``output_gate`` what the heads found is multiplied by the sigmoid of a gate of the same size,
-    the query's neighbour, before the output's product.
+    scores by ``cap * tanh(score / cap)``. With ``output_gate`` what the heads found is multiplied
+    by the sigmoid of a gate of the same size, the query's neighbour, before the output's product.
     """
 
     num_heads: int
@@ -107,7 +121,7 @@ class AttentionSpec:
     output_bias: bool = False
     soft_cap: float | None = None
     sinks: bool = False
-    log_scaled_beyond: int | None = None
+    query_scale: QueryScaleSpec | None = None
     output_gate: bool = False
 
     @property

@@ -170,9 +170,9 @@ def test_gates_are_naive(naive: Kernels, native: Kernels, rows: int, heads: int,
     x, gate = wide[:, 2 : 2 + width], wide[:, 5 + width : 5 + 2 * width]
     x[:], gate[:] = normal(1, rows, width) * 3, normal(2, rows, width) * 5
     weight = normal(3, size, dtype=BF16)
-    torch.testing.assert_close(
-        native.sigmoid_gate(x, gate), naive.sigmoid_gate(x, gate), atol=4e-6, rtol=RTOL
-    )
+    for some in (gate, gate[:, :heads]):  # one for each element, and for each head
+        got, expected = (k.sigmoid_gate(x, some) for k in (native, naive))
+        torch.testing.assert_close(got, expected, atol=4e-6, rtol=RTOL)
     # Rounded before the weight, behind it, and behind the gate.
     got, expected = (k.gated_rms_norm(x, gate, weight, 1e-6) for k in (native, naive))
     torch.testing.assert_close(got, expected, atol=4e-6, rtol=2.4e-2)
@@ -262,9 +262,10 @@ def test_what_a_state_space_cannot_take_is_refused(native: Kernels) -> None:
 
 def test_gates_of_other_rows_are_refused(native: Kernels) -> None:
     x, weight = normal(1, 4, 32, dtype=BF16), normal(2, 16, dtype=BF16)
-    for gate in (x[:, :16], x[:2]):
+    for gate in (x[:, :12], x[:2]):
         with pytest.raises(ValueError, match="cannot be gated"):
             native.sigmoid_gate(x, gate)
+    for gate in (x[:, :16], x[:2]):
         with pytest.raises(ValueError, match="cannot be gated"):
             native.gated_rms_norm(x, gate, weight, 1e-6)
         with pytest.raises(ValueError, match="cannot be gated"):

@@ -34,6 +34,13 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+MINISTRAL_ROPE = {
+    **YARN_ROPE,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.4,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
@@ -129,6 +136,15 @@ NATIVE = {
     ),
     "llama-mqa": lambda: transformers.LlamaConfig(**{**GQA, "num_key_value_heads": 1}),
     "mistral": lambda: transformers.MistralConfig(**GQA, sliding_window=7),
+    "ministral": lambda: transformers.MinistralConfig(
+        **GQA,
+        head_dim=16,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "ministral3": lambda: transformers.Ministral3Config(
+        **GQA, **ENDS, head_dim=16, sliding_window=30, rope_parameters=MINISTRAL_ROPE
+    ),
     "mistral-nemo": lambda: transformers.MistralConfig(**GQA, sliding_window=None, head_dim=16),
     "qwen2": lambda: transformers.Qwen2Config(**GQA, tie_word_embeddings=True),
     "qwen2-windows": lambda: transformers.Qwen2Config(

@@ -150,12 +150,6 @@ def has_experts(spec: DecoderSpec) -> bool:
     return any(isinstance(layer.mlp, ExpertsSpec) for layer in spec.layers)
 
 
-def has_unrecorded(spec: DecoderSpec) -> str | None:
-    """What the recorder has no instruction for."""
-    is_scaled = spec.attentions()[0].log_scaled_beyond is not None
-    return "rows scaled by their positions" if is_scaled else None
-
-
 def test_recorded_is_eager_is_naive(spec, caplog):
     caplog.set_level(logging.INFO)
     naive = decoder_of(spec, "naive", torch.float32)
@@ -182,9 +176,8 @@ def recorded_is_eager(spec: DecoderSpec, caplog: pytest.LogCaptureFixture) -> li
     recorded = PagedHarness(decoder, block_size=16)
     caplog.clear()
     num_recorded = decoder.record(recorded.caches, max_tokens=MAX_TOKENS, max_logits=MAX_TOKENS)
-    unrecorded = has_unrecorded(spec)
-    assert num_recorded == (0 if unrecorded else MAX_TOKENS)
-    assert (f"function by function: it has {unrecorded}" in caplog.text) == bool(unrecorded)
+    assert num_recorded == MAX_TOKENS
+    assert "function by function" not in caplog.text
     logits = run(decoder, recorded)
     is_plain = spec.logit_scale == 1.0 and spec.logit_soft_cap is None
     for ours, theirs in zip(logits, expected, strict=True):
@@ -205,7 +198,7 @@ def test_greedy_is_the_arg_max_of_the_logits(spec):
     decoder.record(harness.caches, max_tokens=MAX_TOKENS, max_logits=MAX_TOKENS)
     with torch.inference_mode():
         for batch in batches(harness):
-            is_recorded = batch.input_ids.shape[0] <= MAX_TOKENS and not has_unrecorded(spec)
+            is_recorded = batch.input_ids.shape[0] <= MAX_TOKENS
             states = state_caches(spec, harness.caches)
             before = [state.clone() for state in states]
             token_ids = decoder.greedy(batch, harness.caches)

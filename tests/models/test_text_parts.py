@@ -15,7 +15,7 @@ from streamserve.models import LanguageModel, load_config, load_model
 from streamserve.models.families.text_parts import TEXT_MODELS, TEXT_PARTS
 from streamserve.models.hf_config import HfConfig
 from streamserve_kernels import Kernels
-from tests.models.native import DELTA, DELTA_EXPERTS, LFM2
+from tests.models.native import DELTA, DELTA_EXPERTS, LFM2, MINISTRAL_ROPE
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.parity import STATES_TOLERANCE, assert_equals_judge, prompts
 from tests.models.random_model import random_model
@@ -104,6 +104,16 @@ CONFIGS = {
             tie_word_embeddings=False,
         )
     ),
+    "Mistral3-ministral3": lambda: transformers.Mistral3Config(
+        **of(
+            named(
+                "ministral3",
+                {**TEXT, "head_dim": 16, "rope_parameters": MINISTRAL_ROPE},
+            ),
+            named("pixtral", VISION),
+            tie_word_embeddings=False,
+        )
+    ),
     "Llava": lambda: transformers.LlavaConfig(
         **of(named("llama", TEXT), named("clip_vision_model", VISION))
     ),
@@ -166,8 +176,12 @@ CONFIGS = {
 }
 
 
+def architecture_of(name: str) -> str:
+    return name.partition("-")[0] + "ForConditionalGeneration"
+
+
 def build(name: str) -> transformers.PreTrainedModel:
-    architecture = getattr(transformers, f"{name}ForConditionalGeneration")
+    architecture = getattr(transformers, architecture_of(name))
     return random_model(architecture._from_config(CONFIGS[name]()))
 
 
@@ -208,7 +222,7 @@ def test_texts_are_continued_as_by_the_whole_model(name, tmp_path, kernels):
 
 
 def test_every_part_is_judged():
-    assert {f"{name}ForConditionalGeneration" for name in CONFIGS} == set(TEXT_PARTS)
+    assert set(map(architecture_of, CONFIGS)) == set(TEXT_PARTS)
 
 
 @pytest.mark.parametrize("model_type", TEXT_MODELS)
@@ -291,8 +305,8 @@ def test_only_declared_parts_are_left_out(tmp_path, kernels):
     [
         (
             "Mistral3ForConditionalGeneration",
-            {"text_config": {"model_type": "ministral3"}},
-            "'ministral3' is not supported as the text model of Mistral3",
+            {"text_config": {"model_type": "mistral4"}},
+            "'mistral4' is not supported as the text model of Mistral3",
         ),
         ("Gemma3ForConditionalGeneration", {"text_config": [1]}, "text_config must be an object"),
         (

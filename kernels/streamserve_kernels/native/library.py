@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 16
+ABI = 17
 MAX_ARGS = 24
 # In the order of program.c.
 OPERATIONS = (

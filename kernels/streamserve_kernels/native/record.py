@@ -315,9 +315,15 @@ class Recorder(RecurrentRecorder):
         )
 
     def multiply(self, a: Symbol, b: Symbol) -> Symbol:
-        """Element by element."""
+        """Element by element; or each of b's by a run of a's, where b's last dimensions are 1."""
+        held = tuple(b.tail)
+        while held and held[-1] == 1:
+            held = held[:-1]
+        if len(a.tail) != len(b.tail) or held != a.tail[: len(held)]:
+            raise NotRecordableError(f"a product of {a.shape} and {b.shape}")
         out, rows = self._new(a.rows, *a.tail), rows_kind(a.rows)
-        self._add("multiply", out.address, a.address, a.stride, a.width, rows, b.address, b.stride)
+        factors = (b.address, b.stride, a.width // b.width)
+        self._add("multiply", out.address, a.address, a.stride, a.width, rows, *factors)
         return out
 
     def moe(

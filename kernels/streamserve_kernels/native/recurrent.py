@@ -195,10 +195,11 @@ def norm_behind_gate(
 
 
 def gate_by_sigmoid(out: Rows, x: Rows, gate: Rows, rows_kind: int) -> Instruction:
-    """`sigmoid_gate`. Raises ValueError for rows of other widths."""
-    if x.width != gate.width:
+    """`sigmoid_gate`. Raises ValueError for rows that are no runs of one gate each."""
+    if x.width % gate.width:
         raise ValueError(f"rows of {x.width} elements cannot be gated by {gate.width}")
-    return "sigmoid_gate", (out.address, *x[:2], *gate[:2], x.width, rows_kind)
+    run = x.width // gate.width
+    return "sigmoid_gate", (out.address, *x[:2], *gate[:2], x.width, rows_kind, 0, run)
 
 
 def check_parameters(*tensors: Tensor | None) -> None:
@@ -307,7 +308,9 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     """See `recurrent.sigmoid_gate`."""
-    out = _empty_like(x, gate)
+    if len(gate) != len(x):
+        raise ValueError(f"{len(x)} rows cannot be gated by {len(gate)}")
+    out = torch.empty(x.shape, dtype=torch.bfloat16)
     instruction = gate_by_sigmoid(_rows(out), _rows(x), _rows(gate), 0)
     run_at_once([instruction], pack_step(len(x)), pool().threads())
     return out

@@ -96,8 +96,6 @@ class Symbol:
 
     def __mul__(self, factor: float | Symbol) -> Symbol:
         if isinstance(factor, Symbol):
-            if factor.tail != self.tail:
-                raise NotRecordableError("rows scaled by their positions")
             return self.recorder.multiply(self, factor)  # type: ignore[no-any-return]
         return self.recorder.scale(self, factor)  # type: ignore[no-any-return]
 

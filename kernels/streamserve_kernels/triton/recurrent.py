@@ -217,8 +217,8 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     width, overlap = x.shape[1], overlaps(x.device)
     if y.numel():
         sigmoid_gate_kernel[(len(x), triton.cdiv(width, _ELEMENTS))](
-            x, gate, y, x.stride(0), gate.stride(0), N=width, BLOCK=_ELEMENTS,
-            OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+            x, gate, y, x.stride(0), gate.stride(0), N=width, RUN=width // gate.shape[1],
+            BLOCK=_ELEMENTS, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
         )  # fmt: skip
     return y
 

@@ -392,11 +392,12 @@ def norm_of_gated_kernel(
 @jit
 def sigmoid_gate_kernel(
     x,  # [T, N], rows `x_stride` apart
-    gate,  # [T, N], rows `gate_stride` apart
+    gate,  # [T, N / RUN], rows `gate_stride` apart
     y,  # [T, N]
     x_stride,
     gate_stride,
     N: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched with `launch_pdl`
 ):
@@ -407,5 +408,5 @@ def sigmoid_gate_kernel(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < N
     values = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + at // RUN, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * N + at, (values * sigmoid(g)).to(y.dtype.element_ty), mask=inside)

@@ -1,13 +1,16 @@
 """Llama and its close relatives: RMS norms, rotary positions, a gated MLP, grouped queries.
 
-Mistral adds a window and Qwen2 biases on q, k and v; Qwen3 drops them for a norm of each query and
-key head; Mixtral has experts in the MLP's place.
+Mistral adds a window, and from its third Ministral on a scale of queries by their position; Qwen2
+biases on q, k and v; Qwen3 drops them for a norm of each query and key head; Mixtral has experts in
+the MLP's place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
@@ -19,7 +22,9 @@ from streamserve.models.spec import (
     MlpSpec,
     NormSpec,
     QkNormSpec,
+    QueryScaleSpec,
     RopeSpec,
+    replace_attention,
 )
 
 LAYER = "model.layers.{layer}."
@@ -137,6 +142,45 @@ def _mistral(config: HfConfig) -> DecoderSpec:
     )
 
 
+# Ministral 3's rotary settings, where a config has none.
+_STRETCHED = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16_384,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
+def _ministral3(config: HfConfig) -> DecoderSpec:
+    if not (config.values.get("rope_parameters") or config.values.get("rope_scaling")):
+        config = HfConfig({**config.values, "rope_parameters": _STRETCHED}, config.source)
+    window = config.optional_integer("sliding_window")
+    num_heads, hidden_size = config.integer("num_attention_heads"), config.integer("hidden_size")
+    spec = rotary_decoder(
+        config,
+        windows=(window,) * config.integer("num_hidden_layers"),
+        mlp=gated_mlp(config),
+        default_kv_heads=8,
+        default_eps=1e-5,
+        default_context=4096 * 64,
+        head_size=config.optional_integer("head_dim", default=128) or hidden_size // num_heads,
+    )
+    beta = config.rope_number("llama_4_scaling_beta")
+    if not beta:
+        return spec
+    rope = spec.attentions()[0].rope
+    if rope is None or rope.scaling is None:
+        raise UnsupportedModelError(
+            f"{config.source}: rope: llama_4_scaling_beta is not supported with rope type default"
+        )
+    scale = QueryScaleSpec("steps", rope.scaling.original_max_position_embeddings, beta)
+    layers = tuple(replace_attention(layer, query_scale=scale) for layer in spec.layers)
+    return replace(spec, layers=layers)
+
+
 def _qwen_windows(config: HfConfig) -> tuple[int | None, ...]:
     """Layers from ``max_window_layers`` on are windowed, if windows are switched on at all."""
     num_layers = config.integer("num_hidden_layers")
@@ -221,6 +265,10 @@ FAMILIES = (
         2048,
     ),
     _family("MistralForCausalLM", "mistral", "Mistral", "Mistral", _mistral, 4096 * 32),
+    _family("MinistralForCausalLM", "ministral", "Mistral", "Ministral", _mistral, 4096 * 32),
+    _family(
+        "Ministral3ForCausalLM", "ministral3", "Mistral", "Ministral 3", _ministral3, 4096 * 64
+    ),
     _family("Qwen2ForCausalLM", "qwen2", "Qwen", "Qwen 1.5, 2, 2.5", _qwen2, 32_768),
     _family("Qwen3ForCausalLM", "qwen3", "Qwen", "Qwen 3", _qwen3, 32_768),
     _family(

@@ -19,6 +19,7 @@ from streamserve.models.spec import (
     LayerSpec,
     MlpSpec,
     NormSpec,
+    QueryScaleSpec,
     RopeScaling,
     RopeSpec,
 )
@@ -60,6 +61,12 @@ def _rope(config: HfConfig, head_size: int) -> RopeSpec:
     return RopeSpec(plain.base, plain.rotary_dim, scaling=scaling)
 
 
+def _query_scale(config: HfConfig) -> QueryScaleSpec | None:
+    if not config.flag_or(False, "use_logn_attn"):
+        return None
+    return QueryScaleSpec("logarithm", _trained(config))
+
+
 def _spec(config: HfConfig) -> DecoderSpec:
     if config.values.get("visual"):
         raise UnsupportedModelError(
@@ -80,7 +87,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
             rope=_rope(config, head_size),
             qkv_bias=True,
             output_bias=biased,
-            log_scaled_beyond=_trained(config) if config.flag_or(False, "use_logn_attn") else None,
+            query_scale=_query_scale(config),
         ),
         mlp=MlpSpec(intermediate_size // 2, "silu", gated=True, bias=biased),
         attention_norm=norm,

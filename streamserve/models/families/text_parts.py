@@ -136,6 +136,10 @@ TEXT_MODELS: dict[str, TextModel] = {
         {**_sizes(65_536, 2560, 12_288, 32, 32), "num_key_value_heads": 8},
     ),
     "llama": TextModel(_BY_MODEL_TYPE["llama"], _sizes(32_000, 4096, 11_008, 32, 32)),
+    "ministral3": TextModel(
+        _BY_MODEL_TYPE["ministral3"],
+        {**_sizes(131_072, 4096, 14_336, 34, 32), "num_key_value_heads": 8},
+    ),
     "mistral": TextModel(
         _BY_MODEL_TYPE["mistral"],
         {**_sizes(32_000, 4096, 14_336, 32, 32), "sliding_window": 4096},

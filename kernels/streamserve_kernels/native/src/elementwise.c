@@ -444,20 +444,25 @@ static void scale_run(const ss_context *context, const int64_t *args, int64_t un
     }
 }
 
-enum { MUL_OUT, MUL_A, MUL_A_STRIDE, MUL_WIDTH, MUL_ROWS_KIND, MUL_B, MUL_B_STRIDE };
+enum { MUL_OUT, MUL_A, MUL_A_STRIDE, MUL_WIDTH, MUL_ROWS_KIND, MUL_B, MUL_B_STRIDE,
+       MUL_RUN };  // elements of a that one of b multiplies
 _Static_assert((int)MUL_WIDTH == ADD_WIDTH && (int)MUL_ROWS_KIND == ADD_ROWS_KIND, "add_units");
 
 static void multiply_run(const ss_context *context, const int64_t *args, int64_t unit,
                          int64_t num_units, int thread) {
     (void)thread;
-    const int64_t width = args[MUL_WIDTH];
+    const int64_t width = args[MUL_WIDTH], run = args[MUL_RUN], size = run > 1 ? run : width;
     SS_FOR_ROWS(row, ss_rows(context, args[MUL_ROWS_KIND]))
-    for (int64_t c = 0; c < width; c += 16) {
-        const __mmask16 mask = ss_mask(width - c);
-        const bf16 *a = (const bf16 *)args[MUL_A] + row * args[MUL_A_STRIDE] + c;
-        const bf16 *b = (const bf16 *)args[MUL_B] + row * args[MUL_B_STRIDE] + c;
-        ss_store_masked((bf16 *)args[MUL_OUT] + row * width + c,
-                        _mm512_mul_ps(ss_load_masked(a, mask), ss_load_masked(b, mask)), mask);
+    for (int64_t i = 0, first = 0; first < width; i++, first += size) {
+        const bf16 *a = (const bf16 *)args[MUL_A] + row * args[MUL_A_STRIDE] + first;
+        const bf16 *b = (const bf16 *)args[MUL_B] + row * args[MUL_B_STRIDE] + i;
+        bf16 *out = (bf16 *)args[MUL_OUT] + row * width + first;
+        const __m512 of_run = _mm512_set1_ps(ss_widen(*b));
+        for (int64_t c = 0; c < size; c += 16) {
+            const __mmask16 mask = ss_mask(size - c);
+            const __m512 factor = run > 1 ? of_run : ss_load_masked(b + c, mask);
+            ss_store_masked(out + c, _mm512_mul_ps(ss_load_masked(a + c, mask), factor), mask);
+        }
     }
 }
 

@@ -53,7 +53,7 @@ typedef struct {
 } region;
 
 // Changes with every change of a structure or of an operation's arguments: library.py checks it.
-int ss_abi(void) { return 16; }
+int ss_abi(void) { return 17; }
 
 void ss_program_free(ss_program *program) {
     if (!program) return;

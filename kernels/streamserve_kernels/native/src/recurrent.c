@@ -109,9 +109,9 @@ enum {
     GATE_STRIDE,
     GATE_WIDTH,
     GATE_ROWS_KIND,
-    GATE_WEIGHT,  // of norms only, like what follows; [GATE_GROUP], or [GATE_WIDTH] behind the gate
-    GATE_GROUP,   // elements that are normed together
-    GATE_EPS,
+    GATE_WEIGHT,  // of norms only; [GATE_GROUP], or [GATE_WIDTH] behind the gate
+    GATE_GROUP,   // elements that are normed together, or that one gate is for
+    GATE_EPS,     // of norms only
 };
 
 static int64_t gate_units(const ss_context *context, const int64_t *args) {
@@ -185,15 +185,18 @@ const ss_operation ss_norm_of_gated = {gate_units, norm_of_gated_run, 0};
 static void sigmoid_gate_run(const ss_context *context, const int64_t *args, int64_t unit,
                              int64_t num_units, int thread) {
     (void)thread;
-    const int64_t width = args[GATE_WIDTH];
+    const int64_t width = args[GATE_WIDTH], run = args[GATE_GROUP], size = run > 1 ? run : width;
     SS_FOR_ROWS(row, ss_rows(context, args[GATE_ROWS_KIND]))
-    for (int64_t c = 0; c < width; c += 16) {
-        const __mmask16 mask = ss_mask(width - c);
-        const bf16 *x = (const bf16 *)args[GATE_IN] + row * args[GATE_IN_STRIDE] + c;
-        const bf16 *gate = (const bf16 *)args[GATE_GATE] + row * args[GATE_STRIDE] + c;
-        ss_store_masked((bf16 *)args[GATE_OUT] + row * width + c,
-                        _mm512_mul_ps(ss_load_masked(x, mask), sigmoid(ss_load_masked(gate, mask))),
-                        mask);
+    for (int64_t i = 0, first = 0; first < width; i++, first += size) {
+        const bf16 *x = (const bf16 *)args[GATE_IN] + row * args[GATE_IN_STRIDE] + first;
+        const bf16 *gate = (const bf16 *)args[GATE_GATE] + row * args[GATE_STRIDE] + i;
+        bf16 *out = (bf16 *)args[GATE_OUT] + row * width + first;
+        const __m512 of_run = sigmoid(_mm512_set1_ps(ss_widen(*gate)));
+        for (int64_t c = 0; c < size; c += 16) {
+            const __mmask16 mask = ss_mask(size - c);
+            const __m512 open = run > 1 ? of_run : sigmoid(ss_load_masked(gate + c, mask));
+            ss_store_masked(out + c, _mm512_mul_ps(ss_load_masked(x + c, mask), open), mask);
+        }
     }
 }
 
