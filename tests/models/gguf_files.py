@@ -19,7 +19,16 @@ import transformers
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
-_PERMUTED = ("llama", "smollm3", "baichuan", "deepseek")
+_PERMUTED = (
+    "llama",
+    "mistral3",
+    "smollm3",
+    "baichuan",
+    "deepseek",
+    "granite",
+    "granitemoe",
+    "granitehybrid",
+)
 F32 = gguf.GGMLQuantizationType.F32
 Kind = gguf.GGMLQuantizationType
 # What the package can read but not write: random blocks stand for weights, with scales in measure.
@@ -142,8 +151,9 @@ def _tensors(
     """Names with transformers' tensors, experts of one layer together; a tied head is left out."""
     found: dict[str, list[Tensor]] = {}
     tied = settings_of(model).tie_word_embeddings
-    for name, parameter in model.named_parameters():
+    for named, parameter in model.named_parameters():
         data = parameter.data
+        name = named.replace("block_sparse_moe", "mlp")  # as Qwen has them
         base, _, leaf = name.rpartition(".")
         if tied and name == "lm_head.weight":
             continue
@@ -162,6 +172,11 @@ def _tensors(
                 found[name.replace("W_pack", f"{part}_proj")] = [rows]
         elif name.endswith("in_proj_qkvz.weight") and not whole_qkvz:
             found |= {name.replace("qkvz", part): [data] for part in ("qkv", "z")}
+        elif base.endswith("shared_mlp.input_linear"):
+            for part, rows in zip(("gate", "up"), data.chunk(2), strict=True):
+                found[f"{_shared(base, model)}.{part}_proj.weight"] = [rows]
+        elif base.endswith("shared_mlp.output_linear"):
+            found[f"{_shared(base, model)}.down_proj.weight"] = [data]
         elif leaf == "dt_bias":
             found[f"{base}.dt_proj.bias"] = [data]
         elif leaf == "sinks":
@@ -171,8 +186,15 @@ def _tensors(
         ):
             found[name] = [data.t()]
         else:
-            found[name.removeprefix("transformer.") if architecture == "chatglm" else name] = [data]
+            is_bare = architecture in ("bloom", "chatglm")
+            found[name.removeprefix("transformer.") if is_bare else name] = [data]
     return list(found.items())
+
+
+def _shared(base: str, model: Any) -> str:
+    """`GraniteMoeModel`: the only MLP, where a hybrid has no experts."""
+    has_experts = model.config.num_local_experts
+    return base.partition("shared_mlp")[0] + ("mlp.shared_expert" if has_experts else "mlp")
 
 
 def _clamped_experts(base: str, leaf: str, data: Tensor) -> dict[str, list[Tensor]]:
@@ -197,7 +219,7 @@ def _order(held: str, rows: int, config: Any, architecture: str) -> np.ndarray |
     if architecture == "falcon" and ".attn_qkv." in held:
         kv_heads = config.num_kv_heads if config.new_decoder_architecture else 1
         return stacked_qkv(heads, kv_heads, rows // (heads + 2 * kv_heads))
-    if architecture == "gptneox" and ".attn_qkv." in held:
+    if architecture in ("gptneox", "bloom") and ".attn_qkv." in held:
         return stacked_qkv(heads, heads, rows // (3 * heads))
     if architecture in _WITH_DELTA_NETS:
         stem = re.sub(r"^blk\.\d+\.|\.(weight|bias)$", "", held)
@@ -244,6 +266,10 @@ def _write(
         array = -np.exp(array)
     if held.endswith(("ssm_conv1d.weight", "shortconv.conv.weight")):
         array = array[:, 0]
+    if held.endswith(("ssm_a", "ssm_d")) and architecture not in _WITH_DELTA_NETS:
+        array = array[:, None]
+    if held.endswith("ssm_norm.weight") and architecture not in _WITH_DELTA_NETS:
+        array = array.reshape(config.mamba_n_groups, -1)
     if held.endswith("ffn_gate_inp_shexp.weight"):
         array = array[0]
     array = array[..., columns]

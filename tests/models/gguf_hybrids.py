@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from tests.models.native import DELTA, DELTA_EXPERTS, DELTA_ROPE, LFM2
+from tests.models.native import DELTA, DELTA_EXPERTS, DELTA_ROPE, HYBRID, LFM2
 
 DELTA_VALUES = {
     "attention.layer_norm_rms_epsilon": 1e-6,
@@ -39,6 +39,14 @@ EACH_VALUES = {
     "ssm.time_step_rank": 3,
     "ssm.inner_size": 36,
     "full_attention_interval": 4,
+}
+
+GRANITE_SCALES = {
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "attention.scale": 0.3,
+    "embedding_scale": 3.0,
+    "logit_scale": 4.0,
+    "residual_scale": 0.4,
 }
 
 # As `CASES` of test_gguf.
@@ -83,6 +91,41 @@ HYBRID_CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[
         "qwen3next",
         lambda: transformers.Qwen3NextConfig(**DELTA, **DELTA_EXPERTS),
         {**DELTA_VALUES, **EXPERT_VALUES},
+        dict,
+    ),
+    # No rotary positions, and experts beside what all use.
+    "granite-4": (
+        "granitehybrid",
+        HYBRID["granite-4"],
+        {
+            **GRANITE_SCALES,
+            "attention.head_count_kv": [0, 2, 0],
+            "rope.scaling.finetuned": False,
+            "expert_count": 4,
+            "expert_used_count": 2,
+            "expert_shared_feed_forward_length": 40,
+            "ssm.conv_kernel": 4,
+            "ssm.state_size": 16,
+            "ssm.group_count": 1,
+            "ssm.inner_size": 64,
+            "ssm.time_step_rank": 4,
+        },
+        dict,
+    ),
+    "granite-4-dense": (
+        "granitehybrid",
+        HYBRID["granite-4-dense"],
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.scale": 1.0,
+            "attention.head_count_kv": [0, 2, 0],
+            "feed_forward_length": 40,
+            "ssm.conv_kernel": 3,
+            "ssm.state_size": 8,
+            "ssm.group_count": 2,
+            "ssm.inner_size": 64,
+            "ssm.time_step_rank": 8,
+        },
         dict,
     ),
     "lfm2": (

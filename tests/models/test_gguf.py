@@ -23,7 +23,7 @@ from streamserve.models.parameters import decoder_modules, final_modules
 from streamserve_kernels.stored import concatenate
 from tests.models import references
 from tests.models.gguf_files import F32, Kind, settings_of, write_gguf
-from tests.models.gguf_hybrids import HYBRID_CASES
+from tests.models.gguf_hybrids import GRANITE_SCALES, HYBRID_CASES
 from tests.models.gguf_parity import compare, sizes
 from tests.models.native import (
     BAICHUAN_13B,
@@ -37,9 +37,11 @@ from tests.models.native import (
     GQA,
     LLAMA3_ROPE,
     LONGROPE,
+    MINISTRAL_ROPE,
     NATIVE,
     PHI3,
     QWEN,
+    SCALES,
     YARN_ROPE,
 )
 from tests.models.paged import PagedHarness, Sequence
@@ -104,6 +106,83 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict
             "rope.scaling.type": "linear",
             "rope.scaling.factor": 2.0,
         },
+        dict,
+    ),
+    "ministral3": (
+        "mistral3",
+        lambda: transformers.Ministral3Config(
+            **GQA, **ENDS, head_dim=16, rope_parameters=MINISTRAL_ROPE, rms_norm_eps=1e-6
+        ),
+        {
+            **EPS,
+            "attention.head_count_kv": 2,
+            "attention.key_length": 16,
+            "attention.value_length": 16,
+            "attention.temperature_scale": 0.4,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.yarn_log_multiplier": 1.0,
+        },
+        dict,
+    ),
+    "mistral-small": (
+        "mistral3",
+        lambda: transformers.MistralConfig(**GQA, sliding_window=None),
+        {**EPS, "attention.head_count_kv": 2},
+        dict,
+    ),
+    "granite": (
+        "granite",
+        NATIVE["granite"],
+        {**GRANITE_SCALES, "attention.head_count_kv": 2},
+        dict,
+    ),
+    "granite-moe": (
+        "granitemoe",
+        NATIVE["granite-moe"],
+        {
+            **GRANITE_SCALES,
+            "attention.head_count_kv": 2,
+            "expert_count": 4,
+            "expert_used_count": 2,
+        },
+        dict,
+    ),
+    # A mixture in which all tokens go to one expert besides is a hybrid whose layers all attend.
+    "granite-moe-shared": (
+        "granitemoe",
+        lambda: transformers.GraniteMoeHybridConfig(
+            **GQA,
+            **SCALES,
+            layer_types=["full_attention"] * 3,
+            mamba_n_heads=4,
+            shared_intermediate_size=40,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            position_embedding_type="rope",
+        ),
+        {
+            **GRANITE_SCALES,
+            "attention.head_count_kv": 2,
+            "expert_count": 4,
+            "expert_used_count": 2,
+            "expert_shared_feed_forward_length": 40,
+        },
+        dict,
+    ),
+    "bloom": (
+        "bloom",
+        lambda: transformers.BloomConfig(
+            **ENDS,
+            vocab_size=97,
+            hidden_size=48,
+            n_layer=3,
+            n_head=6,
+            seq_length=128,
+            max_position_embeddings=128,
+        ),
+        LAYER_EPS,
         dict,
     ),
     "mixtral": (

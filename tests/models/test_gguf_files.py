@@ -220,6 +220,12 @@ def test_the_ends_of_a_turn_and_of_a_text_are_ends(tokens, ends, write):
             {"architecture": "qwen2", "values": {"attention.sliding_window": 16}},
             r"qwen2\.attention\.sliding_window 16 is not supported for this architecture",
         ),
+        ({"values": {"attention.scale": 0.5}}, r"attention\.scale 0\.5 is not supported"),
+        ({"values": {"embedding_scale": 2.0}}, r"embedding_scale 2\.0 is not supported"),
+        (
+            {"values": {"attention.temperature_scale": 0.1}},
+            r"attention\.temperature_scale 0\.1\d* is not supported",
+        ),
         ({"values": {"rope.scaling.type": "longrope"}}, "scaling.type 'longrope' is not supported"),
         ({"values": {"attention.value_length": 4}}, "value_length must be 8, as keys are long"),
         ({"values": {"attention.head_count_kv": [2, 2, 1]}}, "differs from layer to layer"),

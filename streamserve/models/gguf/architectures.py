@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from streamserve.models.gguf.architecture import Architecture, Values, every, has_bias, layer_types
+from streamserve.models.gguf.granite import GRANITE
 from streamserve.models.gguf.hybrids import HYBRIDS
 from streamserve.models.gguf.mixtures import MIXTURES
 from streamserve.models.gguf.rope_scaling import rope_scaling
@@ -27,6 +28,19 @@ def _llama(reading: Reading) -> Values:
     if window:
         return {"architectures": ["MistralForCausalLM"], "sliding_window": window}
     return {}
+
+
+def _mistral3(reading: Reading) -> Values:
+    """Mistral Small's are files of this architecture, too."""
+    beta = reading.number_or(0.0, "attention.temperature_scale")
+    magnitude = reading.number_or(0.0, "rope.scaling.yarn_log_multiplier")
+    scaling = rope_scaling(reading)
+    if scaling is not None and magnitude:
+        scaling = {**scaling, "mscale": 1.0, "mscale_all_dim": magnitude}
+    if beta:
+        scaling = {**(scaling or {}), "llama_4_scaling_beta": beta}
+        return {"architectures": ["Ministral3ForCausalLM"], "rope_scaling": scaling}
+    return {**_llama(reading), "rope_scaling": scaling}
 
 
 def _gemma_scale(reading: Reading, layers_of_27b: int) -> int:
@@ -100,6 +114,10 @@ def _falcon(reading: Reading) -> Values:
     }
 
 
+def _bloom(reading: Reading) -> Values:
+    return {"seq_length": reading.integer("context_length")}
+
+
 def _gptneox(reading: Reading) -> Values:
     stated = reading.file.metadata.optional_flag(reading.key("use_parallel_residual"))
     return {"use_parallel_residual": stated is not False}
@@ -163,6 +181,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         windows=True,
         also=("MistralForCausalLM", "MixtralForCausalLM"),
     ),
+    "mistral3": Architecture(
+        "LlamaForCausalLM",
+        _mistral3,
+        permuted=True,
+        also=("Ministral3ForCausalLM", "MixtralForCausalLM"),
+        read=("attention.temperature_scale", "rope.scaling.yarn_log_multiplier"),
+    ),
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen3": Architecture("Qwen3ForCausalLM"),
     "smollm3": Architecture("SmolLM3ForCausalLM", permuted=True),
@@ -172,6 +197,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi2": Architecture("PhiForCausalLM", _phi2),
     "phi3": Architecture("Phi3ForCausalLM", _phi3, windows=True),
     "gpt2": Architecture("GPT2LMHeadModel"),
+    "bloom": Architecture("BloomForCausalLM", _bloom),
     "gptneox": Architecture("GPTNeoXForCausalLM", _gptneox),
     "starcoder2": Architecture("Starcoder2ForCausalLM", _starcoder2),
     "falcon": Architecture("FalconForCausalLM", _falcon),
@@ -187,5 +213,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "BaichuanForCausalLM", _baichuan, permuted=True, also=("BaiChuanForCausalLM",)
     ),
     **MIXTURES,
+    **GRANITE,
     **HYBRIDS,
 }

@@ -26,6 +26,8 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "attention.max_alibi_bias": (0, 0.0),
     "attention.scale": (),
     "attention.shared_kv_layers": (0,),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0.0,),
     "embedding_scale": (),
     "expert_gating_func": (1,),
     "expert_group_count": (0, 1),

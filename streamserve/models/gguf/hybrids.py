@@ -36,7 +36,7 @@ def _delta_net_moe(reading: Reading) -> Values:
     return {**_delta_net(reading), **qwen2_moe(reading, renormalise=True)}
 
 
-def _some_kv_heads(reading: Reading) -> int | None:
+def some_kv_heads(reading: Reading) -> int | None:
     """Where layers without any are those that do not attend."""
     key = reading.key("attention.head_count_kv")
     found = sorted(set(reading.file.metadata.numbers(key)) - {0})
@@ -46,6 +46,19 @@ def _some_kv_heads(reading: Reading) -> int | None:
             "which is not supported"
         )
     return found[0] if found else None
+
+
+def state_space(reading: Reading) -> Values:
+    """By the names of transformers' families with Mamba 2."""
+    layers = range(reading.num_layers)
+    return {
+        "mamba_n_heads": reading.count("ssm.time_step_rank"),
+        "mamba_n_groups": reading.count("ssm.group_count"),
+        "mamba_d_state": reading.integer("ssm.state_size"),
+        "mamba_d_conv": reading.integer("ssm.conv_kernel"),
+        "mamba_conv_bias": any(reading.has_tensor(f"blk.{n}.ssm_conv1d.bias") for n in layers),
+        "mamba_proj_bias": any(reading.has_tensor(f"blk.{n}.ssm_in.bias") for n in layers),
+    }
 
 
 def _lfm2(reading: Reading) -> Values:
@@ -79,5 +92,5 @@ HYBRIDS: Mapping[str, Architecture] = {
         tiled=False,
         delta_layout="grouped",
     ),
-    "lfm2": Architecture("Lfm2ForCausalLM", _lfm2, num_kv_heads=_some_kv_heads),
+    "lfm2": Architecture("Lfm2ForCausalLM", _lfm2, num_kv_heads=some_kv_heads),
 }

@@ -80,15 +80,15 @@ def orders(reading: Reading, architecture: Architecture) -> Mapping[str, Order]:
     """By the name of a tensor behind its layer's number: ``attn_q``."""
     found: dict[str, Order] = {}
     if architecture.permuted:
-        found |= _neighbours_together(reading)
+        found |= _neighbours_together(reading, architecture.num_kv_heads(reading))
     if architecture.tiled:
         found |= _value_heads(reading)
     return found
 
 
-def _neighbours_together(reading: Reading) -> dict[str, Order]:
+def _neighbours_together(reading: Reading, num_kv_heads: int | None) -> dict[str, Order]:
     num_heads, size = reading.integer("attention.head_count"), reading.head_size
-    num_kv_heads = reading.integer_or(num_heads, "attention.head_count_kv")
+    num_kv_heads = num_kv_heads or num_heads
 
     def order(heads: int, start: int) -> Tensor:
         rows = torch.arange(start, start + heads * size)

@@ -26,6 +26,8 @@ from streamserve.models.gguf.reading import Reading
 _EXPERTS = re.compile(r"(ffn_\w+_exps)\.(weight|bias)$")
 _LAYER = re.compile(r"blk\.\d+\.(\w+)")
 _NORM = re.compile(r"(?<!ssm_)norm\.weight$")
+# What a state space has for each head, and its norm, are columns there.
+_OF_HEADS = re.compile(r"\.(ssm_a|ssm_d|ssm_norm\.weight)$")
 _CONVOLUTION = re.compile(r"(ssm_conv1d|shortconv\.conv)\.weight$")
 # Rows that are dequantised at a time, by their weights.
 _SLICE_ELEMENTS = 2**22
@@ -178,6 +180,8 @@ def _parts(entry: TensorEntry) -> Iterator[tuple[str, _Slice]]:
         shape = entry.shape
         if entry.name.endswith("ffn_gate_inp_shexp.weight") and len(shape) == 1:
             shape = (1, *shape)
+        if _OF_HEADS.search(entry.name):
+            shape = (count,)
         if _CONVOLUTION.search(entry.name) and len(shape) == 2:
             shape = (shape[0], 1, shape[1])
         yield entry.name, _Slice(entry, kind, shape, entry.start, nbytes)
