@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels.interface import GatedKind, PackedLinear
+from streamserve_kernels.routing import Routing, likeliest
 
 
 def moe(
@@ -15,15 +16,12 @@ def moe(
     router_logits: Tensor,
     gate_up: Sequence[PackedLinear],
     down: Sequence[PackedLinear],
-    top_k: int,
-    renormalise: bool,
+    routing: Routing,
     kind: GatedKind,
     gated_activation: Callable[[Tensor, GatedKind], Tensor],
 ) -> Tensor:
     """See `naive.moe`; of equally likely experts it may be any."""
-    weights, chosen = torch.softmax(router_logits.float(), dim=-1).topk(top_k, dim=-1)
-    if renormalise:
-        weights = weights / weights.sum(-1, keepdim=True)
+    chosen, weights = likeliest(router_logits, routing)
     return chosen_experts(
         x, chosen, weights, gate_up, down, lambda hidden: gated_activation(hidden, kind)
     )

@@ -25,6 +25,7 @@ from streamserve_kernels import adapters
 from streamserve_kernels.adapters import AdapterRows, StepAdapters
 from streamserve_kernels.quantised import Quantization
 from streamserve_kernels.recurrent import StepStates
+from streamserve_kernels.routing import Routing
 from streamserve_kernels.stored import StoredWeight
 
 # Prompt attention pads its queries and keys to whole multiples and takes keys in segments. Warm-up
@@ -312,8 +313,7 @@ class Kernels(Protocol):
         router_logits: Tensor,
         gate_up: Sequence[PackedLinear],
         down: Sequence[PackedLinear],
-        top_k: int,
-        renormalise: bool,
+        routing: Routing,
         kind: GatedKind,
     ) -> Tensor: ...
 

@@ -26,6 +26,7 @@ from streamserve_kernels.interface import (
     QuantLinear,
 )
 from streamserve_kernels.quantised import NaiveQuantLinear, Quantization
+from streamserve_kernels.routing import Routing, route
 from streamserve_kernels.stored import StoredWeight
 from streamserve_kernels.stored_naive import NaiveStoredLinear, prepare_parts
 
@@ -454,21 +455,15 @@ def moe(
     router_logits: Tensor,
     gate_up: Sequence[PackedLinear],
     down: Sequence[PackedLinear],
-    top_k: int,
-    renormalise: bool,
+    routing: Routing,
     kind: GatedKind,
 ) -> Tensor:
     """Mixture of experts of x [T, H] by router_logits [T, E] -> [T, H] (Jiang et al. 2024).
 
-    Each token goes to its `top_k` most likely experts, of equals to the first (softmax over all E
-    in float32; with `renormalise` the chosen probabilities are scaled to sum to 1). Expert e maps
+    `routing` says which experts a token goes to and how much each counts, in float32. Expert e maps
     H -> 2·I (`gate_up[e]`), a gated activation, I -> H (`down[e]`).
     """
-    probabilities = torch.softmax(router_logits.float(), dim=-1)
-    chosen = router_logits.float().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    weights = probabilities.gather(-1, chosen)
-    if renormalise:
-        weights = weights / weights.sum(-1, keepdim=True)
+    chosen, weights = route(router_logits, routing)
     return chosen_experts(
         x, chosen, weights, gate_up, down, lambda hidden: gated_activation(hidden, kind)
     )

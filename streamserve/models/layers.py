@@ -23,6 +23,7 @@ from streamserve.models.spec import (
 )
 from streamserve.models.weights import NormWeights, Weights
 from streamserve_kernels import GatedKind, Kernels
+from streamserve_kernels.routing import Routing
 
 
 class BoundNorm:
@@ -474,10 +475,20 @@ def _bind_experts(
 ) -> Callable[[Tensor], Tensor]:
     router, moe, kind = weights.linears["layers.router"], kernels.moe, _gated_kind(spec.activation)
     gate_up, down = weights.expert_gate_up, weights.expert_down
-    top_k, renormalise = spec.top_k, spec.renormalise
+    rule = spec.router
+    routing = Routing(
+        spec.top_k,
+        spec.renormalise,
+        rule.scoring,
+        weights.tensors["layers.router.correction"] if rule.correction else None,
+        rule.num_groups,
+        rule.top_groups,
+        rule.eps,
+        rule.scale,
+    )
 
     def experts(x: Tensor) -> Tensor:
-        return moe(x, router(x), gate_up, down, top_k=top_k, renormalise=renormalise, kind=kind)
+        return moe(x, router(x), gate_up, down, routing, kind)
 
     return experts
 

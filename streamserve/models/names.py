@@ -14,7 +14,7 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
     layers.space.skip  layers.space.norm  layers.space.output
     layers.short_conv.input  layers.short_conv.conv  layers.short_conv.output
     layers.gate_up (or layers.up when not gated)  layers.down
-    layers.router  layers.experts.gate_up  layers.experts.down
+    layers.router  layers.router.correction  layers.experts.gate_up  layers.experts.down
     layers.shared.gate  layers.shared.gate_up  layers.shared.down
 """
 

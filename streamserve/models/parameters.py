@@ -255,6 +255,10 @@ def _mlp_modules(mlp: MlpSpec | ExpertsSpec, hidden_size: int, index: int) -> It
             bias=mlp.router_bias,
             layer=index,
         )
+        if mlp.router.correction:
+            yield Module(
+                "layers.router.correction", "vector", (mlp.num_experts,), layer=index, float32=True
+            )
         for expert in range(mlp.num_experts):
             for name, rows, columns in (
                 ("layers.experts.gate_up", (size, size), hidden_size),

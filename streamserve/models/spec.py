@@ -9,7 +9,7 @@ are in elements, windows and positions in tokens.
     ├── layers: tuple[LayerSpec]          one per layer, so that layers may differ
     │   ├── AttentionSpec                 heads, window, rope, qk-norm, biases, sinks, soft cap
     │   │   or DeltaNetSpec, StateSpaceSpec, ShortConvSpec     a state of constant size instead
-    │   ├── MlpSpec | ExpertsSpec
+    │   ├── MlpSpec | ExpertsSpec         with a RouterSpec
     │   └── norms before and after each half; sequential or parallel residual
     └── final norm, head (tied or not), logit scale and soft cap
 """
@@ -25,6 +25,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu", "quick_gel
 ExpertActivation = Activation | Literal["clamped_swiglu"]
 RopeScalingKind = Literal["linear", "dynamic", "stepped_dynamic", "llama3", "yarn", "longrope"]
 Residual = Literal["sequential", "parallel"]
+Scoring = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +265,25 @@ class MlpSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """What a router's logits count for beside their order: see `streamserve_kernels.routing`.
+
+    ``correction``: it has a bias for each expert that counts for the choice alone. ``num_groups``
+    stretches of experts are ``top_groups`` chosen from. ``eps`` is added to the sum that weights
+    are divided by, ``scale`` multiplies them.
+    """
+
+    scoring: Scoring = "softmax"
+    correction: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    eps: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertsSpec:
-    """Gated experts; each token goes to its ``top_k`` by router probability.
+    """Gated experts; each token goes to the ``top_k`` that its router gives the highest scores.
 
     ``bias`` is that of the experts, ``router_bias`` the router's. ``shared`` is a gated MLP that
     every token goes to besides; with ``shared_gate`` times the sigmoid of a gate of its own.
@@ -276,6 +294,7 @@ class ExpertsSpec:
     intermediate_size: int
     activation: ExpertActivation
     renormalise: bool = True
+    router: RouterSpec = RouterSpec()
     bias: bool = False
     router_bias: bool = False
     shared: MlpSpec | None = None

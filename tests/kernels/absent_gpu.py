@@ -229,7 +229,12 @@ def adapter_calls() -> Iterator[Callable[[], object]]:
 
 def moe_calls() -> Iterator[Callable[[], object]]:
     from streamserve_kernels import triton as ours
+    from streamserve_kernels.routing import Routing
+    from streamserve_kernels.triton.moe import _route
+    from tests.kernels.routings import EXPERTS, ROUTINGS
 
+    for routing in ROUTINGS.values():
+        yield lambda routing=routing: _route(bf16(4, EXPERTS), routing)
     num_experts = 8
     for hidden, inner, with_bias, dtype in (
         (HIDDEN, 1024, False, torch.bfloat16),
@@ -248,7 +253,7 @@ def moe_calls() -> Iterator[Callable[[], object]]:
         for tokens in (1, 32, 256, 1024):
             x, logits = bf16(tokens, hidden).to(dtype), bf16(tokens, num_experts).to(dtype)
             args = x, logits, gate_up, down
-            yield lambda args=args: ours.moe(*args, 2, True, "silu")
+            yield lambda args=args: ours.moe(*args, Routing(2, True), "silu")
         for tokens in (1, 256):
             x, chosen = bf16(tokens, hidden).to(dtype), torch.zeros(tokens, 2, dtype=torch.int64)
             args = (

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from streamserve_kernels import Kernels, PackedLinear
+from streamserve_kernels.routing import Routing
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 TIGHT = {torch.float32: {"atol": 5e-6, "rtol": 2e-6}, torch.bfloat16: {"atol": 4e-6, "rtol": 8e-3}}
@@ -197,8 +198,7 @@ def test_moe(
             logits,
             [k.prepare_linear(w) for w in gate_up],
             [k.prepare_linear(w) for w in down],
-            2,
-            renormalise,
+            Routing(2, renormalise),
             "silu",
         )
         for k in (naive, cpu)
@@ -226,8 +226,7 @@ def test_naive_moe_is_mixtrals(naive: Kernels) -> None:
             x @ block.gate.weight.T,
             [naive.prepare_linear(w) for w in block.experts.gate_up_proj],
             [naive.prepare_linear(w) for w in block.experts.down_proj],
-            2,
-            True,
+            Routing(2, True),
             "silu",
         )
     torch.testing.assert_close(out, expected[0], atol=1e-5, rtol=1e-5)

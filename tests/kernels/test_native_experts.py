@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels import Kernels, PackedLinear, experts
+from streamserve_kernels.routing import Routing
 from streamserve_kernels.stored import StoredWeight, concatenate
 from tests.kernels.conftest import threads
 from tests.kernels.stored_cases import CASES
@@ -96,7 +97,7 @@ def test_all_at_once_as_one_by_one(
         wide = normal(40, tokens, HIDDEN + 6, dtype=BF16)
         x, logits = wide[:, 3:-3], normal(41, tokens, EXPERTS, dtype=BF16)
         with threads(num_threads):
-            out = native.moe(x, logits, up, down, top_k, renormalise, "silu")
+            out = native.moe(x, logits, up, down, Routing(top_k, renormalise), "silu")
         assert out.dtype == BF16
         expected = exact(
             x,
@@ -113,10 +114,10 @@ def test_all_at_once_as_one_by_one(
 def test_a_row_in_a_crowd_is_the_row_alone(native: Kernels, kind: str) -> None:
     up, down = packed(native, kind, 2 * INNER, HIDDEN), packed(native, kind, HIDDEN, INNER)
     x, logits = normal(1, 60, HIDDEN, dtype=BF16), normal(2, 60, EXPERTS, dtype=BF16)
-    crowd = native.moe(x, logits, up, down, 3, True, "gelu")
+    crowd = native.moe(x, logits, up, down, Routing(3, True), "gelu")
     for row in (0, 17, 59):
         one = slice(row, row + 1)
-        assert crowd[one].equal(native.moe(x[one], logits[one], up, down, 3, True, "gelu"))
+        assert crowd[one].equal(native.moe(x[one], logits[one], up, down, Routing(3, True), "gelu"))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -125,7 +126,7 @@ def test_wide_experts_of_many_rows_and_of_few(native: Kernels, kind: str) -> Non
     up, down = packed(native, kind, 2 * 1536, 64), packed(native, kind, 3072, 1536)
     x, logits = normal(1, 11, 64, dtype=BF16), torch.zeros(11, EXPERTS, dtype=BF16)
     logits[:9, 1], logits[9:, 3] = 3.0, 3.0
-    out = native.moe(x, logits, up, down, 1, True, "silu")
+    out = native.moe(x, logits, up, down, Routing(1, True), "silu")
     expected = exact(
         x,
         *choice(logits, 1, renormalise=True),
@@ -169,7 +170,7 @@ def test_of_equals_the_first_and_of_nothing_nothing(native: Kernels) -> None:
     logits[1, [17, 18, 19]] = 200.0
     logits[2, 5] = float("nan")
     logits[3, :17] = float("-inf")
-    out = native.moe(x, logits, up, down, 2, True, "relu")
+    out = native.moe(x, logits, up, down, Routing(2, True), "relu")
     given = [down[e](native.gated_activation(up[e](x[:1]), "relu"))[0, 0].item() for e in range(20)]
     for row, (a, b) in {0: (0, 1), 1: (17, 18), 3: (17, 18)}.items():
         expected = (given[a] + given[b]) / 2
@@ -196,7 +197,7 @@ def test_experts_of_two_kinds(
         for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER))
     )
     x, logits = normal(1, 9, HIDDEN, dtype=BF16), normal(2, 9, EXPERTS, dtype=BF16)
-    expected = experts.moe(x, logits, up, down, 2, True, "silu", native.gated_activation)
+    expected = experts.moe(x, logits, up, down, Routing(2, True), "silu", native.gated_activation)
     one_by_one, calls = experts.moe, []
 
     def counted(*args: object) -> Tensor:
@@ -204,7 +205,7 @@ def test_experts_of_two_kinds(
         return one_by_one(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(experts, "moe", counted)
-    out = native.moe(x, logits, up, down, 2, True, "silu")
+    out = native.moe(x, logits, up, down, Routing(2, True), "silu")
     torch.testing.assert_close(out, expected, rtol=2**-7, atol=1e-3)
     assert len(calls) == (0 if together else 1)
 
@@ -227,7 +228,7 @@ def test_matrix_units_multiply_experts_of_many_rows(
     # 20 rows of 2 experts are 8 for each of 5.
     for tokens in (1, 20, 21):
         x, logits = normal(1, tokens, HIDDEN, dtype=BF16), normal(2, tokens, EXPERTS, dtype=BF16)
-        native.moe(x, logits, up, down, 2, True, "silu")
+        native.moe(x, logits, up, down, Routing(2, True), "silu")
     assert multiplied == [21]
 
 
@@ -236,8 +237,8 @@ def test_a_layer_that_is_gone_is_forgotten(native: Kernels) -> None:
     before = len(known)
     up, down = packed(native, "bfloat16", 2 * INNER, HIDDEN), packed(native, "int4", HIDDEN, INNER)
     x, logits = normal(1, 2, HIDDEN, dtype=BF16), normal(2, 2, EXPERTS, dtype=BF16)
-    native.moe(x, logits, up, down, 2, True, "silu")
-    native.moe(x, logits, up, down, 2, True, "silu")
+    native.moe(x, logits, up, down, Routing(2, True), "silu")
+    native.moe(x, logits, up, down, Routing(2, True), "silu")
     assert len(known) == before + 2
     gone = weakref.ref(up[0])
     del up, down

@@ -14,6 +14,7 @@ from torch import Tensor
 from streamserve_kernels import ActivationKind, GatedKind, Kernels, PackedLinear, onednn
 from streamserve_kernels.native import unpack_keys, unpack_values
 from streamserve_kernels.native.execute import Executable
+from streamserve_kernels.routing import Routing
 from tests.kernels.conftest import threads
 from tests.kernels.test_layers import both, normal
 
@@ -222,8 +223,7 @@ def test_experts(naive: Kernels, native: Kernels) -> None:
             router,
             [k.prepare_linear(w) for w in up],
             [k.prepare_linear(w) for w in down],
-            2,
-            True,
+            Routing(2, True),
             "silu",
         )
         for k in (native, naive)

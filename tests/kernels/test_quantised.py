@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from streamserve_kernels import QUANTIZATIONS, QuantLinear, load
 from streamserve_kernels.native.library import why_not
 from streamserve_kernels.quantised import INT4_GROUP, packed_bytes, quantise
+from streamserve_kernels.routing import Routing
 
 GROUP = 64  # of inputs that share the scale of a quantised activation
 SHAPES = [(16, 64), (37, 100), (1, 1), (5, 129), (64, 128), (130, 576), (48, 896), (33, 1536)]
@@ -157,8 +158,7 @@ def test_experts_may_be_quantised(naive, cpu, quantization):
             logits,
             [kernels.prepare_quantised(w, None, quantization) for w in gate_up],
             [kernels.prepare_quantised(w, None, quantization) for w in down],
-            top_k=2,
-            renormalise=True,
+            routing=Routing(2, True),
             kind="silu",
         )
         for kernels in (naive, cpu)

@@ -20,6 +20,7 @@ from streamserve_kernels import triton as ours
 from streamserve_kernels.adapters import AdapterRows
 from streamserve_kernels.fp8 import quantise_fp8
 from streamserve_kernels.recurrent import StepStates
+from streamserve_kernels.routing import Routing
 from streamserve_kernels.sampling import SamplingTensors
 from streamserve_kernels.triton import recurrent as triton_recurrent
 from streamserve_kernels.triton import sampling
@@ -345,8 +346,8 @@ def test_rows_of_adapters_and_experts():
     router, gate_up, down = torch.randn(3, 2), torch.randn(2, 16, 40), torch.randn(2, 40, 8)
     found, expected = (
         kernels.moe(
-            rows, logits, *(list(map(kernels.prepare_linear, w)) for w in (gate_up, down)), 1, True,
-            "silu",
+            rows, logits, *(list(map(kernels.prepare_linear, w)) for w in (gate_up, down)),
+            Routing(1, True), "silu",
         )
         for kernels, rows, logits in ((ours, spread(x), spread(router)), (naive, x, router))
     )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from streamserve_kernels import naive
+from streamserve_kernels.routing import Routing
 from tests.kernels.conftest import amid_nan
 from tests.kernels.pretended_gpu import capture
 
@@ -54,8 +55,8 @@ class Experts:
         router = self.normal(tokens, len(self.ours[0]) + 3)
         router[:, -3:] = torch.nan
         router = logits.get("router", router[:, :-3])
-        found = ours.moe(x, router, *self.ours, top_k, renormalise, kind)
-        expected = naive.moe(x, router, *self.naive, top_k, renormalise, kind)
+        found = ours.moe(x, router, *self.ours, Routing(top_k, renormalise), kind)
+        expected = naive.moe(x, router, *self.naive, Routing(top_k, renormalise), kind)
         assert found.shape == (tokens, self.hidden)
         torch.testing.assert_close(found, expected, **TOLERANCE[self.dtype])
 
@@ -116,7 +117,7 @@ def test_the_order_of_pairs(device):
 
 def test_routing_chooses_the_first_of_equals_and_survives_nan(device):
     router = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0], [float("nan")] * 5], device=device)
-    chosen, weights = moe._route(router, 2, True)
+    chosen, weights = moe._route(router, Routing(2, True))
     assert chosen[0].tolist() == [1, 2]
     torch.testing.assert_close(weights[0].cpu(), torch.tensor([0.5, 0.5]))
     assert chosen[1].ge(0).all()
@@ -138,8 +139,7 @@ def test_quantised_experts(device, dtype, quantization):
             x,
             router,
             *([kernels.prepare_quantised(w, None, quantization) for w in some] for some in weights),
-            2,
-            True,
+            Routing(2, True),
             "silu",
         )
         for kernels in (ours, naive)
@@ -151,11 +151,11 @@ def test_a_capture_follows_the_routing(device, dtype):
     """A graph captured with one routing gives another's result: nothing of it was the host's."""
     experts = Experts(7, 8, 64, 64, device, dtype)
     x, router = experts.normal(40, 64), experts.normal(40, 8)
-    ours.moe(x, router, *experts.ours, 2, True, "silu")
-    replay, found = capture(lambda: ours.moe(x, router, *experts.ours, 2, True, "silu"))
+    ours.moe(x, router, *experts.ours, Routing(2, True), "silu")
+    replay, found = capture(lambda: ours.moe(x, router, *experts.ours, Routing(2, True), "silu"))
     router.copy_(experts.normal(40, 8))
     replay()
-    expected = naive.moe(x, router, *experts.naive, 2, True, "silu")
+    expected = naive.moe(x, router, *experts.naive, Routing(2, True), "silu")
     torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
 
 
@@ -215,6 +215,6 @@ def test_experts_of_a_layer_are_alike(device):
     mixed = [*experts.ours[0][:2], other.ours[0][0]]
     x = experts.normal(2, 32)
     with pytest.raises(ValueError, match="alike"):
-        ours.moe(x, experts.normal(2, 3), mixed, experts.ours[1], 1, True, "silu")
+        ours.moe(x, experts.normal(2, 3), mixed, experts.ours[1], Routing(1, True), "silu")
     with pytest.raises(ValueError, match="'sine'"):
-        ours.moe(x, experts.normal(2, 3), *experts.ours, 1, True, "sine")
+        ours.moe(x, experts.normal(2, 3), *experts.ours, Routing(1, True), "sine")

@@ -10,6 +10,7 @@ from device_bench.peers import naive_peer
 from device_bench.row import Bench, Case, Row, check_close, tolerance
 from device_bench.timing import Call
 from streamserve_kernels import Kernels, PackedLinear, Quantization
+from streamserve_kernels.routing import Routing
 
 _EXPERTS = 8
 _TOP_K = 2
@@ -48,7 +49,7 @@ def _build(rows: int, quantization: Quantization | None, bench: Bench) -> Case:
 
         gate_up, down = ([prepared(weight) for weight in both] for both in _weights(bench))
         nbytes.append(sum(one.nbytes for one in (gate_up[0], down[0])))
-        return lambda: kernels.moe(x, logits, gate_up, down, _TOP_K, True, "silu")
+        return lambda: kernels.moe(x, logits, gate_up, down, Routing(_TOP_K, True), "silu")
 
     ours = make(bench.kernels)
 

@@ -18,6 +18,7 @@ from streamserve_kernels.cpu import elementwise as bodies
 from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear
 from streamserve_kernels.pool import pool
+from streamserve_kernels.routing import Routing
 
 COMPILED = (torch.bfloat16, torch.float32)
 # Elements below which a second thread costs more than it saves (a region is about 3 µs).
@@ -315,9 +316,8 @@ def moe(
     router_logits: Tensor,
     gate_up: Sequence[PackedLinear],
     down: Sequence[PackedLinear],
-    top_k: int,
-    renormalise: bool,
+    routing: Routing,
     kind: GatedKind,
 ) -> Tensor:
     """See `naive.moe`."""
-    return experts.moe(x, router_logits, gate_up, down, top_k, renormalise, kind, gated_activation)
+    return experts.moe(x, router_logits, gate_up, down, routing, kind, gated_activation)

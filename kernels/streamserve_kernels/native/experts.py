@@ -18,6 +18,7 @@ from streamserve_kernels import experts as one_by_one
 from streamserve_kernels.interface import GatedKind, NotRecordableError, PackedLinear
 from streamserve_kernels.native.execute import (
     Instruction,
+    double_bits,
     pack_instructions,
     pack_step,
     run_at_once,
@@ -27,6 +28,7 @@ from streamserve_kernels.native.ops import gated_activation
 from streamserve_kernels.native.product import HeldMemory, Memory, NativeWeight, Product
 from streamserve_kernels.native.symbol import TOKENS, pairs, rows_kind
 from streamserve_kernels.pool import pool
+from streamserve_kernels.routing import Routing
 
 _MAX_EXPERTS = 1024  # MAX_EXPERTS of experts.h
 _SLICE = -1  # SS_SLICE: the rows of one expert
@@ -50,6 +52,23 @@ class Routes:
         fields = (num_experts, top_k, rows_kind(rows), *(tensor.data_ptr() for tensor in memory))
         self._descriptor = torch.tensor(fields, dtype=torch.int64)
         self.address = self._descriptor.data_ptr()
+
+
+def route(routes: Routes, logits: int, routing: Routing) -> Instruction:
+    """The choice by rows of logits [R, E], which lie together."""
+    correction = routing.correction
+    args = (
+        routes.address,
+        logits,
+        int(routing.renormalise),
+        int(routing.scoring == "sigmoid"),
+        0 if correction is None else correction.data_ptr(),
+        routing.num_groups,
+        routing.top_groups,
+        double_bits(routing.eps),
+        double_bits(routing.scale),
+    )
+    return "route", args
 
 
 class _NoMemory:
@@ -137,20 +156,24 @@ def moe(
     router_logits: Tensor,
     gate_up: Sequence[PackedLinear],
     down: Sequence[PackedLinear],
-    top_k: int,
-    renormalise: bool,
+    routing: Routing,
     kind: GatedKind,
 ) -> Tensor:
     """See `naive.moe`."""
+    top_k = routing.top_k
     first, last = _products_of(gate_up, x, top_k), _products_of(down, x, top_k)
     if first is None or last is None or router_logits.dtype != torch.bfloat16:
-        return one_by_one.moe(
-            x, router_logits, gate_up, down, top_k, renormalise, kind, gated_activation
-        )
+        return one_by_one.moe(x, router_logits, gate_up, down, routing, kind, gated_activation)
     logits = router_logits.contiguous()
     routes = Routes(x.shape[0], len(down), top_k)
-    route = ("route", (routes.address, logits.data_ptr(), int(renormalise)))
-    return _multiply(x, routes, [route], first, last, partial(gated_activation, kind=kind))
+    return _multiply(
+        x,
+        routes,
+        [route(routes, logits.data_ptr(), routing)],
+        first,
+        last,
+        partial(gated_activation, kind=kind),
+    )
 
 
 def chosen_experts(
@@ -185,7 +208,7 @@ def add_shared_experts(chosen: Tensor, x: Tensor, gate: Tensor, shared: Tensor) 
 def _multiply(
     x: Tensor,
     routes: Routes,
-    route: list[Instruction],
+    chosen: list[Instruction],
     first: ExpertProducts,
     last: ExpertProducts,
     activate: Callable[[Tensor], Tensor],
@@ -202,7 +225,7 @@ def _multiply(
     up = first.instructions(routes, hidden.data_ptr(), rows.data_ptr(), memory)
     gather = (routes.address, rows.data_ptr(), x.data_ptr(), width, x.stride(0))
     order = [("order_pairs", (routes.address,)), ("gather_pairs", gather)]
-    run_at_once([*route, *order, *up], step, threads)
+    run_at_once([*chosen, *order, *up], step, threads)
     hidden = activate(hidden).contiguous()
     down = last.instructions(routes, parts.data_ptr(), hidden.data_ptr(), memory)
     combine = (routes.address, out.data_ptr(), parts.data_ptr(), last.out_features)

@@ -20,7 +20,7 @@ from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import NotRecordableError, PackedLinear, QuantLinear
 from streamserve_kernels.native.adapters import AdapterTable
 from streamserve_kernels.native.execute import Executable, double_bits
-from streamserve_kernels.native.experts import ExpertProducts, Routes
+from streamserve_kernels.native.experts import ExpertProducts, Routes, route
 from streamserve_kernels.native.layout import check_head_sizes
 from streamserve_kernels.native.library import ACTIVATION_CODES, GATED_CODES
 from streamserve_kernels.native.product import NativeWeight, Product
@@ -29,6 +29,7 @@ from streamserve_kernels.native.record_recurrent import RecurrentRecorder
 from streamserve_kernels.native.recorded import RecordedProgram
 from streamserve_kernels.native.symbol import LOGITS, TOKENS, Index, Symbol, rows_kind
 from streamserve_kernels.pool import pool
+from streamserve_kernels.routing import Routing
 
 
 class Recorder(RecurrentRecorder):
@@ -332,14 +333,14 @@ class Recorder(RecurrentRecorder):
         router_logits: Symbol,
         gate_up: Sequence[PackedLinear],
         down: Sequence[PackedLinear],
-        top_k: int,
-        renormalise: bool,
+        routing: Routing,
         kind: str,
     ) -> Symbol:
-        routes = Routes(self._most_rows(x.rows), len(down), top_k, x.rows)
+        routes = Routes(self._most_rows(x.rows), len(down), routing.top_k, x.rows)
         if not router_logits.is_dense:
             raise NotRecordableError("a router's logits with gaps between their rows")
-        self._add("route", routes.address, router_logits.address, int(renormalise))
+        self.instructions.append(route(routes, router_logits.address, routing))
+        self.keep.append(routing)
         self._add("order_pairs", routes.address)
         rows = self._new(routes.pairs, x.width)
         self._add("gather_pairs", routes.address, rows.address, x.address, x.width, x.stride)

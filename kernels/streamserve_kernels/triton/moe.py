@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from streamserve_kernels.interface import GatedKind, PackedLinear
+from streamserve_kernels.routing import Routing
 from streamserve_kernels.triton.elementwise import GATED_KINDS, gated_activation
 from streamserve_kernels.triton.linear import DenseLinear
 from streamserve_kernels.triton.moe_kernels import (
@@ -74,8 +75,7 @@ def moe(
     router_logits: Tensor,
     gate_up: Sequence[PackedLinear],
     down: Sequence[PackedLinear],
-    top_k: int,
-    renormalise: bool,
+    routing: Routing,
     kind: GatedKind,
 ) -> Tensor:
     """See `naive.moe`. Quantised experts see every token: see `_one_by_one`.
@@ -86,7 +86,7 @@ def moe(
         raise ValueError(f"activation kind {kind!r} is not known")
     if x.shape[0] == 0:
         return torch.empty_like(x)
-    chosen, weights = _route(router_logits, top_k, renormalise)
+    chosen, weights = _route(router_logits, routing)
     return _multiply(x, chosen, weights, gate_up, down, kind)
 
 
@@ -120,9 +120,10 @@ def _multiply(
     return _grouped(x, chosen, weights, experts, last, activation)
 
 
-def _route(router_logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+def _route(router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     """Logits [T, E] -> experts [T, top_k] int32 and their weights, float32."""
-    tokens, num_experts = router_logits.shape
+    (tokens, num_experts), top_k = router_logits.shape, routing.top_k
+    correction = routing.correction
     if router_logits.stride(1) != 1:
         router_logits = router_logits.contiguous()
     chosen = torch.empty(tokens, top_k, dtype=torch.int32, device=router_logits.device)
@@ -131,12 +132,20 @@ def _route(router_logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor
         router_logits,
         chosen,
         weights,
+        router_logits if correction is None else correction,  # any address, of what is not read
         router_logits.stride(0),
+        routing.eps,
+        routing.scale,
         E=num_experts,
         TOP_K=top_k,
         BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_K=triton.next_power_of_2(top_k),
-        RENORMALISE=renormalise,
+        RENORMALISE=routing.renormalise,
+        SIGMOID=routing.scoring == "sigmoid",
+        CORRECTED=correction is not None,
+        GROUPS=routing.num_groups,
+        TOP_GROUPS=routing.top_groups,
+        BLOCK_G=triton.next_power_of_2(routing.num_groups),
         num_warps=1,
     )
     return chosen, weights

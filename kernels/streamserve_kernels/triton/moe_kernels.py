@@ -20,18 +20,51 @@ from streamserve_kernels.triton.runtime import jit
 
 
 @jit
+def _of_best_groups(
+    values,
+    experts,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """The values of a token's experts; minus infinity in groups that are not among the best."""
+    groups = tl.arange(0, BLOCK_G)
+    worth = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
+    for group in tl.static_range(GROUPS):
+        mine = tl.where(experts // SIZE == group, values, float("-inf"))
+        first = tl.argmax(mine, axis=0, tie_break_left=True)
+        second = tl.max(tl.where(experts == first, float("-inf"), mine), axis=0)
+        worth = tl.where(groups == group, tl.max(mine, axis=0) + second, worth)
+    found = tl.full(values.shape, float("-inf"), dtype=tl.float32)
+    for _ in tl.static_range(TOP_GROUPS):
+        best = tl.argmax(worth, axis=0, tie_break_left=True)
+        found = tl.where(experts // SIZE == best, values, found)
+        worth = tl.where(groups == best, float("-inf"), worth)
+    return found
+
+
+@jit
 def route_kernel(
     logits,  # [T, E]
     chosen,  # [T, TOP_K] int32
     weights,  # [T, TOP_K] float32
+    correction,  # [E] float32; read with CORRECTED
     row_stride,
+    eps,
+    scale,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RENORMALISE: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):
-    """The most likely experts of a token and their probabilities; of equals the first."""
+    """The best experts of a token and their weights: see `Routing`; of equals the first."""
     token = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, BLOCK_E)
     slots = tl.arange(0, BLOCK_K)
@@ -39,10 +72,20 @@ def route_kernel(
     # no power to speak of, and no infinity that could be subtracted from itself
     values = tl.load(logits + token * row_stride + experts, mask=inside, other=0.0)
     values = tl.where(inside, values.to(tl.float32), -1e38)
-    powers = tl.exp(values - tl.max(values, axis=0))
-    total = tl.sum(powers, axis=0)
+    if SIGMOID:
+        powers = 1.0 / (1.0 + tl.exp(tl.where(inside, -values, 0.0)))
+        total = 1.0
+    else:
+        powers = tl.exp(values - tl.max(values, axis=0))
+        total = tl.sum(powers, axis=0)
+    if CORRECTED or GROUPS > 1:
+        values = powers / total
+        if CORRECTED:
+            values += tl.load(correction + experts, mask=inside, other=0.0)
     # Of NaN nothing is the largest, yet an expert must be chosen: any, its probability is NaN too.
     left = tl.where(inside & (values > float("-inf")), values, float("-inf"))
+    if GROUPS > 1:
+        left = _of_best_groups(left, experts, E // GROUPS, GROUPS, TOP_GROUPS, BLOCK_G)
     ids = tl.zeros((BLOCK_K,), dtype=tl.int32)
     likely = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for slot in tl.static_range(TOP_K):
@@ -51,7 +94,8 @@ def route_kernel(
         power = tl.sum(tl.where(experts == best, powers, 0.0), axis=0)
         likely = tl.where(slots == slot, power, likely)
         left = tl.where(experts == best, float("-inf"), left)
-    likely /= tl.sum(likely, axis=0) if RENORMALISE else total
+    likely /= tl.sum(likely, axis=0) + eps * total if RENORMALISE else total
+    likely *= scale
     at = token * TOP_K + slots
     tl.store(chosen + at, ids, mask=slots < TOP_K)
     tl.store(weights + at, likely, mask=slots < TOP_K)

@@ -5,7 +5,6 @@
 #include "experts.h"
 #include "output.h"
 
-#include <math.h>
 #include <string.h>
 
 enum { LANES = 16 };
@@ -23,7 +22,13 @@ static int64_t num_pairs(const ss_context *context, const ss_routes *routes) {
 enum {
     ROUTE_ROUTES,
     ROUTE_LOGITS,       // address of [R, E], bfloat16
-    ROUTE_RENORMALISE,  // whether the weights of a token's experts sum to 1
+    ROUTE_RENORMALISE,  // whether weights are divided by their sum
+    ROUTE_SIGMOID,      // whether a score is the sigmoid of a logit, or its share of the softmax
+    ROUTE_CORRECTION,   // address of [E], float32, which counts for the choice; or 0
+    ROUTE_GROUPS,       // how many stretches of experts
+    ROUTE_TOP_GROUPS,   // how many of them are chosen from
+    ROUTE_EPS,          // bits of a double: added to the sum
+    ROUTE_SCALE,        // bits of a double: multiplies the weights
 };
 
 static int64_t route_units(const ss_context *context, const int64_t *args) {
@@ -50,16 +55,62 @@ static void softmax(float *to, const bf16 *logits, int64_t count) {
         _mm512_storeu_ps(to + e, _mm512_div_ps(_mm512_loadu_ps(to + e), sum));
 }
 
-// The most likely experts of a row, of equals the first.
-static void choose(const ss_routes *routes, float *probabilities, int32_t *chosen, float *weights) {
+static void sigmoids(float *to, const bf16 *logits, int64_t count) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    ss_widen_row(to, logits, count);
+    for (int64_t e = count; e % LANES; e++) to[e] = 0.0f;
+    for (int64_t e = 0; e < count; e += LANES) {
+        const __m512 power = ss_exp(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(to + e)));
+        _mm512_storeu_ps(to + e, _mm512_div_ps(one, _mm512_add_ps(one, power)));
+    }
+}
+
+// Leaves the experts of the best groups, whose two best add up to most; of equals the first.
+static void limit(float *merits, int64_t num_experts, int64_t num_groups, int64_t top_groups) {
+    const int64_t size = num_experts / num_groups;
+    float worths[MAX_EXPERTS];
+    for (int64_t group = 0; group < num_groups; group++) {
+        float first = LEAST, second = LEAST;
+        for (int64_t e = group * size; e < (group + 1) * size; e++) {
+            if (merits[e] > first) {
+                second = first;
+                first = merits[e];
+            } else if (merits[e] > second) {
+                second = merits[e];
+            }
+        }
+        worths[group] = fmaxf(first + second, LEAST);
+    }
+    for (int64_t j = 0; j < top_groups; j++) {
+        int64_t best = -1;
+        for (int64_t group = 0; group < num_groups; group++)
+            if (worths[group] != TAKEN && (best < 0 || worths[group] > worths[best])) best = group;
+        worths[best] = TAKEN;
+    }
+    for (int64_t e = 0; e < size * num_groups; e++)
+        if (worths[e / size] != TAKEN) merits[e] = LEAST;
+}
+
+// merits [count] = what the choice is made by.
+static void correct(float *merits, const float *scores, const int64_t *args, int64_t count) {
+    const float *correction = (const float *)args[ROUTE_CORRECTION];
+    for (int64_t e = 0; e < count; e++) {
+        const float merit = correction ? scores[e] + correction[e] : scores[e];
+        merits[e] = merit > LEAST ? merit : LEAST;  // also of NaN
+    }
+    if (args[ROUTE_GROUPS] > 1) limit(merits, count, args[ROUTE_GROUPS], args[ROUTE_TOP_GROUPS]);
+}
+
+// The experts of a row with the most merit, of equals the first, which may be their scores.
+static void choose(const ss_routes *routes, float *merits, const float *scores, int32_t *chosen,
+                   float *weights) {
     for (int64_t j = 0; j < routes->top_k; j++) {
         int64_t best = -1;
         for (int64_t e = 0; e < routes->num_experts; e++)
-            if (probabilities[e] != TAKEN && (best < 0 || probabilities[e] > probabilities[best]))
-                best = e;
+            if (merits[e] != TAKEN && (best < 0 || merits[e] > merits[best])) best = e;
         chosen[j] = (int32_t)best;
-        weights[j] = probabilities[best];
-        probabilities[best] = TAKEN;
+        weights[j] = scores[best];
+        merits[best] = TAKEN;
     }
 }
 
@@ -68,16 +119,20 @@ static void route_run(const ss_context *context, const int64_t *args, int64_t un
     (void)thread;
     const ss_routes *routes = (const ss_routes *)args[ROUTE_ROUTES];
     const int64_t top_k = routes->top_k;
-    float probabilities[MAX_EXPERTS];
+    const int is_corrected = args[ROUTE_CORRECTION] != 0 || args[ROUTE_GROUPS] > 1;
+    const float eps = (float)ss_double(args[ROUTE_EPS]), scale = (float)ss_double(args[ROUTE_SCALE]);
+    float scores[MAX_EXPERTS], corrected[MAX_EXPERTS];
+    float *merits = is_corrected ? corrected : scores;
     SS_FOR_ROWS(row, num_rows(context, routes)) {
+        const bf16 *logits = (const bf16 *)args[ROUTE_LOGITS] + row * routes->num_experts;
         float *weights = routes->weights + row * top_k;
-        softmax(probabilities, (const bf16 *)args[ROUTE_LOGITS] + row * routes->num_experts,
-                routes->num_experts);
-        choose(routes, probabilities, routes->chosen + row * top_k, weights);
-        if (!args[ROUTE_RENORMALISE]) continue;
-        float sum = 0.0f;
+        (args[ROUTE_SIGMOID] ? sigmoids : softmax)(scores, logits, routes->num_experts);
+        if (is_corrected) correct(corrected, scores, args, routes->num_experts);
+        choose(routes, merits, scores, routes->chosen + row * top_k, weights);
+        float sum = eps;
         for (int64_t j = 0; j < top_k; j++) sum += weights[j];
-        for (int64_t j = 0; j < top_k; j++) weights[j] /= sum;
+        if (!args[ROUTE_RENORMALISE]) sum = 1.0f;
+        for (int64_t j = 0; j < top_k; j++) weights[j] = weights[j] / sum * scale;
     }
 }
 

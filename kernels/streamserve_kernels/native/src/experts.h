@@ -4,9 +4,13 @@
 
 #include "streamserve.h"
 
+#include <float.h>
+#include <math.h>
+
 // Mirrored by experts.py.
 enum { MAX_EXPERTS = 1024 };
-#define TAKEN -1.0f  // less than any probability
+#define TAKEN -INFINITY   // of an expert that has been chosen
+#define LEAST -FLT_MAX    // of one that is chosen where nothing else is left
 
 // Mirrored by experts.py. R rows make P = R · top_k pairs.
 typedef struct {
