@@ -114,7 +114,8 @@ class CheckpointSource:
                 f"has dtype {dtype}: quantised weights, of which the config says nothing that is "
                 "understood",
             )
-        if found != shape:
+        is_row = module.role == "vector" and found == (1, *shape)  # of a matrix that is no other
+        if found != shape and not is_row:
             raise self._error(name, f"has shape {list(found)}; the config asks for {list(shape)}")
 
     def _error(self, name: str, what: str) -> ModelLoadError:
@@ -247,8 +248,8 @@ class CheckpointSource:
             tensor = tensor[piece.expert]
         if leaf == "weight" and module.name in self._names.transposed:
             tensor = self._uploader.on_device(tensor, part.device).t()
-        if module.role == "convolution":
-            tensor = tensor.view(part.shape)
+        if module.role in ("convolution", "vector"):
+            tensor = tensor.reshape(part.shape)
         self._place(part, tensor, module, piece)
 
     def _place(self, part: Tensor, tensor: Tensor, module: Module, piece: Piece) -> None:

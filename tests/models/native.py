@@ -120,6 +120,24 @@ DELTA_EXPERTS = {
     "shared_expert_intermediate_size": 40,
 }
 LFM2 = {**GQA, **ENDS}
+# The first layer plain, then DeepSeek's kind of mixture.
+ROUTED = {
+    **GQA,
+    **ENDS,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
+ERNIE = {
+    **GQA,
+    **ENDS,
+    "moe_intermediate_size": 24,
+    "moe_num_experts": 5,
+    "moe_k": 2,
+}
 # What a model serves by default is shorter than what is asked of these.
 LONGER = {"qwen1-long": 128}
 
@@ -280,6 +298,42 @@ NATIVE = {
     "bloom": lambda: transformers.BloomConfig(
         **ENDS, vocab_size=97, hidden_size=48, n_layer=3, n_head=6
     ),
+    "olmoe": lambda: transformers.OlmoeConfig(**GQA, **ENDS, num_experts=5, num_experts_per_tok=3),
+    "glm4-moe": lambda: transformers.Glm4MoeConfig(
+        **ROUTED, head_dim=16, use_qk_norm=True, attention_bias=True
+    ),
+    "glm4-moe-groups": lambda: transformers.Glm4MoeConfig(
+        **{**ROUTED, "n_shared_experts": 2},
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=False,
+        tie_word_embeddings=True,
+    ),
+    "dots1": lambda: transformers.Dots1Config(**ROUTED, norm_topk_prob=True),
+    "dots1-windows": lambda: transformers.Dots1Config(
+        **{**ROUTED, "first_k_dense_replace": 0},
+        sliding_window=6,
+        max_window_layers=1,
+        n_group=2,
+    ),
+    "minimax-m2": lambda: transformers.MiniMaxM2Config(
+        **GQA,
+        **ENDS,
+        head_dim=16,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    ),
+    "ernie4.5": lambda: transformers.Ernie4_5Config(**GQA, **ENDS, head_dim=16, use_bias=True),
+    "ernie4.5-moe": lambda: transformers.Ernie4_5_MoeConfig(**ERNIE),
+    "ernie4.5-moe-steps": lambda: transformers.Ernie4_5_MoeConfig(
+        **{**ERNIE, "num_hidden_layers": 4},
+        moe_layer_start_index=0,
+        moe_layer_end_index=2,
+        moe_layer_interval=2,
+        moe_num_shared_experts=0,
+        tie_word_embeddings=False,
+    ),
     "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4),
     "mixtral-window": lambda: transformers.MixtralConfig(
         **GQA, num_local_experts=3, num_experts_per_tok=1, sliding_window=5
@@ -322,6 +376,15 @@ HYBRID = {
         **{**DELTA, "linear_key_head_dim": 16, "linear_value_head_dim": 16}, **DELTA_EXPERTS
     ),
     "lfm2": lambda: transformers.Lfm2Config(**LFM2, full_attn_idxs=[1], block_multiple_of=16),
+    "lfm2-moe": lambda: transformers.Lfm2MoeConfig(
+        **LFM2,
+        moe_intermediate_size=24,
+        num_experts=5,
+        num_experts_per_tok=3,
+        num_dense_layers=1,
+        routed_scaling_factor=1.5,
+        layer_types=["conv", "full_attention", "conv"],
+    ),
     "lfm2-biases": lambda: transformers.Lfm2Config(
         **{**LFM2, "hidden_size": 64, "tie_word_embeddings": False},
         layer_types=["conv", "full_attention", "conv"],

@@ -23,4 +23,7 @@ def random_model(
             is_norm = parameter.dim() == 1 and name.endswith("weight")
             mean, std = (1.0, 0.3) if is_norm else (0.0, 0.15)
             parameter.normal_(mean, std, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("correction_bias", "expert_bias")):
+                buffer.normal_(0.0, 0.15, generator=generator)
     return model

@@ -1,19 +1,29 @@
-"""LFM 2 (Liquid AI): mostly short convolutions between two gates, some layers of attention."""
+"""LFM 2 (Liquid AI): mostly short convolutions between two gates, some layers of attention.
+
+Its mixtures have experts behind the first layers, chosen by the sigmoid of their logits and a
+correction.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
 from streamserve.models.families.llama import LAYER
+from streamserve.models.families.routed import with_experts
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
 from streamserve.models.spec import (
     AttentionSpec,
     DecoderSpec,
+    ExpertsSpec,
     LayerSpec,
     MlpSpec,
     NormSpec,
     QkNormSpec,
+    RouterSpec,
     ShortConvSpec,
 )
 
@@ -34,6 +44,18 @@ NAMES = WeightNames(
         "layers.gate_up": (LAYER + "feed_forward.w1", LAYER + "feed_forward.w3"),
         "layers.down": (LAYER + "feed_forward.w2",),
     }
+)
+
+_EXPERT = LAYER + "feed_forward.experts.{expert}."
+MOE_NAMES = replace(
+    NAMES,
+    modules={
+        **NAMES.modules,
+        "layers.router": (LAYER + "feed_forward.gate",),
+        "layers.router.correction": (LAYER + "feed_forward.expert_bias",),
+        "layers.experts.gate_up": (_EXPERT + "w1", _EXPERT + "w3"),
+        "layers.experts.down": (_EXPERT + "w2",),
+    },
 )
 
 
@@ -64,7 +86,7 @@ def _inner_size(config: HfConfig) -> int:
     return -(-int(factor * size) // multiple) * multiple
 
 
-def _spec(config: HfConfig) -> DecoderSpec:
+def _decoder(config: HfConfig, inner_size: int) -> DecoderSpec:
     hidden_size = config.integer("hidden_size")
     num_layers = config.integer("num_hidden_layers")
     num_heads = config.integer("num_attention_heads")
@@ -84,7 +106,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
         conv_width=config.integer_or(3, "conv_L_cache", minimum=2),
         bias=config.flag_or(False, "conv_bias"),
     )
-    mlp = MlpSpec(_inner_size(config), "silu", gated=True)
+    mlp = MlpSpec(inner_size, "silu", gated=True)
     layers = {
         kind: LayerSpec(attention=held, mlp=mlp, attention_norm=norm, mlp_norm=norm)
         for kind, held in (("conv", conv), ("full_attention", attention))
@@ -99,14 +121,49 @@ def _spec(config: HfConfig) -> DecoderSpec:
     )
 
 
-FAMILIES = (
-    Family(
-        architecture="Lfm2ForCausalLM",
-        model_type="lfm2",
+def _dense(config: HfConfig) -> DecoderSpec:
+    return _decoder(config, _inner_size(config))
+
+
+def _mixture(config: HfConfig) -> DecoderSpec:
+    spec = _decoder(config, config.integer("intermediate_size"))
+    renormalise = config.flag_or(True, "norm_topk_prob")
+    experts = ExpertsSpec(
+        num_experts=config.integer_or(32, "num_experts"),
+        top_k=config.integer_or(4, "num_experts_per_tok"),
+        intermediate_size=config.integer_or(1792, "moe_intermediate_size"),
+        activation="silu",
+        renormalise=renormalise,
+        router=RouterSpec(
+            scoring="sigmoid",
+            correction=config.flag_or(True, "use_expert_bias"),
+            eps=1e-6 if renormalise else 0.0,
+            scale=config.number_or(1.0, "routed_scaling_factor"),
+        ),
+    )
+    first = config.integer_or(2, "num_dense_layers", minimum=0)
+    return with_experts(spec, experts, range(first, len(spec.layers)))
+
+
+def _family(
+    architecture: str,
+    model_type: str,
+    title: str,
+    spec: Callable[[HfConfig], DecoderSpec],
+    names: WeightNames,
+) -> Family:
+    return Family(
+        architecture=architecture,
+        model_type=model_type,
         series="LFM",
-        title="LFM 2 (dense)",
-        spec=_spec,
+        title=title,
+        spec=spec,
         max_positions=lambda config: config.integer_or(128_000, "max_position_embeddings"),
-        names=NAMES,
-    ),
+        names=names,
+    )
+
+
+FAMILIES = (
+    _family("Lfm2ForCausalLM", "lfm2", "LFM 2 (dense)", _dense, NAMES),
+    _family("Lfm2MoeForCausalLM", "lfm2_moe", "LFM 2 MoE", _mixture, MOE_NAMES),
 )
