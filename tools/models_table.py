@@ -1,4 +1,4 @@
-"""Write what can be served, into ``docs/models.md`` and into the table of the README.
+"""Write what can be served, into ``docs/models.md`` and into the list of the README.
 
     python -m tools.models_table
 
@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 
 from streamserve.cli.args import DTYPES
 from streamserve.cli.models import CHECKPOINT_FORMATS
 from streamserve.cli.quantization import QUANTIZATIONS
 from streamserve.models.catalogue import (
     THROUGH_TRANSFORMERS,
-    Entry,
     native_entries,
-    peculiarities,
-    usual_rope_scaling,
 )
 from tools.api_table import markdown_table
 
@@ -27,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- by tools/models_table.py -->\n", "<!-- end -->\n"
+_README_WIDTH = 108
 
 _INTRO = """# What can be served
 
@@ -99,32 +98,25 @@ checkpoints that are quantised already. What cannot run so is refused with the r
 
 
 def render_readme(text: str) -> str:
-    """The README with its table made anew."""
+    """The README with its list made anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{_readme_table()}{END}{after}"
+    return f"{before}{BEGIN}{_readme_list()}{END}{after}"
 
 
-def _readme_table() -> str:
+def _readme_list() -> str:
     entries = native_entries()
-    usual = usual_rope_scaling(entries)
-    series: dict[str, list[Entry]] = {}
-    for entry in entries:
-        series.setdefault(entry.series, []).append(entry)
-    rows = [
-        (
-            "; ".join(dict.fromkeys(entry.title for entry in members)),
-            _codes(entry.architecture for entry in members),
-            _codes(dict.fromkeys(name for entry in members for name in entry.gguf)),
-            ", ".join(dict.fromkeys(p for e in members for p in peculiarities(e, usual))),
-        )
-        for members in series.values()
-    ]
-    parts = _codes(name for entry in entries for name in entry.text_of)
-    rows.append(("the text of checkpoints with parts for pictures or sound", parts, "", ""))
+    names = dict.fromkeys(entry.title for entry in entries)
+    without = dict.fromkeys(entry.title for entry in entries if not entry.gguf)
+    parts = sum(len(entry.text_of) for entry in entries)
     foreign = ", ".join(THROUGH_TRANSFORMERS.values())
-    rows.append((f"{foreign}, …", "through transformers", "", ""))
-    return markdown_table(("models", "architectures", "GGUF", "some have"), rows)
+    said = (
+        f"**Native**: {'; '.join(names)}. All of these but {', '.join(without)} are read from GGUF "
+        f"files too, and of {parts} architectures with parts for pictures or sound the text is "
+        "served.",
+        f"**Through transformers**: {foreign}, …",
+    )
+    return "\n\n".join(fill(text, _README_WIDTH, break_long_words=False) for text in said) + "\n"
 
 
 def _codes(names: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ import torch
 from streamserve_kernels.interface import (
     ActivationKind,
     GatedKind,
+    HeadsLinear,
     Kernels,
     NotRecordableError,
     PackedLinear,
@@ -38,6 +39,7 @@ __all__ = [
     "QUANTIZATIONS",
     "ActivationKind",
     "GatedKind",
+    "HeadsLinear",
     "Kernels",
     "NotRecordableError",
     "PackedLinear",

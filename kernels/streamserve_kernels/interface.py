@@ -103,6 +103,14 @@ class QuantLinear(PackedLinear, Protocol):
         ...
 
 
+class HeadsLinear(Protocol):
+    """A weight [H, N, K]: a matrix for each head. See `naive.prepare_by_head`."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 class NotRecordableError(Exception):
     """A forward does something that a backend's recorder has no instruction for."""
 
@@ -287,6 +295,8 @@ class Kernels(Protocol):
     def prepare_stored(
         self, weight: StoredWeight, bias: Tensor | None, dtype: torch.dtype
     ) -> QuantLinear: ...
+
+    def prepare_by_head(self, weight: Tensor) -> HeadsLinear: ...
 
     def slow_quantisation(self) -> str | None:
         """Why products with quantised weights are slow here, or None where they are fast."""

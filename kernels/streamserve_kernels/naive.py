@@ -16,11 +16,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from streamserve_kernels import adapters, recurrent
+from streamserve_kernels.by_head import NaiveHeadsLinear
 from streamserve_kernels.float8 import FLOAT8
 from streamserve_kernels.fp8 import NaiveFp8Linear
 from streamserve_kernels.interface import (
     ActivationKind,
     GatedKind,
+    HeadsLinear,
     PackedLinear,
     PrefixGroups,
     QuantLinear,
@@ -418,6 +420,15 @@ def prepare_stored(weight: StoredWeight, bias: Tensor | None, dtype: torch.dtype
     return prepare_parts(
         weight, bias, lambda part, part_bias: NaiveStoredLinear(part, part_bias, dtype)
     )
+
+
+def prepare_by_head(weight: Tensor) -> HeadsLinear:
+    """Weights [H, N, K], one for each head, as x [T, H, K + C] is multiplied by them.
+
+    The first K elements of a head are; what is behind is passed on, before the products:
+    [T, H, C + N]. The heads of a token of x are adjacent; K, C and N may have to be even.
+    """
+    return NaiveHeadsLinear(weight)
 
 
 def slow_quantisation() -> str | None:

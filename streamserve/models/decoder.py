@@ -18,6 +18,7 @@ from torch import Tensor
 
 from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
+from streamserve.models.latent import LatentAttention
 from streamserve.models.layers import (
     Attention,
     BoundNorm,
@@ -49,7 +50,7 @@ from streamserve_kernels import (
 
 logger = logging.getLogger(__name__)
 
-Mixing = Attention | DeltaNet | StateSpace | ShortConv
+Mixing = Attention | LatentAttention | DeltaNet | StateSpace | ShortConv
 """What brings a token together with those before it: the first half of a block."""
 
 
@@ -243,16 +244,14 @@ class Decoder:
             attention = self._attention(layer.attention, weights)
         return Block(layer, weights, kernels, attention, mlp)
 
-    def _attention(self, spec: AttentionSpec, weights: Weights, **options: Any) -> Attention:
-        return Attention(
-            spec,
-            weights,
-            self.kernels,
-            self.device,
-            self._cos_sin(spec.rope),
-            self.max_model_len,
-            **options,
-        )
+    def _attention(
+        self, spec: AttentionSpec, weights: Weights, **options: Any
+    ) -> Attention | LatentAttention:
+        kernels, cos_sin = self.kernels, self._cos_sin(spec.rope)
+        if spec.latent is not None:
+            return LatentAttention(spec, weights, kernels, cos_sin)
+        limits = (self.device, cos_sin, self.max_model_len)
+        return Attention(spec, weights, kernels, *limits, **options)
 
     def linears(self) -> Iterator[PackedLinear]:
         """Every product of the forward, layer by layer, experts one by one; the head last."""

@@ -34,7 +34,7 @@ def weight_bytes(
     total = 0.0
     for module in decoder_modules(spec):
         held = module_quantization(module, spec, quantization)
-        kept = None if stored is None else stored.format(module)
+        kept = None if stored is None or module.by_head else stored.format(module)
         if module.columns is None or (held is None and kept is None):
             itemsize = torch.float32.itemsize if module.float32 else dtype.itemsize
             num_bytes = module.numel * itemsize

@@ -8,6 +8,8 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
     join.embedding_norm  join.hidden_norm  join.product  join.taps_norm  join.tap_norms.0 (1, …)
     layers.attention_norm  layers.attention_post_norm  layers.mlp_norm  layers.mlp_post_norm
     layers.qkv  layers.q_norm  layers.k_norm  layers.output  layers.sinks
+    layers.latent.input  layers.latent.query_norm  layers.latent.query  layers.latent.norm
+    layers.latent.heads
     layers.delta.qkvz  layers.delta.gates  layers.delta.conv  layers.delta.decay
     layers.delta.time_bias  layers.delta.norm  layers.delta.output
     layers.space.input  layers.space.conv  layers.space.decay  layers.space.time_bias

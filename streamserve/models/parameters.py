@@ -17,6 +17,7 @@ from streamserve.models.spec import (
     DeltaNetSpec,
     ExpertsSpec,
     FusionSpec,
+    LatentSpec,
     MlpSpec,
     NormSpec,
     ShortConvSpec,
@@ -38,7 +39,8 @@ class Module:
 
     ``rows`` are the parts stacked in it, as (q, k, v) or (gate, up). A norm or vector has
     ``columns=None``: its weight is ``[sum(rows)]``. ``name`` is a key of ``WeightNames.modules``.
-    ``float32`` weights are held so whatever the model's dtype is.
+    ``float32`` weights are held so whatever the model's dtype is. ``by_head`` ones become products
+    of each head by itself: they are held as the activations are, however they are stored.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Module:
     layer: int | None = None
     expert: int | None = None
     float32: bool = False
+    by_head: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -157,7 +160,7 @@ def module_quantization(
     not. The head takes int8 in either case: with int4 there too, the model in the box changes its
     best token at twice as many positions. A tied embedding is the head's rows.
     """
-    if quantization is None or module.name in _NEVER_QUANTISED:
+    if quantization is None or module.by_head or module.name in _NEVER_QUANTISED:
         return None
     if module.name == "head" or (module.name == "embedding" and spec.tied_head):
         return "int8"
@@ -166,7 +169,7 @@ def module_quantization(
 
 def takes_adapter(module: Module) -> bool:
     """Whether a LoRA adapter may have matrices beside a module of a layer."""
-    is_linear = module.role == "linear" and module.expert is None
+    is_linear = module.role == "linear" and module.expert is None and not module.by_head
     return is_linear and module.name != "layers.router"
 
 
@@ -177,6 +180,9 @@ def _norm(name: str, norm: NormSpec, size: int, layer: int | None = None) -> Mod
 def _attention_modules(
     attention: AttentionSpec, input_size: int, hidden_size: int, index: int
 ) -> Iterator[Module]:
+    if attention.latent is not None:
+        yield from _latent_modules(attention, attention.latent, input_size, hidden_size, index)
+        return
     yield Module(
         "layers.qkv",
         "linear",
@@ -202,6 +208,26 @@ def _attention_modules(
         bias=attention.output_bias,
         layer=index,
     )
+
+
+def _latent_modules(
+    attention: AttentionSpec, latent: LatentSpec, input_size: int, hidden_size: int, index: int
+) -> Iterator[Module]:
+    rank, heads = attention.value_head_size, attention.num_heads
+    rope_size = attention.query_key_head_size - rank
+    query_size = heads * (latent.key_size + rope_size)
+    first_size = latent.query_rank or query_size
+    prefix = "layers.latent."
+    yield Module(
+        prefix + "input", "linear", (first_size, rank + rope_size), input_size, layer=index
+    )
+    if latent.query_rank is not None:
+        yield _norm(prefix + "query_norm", latent.norm, latent.query_rank, index)
+        yield Module(prefix + "query", "linear", (query_size,), latent.query_rank, layer=index)
+    yield _norm(prefix + "norm", latent.norm, rank, index)
+    heads_size = heads * (latent.key_size + latent.value_size)
+    yield Module(prefix + "heads", "linear", (heads_size,), rank, layer=index, by_head=True)
+    yield Module("layers.output", "linear", (hidden_size,), attention.output_size, layer=index)
 
 
 def _delta_net_modules(spec: DeltaNetSpec, hidden_size: int, index: int) -> Iterator[Module]:

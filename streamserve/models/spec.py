@@ -7,7 +7,8 @@ are in elements, windows and positions in tokens.
     ├── embedding, learned positions, embedding norm and scale; or, of a draft head, a JoinSpec or
     │   a FusionSpec
     ├── layers: tuple[LayerSpec]          one per layer, so that layers may differ
-    │   ├── AttentionSpec                 heads, window, rope, qk-norm, biases, sinks, soft cap
+    │   ├── AttentionSpec                 heads, window, rope, qk-norm, biases, sinks, soft cap; or
+    │   │                                 by latents (LatentSpec)
     │   │   or DeltaNetSpec, StateSpaceSpec, ShortConvSpec     a state of constant size instead
     │   ├── MlpSpec | ExpertsSpec         with a RouterSpec
     │   └── norms before and after each half; sequential or parallel residual
@@ -99,6 +100,24 @@ class QueryScaleSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Multi-head latent attention (DeepSeek-AI 2024): a token has one vector for all heads.
+
+    Of that each head makes the ``key_size`` elements of its key that do not turn, and its value of
+    ``value_size``, by products of its own. They are not made: queries go through the heads' key
+    products instead, and what they find through the value products. So attention has one head of
+    keys and values, ``value_head_size`` elements of that vector after ``norm``, with the elements
+    that do turn before them in the key. With ``query_rank`` queries are a product of a vector of
+    that size, normed too.
+    """
+
+    norm: NormSpec
+    key_size: int
+    value_size: int
+    query_rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """``num_kv_heads`` covers MHA (= heads), GQA and MQA (= 1); ``window`` counts the token itself.
 
@@ -106,6 +125,8 @@ class AttentionSpec:
     positions, or to nothing. ``alibi_scale`` multiplies ALiBi's slopes. ``soft_cap`` bounds the
     scores by ``cap * tanh(score / cap)``. With ``output_gate`` what the heads found is multiplied
     by the sigmoid of a gate of the same size, the query's neighbour, before the output's product.
+    With ``latent`` the sizes of heads are those of attention, where elements that turn come first,
+    and not those of the checkpoint.
     """
 
     num_heads: int
@@ -124,6 +145,7 @@ class AttentionSpec:
     sinks: bool = False
     query_scale: QueryScaleSpec | None = None
     output_gate: bool = False
+    latent: LatentSpec | None = None
 
     @property
     def query_size(self) -> int:
@@ -139,7 +161,8 @@ class AttentionSpec:
 
     @property
     def output_size(self) -> int:
-        return self.num_heads * self.value_head_size
+        latent = self.latent
+        return self.num_heads * (self.value_head_size if latent is None else latent.value_size)
 
     @property
     def gate_size(self) -> int:
@@ -455,4 +478,9 @@ def _attention_width(spec: CacheSpec) -> int:
     if isinstance(spec, ShortConvSpec):
         return 6 * spec.channels
     heads = spec.query_size + spec.key_size + spec.value_size
+    if spec.latent is not None:  # queries before and after their products, what is found the same
+        rope_size = spec.query_key_head_size - spec.value_head_size
+        found = spec.num_heads * spec.value_head_size
+        before = spec.num_heads * (spec.latent.key_size + rope_size)
+        heads += before + found + spec.key_size + (spec.latent.query_rank or 0)
     return heads + spec.output_size + 2 * spec.gate_size

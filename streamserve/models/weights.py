@@ -21,8 +21,8 @@ from streamserve.models.parameters import (
     opening_modules,
 )
 from streamserve.models.pieces import Leaf
-from streamserve.models.spec import DecoderSpec
-from streamserve_kernels import Kernels, PackedLinear, Quantization
+from streamserve.models.spec import AttentionSpec, DecoderSpec
+from streamserve_kernels import HeadsLinear, Kernels, PackedLinear, Quantization
 from streamserve_kernels.stored import StoredWeight
 
 Progress = Callable[[int, int], None]
@@ -44,9 +44,11 @@ class Weights:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     expert_gate_up: list[PackedLinear] = field(default_factory=list)
     expert_down: list[PackedLinear] = field(default_factory=list)
+    by_head: dict[str, HeadsLinear] = field(default_factory=dict)
 
     def nbytes(self) -> int:
-        packed = (*self.linears.values(), *self.expert_gate_up, *self.expert_down)
+        products = (*self.linears.values(), *self.by_head.values())
+        packed = (*products, *self.expert_gate_up, *self.expert_down)
         norms = (part for norm in self.norms.values() for part in (norm.weight, norm.bias))
         tensors = (*self.tensors.values(), *norms)
         return sum(linear.nbytes for linear in packed) + sum(
@@ -137,6 +139,9 @@ class _Builder:
             release_freed_memory()
 
     def _add(self, weights: Weights, module: Module) -> None:
+        if module.by_head:
+            self._add_heads(weights, module)
+            return
         stored = self._source.stored(module)
         if stored is not None:
             self._add_linear(weights, module, self._pack_stored(module, stored))
@@ -156,6 +161,21 @@ class _Builder:
                 weights.tensors[f"{module.name}.bias"] = bias
         else:
             self._add_linear(weights, module, self._pack(weight, bias, quantization))
+
+    def _add_heads(self, weights: Weights, module: Module) -> None:
+        """Keys of all heads, and their values, from what has for each head its key and its value.
+
+        A query goes through the keys' product, from its own size to the latent's.
+        """
+        assert module.layer is not None
+        attention = self._spec.layers[module.layer].attention
+        assert isinstance(attention, AttentionSpec)
+        assert attention.latent is not None
+        sizes = (attention.latent.key_size, attention.latent.value_size)
+        heads = self._fetch(module, "weight").view(attention.num_heads, sum(sizes), -1)
+        keys, values = heads.split_with_sizes(sizes, dim=1)
+        for name, part in (("keys", keys.transpose(1, 2)), ("values", values)):
+            weights.by_head[f"layers.latent.{name}"] = self._kernels.prepare_by_head(part)
 
     def _add_linear(self, weights: Weights, module: Module, packed: PackedLinear) -> None:
         if module.name == "layers.experts.gate_up":

@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction
 CAPABILITY = 90  # Hopper
 HEADS, KV_HEADS, SIZE, HIDDEN, INTERMEDIATE, VOCAB = 32, 8, 128, 4096, 14336, 128256
 BLOCK_SIZE = 32
+LATENT, ROTARY = 512, 64
 
 
 class AbsentGpu:
@@ -311,9 +312,11 @@ def attention_calls() -> Iterator[Callable[[], object]]:
         (1, 256, 32, torch.bfloat16, {"soft_cap": 30.0}),
         (KV_HEADS, 64, 32, torch.bfloat16, {"alibi_slopes": torch.zeros(HEADS)}),
         (KV_HEADS, SIZE, BLOCK_SIZE, torch.float32, {}),
+        (1, LATENT + ROTARY, BLOCK_SIZE, torch.bfloat16, {}),
     ):
         of_query = torch.float32 if dtype == torch.float32 else torch.bfloat16
-        caches = [bf16(4, kv_heads, block_size, size).to(dtype) for _ in range(2)]
+        sizes = (size, LATENT if size > LATENT else size)
+        caches = [bf16(4, kv_heads, block_size, held).to(dtype) for held in sizes]
         for tokens, requests, longest, groups in (
             (1, 1, 1, False),
             (64, 64, 1, False),
@@ -324,6 +327,8 @@ def attention_calls() -> Iterator[Callable[[], object]]:
             if groups and "window" in more:
                 continue
             if dtype == torch.float32 and not groups:
+                continue
+            if size > LATENT and (tokens, groups) not in ((64, False), (512, True)):
                 continue
             members = requests, requests // 2 + 1, requests // 2
             shared = PrefixGroups(*(ints(n) for n in members)) if groups else None

@@ -27,6 +27,7 @@ def test_exported_names() -> None:
         "ActivationKind",
         "BACKENDS",
         "GatedKind",
+        "HeadsLinear",
         "Kernels",
         "NotRecordableError",
         "PackedLinear",

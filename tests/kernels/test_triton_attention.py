@@ -255,6 +255,7 @@ def test_a_few_queries_each(naive: Kernels, device, max_query_len) -> None:
         ((8, 1), 256, 256, 64),
         ((4, 2), 64, 48, 16),
         ((3, 1), 20, 20, 48),
+        ((20, 1), 288, 272, 16),  # latents
     ],
 )
 def test_shapes(

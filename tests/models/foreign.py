@@ -91,7 +91,6 @@ FOREIGN = {
     "helium": _config("HeliumConfig", GQA, head_dim=8),
     "hunyuan-dense": _config("HunYuanDenseV1Config", GQA, head_dim=8),
     "llama": _config("LlamaConfig", GQA, tie_word_embeddings=True),
-    "minicpm3": _config("MiniCPM3Config", MLA),
     "nemotron": _config("NemotronConfig", GQA),
     "olmo": _config("OlmoConfig", GQA, clip_qkv=0.5),
     "olmo3": _config("Olmo3Config", GQA, WINDOWS),

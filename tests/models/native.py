@@ -100,6 +100,14 @@ DEEPSEEK = {
     "moe_layer_freq": 1,
     "norm_topk_prob": False,
 }
+# Every size is another.
+LATENT = {
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+}
 # Every size of a delta net is another in each of these.
 DELTA = {
     **GQA,
@@ -293,6 +301,17 @@ NATIVE = {
     "granite": lambda: transformers.GraniteConfig(**GQA, **SCALES, mlp_bias=True),
     "granite-moe": lambda: transformers.GraniteMoeConfig(
         **GQA, **SCALES, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "minicpm3": lambda: transformers.MiniCPM3Config(**BASE, **LATENT, scale_depth=0.9),
+    "minicpm3-plain": lambda: transformers.MiniCPM3Config(
+        **BASE,
+        **{**LATENT, "q_lora_rank": None, "v_head_dim": None},
+        dim_model_base=None,
+        scale_emb=1.0,
+        tie_word_embeddings=False,
+    ),
+    "youtu": lambda: transformers.YoutuConfig(
+        **BASE, **LATENT, rope_parameters={**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 0.8}
     ),
     # ALiBi with a number of heads that is no power of two.
     "bloom": lambda: transformers.BloomConfig(

@@ -10,6 +10,7 @@ packed_linear       bfloat16 weights packed for oneDNN; linear_few reads them fo
 from __future__ import annotations
 
 from streamserve_kernels.adapters import AdapterTable, add_adapters
+from streamserve_kernels.by_head import prepare_by_head
 from streamserve_kernels.cpu.attention import paged_attention
 from streamserve_kernels.cpu.jit import compilations
 from streamserve_kernels.cpu.ops import (
@@ -62,6 +63,7 @@ __all__ = [
     "name",
     "norm_of_gated",
     "paged_attention",
+    "prepare_by_head",
     "prepare_linear",
     "prepare_quantised",
     "prepare_stored",

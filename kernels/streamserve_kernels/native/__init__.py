@@ -5,7 +5,7 @@ library         finds the compiled library and says why it cannot serve, if so
 execute         instructions in C's layout, run on torch's threads
 layout          the order of the elements in a cache block
 product         how a weight tells its instructions, and what these have in common
-ops, linear, quant_linear, stored*, experts, recurrent
+ops, linear, by_head, quant_linear, stored*, experts, recurrent
                 the functions of the contract on tensors, one or a few instructions each
 sampling        draws from rows of logits, in float32 whatever the model's weights
 record*, symbol, recorded
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from streamserve_kernels.naive import compilations, embedding, side_by_side, warm_up
 from streamserve_kernels.native.adapters import AdapterTable, add_adapters
+from streamserve_kernels.native.by_head import prepare_by_head
 from streamserve_kernels.native.experts import add_shared_experts, chosen_experts, moe
 from streamserve_kernels.native.layout import (
     check_head_sizes,
@@ -72,6 +73,7 @@ __all__ = [
     "name",
     "norm_of_gated",
     "paged_attention",
+    "prepare_by_head",
     "prepare_linear",
     "prepare_quantised",
     "prepare_stored",

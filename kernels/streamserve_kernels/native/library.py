@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 17
+ABI = 18
 MAX_ARGS = 24
 # In the order of program.c.
 OPERATIONS = (
@@ -62,6 +62,7 @@ OPERATIONS = (
     "state_space",
     "norm_of_gated",
     "multiply",
+    "by_head",
 )
 # In the order of elementwise.c.
 ACTIVATION_CODES = {

@@ -99,8 +99,16 @@ def prepare_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
 
 def _pack(weight: Tensor) -> Tensor:
     out_features, in_features = weight.shape
-    blocks, pairs = -(-out_features // BLOCK), -(-in_features // 2)
-    packed = _arena.empty((blocks, pairs, BLOCK, 2), torch.bfloat16)
+    shape = (-(-out_features // BLOCK), -(-in_features // 2), BLOCK, 2)
+    packed = _arena.empty(shape, torch.bfloat16)
+    pack_into(packed, weight)
+    return packed
+
+
+def pack_into(packed: Tensor, weight: Tensor) -> None:
+    """Writes a weight [N, K] into zeros [ceil(N / 64), ceil(K / 2), 64, 2]."""
+    out_features, in_features = weight.shape
+    blocks, pairs = packed.shape[:2]
     whole = out_features // BLOCK
     if in_features % 2:
         weight = torch.nn.functional.pad(weight, (0, 1))
@@ -108,7 +116,6 @@ def _pack(weight: Tensor) -> Tensor:
     packed[:whole] = lanes[: whole * BLOCK].view(whole, BLOCK, pairs, 2).transpose(1, 2)
     if whole < blocks:
         packed[whole, :, : out_features - whole * BLOCK] = lanes[whole * BLOCK :].transpose(0, 1)
-    return packed
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:

@@ -19,6 +19,7 @@ from streamserve_kernels.adapters import AdapterRows
 from streamserve_kernels.float8 import refuse_float8
 from streamserve_kernels.interface import NotRecordableError, PackedLinear, QuantLinear
 from streamserve_kernels.native.adapters import AdapterTable
+from streamserve_kernels.native.by_head import NativeHeadsLinear
 from streamserve_kernels.native.execute import Executable, double_bits
 from streamserve_kernels.native.experts import ExpertProducts, Routes, route
 from streamserve_kernels.native.layout import check_head_sizes
@@ -250,6 +251,16 @@ class Recorder(RecurrentRecorder):
     def linear(self, x: Symbol, packed: Any) -> Symbol:
         out = self._new(x.rows, packed.out_features)
         self._product(x, packed, out.address)
+        return out
+
+    def by_head(self, x: Symbol, packed: NativeHeadsLinear) -> Symbol:
+        """See `naive.prepare_by_head`."""
+        num_passed = x.tail[1] - packed.in_features
+        if x.rows != TOKENS or num_passed < 0 or x.stride % 2:
+            raise NotRecordableError("a product by heads of other rows than the step's")
+        out = self._new(TOKENS, x.tail[0], num_passed + packed.out_features)
+        self.instructions.append(packed.instruction(out.address, x.address, x.stride, num_passed))
+        self.keep.append(packed)
         return out
 
     def _product(self, x: Symbol, packed: Any, y: int, **options: int) -> None:

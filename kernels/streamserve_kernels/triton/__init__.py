@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from streamserve_kernels.by_head import prepare_by_head
 from streamserve_kernels.interface import QuantLinear
 from streamserve_kernels.naive import add_shared_experts, kv_cache_shape, side_by_side
 from streamserve_kernels.triton.adapters import AdapterTable, add_adapters
@@ -66,6 +67,7 @@ __all__ = [
     "name",
     "norm_of_gated",
     "paged_attention",
+    "prepare_by_head",
     "prepare_linear",
     "prepare_quantised",
     "prepare_stored",

@@ -163,7 +163,7 @@ def paged_attention(
         *most,
         *bases,
         c=constants,
-        num_warps=1,
+        num_warps=max(1, constants.block_dv // 256),
         launch_pdl=constants.overlaps,
     )
     return output

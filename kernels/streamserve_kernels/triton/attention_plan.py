@@ -59,6 +59,9 @@ LEAST_UNITS = 2
 SHARED_QUERIES = 8
 # Of float32, but for decodes of one tile: larger ones do not fit into registers.
 FLOAT32 = Tiles(16, 16)
+# Heads of more elements than this are latents that all heads share: tiles of so many rows and keys.
+WIDEST_HEAD = 256
+LATENT = Tiles(16, 32)
 
 
 def plan(
@@ -93,6 +96,19 @@ def plan(
             shared=FLOAT32,
             split_queries=split_queries,
             stages=2,
+        )
+    if head_size > WIDEST_HEAD:
+        # Not measured. What fits: two tiles of keys and values are 192 KiB with heads of 512.
+        found = plan(group, WIDEST_HEAD, num_tokens, max_query_len, has_groups, cache_bytes)
+        return replace(
+            found,
+            split=LATENT,
+            chunk=LATENT,
+            shared=LATENT,
+            split_queries=max(1, LATENT.rows // group) if found.has_chunks else found.split_queries,
+            stages=2,
+            warps=8,
+            programs_per_processor=1,
         )
     keys = 64 if head_size <= 128 else 32
     if most * group <= 64 or num_tokens * group <= FEW_ROWS:

@@ -21,6 +21,7 @@ from streamserve.models.families import (
     gptj,
     granite,
     granite_hybrid,
+    latent,
     lfm2,
     llama,
     minimax,
@@ -78,6 +79,7 @@ FAMILIES: dict[str, Family] = {
         ernie,
         minimax,
         dots,
+        latent,
     )
     for family in module.FAMILIES
 }

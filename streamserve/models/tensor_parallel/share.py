@@ -1,6 +1,7 @@
 """Which part of every weight is whose: heads, inner widths and rows of the vocabulary.
 
     q, k, v, gate, up     rows      whole heads; columns of the product
+    latents               all       but for the rows of what the heads make of them
     output, down          columns   each rank has a part of every sum: all of them are added up
     embedding, head       rows      ceil(V / ranks) each, the last rank's may be fewer
     experts               as gate, up and down: each rank has a part of every expert
@@ -115,7 +116,8 @@ class Share:
     def _columns(self, module: Module) -> slice:
         if module.name == "layers.output":
             attention = self._attention(module)
-            heads, size = self.heads(attention), attention.value_head_size
+            heads = self.heads(attention)
+            size = attention.output_size // attention.num_heads
             return slice(heads.start * size, heads.stop * size)
         assert module.columns is not None
         width = module.columns // self.size
@@ -143,11 +145,26 @@ class Share:
             parts.append(_rows_of(kv_heads, key, start))
             parts.append(_rows_of(kv_heads, value, start + attention.key_size))
             return torch.cat(parts)
+        if module.name.startswith("layers.latent."):
+            return self._latent_rows(module)
         if module.name == "layers.sinks":
             return _rows_of(self.heads(self._attention(module)), 1, 0)
         if module.name in ("layers.q_norm", "layers.k_norm"):
             return self._norm_rows(module)
         return None
+
+    def _latent_rows(self, module: Module) -> Tensor | None:
+        """Latents of tokens and of queries are every rank's, what heads make of them is not."""
+        attention = self._attention(module)
+        name = module.name.removeprefix("layers.latent.")
+        assert attention.latent is not None
+        if name not in ("input", "query", "heads"):
+            return None
+        if name == "input" and attention.latent.query_rank is not None:
+            return None
+        size = module.rows[0] // attention.num_heads
+        rows = _rows_of(self.heads(attention), size, 0)
+        return torch.cat((rows, torch.arange(module.rows[0], module.num_rows)))
 
     def _norm_rows(self, module: Module) -> Tensor | None:
         attention = self._attention(module)

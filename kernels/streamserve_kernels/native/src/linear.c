@@ -189,6 +189,51 @@ static void run(const ss_context *context, const int64_t *args, int64_t unit, in
 
 const ss_operation ss_linear = {units, run, ss_begin_product};
 
+// y[t, h] = [x[t, h, K:], x[t, h, :K] @ weight[h]ᵀ]: a weight in the layout above for each head, and
+// behind what it multiplies elements that are passed on.
+enum {
+    HEADS_Y,        // address of y [T, H, C + N]
+    HEADS_X,        // address of x [T, H, K + C]
+    HEADS_X_STRIDE, // elements between the tokens of x
+    HEADS_COUNT,    // H
+    HEADS_INPUTS,   // K, even
+    HEADS_PASSED,   // C, even
+    HEADS_OUTPUTS,  // N
+    HEADS_WEIGHT,   // address of the packed weights, one behind the other
+};
+
+static int64_t by_head_units(const ss_context *context, const int64_t *args) {
+    if (!context->step->num_tokens) return 0;
+    return args[HEADS_COUNT] * ss_ceil_div(args[HEADS_OUTPUTS], BLOCK);
+}
+
+static void by_head_run(const ss_context *context, const int64_t *args, int64_t unit,
+                        int64_t num_units, int thread) {
+    (void)num_units, (void)thread;
+    const int64_t inputs = args[HEADS_INPUTS], passed = args[HEADS_PASSED];
+    const int64_t outputs = args[HEADS_OUTPUTS], blocks = ss_ceil_div(outputs, BLOCK);
+    const int64_t head = unit / blocks, block = unit % blocks, rows = context->step->num_tokens;
+    const int64_t columns = ss_min(BLOCK, outputs - block * BLOCK);
+    const bf16 *weight = (const bf16 *)args[HEADS_WEIGHT] + unit * BLOCK * inputs;
+    const bf16 *x = (const bf16 *)args[HEADS_X] + head * (inputs + passed);
+    bf16 *y = (bf16 *)args[HEADS_Y] + head * (passed + outputs);
+    const int64_t x_stride = args[HEADS_X_STRIDE], y_stride = args[HEADS_COUNT] * (passed + outputs);
+    for (int64_t m = 0; m < rows && block == 0 && passed; m++)
+        memcpy(y + m * y_stride, x + m * x_stride + inputs, (size_t)passed * sizeof(bf16));
+    const ss_output out = {.y = y + passed, .stride = y_stride};
+    const int64_t groups = ss_ceil_div(rows, GROUP_ROWS);
+    float sums[GROUP_ROWS * BLOCK] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < groups; i++) {
+        const int64_t m = rows * i / groups, count = rows * (i + 1) / groups - m;
+        multiply_group(sums, x + m * x_stride, x_stride, weight, inputs / 2, count,
+                       ss_ceil_div(columns, LANES), i == 0);
+        for (int64_t j = 0; j < count; j++)
+            ss_put_row(&out, m + j, block * BLOCK, columns, sums + j * BLOCK);
+    }
+}
+
+const ss_operation ss_by_head = {by_head_units, by_head_run, 0};
+
 // ids[row] = the first index of the largest of a row, from what each thread kept of the head.
 enum { ARGMAX_IDS, ARGMAX_BEST };
 

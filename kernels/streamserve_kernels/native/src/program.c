@@ -19,7 +19,7 @@ static const ss_operation *const OPERATIONS[] = {
     &ss_draw, &ss_top_logits,
     &ss_causal_conv, &ss_delta_scales, &ss_delta_rule, &ss_gated_norm, &ss_sigmoid_gate,
     &ss_state_space_times, &ss_state_space, &ss_norm_of_gated,
-    &ss_multiply,
+    &ss_multiply, &ss_by_head,
 };
 enum { NUM_OPERATIONS = sizeof(OPERATIONS) / sizeof(OPERATIONS[0]) };
 
@@ -53,7 +53,7 @@ typedef struct {
 } region;
 
 // Changes with every change of a structure or of an operation's arguments: library.py checks it.
-int ss_abi(void) { return 17; }
+int ss_abi(void) { return 18; }
 
 void ss_program_free(ss_program *program) {
     if (!program) return;

@@ -84,7 +84,7 @@ extern const ss_operation ss_embedding, ss_gather_rows, ss_rms_norm, ss_layer_no
     ss_draw, ss_top_logits,
     ss_causal_conv, ss_delta_scales, ss_delta_rule, ss_gated_norm, ss_sigmoid_gate,
     ss_state_space_times, ss_state_space, ss_norm_of_gated,
-    ss_multiply;
+    ss_multiply, ss_by_head;
 
 const ss_operation *ss_operation_of(const ss_instruction *instruction);
 
