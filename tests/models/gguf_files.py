@@ -142,6 +142,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
+_CORRECTIONS = ("e_score_correction_bias", "expert_bias")
 _EXPERT = re.compile(r"(.*mlp\.experts)\.\d+\.(\w+\.weight)$")
 
 
@@ -151,9 +152,11 @@ def _tensors(
     """Names with transformers' tensors, experts of one layer together; a tied head is left out."""
     found: dict[str, list[Tensor]] = {}
     tied = settings_of(model).tie_word_embeddings
-    for named, parameter in model.named_parameters():
+    buffers = ((name, b) for name, b in model.named_buffers() if name.endswith(_CORRECTIONS))
+    for named, parameter in (*model.named_parameters(), *buffers):
         data = parameter.data
         name = named.replace("block_sparse_moe", "mlp")  # as Qwen has them
+        name = name.replace("feed_forward.experts", "mlp.experts")
         base, _, leaf = name.rpartition(".")
         if tied and name == "lm_head.weight":
             continue
@@ -177,6 +180,9 @@ def _tensors(
                 found[f"{_shared(base, model)}.{part}_proj.weight"] = [rows]
         elif base.endswith("shared_mlp.output_linear"):
             found[f"{_shared(base, model)}.down_proj.weight"] = [data]
+        elif leaf.endswith(_CORRECTIONS):
+            layer, _, _ = name.rpartition(".mlp." if ".mlp." in name else ".feed_forward.")
+            found[f"{layer}.mlp.gate.e_score_correction.bias"] = [data.flatten()]
         elif leaf == "dt_bias":
             found[f"{base}.dt_proj.bias"] = [data]
         elif leaf == "sinks":

@@ -24,6 +24,7 @@ from streamserve_kernels.stored import concatenate
 from tests.models import references
 from tests.models.gguf_files import F32, Kind, settings_of, write_gguf
 from tests.models.gguf_hybrids import GRANITE_SCALES, HYBRID_CASES
+from tests.models.gguf_mixtures import MIXTURE_CASES
 from tests.models.gguf_parity import compare, sizes
 from tests.models.native import (
     BAICHUAN_13B,
@@ -462,6 +463,7 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict
         dict,
     ),
     **HYBRID_CASES,
+    **MIXTURE_CASES,
 }
 
 
@@ -573,6 +575,9 @@ def test_a_head_that_is_normalised_is_not_kept_packed(tmp_path, build):
         "qwen3.5",
         "qwen3-next",
         "lfm2",
+        "glm4-moe",
+        "minimax-m2",
+        "lfm2-moe",
     ],
 )
 def test_experts_and_fused_matrices_are_packed_too(case, tmp_path, build, kernels):

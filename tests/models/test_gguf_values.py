@@ -7,11 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from streamserve.errors import UnsupportedModelError
 from streamserve.models.gguf.architecture import rotary_factor
 from streamserve.models.gguf.architectures import _chatglm, _gemma3, _gemma_scale, _gptneox
 from streamserve.models.gguf.container import GgufFile
 from streamserve.models.gguf.metadata import Metadata
-from streamserve.models.gguf.mixtures import _deepseek, _gpt_oss, experts
+from streamserve.models.gguf.mixtures import (
+    _deepseek,
+    _glm4_moe,
+    _gpt_oss,
+    experts,
+    require_sigmoid,
+    weights_scale,
+)
 from streamserve.models.gguf.reading import Reading
 from streamserve.models.gguf.rope_scaling import rope_scaling
 
@@ -119,3 +127,24 @@ def test_deepseek_normalises_the_chosen_ones_if_it_says_so(normalised):
     values = {**MOE, "expert_feed_forward_length": 24}
     said = {"expert_weights_norm": True} if normalised else {}
     assert _deepseek(reading(**values, **said))["norm_topk_prob"] is normalised
+
+
+@pytest.mark.parametrize("stated", [{}, {"expert_gating_func": 0}, {"expert_gating_func": 2}])
+def test_experts_that_are_scored_by_sigmoid_may_not_say_so(stated):
+    require_sigmoid(reading(**stated))
+    with pytest.raises(UnsupportedModelError, match=r"llama\.expert_gating_func 3 is not"):
+        require_sigmoid(reading(expert_gating_func=3))
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [({}, 1.0), ({"expert_weights_scale": 0.0}, 1.0), ({"expert_weights_scale": 2.5}, 2.5)],
+)
+def test_no_scale_is_one(values, scale):
+    assert weights_scale(reading(**values)) == scale
+
+
+@pytest.mark.parametrize(("values", "share"), [({}, 1.0), ({"rope__dimension_count": 4}, 0.5)])
+def test_all_of_a_head_turns_in_glm_4_5_unless_a_file_says_otherwise(values, share):
+    moe = {**MOE, "expert_feed_forward_length": 24}
+    assert _glm4_moe(reading(**GEMMA | moe, **values))["partial_rotary_factor"] == share

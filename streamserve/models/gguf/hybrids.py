@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.gguf.architecture import Architecture, Values, rotary_factor
-from streamserve.models.gguf.mixtures import qwen2_moe
+from streamserve.models.gguf.mixtures import (
+    ROUTED,
+    qwen2_moe,
+    require_sigmoid,
+    weights_scale,
+)
 
 if TYPE_CHECKING:
     from streamserve.models.gguf.reading import Reading
@@ -71,6 +76,18 @@ def _lfm2(reading: Reading) -> Values:
     }
 
 
+def _lfm2_moe(reading: Reading) -> Values:
+    require_sigmoid(reading)
+    return {
+        **_lfm2(reading),
+        "num_experts": reading.integer("expert_count"),
+        "num_experts_per_tok": reading.integer("expert_used_count"),
+        "moe_intermediate_size": reading.integer("expert_feed_forward_length"),
+        "num_dense_layers": reading.integer_or(0, "leading_dense_block_count"),
+        "routed_scaling_factor": weights_scale(reading),
+    }
+
+
 # Text turns by one position, whichever of three axes a pair belongs to. Layers that guess further
 # tokens are a head of their own.
 _DELTA_NET = Architecture(
@@ -93,4 +110,7 @@ HYBRIDS: Mapping[str, Architecture] = {
         delta_layout="grouped",
     ),
     "lfm2": Architecture("Lfm2ForCausalLM", _lfm2, num_kv_heads=some_kv_heads),
+    "lfm2moe": Architecture(
+        "Lfm2MoeForCausalLM", _lfm2_moe, num_kv_heads=some_kv_heads, read=ROUTED
+    ),
 }

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from streamserve.models.gguf.architecture import Architecture, Values, has_bias, layer_types
+from streamserve.errors import UnsupportedModelError
+from streamserve.models.gguf.architecture import (
+    Architecture,
+    Values,
+    has_bias,
+    layer_types,
+    rotary_factor,
+)
 from streamserve.models.gguf.rope_scaling import rope_scaling
 
 if TYPE_CHECKING:
@@ -53,6 +60,77 @@ def _deepseek(reading: Reading) -> Values:
     }
 
 
+_SIGMOID = 2
+# Of routers that score by sigmoid: see `require_sigmoid`.
+ROUTED = ("expert_gating_func", "expert_weights_scale")
+_GROUPED = (*ROUTED, "expert_group_count")
+
+
+def require_sigmoid(reading: Reading) -> None:
+    """Raises UnsupportedModelError for a file whose experts are scored in another way."""
+    scoring = reading.integer_or(_SIGMOID, "expert_gating_func") or _SIGMOID
+    if scoring != _SIGMOID:
+        raise UnsupportedModelError(
+            f"{reading.file.path}: {reading.key('expert_gating_func')} {scoring} is not supported "
+            f"for this architecture; this is: {_SIGMOID}"
+        )
+
+
+def weights_scale(reading: Reading) -> float:
+    return reading.number_or(0.0, "expert_weights_scale") or 1.0
+
+
+def _dots1(reading: Reading) -> Values:
+    require_sigmoid(reading)
+    return {
+        **_deepseek(reading),
+        "n_group": reading.integer_or(0, "expert_group_count") or 1,
+        "topk_group": reading.integer_or(0, "expert_group_used_count") or 1,
+        "routed_scaling_factor": weights_scale(reading),
+        "max_window_layers": reading.num_layers,  # so that no layer has a window
+    }
+
+
+def _glm4_moe(reading: Reading) -> Values:
+    rotary_dim = reading.integer_or(reading.head_size, "rope.dimension_count")
+    return {
+        **_dots1(reading),
+        "partial_rotary_factor": rotary_factor(rotary_dim, reading.head_size),
+        "use_qk_norm": reading.has_tensor("blk.0.attn_q_norm.weight"),
+    }
+
+
+def _ernie(reading: Reading) -> Values:
+    return {"use_bias": has_bias(reading, "attn_q")}
+
+
+def _ernie_moe(reading: Reading) -> Values:
+    return {
+        "moe_num_experts": reading.integer("expert_count"),
+        "moe_k": reading.integer("expert_used_count"),
+        "moe_intermediate_size": reading.integer("expert_feed_forward_length"),
+        "moe_num_shared_experts": reading.integer_or(0, "expert_shared_count"),
+        "moe_layer_start_index": reading.integer_or(0, "leading_dense_block_count"),
+        "moe_layer_interval": reading.integer_or(1, "interleave_moe_layer_step"),
+    }
+
+
+def _olmoe(reading: Reading) -> Values:
+    return {
+        "num_experts": reading.integer("expert_count"),
+        "num_experts_per_tok": reading.integer("expert_used_count"),
+    }
+
+
+def _minimax_m2(reading: Reading) -> Values:
+    require_sigmoid(reading)
+    return {
+        "num_local_experts": reading.integer("expert_count"),
+        "num_experts_per_tok": reading.integer("expert_used_count"),
+        "intermediate_size": reading.integer("expert_feed_forward_length"),
+    }
+
+
 def _gpt_oss(reading: Reading) -> Values:
     scaling = rope_scaling(reading)
     return {
@@ -73,4 +151,13 @@ MIXTURES: Mapping[str, Architecture] = {
     ),
     "deepseek": Architecture("DeepseekForCausalLM", _deepseek, permuted=True),
     "gpt-oss": Architecture("GptOssForCausalLM", _gpt_oss, windows=True),
+    # The last block guesses a further token.
+    "glm4moe": Architecture(
+        "Glm4MoeForCausalLM", _glm4_moe, read=(*_GROUPED, "nextn_predict_layers")
+    ),
+    "dots1": Architecture("Dots1ForCausalLM", _dots1, read=_GROUPED),
+    "ernie4_5": Architecture("Ernie4_5ForCausalLM", _ernie, also=("Ernie4_5_ForCausalLM",)),
+    "ernie4_5-moe": Architecture("Ernie4_5_MoeForCausalLM", _ernie_moe),
+    "olmoe": Architecture("OlmoeForCausalLM", _olmoe),
+    "minimax-m2": Architecture("MiniMaxM2ForCausalLM", _minimax_m2, read=("expert_gating_func",)),
 }

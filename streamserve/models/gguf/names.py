@@ -72,6 +72,7 @@ _ALTERNATIVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "layers.up": (_block("ffn_up"),),
     "layers.down": (_block("ffn_down"),),
     "layers.router": (_block("ffn_gate_inp"),),
+    "layers.router.correction": (_block("exp_probs_b.bias"),),
     "layers.experts.gate_up": (
         _block("ffn_gate_up_exps.{expert}"),
         _block("ffn_gate_exps.{expert}", "ffn_up_exps.{expert}"),
