@@ -214,7 +214,7 @@ def read_json(path: Path, *, required: bool) -> dict[str, Any]:
 def _check_heads(spec: DecoderSpec, source: str) -> None:
     if not spec.attentions():
         raise UnsupportedModelError(f"{source}: a model of which no layer attends is not supported")
-    for held in spec.caches():
+    for held in dict.fromkeys(layer.attention for layer in spec.layers):
         if isinstance(held, ShortConvSpec):
             continue
         if isinstance(held, AttentionSpec):
@@ -239,7 +239,8 @@ def _longest_sequence(family: Family, config: HfConfig, spec: DecoderSpec) -> in
     stated = family.max_positions(config)
     ropes = (attention.rope for attention in spec.attentions()[:1])
     scaling = next((rope.scaling for rope in ropes if rope is not None), None)
-    if scaling is None or scaling.kind in ("llama3", "longrope", "stepped_dynamic"):
+    kinds = ("llama3", "longrope", "stepped_dynamic", "proportional")
+    if scaling is None or scaling.kind in kinds:
         return stated
     if scaling.kind == "yarn":
         return max(stated, int(scaling.original_max_position_embeddings * scaling.factor))

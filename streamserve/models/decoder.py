@@ -8,7 +8,7 @@ microsecond of Python between two is paid by every token.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any, cast
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
+from streamserve.models.block import Block, Mixing
 from streamserve.models.latent import LatentAttention
 from streamserve.models.layers import (
     Attention,
@@ -28,12 +29,13 @@ from streamserve.models.layers import (
     bind_mlp,
     bind_norm,
 )
+from streamserve.models.per_layer import PerLayerTable
 from streamserve.models.rope import cos_sin_table
+from streamserve.models.shared_cache import SharingAttention
 from streamserve.models.spec import (
     AttentionSpec,
     DecoderSpec,
     DeltaNetSpec,
-    LayerSpec,
     RopeSpec,
     ShortConvSpec,
     StateSpaceSpec,
@@ -49,115 +51,6 @@ from streamserve_kernels import (
 )
 
 logger = logging.getLogger(__name__)
-
-Mixing = Attention | LatentAttention | DeltaNet | StateSpace | ShortConv
-"""What brings a token together with those before it: the first half of a block."""
-
-
-class Block:
-    """One layer. Takes what the last one left, (x, residual) whose sum is the hidden state."""
-
-    __slots__ = (
-        "_attention",
-        "_attention_norm",
-        "_attention_post_norm",
-        "_mlp",
-        "_mlp_norm",
-        "_mlp_post_norm",
-        "_parallel",
-        "_plain",
-        "_residual_scale",
-    )
-
-    def __init__(
-        self,
-        spec: LayerSpec,
-        weights: Weights,
-        kernels: Kernels,
-        attention: Mixing,
-        mlp: Callable[[Tensor], Tensor],
-    ) -> None:
-        def norm(name: str) -> BoundNorm | None:
-            named = getattr(spec, name)
-            if named is None:
-                return None
-            return bind_norm(named, weights.norms[f"layers.{name}"], kernels)
-
-        self._attention = attention
-        self._mlp = mlp
-        self._attention_norm = norm("attention_norm") or BoundNorm()
-        self._mlp_norm = norm("mlp_norm")
-        self._attention_post_norm = norm("attention_post_norm")
-        self._mlp_post_norm = norm("mlp_post_norm")
-        self._parallel = spec.residual == "parallel"
-        self._residual_scale = spec.residual_scale
-        self._plain = (
-            not self._parallel
-            and self._mlp_norm is not None
-            and self._attention_post_norm is None
-            and self._mlp_post_norm is None
-            and spec.residual_scale == 1.0
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        batch: ForwardBatch,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        rows: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the next (x, residual), of ``rows`` only where given.
-
-        x, residual: [T, H] -> [T, H] or [L, H]. The last layer is given the rows that need logits:
-        every token must leave its key and value, or its mark on a state, but only those rows are
-        worth finishing.
-        """
-        if residual is None:
-            normed, residual = self._attention_norm.norm(x), x
-        else:
-            normed, residual = self._attention_norm.add_norm(x, residual)
-        attention = self._attention
-        query, gate = attention.write(normed, batch, key_cache, value_cache)
-        if rows is None:
-            attended = attention.attend(query, gate, batch, key_cache, value_cache)
-        else:
-            residual = residual.index_select(0, rows)
-            if rows.shape[0] == 0:
-                return residual, residual
-            attended = attention.attend(query, gate, batch, key_cache, value_cache)
-            attended = attended.index_select(0, rows)
-            if self._parallel:
-                normed = normed.index_select(0, rows)
-        x = attention.output(attended)
-        if self._plain:
-            normed, residual = self._mlp_norm.add_norm(x, residual)  # type: ignore[union-attr]
-            return self._mlp(normed), residual
-        return self._finish(x, normed, residual)
-
-    def _finish(self, x: Tensor, normed: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The second half of a block that is parallel, post-normed or scaled."""
-        if self._attention_post_norm is not None:
-            x = self._attention_post_norm.norm(x)
-        if self._parallel:
-            if self._mlp_norm is not None:
-                normed = self._mlp_norm.norm(residual)
-        else:
-            if self._residual_scale != 1.0:
-                x = x * self._residual_scale
-            if self._mlp_norm is not None:
-                normed, residual = self._mlp_norm.add_norm(x, residual)
-            else:
-                normed = residual = x + residual
-        mlp = self._mlp(normed)
-        if self._mlp_post_norm is not None:
-            mlp = self._mlp_post_norm.norm(mlp)
-        if self._parallel:
-            mlp = mlp + x
-        if self._residual_scale != 1.0:
-            mlp = mlp * self._residual_scale
-        return mlp, residual
 
 
 class Decoder:
@@ -188,7 +81,8 @@ class Decoder:
         # Gemma multiplies by what is left of it in its own dtype.
         self._embedding_scale: float = torch.tensor(spec.embedding_scale, dtype=dtype).item()
         self._cos_sin_tables: dict[RopeSpec, Tensor] = {}
-        self._cache_indices = list(range(len(spec.layers)))
+        self._layers: Sequence[int] = range(len(spec.layers))  # those that `_blocks` are
+        self._cache_indices = spec.cache_indices()
         self._taps: tuple[int, ...] = ()
         self._recorded: RecordedStep | None = None
         self._recorded_adapted: RecordedStep | None = None  # for steps with adapters
@@ -215,6 +109,7 @@ class Decoder:
             rows = linears.get("embedding", self._head)
             assert isinstance(rows, QuantLinear), "a quantised tied head is the embedding too"
             self._embedding = rows
+        self._per_layer = None if spec.per_layer is None else PerLayerTable(spec, outer, kernels)
         self._position_embedding = outer.tensors.get("position_embedding")
         self._embedding_norm = (
             None
@@ -251,7 +146,8 @@ class Decoder:
         if spec.latent is not None:
             return LatentAttention(spec, weights, kernels, cos_sin)
         limits = (self.device, cos_sin, self.max_model_len)
-        return Attention(spec, weights, kernels, *limits, **options)
+        kind = Attention if spec.shares_cache_of is None else SharingAttention
+        return kind(spec, weights, kernels, *limits, **options)
 
     def linears(self) -> Iterator[PackedLinear]:
         """Every product of the forward, layer by layer, experts one by one; the head last."""
@@ -422,6 +318,7 @@ class Decoder:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Returns the final hidden states [L, H], normed and not, and sums [T, H] at the taps."""
         x, residual = self._open(batch)
+        parts = None if self._per_layer is None else self._parts(self._per_layer, batch, x)
         tapped: dict[int, Tensor] = {}
         rows = batch.logits_indices
         # Strictly increasing rows that are as many as the tokens are all of them.
@@ -435,18 +332,27 @@ class Decoder:
         for index, block in enumerate(blocks):
             if index in taps:
                 tapped[index] = x if residual is None else x + residual
-            key_cache, value_cache = kv_caches[self._cache_indices[index]]
+            layer = self._layers[index]
+            key_cache, value_cache = kv_caches[self._cache_indices[layer]]
             x, residual = block.forward(
-                x, residual, batch, key_cache, value_cache, last_rows if index == last else None
+                x,
+                residual,
+                batch,
+                key_cache,
+                value_cache,
+                last_rows if index == last else None,
+                None if parts is None else parts[layer],
             )
-        assert residual is not None
         if num_blocks in taps:
-            tapped[num_blocks] = x + residual
+            tapped[num_blocks] = x if residual is None else x + residual
             if wanted is not None:
-                x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
+                x = x.index_select(0, wanted)
+                residual = None if residual is None else residual.index_select(0, wanted)
         found = [tapped[index] for index in taps]
         if rows.shape[0] == 0:
             return x[:0], x[:0], found
+        if residual is None:
+            return self.final_norm.norm(x), x, found
         return (*self.final_norm.add_norm(x, residual), found)
 
     def one_of_each_layer(self) -> Decoder:
@@ -459,10 +365,11 @@ class Decoder:
         thin = copy(self)
         thin._recorded = None
         thin._taps = (0,) * len(self._taps)
-        thin._cache_indices = sorted({*first.values(), len(self._blocks) - 1})
-        thin._blocks = [self._blocks[index] for index in thin._cache_indices]
+        layers = sorted({*first.values(), len(self._blocks) - 1})
+        thin._layers = layers
+        thin._blocks = [self._blocks[index] for index in layers]
         if self.adapters is not None:
-            thin._adapted_blocks = [self._adapted_blocks[index] for index in thin._cache_indices]
+            thin._adapted_blocks = [self._adapted_blocks[index] for index in layers]
         return thin
 
     @property
@@ -497,7 +404,7 @@ class Decoder:
         return self._embed(batch), None
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
-        x = self._look_up(batch.input_ids)
+        x = self._look_up(batch.input_ids, self._embedding)
         if self._embedding_scale != 1.0:
             x = x * self._embedding_scale
         if self._position_embedding is not None:
@@ -506,8 +413,12 @@ class Decoder:
             x = self._embedding_norm.norm(x)
         return x
 
-    def _look_up(self, input_ids: Tensor) -> Tensor:
-        return self.kernels.embedding(input_ids, self._embedding)
+    def _parts(self, per_layer: PerLayerTable, batch: ForwardBatch, x: Tensor) -> Sequence[Tensor]:
+        """Each layer's own part [T, P] of the tokens' embeddings, x."""
+        return per_layer.parts(self._look_up(batch.input_ids, per_layer.table), x)
+
+    def _look_up(self, input_ids: Tensor, table: Tensor | QuantLinear) -> Tensor:
+        return self.kernels.embedding(input_ids, table)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

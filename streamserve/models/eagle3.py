@@ -26,9 +26,10 @@ from torch import Tensor
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models import footprint
 from streamserve.models.batch import ForwardBatch, KVCache
+from streamserve.models.block import Block
 from streamserve.models.checkpoint import CheckpointSource, RandomSource, WeightSource
 from streamserve.models.config import read_json
-from streamserve.models.decoder import Block, Decoder
+from streamserve.models.decoder import Decoder
 from streamserve.models.families.eagle3 import (
     Eagle3Layers,
     default_taps,

@@ -101,6 +101,7 @@ class Attention:
         "_sinks",
         "_spec",
         "_splits",
+        "_v_norm",
         "_write_kv",
         "output",
     )
@@ -121,7 +122,7 @@ class Attention:
         ``bind_wide_norm`` makes a norm over all heads.
         """
         self._spec = spec
-        self._qkv = weights.linears["layers.qkv"]
+        self._qkv = weights.linears[spec.product]
         self.output: Callable[[Tensor], Tensor] = weights.linears["layers.output"]
         self._attend = kernels.paged_attention
         self._embedding = kernels.embedding
@@ -130,7 +131,10 @@ class Attention:
         self._cos_sin = cos_sin
         self._interleaved = spec.rope is not None and spec.rope.interleaved
         self._gate = kernels.sigmoid_gate
-        self._splits = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        # What turns in place is the normed key, which is a copy.
+        assert spec.qk_norm is not None or not spec.values_are_keys
+        kv_parts = 1 if spec.values_are_keys else 2
+        self._splits = (spec.num_heads, *(spec.num_kv_heads,) * kv_parts)
         self._sinks = weights.tensors.get("layers.sinks")
         self._query_scales = None
         if spec.query_scale is not None and max_model_len > spec.query_scale.trained:
@@ -147,7 +151,12 @@ class Attention:
             norm, self._per_head_norm = spec.qk_norm.norm, spec.qk_norm.per_head
             bind = bind_norm if self._per_head_norm else bind_wide_norm
             self._q_norm = bind(norm, weights.norms["layers.q_norm"], kernels)
-            self._k_norm = bind(norm, weights.norms["layers.k_norm"], kernels)
+            if spec.shares_cache_of is None:
+                self._k_norm = bind(norm, weights.norms["layers.k_norm"], kernels)
+        self._v_norm = None
+        if spec.value_norm is not None:
+            ones = torch.ones(spec.value_head_size, dtype=self._qkv.dtype, device=device)
+            self._v_norm = bind_norm(spec.value_norm, NormWeights(ones, None), kernels)
 
     def write(
         self, normed: Tensor, batch: ForwardBatch, key_cache: Tensor, value_cache: Tensor
@@ -159,6 +168,8 @@ class Attention:
         query, key, value, gate = self._project(normed)
         if self._q_norm is not None and self._k_norm is not None:
             query, key = self._normed(query, self._q_norm), self._normed(key, self._k_norm)
+        if self._v_norm is not None:
+            value = self._v_norm.norm(value.reshape(-1, value.shape[2])).view(value.shape)
         if self._query_scales is not None:
             query = query * self._embedding(batch.positions, self._query_scales).view(-1, 1, 1)
         if self._cos_sin is None:
@@ -215,8 +226,8 @@ class Attention:
         size = spec.query_key_head_size
         if size == spec.value_head_size and not spec.output_gate:
             heads = product.view(product.shape[0], -1, size)
-            query, key, value = heads.split_with_sizes(self._splits, 1)
-            return query, key, value, None
+            query, key, *own = heads.split_with_sizes(self._splits, 1)
+            return query, key, own[0] if own else key, None
         sizes = (spec.query_size, spec.gate_size, spec.key_size, spec.value_size)
         query, gate, key, value = product.split_with_sizes(sizes, 1)
         return (

@@ -5,9 +5,11 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
 ``{expert}`` stand for their numbers.
 
     embedding  position_embedding  embedding_norm  final_norm  head
+    per_layer.embedding  per_layer.product  per_layer.norm
     join.embedding_norm  join.hidden_norm  join.product  join.taps_norm  join.tap_norms.0 (1, …)
     layers.attention_norm  layers.attention_post_norm  layers.mlp_norm  layers.mlp_post_norm
-    layers.qkv  layers.q_norm  layers.k_norm  layers.output  layers.sinks
+    layers.qkv (or layers.query_key, layers.query)  layers.q_norm  layers.k_norm  layers.output
+    layers.sinks  layers.scalar
     layers.latent.input  layers.latent.query_norm  layers.latent.query  layers.latent.norm
     layers.latent.heads
     layers.delta.qkvz  layers.delta.gates  layers.delta.conv  layers.delta.decay
@@ -18,6 +20,7 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
     layers.gate_up (or layers.up when not gated)  layers.down
     layers.router  layers.router.correction  layers.experts.gate_up  layers.experts.down
     layers.shared.gate  layers.shared.gate_up  layers.shared.down
+    layers.per_layer.gate  layers.per_layer.output  layers.per_layer.norm
 """
 
 from __future__ import annotations

@@ -103,6 +103,11 @@ def opening_modules(spec: DecoderSpec) -> Iterator[Module]:
         yield Module("position_embedding", "table", (spec.learned_positions,), size)
     if spec.embedding_norm is not None:
         yield _norm("embedding_norm", spec.embedding_norm, size)
+    if spec.per_layer is not None:
+        width = len(spec.layers) * spec.per_layer.size
+        yield Module("per_layer.embedding", "table", (spec.vocab_size,), width)
+        yield Module("per_layer.product", "linear", (width,), size)
+        yield _norm("per_layer.norm", spec.per_layer.norm, spec.per_layer.size)
 
 
 def _fusion_modules(join: FusionSpec, size: int) -> Iterator[Module]:
@@ -149,6 +154,13 @@ def layer_modules(spec: DecoderSpec, index: int) -> Iterator[Module]:
     yield from _mlp_modules(layer.mlp, hidden_size, index)
     if layer.mlp_post_norm is not None:
         yield _norm("layers.mlp_post_norm", layer.mlp_post_norm, hidden_size, index)
+    if layer.per_layer is not None:
+        given = layer.per_layer.size
+        yield Module("layers.per_layer.gate", "linear", (given,), hidden_size, layer=index)
+        yield Module("layers.per_layer.output", "linear", (hidden_size,), given, layer=index)
+        yield _norm("layers.per_layer.norm", layer.per_layer.norm, hidden_size, index)
+    if layer.scaled:
+        yield Module("layers.scalar", "vector", (1,), layer=index, float32=True)
 
 
 def module_quantization(
@@ -158,11 +170,13 @@ def module_quantization(
 
     Linear layers and experts are quantised; norms, tables, the router and a delta net's gates are
     not. The head takes int8 in either case: with int4 there too, the model in the box changes its
-    best token at twice as many positions. A tied embedding is the head's rows.
+    best token at twice as many positions. A tied embedding is the head's rows. So does the table of
+    all layers' parts of an embedding, which may be half of a model.
     """
     if quantization is None or module.by_head or module.name in _NEVER_QUANTISED:
         return None
-    if module.name == "head" or (module.name == "embedding" and spec.tied_head):
+    is_head = module.name == "head" or (module.name == "embedding" and spec.tied_head)
+    if is_head or module.name == "per_layer.embedding":
         return "int8"
     return quantization if module.role == "linear" else None
 
@@ -184,9 +198,9 @@ def _attention_modules(
         yield from _latent_modules(attention, attention.latent, input_size, hidden_size, index)
         return
     yield Module(
-        "layers.qkv",
+        attention.product,
         "linear",
-        (attention.query_size + attention.gate_size, attention.key_size, attention.value_size),
+        attention.product_sizes,
         input_size,
         bias=attention.qkv_bias,
         layer=index,
@@ -197,7 +211,8 @@ def _attention_modules(
         query_size = head_size if per_head else attention.query_size
         key_size = head_size if per_head else attention.key_size
         yield _norm("layers.q_norm", norm, query_size, index)
-        yield _norm("layers.k_norm", norm, key_size, index)
+        if attention.shares_cache_of is None:
+            yield _norm("layers.k_norm", norm, key_size, index)
     if attention.sinks:
         yield Module("layers.sinks", "vector", (attention.num_heads,), layer=index)
     yield Module(

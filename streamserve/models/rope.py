@@ -30,7 +30,9 @@ def inverse_frequencies(rope: RopeSpec, max_length: int) -> Tensor:
     plain = 1.0 / (base**exponents)
     if scaling is None or scaling.kind in ("dynamic", "stepped_dynamic"):
         return plain
-    if scaling.kind == "linear":
+    if scaling.kind == "proportional":
+        plain[scaling.turning_pairs :] = 0.0
+    if scaling.kind in ("linear", "proportional"):
         return plain / scaling.factor
     if scaling.kind == "llama3":
         return _llama3(plain, scaling)

@@ -11,7 +11,8 @@ are in elements, windows and positions in tokens.
     │   │                                 by latents (LatentSpec)
     │   │   or DeltaNetSpec, StateSpaceSpec, ShortConvSpec     a state of constant size instead
     │   ├── MlpSpec | ExpertsSpec         with a RouterSpec
-    │   └── norms before and after each half; sequential or parallel residual
+    │   ├── norms before and after each half; sequential or parallel residual
+    │   └── PerLayerSpec                  a part of its own of each token's embedding
     └── final norm, head (tied or not), logit scale and soft cap
 """
 
@@ -19,12 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 NormKind = Literal["rms_norm", "layer_norm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu", "quick_gelu"]
 ExpertActivation = Activation | Literal["clamped_swiglu"]
-RopeScalingKind = Literal["linear", "dynamic", "stepped_dynamic", "llama3", "yarn", "longrope"]
+RopeScalingKind = Literal[
+    "linear", "dynamic", "stepped_dynamic", "llama3", "yarn", "longrope", "proportional"
+]
 Residual = Literal["sequential", "parallel"]
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -45,8 +49,9 @@ class RopeScaling:
 
     ``original_max_position_embeddings`` is the length trained on before stretching. The ``*_freq``
     fields belong to ``llama3``, ``beta_*`` and ``truncate`` to ``yarn``, ``short_factors`` and
-    ``long_factors`` (one for each rotated pair) to ``longrope``. ``attention_factor`` multiplies
-    cos and sin.
+    ``long_factors`` (one for each rotated pair) to ``longrope``. ``turning_pairs`` belongs to
+    ``proportional``: the first so many pairs turn, the others stand still. ``attention_factor``
+    multiplies cos and sin.
     """
 
     kind: RopeScalingKind
@@ -60,6 +65,7 @@ class RopeScaling:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    turning_pairs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +133,10 @@ class AttentionSpec:
     by the sigmoid of a gate of the same size, the query's neighbour, before the output's product.
     With ``latent`` the sizes of heads are those of attention, where elements that turn come first,
     and not those of the checkpoint.
+
+    ``value_norm`` has no weight. With ``values_are_keys`` a value is what its key was before norm
+    and rotation. With ``shares_cache_of`` an earlier layer there are neither keys nor values:
+    queries attend to that layer's.
     """
 
     num_heads: int
@@ -146,6 +156,24 @@ class AttentionSpec:
     query_scale: QueryScaleSpec | None = None
     output_gate: bool = False
     latent: LatentSpec | None = None
+    value_norm: NormSpec | None = None
+    values_are_keys: bool = False
+    shares_cache_of: int | None = None
+
+    @property
+    def product(self) -> str:
+        """The module that makes queries of a layer's input, and keys and values if it has some."""
+        if self.shares_cache_of is not None:
+            return "layers.query"
+        return "layers.query_key" if self.values_are_keys else "layers.qkv"
+
+    @property
+    def product_sizes(self) -> tuple[int, ...]:
+        """Rows of its parts; a query's gate counts to it."""
+        query = self.query_size + self.gate_size
+        if self.shares_cache_of is not None:
+            return (query,)
+        return (query, self.key_size) + (() if self.values_are_keys else (self.value_size,))
 
     @property
     def query_size(self) -> int:
@@ -325,13 +353,26 @@ class ExpertsSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class PerLayerSpec:
+    """What a layer is given of a token besides: ``size`` elements of a table that is all layers'.
+
+    To them is added, normed, a product of the token's embedding. When both halves are done, a gate
+    of the hidden state multiplies them; the product of that is normed and added.
+    """
+
+    size: int
+    activation: Activation
+    norm: NormSpec
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One block.
 
     ``attention_norm`` and ``mlp_norm`` come before their half, the ``*_post_norm`` after it and
     before the residual is added. In a parallel block both halves read the same input; with
     ``mlp_norm=None`` they share the attention's normed input. ``residual_scale`` multiplies what
-    each half adds.
+    each half adds. With ``scaled`` a number of the checkpoint's multiplies what the block leaves.
     """
 
     attention: CacheSpec
@@ -342,6 +383,8 @@ class LayerSpec:
     mlp_post_norm: NormSpec | None = None
     residual: Residual = "sequential"
     residual_scale: float = 1.0
+    per_layer: PerLayerSpec | None = None
+    scaled: bool = False
 
 
 def replace_attention(layer: LayerSpec, **changes: Any) -> LayerSpec:
@@ -436,16 +479,37 @@ class DecoderSpec:
     join: JoinSpec | FusionSpec | None = None
 
     def caches(self) -> tuple[CacheSpec, ...]:
-        return tuple(layer.attention for layer in self.layers)
+        return tuple(layer.attention for layer in self.layers if _has_cache(layer))
+
+    def cache_indices(self) -> tuple[int, ...]:
+        """Which of the pairs of caches each layer has, or shares."""
+        own = accumulate(map(_has_cache, self.layers), initial=0)
+        first = tuple(own)  # how many the layers before one have
+        return tuple(first[_cache_layer(i, layer)] for i, layer in enumerate(self.layers))
 
     def attentions(self) -> tuple[AttentionSpec, ...]:
         return tuple(spec for spec in self.caches() if isinstance(spec, AttentionSpec))
+
+    @property
+    def per_layer(self) -> PerLayerSpec | None:
+        """The layers', if they have it: then all have the same."""
+        return self.layers[0].per_layer
 
     def head_sizes(self) -> tuple[tuple[int, int], ...]:
         return head_sizes(self.attentions())
 
     def row_width(self) -> int:
-        return max(_row_width(self.hidden_size, layer) for layer in self.layers)
+        given = 0 if self.per_layer is None else 2 * len(self.layers) * self.per_layer.size
+        return given + max(_row_width(self.hidden_size, layer) for layer in self.layers)
+
+
+def _cache_layer(index: int, layer: LayerSpec) -> int:
+    shared = getattr(layer.attention, "shares_cache_of", None)
+    return index if shared is None else shared
+
+
+def _has_cache(layer: LayerSpec) -> bool:
+    return getattr(layer.attention, "shares_cache_of", None) is None
 
 
 def used_share(top_k: int, num_experts: int, num_tokens: int) -> float:

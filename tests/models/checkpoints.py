@@ -30,8 +30,8 @@ def random_checkpoint(values: dict[str, Any], directory: Path) -> NativeConfig:
                     shape = (num_experts(config.spec, module), *shape)
                 if piece.name in tensors:
                     continue
-                is_norm = module.role == "norm" and leaf == "weight"
+                is_factor = module.role == "norm" or module.name == "layers.scalar"
                 tensor = torch.empty(shape).normal_(0.0, 0.15, generator=generator)
-                tensors[piece.name] = 1.0 + 2 * tensor if is_norm else tensor
+                tensors[piece.name] = 1.0 + 2 * tensor if is_factor and leaf == "weight" else tensor
     save_file(tensors, directory / "model.safetensors")
     return config

@@ -50,6 +50,20 @@ LONGROPE = {
 # Longer heads, of which a part can be turned, and that hold all of longrope's factors.
 PHI3 = {**BASE, **ENDS, "num_attention_heads": 2, "num_key_value_heads": 1}
 GEMMA = {**GQA, **ENDS, "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 6}
+GEMMA4 = {
+    **GQA,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 6,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 1e6,
+        },
+    },
+}
 GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
 SCALES = {
     "embedding_multiplier": 3.0,
@@ -245,6 +259,39 @@ NATIVE = {
     ),
     "cohere2": lambda: transformers.Cohere2Config(
         **{**GQA, "num_hidden_layers": 4}, **ENDS, sliding_window=6
+    ),
+    # As the largest one: values that are keys, and other heads, in full attention.
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **GEMMA4,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        final_logit_softcapping=5.0,
+    ),
+    # As the smallest: the last layers attend to what the first of their kinds left.
+    "gemma4-per-layer": lambda: transformers.Gemma4TextConfig(
+        **{**GEMMA4, "num_hidden_layers": 6, "num_key_value_heads": 1},
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        num_kv_shared_layers=3,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=97,
+    ),
+    "gemma4-shares-all": lambda: transformers.Gemma4TextConfig(
+        **GEMMA4,
+        layer_types=["full_attention"] * 3,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=97,
+        hidden_activation="silu",
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    ),
+    "gemma4-unified": lambda: transformers.Gemma4UnifiedTextConfig(
+        **GEMMA4,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        final_logit_softcapping=5.0,
     ),
     "smollm3": lambda: transformers.SmolLM3Config(**GQA, **ENDS, no_rope_layer_interval=2),
     "smollm3-windows": lambda: transformers.SmolLM3Config(

@@ -79,4 +79,4 @@ def assert_unasked_rows_change_nothing(decoder: LanguageModel) -> None:
     sequence = Sequence(tokens[0])
     assert harness.step([(sequence, 9)]).shape == (0, 97)
     logits = harness.step([(sequence, len(tokens[0]) - 9)], all_rows=True)
-    torch.testing.assert_close(logits, everything[0][9:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, everything[0][9:], rtol=3e-5, atol=3e-5)

@@ -14,11 +14,14 @@ from streamserve.errors import UnsupportedModelError
 from streamserve.models import (
     Decoder,
     batch,
+    block,
     decoder,
     layers,
     parameters,
+    per_layer,
     pieces,
     rope,
+    shared_cache,
     spec,
     weights,
 )
@@ -130,7 +133,19 @@ def test_what_no_kernel_computes_is_refused(mlp, message, kernels):
 
 
 # What a step, and what brings weights to it, is made of.
-FORWARD = (batch, decoder, layers, parameters, pieces, rope, spec, weights)
+FORWARD = (
+    batch,
+    block,
+    decoder,
+    layers,
+    parameters,
+    per_layer,
+    pieces,
+    rope,
+    shared_cache,
+    spec,
+    weights,
+)
 
 
 @pytest.mark.parametrize("module", FORWARD, ids=lambda module: module.__name__.rpartition(".")[2])

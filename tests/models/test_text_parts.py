@@ -15,7 +15,7 @@ from streamserve.models import LanguageModel, load_config, load_model
 from streamserve.models.families.text_parts import TEXT_MODELS, TEXT_PARTS
 from streamserve.models.hf_config import HfConfig
 from streamserve_kernels import Kernels
-from tests.models.native import DELTA, DELTA_EXPERTS, LFM2, MINISTRAL_ROPE
+from tests.models.native import DELTA, DELTA_EXPERTS, GEMMA4, LFM2, MINISTRAL_ROPE
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.parity import STATES_TOLERANCE, assert_equals_judge, prompts
 from tests.models.random_model import random_model
@@ -97,6 +97,28 @@ def named(model_type, values):
 
 CONFIGS = {
     "Gemma3": lambda: transformers.Gemma3Config(**of(GEMMA, VISION)),
+    "Gemma4": lambda: transformers.Gemma4Config(
+        text_config={
+            **GEMMA4,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": 97,
+            "hidden_size_per_layer_input": 8,
+            "pad_token_id": 0,
+        },
+        vision_config={**VISION, "head_dim": 8, "num_key_value_heads": 2},
+        image_token_id=97,
+        video_token_id=98,
+        audio_token_id=99,
+    ),
+    "Gemma4Unified": lambda: transformers.Gemma4UnifiedConfig(
+        text_config={**GEMMA4, "pad_token_id": 0, "tie_word_embeddings": False},
+        image_token_id=97,
+        video_token_id=98,
+        audio_token_id=99,
+        tie_word_embeddings=False,
+    ),
     "Mistral3": lambda: transformers.Mistral3Config(
         **of(
             named("mistral", {**TEXT, "head_dim": 16, "sliding_window": None}),

@@ -232,7 +232,8 @@ def test_a_warm_up_of_few_layers_meets_each_kind(pair: Pair) -> None:
     ]
     attentions = decoder.spec.attentions()
     assert {a for a, w in zip(attentions, written, strict=True) if w} == set(attentions)
-    assert written[-1]
+    shares = isinstance(decoder, Decoder) and len(written) < len(decoder.spec.layers)
+    assert shares or written[-1]  # the last layer may have no cache of its own
 
 
 def test_weights_are_counted_before_they_are_there(pair: Pair) -> None:

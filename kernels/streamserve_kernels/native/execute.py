@@ -6,6 +6,7 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from threading import get_ident
 
 import torch
@@ -78,18 +79,18 @@ class Executable:
     """A row of instructions and the handle of the program that runs them.
 
     ``attention`` is (Hq, Hkv, Dv, S, whether one has a window, blocks of the caches) of its
-    attention instructions, zeros without any. Not for two threads at a time.
+    attention instructions, for each of the sizes that there are. Not for two threads at a time.
     """
 
-    def __init__(self, count: int, attention: tuple[int, ...] = (0,) * 6) -> None:
+    def __init__(self, count: int, attention: Sequence[tuple[int, ...]] = ()) -> None:
         library = load_library()
         assert library is not None, "the backend was chosen without asking why_not()"
         self._instructions = (PackedInstruction * count)()
-        dims = (ctypes.c_int64 * 6)(*attention)
+        dims = (ctypes.c_int64 * (6 * len(attention)))(*chain.from_iterable(attention))
         self._free = library.ss_program_free
         self._run = library.ss_run
         self._handle = library.ss_program_new(
-            ctypes.addressof(self._instructions), count, ctypes.addressof(dims)
+            ctypes.addressof(self._instructions), count, ctypes.addressof(dims), len(attention)
         )
         if not self._handle:
             raise MemoryError("no memory for a program of the native kernels")
@@ -131,7 +132,7 @@ class Executable:
 @lru_cache(maxsize=64)
 def eager(thread: int, count: int, *attention: int) -> Executable:
     """What functions on tensors share that one thread calls: another may run its own meanwhile."""
-    return Executable(count, attention or (0,) * 6)
+    return Executable(count, (attention,) if attention else ())
 
 
 def run_at_once(

@@ -17,6 +17,7 @@ from pathlib import Path
 # Changes with every change of a structure or of an operation's arguments.
 ABI = 18
 MAX_ARGS = 24
+MAX_PLANS = 4  # SS_MAX_PLANS
 # In the order of program.c.
 OPERATIONS = (
     "embedding",
@@ -167,7 +168,7 @@ def load_library() -> ctypes.CDLL | None:
     except (OSError, AttributeError):  # a file that is not ours, or none at all
         return None
     pointer = ctypes.c_void_p
-    library.ss_program_new.argtypes = [pointer, ctypes.c_int64, pointer]
+    library.ss_program_new.argtypes = [pointer, ctypes.c_int64, pointer, ctypes.c_int64]
     library.ss_program_new.restype = pointer
     library.ss_program_free.argtypes = [pointer]
     library.ss_program_free.restype = None

@@ -23,7 +23,7 @@ from streamserve_kernels.native.by_head import NativeHeadsLinear
 from streamserve_kernels.native.execute import Executable, double_bits
 from streamserve_kernels.native.experts import ExpertProducts, Routes, route
 from streamserve_kernels.native.layout import check_head_sizes
-from streamserve_kernels.native.library import ACTIVATION_CODES, GATED_CODES
+from streamserve_kernels.native.library import ACTIVATION_CODES, GATED_CODES, MAX_PLANS
 from streamserve_kernels.native.product import NativeWeight, Product
 from streamserve_kernels.native.record_memory import ProductMemory
 from streamserve_kernels.native.record_recurrent import RecurrentRecorder
@@ -144,6 +144,12 @@ class Recorder(RecurrentRecorder):
         self._rotary_write(query, key, value, cos_sin, key_cache, value_cache, interleaved)
         return query, key
 
+    def rotary_embedding(
+        self, query: Symbol, key: Symbol, positions: Index, cos_sin: Tensor, *, interleaved: bool
+    ) -> tuple[Symbol, Symbol]:
+        self._rotary_write(query, key, key, cos_sin, None, None, interleaved)
+        return query, key
+
     def write_kv(
         self,
         key: Symbol,
@@ -160,11 +166,12 @@ class Recorder(RecurrentRecorder):
         key: Symbol,
         value: Symbol,
         cos_sin: Tensor | None,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        key_cache: Tensor | None,
+        value_cache: Tensor | None,
         interleaved: bool,
     ) -> None:
-        refuse_float8("native", key_cache, value_cache)
+        if key_cache is not None and value_cache is not None:
+            refuse_float8("native", key_cache, value_cache)
         turns = cos_sin is not None
         self._add(
             "rotary_write",
@@ -182,7 +189,7 @@ class Recorder(RecurrentRecorder):
             key.tail[1],
             value.tail[1],
             0 if cos_sin is None else cos_sin.shape[1],
-            key_cache.shape[2],
+            0 if key_cache is None else key_cache.shape[2],
             int(interleaved),
         )
 
@@ -207,12 +214,12 @@ class Recorder(RecurrentRecorder):
         value_size = value_cache.shape[3]
         check_head_sizes(head_size, value_size, block_size)
         sizes = (query.tail[0], num_kv_heads, value_size, block_size)
-        if self.attention is not None and self.attention[:4] != sizes:
-            raise NotRecordableError("layers whose attention has other shapes than others'")
-        has_window = window is not None or (self.attention is not None and self.attention[4] > 0)
+        had_window, had_blocks = self.attentions.get(sizes, (False, key_cache.shape[0]))
         # A step's blocks must be in every layer's cache.
-        num_blocks = min(key_cache.shape[0], *(self.attention or ())[5:], value_cache.shape[0])
-        self.attention = (*sizes, int(has_window), num_blocks)
+        num_blocks = min(had_blocks, key_cache.shape[0], value_cache.shape[0])
+        self.attentions[sizes] = (had_window or window is not None, num_blocks)
+        if len(self.attentions) > MAX_PLANS:
+            raise NotRecordableError(f"attention of more than {MAX_PLANS} shapes")
         out = self._new(TOKENS, query.tail[0], value_size)
         args = (
             out.address,
@@ -230,6 +237,7 @@ class Recorder(RecurrentRecorder):
             self._address(None if alibi_slopes is None else alibi_slopes.float()),
             double_bits(soft_cap or 0.0),
             self._address(None if sinks is None else sinks.float()),
+            list(self.attentions).index(sizes),
         )
         self._add("attend", *args)
         self._add("attend_merge", *args)
@@ -415,7 +423,8 @@ class Recorder(RecurrentRecorder):
             cap=double_bits(soft_cap or 0.0),
         )
         self._add("argmax", token_ids.data_ptr(), best.data_ptr())
-        executable = Executable(len(self.instructions), self.attention or (0,) * 6)
+        attentions = [(*sizes, int(w), n) for sizes, (w, n) in self.attentions.items()]
+        executable = Executable(len(self.instructions), attentions)
         executable.set(self.instructions)
         return RecordedProgram(
             executable,

@@ -56,7 +56,8 @@ class RecorderMemory:
         self.max_logits = max_logits
         self.instructions: list[Instruction] = []
         self.keep: list[object] = []  # what the instructions' addresses point to
-        self.attention: tuple[int, ...] | None = None
+        # Hq, Hkv, Dv and S of attention: whether one such has a window, blocks of their caches
+        self.attentions: dict[tuple[int, ...], tuple[bool, int]] = {}
         self._buffers: list[Tensor] = []  # free, to be used again
         self._works: dict[tuple[int, int], Work] = {}  # by rows and bytes for each
         self._slots: tuple[Tensor, Tensor] | None = None  # of tokens and logits, with adapters

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models.families import gemma, lfm2, llama, qwen_hybrid, qwen_moe
+from streamserve.models.families import gemma, gemma4, lfm2, llama, qwen_hybrid, qwen_moe
 from streamserve.models.families.family import Family
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
+from streamserve.models.spec import DecoderSpec
 
 # Prefixes as stored, and as the families' tables have them. The first that fits counts.
 _RENAMED = (
@@ -77,11 +78,18 @@ class TextPart:
     def family(self, text: HfConfig) -> Family:
         """The family of a config that `config` made, with names as this checkpoint has them."""
         model = TEXT_MODELS[text.values["model_type"]]
-        names = model.names or model.family.names
-        assert isinstance(names, WeightNames)
-        skipped = tuple(before + name for name in self.skipped for before in ("", "model."))
-        names = replace(names, renamed=_RENAMED, skipped=(*names.skipped, *skipped))
+        held = model.names or model.family.names
+        names: WeightNames | Callable[[DecoderSpec], WeightNames]
+        if isinstance(held, WeightNames):
+            names = self._as_stored(held)
+        else:
+            names_of = held  # no longer one of two kinds
+            names = lambda spec: self._as_stored(names_of(spec))  # noqa: E731
         return replace(model.family, architecture=self.architecture, names=names)
+
+    def _as_stored(self, names: WeightNames) -> WeightNames:
+        skipped = tuple(before + name for name in self.skipped for before in ("", "model."))
+        return replace(names, renamed=_RENAMED, skipped=(*names.skipped, *skipped))
 
 
 def _is_tied(text: Any, whole: Any, has_head: Callable[[], bool]) -> bool | None:
@@ -111,7 +119,7 @@ def _sizes(vocabulary: int, hidden: int, inside: int, layers: int, heads: int) -
 
 _BY_MODEL_TYPE = {
     family.model_type: family
-    for module in (llama, gemma, qwen_moe, qwen_hybrid, lfm2)
+    for module in (llama, gemma, gemma4, qwen_moe, qwen_hybrid, lfm2)
     for family in module.FAMILIES
 }
 _QWEN2_VL = TextModel(
@@ -131,6 +139,10 @@ _QWEN3_VL = {
 }
 TEXT_MODELS: dict[str, TextModel] = {
     "gemma3_text": TextModel(_BY_MODEL_TYPE["gemma3_text"], _sizes(262_208, 2304, 9216, 26, 8)),
+    "gemma4_text": TextModel(_BY_MODEL_TYPE["gemma4_text"], _sizes(262_144, 2304, 9216, 30, 8)),
+    "gemma4_unified_text": TextModel(
+        _BY_MODEL_TYPE["gemma4_unified_text"], _sizes(262_144, 2304, 9216, 30, 8)
+    ),
     "lfm2": TextModel(
         _BY_MODEL_TYPE["lfm2"],
         {**_sizes(65_536, 2560, 12_288, 32, 32), "num_key_value_heads": 8},
@@ -185,9 +197,17 @@ TEXT_MODELS: dict[str, TextModel] = {
 
 _TOWER = ("vision_tower.", "multi_modal_projector.")
 _LLAVA = (*_TOWER, "image_newline")
+_GEMMA4 = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
 _AUDIO = ("audio_tower.", "multi_modal_projector.")
 _PARTS = (
     TextPart("Gemma3ForConditionalGeneration", "gemma3_text", _TOWER),
+    TextPart("Gemma4ForConditionalGeneration", "gemma4_text", _GEMMA4, "images and sound"),
+    TextPart(
+        "Gemma4UnifiedForConditionalGeneration",
+        "gemma4_unified_text",
+        ("vision_embedder.", *_GEMMA4),
+        "images and sound",
+    ),
     TextPart("Mistral3ForConditionalGeneration", "mistral", _TOWER),
     TextPart("LlavaForConditionalGeneration", "llama", _TOWER),
     TextPart("LlavaNextForConditionalGeneration", "llama", _LLAVA),

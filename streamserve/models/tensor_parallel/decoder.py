@@ -13,14 +13,15 @@ from torch import Tensor
 
 from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
-from streamserve.models.decoder import Block, Decoder
+from streamserve.models.block import Block
+from streamserve.models.decoder import Decoder
 from streamserve.models.layers import BoundNorm, bind_mlp
 from streamserve.models.rope import alibi_slopes
-from streamserve.models.spec import LayerSpec, NormSpec
+from streamserve.models.spec import AttentionSpec, LayerSpec, NormSpec
 from streamserve.models.tensor_parallel.ranks import Ranks
 from streamserve.models.tensor_parallel.share import Share
 from streamserve.models.weights import DecoderWeights, NormWeights, Weights
-from streamserve_kernels import Kernels
+from streamserve_kernels import Kernels, QuantLinear
 
 
 class ShareDecoder(Decoder):
@@ -64,19 +65,21 @@ class ShareDecoder(Decoder):
         found = self._ranks.all_gather(super().compute_logits(hidden_states, own))
         return out.copy_(found.transpose(0, 1).reshape(num_rows, -1)[:, :vocab_size])
 
-    def _look_up(self, input_ids: Tensor) -> Tensor:
+    def _look_up(self, input_ids: Tensor, table: Tensor | QuantLinear) -> Tensor:
         held = self._share.held.vocab_size
         rows = input_ids - self._share.first_token
         others = (rows < 0) | (rows >= held)
-        x = super()._look_up(rows.clamp_(0, held - 1))
+        x = super()._look_up(rows.clamp_(0, held - 1), table)
         return self._ranks.all_reduce(x.masked_fill_(others[:, None], 0.0))
 
     def _block(self, index: int, weights: Weights) -> Block:
         layer, ranks = self.spec.layers[index], self._ranks
-        spec = self._share.whole.attentions()[index]
+        spec, own = self._share.whole.layers[index].attention, layer.attention
+        assert isinstance(spec, AttentionSpec)
+        assert isinstance(own, AttentionSpec)
         heads = self._share.heads(spec)
         attention = self._attention(
-            self.spec.attentions()[index],
+            own,
             weights,
             slopes=alibi_slopes(spec.num_heads)[heads.start : heads.stop] if spec.alibi else None,
             bind_wide_norm=self._wide_norm,
@@ -93,7 +96,7 @@ class ShareDecoder(Decoder):
 
 
 def _is_one_sum(layer: LayerSpec) -> bool:
-    is_parallel = layer.residual == "parallel"
+    is_parallel = layer.residual == "parallel" and layer.per_layer is None and not layer.scaled
     return is_parallel and layer.attention_post_norm is None and layer.mlp_post_norm is None
 
 
@@ -114,8 +117,9 @@ class _SummedBlock(Block):
         key_cache: Tensor,
         value_cache: Tensor,
         rows: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        x, residual = super().forward(x, residual, batch, key_cache, value_cache, rows)
+        part: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        x, residual = super().forward(x, residual, batch, key_cache, value_cache, rows, part)
         # Without rows that anybody wants nothing was computed.
         return (x if x is residual else self._ranks.all_reduce(x)), residual
 

@@ -3,9 +3,10 @@
     q, k, v, gate, up     rows      whole heads; columns of the product
     latents               all       but for the rows of what the heads make of them
     output, down          columns   each rank has a part of every sum: all of them are added up
-    embedding, head       rows      ceil(V / ranks) each, the last rank's may be fewer
+    embeddings, head      rows      ceil(V / ranks) each, the last rank's may be fewer
     experts               as gate, up and down: each rank has a part of every expert
     norms, router         all
+    what is per layer     all       but the table, which is an embedding
 
 Where there are more ranks than key and value heads, several ranks hold the same one.
 """
@@ -28,7 +29,8 @@ _FLAG = "--tensor-parallel-size"
 _GATED = ("layers.gate_up", "layers.experts.gate_up", "layers.shared.gate_up")
 _UP = ("layers.up", "layers.shared.up")
 _DOWN = ("layers.down", "layers.experts.down", "layers.shared.down")
-_VOCABULARY = ("embedding", "head")
+_VOCABULARY = ("embedding", "head", "per_layer.embedding")
+_PRODUCTS = ("layers.qkv", "layers.query_key", "layers.query")
 # Their products are parts of a sum.
 _SUMMED = ("layers.output", *_DOWN)
 
@@ -56,19 +58,20 @@ class Share:
     size: int
 
     def __post_init__(self) -> None:
-        if len(self.whole.attentions()) < len(self.whole.layers):
+        attentions = [layer.attention for layer in self.whole.layers]
+        if not all(isinstance(attention, AttentionSpec) for attention in attentions):
             raise ConfigError(
                 f"{_FLAG} must be 1 for a model with layers that keep a state in the place of keys "
                 f"and values, got {self.size}"
             )
-        for layer, attention in zip(self.whole.layers, self.whole.attentions(), strict=True):
-            _check_layer(layer, attention, self.size)
+        for layer in self.whole.layers:
+            _check_layer(layer, _attention(layer), self.size)
 
     @cached_property
     def spec(self) -> DecoderSpec:
         """What the rank computes: layers of its own heads and widths, logits of all tokens."""
-        pairs = list(zip(self.whole.layers, self.whole.attentions(), strict=True))
-        layers = {layer: _divided(layer, attention, self.size) for layer, attention in set(pairs)}
+        kinds = set(self.whole.layers)
+        layers = {layer: _divided(layer, _attention(layer), self.size) for layer in kinds}
         return replace(self.whole, layers=tuple(layers[layer] for layer in self.whole.layers))
 
     @cached_property
@@ -133,7 +136,7 @@ class Share:
             start = self.rank * width
             parts = [torch.arange(width) + start + i * rows for i, rows in enumerate(module.rows)]
             return torch.cat(parts)
-        if module.name == "layers.qkv":
+        if module.name in _PRODUCTS:
             attention = self._attention(module)
             key, value = attention.query_key_head_size, attention.value_head_size
             kv_heads = self.kv_heads(attention)
@@ -142,8 +145,10 @@ class Share:
             if attention.output_gate:
                 parts.append(_rows_of(self.heads(attention), value, start))
                 start += attention.gate_size
-            parts.append(_rows_of(kv_heads, key, start))
-            parts.append(_rows_of(kv_heads, value, start + attention.key_size))
+            if module.name != "layers.query":
+                parts.append(_rows_of(kv_heads, key, start))
+            if module.name == "layers.qkv":
+                parts.append(_rows_of(kv_heads, value, start + attention.key_size))
             return torch.cat(parts)
         if module.name.startswith("layers.latent."):
             return self._latent_rows(module)
@@ -176,7 +181,12 @@ class Share:
 
     def _attention(self, module: Module) -> AttentionSpec:
         assert module.layer is not None
-        return self.whole.attentions()[module.layer]
+        return _attention(self.whole.layers[module.layer])
+
+
+def _attention(layer: LayerSpec) -> AttentionSpec:
+    assert isinstance(layer.attention, AttentionSpec)
+    return layer.attention
 
 
 def _key(module: Module) -> tuple[Any, ...]:

@@ -32,13 +32,14 @@ enum {
     ATTEND_SLOPES,    // [Hq] float32, or 0
     ATTEND_SOFT_CAP,  // 0: none
     ATTEND_SINKS,     // [Hq] float32, or 0
+    ATTEND_PLAN,      // which of the context's
 };
 
 // A window may cut a shared prefix, for each query at another place: then nothing is shared.
 static const ss_attention_plan *plan_of(const ss_context *context, const int64_t *args) {
-    return args[ATTEND_WINDOW] && context->longest > args[ATTEND_WINDOW]
-               ? context->plan_without_groups
-               : context->plan;
+    const ss_plans *plans = context->plans + args[ATTEND_PLAN];
+    return args[ATTEND_WINDOW] && context->longest > args[ATTEND_WINDOW] ? plans->without_groups
+                                                                         : plans->plan;
 }
 
 static int64_t attend_units(const ss_context *context, const int64_t *args) {

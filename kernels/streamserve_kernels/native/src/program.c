@@ -38,12 +38,14 @@ typedef struct {
 typedef struct {
     const ss_instruction *instructions;
     int64_t num_instructions;
-    // Hq, Hkv, Dv, S, whether any has a window, blocks of the caches; Hq = 0: no attention
-    int64_t attention[6];
+    // For each of the sizes that attention has: Hq, Hkv, Dv, S, whether any such has a window, blocks
+    // of the caches.
+    int64_t attention[SS_MAX_PLANS][6];
+    int64_t num_plans;
     // For each instruction: the units finished, then for each thread those taken of its range.
     counter *counters;
     int64_t max_threads;
-    ss_attention_plan *plan, *plan_without_groups;
+    ss_plans plans[SS_MAX_PLANS];
 } ss_program;
 
 typedef struct {
@@ -58,23 +60,28 @@ int ss_abi(void) { return 18; }
 void ss_program_free(ss_program *program) {
     if (!program) return;
     free(program->counters);
-    ss_plan_free(program->plan);
-    ss_plan_free(program->plan_without_groups);
+    for (int64_t i = 0; i < SS_MAX_PLANS; i++) {
+        ss_plan_free(program->plans[i].plan);
+        ss_plan_free(program->plans[i].without_groups);
+    }
     free(program);
 }
 
 ss_program *ss_program_new(const ss_instruction *instructions, int64_t count,
-                           const int64_t *attention) {
-    ss_program *program = calloc(1, sizeof(ss_program));
+                           const int64_t *attention, int64_t num_plans) {
+    ss_program *program = num_plans <= SS_MAX_PLANS ? calloc(1, sizeof(ss_program)) : 0;
     if (!program) return 0;
     program->instructions = instructions;
     program->num_instructions = count;
-    memcpy(program->attention, attention, sizeof(program->attention));
-    program->plan = ss_plan_new();
-    program->plan_without_groups = ss_plan_new();
-    if (program->plan && program->plan_without_groups) return program;
-    ss_program_free(program);
-    return 0;
+    program->num_plans = num_plans;
+    memcpy(program->attention, attention, (size_t)num_plans * sizeof(program->attention[0]));
+    for (int64_t i = 0; i < num_plans; i++) {
+        program->plans[i] = (ss_plans){ss_plan_new(), ss_plan_new()};
+        if (program->plans[i].plan && program->plans[i].without_groups) continue;
+        ss_program_free(program);
+        return 0;
+    }
+    return program;
 }
 
 static void wait_for(atomic_llong *done, int64_t units) {
@@ -159,21 +166,30 @@ static int is_sound(const ss_step *step, int64_t block_size, int64_t num_blocks)
     return !bad;
 }
 
-static int lay_out_attention(ss_program *program, ss_context *context) {
-    const int64_t *dims = program->attention;
+static int lay_out_attention(const int64_t *dims, const ss_plans *made, ss_context *context,
+                             ss_plans *plans) {
     const ss_step *step = context->step;
-    if (!dims[0]) return SS_OK;
     if (!is_sound(step, dims[3], dims[5])) return SS_BAD_PLAN;
-    for (int64_t r = 0; r < step->num_requests; r++)
-        context->longest = ss_max(context->longest, step->seq_lens[r]);
-    if (ss_plan_build(program->plan, step, context->num_threads, dims)) return SS_NO_MEMORY;
+    *plans = (ss_plans){made->plan, made->plan};
+    if (ss_plan_build(made->plan, step, context->num_threads, dims)) return SS_NO_MEMORY;
     if (!step->num_groups || !dims[4]) return SS_OK;
     ss_step ungrouped = *step;
     ungrouped.num_groups = 0;
-    context->plan_without_groups = program->plan_without_groups;
-    return ss_plan_build(program->plan_without_groups, &ungrouped, context->num_threads, dims)
+    plans->without_groups = made->without_groups;
+    return ss_plan_build(made->without_groups, &ungrouped, context->num_threads, dims)
                ? SS_NO_MEMORY
                : SS_OK;
+}
+
+static int lay_out_all_attention(ss_program *program, ss_context *context) {
+    int failure = SS_OK;
+    for (int64_t i = 0; i < program->num_plans && !failure; i++)
+        failure = lay_out_attention(program->attention[i], program->plans + i, context,
+                                    context->plans + i);
+    const ss_step *step = context->step;
+    for (int64_t r = 0; program->num_plans && r < step->num_requests; r++)
+        context->longest = ss_max(context->longest, step->seq_lens[r]);
+    return failure;
 }
 
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
@@ -183,10 +199,9 @@ typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 int ss_run(ss_program *program, const ss_step *step, int num_threads, parallel_function parallel,
            int (*thread_num)(void)) {
     if (!parallel) num_threads = 1;
-    region r = {program,
-                {step, num_threads, program->plan, program->plan, 0, {0, 0, 0}},
+    region r = {program, {.step = step, .num_threads = num_threads},
                 num_threads > 1 ? thread_num : 0};
-    const int unsound = lay_out_attention(program, &r.context);
+    const int unsound = lay_out_all_attention(program, &r.context);
     if (unsound) return unsound;
     if (reset_counters(program, num_threads)) return SS_NO_MEMORY;
     for (int64_t i = 0; i < program->num_instructions; i++) {

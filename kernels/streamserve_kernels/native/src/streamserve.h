@@ -15,7 +15,7 @@
 
 typedef uint16_t bf16;
 
-enum { SS_MAX_ARGS = 24, SS_MAX_THREADS = 256 };
+enum { SS_MAX_ARGS = 24, SS_MAX_THREADS = 256, SS_MAX_PLANS = 4 };
 
 // What changes from step to step. Mirrored by library.py.
 typedef struct {
@@ -58,8 +58,12 @@ typedef struct {
     int (*begin)(const ss_context *context, const int64_t *args);
 } ss_operation;
 
-// Attention's work for one step: the same for every layer. See attention.c.
+// Attention's work for one step: the same for all layers whose heads are alike. See attention.c.
 typedef struct ss_attention_plan ss_attention_plan;
+typedef struct {
+    ss_attention_plan *plan;
+    ss_attention_plan *without_groups;  // the same one if there are no groups
+} ss_plans;
 
 // Rows of a product with one expert: a slice of all pairs of a token and an expert.
 typedef struct {
@@ -69,10 +73,9 @@ typedef struct {
 struct ss_context {
     const ss_step *step;
     int num_threads;
-    ss_attention_plan *plan;
-    ss_attention_plan *plan_without_groups;  // the same one if there are no groups
-    int64_t longest;                         // of the step's seq_lens
-    ss_slice slice;                          // of a product with one expert
+    ss_plans plans[SS_MAX_PLANS];  // one for each of the sizes that layers have
+    int64_t longest;               // of the step's seq_lens
+    ss_slice slice;                // of a product with one expert
 };
 
 extern const ss_operation ss_embedding, ss_gather_rows, ss_rms_norm, ss_layer_norm, ss_rotary_write,
