@@ -91,7 +91,7 @@ FEATURES: Mapping[str, Callable[[DecoderSpec], bool]] = {
     "state spaces": _of_kind(StateSpaceSpec),
     "short convolutions": _of_kind(ShortConvSpec),
     "latent attention": _of_layers(lambda attention: attention.latent),
-    "output gates": _of_layers(lambda attention: attention.output_gate),
+    "output gates": _of_layers(lambda attention: attention.output_gate or attention.head_gate),
     "rotary positions": _of_layers(lambda attention: attention.rope),
     "learned positions": lambda spec: spec.learned_positions is not None,
     "ALiBi": _of_layers(lambda attention: attention.alibi),

@@ -91,6 +91,7 @@ class Attention:
         "_cos_sin",
         "_embedding",
         "_gate",
+        "_head_gate",
         "_interleaved",
         "_k_norm",
         "_per_head_norm",
@@ -131,6 +132,7 @@ class Attention:
         self._cos_sin = cos_sin
         self._interleaved = spec.rope is not None and spec.rope.interleaved
         self._gate = kernels.sigmoid_gate
+        self._head_gate = weights.linears.get("layers.head_gate")
         # What turns in place is the normed key, which is a copy.
         assert spec.qk_norm is not None or not spec.values_are_keys
         kv_parts = 1 if spec.values_are_keys else 2
@@ -161,11 +163,15 @@ class Attention:
     def write(
         self, normed: Tensor, batch: ForwardBatch, key_cache: Tensor, value_cache: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """[T, H] -> queries [T, Hq, D], rotated, and the gate [T, Hq * Dv] of what they find.
+        """[T, H] -> queries [T, Hq, D], rotated, and the gate of what they find.
+
+        That is [T, Hq * Dv], or [T, Hq] of whole heads.
 
         The step's keys and values go into the cache.
         """
         query, key, value, gate = self._project(normed)
+        if self._head_gate is not None:
+            gate = self._head_gate(normed)
         if self._q_norm is not None and self._k_norm is not None:
             query, key = self._normed(query, self._q_norm), self._normed(key, self._k_norm)
         if self._v_norm is not None:

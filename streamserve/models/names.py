@@ -9,7 +9,7 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
     join.embedding_norm  join.hidden_norm  join.product  join.taps_norm  join.tap_norms.0 (1, …)
     layers.attention_norm  layers.attention_post_norm  layers.mlp_norm  layers.mlp_post_norm
     layers.qkv (or layers.query_key, layers.query)  layers.q_norm  layers.k_norm  layers.output
-    layers.sinks  layers.scalar
+    layers.head_gate  layers.sinks  layers.scalar
     layers.latent.input  layers.latent.query_norm  layers.latent.query  layers.latent.norm
     layers.latent.heads
     layers.delta.qkvz  layers.delta.gates  layers.delta.conv  layers.delta.decay
@@ -55,8 +55,9 @@ class WeightNames:
     ``interleaved`` gates and ups take turns, row by row. ``optional_prefix`` may be absent from a
     checkpoint's names. ``ignored`` are regular expressions, matched at the end of a name, of
     buffers that old checkpoints carry and no decoder needs. ``renamed`` are beginnings of names as
-    a checkpoint has them and as they stand here; names that begin with one of ``skipped``, or with
-    none of ``kept`` where that is given, are of parts that nobody asks for.
+    a checkpoint has them and as they stand here, ``respelled`` parts of names; names that begin
+    with one of ``skipped``, or with none of ``kept`` where that is given, are of parts that nobody
+    asks for.
     """
 
     modules: Mapping[str, tuple[str, ...]]
@@ -69,6 +70,7 @@ class WeightNames:
     optional_prefix: str = ""
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    respelled: tuple[tuple[str, str], ...] = ()
     skipped: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
 
@@ -86,6 +88,8 @@ class WeightNames:
 
     def full(self, stored: str) -> str:
         """A name as it stands here."""
+        for before, after in self.respelled:
+            stored = stored.replace(before, after)
         for before, after in self.renamed:
             if stored.startswith(before):
                 return after + stored.removeprefix(before)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Role = Literal["linear", "norm", "table", "vector", "convolution"]
 # They decide, or weigh what is remembered from now on, and take next to nothing.
-_NEVER_QUANTISED = ("layers.router", "layers.delta.gates")
+_NEVER_QUANTISED = ("layers.router", "layers.delta.gates", "layers.head_gate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +213,8 @@ def _attention_modules(
         yield _norm("layers.q_norm", norm, query_size, index)
         if attention.shares_cache_of is None:
             yield _norm("layers.k_norm", norm, key_size, index)
+    if attention.head_gate:
+        yield Module("layers.head_gate", "linear", (attention.num_heads,), input_size, layer=index)
     if attention.sinks:
         yield Module("layers.sinks", "vector", (attention.num_heads,), layer=index)
     yield Module(

@@ -130,7 +130,8 @@ class AttentionSpec:
     ``window=None`` is full attention. ``rope=None`` with ``alibi=False`` leaves order to learned
     positions, or to nothing. ``alibi_scale`` multiplies ALiBi's slopes. ``soft_cap`` bounds the
     scores by ``cap * tanh(score / cap)``. With ``output_gate`` what the heads found is multiplied
-    by the sigmoid of a gate of the same size, the query's neighbour, before the output's product.
+    by the sigmoid of a gate of the same size, the query's neighbour, before the output's product;
+    with ``head_gate`` by that of one for each head, of a product of the layer's input.
     With ``latent`` the sizes of heads are those of attention, where elements that turn come first,
     and not those of the checkpoint.
 
@@ -155,6 +156,7 @@ class AttentionSpec:
     sinks: bool = False
     query_scale: QueryScaleSpec | None = None
     output_gate: bool = False
+    head_gate: bool = False
     latent: LatentSpec | None = None
     value_norm: NormSpec | None = None
     values_are_keys: bool = False

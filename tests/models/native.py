@@ -160,6 +160,7 @@ ERNIE = {
     "moe_num_experts": 5,
     "moe_k": 2,
 }
+LFM3 = {**LFM2, "head_dim": 16, "sliding_window": 6}
 # What a model serves by default is shorter than what is asked of these.
 LONGER = {"qwen1-long": 128}
 
@@ -450,6 +451,20 @@ HYBRID = {
         num_dense_layers=1,
         routed_scaling_factor=1.5,
         layer_types=["conv", "full_attention", "conv"],
+    ),
+    "lfm3": lambda: transformers.Lfm3Config(
+        **LFM3, layer_types=["conv", "full_attention", "sliding_attention"]
+    ),
+    # The kinds of layers and the rotary positions that a config need not say.
+    "lfm3-plain": lambda: transformers.Lfm3Config(
+        **{**LFM3, "num_hidden_layers": 5},
+        use_sandwich_norm=False,
+        use_attention_gate=False,
+        attention_bias=True,
+        conv_bias=True,
+        conv_L_cache=4,
+        norm_eps=1e-6,
+        tie_word_embeddings=False,
     ),
     "lfm2-biases": lambda: transformers.Lfm2Config(
         **{**LFM2, "hidden_size": 64, "tie_word_embeddings": False},

@@ -15,7 +15,7 @@ from streamserve.models import LanguageModel, load_config, load_model
 from streamserve.models.families.text_parts import TEXT_MODELS, TEXT_PARTS
 from streamserve.models.hf_config import HfConfig
 from streamserve_kernels import Kernels
-from tests.models.native import DELTA, DELTA_EXPERTS, GEMMA4, LFM2, MINISTRAL_ROPE
+from tests.models.native import DELTA, DELTA_EXPERTS, GEMMA4, LFM2, LFM3, MINISTRAL_ROPE
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.parity import STATES_TOLERANCE, assert_equals_judge, prompts
 from tests.models.random_model import random_model
@@ -174,6 +174,13 @@ CONFIGS = {
             {**VISION, "num_patches": 4, "vision_use_head": False},
             projector_hidden_size=16,
             tie_word_embeddings=True,
+        )
+    ),
+    "Lfm3Vl": lambda: transformers.Lfm3VlConfig(
+        **of(
+            named("lfm3", {**LFM3, "layer_types": ["conv", "full_attention", "sliding_attention"]}),
+            {**VISION, "num_key_value_heads": 1},
+            projector_hidden_size=16,
         )
     ),
     "InternVL": lambda: transformers.InternVLConfig(

@@ -24,6 +24,7 @@ from streamserve.models.families import (
     granite_hybrid,
     latent,
     lfm2,
+    lfm3,
     llama,
     minimax,
     olmo2,
@@ -82,6 +83,7 @@ FAMILIES: dict[str, Family] = {
         minimax,
         dots,
         latent,
+        lfm3,
     )
     for family in module.FAMILIES
 }

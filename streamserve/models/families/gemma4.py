@@ -15,6 +15,7 @@ from typing import Any
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.families.family import Family
 from streamserve.models.families.gemma import NAMES as GEMMA_NAMES
+from streamserve.models.families.layer_rope import layer_rope
 from streamserve.models.families.llama import LAYER
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
@@ -26,8 +27,6 @@ from streamserve.models.spec import (
     NormSpec,
     PerLayerSpec,
     QkNormSpec,
-    RopeScaling,
-    RopeSpec,
 )
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -97,31 +96,6 @@ def _override(config: HfConfig, layer: int) -> HfConfig:
     return HfConfig(given, f"{config.source}: per_layer_config")
 
 
-def _rope(config: HfConfig, kind: str, head_size: int) -> RopeSpec:
-    """Proportional: pairs turn as those of the whole head do, the first so many of them."""
-    parameters = config.values.get("rope_parameters") or _ROPES
-    given = parameters.get(kind) if isinstance(parameters, Mapping) else None
-    if not isinstance(given, Mapping):
-        raise ModelLoadError(
-            f"{config.source}: rope_parameters must hold an object for {kind}, got {parameters!r}"
-        )
-    if given.get("rope_type") != "proportional":
-        own = {**config.values, "rope_scaling": None, "rope_parameters": dict(given)}
-        return HfConfig(own, config.source).rope(head_size)
-    values = HfConfig(given, f"{config.source}: rope_parameters")
-    share = values.number_or(1.0, "partial_rotary_factor")
-    return RopeSpec(
-        base=values.number_or(10_000.0, "rope_theta"),
-        rotary_dim=head_size,
-        scaling=RopeScaling(
-            kind="proportional",
-            factor=values.number_or(1.0, "factor"),
-            original_max_position_embeddings=0,  # it stretches nothing up to some length
-            turning_pairs=int(share * head_size // 2),
-        ),
-    )
-
-
 def _attention(
     config: HfConfig, norm: NormSpec, kinds: list[str], layer: int, window: int
 ) -> AttentionSpec:
@@ -145,7 +119,7 @@ def _attention(
         value_head_size=head_size,
         scale=1.0,
         window=None if is_full else window,
-        rope=_rope(config, kinds[layer], head_size),
+        rope=layer_rope(config, kinds[layer], head_size, _ROPES),
         qk_norm=QkNormSpec(norm),
         qkv_bias=bias,
         output_bias=bias,

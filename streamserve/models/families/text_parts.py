@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models.families import gemma, gemma4, lfm2, llama, qwen_hybrid, qwen_moe
+from streamserve.models.families import gemma, gemma4, lfm2, lfm3, llama, qwen_hybrid, qwen_moe
 from streamserve.models.families.family import Family
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
@@ -119,7 +119,7 @@ def _sizes(vocabulary: int, hidden: int, inside: int, layers: int, heads: int) -
 
 _BY_MODEL_TYPE = {
     family.model_type: family
-    for module in (llama, gemma, gemma4, qwen_moe, qwen_hybrid, lfm2)
+    for module in (llama, gemma, gemma4, qwen_moe, qwen_hybrid, lfm2, lfm3)
     for family in module.FAMILIES
 }
 _QWEN2_VL = TextModel(
@@ -147,6 +147,7 @@ TEXT_MODELS: dict[str, TextModel] = {
         _BY_MODEL_TYPE["lfm2"],
         {**_sizes(65_536, 2560, 12_288, 32, 32), "num_key_value_heads": 8},
     ),
+    "lfm3": TextModel(_BY_MODEL_TYPE["lfm3"], _sizes(128_000, 2048, 7680, 24, 16)),
     "llama": TextModel(_BY_MODEL_TYPE["llama"], _sizes(32_000, 4096, 11_008, 32, 32)),
     "ministral3": TextModel(
         _BY_MODEL_TYPE["ministral3"],
@@ -220,6 +221,7 @@ _PARTS = (
     TextPart("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text", ("visual.",)),
     TextPart("InternVLForConditionalGeneration", "qwen2", _TOWER),
     TextPart("Lfm2VlForConditionalGeneration", "lfm2", _TOWER),
+    TextPart("Lfm3VlForConditionalGeneration", "lfm3", _TOWER),
     TextPart("Idefics3ForConditionalGeneration", "llama", ("vision_model.", "connector.")),
     TextPart("SmolVLMForConditionalGeneration", "llama", ("vision_model.", "connector.")),
     TextPart("Qwen2AudioForConditionalGeneration", "qwen2", _AUDIO, "sound"),

@@ -152,7 +152,7 @@ class Share:
             return torch.cat(parts)
         if module.name.startswith("layers.latent."):
             return self._latent_rows(module)
-        if module.name == "layers.sinks":
+        if module.name in ("layers.sinks", "layers.head_gate"):
             return _rows_of(self.heads(self._attention(module)), 1, 0)
         if module.name in ("layers.q_norm", "layers.k_norm"):
             return self._norm_rows(module)
