@@ -16,9 +16,9 @@ class Routing(NamedTuple):
     An expert's score is its probability (softmax over all E), or the sigmoid of its logit. The
     highest are chosen, of equals the first. The rest is DeepSeek's (2024): `correction` [E]
     float32 is added to the scores for the choice alone; of `num_groups` equal stretches of experts
-    only `top_groups` are chosen from, those whose two best experts add up to most. The weights are
-    the scores of the chosen; with `renormalise` they are divided by `eps` and their sum; then
-    `scale` multiplies them.
+    only `top_groups` are chosen from, those whose best `group_votes` experts, one or two, add up to
+    most. The weights are the scores of the chosen; with `renormalise` they are divided by `eps` and
+    their sum; then `scale` multiplies them.
     """
 
     top_k: int
@@ -29,6 +29,7 @@ class Routing(NamedTuple):
     top_groups: int = 1
     eps: float = 0.0
     scale: float = 1.0
+    group_votes: int = 2
 
     @property
     def chooses_by_score(self) -> bool:
@@ -71,7 +72,7 @@ def _corrected(scores: Tensor, routing: Routing) -> Tensor:
     if routing.num_groups == 1:
         return found
     grouped = found.view(found.shape[0], routing.num_groups, -1)
-    worth = grouped.topk(2, dim=-1).values.sum(-1)
+    worth = grouped.topk(routing.group_votes, dim=-1).values.sum(-1)
     best = worth.sort(dim=-1, descending=True, stable=True).indices[:, : routing.top_groups]
     outside = torch.ones_like(worth, dtype=torch.bool).scatter(1, best, value=False)
     return grouped.masked_fill(outside[:, :, None], -torch.inf).view_as(found)

@@ -42,6 +42,7 @@ _TINY: Values = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
+    **dict.fromkeys(("n_group", "topk_group"), 1),
     "rotary_dim": 8,
 }
 _CONTEXT: Values = {"max_position_embeddings": 64, "seq_length": 32}
@@ -104,8 +105,6 @@ THROUGH_TRANSFORMERS: Mapping[str, str] = {
     "apertus": "Apertus",
     "arcee": "Arcee",
     "codegen": "CodeGen",
-    "deepseek_v2": "DeepSeek V2",
-    "deepseek_v3": "DeepSeek V3",
     "exaone4": "Exaone 4",
     "gemma3n_text": "Gemma 3n (text)",
     "gpt_bigcode": "GPT-BigCode",

@@ -502,6 +502,7 @@ def _bind_experts(
         rule.top_groups,
         rule.eps,
         rule.scale,
+        rule.group_votes,
     )
 
     def experts(x: Tensor) -> Tensor:

@@ -322,8 +322,8 @@ class RouterSpec:
     """What a router's logits count for beside their order: see `streamserve_kernels.routing`.
 
     ``correction``: it has a bias for each expert that counts for the choice alone. ``num_groups``
-    stretches of experts are ``top_groups`` chosen from. ``eps`` is added to the sum that weights
-    are divided by, ``scale`` multiplies them.
+    stretches of experts are ``top_groups`` chosen from, by the best ``group_votes`` experts of each
+    (one or two). ``eps`` is added to the sum that weights are divided by; ``scale`` multiplies.
     """
 
     scoring: Scoring = "softmax"
@@ -332,6 +332,7 @@ class RouterSpec:
     top_groups: int = 1
     eps: float = 0.0
     scale: float = 1.0
+    group_votes: int = 2
 
 
 @dataclass(frozen=True, slots=True)

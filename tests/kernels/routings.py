@@ -16,6 +16,7 @@ ROUTINGS = {
     "corrected-sigmoid": Routing(4, True, "sigmoid", CORRECTION, eps=1e-20, scale=1.5),
     "groups": Routing(4, True, "sigmoid", CORRECTION, num_groups=4, top_groups=2, eps=1e-20),
     "groups-of-probabilities": Routing(2, False, num_groups=3, top_groups=1, scale=16.0),
+    "groups-by-their-best": Routing(3, False, num_groups=4, top_groups=2, group_votes=1),
 }
 
 
@@ -28,7 +29,9 @@ def by_hand(logits: Tensor, routing: Routing) -> tuple[list[list[int]], list[lis
         merits = [score + float(c) for score, c in zip(scores, correction, strict=True)]
         size = len(scores) // routing.num_groups
         groups = [range(g * size, (g + 1) * size) for g in range(routing.num_groups)]
-        groups.sort(key=lambda group: -sum(sorted(merits[e] for e in group)[-2:]))
+        groups.sort(
+            key=lambda group: -sum(sorted(merits[e] for e in group)[-routing.group_votes :])
+        )
         left = [e for group in groups[: routing.top_groups] for e in group]
         left.sort(key=lambda e: (-merits[e], e))
         found = [scores[e] for e in left[: routing.top_k]]

@@ -122,6 +122,19 @@ LATENT = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 10,
 }
+LATENT_EXPERTS = {
+    **BASE,
+    **ENDS,
+    **LATENT,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+}
 # Every size of a delta net is another in each of these.
 DELTA = {
     **GQA,
@@ -349,6 +362,22 @@ NATIVE = {
     "granite": lambda: transformers.GraniteConfig(**GQA, **SCALES, mlp_bias=True),
     "granite-moe": lambda: transformers.GraniteMoeConfig(
         **GQA, **SCALES, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "deepseek-v2": lambda: transformers.DeepseekV2Config(
+        **{**LATENT_EXPERTS, "topk_method": "group_limited_greedy"}, rope_parameters=YARN_ROPE
+    ),
+    "deepseek-v2-lite": lambda: transformers.DeepseekV2Config(
+        **{**LATENT_EXPERTS, "q_lora_rank": None},
+        rope_parameters={**YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 0.7},
+    ),
+    "deepseek-v3": lambda: transformers.DeepseekV3Config(**LATENT_EXPERTS),
+    "kimi-k2": lambda: transformers.DeepseekV3Config(
+        **{**LATENT_EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
+        rope_interleave=False,
+        norm_topk_prob=False,
+    ),
+    "glm-flash": lambda: transformers.Glm4MoeLiteConfig(
+        **{**LATENT_EXPERTS, "n_group": 1, "topk_group": 1},
     ),
     "minicpm3": lambda: transformers.MiniCPM3Config(**BASE, **LATENT, scale_depth=0.9),
     "minicpm3-plain": lambda: transformers.MiniCPM3Config(

@@ -23,6 +23,7 @@ NOT_TAKEN = {("GptOssForCausalLM", "rope_parameters")}
 # Without these their defaults are no model that could be.
 STATED = {
     "Glm4MoeForCausalLM": {"head_dim": 128},
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6},
     "Dots1ForCausalLM": {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2},
 }
 

@@ -257,10 +257,10 @@ def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path, name):
 def test_auto_prefers_our_own_families_and_says_why_neither_will_do(tmp_path):
     transformers.LlamaConfig(**GQA, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
     assert hasattr(load_config(tmp_path), "family")
-    foreign = transformers.CohereConfig(**GQA, architectures=["CohereForCausalLM"])
+    foreign = transformers.PersimmonConfig(**BASE, architectures=["PersimmonForCausalLM"])
     foreign.save_pretrained(tmp_path)
-    assert load_config(tmp_path).architecture == "CohereForCausalLM"
-    with pytest.raises(UnsupportedModelError, match="CohereForCausalLM is not supported"):
+    assert load_config(tmp_path).architecture == "PersimmonForCausalLM"
+    with pytest.raises(UnsupportedModelError, match="PersimmonForCausalLM is not supported"):
         load_config(tmp_path, model_impl="native")
     (tmp_path / "config.json").write_text(
         json.dumps({"architectures": ["NobodyForCausalLM"], "model_type": "nobody"})

@@ -67,6 +67,7 @@ def route(routes: Routes, logits: int, routing: Routing) -> Instruction:
         routing.top_groups,
         double_bits(routing.eps),
         double_bits(routing.scale),
+        routing.group_votes,
     )
     return "route", args
 

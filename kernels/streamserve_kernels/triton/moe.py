@@ -145,6 +145,7 @@ def _route(router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         CORRECTED=correction is not None,
         GROUPS=routing.num_groups,
         TOP_GROUPS=routing.top_groups,
+        VOTES=routing.group_votes,
         BLOCK_G=triton.next_power_of_2(routing.num_groups),
         num_warps=1,
     )

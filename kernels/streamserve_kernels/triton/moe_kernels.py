@@ -26,6 +26,7 @@ def _of_best_groups(
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
+    VOTES: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
     """The values of a token's experts; minus infinity in groups that are not among the best."""
@@ -33,9 +34,11 @@ def _of_best_groups(
     worth = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
     for group in tl.static_range(GROUPS):
         mine = tl.where(experts // SIZE == group, values, float("-inf"))
-        first = tl.argmax(mine, axis=0, tie_break_left=True)
-        second = tl.max(tl.where(experts == first, float("-inf"), mine), axis=0)
-        worth = tl.where(groups == group, tl.max(mine, axis=0) + second, worth)
+        votes = tl.max(mine, axis=0)
+        if VOTES == 2:
+            first = tl.argmax(mine, axis=0, tie_break_left=True)
+            votes += tl.max(tl.where(experts == first, float("-inf"), mine), axis=0)
+        worth = tl.where(groups == group, votes, worth)
     found = tl.full(values.shape, float("-inf"), dtype=tl.float32)
     for _ in tl.static_range(TOP_GROUPS):
         best = tl.argmax(worth, axis=0, tie_break_left=True)
@@ -62,6 +65,7 @@ def route_kernel(
     CORRECTED: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
+    VOTES: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
     """The best experts of a token and their weights: see `Routing`; of equals the first."""
@@ -85,7 +89,7 @@ def route_kernel(
     # Of NaN nothing is the largest, yet an expert must be chosen: any, its probability is NaN too.
     left = tl.where(inside & (values > float("-inf")), values, float("-inf"))
     if GROUPS > 1:
-        left = _of_best_groups(left, experts, E // GROUPS, GROUPS, TOP_GROUPS, BLOCK_G)
+        left = _of_best_groups(left, experts, E // GROUPS, GROUPS, TOP_GROUPS, VOTES, BLOCK_G)
     ids = tl.zeros((BLOCK_K,), dtype=tl.int32)
     likely = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for slot in tl.static_range(TOP_K):

@@ -6,7 +6,7 @@ MiniCPM 3 scales what a layer adds by how many there are; Youtu is DeepSeek V3 w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ _NAMES = {
 _NORM = NormSpec("rms_norm", 1e-6)
 
 
-def latent_names(spec: DecoderSpec, mlp_names: dict[str, tuple[str, ...]]) -> WeightNames:
+def latent_names(spec: DecoderSpec, mlp_names: Mapping[str, tuple[str, ...]]) -> WeightNames:
     """Names as DeepSeek has them, of a checkpoint whose queries have a latent, or have not."""
     latent = spec.attentions()[0].latent
     assert latent is not None

@@ -42,10 +42,15 @@ def routed_experts(
     intermediate_size: int,
     num_shared: int,
     renormalise: bool,
+    default_groups: tuple[int, int] = (1, 1),
+    default_scale: float = 1.0,
 ) -> ExpertsSpec:
-    """Raises ModelLoadError for groups that there cannot be."""
-    num_groups = config.integer_or(1, "n_group")
-    top_groups = config.integer_or(1, "topk_group")
+    """``default_groups``: how many, and of how many of them experts are chosen.
+
+    Raises ModelLoadError for groups that there cannot be.
+    """
+    num_groups = config.integer_or(default_groups[0], "n_group")
+    top_groups = config.integer_or(default_groups[1], "topk_group")
     size = num_experts // num_groups
     if num_groups > 1 and (
         num_experts % num_groups or size < 2 or not top_k / size <= top_groups <= num_groups
@@ -68,7 +73,7 @@ def routed_experts(
             num_groups=num_groups,
             top_groups=min(top_groups, num_groups),
             eps=1e-20 if renormalise else 0.0,
-            scale=config.number_or(1.0, "routed_scaling_factor"),
+            scale=config.number_or(default_scale, "routed_scaling_factor"),
         ),
         shared=shared_mlp(num_shared * intermediate_size, activation),
         shared_gate=False,

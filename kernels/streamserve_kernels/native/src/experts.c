@@ -29,6 +29,7 @@ enum {
     ROUTE_TOP_GROUPS,   // how many of them are chosen from
     ROUTE_EPS,          // bits of a double: added to the sum
     ROUTE_SCALE,        // bits of a double: multiplies the weights
+    ROUTE_VOTES,        // how many of a group's best experts it is judged by: one or two
 };
 
 static int64_t route_units(const ss_context *context, const int64_t *args) {
@@ -65,8 +66,9 @@ static void sigmoids(float *to, const bf16 *logits, int64_t count) {
     }
 }
 
-// Leaves the experts of the best groups, whose two best add up to most; of equals the first.
-static void limit(float *merits, int64_t num_experts, int64_t num_groups, int64_t top_groups) {
+// Leaves the experts of the best groups, whose best or two best add up to most; of equals the first.
+static void limit(float *merits, const int64_t *args, int64_t num_experts) {
+    const int64_t num_groups = args[ROUTE_GROUPS], top_groups = args[ROUTE_TOP_GROUPS];
     const int64_t size = num_experts / num_groups;
     float worths[MAX_EXPERTS];
     for (int64_t group = 0; group < num_groups; group++) {
@@ -79,7 +81,7 @@ static void limit(float *merits, int64_t num_experts, int64_t num_groups, int64_
                 second = merits[e];
             }
         }
-        worths[group] = fmaxf(first + second, LEAST);
+        worths[group] = args[ROUTE_VOTES] == 1 ? first : fmaxf(first + second, LEAST);
     }
     for (int64_t j = 0; j < top_groups; j++) {
         int64_t best = -1;
@@ -98,7 +100,7 @@ static void correct(float *merits, const float *scores, const int64_t *args, int
         const float merit = correction ? scores[e] + correction[e] : scores[e];
         merits[e] = merit > LEAST ? merit : LEAST;  // also of NaN
     }
-    if (args[ROUTE_GROUPS] > 1) limit(merits, count, args[ROUTE_GROUPS], args[ROUTE_TOP_GROUPS]);
+    if (args[ROUTE_GROUPS] > 1) limit(merits, args, count);
 }
 
 // The experts of a row with the most merit, of equals the first, which may be their scores.
