@@ -57,7 +57,7 @@ class Block:
             named = getattr(spec, name)
             if named is None:
                 return None
-            return bind_norm(named, weights.norms[f"layers.{name}"], kernels)
+            return bind_norm(named, weights.norm(f"layers.{name}", named), kernels)
 
         self._attention = attention
         self._mlp = mlp

@@ -38,7 +38,9 @@ _TINY: Values = {
     **dict.fromkeys(("hidden_size", "n_embd"), 32),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer"), 8),
     **dict.fromkeys(("num_attention_heads", "n_head"), 2),
-    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "moe_intermediate_size"), 32),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_hidden_size", "moe_intermediate_size", "ffn_dim"), 32
+    ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
@@ -103,21 +105,10 @@ GUESSES = "multi-token prediction"
 
 THROUGH_TRANSFORMERS: Mapping[str, str] = {
     "apertus": "Apertus",
-    "arcee": "Arcee",
     "codegen": "CodeGen",
-    "exaone4": "Exaone 4",
     "gemma3n_text": "Gemma 3n (text)",
-    "gpt_bigcode": "GPT-BigCode",
     "granite_swa": "Granite with sinks",
-    "helium": "Helium",
-    "hunyuan_v1_dense": "HunYuan (dense)",
-    "nemotron": "Nemotron",
-    "olmo": "OLMo 1",
-    "olmo3": "OLMo 3",
-    "opt": "OPT",
     "persimmon": "Persimmon",
-    "seed_oss": "Seed-OSS",
-    "stablelm": "StableLM",
     "vaultgemma": "VaultGemma",
 }
 """What has been checked of that which transformers builds, by its ``model_type``."""

@@ -119,7 +119,7 @@ class Decoder:
         self.final_norm = (
             BoundNorm()
             if spec.final_norm is None
-            else bind_norm(spec.final_norm, outer.norms["final_norm"], kernels)
+            else bind_norm(spec.final_norm, outer.norm("final_norm", spec.final_norm), kernels)
         )
 
     def _assemble(self, layers: list[Weights]) -> list[Block]:
@@ -408,7 +408,10 @@ class Decoder:
         if self._embedding_scale != 1.0:
             x = x * self._embedding_scale
         if self._position_embedding is not None:
-            x = x + self.kernels.embedding(batch.positions, self._position_embedding)
+            positions = batch.positions
+            if self.spec.position_offset:
+                positions = positions + self.spec.position_offset
+            x = x + self.kernels.embedding(positions, self._position_embedding)
         if self._embedding_norm is not None:
             x = self._embedding_norm.norm(x)
         return x

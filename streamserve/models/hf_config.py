@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
     "quick_gelu": "quick_gelu",
 }
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -135,11 +136,18 @@ class HfConfig:
                 )
         return tuple(kinds)
 
-    def layer_windows(self, num_layers: int, window: int | None) -> tuple[int | None, ...]:
-        """Each layer's attention window from ``layer_types``; without them ``window`` for all."""
+    def layer_windows(
+        self, num_layers: int, window: int | None, every: int | None = None
+    ) -> tuple[int | None, ...]:
+        """Each layer's attention window from ``layer_types``.
+
+        Without them it is ``window``, but for the last of ``every`` so many layers, if that is
+        given: they have none.
+        """
         kinds = self.layer_kinds(num_layers, ("full_attention", "sliding_attention"))
         if kinds is None:
-            return (window,) * num_layers
+            last = every or num_layers + 1
+            return tuple(window if (n + 1) % last else None for n in range(num_layers))
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def rope(

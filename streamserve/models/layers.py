@@ -43,7 +43,8 @@ class BoundNorm:
 class _RmsNorm(BoundNorm):
     __slots__ = ("_eps", "_kernel", "_offset", "_weight")
 
-    def __init__(self, spec: NormSpec, weights: NormWeights, kernels: Kernels) -> None:
+    def __init__(self, spec: NormSpec, weights: NormWeights | None, kernels: Kernels) -> None:
+        assert weights is not None, "only layer norms may have none"
         self._kernel: Any = kernels.rms_norm
         self._weight, self._eps, self._offset = weights.weight, spec.eps, spec.weight_offset
 
@@ -61,9 +62,11 @@ class _RmsNorm(BoundNorm):
 class _LayerNorm(BoundNorm):
     __slots__ = ("_bias", "_eps", "_kernel", "_weight")
 
-    def __init__(self, spec: NormSpec, weights: NormWeights, kernels: Kernels) -> None:
+    def __init__(self, spec: NormSpec, weights: NormWeights | None, kernels: Kernels) -> None:
         self._kernel: Any = kernels.layer_norm
-        self._weight, self._bias, self._eps = weights.weight, weights.bias, spec.eps
+        self._weight = None if weights is None else weights.weight
+        self._bias = None if weights is None else weights.bias
+        self._eps = spec.eps
 
     def norm(self, x: Tensor) -> Tensor:
         normed: Tensor = self._kernel(x, self._weight, self._bias, self._eps)
@@ -74,7 +77,8 @@ class _LayerNorm(BoundNorm):
         return both
 
 
-def bind_norm(spec: NormSpec, weights: NormWeights, kernels: Kernels) -> BoundNorm:
+def bind_norm(spec: NormSpec, weights: NormWeights | None, kernels: Kernels) -> BoundNorm:
+    """``weights`` are None for a spec without."""
     kind = _RmsNorm if spec.kind == "rms_norm" else _LayerNorm
     return kind(spec, weights, kernels)
 
@@ -98,7 +102,9 @@ class Attention:
         "_q_norm",
         "_qkv",
         "_query_scales",
+        "_rotary",
         "_rotary_write_kv",
+        "_rotates_first",
         "_sinks",
         "_spec",
         "_splits",
@@ -128,6 +134,7 @@ class Attention:
         self._attend = kernels.paged_attention
         self._embedding = kernels.embedding
         self._write_kv = kernels.write_kv
+        self._rotary = kernels.rotary_embedding
         self._rotary_write_kv = kernels.rotary_write_kv
         self._cos_sin = cos_sin
         self._interleaved = spec.rope is not None and spec.rope.interleaved
@@ -148,8 +155,9 @@ class Attention:
             scaled = [slope * spec.alibi_scale for slope in slopes]
             self._alibi_slopes = torch.tensor(scaled, device=device)
         self._q_norm = self._k_norm = None
-        self._per_head_norm = True
+        self._per_head_norm, self._rotates_first = True, False
         if spec.qk_norm is not None:
+            self._rotates_first = spec.qk_norm.rotates_first
             norm, self._per_head_norm = spec.qk_norm.norm, spec.qk_norm.per_head
             bind = bind_norm if self._per_head_norm else bind_wide_norm
             self._q_norm = bind(norm, weights.norms["layers.q_norm"], kernels)
@@ -172,13 +180,15 @@ class Attention:
         query, key, value, gate = self._project(normed)
         if self._head_gate is not None:
             gate = self._head_gate(normed)
+        if self._rotates_first and self._cos_sin is not None:
+            self._rotary(query, key, batch.positions, self._cos_sin, interleaved=self._interleaved)
         if self._q_norm is not None and self._k_norm is not None:
             query, key = self._normed(query, self._q_norm), self._normed(key, self._k_norm)
         if self._v_norm is not None:
             value = self._v_norm.norm(value.reshape(-1, value.shape[2])).view(value.shape)
         if self._query_scales is not None:
             query = query * self._embedding(batch.positions, self._query_scales).view(-1, 1, 1)
-        if self._cos_sin is None:
+        if self._cos_sin is None or self._rotates_first:
             self._write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
             return query, gate
         query, _ = self._rotary_write_kv(

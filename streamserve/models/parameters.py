@@ -41,6 +41,7 @@ class Module:
     ``columns=None``: its weight is ``[sum(rows)]``. ``name`` is a key of ``WeightNames.modules``.
     ``float32`` weights are held so whatever the model's dtype is. ``by_head`` ones become products
     of each head by itself: they are held as the activations are, however they are stored.
+    ``offset`` is added to the weight once it is read.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Module:
     expert: int | None = None
     float32: bool = False
     by_head: bool = False
+    offset: float = 0.0
 
     @property
     def num_rows(self) -> int:
@@ -101,8 +103,7 @@ def opening_modules(spec: DecoderSpec) -> Iterator[Module]:
     yield Module("embedding", "table", (spec.vocab_size,), size)
     if spec.learned_positions is not None:
         yield Module("position_embedding", "table", (spec.learned_positions,), size)
-    if spec.embedding_norm is not None:
-        yield _norm("embedding_norm", spec.embedding_norm, size)
+    yield from _norms("embedding_norm", spec.embedding_norm, size)
     if spec.per_layer is not None:
         width = len(spec.layers) * spec.per_layer.size
         yield Module("per_layer.embedding", "table", (spec.vocab_size,), width)
@@ -125,8 +126,7 @@ def _fusion_modules(join: FusionSpec, size: int) -> Iterator[Module]:
 
 
 def final_modules(spec: DecoderSpec) -> Iterator[Module]:
-    if spec.final_norm is not None:
-        yield _norm("final_norm", spec.final_norm, spec.hidden_size)
+    yield from _norms("final_norm", spec.final_norm, spec.hidden_size)
     if not spec.tied_head:
         yield Module("head", "linear", (spec.vocab_size,), spec.hidden_size, bias=spec.head_bias)
 
@@ -135,8 +135,7 @@ def layer_modules(spec: DecoderSpec, index: int) -> Iterator[Module]:
     """One layer's modules in the order in which the forward meets them."""
     layer = spec.layers[index]
     hidden_size = spec.hidden_size
-    if layer.attention_norm is not None:
-        yield _norm("layers.attention_norm", layer.attention_norm, hidden_size, index)
+    yield from _norms("layers.attention_norm", layer.attention_norm, hidden_size, index)
     if isinstance(layer.attention, DeltaNetSpec):
         yield from _delta_net_modules(layer.attention, hidden_size, index)
     elif isinstance(layer.attention, StateSpaceSpec):
@@ -147,13 +146,10 @@ def layer_modules(spec: DecoderSpec, index: int) -> Iterator[Module]:
         is_joined = index == 0 and isinstance(spec.join, FusionSpec)
         input_size = 2 * hidden_size if is_joined else hidden_size
         yield from _attention_modules(layer.attention, input_size, hidden_size, index)
-    if layer.attention_post_norm is not None:
-        yield _norm("layers.attention_post_norm", layer.attention_post_norm, hidden_size, index)
-    if layer.mlp_norm is not None:
-        yield _norm("layers.mlp_norm", layer.mlp_norm, hidden_size, index)
+    yield from _norms("layers.attention_post_norm", layer.attention_post_norm, hidden_size, index)
+    yield from _norms("layers.mlp_norm", layer.mlp_norm, hidden_size, index)
     yield from _mlp_modules(layer.mlp, hidden_size, index)
-    if layer.mlp_post_norm is not None:
-        yield _norm("layers.mlp_post_norm", layer.mlp_post_norm, hidden_size, index)
+    yield from _norms("layers.mlp_post_norm", layer.mlp_post_norm, hidden_size, index)
     if layer.per_layer is not None:
         given = layer.per_layer.size
         yield Module("layers.per_layer.gate", "linear", (given,), hidden_size, layer=index)
@@ -187,8 +183,17 @@ def takes_adapter(module: Module) -> bool:
     return is_linear and module.name != "layers.router"
 
 
+def _norms(
+    name: str, norm: NormSpec | None, size: int, layer: int | None = None
+) -> Iterator[Module]:
+    """Of a norm that there is, and that has a weight."""
+    if norm is not None and norm.weight:
+        yield _norm(name, norm, size, layer)
+
+
 def _norm(name: str, norm: NormSpec, size: int, layer: int | None = None) -> Module:
-    return Module(name, "norm", (size,), bias=norm.bias, layer=layer)
+    offset = norm.weight_offset if norm.kind == "layer_norm" else 0.0
+    return Module(name, "norm", (size,), bias=norm.bias, layer=layer, offset=offset)
 
 
 def _attention_modules(

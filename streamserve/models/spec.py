@@ -24,7 +24,7 @@ from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 NormKind = Literal["rms_norm", "layer_norm"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu", "quick_gelu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu", "relu2", "quick_gelu"]
 ExpertActivation = Activation | Literal["clamped_swiglu"]
 RopeScalingKind = Literal[
     "linear", "dynamic", "stepped_dynamic", "llama3", "yarn", "longrope", "proportional"
@@ -35,12 +35,17 @@ Scoring = Literal["softmax", "sigmoid"]
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """``weight_offset`` is added to the weight (Gemma stores ``weight - 1``)."""
+    """``weight_offset`` is added to the weight (Gemma stores ``weight - 1``).
+
+    To a layer norm's it is added as the weight is loaded, and rounded. A layer norm may also have
+    no ``weight`` at all.
+    """
 
     kind: NormKind
     eps: float
     bias: bool = False
     weight_offset: float = 0.0
+    weight: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +88,14 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class QkNormSpec:
-    """A norm of queries and keys before rotation, over each head or over all heads at once."""
+    """A norm of queries and keys before rotation, over each head or over all heads at once.
+
+    With ``rotates_first`` it comes behind.
+    """
 
     norm: NormSpec
     per_head: bool = True
+    rotates_first: bool = False
 
 
 QueryScaleKind = Literal["logarithm", "steps"]
@@ -462,7 +471,8 @@ class FusionSpec:
 class DecoderSpec:
     """A whole decoder-only language model. ``logit_scale`` multiplies, then the soft cap bounds.
 
-    ``learned_positions`` are the rows of a table that is added to the embedding, one per position.
+    ``learned_positions`` are the rows of a table that is added to the embedding, one per position:
+    the first position's is row ``position_offset``.
     With ``normalised_head`` each row of the head is divided by its length (Baichuan 2). With
     ``join`` it is a draft head: its embedding is another's, and so is its head where that is tied.
     """
@@ -472,6 +482,7 @@ class DecoderSpec:
     layers: tuple[LayerSpec, ...]
     final_norm: NormSpec | None
     learned_positions: int | None = None
+    position_offset: int = 0
     embedding_scale: float = 1.0
     embedding_norm: NormSpec | None = None
     tied_head: bool = False

@@ -21,7 +21,7 @@ from streamserve.models.parameters import (
     opening_modules,
 )
 from streamserve.models.pieces import Leaf
-from streamserve.models.spec import AttentionSpec, DecoderSpec
+from streamserve.models.spec import AttentionSpec, DecoderSpec, NormSpec
 from streamserve_kernels import HeadsLinear, Kernels, PackedLinear, Quantization
 from streamserve_kernels.stored import StoredWeight
 
@@ -45,6 +45,10 @@ class Weights:
     expert_gate_up: list[PackedLinear] = field(default_factory=list)
     expert_down: list[PackedLinear] = field(default_factory=list)
     by_head: dict[str, HeadsLinear] = field(default_factory=dict)
+
+    def norm(self, name: str, spec: NormSpec) -> NormWeights | None:
+        """A norm's; None where it has none."""
+        return self.norms[name] if spec.weight else None
 
     def nbytes(self) -> int:
         products = (*self.linears.values(), *self.by_head.values())
@@ -151,6 +155,8 @@ class _Builder:
             F.normalize(weight, dim=1, out=weight)
         if module.name in _OPPOSITE_LOGARITHMS:
             weight.exp_().neg_()
+        if module.offset:
+            weight.add_(module.offset)
         bias = self._fetch(module, "bias") if module.bias else None
         quantization = module_quantization(module, self._spec, self._quantization)
         if module.role == "norm":

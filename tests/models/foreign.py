@@ -53,7 +53,6 @@ def _config(name: str, *parts: Mapping[str, Any], **values: Any) -> Callable[[],
 
 FOREIGN = {
     "apertus": _config("ApertusConfig", GQA),
-    "arcee": _config("ArceeConfig", GQA),
     "codegen": _config(
         "CodeGenConfig", BASE, n_embd=64, n_inner=48, n_head=4, n_layer=3, rotary_dim=4, n_ctx=128
     ),
@@ -78,9 +77,6 @@ FOREIGN = {
         activation_sparsity_pattern=[0.0, 0.0, 0.0],
     ),
     "glm4-moe": _config("Glm4MoeConfig", GQA, EXPERTS, head_dim=8, first_k_dense_replace=1),
-    "gpt-bigcode": _config(
-        "GPTBigCodeConfig", vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=128
-    ),
     "granite": _config(
         "GraniteConfig", GQA, logits_scaling=2.0, residual_multiplier=0.5, embedding_multiplier=3.0
     ),
@@ -88,8 +84,6 @@ FOREIGN = {
         "GraniteMoeConfig", GQA, num_local_experts=4, num_experts_per_tok=2, logits_scaling=2.0
     ),
     "granite-swa": _config("GraniteSWAConfig", GQA, WINDOWS),
-    "helium": _config("HeliumConfig", GQA, head_dim=8),
-    "hunyuan-dense": _config("HunYuanDenseV1Config", GQA, head_dim=8),
     "llama": _config("LlamaConfig", GQA, tie_word_embeddings=True),
     "nemotron": _config("NemotronConfig", GQA),
     "olmo": _config("OlmoConfig", GQA, clip_qkv=0.5),
@@ -97,7 +91,6 @@ FOREIGN = {
     "olmoe": _config("OlmoeConfig", GQA, num_experts=4, num_experts_per_tok=2),
     "opt": _config("OPTConfig", BASE, ffn_dim=48, word_embed_proj_dim=16),
     "persimmon": _config("PersimmonConfig", BASE),
-    "seed-oss": _config("SeedOssConfig", GQA, head_dim=8),
     "stablelm": _config("StableLmConfig", GQA, qk_layernorm=True, use_parallel_residual=True),
     "vaultgemma": _config(
         "VaultGemmaConfig",

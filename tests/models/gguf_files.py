@@ -28,6 +28,8 @@ _PERMUTED = (
     "granite",
     "granitemoe",
     "granitehybrid",
+    "olmo",
+    "arcee",
 )
 F32 = gguf.GGMLQuantizationType.F32
 Kind = gguf.GGMLQuantizationType
@@ -265,7 +267,7 @@ def _write(
     arrays = [tensor.numpy() if order is None else tensor.numpy()[order] for tensor in tensors]
     columns = _columns(held, config, architecture)
     array = arrays[0] if len(arrays) == 1 and "_exps." not in held else np.stack(arrays)
-    has_offset = architecture.startswith("gemma") or architecture in _WITH_DELTA_NETS
+    has_offset = architecture.startswith(("gemma", "nemotron")) or architecture in _WITH_DELTA_NETS
     if has_offset and held.endswith("norm.weight") and "ssm_norm" not in held:
         array = array + np.float32(1)
     if held.endswith("ssm_a"):

@@ -268,6 +268,56 @@ NATIVE = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         },
     ),
+    "olmo": lambda: transformers.OlmoConfig(**GQA, **ENDS),
+    "olmo3": lambda: transformers.Olmo3Config(
+        **GQA,
+        **ENDS,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            "full_attention": {**YARN_ROPE, "rope_theta": 5e5},
+        },
+    ),
+    "exaone4": lambda: transformers.Exaone4Config(
+        **GQA,
+        **ENDS,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters=LLAMA3_ROPE,
+    ),
+    "exaone4-small": lambda: transformers.Exaone4Config(
+        **GQA,
+        **ENDS,
+        tie_word_embeddings=True,
+        sliding_window=None,
+        layer_types=["full_attention"] * 3,
+    ),
+    "seed-oss": lambda: transformers.SeedOssConfig(**GQA, **ENDS, head_dim=16),
+    "hunyuan-dense": lambda: transformers.HunYuanDenseV1Config(
+        **GQA,
+        **ENDS,
+        head_dim=16,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1000.0},
+    ),
+    "arcee": lambda: transformers.ArceeConfig(**GQA, **ENDS, rope_parameters=YARN_ROPE),
+    "nemotron": lambda: transformers.NemotronConfig(**GQA, **ENDS),
+    "stablelm": lambda: transformers.StableLmConfig(**GQA, **ENDS, use_qkv_bias=True),
+    "gpt-bigcode": lambda: transformers.GPTBigCodeConfig(**GPT2, **ENDS),
+    "gpt-bigcode-heads": lambda: transformers.GPTBigCodeConfig(
+        **GPT2, **ENDS, multi_query=False, n_inner=40
+    ),
+    "opt": lambda: transformers.OPTConfig(**BASE, **ENDS, ffn_dim=48),
+    "galactica": lambda: transformers.OPTConfig(
+        **BASE,
+        **ENDS,
+        ffn_dim=48,
+        activation_function="gelu",
+        enable_bias=False,
+        layer_norm_elementwise_affine=False,
+    ),
+    "helium": lambda: transformers.HeliumConfig(**GQA, **ENDS, head_dim=8),
     "cohere": lambda: transformers.CohereConfig(
         **GQA, **ENDS, logit_scale=0.3, attention_bias=True, tie_word_embeddings=False
     ),

@@ -58,6 +58,8 @@ def test_each_value_may_be_left_out(name):
         ("GptOssForCausalLM", {}),
         ("Cohere2ForCausalLM", {}),
         ("Cohere2ForCausalLM", {"sliding_window_pattern": 3}),
+        ("Exaone4ForCausalLM", {"sliding_window_pattern": 3}),
+        ("Olmo3ForCausalLM", {}),
     ],
 )
 def test_layers_that_no_config_lists_have_the_windows_of_transformers(name, settings):

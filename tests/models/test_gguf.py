@@ -51,6 +51,12 @@ from tests.models.parity import prompts
 CPU = torch.device("cpu")
 EPS = {"attention.layer_norm_rms_epsilon": 1e-6}
 LAYER_EPS = {"attention.layer_norm_epsilon": 1e-5}
+POST_NORMED = {
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.head_count_kv": 2,
+    "attention.sliding_window": 6,
+    "attention.sliding_window_pattern": [True, False, True],
+}
 GEMMA_VALUES = {**EPS, "attention.key_length": 16, "attention.value_length": 16}
 MOE = {**GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MOE_VALUES = {**EPS, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24}
@@ -357,6 +363,86 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict
             "attention.value_length": 16,
             "rope.dimension_count": 8,
         },
+        dict,
+    ),
+    "olmo": ("olmo", NATIVE["olmo"], {**LAYER_EPS, "attention.head_count_kv": 2}, dict),
+    "olmo3": (
+        "olmo2",
+        NATIVE["olmo3"],
+        {
+            **POST_NORMED,
+            "rope.freq_base": 5e5,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+        },
+        dict,
+    ),
+    "exaone4": (
+        "exaone4",
+        NATIVE["exaone4"],
+        {**POST_NORMED, "rope.freq_base": 5e5},
+        _llama3_factors,
+    ),
+    "exaone4-small": (
+        "exaone4",
+        NATIVE["exaone4-small"],
+        {"attention.layer_norm_rms_epsilon": 1e-5, "attention.head_count_kv": 2},
+        dict,
+    ),
+    "seed-oss": (
+        "seed_oss",
+        NATIVE["seed-oss"],
+        {**GEMMA_VALUES, "attention.head_count_kv": 2},
+        dict,
+    ),
+    "hunyuan-dense": (
+        "hunyuan-dense",
+        NATIVE["hunyuan-dense"],
+        {
+            **GEMMA_VALUES,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.head_count_kv": 2,
+            "rope.freq_base": 10_000.0 * 1000.0 ** (16 / 14),
+            "rope.scaling.type": "none",
+            "rope.scaling.factor": 1.0,
+            "rope.scaling.original_context_length": 262_144,
+        },
+        dict,
+    ),
+    "arcee": (
+        "arcee",
+        NATIVE["arcee"],
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.head_count_kv": 2,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+        },
+        dict,
+    ),
+    "stablelm": (
+        "stablelm",
+        NATIVE["stablelm"],
+        {
+            **LAYER_EPS,
+            "attention.head_count_kv": 2,
+            "rope.dimension_count": 2,
+            "use_parallel_residual": True,  # which counts for nothing
+        },
+        dict,
+    ),
+    "nemotron": (
+        "nemotron",
+        NATIVE["nemotron"],
+        {**LAYER_EPS, "attention.head_count_kv": 2, "rope.dimension_count": 4},
+        dict,
+    ),
+    "starcoder": (
+        "starcoder",
+        NATIVE["gpt-bigcode"],
+        {**LAYER_EPS, "attention.head_count_kv": 1},
         dict,
     ),
     "cohere": (

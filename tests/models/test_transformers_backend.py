@@ -38,10 +38,9 @@ def test_native_and_transformers_agree(checkpoint, kernels, tiny_llama, name):
     """Through another backend of kernels too, which is the one that serves float32."""
     directory, _ = checkpoint(FOREIGN[name]())
     decoders = [load(directory, kernels), load(directory, streamserve_kernels.load(CPU, "cpu"))]
-    if name != "exaone4":
-        native = load_model(directory, dtype=torch.float32, device=CPU, kernels=kernels)
-        assert isinstance(native, Decoder)
-        decoders.append(native)
+    native = load_model(directory, dtype=torch.float32, device=CPU, kernels=kernels)
+    assert isinstance(native, Decoder)
+    decoders.append(native)
     first, *others = (
         PagedHarness(decoder, block_size=16, cascade=True).prefill(
             [Sequence(tokens) for tokens in prompts(shared=10)], 7

@@ -308,6 +308,8 @@ def activation(x: Tensor, kind: ActivationKind) -> Tensor:
             return F.gelu(x, approximate="tanh")
         case "relu":
             return F.relu(x)
+        case "relu2":
+            return F.relu(x).square_()
     return naive.activation(x, kind)
 
 

@@ -44,7 +44,8 @@ def _rotary(config: HfConfig) -> DecoderSpec:
 
 def _spec(config: HfConfig) -> DecoderSpec:
     spec = _rotary(config)
-    if not _HAS_ALIBI.get(spec.hidden_size, "max_position_embeddings" not in config.values):
+    is_untold = config.values.get("max_position_embeddings") is None
+    if not _HAS_ALIBI.get(spec.hidden_size, is_untold):
         return spec
     layers = tuple(replace_attention(layer, rope=None, alibi=True) for layer in spec.layers)
     return replace(spec, layers=layers)

@@ -12,7 +12,7 @@ from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
 from streamserve.models.families.llama import LLAMA_NAMES, gated_mlp, rotary_decoder
 from streamserve.models.hf_config import HfConfig
-from streamserve.models.spec import DecoderSpec, LayerSpec, NormSpec, replace_attention
+from streamserve.models.spec import DecoderSpec, NormSpec, replace_attention
 
 
 def _decoder(
@@ -52,17 +52,14 @@ def _cohere(config: HfConfig) -> DecoderSpec:
 def _cohere2(config: HfConfig) -> DecoderSpec:
     num_layers = config.integer("num_hidden_layers")
     window = config.optional_integer("sliding_window", default=4096)
-    if config.values.get("layer_types") is not None:
-        windows = config.layer_windows(num_layers, window)
-    else:
-        every = config.integer_or(4, "sliding_window_pattern")
-        windows = tuple(window if (n + 1) % every else None for n in range(num_layers))
+    every = config.integer_or(4, "sliding_window_pattern")
+    windows = config.layer_windows(num_layers, window, every)
     spec = _decoder(config, windows, 10_000.0)
-
-    def told(layer: LayerSpec, window: int | None) -> LayerSpec:
-        return layer if window else replace_attention(layer, rope=None)
-
-    return replace(spec, layers=tuple(map(told, spec.layers, windows)))
+    layers = tuple(
+        replace_attention(layer, rope=None) if window is None else layer
+        for layer, window in zip(spec.layers, windows, strict=True)
+    )
+    return replace(spec, layers=layers)
 
 
 def _family(

@@ -35,11 +35,11 @@ NAMES = WeightNames(
 )
 
 
-def _max_positions(config: HfConfig) -> int:
+def max_positions(config: HfConfig) -> int:
     return config.integer_or(1024, "n_positions", "max_position_embeddings")
 
 
-def _spec(config: HfConfig) -> DecoderSpec:
+def decoder(config: HfConfig, *, default_activation: str = "gelu_new") -> DecoderSpec:
     hidden_size = config.integer("n_embd", "hidden_size")
     num_heads = config.integer("n_head", "num_attention_heads")
     num_layers = config.integer("n_layer", "num_hidden_layers")
@@ -49,7 +49,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
     by_layer = config.flag_or(False, "scale_attn_by_inverse_layer_idx")
     mlp = MlpSpec(
         intermediate_size=config.integer_or(4 * hidden_size, "n_inner"),
-        activation=config.activation_or("gelu_new", "activation_function"),
+        activation=config.activation_or(default_activation, "activation_function"),
         gated=False,
         bias=True,
     )
@@ -74,7 +74,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
             for layer in range(num_layers)
         ),
         final_norm=norm,
-        learned_positions=_max_positions(config),
+        learned_positions=max_positions(config),
         tied_head=config.flag_or(True, "tie_word_embeddings"),
     )
 
@@ -85,8 +85,8 @@ FAMILIES = (
         model_type="gpt2",
         series="GPT",
         title="GPT-2",
-        spec=_spec,
-        max_positions=_max_positions,
+        spec=decoder,
+        max_positions=max_positions,
         names=NAMES,
     ),
 )

@@ -44,6 +44,12 @@ def has_bias(reading: Reading, module: str) -> bool:
     return reading.has_tensor(f"blk.0.{module}.bias")
 
 
+def turning_share(reading: Reading) -> float:
+    """Of each head, for families that do not turn all of it where nothing is said."""
+    size = reading.head_size
+    return rotary_factor(reading.integer_or(size, "rope.dimension_count"), size)
+
+
 def rotary_factor(rotary_dim: int, head_size: int) -> float:
     """The share of a head that turns, such that the family counts ``rotary_dim`` elements."""
     factor = rotary_dim / head_size

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from streamserve.models.gguf.architecture import Architecture, Values, every, has_bias, layer_types
+from streamserve.models.gguf.architecture import (
+    Architecture,
+    Values,
+    every,
+    has_bias,
+    layer_types,
+    turning_share,
+)
 from streamserve.models.gguf.granite import GRANITE
 from streamserve.models.gguf.hybrids import HYBRIDS
 from streamserve.models.gguf.mixtures import MIXTURES
@@ -89,6 +96,55 @@ def _cohere2(reading: Reading) -> Values:
         "sliding_window": reading.integer("attention.sliding_window"),
         "sliding_window_pattern": every(reading),
         "layer_types": layer_types(reading),
+    }
+
+
+def _olmo2(reading: Reading) -> Values:
+    """The third generation, with windows, is a file of this architecture too."""
+    window = reading.integer_or(0, "attention.sliding_window")
+    if not window:
+        return {}
+    base = reading.number_or(10_000.0, "rope.freq_base")
+    scaling = rope_scaling(reading) or {"rope_type": "default"}
+    nearby = reading.number_or(base, "rope.freq_base_swa")
+    return {
+        "architectures": ["Olmo3ForCausalLM"],
+        "sliding_window": window,
+        "layer_types": layer_types(reading),
+        "rope_scaling": {
+            "full_attention": {**scaling, "rope_theta": base},
+            "sliding_attention": {"rope_type": "default", "rope_theta": nearby},
+        },
+    }
+
+
+_EXAONE_32B = 64
+
+
+def _exaone4(reading: Reading) -> Values:
+    """The 32B, which llama.cpp tells by its layers, has windows even where none is written."""
+    implied = 4096 if reading.integer("block_count") == _EXAONE_32B else 0
+    return {
+        "sliding_window": reading.integer_or(implied, "attention.sliding_window") or None,
+        "sliding_window_pattern": every(reading),
+        "layer_types": layer_types(reading),
+    }
+
+
+def _stablelm(reading: Reading) -> Values:
+    return {
+        "use_qkv_bias": has_bias(reading, "attn_q"),
+        "qk_layernorm": reading.has_tensor("blk.0.attn_q_norm.weight"),
+        # What the file says of this is not to be relied on.
+        "use_parallel_residual": not reading.has_tensor("blk.0.ffn_norm.weight"),
+        "partial_rotary_factor": turning_share(reading),
+    }
+
+
+def _nemotron(reading: Reading) -> Values:
+    return {
+        "norm_eps": reading.optional_number("attention.layer_norm_epsilon"),
+        "partial_rotary_factor": turning_share(reading),
     }
 
 
@@ -201,7 +257,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gptneox": Architecture("GPTNeoXForCausalLM", _gptneox),
     "starcoder2": Architecture("Starcoder2ForCausalLM", _starcoder2),
     "falcon": Architecture("FalconForCausalLM", _falcon),
-    "olmo2": Architecture("Olmo2ForCausalLM"),
+    "starcoder": Architecture("GPTBigCodeForCausalLM"),
+    "olmo": Architecture("OlmoForCausalLM", permuted=True),
+    "olmo2": Architecture("Olmo2ForCausalLM", _olmo2, windows=True, also=("Olmo3ForCausalLM",)),
+    "exaone4": Architecture("Exaone4ForCausalLM", _exaone4, windows=True),
+    "seed_oss": Architecture(
+        "SeedOssForCausalLM",
+        lambda reading: {"attention_out_bias": has_bias(reading, "attn_output")},
+    ),
+    "hunyuan-dense": Architecture("HunYuanDenseV1ForCausalLM"),
+    "arcee": Architecture("ArceeForCausalLM", permuted=True),
+    "stablelm": Architecture("StableLmForCausalLM", _stablelm),
+    "nemotron": Architecture("NemotronForCausalLM", _nemotron, norm_offset=1.0),
     "glm4": Architecture("Glm4ForCausalLM"),
     "chatglm": Architecture(
         "ChatGLMModel", _chatglm, also=("ChatGLMForConditionalGeneration", "GlmForCausalLM")

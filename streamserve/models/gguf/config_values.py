@@ -68,10 +68,11 @@ def find_architecture(reading: Reading) -> Architecture:
 def config_values(reading: Reading, architecture: Architecture) -> Values:
     """The file's values as transformers' ``config.json`` would have them."""
     common = _common(reading, architecture.num_kv_heads(reading))
-    values = {**common, **architecture.values(reading)}
+    known = {name: value for name, value in common.items() if value is not None}
+    values = {**known, **architecture.values(reading)}  # whose None may switch something off
     [named] = values.setdefault("architectures", [architecture.family])
     assert named in (architecture.family, *architecture.also)
-    return {name: value for name, value in values.items() if value is not None}
+    return values
 
 
 def _common(reading: Reading, num_kv_heads: int | None) -> Values:

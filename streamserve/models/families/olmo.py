@@ -1,0 +1,131 @@
+"""OLMo, in its three generations.
+
+The first is Llama with layer norms that have no weights. The others norm after each half instead of
+before it, and queries and keys over all heads at once; the third has windows in all but every
+fourth layer, and stretches the positions of the others only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from streamserve.errors import UnsupportedModelError
+from streamserve.models.families.family import Family
+from streamserve.models.families.llama import (
+    ATTENTION_NAMES,
+    LAYER,
+    LLAMA_NAMES,
+    MLP_NAMES,
+    gated_mlp,
+    rotary_decoder,
+)
+from streamserve.models.hf_config import HfConfig
+from streamserve.models.names import WeightNames
+from streamserve.models.spec import DecoderSpec, NormSpec, QkNormSpec, replace_attention
+
+POST_NORM_NAMES = WeightNames(
+    {
+        **ATTENTION_NAMES,
+        **MLP_NAMES,
+        "layers.attention_post_norm": (LAYER + "post_attention_layernorm",),
+        "layers.mlp_post_norm": (LAYER + "post_feedforward_layernorm",),
+    },
+)
+
+
+def post_normed(spec: DecoderSpec) -> DecoderSpec:
+    """With the norms of each half behind it."""
+    layers = (
+        replace(
+            layer,
+            attention_norm=None,
+            mlp_norm=None,
+            attention_post_norm=layer.attention_norm,
+            mlp_post_norm=layer.mlp_norm,
+        )
+        for layer in spec.layers
+    )
+    return replace(spec, layers=tuple(layers))
+
+
+def _olmo(config: HfConfig) -> DecoderSpec:
+    if config.optional_number(None, "clip_qkv") is not None:
+        raise UnsupportedModelError(
+            f"{config.source}: clip_qkv {config.values['clip_qkv']!r} is not supported"
+        )
+    bias = config.flag_or(False, "attention_bias")
+    return rotary_decoder(
+        config,
+        windows=(None,) * config.integer("num_hidden_layers"),
+        mlp=gated_mlp(config),
+        norm=NormSpec("layer_norm", 1e-5, weight=False),
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+
+
+def _normed_heads(
+    config: HfConfig, windows: tuple[int | None, ...], default_theta: float
+) -> DecoderSpec:
+    hidden_size = config.integer("hidden_size")
+    head_size = config.head_size(hidden_size, config.integer("num_attention_heads"))
+    rope = config.rope(head_size, layer_type="full_attention", default_theta=default_theta)
+    bias = config.flag_or(False, "attention_bias")
+    spec = rotary_decoder(
+        config,
+        windows=windows,
+        mlp=gated_mlp(config),
+        default_eps=1e-5,
+        rope=rope,
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+    assert spec.final_norm is not None
+    norm = QkNormSpec(spec.final_norm, per_head=False)
+    layers = tuple(replace_attention(layer, qk_norm=norm) for layer in spec.layers)
+    return post_normed(replace(spec, layers=layers))
+
+
+def _olmo2(config: HfConfig) -> DecoderSpec:
+    return _normed_heads(config, (None,) * config.integer("num_hidden_layers"), 10_000.0)
+
+
+def _olmo3(config: HfConfig) -> DecoderSpec:
+    num_layers = config.integer("num_hidden_layers")
+    window = config.optional_integer("sliding_window", default=4096)
+    windows = config.layer_windows(num_layers, window, every=4)
+    spec = _normed_heads(config, windows, 500_000.0)
+    kinds = config.layer_windows(num_layers, 1, every=4)
+    head_size = spec.attentions()[0].query_key_head_size
+    nearby = config.rope(head_size, layer_type="sliding_attention", default_theta=500_000.0)
+    layers = tuple(
+        replace_attention(layer, rope=nearby) if kind else layer
+        for layer, kind in zip(spec.layers, kinds, strict=True)
+    )
+    return replace(spec, layers=layers)
+
+
+def _family(
+    architecture: str,
+    model_type: str,
+    title: str,
+    spec: Callable[[HfConfig], DecoderSpec],
+    names: WeightNames,
+) -> Family:
+    return Family(
+        architecture=architecture,
+        model_type=model_type,
+        series="OLMo",
+        title=title,
+        spec=spec,
+        max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
+        names=names,
+    )
+
+
+FAMILIES = (
+    _family("OlmoForCausalLM", "olmo", "OLMo 1", _olmo, LLAMA_NAMES),
+    _family("Olmo2ForCausalLM", "olmo2", "OLMo 2", _olmo2, POST_NORM_NAMES),
+    _family("Olmo3ForCausalLM", "olmo3", "OLMo 3", _olmo3, POST_NORM_NAMES),
+)
