@@ -8,20 +8,15 @@ from torch import Tensor
 
 from streamserve.models.batch import ForwardBatch
 from streamserve.models.latent import LatentAttention
-from streamserve.models.layers import (
-    Attention,
-    BoundNorm,
-    DeltaNet,
-    ShortConv,
-    StateSpace,
-    bind_norm,
-)
+from streamserve.models.layers import Attention, BoundNorm, bind_norm
 from streamserve.models.per_layer import PerLayerGate
+from streamserve.models.recurrent import DeltaNet, ShortConv, StateSpace
+from streamserve.models.side_by_side import SideBySide
 from streamserve.models.spec import LayerSpec
 from streamserve.models.weights import Weights
 from streamserve_kernels import Kernels
 
-Mixing = Attention | LatentAttention | DeltaNet | StateSpace | ShortConv
+Mixing = Attention | LatentAttention | DeltaNet | StateSpace | ShortConv | SideBySide
 """What brings a token together with those before it: the first half of a block."""
 
 
@@ -86,15 +81,15 @@ class Block:
         x: Tensor,
         residual: Tensor | None,
         batch: ForwardBatch,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        caches: tuple[Tensor, ...],
         rows: Tensor | None,
         part: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the next (x, residual), of ``rows`` only where given.
 
-        x, residual: [T, H] -> [T, H] or [L, H]; ``part`` [T, P] is the layer's own of each token's
-        embedding, where there are such. The last layer is given the rows that need logits:
+        x, residual: [T, H] -> [T, H] or [L, H]; ``caches`` are the layer's keys and values or
+        states, or both, one pair behind the other; ``part`` [T, P] is the layer's own of each
+        token's embedding, where there are such. The last layer is given the rows that need logits:
         every token must leave its key and value, or its mark on a state, but only those rows are
         worth finishing.
         """
@@ -103,14 +98,14 @@ class Block:
         else:
             normed, residual = self._attention_norm.add_norm(x, residual)
         attention = self._attention
-        query, gate = attention.write(normed, batch, key_cache, value_cache)
+        query, gate = attention.write(normed, batch, *caches)
         if rows is None:
-            attended = attention.attend(query, gate, batch, key_cache, value_cache)
+            attended = attention.attend(query, gate, batch, *caches)
         else:
             residual = residual.index_select(0, rows)
             if rows.shape[0] == 0:
                 return residual, residual
-            attended = attention.attend(query, gate, batch, key_cache, value_cache)
+            attended = attention.attend(query, gate, batch, *caches)
             attended = attended.index_select(0, rows)
             if self._parallel:
                 normed = normed.index_select(0, rows)

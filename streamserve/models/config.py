@@ -20,7 +20,13 @@ from streamserve.models.families.text_parts import find_text_part
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.model_config import ModelConfig
 from streamserve.models.quantised.stored import stored_quantization
-from streamserve.models.spec import AttentionSpec, DecoderSpec, ShortConvSpec, StateSpaceSpec
+from streamserve.models.spec import (
+    AttentionSpec,
+    DecoderSpec,
+    ShortConvSpec,
+    StateSpaceSpec,
+    parts_of,
+)
 from streamserve.models.tensor_files import open_tensor_files
 from streamserve_kernels import Quantization
 
@@ -214,7 +220,7 @@ def read_json(path: Path, *, required: bool) -> dict[str, Any]:
 def _check_heads(spec: DecoderSpec, source: str) -> None:
     if not spec.attentions():
         raise UnsupportedModelError(f"{source}: a model of which no layer attends is not supported")
-    for held in dict.fromkeys(layer.attention for layer in spec.layers):
+    for held in dict.fromkeys(held for layer in spec.layers for held in parts_of(layer.attention)):
         if isinstance(held, ShortConvSpec):
             continue
         if isinstance(held, AttentionSpec):

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -23,21 +24,21 @@ from streamserve.models.latent import LatentAttention
 from streamserve.models.layers import (
     Attention,
     BoundNorm,
-    DeltaNet,
-    ShortConv,
-    StateSpace,
     bind_mlp,
     bind_norm,
 )
 from streamserve.models.per_layer import PerLayerTable
+from streamserve.models.recurrent import DeltaNet, ShortConv, StateSpace
 from streamserve.models.rope import cos_sin_table
 from streamserve.models.shared_cache import SharingAttention
+from streamserve.models.side_by_side import SideBySide
 from streamserve.models.spec import (
     AttentionSpec,
     DecoderSpec,
     DeltaNetSpec,
     RopeSpec,
     ShortConvSpec,
+    SideBySideSpec,
     StateSpaceSpec,
 )
 from streamserve.models.weights import DecoderWeights, Weights
@@ -82,7 +83,7 @@ class Decoder:
         self._embedding_scale: float = torch.tensor(spec.embedding_scale, dtype=dtype).item()
         self._cos_sin_tables: dict[RopeSpec, Tensor] = {}
         self._layers: Sequence[int] = range(len(spec.layers))  # those that `_blocks` are
-        self._cache_indices = spec.cache_indices()
+        self._cache_places = spec.cache_places()
         self._taps: tuple[int, ...] = ()
         self._recorded: RecordedStep | None = None
         self._recorded_adapted: RecordedStep | None = None  # for steps with adapters
@@ -135,6 +136,12 @@ class Decoder:
             attention = StateSpace(layer.attention, weights, kernels)
         elif isinstance(layer.attention, ShortConvSpec):
             attention = ShortConv(layer.attention, weights, kernels)
+        elif isinstance(layer.attention, SideBySideSpec):
+            attention = SideBySide(
+                layer.attention,
+                self._attention(layer.attention.attention, weights),
+                StateSpace(layer.attention.space, weights, kernels),
+            )
         else:
             attention = self._attention(layer.attention, weights)
         return Block(layer, weights, kernels, attention, mlp)
@@ -333,13 +340,12 @@ class Decoder:
             if index in taps:
                 tapped[index] = x if residual is None else x + residual
             layer = self._layers[index]
-            key_cache, value_cache = kv_caches[self._cache_indices[layer]]
+            pairs = kv_caches[self._cache_places[layer]]
             x, residual = block.forward(
                 x,
                 residual,
                 batch,
-                key_cache,
-                value_cache,
+                pairs[0] if len(pairs) == 1 else tuple(chain(*pairs)),
                 last_rows if index == last else None,
                 None if parts is None else parts[layer],
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,16 +13,13 @@ from streamserve.models.batch import ForwardBatch
 from streamserve.models.rope import alibi_slopes, query_scales
 from streamserve.models.spec import (
     AttentionSpec,
-    DeltaNetSpec,
     ExpertActivation,
     ExpertsSpec,
     MlpSpec,
     NormSpec,
-    ShortConvSpec,
-    StateSpaceSpec,
 )
 from streamserve.models.weights import NormWeights, Weights
-from streamserve_kernels import GatedKind, Kernels
+from streamserve_kernels import GatedKind, Kernels, PackedLinear
 from streamserve_kernels.routing import Routing
 
 
@@ -259,208 +256,6 @@ class Attention:
         return norm.norm(x.reshape(-1, width)).view(x.shape)
 
 
-class _Convolution:
-    """A causal convolution over the last tokens, of weights below ``prefix``."""
-
-    __slots__ = ("_activation", "_bias", "_kernel", "_weight")
-
-    def __init__(
-        self,
-        prefix: str,
-        weights: Weights,
-        kernels: Kernels,
-        activation: Literal["silu"] | None = None,
-    ) -> None:
-        self._weight = weights.tensors[f"{prefix}conv"]
-        self._bias = weights.tensors.get(f"{prefix}conv.bias")
-        self._kernel = kernels.causal_conv
-        self._activation = activation
-
-    def __call__(self, x: Tensor, conv_states: Tensor, batch: ForwardBatch) -> Tensor:
-        """[T, C] -> [T, C]; the sequences' last inputs are what they are after the step."""
-        assert batch.states is not None, "a model that keeps states is told where"
-        return self._kernel(
-            x,
-            self._weight,
-            self._bias,
-            conv_states,
-            batch.states,
-            batch.query_start_loc,
-            batch.seq_lens,
-            activation=self._activation,
-        )
-
-
-class DeltaNet:
-    """A gated delta net: one product, a convolution over the last tokens, then the delta rule.
-
-    Its parts are called as those of `Attention`, with the layer's states in the caches' place.
-    """
-
-    __slots__ = (
-        "_conv",
-        "_decay",
-        "_delta_rule",
-        "_gated_norm",
-        "_gates",
-        "_norm_weight",
-        "_qkvz",
-        "_spec",
-        "_time_bias",
-        "output",
-    )
-
-    def __init__(self, spec: DeltaNetSpec, weights: Weights, kernels: Kernels) -> None:
-        self._spec = spec
-        self._qkvz = weights.linears["layers.delta.qkvz"]
-        self._gates = weights.linears["layers.delta.gates"]
-        self.output: Callable[[Tensor], Tensor] = weights.linears["layers.delta.output"]
-        self._conv = _Convolution("layers.delta.", weights, kernels, "silu")
-        self._decay = weights.tensors["layers.delta.decay"]
-        self._time_bias = weights.tensors["layers.delta.time_bias"]
-        self._norm_weight = weights.norms["layers.delta.norm"].weight
-        self._delta_rule = kernels.gated_delta_rule
-        self._gated_norm = kernels.gated_rms_norm
-
-    def write(
-        self, normed: Tensor, batch: ForwardBatch, conv_states: Tensor, matrices: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[T, H] -> what the heads found and their gate, both [T, Hv * Dv].
-
-        The sequences' states are what they are after the step's tokens.
-        """
-        spec, states = self._spec, batch.states
-        assert states is not None, "a model that keeps states is told where"
-        sizes = (spec.conv_channels, spec.value_size)
-        mixed, gate = self._qkvz(normed).split_with_sizes(sizes, 1)
-        found = self._delta_rule(
-            self._conv(mixed, conv_states, batch),
-            self._gates(normed),
-            self._decay,
-            self._time_bias,
-            matrices,
-            states,
-            batch.query_start_loc,
-            batch.seq_lens,
-            num_key_heads=spec.num_key_heads,
-        )
-        return found, gate
-
-    def attend(
-        self,
-        found: Tensor,
-        gate: Tensor | None,
-        batch: ForwardBatch,
-        conv_states: Tensor,
-        matrices: Tensor,
-    ) -> Tensor:
-        """Normed by heads and gated, [T, Hv * Dv], before the output projection."""
-        assert gate is not None
-        return self._gated_norm(found, gate, self._norm_weight, self._spec.norm.eps)
-
-
-class StateSpace:
-    """A selective state space: one product, a convolution over the last tokens, then the scan.
-
-    Its parts are called as those of `Attention`, with the layer's states in the caches' place.
-    """
-
-    __slots__ = (
-        "_conv",
-        "_decay",
-        "_input",
-        "_norm",
-        "_norm_weight",
-        "_scan",
-        "_sizes",
-        "_skip",
-        "_spec",
-        "_time_bias",
-        "output",
-    )
-
-    def __init__(self, spec: StateSpaceSpec, weights: Weights, kernels: Kernels) -> None:
-        self._spec = spec
-        self._sizes = (spec.inner_size, spec.conv_channels, spec.num_heads)
-        self._input = weights.linears["layers.space.input"]
-        self.output: Callable[[Tensor], Tensor] = weights.linears["layers.space.output"]
-        self._conv = _Convolution("layers.space.", weights, kernels, "silu")
-        self._decay = weights.tensors["layers.space.decay"]
-        self._time_bias = weights.tensors["layers.space.time_bias"]
-        self._skip = weights.tensors["layers.space.skip"]
-        self._norm_weight = weights.norms["layers.space.norm"].weight
-        self._scan = kernels.state_space_scan
-        self._norm = kernels.norm_of_gated
-
-    def write(
-        self, normed: Tensor, batch: ForwardBatch, conv_states: Tensor, matrices: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[T, H] -> what the heads found and their gate, both [T, heads * head size].
-
-        The sequences' states are what they are after the step's tokens.
-        """
-        states = batch.states
-        assert states is not None, "a model that keeps states is told where"
-        gate, mixed, time = self._input(normed).split_with_sizes(self._sizes, 1)
-        found = self._scan(
-            self._conv(mixed, conv_states, batch),
-            time,
-            self._decay,
-            self._time_bias,
-            self._skip,
-            matrices,
-            states,
-            batch.query_start_loc,
-            batch.seq_lens,
-            num_groups=self._spec.num_groups,
-        )
-        return found, gate
-
-    def attend(
-        self,
-        found: Tensor,
-        gate: Tensor | None,
-        batch: ForwardBatch,
-        conv_states: Tensor,
-        matrices: Tensor,
-    ) -> Tensor:
-        """Gated and normed by groups, [T, heads * head size], before the output projection."""
-        assert gate is not None
-        spec = self._spec
-        return self._norm(found, gate, self._norm_weight, spec.norm.eps, spec.group_size)
-
-
-class ShortConv:
-    """A causal convolution between two gates. Its parts are called as those of `Attention`."""
-
-    __slots__ = ("_conv", "_input", "_sizes", "output")
-
-    def __init__(self, spec: ShortConvSpec, weights: Weights, kernels: Kernels) -> None:
-        self._sizes = (spec.channels,) * 3
-        self._input = weights.linears["layers.short_conv.input"]
-        self.output: Callable[[Tensor], Tensor] = weights.linears["layers.short_conv.output"]
-        self._conv = _Convolution("layers.short_conv.", weights, kernels)
-
-    def write(
-        self, normed: Tensor, batch: ForwardBatch, conv_states: Tensor, matrices: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[T, H] -> the convolution's outputs and their gate, both [T, C]."""
-        before, gate, x = self._input(normed).split_with_sizes(self._sizes, 1)
-        return self._conv(before * x, conv_states, batch), gate
-
-    def attend(
-        self,
-        mixed: Tensor,
-        gate: Tensor | None,
-        batch: ForwardBatch,
-        conv_states: Tensor,
-        matrices: Tensor,
-    ) -> Tensor:
-        """[T, C], before the output projection."""
-        assert gate is not None
-        return mixed * gate
-
-
 def bind_mlp(
     spec: MlpSpec | ExpertsSpec, weights: Weights, kernels: Kernels
 ) -> Callable[[Tensor], Tensor]:
@@ -484,6 +279,8 @@ def _bind_plain(
     if spec.gated:
         gate_up, kind = weights.linears[prefix + "gate_up"], _gated_kind(spec.activation)
         gated_activation = kernels.gated_activation
+        if (spec.gate_scale, spec.output_scale) != (1.0, 1.0):
+            return _bind_scaled(spec, gate_up, down, kernels)
 
         def gated(x: Tensor) -> Tensor:
             return down(gated_activation(gate_up(x), kind))
@@ -495,6 +292,19 @@ def _bind_plain(
         return down(activation(up(x), plain_kind))
 
     return plain
+
+
+def _bind_scaled(
+    spec: MlpSpec, gate_up: PackedLinear, down: PackedLinear, kernels: Kernels
+) -> Callable[[Tensor], Tensor]:
+    sizes, kind = (spec.intermediate_size,) * 2, spec.activation
+    gate_scale, output_scale, activation = spec.gate_scale, spec.output_scale, kernels.activation
+
+    def scaled(x: Tensor) -> Tensor:
+        gate, up = gate_up(x).split_with_sizes(sizes, 1)
+        return down(activation(gate * gate_scale, kind) * up) * output_scale
+
+    return scaled
 
 
 def _bind_experts(

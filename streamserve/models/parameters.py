@@ -21,6 +21,7 @@ from streamserve.models.spec import (
     MlpSpec,
     NormSpec,
     ShortConvSpec,
+    SideBySideSpec,
     StateSpaceSpec,
 )
 
@@ -140,6 +141,9 @@ def layer_modules(spec: DecoderSpec, index: int) -> Iterator[Module]:
         yield from _delta_net_modules(layer.attention, hidden_size, index)
     elif isinstance(layer.attention, StateSpaceSpec):
         yield from _state_space_modules(layer.attention, hidden_size, index)
+    elif isinstance(layer.attention, SideBySideSpec):
+        yield from _attention_modules(layer.attention.attention, hidden_size, hidden_size, index)
+        yield from _state_space_modules(layer.attention.space, hidden_size, index)
     elif isinstance(layer.attention, ShortConvSpec):
         yield from _short_conv_modules(layer.attention, hidden_size, index)
     else:
@@ -279,7 +283,8 @@ def _state_space_modules(spec: StateSpaceSpec, hidden_size: int, index: int) -> 
     )
     for name in ("decay", "time_bias", "skip"):
         yield Module(prefix + name, "vector", (heads,), layer=index, float32=True)
-    yield _norm(prefix + "norm", spec.norm, inner, index)
+    if spec.norm is not None:
+        yield _norm(prefix + "norm", spec.norm, inner, index)
     yield Module(prefix + "output", "linear", (hidden_size,), inner, bias=spec.bias, layer=index)
 
 

@@ -275,8 +275,9 @@ class StateSpaceSpec:
     """A selective state space (Mamba 2, Dao & Gu 2024): a matrix for each head is all it remembers.
 
     Inputs, B and C pass a causal convolution over ``conv_width`` tokens first; B and C are those of
-    a group of heads. ``norm`` is of what the heads found times a gate, a group at a time. ``bias``
-    is that of the products, ``conv_bias`` the convolution's.
+    a group of heads. ``norm`` is of what the heads found times a gate, a group at a time, if it is
+    normed. ``bias`` is that of the products, ``conv_bias`` the convolution's. ``input_scales``
+    multiply what the first product makes: the gates, inputs, B, C and time steps.
     """
 
     num_heads: int
@@ -284,9 +285,16 @@ class StateSpaceSpec:
     num_groups: int
     state_size: int
     conv_width: int
-    norm: NormSpec
+    norm: NormSpec | None
     conv_bias: bool = True
     bias: bool = False
+    input_scales: tuple[float, float, float, float, float] | None = None
+
+    @property
+    def input_sizes(self) -> tuple[int, int, int, int, int]:
+        """Of the parts of the first product: see ``input_scales``."""
+        shared = self.num_groups * self.state_size
+        return (self.inner_size, self.inner_size, shared, shared, self.num_heads)
 
     @property
     def inner_size(self) -> int:
@@ -317,13 +325,48 @@ CacheSpec = AttentionSpec | DeltaNetSpec | StateSpaceSpec | ShortConvSpec
 
 
 @dataclass(frozen=True, slots=True)
+class SideBySideSpec:
+    """Attention and a state space that read the same input: a layer has a cache for each.
+
+    What each makes, times its scale, is added up.
+    """
+
+    attention: AttentionSpec
+    space: StateSpaceSpec
+    attention_scale: float = 1.0
+    space_scale: float = 1.0
+
+
+MixingSpec = CacheSpec | SideBySideSpec
+"""What brings a token together with those before it."""
+
+
+def parts_of(mixing: MixingSpec) -> tuple[CacheSpec, ...]:
+    """Each of what a layer has, in the order of their caches."""
+    if isinstance(mixing, SideBySideSpec):
+        return (mixing.attention, mixing.space)
+    return (mixing,)
+
+
+def _held(mixing: MixingSpec) -> tuple[CacheSpec, ...]:
+    """What a layer has caches of its own for."""
+    is_shared = isinstance(mixing, AttentionSpec) and mixing.shares_cache_of is not None
+    return () if is_shared else parts_of(mixing)
+
+
+@dataclass(frozen=True, slots=True)
 class MlpSpec:
-    """``down(act(gate(x)) * up(x))`` when gated, else ``down(act(up(x)))``."""
+    """``down(act(gate(x)) * up(x))`` when gated, else ``down(act(up(x)))``.
+
+    ``gate_scale`` multiplies the gate before it is activated, ``output_scale`` what comes out.
+    """
 
     intermediate_size: int
     activation: Activation
     gated: bool
     bias: bool = False
+    gate_scale: float = 1.0
+    output_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +430,7 @@ class LayerSpec:
     each half adds. With ``scaled`` a number of the checkpoint's multiplies what the block leaves.
     """
 
-    attention: CacheSpec
+    attention: MixingSpec
     mlp: MlpSpec | ExpertsSpec
     attention_norm: NormSpec | None
     mlp_norm: NormSpec | None
@@ -493,13 +536,14 @@ class DecoderSpec:
     join: JoinSpec | FusionSpec | None = None
 
     def caches(self) -> tuple[CacheSpec, ...]:
-        return tuple(layer.attention for layer in self.layers if _has_cache(layer))
+        return tuple(held for layer in self.layers for held in _held(layer.attention))
 
-    def cache_indices(self) -> tuple[int, ...]:
+    def cache_places(self) -> tuple[slice, ...]:
         """Which of the pairs of caches each layer has, or shares."""
-        own = accumulate(map(_has_cache, self.layers), initial=0)
-        first = tuple(own)  # how many the layers before one have
-        return tuple(first[_cache_layer(i, layer)] for i, layer in enumerate(self.layers))
+        counts = [len(_held(layer.attention)) for layer in self.layers]
+        starts = accumulate(counts, initial=0)
+        own = [slice(start, start + count) for start, count in zip(starts, counts, strict=False)]
+        return tuple(own[_cache_layer(i, layer)] for i, layer in enumerate(self.layers))
 
     def attentions(self) -> tuple[AttentionSpec, ...]:
         return tuple(spec for spec in self.caches() if isinstance(spec, AttentionSpec))
@@ -520,10 +564,6 @@ class DecoderSpec:
 def _cache_layer(index: int, layer: LayerSpec) -> int:
     shared = getattr(layer.attention, "shares_cache_of", None)
     return index if shared is None else shared
-
-
-def _has_cache(layer: LayerSpec) -> bool:
-    return getattr(layer.attention, "shares_cache_of", None) is None
 
 
 def used_share(top_k: int, num_experts: int, num_tokens: int) -> float:
@@ -547,8 +587,10 @@ def _row_width(hidden_size: int, layer: LayerSpec) -> int:
     return 3 * hidden_size + max(_attention_width(layer.attention), inside)
 
 
-def _attention_width(spec: CacheSpec) -> int:
+def _attention_width(spec: MixingSpec) -> int:
     """What is alive at once: the product, what the convolution made of it, what was found."""
+    if isinstance(spec, SideBySideSpec):
+        return _attention_width(spec.attention) + _attention_width(spec.space)
     if isinstance(spec, DeltaNetSpec):
         return 2 * (spec.conv_channels + spec.value_size + spec.num_value_heads)
     if isinstance(spec, StateSpaceSpec):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from tests.models.native import DELTA, DELTA_EXPERTS, DELTA_ROPE, HYBRID, LFM2
+from tests.models.native import DELTA, DELTA_EXPERTS, DELTA_ROPE, FALCON_H1, HYBRID, LFM2
 
 DELTA_VALUES = {
     "attention.layer_norm_rms_epsilon": 1e-6,
@@ -47,6 +47,16 @@ GRANITE_SCALES = {
     "embedding_scale": 3.0,
     "logit_scale": 4.0,
     "residual_scale": 0.4,
+}
+
+FALCON_H1_VALUES = {
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.head_count_kv": 2,
+    "attention.key_length": 16,
+    "attention.value_length": 16,
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 16,
+    "ssm.time_step_rank": 4,
 }
 
 # As `CASES` of test_gguf.
@@ -126,6 +136,18 @@ HYBRID_CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[
             "ssm.inner_size": 64,
             "ssm.time_step_rank": 8,
         },
+        dict,
+    ),
+    "falcon-h1": (
+        "falcon-h1",
+        lambda: transformers.FalconH1Config(**FALCON_H1, mamba_d_ssm=48),
+        {**FALCON_H1_VALUES, "ssm.group_count": 1, "ssm.inner_size": 48},
+        dict,
+    ),
+    "falcon-h1-normed": (
+        "falcon-h1",
+        HYBRID["falcon-h1-normed"],
+        {**FALCON_H1_VALUES, "ssm.group_count": 2, "ssm.inner_size": 64},
         dict,
     ),
     "lfm2": (

@@ -173,6 +173,7 @@ ERNIE = {
     "moe_num_experts": 5,
     "moe_k": 2,
 }
+FALCON_H1 = {**GQA, **ENDS, "head_dim": 16, "mamba_n_heads": 4, "mamba_d_state": 16}
 LFM3 = {**LFM2, "head_dim": 16, "sliding_window": 6}
 # What a model serves by default is shorter than what is asked of these.
 LONGER = {"qwen1-long": 128}
@@ -544,6 +545,31 @@ HYBRID = {
         conv_L_cache=4,
         norm_eps=1e-6,
         tie_word_embeddings=False,
+    ),
+    "falcon-h1": lambda: transformers.FalconH1Config(
+        **FALCON_H1,
+        mamba_d_ssm=48,
+        attention_in_multiplier=0.8,
+        attention_out_multiplier=0.7,
+        key_multiplier=0.6,
+        embedding_multiplier=3.0,
+        lm_head_multiplier=0.5,
+        mlp_multipliers=[0.9, 0.6],
+        ssm_multipliers=[0.35, 0.25, 0.7, 0.5, 0.3],
+        ssm_in_multiplier=1.25,
+        ssm_out_multiplier=0.8,
+    ),
+    # Normed behind the gate, in groups; what multiplies is 1.
+    "falcon-h1-normed": lambda: transformers.FalconH1Config(
+        **FALCON_H1,
+        mamba_d_ssm=None,
+        mamba_n_groups=2,
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=False,
+        mamba_conv_bias=False,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
     ),
     "lfm2-biases": lambda: transformers.Lfm2Config(
         **{**LFM2, "hidden_size": 64, "tie_word_embeddings": False},

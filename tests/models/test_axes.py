@@ -20,8 +20,10 @@ from streamserve.models import (
     parameters,
     per_layer,
     pieces,
+    recurrent,
     rope,
     shared_cache,
+    side_by_side,
     spec,
     weights,
 )
@@ -141,8 +143,10 @@ FORWARD = (
     parameters,
     per_layer,
     pieces,
+    recurrent,
     rope,
     shared_cache,
+    side_by_side,
     spec,
     weights,
 )

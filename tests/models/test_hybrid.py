@@ -204,6 +204,10 @@ def test_a_tensor_of_another_shape_is_named(name, tensor, shape, wanted, saved, 
         ("granite-4", {"mamba_n_groups": 3}, "4 heads of a state space cannot share 3 groups"),
         ("granite-4", {"time_step_limit": [0.0, 1.0]}, "time_step_limit must be [0, infinity]"),
         ("granite-4", {"position_embedding_type": "alibi"}, "these are: rope, nope"),
+        ("falcon-h1", {"mamba_proj_bias": True}, "mamba_proj_bias true is not supported"),
+        ("falcon-h1", {"mamba_rms_norm": True}, "norm_before_gate true is not supported"),
+        ("falcon-h1", {"attention_bias": True}, "attention_in_multiplier 0.8 is not supported"),
+        ("falcon-h1", {"ssm_multipliers": [1.0]}, "ssm_multipliers must list 5 numbers"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(name, values, message, saved, tmp_path):

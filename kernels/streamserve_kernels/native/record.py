@@ -346,6 +346,16 @@ class Recorder(RecurrentRecorder):
         self._add("multiply", out.address, a.address, a.stride, a.width, rows, *factors)
         return out
 
+    def multiply_columns(self, a: Symbol, factors: Tensor) -> Symbol:
+        """Each row by the same factors [N]."""
+        if a.tail != tuple(factors.shape):
+            raise NotRecordableError(f"a product of {a.shape} and {tuple(factors.shape)}")
+        _require_bfloat16(factors)
+        out, rows = self._new(a.rows, *a.tail), rows_kind(a.rows)
+        row = (self._address(factors), 0, 1)
+        self._add("multiply", out.address, a.address, a.stride, a.width, rows, *row)
+        return out
+
     def moe(
         self,
         x: Symbol,

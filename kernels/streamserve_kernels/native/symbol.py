@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+from torch import Tensor
+
 from streamserve_kernels.interface import NotRecordableError
 
 TOKENS, LOGITS = -1, -2
@@ -94,7 +96,10 @@ class Symbol:
     def __add__(self, other: Symbol) -> Symbol:
         return self.recorder.add(self, other)  # type: ignore[no-any-return]
 
-    def __mul__(self, factor: float | Symbol) -> Symbol:
+    def __mul__(self, factor: float | Symbol | Tensor) -> Symbol:
+        """Times a number, other rows, or one row [N] for all."""
+        if isinstance(factor, Tensor):
+            return self.recorder.multiply_columns(self, factor)  # type: ignore[no-any-return]
         if isinstance(factor, Symbol):
             return self.recorder.multiply(self, factor)  # type: ignore[no-any-return]
         return self.recorder.scale(self, factor)  # type: ignore[no-any-return]

@@ -43,12 +43,17 @@ _ATTENDING = ("attention", "full_attention")
 _KINDS = ("mamba", "linear_attention", *_ATTENDING)
 
 
-def _state_space(config: HfConfig) -> StateSpaceSpec:
+def check_time_steps(config: HfConfig) -> None:
+    """Raises UnsupportedModelError for limits of them."""
     limits = config.values.get("time_step_limit")
-    if limits not in (None, *_NO_LIMITS):
+    if limits is not None and list(limits) not in _NO_LIMITS:
         raise UnsupportedModelError(
             f"{config.source}: time_step_limit must be [0, infinity], got {limits!r}"
         )
+
+
+def _state_space(config: HfConfig) -> StateSpaceSpec:
+    check_time_steps(config)
     inner_size = config.integer_or(2, "mamba_expand") * config.integer("hidden_size")
     num_heads = config.integer_or(128, "mamba_n_heads")
     return StateSpaceSpec(

@@ -66,6 +66,16 @@ def state_space(reading: Reading) -> Values:
     }
 
 
+def _falcon_h1(reading: Reading) -> Values:
+    """What multiplies is in the weights: `FalconH1Model.modify_tensors`."""
+    return {
+        **state_space(reading),
+        "mamba_d_ssm": reading.integer("ssm.inner_size"),
+        "mamba_rms_norm": reading.has_tensor("blk.0.ssm_norm.weight"),
+        "mamba_norm_before_gate": False,
+    }
+
+
 def _lfm2(reading: Reading) -> Values:
     heads = reading.file.metadata.numbers(reading.key("attention.head_count_kv"))
     return {
@@ -109,6 +119,7 @@ HYBRIDS: Mapping[str, Architecture] = {
         tiled=False,
         delta_layout="grouped",
     ),
+    "falcon-h1": Architecture("FalconH1ForCausalLM", _falcon_h1),
     "lfm2": Architecture("Lfm2ForCausalLM", _lfm2, num_kv_heads=some_kv_heads),
     "lfm2moe": Architecture(
         "Lfm2MoeForCausalLM", _lfm2_moe, num_kv_heads=some_kv_heads, read=ROUTED

@@ -184,7 +184,9 @@ def _parts(entry: TensorEntry) -> Iterator[tuple[str, _Slice]]:
             shape = (count,)
         if _CONVOLUTION.search(entry.name) and len(shape) == 2:
             shape = (shape[0], 1, shape[1])
-        yield entry.name, _Slice(entry, kind, shape, entry.start, nbytes)
+        # Falcon H1's has no ending, as llama.cpp looks it up.
+        name = f"{entry.name}.weight" if entry.name.endswith(".ffn_norm") else entry.name
+        yield name, _Slice(entry, kind, shape, entry.start, nbytes)
         return
     size = nbytes // entry.shape[0]
     for index in range(entry.shape[0]):

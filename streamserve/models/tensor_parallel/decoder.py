@@ -114,12 +114,11 @@ class _SummedBlock(Block):
         x: Tensor,
         residual: Tensor | None,
         batch: ForwardBatch,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        caches: tuple[Tensor, ...],
         rows: Tensor | None,
         part: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        x, residual = super().forward(x, residual, batch, key_cache, value_cache, rows, part)
+        x, residual = super().forward(x, residual, batch, caches, rows, part)
         # Without rows that anybody wants nothing was computed.
         return (x if x is residual else self._ranks.all_reduce(x)), residual
 
