@@ -62,7 +62,6 @@ FOREIGN = {
         "DeepseekV2Config", DEEPSEEK, topk_method="group_limited_greedy", rope_parameters=YARN
     ),
     "deepseek-v3": _config("DeepseekV3Config", DEEPSEEK, rope_parameters=YARN),
-    "ernie4.5": _config("Ernie4_5Config", GQA, head_dim=8),
     "exaone4": _config("Exaone4Config", GQA, WINDOWS),
     "gemma3n": _config(
         "Gemma3nTextConfig",
@@ -76,7 +75,6 @@ FOREIGN = {
         altup_num_inputs=2,
         activation_sparsity_pattern=[0.0, 0.0, 0.0],
     ),
-    "glm4-moe": _config("Glm4MoeConfig", GQA, EXPERTS, head_dim=8, first_k_dense_replace=1),
     "granite": _config(
         "GraniteConfig", GQA, logits_scaling=2.0, residual_multiplier=0.5, embedding_multiplier=3.0
     ),

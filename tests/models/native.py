@@ -456,12 +456,20 @@ NATIVE = {
         norm_topk_prob=False,
         tie_word_embeddings=True,
     ),
-    "dots1": lambda: transformers.Dots1Config(**ROUTED, norm_topk_prob=True),
-    "dots1-windows": lambda: transformers.Dots1Config(
+    "dots1": lambda: transformers.Dots1Config(
         **{**ROUTED, "first_k_dense_replace": 0},
         sliding_window=6,
         max_window_layers=1,
         n_group=2,
+        norm_topk_prob=True,
+    ),
+    "solar-open": lambda: transformers.SolarOpenConfig(
+        **{
+            k: v
+            for k, v in ROUTED.items()
+            if k not in ("intermediate_size", "first_k_dense_replace")
+        },
+        head_dim=16,
     ),
     "minimax-m2": lambda: transformers.MiniMaxM2Config(
         **GQA,
@@ -472,14 +480,11 @@ NATIVE = {
         rope_parameters={"rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
     ),
     "ernie4.5": lambda: transformers.Ernie4_5Config(**GQA, **ENDS, head_dim=16, use_bias=True),
-    "ernie4.5-moe": lambda: transformers.Ernie4_5_MoeConfig(**ERNIE),
-    "ernie4.5-moe-steps": lambda: transformers.Ernie4_5_MoeConfig(
-        **{**ERNIE, "num_hidden_layers": 4},
-        moe_layer_start_index=0,
-        moe_layer_end_index=2,
-        moe_layer_interval=2,
-        moe_num_shared_experts=0,
-        tie_word_embeddings=False,
+    "ernie4.5-as-published": lambda: transformers.Ernie4_5Config(
+        **GQA, **ENDS, head_dim=8, architectures=["Ernie4_5_ForCausalLM"]
+    ),
+    "ernie4.5-moe": lambda: transformers.Ernie4_5_MoeConfig(
+        **ERNIE, moe_layer_start_index=0, moe_layer_interval=2
     ),
     "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4),
     "mixtral-window": lambda: transformers.MixtralConfig(

@@ -662,8 +662,6 @@ def test_a_head_that_is_normalised_is_not_kept_packed(tmp_path, build):
         "qwen3-next",
         "lfm2",
         "glm4-moe",
-        "minimax-m2",
-        "lfm2-moe",
     ],
 )
 def test_experts_and_fused_matrices_are_packed_too(case, tmp_path, build, kernels):

@@ -79,7 +79,7 @@ def test_what_would_change_an_answer_is_refused(name, values, message):
 
 def test_experts_stand_in_the_layers_that_ernie_names():
     values = {**config_values("ernie4.5-moe"), "num_hidden_layers": 9}
-    values["moe_layer_end_index"] = -1
+    values |= {"moe_layer_end_index": -1, "moe_layer_start_index": 1, "moe_layer_interval": 1}
 
     def mixed(**more: int) -> list[int]:
         layers = spec_of({**values, **more}).layers

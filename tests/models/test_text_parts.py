@@ -15,7 +15,7 @@ from streamserve.models import LanguageModel, load_config, load_model
 from streamserve.models.families.text_parts import TEXT_MODELS, TEXT_PARTS
 from streamserve.models.hf_config import HfConfig
 from streamserve_kernels import Kernels
-from tests.models.native import DELTA, DELTA_EXPERTS, GEMMA4, LFM2, LFM3, MINISTRAL_ROPE
+from tests.models.native import DELTA, DELTA_EXPERTS, GEMMA4, LFM2, LFM3, MINISTRAL_ROPE, ROUTED
 from tests.models.paged import PagedHarness, Sequence
 from tests.models.parity import STATES_TOLERANCE, assert_equals_judge, prompts
 from tests.models.random_model import random_model
@@ -165,6 +165,30 @@ CONFIGS = {
         **of(
             named("qwen3_5_moe_text", {**QWEN3_5, **DELTA_EXPERTS}),
             QWEN3_5_VISION,
+            tie_word_embeddings=False,
+        )
+    ),
+    "Glm4vMoe": lambda: transformers.Glm4vMoeConfig(
+        **of(
+            {
+                **ROUTED,
+                "head_dim": 16,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.5,
+                    "mrope_section": [1, 1, 2],
+                },
+            },
+            {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "image_size": 16,
+                "patch_size": 8,
+            },
             tie_word_embeddings=False,
         )
     ),

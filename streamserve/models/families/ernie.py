@@ -37,8 +37,9 @@ _LEAST = 1e-6
 
 def _decoder(config: HfConfig, *, head_size: int | None, default_kv_heads: int) -> DecoderSpec:
     bias = config.flag_or(False, "use_bias")
-    named = config.head_size(config.integer("hidden_size"), config.integer("num_attention_heads"))
-    size = head_size or named
+    size = head_size or config.head_size(
+        config.integer("hidden_size"), config.integer("num_attention_heads")
+    )
     spec = rotary_decoder(
         config,
         windows=(None,) * config.integer("num_hidden_layers"),

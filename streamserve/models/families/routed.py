@@ -33,6 +33,19 @@ NAMES = WeightNames(
     }
 )
 
+_APART = ("layers.experts.gate_up", "layers.experts.down")
+# Of checkpoints that may keep all experts of a layer in one tensor.
+ONE_TENSOR_NAMES = replace(
+    NAMES,
+    modules={
+        **NAMES.modules,
+        "layers.experts.gate_up": (LAYER + "mlp.experts.gate_up_proj",),
+        "layers.experts.down": (LAYER + "mlp.experts.down_proj",),
+    },
+    sliced=frozenset(_APART),
+    apart={module: NAMES.modules[module] for module in _APART},
+)
+
 
 def routed_experts(
     config: HfConfig,

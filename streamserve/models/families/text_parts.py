@@ -12,7 +12,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
-from streamserve.models.families import gemma, gemma4, lfm2, lfm3, llama, qwen_hybrid, qwen_moe
+from streamserve.models.families import (
+    gemma,
+    gemma4,
+    glm_moe,
+    lfm2,
+    lfm3,
+    llama,
+    qwen_hybrid,
+    qwen_moe,
+    routed,
+)
 from streamserve.models.families.family import Family
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
@@ -119,7 +129,7 @@ def _sizes(vocabulary: int, hidden: int, inside: int, layers: int, heads: int) -
 
 _BY_MODEL_TYPE = {
     family.model_type: family
-    for module in (llama, gemma, gemma4, qwen_moe, qwen_hybrid, lfm2, lfm3)
+    for module in (llama, gemma, gemma4, qwen_moe, qwen_hybrid, lfm2, lfm3, glm_moe)
     for family in module.FAMILIES
 }
 _QWEN2_VL = TextModel(
@@ -142,6 +152,16 @@ TEXT_MODELS: dict[str, TextModel] = {
     "gemma4_text": TextModel(_BY_MODEL_TYPE["gemma4_text"], _sizes(262_144, 2304, 9216, 30, 8)),
     "gemma4_unified_text": TextModel(
         _BY_MODEL_TYPE["gemma4_unified_text"], _sizes(262_144, 2304, 9216, 30, 8)
+    ),
+    "glm4v_moe_text": TextModel(
+        _BY_MODEL_TYPE["glm4_moe"],
+        {
+            **_sizes(151_424, 4096, 10_944, 46, 96),
+            "attention_bias": True,
+            "max_position_embeddings": 65_536,
+        },
+        # Its last layer, where it has one more, guesses a further token.
+        replace(routed.ONE_TENSOR_NAMES, skipped=("model.language_model.layers.46.",)),
     ),
     "lfm2": TextModel(
         _BY_MODEL_TYPE["lfm2"],
@@ -219,6 +239,7 @@ _PARTS = (
     TextPart("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe_text", ("visual.",)),
     TextPart("Qwen3_5ForConditionalGeneration", "qwen3_5_text", ("visual.",)),
     TextPart("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text", ("visual.",)),
+    TextPart("Glm4vMoeForConditionalGeneration", "glm4v_moe_text", ("visual.",)),
     TextPart("InternVLForConditionalGeneration", "qwen2", _TOWER),
     TextPart("Lfm2VlForConditionalGeneration", "lfm2", _TOWER),
     TextPart("Lfm3VlForConditionalGeneration", "lfm3", _TOWER),

@@ -153,7 +153,10 @@ MIXTURES: Mapping[str, Architecture] = {
     "gpt-oss": Architecture("GptOssForCausalLM", _gpt_oss, windows=True),
     # The last block guesses a further token.
     "glm4moe": Architecture(
-        "Glm4MoeForCausalLM", _glm4_moe, read=(*_GROUPED, "nextn_predict_layers")
+        "Glm4MoeForCausalLM",
+        _glm4_moe,
+        also=("SolarOpenForCausalLM",),
+        read=(*_GROUPED, "nextn_predict_layers"),
     ),
     "dots1": Architecture("Dots1ForCausalLM", _dots1, read=_GROUPED),
     "ernie4_5": Architecture("Ernie4_5ForCausalLM", _ernie, also=("Ernie4_5_ForCausalLM",)),
