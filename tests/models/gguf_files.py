@@ -175,6 +175,8 @@ def _tensors(
         elif name.endswith("W_pack.weight"):
             for part, rows in zip("qkv", data.chunk(3), strict=True):
                 found[name.replace("W_pack", f"{part}_proj")] = [rows]
+        elif name.endswith("kv_b_proj.weight") and architecture == "deepseek2":
+            found |= _heads_apart(name, model.config, data)
         elif name.endswith("in_proj_qkvz.weight") and not whole_qkvz:
             found |= {name.replace("qkvz", part): [data] for part in ("qkv", "z")}
         elif base.endswith("shared_mlp.input_linear"):
@@ -197,6 +199,17 @@ def _tensors(
             is_bare = architecture in ("bloom", "chatglm")
             found[name.removeprefix("transformer.") if is_bare else name] = [data]
     return list(found.items())
+
+
+def _heads_apart(name: str, config: Any, data: Tensor) -> dict[str, list[Tensor]]:
+    """`DeepseekV2Model`: keys, turned, and values of each head."""
+    sizes = (config.qk_nope_head_dim, config.v_head_dim)
+    heads = data.view(config.num_attention_heads, sum(sizes), -1)
+    keys, values = heads.split_with_sizes(sizes, dim=1)
+    return {
+        name.replace("kv_b_proj", "k_b_proj"): [keys.transpose(1, 2)],
+        name.replace("kv_b_proj", "v_b_proj"): [values],
+    }
 
 
 def _shared(base: str, model: Any) -> str:

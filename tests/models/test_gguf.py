@@ -24,6 +24,7 @@ from streamserve_kernels.stored import concatenate
 from tests.models import references
 from tests.models.gguf_files import F32, Kind, settings_of, write_gguf
 from tests.models.gguf_hybrids import GRANITE_SCALES, HYBRID_CASES
+from tests.models.gguf_latent import LATENT_CASES
 from tests.models.gguf_mixtures import MIXTURE_CASES
 from tests.models.gguf_parity import compare, sizes
 from tests.models.native import (
@@ -550,6 +551,7 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict
     ),
     **HYBRID_CASES,
     **MIXTURE_CASES,
+    **LATENT_CASES,
 }
 
 

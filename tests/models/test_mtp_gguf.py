@@ -47,6 +47,9 @@ class WithHead:
         for name, parameter in self._judge.named_parameters():
             yield name.replace("layers.0", f"model.layers.{self._block}"), parameter
 
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        return self._model.named_buffers()
+
     def name(self, name: str) -> str | None:
         """In the file, of what is around the head's layer."""
         stem, _, leaf = name.partition(".")

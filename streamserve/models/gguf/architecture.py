@@ -23,8 +23,9 @@ class Architecture:
     ``permuted``: the rows of q and k are stored so that neighbours are rotated together.
     ``norm_offset`` was added to the weights of norms. ``windows``: the family has a window.
     ``tiled``: a delta net's value heads are stored one of each key head, then the next of each.
-    ``num_kv_heads``: of each layer that attends. ``read``: names of values that are refused
-    elsewhere, and count here or change nothing.
+    ``num_kv_heads``: of each layer that attends; ``head_size``: of its heads, None where ``values``
+    has what there is of that. ``read``: names of values that are refused elsewhere, and count here
+    or change nothing.
     """
 
     family: str
@@ -35,6 +36,7 @@ class Architecture:
     also: tuple[str, ...] = ()
     tiled: bool = False
     num_kv_heads: Callable[[Reading], int | None] = lambda reading: reading.num_kv_heads
+    head_size: Callable[[Reading], int | None] = lambda reading: reading.head_size
     read: tuple[str, ...] = ()
     qkv_layout: QkvLayout = "stacked"
     delta_layout: DeltaLayout = "stacked"

@@ -15,6 +15,7 @@ from streamserve.models.gguf.architecture import (
 )
 from streamserve.models.gguf.granite import GRANITE
 from streamserve.models.gguf.hybrids import HYBRIDS
+from streamserve.models.gguf.latent import LATENT
 from streamserve.models.gguf.mixtures import MIXTURES
 from streamserve.models.gguf.rope_scaling import rope_scaling
 
@@ -282,4 +283,5 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     **MIXTURES,
     **GRANITE,
     **HYBRIDS,
+    **LATENT,
 }

@@ -80,7 +80,7 @@ def _quantization(
 
 def _dtype(tensors: GgufTensors) -> torch.dtype | None:
     """What the matrices are in, if they are plain; norms are float32 whatever they were."""
-    plain = (tensors.kind(n).plain for n in tensors.names() if len(tensors.shape(n)) == 2)
+    plain = (tensors.dtype(n) for n in tensors.names() if len(tensors.shape(n)) == 2)
     common = Counter(dtype for dtype in plain if dtype is not None).most_common(1)
     return common[0][0] if common else None
 

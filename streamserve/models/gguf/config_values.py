@@ -67,7 +67,7 @@ def find_architecture(reading: Reading) -> Architecture:
 
 def config_values(reading: Reading, architecture: Architecture) -> Values:
     """The file's values as transformers' ``config.json`` would have them."""
-    common = _common(reading, architecture.num_kv_heads(reading))
+    common = _common(reading, architecture.num_kv_heads(reading), architecture.head_size(reading))
     known = {name: value for name, value in common.items() if value is not None}
     values = {**known, **architecture.values(reading)}  # whose None may switch something off
     [named] = values.setdefault("architectures", [architecture.family])
@@ -75,9 +75,8 @@ def config_values(reading: Reading, architecture: Architecture) -> Values:
     return values
 
 
-def _common(reading: Reading, num_kv_heads: int | None) -> Values:
+def _common(reading: Reading, num_kv_heads: int | None, head_size: int | None) -> Values:
     """What every family has, by all of the names that one or the other looks for."""
-    head_size = reading.head_size
     layer_eps = reading.optional_number("attention.layer_norm_epsilon")
     intermediate_size = reading.optional_integer("feed_forward_length")
     embedding = reading.file.tensors.get("token_embd.weight")
@@ -102,7 +101,7 @@ def _common(reading: Reading, num_kv_heads: int | None) -> Values:
         "attention_bias": has_bias(reading, "attn_q") or has_bias(reading, "attn_qkv"),
         "mlp_bias": has_bias(reading, "ffn_up"),
     }
-    rotary_dim = reading.integer_or(head_size, "rope.dimension_count")
-    if rotary_dim != head_size:
+    rotary_dim = reading.optional_integer("rope.dimension_count")
+    if head_size is not None and rotary_dim not in (None, head_size):
         values["partial_rotary_factor"] = rotary_factor(rotary_dim, head_size)
     return values

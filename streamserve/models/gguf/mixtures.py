@@ -60,19 +60,19 @@ def _deepseek(reading: Reading) -> Values:
     }
 
 
-_SIGMOID = 2
+SIGMOID = 2
 # Of routers that score by sigmoid: see `require_sigmoid`.
 ROUTED = ("expert_gating_func", "expert_weights_scale")
-_GROUPED = (*ROUTED, "expert_group_count")
+GROUPED = (*ROUTED, "expert_group_count")
 
 
 def require_sigmoid(reading: Reading) -> None:
     """Raises UnsupportedModelError for a file whose experts are scored in another way."""
-    scoring = reading.integer_or(_SIGMOID, "expert_gating_func") or _SIGMOID
-    if scoring != _SIGMOID:
+    scoring = reading.integer_or(SIGMOID, "expert_gating_func") or SIGMOID
+    if scoring != SIGMOID:
         raise UnsupportedModelError(
             f"{reading.file.path}: {reading.key('expert_gating_func')} {scoring} is not supported "
-            f"for this architecture; this is: {_SIGMOID}"
+            f"for this architecture; this is: {SIGMOID}"
         )
 
 
@@ -80,13 +80,20 @@ def weights_scale(reading: Reading) -> float:
     return reading.number_or(0.0, "expert_weights_scale") or 1.0
 
 
-def _dots1(reading: Reading) -> Values:
-    require_sigmoid(reading)
+def grouped_experts(reading: Reading) -> Values:
+    """By DeepSeek's names."""
     return {
         **_deepseek(reading),
         "n_group": reading.integer_or(0, "expert_group_count") or 1,
         "topk_group": reading.integer_or(0, "expert_group_used_count") or 1,
         "routed_scaling_factor": weights_scale(reading),
+    }
+
+
+def _dots1(reading: Reading) -> Values:
+    require_sigmoid(reading)
+    return {
+        **grouped_experts(reading),
         "max_window_layers": reading.num_layers,  # so that no layer has a window
     }
 
@@ -156,9 +163,9 @@ MIXTURES: Mapping[str, Architecture] = {
         "Glm4MoeForCausalLM",
         _glm4_moe,
         also=("SolarOpenForCausalLM",),
-        read=(*_GROUPED, "nextn_predict_layers"),
+        read=(*GROUPED, "nextn_predict_layers"),
     ),
-    "dots1": Architecture("Dots1ForCausalLM", _dots1, read=_GROUPED),
+    "dots1": Architecture("Dots1ForCausalLM", _dots1, read=GROUPED),
     "ernie4_5": Architecture("Ernie4_5ForCausalLM", _ernie, also=("Ernie4_5_ForCausalLM",)),
     "ernie4_5-moe": Architecture("Ernie4_5_MoeForCausalLM", _ernie_moe),
     "olmoe": Architecture("OlmoeForCausalLM", _olmoe),

@@ -50,6 +50,14 @@ _ALTERNATIVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "layers.k_norm": (_block("attn_k_norm"),),
     "layers.output": (_block("attn_output"),),
     "layers.sinks": (_block("attn_sinks.weight"),),
+    "layers.latent.input": (
+        _block("attn_q_a", "attn_kv_a_mqa"),
+        _block("attn_q", "attn_kv_a_mqa"),
+    ),
+    "layers.latent.query_norm": (_block("attn_q_a_norm"),),
+    "layers.latent.query": (_block("attn_q_b"),),
+    "layers.latent.norm": (_block("attn_kv_a_norm"),),
+    "layers.latent.heads": (_block("attn_kv_b"),),
     # The converter's first way with Qwen 3-Next left it whole.
     "layers.delta.qkvz": (_block("ssm_in"), _block("attn_qkv", "attn_gate")),
     "layers.delta.gates": (_block("ssm_ba"), _block("ssm_beta", "ssm_alpha")),
@@ -88,6 +96,7 @@ _IGNORED = (
     r"rope_freqs\.weight",
     r"rope_factors_(long|short)\.weight",
     r"attn_rot_embd\.weight",
+    r"attn_[kv]_b\.weight",  # see `tensors`
 )
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

@@ -2,7 +2,9 @@
 
 Experts, which are stacked in one tensor, are tensors of their own here: ``ffn_up_exps.7.weight``.
 What the converter changed is changed back: the order of rows and columns (`orders`), packed ones
-too, the 1 that norms of some were given, and what was made of a delta net's decay.
+too, the 1 that norms of some were given, and what was made of a delta net's decay. What latent
+attention makes of its heads' keys and values, which newer files have apart and the former turned,
+is one tensor here, as it was in older ones.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ _LAYER = re.compile(r"blk\.\d+\.(\w+)")
 _NORM = re.compile(r"(?<!ssm_)norm\.weight$")
 # What a state space has for each head, and its norm, are columns there.
 _OF_HEADS = re.compile(r"\.(ssm_a|ssm_d|ssm_norm\.weight)$")
+_KEYS_OF_HEADS, _VALUES_OF_HEADS, _HEADS = ".attn_k_b.", ".attn_v_b.", ".attn_kv_b."
 _CONVOLUTION = re.compile(r"(ssm_conv1d|shortconv\.conv)\.weight$")
 # Rows that are dequantised at a time, by their weights.
 _SLICE_ELEMENTS = 2**22
@@ -60,19 +63,32 @@ class GgufTensors:
             if reading.is_of_guess(entry.name) == of_guess:
                 for name, part in _parts(entry):
                     self._slices[name] = self._in_runs(name, part)
+        self._joined = dict(self._joined_heads())
+
+    def _joined_heads(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        for keys in self._slices:
+            values = keys.replace(_KEYS_OF_HEADS, _VALUES_OF_HEADS)
+            joined = keys.replace(_KEYS_OF_HEADS, _HEADS)
+            if _KEYS_OF_HEADS in keys and values in self._slices and joined not in self._slices:
+                yield joined, (keys, values)
 
     def names(self) -> Iterator[str]:
-        return iter(self._slices)
+        yield from self._slices
+        yield from self._joined
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._slices[name].shape
+        if name not in self._joined:
+            return self._slices[name].shape
+        keys, values = (self._slices[part].shape for part in self._joined[name])
+        return keys[0] * (keys[-1] + values[-2]), values[-1]
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """None for one that is packed."""
-        return self.kind(name).plain
+        """None for one that is packed, or made of two."""
+        return None if name in self._joined else self.kind(name).plain
 
     def file(self, name: str) -> Path:
-        return self._slices[name].entry.file.path
+        part, _ = self._joined.get(name, (name, name))
+        return self._slices[part].entry.file.path
 
     def kind(self, name: str) -> Kind:
         return self._slices[name].kind
@@ -84,6 +100,9 @@ class GgufTensors:
 
     def read(self, name: str) -> Tensor:
         """The tensor in its own type, a view where it can be; float32 if it is packed."""
+        if name in self._joined:
+            keys, values = (self.read(part).float() for part in self._joined[name])
+            return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
         part = self._slices[name]
         if part.kind.plain is not None:
             tensor = self._bytes(part).view(part.kind.plain).view(part.shape)
@@ -112,8 +131,9 @@ class GgufTensors:
         return weight if order is None else order.packed(weight)
 
     def release(self, name: str) -> None:
-        part = self._slices[name]
-        part.entry.file.advise(part.start, part.start + part.nbytes, mmap.MADV_DONTNEED)
+        for held in self._joined.get(name, (name,)):
+            part = self._slices[held]
+            part.entry.file.advise(part.start, part.start + part.nbytes, mmap.MADV_DONTNEED)
 
     def _bytes(self, part: _Slice) -> Tensor:
         file = part.entry.file
