@@ -92,6 +92,50 @@ MIXTURE_CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[
         {**KV, "expert_count": 5, "expert_used_count": 3},
         dict,
     ),
+    "k-exaone": (
+        "exaone-moe",
+        lambda: transformers.ExaoneMoeConfig(
+            **GQA,
+            **ENDS,
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            sliding_window=6,
+            sliding_window_pattern=2,
+        ),
+        {
+            **KV,
+            "attention.sliding_window": 6,
+            "attention.sliding_window_pattern": [True, False, True],
+            "expert_count": 6,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 24,
+            "expert_shared_count": 1,
+            "expert_shared_feed_forward_length": 24,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "leading_dense_block_count": 1,
+            "nextn_predict_layers": 0,
+            "rope.scaling.type": "none",
+        },
+        dict,
+    ),
+    "hunyuan-moe": (
+        "hunyuan-moe",
+        lambda: transformers.HunYuanMoEV1Config(
+            **GQA, **ENDS, head_dim=8, num_experts=4, moe_topk=2, tie_word_embeddings=True
+        ),
+        {
+            **KV,
+            "expert_count": 4,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 48,
+            "expert_shared_count": 1,
+            "expert_shared_feed_forward_length": 48,
+        },
+        dict,
+    ),
     "minimax-m2": (
         "minimax-m2",
         lambda: transformers.MiniMaxM2Config(

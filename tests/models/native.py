@@ -463,6 +463,28 @@ NATIVE = {
         n_group=2,
         norm_topk_prob=True,
     ),
+    "k-exaone": lambda: transformers.ExaoneMoeConfig(
+        **GQA,
+        **ENDS,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        num_shared_experts=1,
+        sliding_window=6,
+        sliding_window_pattern=2,
+        n_group=2,
+    ),
+    "k-exaone-as-published": lambda: transformers.ExaoneMoeConfig(
+        **GQA,
+        **ENDS,
+        architectures=["ExaoneMoEForCausalLM"],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+    ),
+    "hunyuan-moe": lambda: transformers.HunYuanMoEV1Config(
+        **GQA, **ENDS, head_dim=16, num_experts=4, moe_topk=[2, 2, 2]
+    ),
     "solar-open": lambda: transformers.SolarOpenConfig(
         **{
             k: v

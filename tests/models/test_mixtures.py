@@ -32,6 +32,7 @@ def spec_of(values: dict[str, Any]) -> DecoderSpec:
         ("glm4-moe", "model.layers.3.mlp.gate.e_score_correction_bias"),
         ("ernie4.5-moe", "model.mtp_block.0.self_attn.q_proj.weight"),
         ("ernie4.5-moe", "model.mtp_emb_norm.0.weight"),
+        ("k-exaone", "mtp.layers.0.self_attn.q_proj.weight"),
     ],
 )
 def test_layers_that_guess_further_tokens_are_left_out(name, more, checkpoint, kernels):
@@ -68,6 +69,9 @@ def test_a_correction_of_another_shape_is_named(checkpoint, kernels):
         ("glm4-moe", {"n_group": 8}, "n_group 8 and topk_group 1 must be groups of 8 experts"),
         ("glm4-moe", {"n_group": 4}, "hold the 3 that a token goes to"),
         ("glm4-moe", {"n_group": 4, "topk_group": 5}, "topk_group 5 must be groups of 8 experts"),
+        ("k-exaone", {"mlp_layer_types": ["sparse"] * 3}, "mlp_layer_types other than 1 dense"),
+        ("hunyuan-moe", {"moe_topk": [1, 2, 1]}, "moe_topk must be the same in all layers"),
+        ("hunyuan-moe", {"moe_intermediate_size": 24}, "moe_intermediate_size 24 must be inter"),
         ("minimax-m2", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported"),
         ("minimax-m2", {"qk_norm_type": "per_head"}, "qk_norm_type 'per_head' is not supported"),
     ],
@@ -89,6 +93,12 @@ def test_experts_stand_in_the_layers_that_ernie_names():
     assert mixed(moe_layer_start_index=2, moe_layer_interval=3) == [2, 5, 8]
     assert mixed(moe_layer_start_index=3, moe_layer_interval=3) == [5, 8]
     assert mixed(moe_layer_interval=2, moe_layer_end_index=6) == [1, 3, 5]
+
+
+def test_letters_name_the_windows_that_exaone_lists_besides():
+    values = config_values("k-exaone")
+    spec = spec_of({**values, "sliding_window_pattern": "LG"})
+    assert [attention.window for attention in spec.attentions()] == [6, None, 6]
 
 
 def test_minimax_counts_the_elements_that_turn():
@@ -206,6 +216,7 @@ def test_where_a_checkpoint_keeps_its_correction_is_known() -> None:
         "glm4-moe": "model.layers.1.mlp.gate.e_score_correction_bias",
         "dots1": "model.layers.1.mlp.gate.e_score_correction_bias",
         "ernie4.5-moe": "model.layers.1.mlp.moe_statics.e_score_correction_bias",
+        "k-exaone": "model.layers.1.mlp.e_score_correction_bias",
         "minimax-m2": "model.layers.1.block_sparse_moe.e_score_correction_bias",
         "lfm2-moe": "model.layers.1.feed_forward.expert_bias",
     }

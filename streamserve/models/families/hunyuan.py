@@ -1,9 +1,10 @@
-"""HunYuan, the dense ones: Llama with norms of queries and keys behind their rotation."""
+"""HunYuan: Llama with norms of queries and keys behind their rotation, and its mixture, A13B."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
 from streamserve.models.families.llama import (
     ATTENTION_NAMES,
@@ -14,7 +15,14 @@ from streamserve.models.families.llama import (
 )
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
-from streamserve.models.spec import DecoderSpec, QkNormSpec, RopeSpec, replace_attention
+from streamserve.models.spec import (
+    DecoderSpec,
+    ExpertsSpec,
+    MlpSpec,
+    QkNormSpec,
+    RopeSpec,
+    replace_attention,
+)
 
 NAMES = WeightNames(
     {
@@ -22,6 +30,21 @@ NAMES = WeightNames(
         **MLP_NAMES,
         "layers.q_norm": (LAYER + "self_attn.query_layernorm",),
         "layers.k_norm": (LAYER + "self_attn.key_layernorm",),
+    },
+)
+
+
+_EXPERT = LAYER + "mlp.experts.{expert}."
+_SHARED = LAYER + "mlp.shared_mlp."
+MOE_NAMES = replace(
+    NAMES,
+    modules={
+        **NAMES.modules,
+        "layers.router": (LAYER + "mlp.gate.wg",),
+        "layers.experts.gate_up": (_EXPERT + "gate_proj", _EXPERT + "up_proj"),
+        "layers.experts.down": (_EXPERT + "down_proj",),
+        "layers.shared.gate_up": (_SHARED + "gate_proj", _SHARED + "up_proj"),
+        "layers.shared.down": (_SHARED + "down_proj",),
     },
 )
 
@@ -36,14 +59,14 @@ def _rope(config: HfConfig, head_size: int) -> RopeSpec:
     return replace(rope, base=rope.base * alpha ** (head_size / (head_size - 2)), scaling=None)
 
 
-def _spec(config: HfConfig) -> DecoderSpec:
+def _decoder(config: HfConfig, mlp: MlpSpec | ExpertsSpec) -> DecoderSpec:
     hidden_size = config.integer("hidden_size")
     head_size = config.head_size(hidden_size, config.integer("num_attention_heads"))
     bias = config.flag_or(False, "attention_bias")
     spec = rotary_decoder(
         config,
         windows=(None,) * config.integer("num_hidden_layers"),
-        mlp=gated_mlp(config),
+        mlp=mlp,
         default_eps=1e-5,
         rope=_rope(config, head_size),
         qkv_bias=bias,
@@ -55,14 +78,61 @@ def _spec(config: HfConfig) -> DecoderSpec:
     return replace(spec, layers=layers)
 
 
-FAMILIES = (
+def _dense(config: HfConfig) -> DecoderSpec:
+    return _decoder(config, gated_mlp(config))
+
+
+def _of_all_layers(config: HfConfig, name: str) -> HfConfig:
+    """The same with one number in the place of a list of equal ones, one for each layer."""
+    listed = config.values.get(name)
+    if not isinstance(listed, list):
+        return config
+    if not listed or listed.count(listed[0]) < len(listed):
+        raise UnsupportedModelError(
+            f"{config.source}: {name} must be the same in all layers, got {listed!r}"
+        )
+    return HfConfig({**config.values, name: listed[0]}, config.source)
+
+
+def _mixture(config: HfConfig) -> DecoderSpec:
+    for name in ("num_experts", "moe_topk", "moe_intermediate_size"):
+        config = _of_all_layers(config, name)
+    mlp = gated_mlp(config)
+    size = config.integer_or(mlp.intermediate_size, "moe_intermediate_size")
+    if size != mlp.intermediate_size:
+        raise UnsupportedModelError(
+            f"{config.source}: moe_intermediate_size {size} must be intermediate_size "
+            f"{mlp.intermediate_size} for this architecture"
+        )
+    experts = ExpertsSpec(
+        num_experts=config.integer_or(1, "num_experts"),
+        top_k=config.integer_or(1, "moe_topk", "num_experts_per_tok"),
+        intermediate_size=size,
+        activation=mlp.activation,
+        shared=mlp,
+        shared_gate=False,
+    )
+    return _decoder(config, experts)
+
+
+FAMILIES = tuple(
     Family(
-        architecture="HunYuanDenseV1ForCausalLM",
-        model_type="hunyuan_v1_dense",
+        architecture=architecture,
+        model_type=model_type,
         series="HunYuan",
-        title="HunYuan 0.5B, 1.8B, 4B, 7B",
-        spec=_spec,
+        title=title,
+        spec=spec,
         max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
-        names=NAMES,
-    ),
+        names=names,
+    )
+    for architecture, model_type, title, spec, names in (
+        (
+            "HunYuanDenseV1ForCausalLM",
+            "hunyuan_v1_dense",
+            "HunYuan 0.5B, 1.8B, 4B, 7B",
+            _dense,
+            NAMES,
+        ),
+        ("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", "HunYuan A13B", _mixture, MOE_NAMES),
+    )
 )

@@ -9,6 +9,7 @@ from streamserve.errors import UnsupportedModelError
 from streamserve.models.gguf.architecture import (
     Architecture,
     Values,
+    every,
     has_bias,
     layer_types,
     rotary_factor,
@@ -122,6 +123,25 @@ def _ernie_moe(reading: Reading) -> Values:
     }
 
 
+def _exaone_moe(reading: Reading) -> Values:
+    return {
+        **_dots1(reading),
+        "num_experts": reading.integer("expert_count"),
+        "num_shared_experts": reading.integer_or(0, "expert_shared_count"),
+        "sliding_window": reading.integer("attention.sliding_window"),
+        "sliding_window_pattern": every(reading),
+        "layer_types": layer_types(reading),
+    }
+
+
+def _hunyuan_moe(reading: Reading) -> Values:
+    return {
+        "num_experts": reading.integer("expert_count"),
+        "moe_topk": reading.integer("expert_used_count"),
+        "moe_intermediate_size": reading.optional_integer("expert_feed_forward_length"),
+    }
+
+
 def _olmoe(reading: Reading) -> Values:
     return {
         "num_experts": reading.integer("expert_count"),
@@ -169,5 +189,13 @@ MIXTURES: Mapping[str, Architecture] = {
     "ernie4_5": Architecture("Ernie4_5ForCausalLM", _ernie, also=("Ernie4_5_ForCausalLM",)),
     "ernie4_5-moe": Architecture("Ernie4_5_MoeForCausalLM", _ernie_moe),
     "olmoe": Architecture("OlmoeForCausalLM", _olmoe),
+    "exaone-moe": Architecture(
+        "ExaoneMoeForCausalLM",
+        _exaone_moe,
+        windows=True,
+        also=("ExaoneMoEForCausalLM",),
+        read=(*GROUPED, "nextn_predict_layers"),
+    ),
+    "hunyuan-moe": Architecture("HunYuanMoEV1ForCausalLM", _hunyuan_moe),
     "minimax-m2": Architecture("MiniMaxM2ForCausalLM", _minimax_m2, read=("expert_gating_func",)),
 }
