@@ -18,7 +18,8 @@ class Routing(NamedTuple):
     float32 is added to the scores for the choice alone; of `num_groups` equal stretches of experts
     only `top_groups` are chosen from, those whose best `group_votes` experts, one or two, add up to
     most. The weights are the scores of the chosen; with `renormalise` they are divided by `eps` and
-    their sum; then `scale` multiplies them.
+    their sum; then `scale` multiplies them, and `expert_scales` [E] float32 each expert's own
+    (Gemma 4).
     """
 
     top_k: int
@@ -30,6 +31,7 @@ class Routing(NamedTuple):
     eps: float = 0.0
     scale: float = 1.0
     group_votes: int = 2
+    expert_scales: Tensor | None = None
 
     @property
     def chooses_by_score(self) -> bool:
@@ -43,7 +45,7 @@ def route(router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     # Probabilities of unlike logits may be equal; what they are made of says more.
     found = router_logits.float() if routing.chooses_by_score else _corrected(scores, routing)
     chosen = found.sort(dim=-1, descending=True, stable=True).indices[:, : routing.top_k]
-    return chosen, weigh(scores.gather(-1, chosen), routing)
+    return chosen, weigh(scores.gather(-1, chosen), chosen, routing)
 
 
 def likeliest(router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -51,14 +53,16 @@ def likeliest(router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     if not routing.chooses_by_score:
         return route(router_logits, routing)
     scores, chosen = _scores(router_logits, routing).topk(routing.top_k, dim=-1)
-    return chosen, weigh(scores, routing)
+    return chosen, weigh(scores, chosen, routing)
 
 
-def weigh(scores: Tensor, routing: Routing) -> Tensor:
+def weigh(scores: Tensor, chosen: Tensor, routing: Routing) -> Tensor:
     """Scores of the chosen [T, top_k] -> their weights."""
     if routing.renormalise:
         scores = scores / (scores.sum(-1, keepdim=True) + routing.eps)
-    return scores if routing.scale == 1.0 else scores * routing.scale
+    if routing.scale != 1.0:
+        scores = scores * routing.scale
+    return scores if routing.expert_scales is None else scores * routing.expert_scales[chosen]
 
 
 def _scores(router_logits: Tensor, routing: Routing) -> Tensor:

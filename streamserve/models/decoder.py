@@ -24,9 +24,9 @@ from streamserve.models.latent import LatentAttention
 from streamserve.models.layers import (
     Attention,
     BoundNorm,
-    bind_mlp,
     bind_norm,
 )
+from streamserve.models.mlp import bind_mlp
 from streamserve.models.per_layer import PerLayerTable
 from streamserve.models.recurrent import DeltaNet, ShortConv, StateSpace
 from streamserve.models.rope import cos_sin_table

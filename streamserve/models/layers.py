@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamserve.errors import UnsupportedModelError
 from streamserve.models.batch import ForwardBatch
 from streamserve.models.rope import alibi_slopes, query_scales
 from streamserve.models.spec import (
     AttentionSpec,
-    ExpertActivation,
-    ExpertsSpec,
-    MlpSpec,
     NormSpec,
 )
 from streamserve.models.weights import NormWeights, Weights
-from streamserve_kernels import GatedKind, Kernels, PackedLinear
-from streamserve_kernels.routing import Routing
+from streamserve_kernels import Kernels
 
 
 class BoundNorm:
@@ -254,91 +249,3 @@ class Attention:
         """[T, heads, D], a view of the fused product -> the same, normed and contiguous."""
         width = x.shape[2] if self._per_head_norm else x.shape[1] * x.shape[2]
         return norm.norm(x.reshape(-1, width)).view(x.shape)
-
-
-def bind_mlp(
-    spec: MlpSpec | ExpertsSpec, weights: Weights, kernels: Kernels
-) -> Callable[[Tensor], Tensor]:
-    """The MLP or experts as one function [T, H] -> [T, H]."""
-    if not isinstance(spec, ExpertsSpec):
-        return _bind_plain(spec, weights, kernels, "layers.")
-    experts = _bind_experts(spec, weights, kernels)
-    if spec.shared is None:
-        return experts
-    shared = _bind_plain(spec.shared, weights, kernels, "layers.shared.")
-    if not spec.shared_gate:
-        return lambda x: experts(x) + shared(x)
-    gate, add_shared_experts = weights.tensors["layers.shared.gate"], kernels.add_shared_experts
-    return lambda x: add_shared_experts(experts(x), x, gate, shared(x))
-
-
-def _bind_plain(
-    spec: MlpSpec, weights: Weights, kernels: Kernels, prefix: str
-) -> Callable[[Tensor], Tensor]:
-    down = weights.linears[prefix + "down"]
-    if spec.gated:
-        gate_up, kind = weights.linears[prefix + "gate_up"], _gated_kind(spec.activation)
-        gated_activation = kernels.gated_activation
-        if (spec.gate_scale, spec.output_scale) != (1.0, 1.0):
-            return _bind_scaled(spec, gate_up, down, kernels)
-
-        def gated(x: Tensor) -> Tensor:
-            return down(gated_activation(gate_up(x), kind))
-
-        return gated
-    up, plain_kind, activation = weights.linears[prefix + "up"], spec.activation, kernels.activation
-
-    def plain(x: Tensor) -> Tensor:
-        return down(activation(up(x), plain_kind))
-
-    return plain
-
-
-def _bind_scaled(
-    spec: MlpSpec, gate_up: PackedLinear, down: PackedLinear, kernels: Kernels
-) -> Callable[[Tensor], Tensor]:
-    sizes, kind = (spec.intermediate_size,) * 2, spec.activation
-    gate_scale, output_scale, activation = spec.gate_scale, spec.output_scale, kernels.activation
-
-    def scaled(x: Tensor) -> Tensor:
-        gate, up = gate_up(x).split_with_sizes(sizes, 1)
-        return down(activation(gate * gate_scale, kind) * up) * output_scale
-
-    return scaled
-
-
-def _bind_experts(
-    spec: ExpertsSpec, weights: Weights, kernels: Kernels
-) -> Callable[[Tensor], Tensor]:
-    router, moe, kind = weights.linears["layers.router"], kernels.moe, _gated_kind(spec.activation)
-    gate_up, down = weights.expert_gate_up, weights.expert_down
-    rule = spec.router
-    routing = Routing(
-        spec.top_k,
-        spec.renormalise,
-        rule.scoring,
-        weights.tensors["layers.router.correction"] if rule.correction else None,
-        rule.num_groups,
-        rule.top_groups,
-        rule.eps,
-        rule.scale,
-        rule.group_votes,
-    )
-
-    def experts(x: Tensor) -> Tensor:
-        return moe(x, router(x), gate_up, down, routing, kind)
-
-    return experts
-
-
-def _gated_kind(activation: ExpertActivation) -> GatedKind:
-    """Both tanh forms of GELU are one formula; the kernels gate with one name for it."""
-    name = "gelu_tanh" if activation == "gelu_new" else activation
-    for kind in get_args(GatedKind):
-        if kind == name:
-            known: GatedKind = kind
-            return known
-    raise UnsupportedModelError(
-        f"a gated MLP with activation {activation!r} is not supported; "
-        f"these are: {', '.join(get_args(GatedKind))}"
-    )

@@ -308,10 +308,16 @@ def _mlp_modules(mlp: MlpSpec | ExpertsSpec, hidden_size: int, index: int) -> It
             bias=mlp.router_bias,
             layer=index,
         )
-        if mlp.router.correction:
+        router = {"correction": mlp.router.correction, "scales": mlp.router.expert_scales}
+        for name in (name for name, has in router.items() if has):
             yield Module(
-                "layers.router.correction", "vector", (mlp.num_experts,), layer=index, float32=True
+                f"layers.router.{name}", "vector", (mlp.num_experts,), layer=index, float32=True
             )
+        if mlp.own_norms is not None:
+            yield Module("layers.router.norm", "vector", (hidden_size,), layer=index)
+            for part in ("experts", "shared"):
+                yield _norm(f"layers.{part}.norm", mlp.own_norms, hidden_size, index)
+                yield _norm(f"layers.{part}.post_norm", mlp.own_norms, hidden_size, index)
         for expert in range(mlp.num_experts):
             for name, rows, columns in (
                 ("layers.experts.gate_up", (size, size), hidden_size),

@@ -375,7 +375,8 @@ class RouterSpec:
 
     ``correction``: it has a bias for each expert that counts for the choice alone. ``num_groups``
     stretches of experts are ``top_groups`` chosen from, by the best ``group_votes`` experts of each
-    (one or two). ``eps`` is added to the sum that weights are divided by; ``scale`` multiplies.
+    (one or two). ``eps`` is added to the sum that weights are divided by; ``scale`` multiplies, and
+    with ``expert_scales`` a number of each expert's.
     """
 
     scoring: Scoring = "softmax"
@@ -385,6 +386,7 @@ class RouterSpec:
     eps: float = 0.0
     scale: float = 1.0
     group_votes: int = 2
+    expert_scales: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +394,10 @@ class ExpertsSpec:
     """Gated experts; each token goes to the ``top_k`` that its router gives the highest scores.
 
     ``bias`` is that of the experts, ``router_bias`` the router's. ``shared`` is a gated MLP that
-    every token goes to besides; with ``shared_gate`` times the sigmoid of a gate of its own.
+    every token goes to besides; with ``shared_gate`` times the sigmoid of a gate of its own. With
+    ``own_norms`` there is none before them: the router, the experts and the shared MLP each norm
+    what they are given (the router's is divided by the root of its size), and the latter two what
+    they find.
     """
 
     num_experts: int
@@ -405,6 +410,7 @@ class ExpertsSpec:
     router_bias: bool = False
     shared: MlpSpec | None = None
     shared_gate: bool = True
+    own_norms: NormSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)

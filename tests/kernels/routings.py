@@ -15,6 +15,7 @@ ROUTINGS = {
     "corrected": Routing(3, True, correction=CORRECTION / 4, eps=1e-12),
     "corrected-sigmoid": Routing(4, True, "sigmoid", CORRECTION, eps=1e-20, scale=1.5),
     "groups": Routing(4, True, "sigmoid", CORRECTION, num_groups=4, top_groups=2, eps=1e-20),
+    "own-scales": Routing(3, True, scale=0.5, expert_scales=1 + CORRECTION),
     "groups-of-probabilities": Routing(2, False, num_groups=3, top_groups=1, scale=16.0),
     "groups-by-their-best": Routing(3, False, num_groups=4, top_groups=2, group_votes=1),
 }
@@ -37,7 +38,9 @@ def by_hand(logits: Tensor, routing: Routing) -> tuple[list[list[int]], list[lis
         found = [scores[e] for e in left[: routing.top_k]]
         divisor = sum(found) + routing.eps if routing.renormalise else 1.0
         chosen.append(left[: routing.top_k])
-        weights.append([score / divisor * routing.scale for score in found])
+        own = [1.0] * len(scores) if routing.expert_scales is None else routing.expert_scales
+        factors = [routing.scale * float(own[e]) for e in left[: routing.top_k]]
+        weights.append([score / divisor * f for score, f in zip(found, factors, strict=True)])
     return chosen, weights
 
 

@@ -51,6 +51,8 @@ def test_triton_chooses_alike(device, routing: Routing, tokens: int) -> None:
     moe = pytest.importorskip("streamserve_kernels.triton.moe")
     if routing.correction is not None:
         routing = routing._replace(correction=routing.correction.to(device))
+    if routing.expert_scales is not None:
+        routing = routing._replace(expert_scales=routing.expert_scales.to(device))
     chosen, weights = moe._route(logits(tokens).to(device), routing)
     check(chosen.cpu(), weights.cpu(), tokens, routing)
 

@@ -353,6 +353,17 @@ NATIVE = {
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
     ),
+    "gemma4-moe": lambda: transformers.Gemma4TextConfig(
+        **GEMMA4,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=24,
+    ),
     "gemma4-unified": lambda: transformers.Gemma4UnifiedTextConfig(
         **GEMMA4,
         layer_types=["full_attention", "sliding_attention", "full_attention"],

@@ -20,7 +20,7 @@ def random_model(
     model = model.eval().to(torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            is_norm = parameter.dim() == 1 and name.endswith("weight")
+            is_norm = parameter.dim() == 1 and name.endswith(("weight", "scale"))
             mean, std = (1.0, 0.3) if is_norm else (0.0, 0.15)
             parameter.normal_(mean, std, generator=generator)
         for name, buffer in model.named_buffers():

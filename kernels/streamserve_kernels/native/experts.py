@@ -56,7 +56,7 @@ class Routes:
 
 def route(routes: Routes, logits: int, routing: Routing) -> Instruction:
     """The choice by rows of logits [R, E], which lie together."""
-    correction = routing.correction
+    correction, expert_scales = routing.correction, routing.expert_scales
     args = (
         routes.address,
         logits,
@@ -68,6 +68,7 @@ def route(routes: Routes, logits: int, routing: Routing) -> Instruction:
         double_bits(routing.eps),
         double_bits(routing.scale),
         routing.group_votes,
+        0 if expert_scales is None else expert_scales.data_ptr(),
     )
     return "route", args
 

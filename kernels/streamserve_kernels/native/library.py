@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Changes with every change of a structure or of an operation's arguments.
-ABI = 18
+ABI = 19
 MAX_ARGS = 24
 MAX_PLANS = 4  # SS_MAX_PLANS
 # In the order of program.c.

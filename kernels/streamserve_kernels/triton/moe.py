@@ -123,7 +123,7 @@ def _multiply(
 def _route(router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     """Logits [T, E] -> experts [T, top_k] int32 and their weights, float32."""
     (tokens, num_experts), top_k = router_logits.shape, routing.top_k
-    correction = routing.correction
+    correction, expert_scales = routing.correction, routing.expert_scales
     if router_logits.stride(1) != 1:
         router_logits = router_logits.contiguous()
     chosen = torch.empty(tokens, top_k, dtype=torch.int32, device=router_logits.device)
@@ -133,6 +133,7 @@ def _route(router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         chosen,
         weights,
         router_logits if correction is None else correction,  # any address, of what is not read
+        router_logits if expert_scales is None else expert_scales,
         router_logits.stride(0),
         routing.eps,
         routing.scale,
@@ -143,6 +144,7 @@ def _route(router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         RENORMALISE=routing.renormalise,
         SIGMOID=routing.scoring == "sigmoid",
         CORRECTED=correction is not None,
+        OWN_SCALES=expert_scales is not None,
         GROUPS=routing.num_groups,
         TOP_GROUPS=routing.top_groups,
         VOTES=routing.group_votes,

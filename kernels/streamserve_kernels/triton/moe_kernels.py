@@ -53,6 +53,7 @@ def route_kernel(
     chosen,  # [T, TOP_K] int32
     weights,  # [T, TOP_K] float32
     correction,  # [E] float32; read with CORRECTED
+    own_scales,  # [E] float32; read with OWN_SCALES
     row_stride,
     eps,
     scale,
@@ -63,6 +64,7 @@ def route_kernel(
     RENORMALISE: tl.constexpr,
     SIGMOID: tl.constexpr,
     CORRECTED: tl.constexpr,
+    OWN_SCALES: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     VOTES: tl.constexpr,
@@ -100,6 +102,8 @@ def route_kernel(
         left = tl.where(experts == best, float("-inf"), left)
     likely /= tl.sum(likely, axis=0) + eps * total if RENORMALISE else total
     likely *= scale
+    if OWN_SCALES:
+        likely *= tl.load(own_scales + ids)
     at = token * TOP_K + slots
     tl.store(chosen + at, ids, mask=slots < TOP_K)
     tl.store(weights + at, likely, mask=slots < TOP_K)

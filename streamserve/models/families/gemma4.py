@@ -16,17 +16,20 @@ from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.families.family import Family
 from streamserve.models.families.gemma import NAMES as GEMMA_NAMES
 from streamserve.models.families.layer_rope import layer_rope
-from streamserve.models.families.llama import LAYER
+from streamserve.models.families.llama import LAYER, MLP_NAMES
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
 from streamserve.models.spec import (
+    Activation,
     AttentionSpec,
     DecoderSpec,
+    ExpertsSpec,
     LayerSpec,
     MlpSpec,
     NormSpec,
     PerLayerSpec,
     QkNormSpec,
+    RouterSpec,
 )
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -43,6 +46,23 @@ _PRODUCTS = {
 _UNUSED = r"layers\.{layer}\.self_attn\.(k_proj|v_proj|k_norm)\.weight"
 
 
+_EXPERT = LAYER + "experts.{expert}."
+_STACKED = frozenset({"layers.experts.gate_up", "layers.experts.down"})
+_MIXTURE = {
+    "layers.router": (LAYER + "router.proj",),
+    "layers.router.norm": (LAYER + "router.scale",),
+    "layers.router.scales": (LAYER + "router.per_expert_scale",),
+    "layers.experts.norm": (LAYER + "pre_feedforward_layernorm_2",),
+    "layers.experts.gate_up": (LAYER + "experts.gate_up_proj",),
+    "layers.experts.down": (LAYER + "experts.down_proj",),
+    "layers.experts.post_norm": (LAYER + "post_feedforward_layernorm_2",),
+    "layers.shared.norm": (LAYER + "pre_feedforward_layernorm",),
+    "layers.shared.gate_up": MLP_NAMES["layers.gate_up"],
+    "layers.shared.down": MLP_NAMES["layers.down"],
+    "layers.shared.post_norm": (LAYER + "post_feedforward_layernorm_1",),
+}
+
+
 def _names(spec: DecoderSpec) -> WeightNames:
     """Some checkpoints hold keys and values of layers that use another's."""
     sharing = [i for i, held in enumerate(_attentions(spec)) if held.shares_cache_of is not None]
@@ -50,6 +70,7 @@ def _names(spec: DecoderSpec) -> WeightNames:
         {
             **GEMMA_NAMES.modules,
             **_PRODUCTS,
+            **_MIXTURE,
             "layers.scalar": (LAYER + "layer_scalar",),
             "layers.per_layer.gate": (LAYER + "per_layer_input_gate",),
             "layers.per_layer.output": (LAYER + "per_layer_projection",),
@@ -57,6 +78,11 @@ def _names(spec: DecoderSpec) -> WeightNames:
             "per_layer.embedding": ("model.embed_tokens_per_layer",),
             "per_layer.product": ("model.per_layer_model_projection",),
             "per_layer.norm": ("model.per_layer_projection_norm",),
+        },
+        sliced=_STACKED,
+        apart={
+            "layers.experts.gate_up": (_EXPERT + "gate_proj", _EXPERT + "up_proj"),
+            "layers.experts.down": (_EXPERT + "down_proj",),
         },
         ignored=tuple(_UNUSED.replace("{layer}", str(layer)) for layer in sharing),
     )
@@ -161,16 +187,25 @@ def _gemma4(
     )
     if size:
         _check_table(config)
-    mlp = MlpSpec(config.integer("intermediate_size"), activation, gated=True)
+    intermediate_size = config.integer("intermediate_size")
     window = config.integer_or(default_window, "sliding_window")
-    double = replace(mlp, intermediate_size=2 * mlp.intermediate_size)
     is_double = config.flag_or(False, "use_double_wide_mlp")
+    experts = None
+    if config.flag_or(False, "enable_moe_block"):
+        experts = _experts(config, norm, activation)
+
+    def mlp(layer: int) -> MlpSpec | ExpertsSpec:
+        is_sharing = layer >= _first_sharing(config, num_layers)
+        width = intermediate_size * (2 if is_double and is_sharing else 1)
+        plain = MlpSpec(width, activation, gated=True)
+        return plain if experts is None else replace(experts, shared=plain)
+
     layers = tuple(
         LayerSpec(
             attention=_attention(config, norm, kinds, layer, window),
-            mlp=double if is_double and layer >= _first_sharing(config, num_layers) else mlp,
+            mlp=mlp(layer),
             attention_norm=norm,
-            mlp_norm=norm,
+            mlp_norm=norm if experts is None else None,
             attention_post_norm=norm,
             mlp_post_norm=norm,
             per_layer=PerLayerSpec(size, activation, norm) if size else None,
@@ -189,6 +224,19 @@ def _gemma4(
     )
 
 
+def _experts(config: HfConfig, norm: NormSpec, activation: Activation) -> ExpertsSpec:
+    """Beside the MLP: each part norms what it is given."""
+    return ExpertsSpec(
+        num_experts=config.integer("num_experts"),
+        top_k=config.integer("top_k_experts"),
+        intermediate_size=config.integer("moe_intermediate_size"),
+        activation=activation,
+        router=RouterSpec(expert_scales=True),
+        shared_gate=False,
+        own_norms=norm,
+    )
+
+
 def _refuse(config: HfConfig) -> None:
     """Of "vision" and null a text sees what stands before it."""
     looks = config.values.get("use_bidirectional_attention")
@@ -197,8 +245,6 @@ def _refuse(config: HfConfig) -> None:
             f"{config.source}: use_bidirectional_attention {looks!r} is not supported: a decoder "
             "looks back"
         )
-    if config.flag_or(False, "enable_moe_block"):
-        raise UnsupportedModelError(f"{config.source}: enable_moe_block is not supported")
 
 
 def _check_table(config: HfConfig) -> None:

@@ -15,7 +15,8 @@ from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
 from streamserve.models.block import Block
 from streamserve.models.decoder import Decoder
-from streamserve.models.layers import BoundNorm, bind_mlp
+from streamserve.models.layers import BoundNorm
+from streamserve.models.mlp import bind_mlp
 from streamserve.models.rope import alibi_slopes
 from streamserve.models.spec import AttentionSpec, LayerSpec, NormSpec
 from streamserve.models.tensor_parallel.ranks import Ranks
@@ -84,12 +85,13 @@ class ShareDecoder(Decoder):
             slopes=alibi_slopes(spec.num_heads)[heads.start : heads.stop] if spec.alibi else None,
             bind_wide_norm=self._wide_norm,
         )
-        mlp = bind_mlp(layer.mlp, weights, self.kernels)
         if _is_one_sum(layer):
+            mlp = bind_mlp(layer.mlp, weights, self.kernels)
             return _SummedBlock(layer, weights, self.kernels, attention, mlp, ranks=ranks)
         output = attention.output
         attention.output = lambda x: ranks.all_reduce(output(x))
-        return Block(layer, weights, self.kernels, attention, lambda x: ranks.all_reduce(mlp(x)))
+        mlp = bind_mlp(layer.mlp, weights, self.kernels, ranks.all_reduce)
+        return Block(layer, weights, self.kernels, attention, mlp)
 
     def _wide_norm(self, spec: NormSpec, weights: NormWeights, _kernels: Kernels) -> BoundNorm:
         return _SummedRmsNorm(spec, weights.weight, self._ranks)

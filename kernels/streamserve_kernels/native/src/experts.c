@@ -30,6 +30,7 @@ enum {
     ROUTE_EPS,          // bits of a double: added to the sum
     ROUTE_SCALE,        // bits of a double: multiplies the weights
     ROUTE_VOTES,        // how many of a group's best experts it is judged by: one or two
+    ROUTE_OWN_SCALES,   // address of [E], float32: multiply each expert's own; or 0
 };
 
 static int64_t route_units(const ss_context *context, const int64_t *args) {
@@ -125,16 +126,19 @@ static void route_run(const ss_context *context, const int64_t *args, int64_t un
     const float eps = (float)ss_double(args[ROUTE_EPS]), scale = (float)ss_double(args[ROUTE_SCALE]);
     float scores[MAX_EXPERTS], corrected[MAX_EXPERTS];
     float *merits = is_corrected ? corrected : scores;
+    const float *own_scales = (const float *)args[ROUTE_OWN_SCALES];
     SS_FOR_ROWS(row, num_rows(context, routes)) {
         const bf16 *logits = (const bf16 *)args[ROUTE_LOGITS] + row * routes->num_experts;
         float *weights = routes->weights + row * top_k;
         (args[ROUTE_SIGMOID] ? sigmoids : softmax)(scores, logits, routes->num_experts);
         if (is_corrected) correct(corrected, scores, args, routes->num_experts);
-        choose(routes, merits, scores, routes->chosen + row * top_k, weights);
+        int32_t *chosen = routes->chosen + row * top_k;
+        choose(routes, merits, scores, chosen, weights);
         float sum = eps;
         for (int64_t j = 0; j < top_k; j++) sum += weights[j];
         if (!args[ROUTE_RENORMALISE]) sum = 1.0f;
-        for (int64_t j = 0; j < top_k; j++) weights[j] = weights[j] / sum * scale;
+        for (int64_t j = 0; j < top_k; j++)
+            weights[j] = weights[j] / sum * scale * (own_scales ? own_scales[chosen[j]] : 1.0f);
     }
 }
 

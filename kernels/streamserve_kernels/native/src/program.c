@@ -55,7 +55,7 @@ typedef struct {
 } region;
 
 // Changes with every change of a structure or of an operation's arguments: library.py checks it.
-int ss_abi(void) { return 18; }
+int ss_abi(void) { return 19; }
 
 void ss_program_free(ss_program *program) {
     if (!program) return;
