@@ -16,7 +16,7 @@ from streamserve.models import (
     state_bytes,
     touch_kv_cache,
 )
-from streamserve.models.spec import ModelShape
+from streamserve.models.model_shape import ModelShape
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import (
     build_runner,

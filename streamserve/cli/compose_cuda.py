@@ -17,7 +17,7 @@ from streamserve.models import (
     kv_bytes_per_block,
     state_bytes,
 )
-from streamserve.models.spec import ModelShape
+from streamserve.models.model_shape import ModelShape
 from streamserve.runner.available import available_cpu_memory
 from streamserve.runner.build import head_buffer_bytes, new_kv_cache
 from streamserve.runner.cuda.build import build_cuda_runner, draft_with_device_head

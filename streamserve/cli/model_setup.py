@@ -23,7 +23,7 @@ from streamserve.models import (
     ModelConfig,
     load_model,
 )
-from streamserve.models.spec import ModelShape
+from streamserve.models.model_shape import ModelShape
 from streamserve.runner.memory import MemoryPlan, format_bytes
 from streamserve.runner.tensor_parallel.team import Team
 from streamserve_kernels import Kernels, Quantization

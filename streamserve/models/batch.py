@@ -11,7 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from streamserve.models.spec import AttentionSpec, ModelShape
+from streamserve.models.model_shape import ModelShape
+from streamserve.models.spec import AttentionSpec
 from streamserve_kernels import Kernels, PrefixGroups, huge_pages
 from streamserve_kernels.adapters import StepAdapters
 from streamserve_kernels.recurrent import StepStates

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
-from streamserve.models.spec import ModelShape
+from streamserve.models.model_shape import ModelShape
 from streamserve_kernels import Kernels, PackedLinear
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from streamserve.errors import ModelLoadError
+from streamserve.models.model_shape import ModelShape
 from streamserve.models.parameters import StoredQuantization
-from streamserve.models.spec import ModelShape
 from streamserve_kernels import Quantization
 
 

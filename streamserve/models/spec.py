@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 NormKind = Literal["rms_norm", "layer_norm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu", "relu2", "quick_gelu"]
@@ -454,33 +454,6 @@ def replace_attention(layer: LayerSpec, **changes: Any) -> LayerSpec:
     return replace(layer, attention=replace(layer.attention, **changes))
 
 
-class ModelShape(Protocol):
-    """What planning memory and making a KV cache need to know of a model, whatever runs it."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def tied_head(self) -> bool: ...
-
-    def caches(self) -> tuple[CacheSpec, ...]:
-        """One for each pair of caches, in their order."""
-        ...
-
-    def attentions(self) -> tuple[AttentionSpec, ...]:
-        """Those of them that are keys and values."""
-        ...
-
-    def head_sizes(self) -> tuple[tuple[int, int], ...]:
-        """The sizes of (query and key, value) heads that its layers have."""
-        ...
-
-    def row_width(self) -> int:
-        """Elements alive per token at the widest layer's widest place, the residual among them."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class JoinSpec:
     """What a draft head makes its layers' input of: one product of two rows side by side.
@@ -578,7 +551,7 @@ def used_share(top_k: int, num_experts: int, num_tokens: int) -> float:
 
 
 def head_sizes(attentions: Iterable[AttentionSpec]) -> tuple[tuple[int, int], ...]:
-    """See `ModelShape.head_sizes`."""
+    """See `model_shape.ModelShape.head_sizes`."""
     return tuple(sorted({(a.query_key_head_size, a.value_head_size) for a in attentions}))
 
 

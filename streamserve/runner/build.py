@@ -16,7 +16,7 @@ from streamserve.models import (
     state_caches,
     touch_kv_cache,
 )
-from streamserve.models.spec import ModelShape
+from streamserve.models.model_shape import ModelShape
 from streamserve.runner.allocator import keep_freed_memory
 from streamserve.runner.kv_transfer import KVTransfer
 from streamserve.runner.memory import MemoryPlan

@@ -19,6 +19,8 @@ import transformers
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
+from tests.models.gguf_gemma4 import name_of_scale
+
 _PERMUTED = (
     "llama",
     "mistral3",
@@ -119,7 +121,8 @@ def write_gguf(
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     generator = np.random.default_rng(3)
     for name, tensor in _tensors(model, architecture, whole_qkvz):
-        held = named(name) or names.get_name(name, try_suffixes=(".weight", ".bias"))
+        held = named(name) or name_of_scale(name)
+        held = held or names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert held is not None, name
         _write(writer, held, tensor, config, architecture, kind, generator)
     for name, array in (extra or {}).items():
@@ -145,6 +148,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 _CORRECTIONS = ("e_score_correction_bias", "expert_bias")
+_BUFFERS = (*_CORRECTIONS, "layer_scalar")
 _EXPERT = re.compile(r"(.*mlp\.experts)\.\d+\.(\w+\.weight)$")
 
 
@@ -154,7 +158,7 @@ def _tensors(
     """Names with transformers' tensors, experts of one layer together; a tied head is left out."""
     found: dict[str, list[Tensor]] = {}
     tied = settings_of(model).tie_word_embeddings
-    buffers = ((name, b) for name, b in model.named_buffers() if name.endswith(_CORRECTIONS))
+    buffers = ((name, b) for name, b in model.named_buffers() if name.endswith(_BUFFERS))
     for named, parameter in (*model.named_parameters(), *buffers):
         data = parameter.data
         name = named.replace("block_sparse_moe", "mlp")  # as Qwen has them
@@ -164,6 +168,8 @@ def _tensors(
             continue
         if architecture == "gpt-oss" and base.endswith("experts"):
             found |= _clamped_experts(base, leaf, data)
+        elif architecture == "gemma4" and leaf in ("gate_up_proj", "down_proj", "layer_scalar"):
+            found[name + ".weight"] = [data] if leaf == "layer_scalar" else list(data)
         elif leaf == "gate_up_proj":
             gate, up = data.chunk(2, dim=1)
             found[f"{base}.gate_proj.weight"] = list(gate)
@@ -231,6 +237,8 @@ def _clamped_experts(base: str, leaf: str, data: Tensor) -> dict[str, list[Tenso
 
 
 def _order(held: str, rows: int, config: Any, architecture: str) -> np.ndarray | None:
+    if architecture == "gemma4":  # whose layers have numbers of key and value heads of their own
+        return None
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", heads)
     if architecture in _PERMUTED and ".attn_q." in held:
@@ -279,8 +287,10 @@ def _write(
     order = _order(held, tensors[0].shape[0], config, architecture)
     arrays = [tensor.numpy() if order is None else tensor.numpy()[order] for tensor in tensors]
     columns = _columns(held, config, architecture)
-    array = arrays[0] if len(arrays) == 1 and "_exps." not in held else np.stack(arrays)
-    has_offset = architecture.startswith(("gemma", "nemotron")) or architecture in _WITH_DELTA_NETS
+    is_mixture = "_exps." in held and not held.endswith(".scale")
+    array = arrays[0] if len(arrays) == 1 and not is_mixture else np.stack(arrays)
+    has_offset = architecture in ("gemma", "gemma2", "gemma3", "nemotron")
+    has_offset = has_offset or architecture in _WITH_DELTA_NETS
     if has_offset and held.endswith("norm.weight") and "ssm_norm" not in held:
         array = array + np.float32(1)
     if held.endswith("ssm_a"):

@@ -23,6 +23,7 @@ from streamserve.models.parameters import decoder_modules, final_modules
 from streamserve_kernels.stored import concatenate
 from tests.models import references
 from tests.models.gguf_files import F32, Kind, settings_of, write_gguf
+from tests.models.gguf_gemma4 import GEMMA4_CASES
 from tests.models.gguf_hybrids import GRANITE_SCALES, HYBRID_CASES
 from tests.models.gguf_latent import LATENT_CASES
 from tests.models.gguf_mixtures import MIXTURE_CASES
@@ -549,6 +550,7 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict
         },
         dict,
     ),
+    **GEMMA4_CASES,
     **HYBRID_CASES,
     **MIXTURE_CASES,
     **LATENT_CASES,

@@ -24,8 +24,8 @@ class Architecture:
     ``norm_offset`` was added to the weights of norms. ``windows``: the family has a window.
     ``tiled``: a delta net's value heads are stored one of each key head, then the next of each.
     ``num_kv_heads``: of each layer that attends; ``head_size``: of its heads, None where ``values``
-    has what there is of that. ``read``: names of values that are refused elsewhere, and count here
-    or change nothing.
+    has what there is of that; ``intermediate_size``: of the first layers' MLPs. ``read``: names of
+    values that are refused elsewhere, and count here or change nothing.
     """
 
     family: str
@@ -37,6 +37,9 @@ class Architecture:
     tiled: bool = False
     num_kv_heads: Callable[[Reading], int | None] = lambda reading: reading.num_kv_heads
     head_size: Callable[[Reading], int | None] = lambda reading: reading.head_size
+    intermediate_size: Callable[[Reading], int | None] = lambda reading: reading.optional_integer(
+        "feed_forward_length"
+    )
     read: tuple[str, ...] = ()
     qkv_layout: QkvLayout = "stacked"
     delta_layout: DeltaLayout = "stacked"

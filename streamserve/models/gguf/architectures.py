@@ -13,6 +13,7 @@ from streamserve.models.gguf.architecture import (
     layer_types,
     turning_share,
 )
+from streamserve.models.gguf.gemma4 import GEMMA4
 from streamserve.models.gguf.granite import GRANITE
 from streamserve.models.gguf.hybrids import HYBRIDS
 from streamserve.models.gguf.latent import LATENT
@@ -280,6 +281,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "baichuan": Architecture(
         "BaichuanForCausalLM", _baichuan, permuted=True, also=("BaiChuanForCausalLM",)
     ),
+    **GEMMA4,
     **MIXTURES,
     **GRANITE,
     **HYBRIDS,

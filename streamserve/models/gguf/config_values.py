@@ -67,7 +67,7 @@ def find_architecture(reading: Reading) -> Architecture:
 
 def config_values(reading: Reading, architecture: Architecture) -> Values:
     """The file's values as transformers' ``config.json`` would have them."""
-    common = _common(reading, architecture.num_kv_heads(reading), architecture.head_size(reading))
+    common = _common(reading, architecture)
     known = {name: value for name, value in common.items() if value is not None}
     values = {**known, **architecture.values(reading)}  # whose None may switch something off
     [named] = values.setdefault("architectures", [architecture.family])
@@ -75,10 +75,11 @@ def config_values(reading: Reading, architecture: Architecture) -> Values:
     return values
 
 
-def _common(reading: Reading, num_kv_heads: int | None, head_size: int | None) -> Values:
+def _common(reading: Reading, architecture: Architecture) -> Values:
     """What every family has, by all of the names that one or the other looks for."""
+    head_size = architecture.head_size(reading)
     layer_eps = reading.optional_number("attention.layer_norm_epsilon")
-    intermediate_size = reading.optional_integer("feed_forward_length")
+    intermediate_size = architecture.intermediate_size(reading)
     embedding = reading.file.tensors.get("token_embd.weight")
     vocab_size = reading.optional_integer("vocab_size") if embedding is None else embedding.shape[0]
     values: Values = {
@@ -86,7 +87,7 @@ def _common(reading: Reading, num_kv_heads: int | None, head_size: int | None) -
         "hidden_size": reading.integer("embedding_length"),
         "num_hidden_layers": reading.num_layers,
         "num_attention_heads": reading.integer("attention.head_count"),
-        "num_key_value_heads": num_kv_heads,
+        "num_key_value_heads": architecture.num_kv_heads(reading),
         "head_dim": head_size,
         "intermediate_size": intermediate_size or None,
         "n_inner": intermediate_size or None,

@@ -24,6 +24,9 @@ _ALTERNATIVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "embedding": (("token_embd",),),
     "position_embedding": (("position_embd",),),
     "embedding_norm": (("token_embd_norm",),),
+    "per_layer.embedding": (("per_layer_token_embd",),),
+    "per_layer.product": (("per_layer_model_proj",),),
+    "per_layer.norm": (("per_layer_proj_norm",),),
     # LFM 2's has the name of one after the embedding.
     "final_norm": (
         ("output_norm",),
@@ -46,6 +49,8 @@ _ALTERNATIVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     ),
     "layers.mlp_post_norm": (_block("post_ffw_norm"),),
     "layers.qkv": (_block("attn_qkv"), _ATTENTION),
+    "layers.query_key": (_block("attn_q", "attn_k"),),
+    "layers.query": (_block("attn_q"),),
     "layers.q_norm": (_block("attn_q_norm"),),
     "layers.k_norm": (_block("attn_k_norm"),),
     "layers.output": (_block("attn_output"),),
@@ -88,8 +93,22 @@ _ALTERNATIVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     ),
     "layers.experts.down": (_block("ffn_down_exps.{expert}"), _block("ffn_down.{expert}")),
     "layers.shared.gate": (_block("ffn_gate_inp_shexp"),),
-    "layers.shared.gate_up": (_block("ffn_gate_shexp", "ffn_up_shexp"),),
-    "layers.shared.down": (_block("ffn_down_shexp"),),
+    # Gemma 4's is the MLP that its experts stand beside.
+    "layers.shared.gate_up": (
+        _block("ffn_gate_shexp", "ffn_up_shexp"),
+        _block("ffn_gate", "ffn_up"),
+    ),
+    "layers.shared.down": (_block("ffn_down_shexp"), _block("ffn_down")),
+    "layers.router.norm": (_block("ffn_gate_inp.scale"),),
+    "layers.router.scales": (_block("ffn_down_exps.scale"),),
+    "layers.experts.norm": (_block("pre_ffw_norm_2"),),
+    "layers.experts.post_norm": (_block("post_ffw_norm_2"),),
+    "layers.shared.norm": (_block("ffn_norm"),),
+    "layers.shared.post_norm": (_block("post_ffw_norm_1"),),
+    "layers.per_layer.gate": (_block("inp_gate"),),
+    "layers.per_layer.output": (_block("proj"),),
+    "layers.per_layer.norm": (_block("post_norm"),),
+    "layers.scalar": (_block("layer_output_scale.weight"),),
 }
 # Read with the config, and what older converters left in.
 _IGNORED = (

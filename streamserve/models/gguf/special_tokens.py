@@ -18,6 +18,8 @@ _ENDS = (
     "<EOT>",
     "<|end_of_text|>",
     "<｜end▁of▁sentence｜>",
+    "<turn|>",
+    "<|tool_response>",
 )
 _NAMED_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # SentencePiece's own numbers, for files that name none.

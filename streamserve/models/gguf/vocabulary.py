@@ -1,12 +1,13 @@
 """A tokenizer out of a GGUF file's metadata, as a ``tokenizer.json`` and its config.
 
-Two kinds: ``gpt2``, byte-level pieces with a table of merges, and ``llama``, SentencePiece's, whose
-pieces have scores: of the neighbours that make a piece, those that make the best one are merged.
+Three kinds: ``gpt2``, byte-level pieces with a table of merges; ``llama``, SentencePiece's, whose
+pieces have scores: of the neighbours that make a piece, those that make the best one are merged;
+and ``gemma4``, pieces like these with a table like those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,13 @@ def read_text_files(path: Path) -> TextFiles:
     kind = metadata.text(_PREFIX + "model")
     if kind == "gpt2":
         tokenizer, model = _byte_level(metadata, vocabulary)
-    elif kind == "llama":
-        tokenizer, model = _sentence_piece(metadata, vocabulary)
+    elif kind in ("llama", "gemma4"):
+        merges = _table(metadata, vocabulary) if kind == "gemma4" else None
+        tokenizer, model = _sentence_piece(metadata, vocabulary, merges)
     else:
         raise UnsupportedModelError(
-            f"{metadata.path}: {_PREFIX}model {kind!r} is not supported; these are: gpt2, llama"
+            f"{metadata.path}: {_PREFIX}model {kind!r} is not supported; these are: gpt2, llama, "
+            "gemma4"
         )
     config: dict[str, Any] = {
         name: vocabulary.tokens[token_id]
@@ -123,7 +126,7 @@ def _byte_level(metadata: Metadata, vocabulary: _Vocabulary) -> tuple[Tokenizer,
         )
     unknown = special_token_id(metadata, "unknown")
     model = {
-        "merges": [_pair(vocabulary, metadata, m) for m in metadata.texts(_PREFIX + "merges")],
+        "merges": _table(metadata, vocabulary),
         "ignore_merges": cut.whole_pieces,
         "unk_token": None if unknown is None else vocabulary.tokens[unknown],
     }
@@ -134,6 +137,10 @@ def _byte_level(metadata: Metadata, vocabulary: _Vocabulary) -> tuple[Tokenizer,
     tokenizer.decoder = decoders.ByteLevel()
     _put_around(tokenizer, metadata, vocabulary, bos=cut.bos, eos=False)
     return tokenizer, model
+
+
+def _table(metadata: Metadata, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    return [_pair(vocabulary, metadata, merge) for merge in metadata.texts(_PREFIX + "merges")]
 
 
 def _pair(vocabulary: _Vocabulary, metadata: Metadata, merge: str) -> tuple[str, str]:
@@ -148,18 +155,13 @@ def _pair(vocabulary: _Vocabulary, metadata: Metadata, merge: str) -> tuple[str,
 
 
 def _sentence_piece(
-    metadata: Metadata, vocabulary: _Vocabulary
+    metadata: Metadata, vocabulary: _Vocabulary, merges: list[tuple[str, str]] | None
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    scores = metadata.numbers(_PREFIX + "scores")
-    if len(scores) != len(vocabulary.tokens):
-        raise ModelLoadError(
-            f"{metadata.path}: {_PREFIX}scores has {len(scores)} entries for "
-            f"{len(vocabulary.tokens)} tokens"
-        )
+    """Without ``merges`` they are found by the pieces' scores."""
     unknown = next((token for _, token in vocabulary.of_type(PieceType.UNKNOWN)), None)
     has_bytes = next(vocabulary.of_type(PieceType.BYTE), None) is not None
     model = {
-        "merges": _merges(vocabulary, scores),
+        "merges": _merges(metadata, vocabulary) if merges is None else merges,
         "unk_token": unknown,
         "fuse_unk": True,
         "byte_fallback": has_bytes,
@@ -182,8 +184,14 @@ def _sentence_piece(
     return tokenizer, model
 
 
-def _merges(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
+def _merges(metadata: Metadata, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, the pairs of the best one first."""
+    scores = metadata.numbers(_PREFIX + "scores")
+    if len(scores) != len(vocabulary.tokens):
+        raise ModelLoadError(
+            f"{metadata.path}: {_PREFIX}scores has {len(scores)} entries for "
+            f"{len(vocabulary.tokens)} tokens"
+        )
     ids = {token: index for index, token in vocabulary.of_type(PieceType.NORMAL)}
     ranked: list[tuple[float, int, int, str, str]] = []
     for token, index in ids.items():
