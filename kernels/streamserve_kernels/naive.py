@@ -268,16 +268,21 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer norm of x [..., H] (Ba et al. 2016) in float32, rounded once at the end.
 
+    Of a `weight` [G, H], which has no `bias` beside it, row r of x takes row r % G.
     With `residual` [..., H] it returns `(norm(h), h)` where `h = x + residual`.
     """
     h = x if residual is None else x + residual
+    has_groups = weight is not None and weight.dim() == 2
     normed = F.layer_norm(
         h.float(),
         (h.shape[-1],),
-        None if weight is None else weight.float(),
+        None if weight is None or has_groups else weight.float(),
         None if bias is None else bias.float(),
         eps,
-    ).to(x.dtype)
+    )
+    if weight is not None and has_groups:
+        normed = (normed.view(-1, *weight.shape) * weight.float()).view(h.shape)
+    normed = normed.to(x.dtype)
     return normed if residual is None else (normed, h)
 
 

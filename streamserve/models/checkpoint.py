@@ -228,6 +228,9 @@ class CheckpointSource:
                 tensor = self._files.read(name)[piece.expert][columns].t()
             self._uploader.copy(part, tensor[rows])
             return
+        if module.role == "norm" and len(piece.shape) > 1:
+            self._uploader.copy(part, self._files.read(name).flatten()[rows])
+            return
         filled = 0
         for first, last, chosen in _runs(rows):
             if piece.expert is None:
@@ -248,7 +251,7 @@ class CheckpointSource:
             tensor = tensor[piece.expert]
         if leaf == "weight" and module.name in self._names.transposed:
             tensor = self._uploader.on_device(tensor, part.device).t()
-        if module.role in ("convolution", "vector"):
+        if module.role in ("convolution", "vector", "norm"):
             tensor = tensor.reshape(part.shape)
         self._place(part, tensor, module, piece)
 

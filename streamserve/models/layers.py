@@ -152,9 +152,10 @@ class Attention:
             self._rotates_first = spec.qk_norm.rotates_first
             norm, self._per_head_norm = spec.qk_norm.norm, spec.qk_norm.per_head
             bind = bind_norm if self._per_head_norm else bind_wide_norm
-            self._q_norm = bind(norm, weights.norms["layers.q_norm"], kernels)
+            size = spec.query_key_head_size if spec.qk_norm.own_weights else None
+            self._q_norm = bind(norm, weights.norms["layers.q_norm"].by_head(size), kernels)
             if spec.shares_cache_of is None:
-                self._k_norm = bind(norm, weights.norms["layers.k_norm"], kernels)
+                self._k_norm = bind(norm, weights.norms["layers.k_norm"].by_head(size), kernels)
         self._v_norm = None
         if spec.value_norm is not None:
             ones = torch.ones(spec.value_head_size, dtype=self._qkv.dtype, device=device)
@@ -231,6 +232,8 @@ class Attention:
         """[T, H] -> query, key and value by heads, and the gate [T, Hq * Dv]."""
         spec = self._spec
         product = self._qkv(normed)
+        if spec.qkv_limit is not None:
+            product = product.clamp_(-spec.qkv_limit, spec.qkv_limit)
         size = spec.query_key_head_size
         if size == spec.value_head_size and not spec.output_gate:
             heads = product.view(product.shape[0], -1, size)

@@ -8,7 +8,7 @@ a family without importing torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from streamserve.models.spec import (
@@ -20,6 +20,7 @@ from streamserve.models.spec import (
     LatentSpec,
     MlpSpec,
     NormSpec,
+    QkNormSpec,
     ShortConvSpec,
     SideBySideSpec,
     StateSpaceSpec,
@@ -200,6 +201,15 @@ def _norm(name: str, norm: NormSpec, size: int, layer: int | None = None) -> Mod
     return Module(name, "norm", (size,), bias=norm.bias, layer=layer, offset=offset)
 
 
+def _qk_norm_sizes(
+    attention: AttentionSpec, norm: QkNormSpec
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    head = (attention.query_key_head_size,)
+    if norm.own_weights:
+        return head * attention.num_heads, head * attention.num_kv_heads
+    return (head, head) if norm.per_head else ((attention.query_size,), (attention.key_size,))
+
+
 def _attention_modules(
     attention: AttentionSpec, input_size: int, hidden_size: int, index: int
 ) -> Iterator[Module]:
@@ -215,13 +225,11 @@ def _attention_modules(
         layer=index,
     )
     if attention.qk_norm is not None:
-        norm, per_head = attention.qk_norm.norm, attention.qk_norm.per_head
-        head_size = attention.query_key_head_size
-        query_size = head_size if per_head else attention.query_size
-        key_size = head_size if per_head else attention.key_size
-        yield _norm("layers.q_norm", norm, query_size, index)
+        norm = attention.qk_norm.norm
+        query_sizes, key_sizes = _qk_norm_sizes(attention, attention.qk_norm)
+        yield replace(_norm("layers.q_norm", norm, 0, index), rows=query_sizes)
         if attention.shares_cache_of is None:
-            yield _norm("layers.k_norm", norm, key_size, index)
+            yield replace(_norm("layers.k_norm", norm, 0, index), rows=key_sizes)
     if attention.head_gate:
         yield Module("layers.head_gate", "linear", (attention.num_heads,), input_size, layer=index)
     if attention.sinks:

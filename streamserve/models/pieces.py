@@ -68,6 +68,8 @@ def module_pieces(names: WeightNames, module: Module, leaf: Leaf) -> list[Piece]
     start = 0
     for template, count in zip(stored, rows, strict=True):
         shape: tuple[int, ...] = (count,)
+        if module.role == "norm" and len(rows) < len(module.rows):  # of each head, in one tensor
+            shape = (len(module.rows), module.rows[0])
         if leaf == "weight" and module.columns is not None:
             shape = (count, module.columns)
             if module.name in names.transposed:

@@ -54,12 +54,13 @@ class NormSpec:
 class QkNormSpec:
     """A norm of queries and keys before rotation, over each head or over all heads at once.
 
-    With ``rotates_first`` it comes behind.
+    With ``rotates_first`` it comes behind. With ``own_weights`` each head's norm has its own.
     """
 
     norm: NormSpec
     per_head: bool = True
     rotates_first: bool = False
+    own_weights: bool = False
 
 
 QueryScaleKind = Literal["logarithm", "steps"]
@@ -108,9 +109,10 @@ class AttentionSpec:
     With ``latent`` the sizes of heads are those of attention, where elements that turn come first,
     and not those of the checkpoint.
 
-    ``value_norm`` has no weight. With ``values_are_keys`` a value is what its key was before norm
-    and rotation. With ``shares_cache_of`` an earlier layer there are neither keys nor values:
-    queries attend to that layer's.
+    ``qkv_limit`` is the largest size of an element of queries, keys and values before norms and
+    rotation. ``value_norm`` has no weight. With ``values_are_keys`` a value is what its key was
+    before norm and rotation. With ``shares_cache_of`` an earlier layer there are neither keys nor
+    values: queries attend to that layer's.
     """
 
     num_heads: int
@@ -123,6 +125,7 @@ class AttentionSpec:
     alibi: bool = False
     alibi_scale: float = 1.0
     qk_norm: QkNormSpec | None = None
+    qkv_limit: float | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     soft_cap: float | None = None

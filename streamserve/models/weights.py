@@ -34,6 +34,10 @@ class NormWeights:
     weight: Tensor
     bias: Tensor | None
 
+    def by_head(self, size: int | None) -> NormWeights:
+        """A row for each head of a ``size``, where the norms of heads have weights of their own."""
+        return self if size is None else NormWeights(self.weight.view(-1, size), None)
+
 
 @dataclass(slots=True)
 class Weights:

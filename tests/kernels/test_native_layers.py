@@ -70,6 +70,17 @@ def test_norms_of_stacked_rows_and_none(naive: Kernels, native: Kernels) -> None
     )
 
 
+def test_heads_may_have_weights_of_their_own(naive: Kernels, native: Kernels) -> None:
+    weight = normal(1, 5, 48, dtype=BF16)
+    wide = normal(2, 30, 60, dtype=BF16)
+    for x in (wide[:, :48], wide.flatten()[: 35 * 48].view(35, 48), wide[:0, :48]):
+        expected = naive.layer_norm(x, weight, None, 1e-5)
+        torch.testing.assert_close(native.layer_norm(x, weight, None, 1e-5), expected, **TIGHT)
+    one = torch.nn.functional.layer_norm(wide[3, :48].float(), (48,), weight[3].float())
+    found = naive.layer_norm(wide[:, :48], weight, None, 1e-5)[3]
+    torch.testing.assert_close(found.float(), one, **TIGHT)
+
+
 def test_what_norms_cannot_take_is_refused(native: Kernels) -> None:
     x, weight = normal(1, 4, 32, dtype=BF16), normal(2, 32, dtype=BF16)
     with pytest.raises(TypeError, match=r"must be bfloat16, got torch\.float32"):

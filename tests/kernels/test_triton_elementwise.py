@@ -55,6 +55,9 @@ def test_norms(device, dtype, size, with_residual, strided):
         args = (x, *parts, 1e-5, residual)
         close(ours.layer_norm(*args), naive.layer_norm(*args), dtype)
     assert x.equal(before)
+    of_heads = normal(5, size, device=device, dtype=dtype)
+    args = (x, of_heads, None, 1e-5, residual)
+    close(ours.layer_norm(*args), naive.layer_norm(*args), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -149,6 +149,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 _CORRECTIONS = ("e_score_correction_bias", "expert_bias")
 _BUFFERS = (*_CORRECTIONS, "layer_scalar")
+_OF_HEAD = re.compile(r"(.*layernorm)\.norms\.\d+(\.weight)$")
 _EXPERT = re.compile(r"(.*mlp\.experts)\.\d+\.(\w+\.weight)$")
 
 
@@ -176,6 +177,8 @@ def _tensors(
             found[f"{base}.up_proj.weight"] = list(up)
         elif name.endswith("mlp.experts.down_proj"):
             found[name + ".weight"] = list(data)
+        elif (head := _OF_HEAD.match(name)) is not None:
+            found.setdefault(head[1] + head[2], []).append(data)
         elif (expert := _EXPERT.match(name)) is not None:
             found.setdefault(f"{expert[1]}.{expert[2]}", []).append(data)
         elif name.endswith("W_pack.weight"):

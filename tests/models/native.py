@@ -270,6 +270,7 @@ NATIVE = {
         },
     ),
     "olmo": lambda: transformers.OlmoConfig(**GQA, **ENDS),
+    "olmo-1.7": lambda: transformers.OlmoConfig(**GQA, **ENDS, clip_qkv=0.5),
     "olmo3": lambda: transformers.Olmo3Config(
         **GQA,
         **ENDS,
@@ -305,6 +306,9 @@ NATIVE = {
     "arcee": lambda: transformers.ArceeConfig(**GQA, **ENDS, rope_parameters=YARN_ROPE),
     "nemotron": lambda: transformers.NemotronConfig(**GQA, **ENDS),
     "stablelm": lambda: transformers.StableLmConfig(**GQA, **ENDS, use_qkv_bias=True),
+    "stablelm-12b": lambda: transformers.StableLmConfig(
+        **GQA, **ENDS, qk_layernorm=True, use_parallel_residual=True
+    ),
     "gpt-bigcode": lambda: transformers.GPTBigCodeConfig(**GPT2, **ENDS),
     "gpt-bigcode-heads": lambda: transformers.GPTBigCodeConfig(
         **GPT2, **ENDS, multi_query=False, n_inner=40
@@ -322,6 +326,7 @@ NATIVE = {
     "cohere": lambda: transformers.CohereConfig(
         **GQA, **ENDS, logit_scale=0.3, attention_bias=True, tie_word_embeddings=False
     ),
+    "command-r-plus": lambda: transformers.CohereConfig(**GQA, **ENDS, use_qk_norm=True),
     "cohere2": lambda: transformers.Cohere2Config(
         **{**GQA, "num_hidden_layers": 4}, **ENDS, sliding_window=6
     ),

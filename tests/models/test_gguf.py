@@ -368,6 +368,12 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict
         dict,
     ),
     "olmo": ("olmo", NATIVE["olmo"], {**LAYER_EPS, "attention.head_count_kv": 2}, dict),
+    "olmo-1.7": (
+        "olmo",
+        NATIVE["olmo-1.7"],
+        {**LAYER_EPS, "attention.head_count_kv": 2, "attention.clamp_kqv": 0.5},
+        dict,
+    ),
     "olmo3": (
         "olmo2",
         NATIVE["olmo3"],
@@ -445,6 +451,23 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[], dict
         "starcoder",
         NATIVE["gpt-bigcode"],
         {**LAYER_EPS, "attention.head_count_kv": 1},
+        dict,
+    ),
+    "command-r-plus": (
+        "command-r",
+        NATIVE["command-r-plus"],
+        {
+            **LAYER_EPS,
+            "attention.head_count_kv": 2,
+            "logit_scale": 0.0625,
+            "rope.freq_base": 500_000.0,
+        },
+        dict,
+    ),
+    "stablelm-12b": (
+        "stablelm",
+        NATIVE["stablelm-12b"],
+        {**LAYER_EPS, "attention.head_count_kv": 2, "rope.dimension_count": 2},
         dict,
     ),
     "cohere": (

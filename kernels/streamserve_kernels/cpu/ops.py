@@ -95,6 +95,8 @@ def _norm(
         return None
     if bias is not None and (weight is None or bias.dtype != dtype):
         return None
+    if weight is not None and weight.dim() > 1:
+        return None
     other = (0, 0) if residual is None else _rows(residual)
     if other is None or (residual is not None and residual.dtype != dtype):
         return None

@@ -45,9 +45,12 @@ def _norm(
     offset: float,
 ) -> Tensor | tuple[Tensor, Tensor]:
     _bfloat16("x, residual, weight and bias", x, residual, weight, bias)
-    width = x.shape[-1]
-    for tensor in (weight, bias):
-        if tensor is not None and (tensor.shape != (width,) or not tensor.is_contiguous()):
+    width, group = x.shape[-1], 1
+    if weight is not None and weight.dim() == 2:
+        x, group = x.contiguous(), weight.shape[0]
+        weight = weight.flatten()
+    for tensor, size in ((weight, group * width), (bias, width)):
+        if tensor is not None and (tensor.shape != (size,) or not tensor.is_contiguous()):
             raise ValueError(f"weight and bias must be {width} adjacent numbers")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual {tuple(residual.shape)} is not of the shape {tuple(x.shape)}")
@@ -69,11 +72,13 @@ def _norm(
         double_bits(eps),
         double_bits(offset),
         0,
-        1,
-        stride,
-        width,
+        group,
+        group * stride,
+        group * width,
+        width if group > 1 else 0,
     )
-    run_at_once([(operation, args)], pack_step(x.numel() // width), _threads(x.numel()))
+    rows = x.numel() // (group * width)
+    run_at_once([(operation, args)], pack_step(rows), _threads(x.numel()))
     return out if total is None else (out, total)
 
 

@@ -105,6 +105,7 @@ class Recorder(RecurrentRecorder):
             group,
             x.stride,
             out.stride,
+            x.tail[-1] if weight is not None and weight.dim() == 2 else 0,
         )
         return out if total is None else (out, total)
 
@@ -322,7 +323,11 @@ class Recorder(RecurrentRecorder):
             self._scale(place, part, 1.0)
         return out
 
-    def _scale(self, out: Symbol, x: Symbol, factor: float) -> None:
+    def clip(self, x: Symbol, limit: float) -> None:
+        """In place."""
+        self._scale(x, x, 1.0, limit)
+
+    def _scale(self, out: Symbol, x: Symbol, factor: float, limit: float = 0.0) -> None:
         self._add(
             "scale",
             out.address,
@@ -332,6 +337,7 @@ class Recorder(RecurrentRecorder):
             rows_kind(x.rows),
             double_bits(factor),
             out.stride,
+            double_bits(limit),
         )
 
     def multiply(self, a: Symbol, b: Symbol) -> Symbol:

@@ -93,6 +93,12 @@ class Symbol:
         assert rows is self.recorder.batch.logits_indices
         return self.recorder.gather(self)  # type: ignore[no-any-return]
 
+    def clamp_(self, low: float, high: float) -> Symbol:
+        if low != -high:
+            raise NotRecordableError("rows between limits of unlike sizes")
+        self.recorder.clip(self, high)
+        return self
+
     def __add__(self, other: Symbol) -> Symbol:
         return self.recorder.add(self, other)  # type: ignore[no-any-return]
 

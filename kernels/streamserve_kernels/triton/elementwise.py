@@ -76,13 +76,13 @@ def rms_norm(
 def _layer_norm_kernel(
     x, residual, normed, total, row_stride, residual_stride, H, eps, weight, bias,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < H
     if HAS_WEIGHT:
-        w = tl.load(weight + at, mask=inside, other=0.0)
+        w = tl.load(weight + row % GROUPS * H + at, mask=inside, other=0.0)
     if HAS_BIAS:
         b = tl.load(bias + at, mask=inside, other=0.0)
     if OVERLAP:
@@ -120,6 +120,7 @@ def layer_norm(
         x if bias is None else bias,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
+        GROUPS=weight.shape[0] if weight is not None and weight.dim() == 2 else 1,
     )
 
 
@@ -129,7 +130,7 @@ def _norm(
     residual: Tensor | None,
     eps: float,
     *parameters: Tensor | float,
-    **constants: bool,
+    **constants: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
     size = x.shape[-1]
     rows = x.reshape(-1, size)

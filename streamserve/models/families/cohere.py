@@ -1,6 +1,7 @@
 """Command R and Aya: both halves in parallel behind one layer norm, neighbours turned together.
 
-The second generation (R7B, A) has windows in all but every fourth layer, and rotates in these only.
+The largest of the first generation norm each query and key head by weights of its own. The second
+(R7B, A) has windows in all but every fourth layer, and rotates in these only.
 """
 
 from __future__ import annotations
@@ -8,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
-from streamserve.models.families.llama import LLAMA_NAMES, gated_mlp, rotary_decoder
+from streamserve.models.families.llama import (
+    LLAMA_NAMES,
+    gated_mlp,
+    rotary_decoder,
+    with_head_norms,
+)
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.spec import DecoderSpec, NormSpec, replace_attention
 
@@ -41,12 +46,8 @@ def _decoder(
 
 
 def _cohere(config: HfConfig) -> DecoderSpec:
-    if config.flag_or(False, "use_qk_norm"):
-        raise UnsupportedModelError(
-            f"{config.source}: use_qk_norm: norms of queries and keys with weights of each head's "
-            "own are not supported"
-        )
-    return _decoder(config, (None,) * config.integer("num_hidden_layers"), 500_000.0)
+    spec = _decoder(config, (None,) * config.integer("num_hidden_layers"), 500_000.0)
+    return with_head_norms(spec) if config.flag_or(False, "use_qk_norm") else spec
 
 
 def _cohere2(config: HfConfig) -> DecoderSpec:
@@ -80,6 +81,6 @@ def _family(
 
 
 FAMILIES = (
-    _family("CohereForCausalLM", "cohere", "Command R, R 08-2024, Aya 23, Expanse", _cohere),
+    _family("CohereForCausalLM", "cohere", "Command R, R+; Aya 23, Expanse", _cohere),
     _family("Cohere2ForCausalLM", "cohere2", "Command R7B, A; Tiny Aya", _cohere2),
 )

@@ -111,6 +111,15 @@ def rotary_decoder(
     )
 
 
+def with_head_norms(spec: DecoderSpec) -> DecoderSpec:
+    """With a layer norm of each query and key head, by weights of its own."""
+    norm = spec.layers[0].attention_norm
+    assert norm is not None
+    qk_norm = QkNormSpec(replace(norm, bias=False), own_weights=True)
+    layers = (replace_attention(layer, qk_norm=qk_norm) for layer in spec.layers)
+    return replace(spec, layers=tuple(layers))
+
+
 def gated_mlp(config: HfConfig, *, bias: bool = False) -> MlpSpec:
     return MlpSpec(
         intermediate_size=config.integer("intermediate_size"),

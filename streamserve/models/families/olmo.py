@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
 from streamserve.models.families.llama import (
     ATTENTION_NAMES,
@@ -50,12 +49,8 @@ def post_normed(spec: DecoderSpec) -> DecoderSpec:
 
 
 def _olmo(config: HfConfig) -> DecoderSpec:
-    if config.optional_number(None, "clip_qkv") is not None:
-        raise UnsupportedModelError(
-            f"{config.source}: clip_qkv {config.values['clip_qkv']!r} is not supported"
-        )
     bias = config.flag_or(False, "attention_bias")
-    return rotary_decoder(
+    spec = rotary_decoder(
         config,
         windows=(None,) * config.integer("num_hidden_layers"),
         mlp=gated_mlp(config),
@@ -63,6 +58,9 @@ def _olmo(config: HfConfig) -> DecoderSpec:
         qkv_bias=bias,
         output_bias=bias,
     )
+    limit = config.optional_number(None, "clip_qkv")
+    layers = tuple(replace_attention(layer, qkv_limit=limit) for layer in spec.layers)
+    return replace(spec, layers=layers)
 
 
 def _normed_heads(

@@ -1,22 +1,39 @@
-"""StableLM 3B and 2: Llama with layer norms, of whose heads a quarter turns."""
+"""StableLM 3B and 2: Llama with layer norms, of whose heads a quarter turns.
+
+The 12B adds both halves at once, and norms each query and key head by weights of its own.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
-from streamserve.models.families.llama import LLAMA_NAMES, gated_mlp, rotary_decoder
+from streamserve.models.families.llama import (
+    LAYER,
+    LLAMA_NAMES,
+    gated_mlp,
+    rotary_decoder,
+    with_head_norms,
+)
 from streamserve.models.hf_config import HfConfig
+from streamserve.models.names import WeightNames
 from streamserve.models.spec import DecoderSpec, NormSpec
 
 
+def _names(spec: DecoderSpec) -> WeightNames:
+    attention = spec.attentions()[0]
+
+    def norms(kind: str, heads: int) -> tuple[str, ...]:
+        return tuple(f"{LAYER}self_attn.{kind}_layernorm.norms.{head}" for head in range(heads))
+
+    of_heads = {
+        "layers.q_norm": norms("q", attention.num_heads),
+        "layers.k_norm": norms("k", attention.num_kv_heads),
+    }
+    return replace(LLAMA_NAMES, modules={**LLAMA_NAMES.modules, **of_heads})
+
+
 def _spec(config: HfConfig) -> DecoderSpec:
-    if config.flag_or(False, "qk_layernorm"):
-        raise UnsupportedModelError(
-            f"{config.source}: qk_layernorm: norms of queries and keys with weights of each head's "
-            "own are not supported"
-        )
     hidden_size = config.integer("hidden_size")
     head_size = config.head_size(hidden_size, config.integer("num_attention_heads"))
     spec = rotary_decoder(
@@ -28,6 +45,8 @@ def _spec(config: HfConfig) -> DecoderSpec:
         norm=NormSpec("layer_norm", config.number_or(1e-5, "layer_norm_eps"), bias=True),
         qkv_bias=config.flag_or(False, "use_qkv_bias"),
     )
+    if config.flag_or(False, "qk_layernorm"):
+        spec = with_head_norms(spec)
     if not config.flag_or(False, "use_parallel_residual"):
         return spec
     layers = (replace(layer, mlp_norm=None, residual="parallel") for layer in spec.layers)
@@ -42,6 +61,6 @@ FAMILIES = (
         title="StableLM 3B, 2",
         spec=_spec,
         max_positions=lambda config: config.integer_or(4096, "max_position_embeddings"),
-        names=LLAMA_NAMES,
+        names=_names,
     ),
 )

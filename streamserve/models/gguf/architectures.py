@@ -260,7 +260,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "starcoder2": Architecture("Starcoder2ForCausalLM", _starcoder2),
     "falcon": Architecture("FalconForCausalLM", _falcon),
     "starcoder": Architecture("GPTBigCodeForCausalLM"),
-    "olmo": Architecture("OlmoForCausalLM", permuted=True),
+    "olmo": Architecture(
+        "OlmoForCausalLM",
+        lambda reading: {"clip_qkv": reading.optional_number("attention.clamp_kqv") or None},
+        permuted=True,
+        read=("attention.clamp_kqv",),
+    ),
     "olmo2": Architecture("Olmo2ForCausalLM", _olmo2, windows=True, also=("Olmo3ForCausalLM",)),
     "exaone4": Architecture("Exaone4ForCausalLM", _exaone4, windows=True),
     "seed_oss": Architecture(

@@ -173,7 +173,8 @@ class Share:
 
     def _norm_rows(self, module: Module) -> Tensor | None:
         attention = self._attention(module)
-        if attention.qk_norm is None or attention.qk_norm.per_head:
+        norm = attention.qk_norm
+        if norm is None or (norm.per_head and not norm.own_weights):
             return None
         is_query = module.name == "layers.q_norm"
         heads = self.heads(attention) if is_query else self.kv_heads(attention)

@@ -101,6 +101,7 @@ enum {
     NORM_GROUP,       // norms per row: heads of a query or key, else 1
     NORM_IN_STRIDE,   // elements between rows of x
     NORM_OUT_STRIDE,  // elements between rows of the result
+    NORM_WEIGHT_STRIDE,  // elements between the weights of a row's norms; 0: they share one
 };
 
 static int64_t norm_units(const ss_context *context, const int64_t *args) {
@@ -181,7 +182,7 @@ static inline void norm_run(const ss_context *context, const int64_t *args, int6
         const bf16 *x = (const bf16 *)args[NORM_IN] + from;
         // The residual lies as the result does: rows one after the other.
         const bf16 *residual = args[NORM_RESIDUAL] ? (const bf16 *)args[NORM_RESIDUAL] + to : 0;
-        const bf16 *weight = (const bf16 *)args[NORM_WEIGHT];
+        const bf16 *weight = (const bf16 *)args[NORM_WEIGHT] + g * args[NORM_WEIGHT_STRIDE];
         if (is_layer_norm)
             layer_norm_row(out, sum, x, residual, weight, (const bf16 *)args[NORM_BIAS], width, eps);
         else
@@ -427,7 +428,7 @@ static void add_run(const ss_context *context, const int64_t *args, int64_t unit
 }
 
 enum { SCALE_OUT, SCALE_IN, SCALE_IN_STRIDE, SCALE_WIDTH, SCALE_ROWS_KIND, SCALE_FACTOR,
-       SCALE_OUT_STRIDE };
+       SCALE_OUT_STRIDE, SCALE_LIMIT };  // of the size of what comes out; 0: none
 _Static_assert((int)SCALE_WIDTH == ADD_WIDTH && (int)SCALE_ROWS_KIND == ADD_ROWS_KIND, "add_units");
 
 static void scale_run(const ss_context *context, const int64_t *args, int64_t unit,
@@ -435,12 +436,17 @@ static void scale_run(const ss_context *context, const int64_t *args, int64_t un
     (void)thread;
     const int64_t width = args[SCALE_WIDTH];
     const __m512 factor = _mm512_set1_ps((float)ss_double(args[SCALE_FACTOR]));
+    const float limit = (float)ss_double(args[SCALE_LIMIT]);
+    const __m512 high = _mm512_set1_ps(limit), low = _mm512_set1_ps(-limit);
     SS_FOR_ROWS(row, ss_rows(context, args[SCALE_ROWS_KIND]))
     for (int64_t c = 0; c < width; c += 16) {
         const __mmask16 mask = ss_mask(width - c);
         const bf16 *x = (const bf16 *)args[SCALE_IN] + row * args[SCALE_IN_STRIDE] + c;
         bf16 *out = (bf16 *)args[SCALE_OUT] + row * args[SCALE_OUT_STRIDE] + c;
-        ss_store_masked(out, _mm512_mul_ps(ss_load_masked(x, mask), factor), mask);
+        __m512 value = _mm512_mul_ps(ss_load_masked(x, mask), factor);
+        // A NaN is what comes second, and stays.
+        if (limit > 0.0f) value = _mm512_max_ps(low, _mm512_min_ps(high, value));
+        ss_store_masked(out, value, mask);
     }
 }
 
