@@ -45,7 +45,7 @@ TOOL_CALL_PARSERS = (
     *("glm47", "qwen3_xml", "llama4_json"),
 )
 REASONING_PARSERS = (
-    *("qwen3", "deepseek_r1", "openai_gptoss", "mistral", "seed_oss"),
+    *("qwen3", "deepseek_r1", "openai_gptoss", "mistral", "seed_oss", "gemma4"),
     *("glm45", "deepseek_v3", "kimi_k2", "minimax_m2"),
 )
 KV_CACHE_DTYPES = ("auto", "fp8")

@@ -70,9 +70,8 @@ class MarkIds:
         return self._ids[mark]
 
     def is_special(self, mark: str) -> bool:
-        """Whether it is one token, and ``skip_special_tokens`` would leave it out."""
-        ids = self.ids(mark)
-        return len(ids) == 1 and self._tokenizer.is_special(ids[0])
+        """Whether ``skip_special_tokens`` would leave it out, or a token of it."""
+        return any(self._tokenizer.is_special(token_id) for token_id in self.ids(mark))
 
 
 def choose_answer_format(

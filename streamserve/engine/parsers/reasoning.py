@@ -25,10 +25,11 @@ THINK = ThoughtMarks()
 _MARKS = {
     "mistral": ThoughtMarks("[THINK]", "[/THINK]"),
     "seed_oss": ThoughtMarks("<seed:think>", "</seed:think>"),
+    "gemma4": ThoughtMarks("<|channel>thought", "<channel|>"),
 }
 _ALWAYS_THINK = ("deepseek_r1", "kimi_k2", "minimax_m2")
 REASONING_PARSERS = (
-    *("qwen3", "deepseek_r1", "openai_gptoss", "mistral", "seed_oss"),
+    *("qwen3", "deepseek_r1", "openai_gptoss", "mistral", "seed_oss", "gemma4"),
     *("glm45", "deepseek_v3", "kimi_k2", "minimax_m2"),
 )
 """Some differ in an answer that does not begin with its mark when the prompt says nothing:

@@ -8,10 +8,12 @@ from streamserve.engine.parsers import reasoning
 from streamserve.engine.parsers.answer_format import (
     TOOL_PARSER_NAMES,
     AnswerFormat,
+    MarkIds,
     choose_answer_format,
 )
 from streamserve.engine.parsers.tool_formats import TOOL_PARSER_ALIASES
 from streamserve.errors import ConfigError
+from tests.engine.tokenizers_for_tests import llama
 
 HERMES = "{% if tools %}<tool_call>{% endif %}{% if enable_thinking %}</think>{% endif %}"
 
@@ -48,6 +50,7 @@ GEMMA_3 = "{{ bos_token }}{%- for message in messages -%}<start_of_turn>{%- endf
 QWEN3_CODER = "{%- if tools %}<tool_call><function=example><parameter=p>{%- endif %}"
 GLM_4_5 = "[gMASK]<sop>{%- if tools -%}<tool_call>{name}<arg_key><arg_value>{%- endif %}</think>"
 MAGISTRAL = "{%- if tools is not none %}[AVAILABLE_TOOLS]{%- endif %}[TOOL_CALLS][THINK][/THINK]"
+GEMMA_4 = "{%- if tools %}<|tool>{%- endif %}<|tool_call>call:<|channel>thought\n<channel|>"
 SEED_OSS = "{%- if tools %}<seed:tool_call><function=f>{%- endif %}</seed:think>"
 
 
@@ -63,11 +66,19 @@ SEED_OSS = "{%- if tools %}<seed:tool_call><function=f>{%- endif %}</seed:think>
         (GLM_4_5, "glm45", "qwen3"),
         (MAGISTRAL, "mistral", "mistral"),
         (SEED_OSS, "seed_oss", "seed_oss"),
+        (GEMMA_4, None, "gemma4"),
     ],
 )
 def test_what_published_templates_tell(template, tool_parser, reasoning_parser):
     found = chosen(template)
     assert (found.tool_parser, found.reasoning_parser) == (tool_parser, reasoning_parser)
+
+
+def test_a_mark_is_special_if_one_of_its_tokens_is():
+    marks = MarkIds(llama())
+    assert marks.is_special("</s>")
+    assert marks.is_special("</s>thought")
+    assert not marks.is_special("thought")
 
 
 def test_several_templates_are_one_text():
