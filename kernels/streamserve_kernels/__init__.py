@@ -17,6 +17,7 @@ import torch
 
 from streamserve_kernels.interface import (
     ActivationKind,
+    ExpertKind,
     GatedKind,
     HeadsLinear,
     Kernels,
@@ -38,6 +39,7 @@ __all__ = [
     "BACKENDS",
     "QUANTIZATIONS",
     "ActivationKind",
+    "ExpertKind",
     "GatedKind",
     "HeadsLinear",
     "Kernels",

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamserve_kernels.interface import GatedKind, PackedLinear
+from streamserve_kernels.interface import ExpertKind, PackedLinear
 from streamserve_kernels.routing import Routing, likeliest
+
+
+def expert_activation(
+    kind: ExpertKind, gated: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[[Any], Any]:
+    """Of what experts make first, by a backend's two functions."""
+    return partial(plain if kind == "relu2" else gated, kind=kind)
 
 
 def moe(
@@ -17,14 +26,11 @@ def moe(
     gate_up: Sequence[PackedLinear],
     down: Sequence[PackedLinear],
     routing: Routing,
-    kind: GatedKind,
-    gated_activation: Callable[[Tensor, GatedKind], Tensor],
+    activate: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """See `naive.moe`; of equally likely experts it may be any."""
     chosen, weights = likeliest(router_logits, routing)
-    return chosen_experts(
-        x, chosen, weights, gate_up, down, lambda hidden: gated_activation(hidden, kind)
-    )
+    return chosen_experts(x, chosen, weights, gate_up, down, activate)
 
 
 def chosen_experts(

@@ -35,6 +35,8 @@ PROMPT_KEY_MULTIPLE = 128
 PROMPT_KEY_SEGMENT = 4096
 
 GatedKind = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
+ExpertKind = GatedKind | Literal["relu2"]
+"""Of what experts make first; with `relu2` they have no gates, and make as much as they take."""
 ActivationKind = Literal[
     "silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "relu2"
 ]
@@ -324,7 +326,7 @@ class Kernels(Protocol):
         gate_up: Sequence[PackedLinear],
         down: Sequence[PackedLinear],
         routing: Routing,
-        kind: GatedKind,
+        kind: ExpertKind,
     ) -> Tensor: ...
 
     def add_shared_experts(

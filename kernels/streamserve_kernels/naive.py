@@ -17,10 +17,12 @@ from torch import Tensor
 
 from streamserve_kernels import adapters, recurrent
 from streamserve_kernels.by_head import NaiveHeadsLinear
+from streamserve_kernels.experts import expert_activation
 from streamserve_kernels.float8 import FLOAT8
 from streamserve_kernels.fp8 import NaiveFp8Linear
 from streamserve_kernels.interface import (
     ActivationKind,
+    ExpertKind,
     GatedKind,
     HeadsLinear,
     PackedLinear,
@@ -472,17 +474,17 @@ def moe(
     gate_up: Sequence[PackedLinear],
     down: Sequence[PackedLinear],
     routing: Routing,
-    kind: GatedKind,
+    kind: ExpertKind,
 ) -> Tensor:
     """Mixture of experts of x [T, H] by router_logits [T, E] -> [T, H] (Jiang et al. 2024).
 
     `routing` says which experts a token goes to and how much each counts, in float32. Expert e maps
-    H -> 2·I (`gate_up[e]`), a gated activation, I -> H (`down[e]`).
+    H -> 2·I (`gate_up[e]`), a gated activation, I -> H (`down[e]`); without gates, as `kind` says,
+    the first is H -> I.
     """
     chosen, weights = route(router_logits, routing)
-    return chosen_experts(
-        x, chosen, weights, gate_up, down, lambda hidden: gated_activation(hidden, kind)
-    )
+    activate = expert_activation(kind, gated_activation, activation)
+    return chosen_experts(x, chosen, weights, gate_up, down, activate)
 
 
 def chosen_experts(

@@ -46,7 +46,7 @@ class Block:
         weights: Weights,
         kernels: Kernels,
         attention: Mixing,
-        mlp: Callable[[Tensor], Tensor],
+        mlp: Callable[[Tensor], Tensor] | None,
     ) -> None:
         def norm(name: str) -> BoundNorm | None:
             named = getattr(spec, name)
@@ -112,6 +112,8 @@ class Block:
             if part is not None:
                 part = part.index_select(0, rows)
         x = attention.output(attended)
+        if self._mlp is None:
+            return x, residual
         if self._plain:
             normed, residual = self._mlp_norm.add_norm(x, residual)  # type: ignore[union-attr]
             return self._mlp(normed), residual
@@ -138,6 +140,7 @@ class Block:
                 normed, residual = self._mlp_norm.add_norm(x, residual)
             else:
                 normed = residual = x + residual
+        assert self._mlp is not None
         mlp = self._mlp(normed)
         if self._mlp_post_norm is not None:
             mlp = self._mlp_post_norm.norm(mlp)
@@ -146,3 +149,41 @@ class Block:
         if self._residual_scale != 1.0:
             mlp = mlp * self._residual_scale
         return mlp, residual
+
+
+class MlpBlock:
+    """A layer that is a second half alone; called as a `Block`."""
+
+    __slots__ = ("_mlp", "_norm")
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        weights: Weights,
+        kernels: Kernels,
+        mlp: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._mlp, self._norm = mlp, BoundNorm()
+        if spec.mlp_norm is not None:
+            held = weights.norm("layers.mlp_norm", spec.mlp_norm)
+            self._norm = bind_norm(spec.mlp_norm, held, kernels)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        batch: ForwardBatch,
+        caches: tuple[Tensor, ...],
+        rows: Tensor | None,
+        part: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if rows is not None:
+            x = x.index_select(0, rows)
+            residual = None if residual is None else residual.index_select(0, rows)
+            if rows.shape[0] == 0:
+                return x, residual
+        if residual is None:
+            normed, residual = self._norm.norm(x), x
+        else:
+            normed, residual = self._norm.add_norm(x, residual)
+        return self._mlp(normed), residual

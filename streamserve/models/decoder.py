@@ -19,7 +19,7 @@ from torch import Tensor
 
 from streamserve.models.adapters import AdapterTables
 from streamserve.models.batch import ForwardBatch, KVCache
-from streamserve.models.block import Block, Mixing
+from streamserve.models.block import Block, Mixing, MlpBlock
 from streamserve.models.latent import LatentAttention
 from streamserve.models.layers import (
     Attention,
@@ -96,7 +96,7 @@ class Decoder:
         self.kernels = kernels
         self._blocks = self._assemble(self._weights.layers)
         # The same once more, for steps in which rows have adapters.
-        self._adapted_blocks: list[Block] = []
+        self._adapted_blocks: list[Block | MlpBlock] = []
         if self.adapters is not None:
             adapted = self.adapters.adapted(self._weights.layers, kernels)
             self._adapted_blocks = self._assemble(adapted)
@@ -123,12 +123,15 @@ class Decoder:
             else bind_norm(spec.final_norm, outer.norm("final_norm", spec.final_norm), kernels)
         )
 
-    def _assemble(self, layers: list[Weights]) -> list[Block]:
+    def _assemble(self, layers: list[Weights]) -> list[Block | MlpBlock]:
         return [self._block(index, weights) for index, weights in enumerate(layers)]
 
-    def _block(self, index: int, weights: Weights) -> Block:
+    def _block(self, index: int, weights: Weights) -> Block | MlpBlock:
         layer, kernels = self.spec.layers[index], self.kernels
-        mlp = bind_mlp(layer.mlp, weights, kernels)
+        mlp = None if layer.mlp is None else bind_mlp(layer.mlp, weights, kernels)
+        if layer.attention is None:
+            assert mlp is not None, "a layer is two halves, or one of them"
+            return MlpBlock(layer, weights, kernels, mlp)
         attention: Mixing
         if isinstance(layer.attention, DeltaNetSpec):
             attention = DeltaNet(layer.attention, weights, kernels)

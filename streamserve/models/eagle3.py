@@ -257,6 +257,7 @@ class Eagle3Head(HeadDecoder):
 
     def _block(self, index: int, weights: Weights) -> Block:
         block = super()._block(index, weights)
+        assert isinstance(block, Block), "a head's layers have both halves"
         if index == 0:
             block._attention_norm = _AlreadyNormed()
         return block

@@ -11,7 +11,7 @@ from streamserve.errors import UnsupportedModelError
 from streamserve.models.layers import bind_norm
 from streamserve.models.spec import ExpertActivation, ExpertsSpec, MlpSpec, NormSpec
 from streamserve.models.weights import NormWeights, Weights
-from streamserve_kernels import GatedKind, Kernels, PackedLinear
+from streamserve_kernels import ExpertKind, GatedKind, Kernels, PackedLinear
 from streamserve_kernels.routing import Routing
 
 Part = Callable[[Tensor], Tensor]
@@ -104,7 +104,7 @@ def _bind_experts(
     spec: ExpertsSpec, weights: Weights, kernels: Kernels
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Of what the experts are given and what their router is."""
-    router, moe, kind = weights.linears["layers.router"], kernels.moe, _gated_kind(spec.activation)
+    router, moe, kind = weights.linears["layers.router"], kernels.moe, _expert_kind(spec)
     gate_up, down = weights.expert_gate_up, weights.expert_down
     rule = spec.router
     routing = Routing(
@@ -124,6 +124,17 @@ def _bind_experts(
         return moe(x, router(routed), gate_up, down, routing, kind)
 
     return experts
+
+
+def _expert_kind(spec: ExpertsSpec) -> ExpertKind:
+    if spec.gated:
+        return _gated_kind(spec.activation)
+    if spec.activation == "relu2":
+        return "relu2"
+    raise UnsupportedModelError(
+        f"experts without gates with activation {spec.activation!r} are not supported; "
+        "these are: relu2"
+    )
 
 
 def _gated_kind(activation: ExpertActivation) -> GatedKind:

@@ -19,7 +19,7 @@ a family says which modules of its checkpoint, stacked by rows, make one of ours
     layers.short_conv.input  layers.short_conv.conv  layers.short_conv.output
     layers.gate_up (or layers.up when not gated)  layers.down
     layers.router  layers.router.correction  layers.experts.gate_up  layers.experts.down
-    layers.shared.gate  layers.shared.gate_up  layers.shared.down
+    layers.shared.gate  layers.shared.gate_up  layers.shared.down  (or …up when not gated)
     layers.router.norm  layers.router.scales  layers.experts.norm  layers.experts.post_norm
     layers.shared.norm  layers.shared.post_norm
     layers.per_layer.gate  layers.per_layer.output  layers.per_layer.norm

@@ -147,13 +147,14 @@ def layer_modules(spec: DecoderSpec, index: int) -> Iterator[Module]:
         yield from _state_space_modules(layer.attention.space, hidden_size, index)
     elif isinstance(layer.attention, ShortConvSpec):
         yield from _short_conv_modules(layer.attention, hidden_size, index)
-    else:
+    elif layer.attention is not None:
         is_joined = index == 0 and isinstance(spec.join, FusionSpec)
         input_size = 2 * hidden_size if is_joined else hidden_size
         yield from _attention_modules(layer.attention, input_size, hidden_size, index)
     yield from _norms("layers.attention_post_norm", layer.attention_post_norm, hidden_size, index)
     yield from _norms("layers.mlp_norm", layer.mlp_norm, hidden_size, index)
-    yield from _mlp_modules(layer.mlp, hidden_size, index)
+    if layer.mlp is not None:
+        yield from _mlp_modules(layer.mlp, hidden_size, index)
     yield from _norms("layers.mlp_post_norm", layer.mlp_post_norm, hidden_size, index)
     if layer.per_layer is not None:
         given = layer.per_layer.size
@@ -326,9 +327,10 @@ def _mlp_modules(mlp: MlpSpec | ExpertsSpec, hidden_size: int, index: int) -> It
             for part in ("experts", "shared"):
                 yield _norm(f"layers.{part}.norm", mlp.own_norms, hidden_size, index)
                 yield _norm(f"layers.{part}.post_norm", mlp.own_norms, hidden_size, index)
+        first, sizes = ("gate_up", (size, size)) if mlp.gated else ("up", (size,))
         for expert in range(mlp.num_experts):
             for name, rows, columns in (
-                ("layers.experts.gate_up", (size, size), hidden_size),
+                (f"layers.experts.{first}", sizes, hidden_size),
                 ("layers.experts.down", (hidden_size,), size),
             ):
                 yield Module(

@@ -308,14 +308,16 @@ MixingSpec = CacheSpec | SideBySideSpec
 """What brings a token together with those before it."""
 
 
-def parts_of(mixing: MixingSpec) -> tuple[CacheSpec, ...]:
+def parts_of(mixing: MixingSpec | None) -> tuple[CacheSpec, ...]:
     """Each of what a layer has, in the order of their caches."""
+    if mixing is None:
+        return ()
     if isinstance(mixing, SideBySideSpec):
         return (mixing.attention, mixing.space)
     return (mixing,)
 
 
-def _held(mixing: MixingSpec) -> tuple[CacheSpec, ...]:
+def _held(mixing: MixingSpec | None) -> tuple[CacheSpec, ...]:
     """What a layer has caches of its own for."""
     is_shared = isinstance(mixing, AttentionSpec) and mixing.shares_cache_of is not None
     return () if is_shared else parts_of(mixing)
@@ -360,11 +362,11 @@ class RouterSpec:
 class ExpertsSpec:
     """Gated experts; each token goes to the ``top_k`` that its router gives the highest scores.
 
-    ``bias`` is that of the experts, ``router_bias`` the router's. ``shared`` is a gated MLP that
-    every token goes to besides; with ``shared_gate`` times the sigmoid of a gate of its own. With
-    ``own_norms`` there is none before them: the router, the experts and the shared MLP each norm
-    what they are given (the router's is divided by the root of its size), and the latter two what
-    they find.
+    With ``gated`` false each is a plain MLP, of ``relu2`` then. ``bias`` is that of the experts,
+    ``router_bias`` the router's. ``shared`` is an MLP that every token goes to besides; with
+    ``shared_gate`` times the sigmoid of a gate of its own. With ``own_norms`` there is none before
+    them: the router, the experts and the shared MLP each norm what they are given (the router's is
+    divided by the root of its size), and the latter two what they find.
     """
 
     num_experts: int
@@ -378,6 +380,7 @@ class ExpertsSpec:
     shared: MlpSpec | None = None
     shared_gate: bool = True
     own_norms: NormSpec | None = None
+    gated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,10 +404,11 @@ class LayerSpec:
     before the residual is added. In a parallel block both halves read the same input; with
     ``mlp_norm=None`` they share the attention's normed input. ``residual_scale`` multiplies what
     each half adds. With ``scaled`` a number of the checkpoint's multiplies what the block leaves.
+    A block may be one half alone, the other None: then with the norm before it, and nothing else.
     """
 
-    attention: MixingSpec
-    mlp: MlpSpec | ExpertsSpec
+    attention: MixingSpec | None
+    mlp: MlpSpec | ExpertsSpec | None
     attention_norm: NormSpec | None
     mlp_norm: NormSpec | None
     attention_post_norm: NormSpec | None = None
@@ -528,13 +532,17 @@ def _row_width(hidden_size: int, layer: LayerSpec) -> int:
         inside = mlp.top_k * (3 * mlp.intermediate_size + 2 * hidden_size)
         if mlp.shared is not None:
             inside = max(inside, hidden_size + 3 * mlp.shared.intermediate_size)
-    else:
+    elif mlp is not None:
         inside = (3 if mlp.gated else 2) * mlp.intermediate_size
+    else:
+        inside = 0
     return 3 * hidden_size + max(_attention_width(layer.attention), inside)
 
 
-def _attention_width(spec: MixingSpec) -> int:
+def _attention_width(spec: MixingSpec | None) -> int:
     """What is alive at once: the product, what the convolution made of it, what was found."""
+    if spec is None:
+        return 0
     if isinstance(spec, SideBySideSpec):
         return _attention_width(spec.attention) + _attention_width(spec.space)
     if isinstance(spec, DeltaNetSpec):

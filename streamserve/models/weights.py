@@ -188,7 +188,7 @@ class _Builder:
             weights.by_head[f"layers.latent.{name}"] = self._kernels.prepare_by_head(part)
 
     def _add_linear(self, weights: Weights, module: Module, packed: PackedLinear) -> None:
-        if module.name == "layers.experts.gate_up":
+        if module.name in ("layers.experts.gate_up", "layers.experts.up"):
             weights.expert_gate_up.append(packed)
         elif module.name == "layers.experts.down":
             weights.expert_down.append(packed)

@@ -6,6 +6,7 @@ import gc
 import importlib
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -197,7 +198,8 @@ def test_experts_of_two_kinds(
         for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER))
     )
     x, logits = normal(1, 9, HIDDEN, dtype=BF16), normal(2, 9, EXPERTS, dtype=BF16)
-    expected = experts.moe(x, logits, up, down, Routing(2, True), "silu", native.gated_activation)
+    activate = partial(native.gated_activation, kind="silu")
+    expected = experts.moe(x, logits, up, down, Routing(2, True), activate)
     one_by_one, calls = experts.moe, []
 
     def counted(*args: object) -> Tensor:

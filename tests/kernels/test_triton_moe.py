@@ -27,15 +27,25 @@ class Experts:
     """Weights [E, 2 * inner, hidden] and [E, hidden, inner] as both backends hold them."""
 
     def __init__(
-        self, seed: int, count: int, hidden: int, inner: int, device, dtype, *, bias: bool = False
+        self,
+        seed: int,
+        count: int,
+        hidden: int,
+        inner: int,
+        device,
+        dtype,
+        *,
+        bias: bool = False,
+        has_gates: bool = True,
     ) -> None:
+        made = 2 * inner if has_gates else inner
         self.random = torch.Generator().manual_seed(seed)
         self.device, self.dtype, self.hidden = device, dtype, hidden
-        gate_up = amid_nan(self.normal(count, 2 * inner, hidden) / hidden**0.5)
+        gate_up = amid_nan(self.normal(count, made, hidden) / hidden**0.5)
         down = amid_nan(self.normal(count, hidden, inner) / inner**0.5)
         biases = [[None] * count] * 2
         if bias:
-            biases = [amid_nan(self.normal(count, n)) for n in (2 * inner, hidden)]
+            biases = [amid_nan(self.normal(count, n)) for n in (made, hidden)]
         self.ours, self.naive = (
             tuple(
                 [kernels.prepare_linear(w, b) for w, b in zip(weights, some, strict=True)]
@@ -72,10 +82,10 @@ def test_float32_on_a_gpu():
     Experts(1, 8, 64, 48, torch.device("cuda"), torch.float32).compare(70, 2)
 
 
-@pytest.mark.parametrize("kind", ["gelu_tanh", "relu", "clamped_swiglu"])
+@pytest.mark.parametrize("kind", ["gelu_tanh", "relu", "clamped_swiglu", "relu2"])
 def test_other_gates_biases_and_odd_sizes(device, dtype, kind):
     """Neither the experts nor their sizes are multiples of anything, and weights lie anywhere."""
-    experts = Experts(2, 5, 36, 21, device, dtype, bias=True)
+    experts = Experts(2, 5, 36, 21, device, dtype, bias=True, has_gates=kind != "relu2")
     for tokens in (1, 30):
         experts.compare(tokens, 3, kind=kind)
 

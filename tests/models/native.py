@@ -174,6 +174,17 @@ ERNIE = {
     "moe_k": 2,
 }
 FALCON_H1 = {**GQA, **ENDS, "head_dim": 16, "mamba_n_heads": 4, "mamba_d_state": 16}
+NEMOTRON_H = {
+    **GQA,
+    **ENDS,
+    "num_hidden_layers": None,
+    "head_dim": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 12,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "time_step_min": 1e-30,
+}
 LFM3 = {**LFM2, "head_dim": 16, "sliding_window": 6}
 # What a model serves by default is shorter than what is asked of these.
 LONGER = {"qwen1-long": 128}
@@ -601,6 +612,27 @@ HYBRID = {
         ssm_multipliers=[0.35, 0.25, 0.7, 0.5, 0.3],
         ssm_in_multiplier=1.25,
         ssm_out_multiplier=0.8,
+    ),
+    "nemotron-h": lambda: transformers.NemotronHConfig(
+        **NEMOTRON_H, layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"]
+    ),
+    # A state space is the last layer, and an MLP the first.
+    "nemotron-h-biases": lambda: transformers.NemotronHConfig(
+        **NEMOTRON_H,
+        layers_block_type=["mlp", "full_attention", "linear_attention"],
+        mlp_bias=True,
+        use_bias=True,
+        use_conv_bias=False,
+        conv_kernel=2,
+    ),
+    "nemotron-h-moe": lambda: transformers.NemotronHConfig(
+        **NEMOTRON_H,
+        layers_block_type=["linear_attention", "moe", "full_attention", "moe"],
+        n_routed_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=40,
+        routed_scaling_factor=2.5,
     ),
     # Normed behind the gate, in groups; what multiplies is 1.
     "falcon-h1-normed": lambda: transformers.FalconH1Config(

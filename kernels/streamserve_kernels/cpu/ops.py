@@ -16,7 +16,7 @@ from torch import Tensor
 from streamserve_kernels import experts, naive
 from streamserve_kernels.cpu import elementwise as bodies
 from streamserve_kernels.float8 import refuse_float8
-from streamserve_kernels.interface import ActivationKind, GatedKind, PackedLinear
+from streamserve_kernels.interface import ActivationKind, ExpertKind, GatedKind, PackedLinear
 from streamserve_kernels.pool import pool
 from streamserve_kernels.routing import Routing
 
@@ -321,7 +321,8 @@ def moe(
     gate_up: Sequence[PackedLinear],
     down: Sequence[PackedLinear],
     routing: Routing,
-    kind: GatedKind,
+    kind: ExpertKind,
 ) -> Tensor:
     """See `naive.moe`."""
-    return experts.moe(x, router_logits, gate_up, down, routing, kind, gated_activation)
+    activate = experts.expert_activation(kind, gated_activation, activation)
+    return experts.moe(x, router_logits, gate_up, down, routing, activate)

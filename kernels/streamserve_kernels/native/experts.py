@@ -8,14 +8,13 @@ time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 
 from streamserve_kernels import experts as one_by_one
-from streamserve_kernels.interface import GatedKind, NotRecordableError, PackedLinear
+from streamserve_kernels.interface import ExpertKind, NotRecordableError, PackedLinear
 from streamserve_kernels.native.execute import (
     Instruction,
     double_bits,
@@ -24,7 +23,7 @@ from streamserve_kernels.native.execute import (
     run_at_once,
 )
 from streamserve_kernels.native.linear import NativeLinear
-from streamserve_kernels.native.ops import gated_activation
+from streamserve_kernels.native.ops import activation, gated_activation
 from streamserve_kernels.native.product import HeldMemory, Memory, NativeWeight, Product
 from streamserve_kernels.native.symbol import TOKENS, pairs, rows_kind
 from streamserve_kernels.pool import pool
@@ -159,13 +158,14 @@ def moe(
     gate_up: Sequence[PackedLinear],
     down: Sequence[PackedLinear],
     routing: Routing,
-    kind: GatedKind,
+    kind: ExpertKind,
 ) -> Tensor:
     """See `naive.moe`."""
+    activate = one_by_one.expert_activation(kind, gated_activation, activation)
     top_k = routing.top_k
     first, last = _products_of(gate_up, x, top_k), _products_of(down, x, top_k)
     if first is None or last is None or router_logits.dtype != torch.bfloat16:
-        return one_by_one.moe(x, router_logits, gate_up, down, routing, kind, gated_activation)
+        return one_by_one.moe(x, router_logits, gate_up, down, routing, activate)
     logits = router_logits.contiguous()
     routes = Routes(x.shape[0], len(down), top_k)
     return _multiply(
@@ -174,7 +174,7 @@ def moe(
         [route(routes, logits.data_ptr(), routing)],
         first,
         last,
-        partial(gated_activation, kind=kind),
+        activate,
     )
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from streamserve_kernels import huge_pages
 from streamserve_kernels.adapters import AdapterRows
+from streamserve_kernels.experts import expert_activation
 from streamserve_kernels.float8 import refuse_float8
-from streamserve_kernels.interface import NotRecordableError, PackedLinear, QuantLinear
+from streamserve_kernels.interface import ExpertKind, NotRecordableError, PackedLinear, QuantLinear
 from streamserve_kernels.native.adapters import AdapterTable
 from streamserve_kernels.native.by_head import NativeHeadsLinear
 from streamserve_kernels.native.execute import Executable, double_bits
@@ -369,7 +370,7 @@ class Recorder(RecurrentRecorder):
         gate_up: Sequence[PackedLinear],
         down: Sequence[PackedLinear],
         routing: Routing,
-        kind: str,
+        kind: ExpertKind,
     ) -> Symbol:
         routes = Routes(self._most_rows(x.rows), len(down), routing.top_k, x.rows)
         if not router_logits.is_dense:
@@ -379,7 +380,8 @@ class Recorder(RecurrentRecorder):
         self._add("order_pairs", routes.address)
         rows = self._new(routes.pairs, x.width)
         self._add("gather_pairs", routes.address, rows.address, x.address, x.width, x.stride)
-        hidden = self.gated_activation(self._expert_products(rows, routes, gate_up), kind)
+        activate = expert_activation(kind, self.gated_activation, self.activation)
+        hidden = activate(self._expert_products(rows, routes, gate_up))
         parts = self._expert_products(hidden, routes, down)
         out = self._new(x.rows, parts.width)
         self._add("combine_pairs", routes.address, out.address, parts.address, parts.width)

@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from streamserve_kernels.interface import GatedKind, PackedLinear
+from streamserve_kernels.interface import ExpertKind, GatedKind, PackedLinear
 from streamserve_kernels.routing import Routing
-from streamserve_kernels.triton.elementwise import GATED_KINDS, gated_activation
+from streamserve_kernels.triton.elementwise import GATED_KINDS, activation, gated_activation
 from streamserve_kernels.triton.linear import DenseLinear
 from streamserve_kernels.triton.moe_kernels import (
     combine_kernel,
@@ -76,18 +76,19 @@ def moe(
     gate_up: Sequence[PackedLinear],
     down: Sequence[PackedLinear],
     routing: Routing,
-    kind: GatedKind,
+    kind: ExpertKind,
 ) -> Tensor:
     """See `naive.moe`. Quantised experts see every token: see `_one_by_one`.
 
     The first call with a layer's weights tells the device where they are: not inside a capture.
     """
-    if kind not in GATED_KINDS:
+    if kind not in (*GATED_KINDS, "relu2"):
         raise ValueError(f"activation kind {kind!r} is not known")
     if x.shape[0] == 0:
         return torch.empty_like(x)
     chosen, weights = _route(router_logits, routing)
-    return _multiply(x, chosen, weights, gate_up, down, kind)
+    by_kind = partial(activation, kind=kind) if kind == "relu2" else kind
+    return _multiply(x, chosen, weights, gate_up, down, by_kind)
 
 
 def chosen_experts(

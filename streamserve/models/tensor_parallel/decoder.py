@@ -78,6 +78,7 @@ class ShareDecoder(Decoder):
         spec, own = self._share.whole.layers[index].attention, layer.attention
         assert isinstance(spec, AttentionSpec)
         assert isinstance(own, AttentionSpec)
+        assert layer.mlp is not None
         heads = self._share.heads(spec)
         attention = self._attention(
             own,

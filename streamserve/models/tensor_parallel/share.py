@@ -206,8 +206,13 @@ def _divided(layer: LayerSpec, attention: AttentionSpec, size: int) -> LayerSpec
             num_heads=attention.num_heads // size,
             num_kv_heads=max(1, attention.num_kv_heads // size),
         ),
-        mlp=_divided_mlp(layer.mlp, size),
+        mlp=_divided_mlp(_mlp(layer), size),
     )
+
+
+def _mlp(layer: LayerSpec) -> MlpSpec | ExpertsSpec:
+    assert layer.mlp is not None, "layers that are divided have both halves"
+    return layer.mlp
 
 
 def _divided_mlp(mlp: MlpSpec | ExpertsSpec, size: int) -> MlpSpec | ExpertsSpec:
@@ -219,7 +224,7 @@ def _divided_mlp(mlp: MlpSpec | ExpertsSpec, size: int) -> MlpSpec | ExpertsSpec
 
 
 def _check_layer(layer: LayerSpec, attention: AttentionSpec, size: int) -> None:
-    mlp = layer.mlp
+    mlp = _mlp(layer)
     _check_divides(size, attention.num_heads, "attention heads")
     if size % attention.num_kv_heads and attention.num_kv_heads % size:
         raise ConfigError(
