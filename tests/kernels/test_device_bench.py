@@ -237,7 +237,7 @@ def send(**message):
     print(json.dumps(message), file=pipe)
 if first == 0:
     send(machine={"hardware": "none"}, ceilings={"copy": 1.0, "read": 1.0, "product": 1.0})
-for index in range(first, 13):
+for index in range(first, 15):
     send(started=index)
     if index == 1:
         print("an illegal address", file=sys.stderr, flush=True)
@@ -252,8 +252,8 @@ def test_the_table_goes_on_behind_a_row_that_crashes_or_hangs(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     options = Options("cpu", only="attention")
-    assert len(options.rows()) == 13
-    expected = ["OK", "ERROR", "ERROR", *["OK"] * 10]
+    assert len(options.rows()) == 15
+    expected = ["OK", "ERROR", "ERROR", *["OK"] * 12]
     for row_timeout_s in (1.0, 10.0, 60.0):  # a busy machine may not even have started the worker
         told = []
         result = supervise(
@@ -269,7 +269,7 @@ def test_the_table_goes_on_behind_a_row_that_crashes_or_hangs(tmp_path):
     assert statuses == expected
     assert "an illegal address" in result.results[1].error
     assert result.results[2].error == f"no end after {row_timeout_s:g} s"
-    assert told == list(range(14))
+    assert told == list(range(16))
 
 
 def test_what_the_limit_leaves_no_time_for_is_named(tmp_path):
@@ -279,7 +279,7 @@ def test_what_the_limit_leaves_no_time_for_is_named(tmp_path):
     result = supervise(
         options, row_timeout_s=60.0, limit_s=0.1, on_change=lambda _: None, script=script
     )
-    assert [row.status for row in result.results] == ["SKIPPED"] * 13
+    assert [row.status for row in result.results] == ["SKIPPED"] * 15
 
 
 def test_workers_that_do_not_start_end_the_table(tmp_path):
@@ -291,7 +291,7 @@ def test_workers_that_do_not_start_end_the_table(tmp_path):
     )
     first, *others = result.results
     assert (first.status, first.error) == ("ERROR", "the process ended with 1: no driver")
-    assert [row.status for row in others] == ["SKIPPED"] * 12
+    assert [row.status for row in others] == ["SKIPPED"] * 14
 
 
 def test_the_command_writes_both_files(tmp_path):

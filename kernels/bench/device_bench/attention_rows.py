@@ -18,13 +18,25 @@ _TOLERANCE_FLOAT8 = 5e-2  # a kernel may multiply in 8 bits
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`requests` are (length, queries); all of them share the first `shared` tokens."""
+    """`requests` are (length, queries); all of them share the first `shared` tokens.
+
+    With `latent` a token has one vector for all heads, as DeepSeek V2 has them.
+    """
 
     requests: tuple[tuple[int, int], ...]
     block_size: int = 64
     float8: bool = False
     shared: int = 0
     window: int | None = None
+    latent: bool = False
+
+    def heads(self, bench: Bench) -> tuple[int, int, int, int]:
+        """Query heads, key and value heads, the size of a key and that of a value."""
+        sizes = bench.sizes
+        size = sizes.head_size
+        if self.latent:  # 576 and 512, of heads of 128
+            return sizes.heads, 1, 4 * size + size // 2, 4 * size
+        return sizes.heads, sizes.kv_heads, size, size
 
     @property
     def num_queries(self) -> int:
@@ -65,8 +77,11 @@ def rows(quick: bool) -> list[Row]:
         _row("chunk 512 after 8k", lambda bench: Shape((_chunk(bench, 512, 8192),))),
         _row("mixed: 63 x 1k and a chunk of 512", _mixed),
         _row("shared 64 x 4k, own 128", _shared),
+        _row("latents: decode 64 x 4k", _of_latents(_decodes(64, 4096))),
+        _row("latents: prompt 1 x 4k", _of_latents(_prompt)),
     ]
-    return [row for row in made if not (quick and ("blocks" in row.name or "window" in row.name))]
+    left_out = ("blocks", "window", "latents") if quick else ()
+    return [row for row in made if not any(word in row.name for word in left_out)]
 
 
 def _row(name: str, shape: Callable[[Bench], Shape]) -> Row:
@@ -89,6 +104,10 @@ def _prompt(bench: Bench) -> Shape:
 
 def _in_window(shape: Callable[[Bench], Shape]) -> Callable[[Bench], Shape]:
     return lambda bench: replace(shape(bench), window=bench.sizes.tokens(1024))
+
+
+def _of_latents(shape: Callable[[Bench], Shape]) -> Callable[[Bench], Shape]:
+    return lambda bench: replace(shape(bench), latent=True)
 
 
 def _chunk(bench: Bench, queries: int, after: int) -> tuple[int, int]:
@@ -124,7 +143,7 @@ class Batch:
     def call(self, bench: Bench) -> Tensor:
         return bench.kernels.paged_attention(
             *self.tensors(),
-            scale=bench.sizes.head_size**-0.5,
+            scale=self.query.shape[2] ** -0.5,
             window=self.window,
             prefix_groups=self.prefix_groups,
             max_query_len=self.max_query_len,
@@ -143,7 +162,7 @@ class Batch:
 
 def make_batch(bench: Bench, shape: Shape) -> Batch:
     """Random queries and caches, blocks in random order, those of a shared prefix in each table."""
-    sizes, size = bench.sizes, shape.block_size
+    size = shape.block_size
     num_shared = shape.shared // size
     count = len(shape.requests)
     widest = max(-(-length // size) for length, _ in shape.requests)
@@ -152,8 +171,11 @@ def make_batch(bench: Bench, shape: Shape) -> Batch:
     table = ids[num_shared:].view(count, own)
     if num_shared:
         table = torch.cat([ids[:num_shared].expand(count, -1), table], dim=1)
-    cache_shape = bench.kernels.kv_cache_shape(len(ids), size, sizes.kv_heads, sizes.head_size)
-    key_cache, value_cache = bench.randn(*cache_shape), bench.randn(*cache_shape)
+    heads, kv_heads, *head_sizes = shape.heads(bench)
+    key_cache, value_cache = (
+        bench.randn(*bench.kernels.kv_cache_shape(len(ids), size, kv_heads, head_size))
+        for head_size in head_sizes
+    )
     if shape.float8:
         key_cache, value_cache = key_cache.to(FLOAT8), value_cache.to(FLOAT8)
     starts = [0]
@@ -165,7 +187,7 @@ def make_batch(bench: Bench, shape: Shape) -> Batch:
             bench.ints(range(count)), bench.ints([0, count]), bench.ints([num_shared])
         )
     return Batch(
-        bench.randn(shape.num_queries, sizes.heads, sizes.head_size),
+        bench.randn(shape.num_queries, heads, head_sizes[0]),
         key_cache,
         value_cache,
         table.contiguous(),
@@ -178,10 +200,11 @@ def make_batch(bench: Bench, shape: Shape) -> Batch:
 
 
 def _build(bench: Bench, shape: Shape) -> Case:
-    sizes = bench.sizes
+    heads, kv_heads, key_size, value_size = shape.heads(bench)
     itemsize = 1 if shape.float8 else bench.dtype.itemsize
-    kv_bytes = 2 * shape.num_keys() * sizes.kv_heads * sizes.head_size * itemsize
-    rest = 2 * shape.num_queries * sizes.heads * sizes.head_size * bench.dtype.itemsize
+    both = key_size + value_size
+    kv_bytes = shape.num_keys() * kv_heads * both * itemsize
+    rest = shape.num_queries * heads * both * bench.dtype.itemsize
     first = make_batch(bench, shape)
 
     def check() -> None:
@@ -192,7 +215,7 @@ def _build(bench: Bench, shape: Shape) -> Case:
             value_cache=first.value_cache.to(bench.dtype),
         )
         expected = bench.naive.paged_attention(
-            *twin.tensors(), scale=sizes.head_size**-0.5, window=shape.window
+            *twin.tensors(), scale=key_size**-0.5, window=shape.window
         )
         allowed = _TOLERANCE_FLOAT8 if shape.float8 else tolerance(bench.dtype)
         check_close(first.call(bench), expected, allowed)
@@ -207,8 +230,8 @@ def _build(bench: Bench, shape: Shape) -> Case:
         calls=bench.rotated(make, kv_bytes + rest),
         check=check,
         num_bytes=kv_bytes + rest,
-        flops=4 * shape.num_pairs() * sizes.heads * sizes.head_size,
+        flops=2 * shape.num_pairs() * heads * both,
         peers={}
-        if shape.shared or shape.window
+        if shape.shared or shape.window or shape.latent
         else attention_peers(bench, shape.requests, kv_bytes),
     )

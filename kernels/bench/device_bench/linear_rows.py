@@ -31,12 +31,43 @@ def rows(quick: bool) -> list[Row]:
     """Ordered so that a weight is prepared once for all numbers of rows."""
     counts = (1, 64) if quick else _ROWS
     names = ("gate_up", "down") if quick else _NAMES
-    return [
+    made = [
         Row("linear", f"{name} {kind}, {count} rows", partial(_build, name, kind, count))
         for name in names
         for kind in (KINDS if quick or name not in _IN_FP8 else (*KINDS, "fp8"))
         for count in counts
     ]
+    by_head = [
+        Row("linear", f"keys by head, {count} rows", partial(_by_head, count)) for count in (1, 64)
+    ]
+    return made if quick else made + by_head
+
+
+def _by_head(count: int, bench: Bench) -> Case:
+    """What a layer of latents makes of its queries: heads of 128 to 512, and 64 passed on."""
+    sizes = bench.sizes
+    heads, size = sizes.heads, sizes.head_size
+    weight = bench.randn(heads, 4 * size, size) / size**0.5
+    x = bench.randn(count, heads, size + size // 2)
+    num_bytes = weight.nbytes + x.nbytes + heads * (4 * size + size // 2) * count * x.itemsize
+    first = bench.kernels.prepare_by_head(weight)
+
+    def check() -> None:
+        expected = bench.naive.prepare_by_head(weight)(x)
+        check_close(first(x), expected, _TOLERANCE["bf16"])
+
+    packed = iter([first])
+
+    def make() -> Call:
+        heads_linear = next(packed, None) or bench.kernels.prepare_by_head(weight.clone())
+        return lambda: heads_linear(x)
+
+    return Case(
+        calls=bench.rotated(make, num_bytes),
+        check=check,
+        num_bytes=num_bytes,
+        flops=2 * count * weight.numel(),
+    )
 
 
 @lru_cache(maxsize=1)
