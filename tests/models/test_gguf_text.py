@@ -98,6 +98,15 @@ CUTS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "qwen2": lambda: pre_tokenizers.Sequence(
         [_split(LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")), _bytes(False)]
     ),
+    "seed-coder": lambda: pre_tokenizers.Sequence(
+        [
+            _split(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}|"
+                r" ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+            _bytes(False),
+        ]
+    ),
     "gpt-4o": lambda: pre_tokenizers.Sequence(
         [
             _split(

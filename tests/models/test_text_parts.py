@@ -95,7 +95,19 @@ def named(model_type, values):
     return {"model_type": model_type, **values}
 
 
+# Of which the whole models of transformers forget the scale of the logits.
+COHERE = {**TEXT, "logit_scale": 1.0}
 CONFIGS = {
+    "AyaVision": lambda: transformers.AyaVisionConfig(
+        **of(named("cohere", COHERE), named("siglip_vision_model", VISION))
+    ),
+    "Cohere2Vision": lambda: transformers.Cohere2VisionConfig(
+        **of(
+            named("cohere2", {**COHERE, "num_hidden_layers": 4, "sliding_window": 6}),
+            named("siglip_vision_model", VISION),
+            alignment_intermediate_size=16,
+        )
+    ),
     "Gemma3": lambda: transformers.Gemma3Config(**of(GEMMA, VISION)),
     "Gemma4": lambda: transformers.Gemma4Config(
         text_config={

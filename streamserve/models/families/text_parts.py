@@ -13,6 +13,7 @@ from typing import Any
 
 from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.families import (
+    cohere,
     gemma,
     gemma4,
     glm_moe,
@@ -129,7 +130,7 @@ def _sizes(vocabulary: int, hidden: int, inside: int, layers: int, heads: int) -
 
 _BY_MODEL_TYPE = {
     family.model_type: family
-    for module in (llama, gemma, gemma4, qwen_moe, qwen_hybrid, lfm2, lfm3, glm_moe)
+    for module in (llama, cohere, gemma, gemma4, qwen_moe, qwen_hybrid, lfm2, lfm3, glm_moe)
     for family in module.FAMILIES
 }
 _QWEN2_VL = TextModel(
@@ -148,6 +149,10 @@ _QWEN3_VL = {
     "max_position_embeddings": 128_000,
 }
 TEXT_MODELS: dict[str, TextModel] = {
+    **{
+        name: TextModel(_BY_MODEL_TYPE[name], _sizes(256_000, 8192, 22_528, 40, 64))
+        for name in ("cohere", "cohere2")
+    },
     "gemma3_text": TextModel(_BY_MODEL_TYPE["gemma3_text"], _sizes(262_208, 2304, 9216, 26, 8)),
     "gemma4_text": TextModel(_BY_MODEL_TYPE["gemma4_text"], _sizes(262_144, 2304, 9216, 30, 8)),
     "gemma4_unified_text": TextModel(
@@ -229,6 +234,8 @@ _PARTS = (
         ("vision_embedder.", *_GEMMA4),
         "images and sound",
     ),
+    TextPart("AyaVisionForConditionalGeneration", "cohere2", _TOWER),
+    TextPart("Cohere2VisionForConditionalGeneration", "cohere2", _TOWER),
     TextPart("Mistral3ForConditionalGeneration", "mistral", _TOWER),
     TextPart("LlavaForConditionalGeneration", "llama", _TOWER),
     TextPart("LlavaNextForConditionalGeneration", "llama", _LLAVA),

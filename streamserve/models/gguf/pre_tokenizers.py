@@ -62,6 +62,8 @@ _GPT4O = (
     rf"{_CASED}{_UPPER}*{_LOWER}+{_SHORT_FORMS}?|{_CASED}{_UPPER}+{_LOWER}*{_SHORT_FORMS}?"
     rf"|\p{{N}}{{1,3}}|{_MARKS_AND_SLASH}|{_SPACES}"
 )
+_TINY_AYA = (r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)
+_SEED = rf"{_SHORT_FORMS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = (
     rf"{_CASED}{_UPPER}*{_LOWER}+|{_CASED}{_UPPER}+{_LOWER}*|\p{{N}}|{_MARKS_AND_SLASH}|{_SPACES}"
 )
@@ -117,6 +119,8 @@ _BY_NAME: Mapping[str, Splitting] = {
     "falcon": Splitting((_PUNCTUATION, _GPT2, _THREE_DIGITS)),
     "gpt-4o": Splitting((_GPT4O,)),
     "llama4": Splitting((_GPT4O,)),
+    "tiny_aya": Splitting(_TINY_AYA),
+    "seed-coder": Splitting((_SEED,)),
     "tekken": Splitting((_TEKKEN,), whole_pieces=True, bos=True),
     "deepseek-llm": Splitting(_DEEPSEEK_LLM),
     "deepseek-coder": Splitting(_DEEPSEEK_CODER),
