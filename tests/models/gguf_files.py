@@ -164,6 +164,10 @@ def _tensors(
         data = parameter.data
         name = named.replace("block_sparse_moe", "mlp")  # as Qwen has them
         name = name.replace("feed_forward.experts", "mlp.experts")
+        if architecture.startswith("nemotron_h"):
+            of_experts = ".mixer.experts" in name or name.endswith(_CORRECTIONS)
+            before, after = (".mixer.", ".mlp.") if of_experts else ("model.", "backbone.")
+            name = name.replace(before, after, 1)
         base, _, leaf = name.rpartition(".")
         if tied and name == "lm_head.weight":
             continue
@@ -171,6 +175,8 @@ def _tensors(
             found |= _clamped_experts(base, leaf, data)
         elif architecture == "gemma4" and leaf in ("gate_up_proj", "down_proj", "layer_scalar"):
             found[name + ".weight"] = [data] if leaf == "layer_scalar" else list(data)
+        elif architecture == "nemotron_h_moe" and base.endswith(".experts"):
+            found[name + ".weight"] = list(data)
         elif leaf == "gate_up_proj":
             gate, up = data.chunk(2, dim=1)
             found[f"{base}.gate_proj.weight"] = list(gate)
@@ -219,6 +225,11 @@ def _heads_apart(name: str, config: Any, data: Tensor) -> dict[str, list[Tensor]
         name.replace("kv_b_proj", "k_b_proj"): [keys.transpose(1, 2)],
         name.replace("kv_b_proj", "v_b_proj"): [values],
     }
+
+
+def _num_groups(config: Any) -> int:
+    groups = getattr(config, "mamba_n_groups", None)
+    return int(groups or config.n_groups)
 
 
 def _shared(base: str, model: Any) -> str:
@@ -303,7 +314,7 @@ def _write(
     if held.endswith(("ssm_a", "ssm_d")) and architecture not in _WITH_DELTA_NETS:
         array = array[:, None]
     if held.endswith("ssm_norm.weight") and architecture not in _WITH_DELTA_NETS:
-        array = array.reshape(config.mamba_n_groups, -1)
+        array = array.reshape(_num_groups(config), -1)
     if held.endswith("ffn_gate_inp_shexp.weight"):
         array = array[0]
     array = array[..., columns]

@@ -49,6 +49,16 @@ GRANITE_SCALES = {
     "residual_scale": 0.4,
 }
 
+NEMOTRON_H_VALUES = {
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.key_length": 16,
+    "attention.value_length": 16,
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 16,
+    "ssm.group_count": 2,
+    "ssm.inner_size": 48,
+    "ssm.time_step_rank": 4,
+}
 FALCON_H1_VALUES = {
     "attention.layer_norm_rms_epsilon": 1e-5,
     "attention.head_count_kv": 2,
@@ -135,6 +145,34 @@ HYBRID_CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any], Callable[[
             "ssm.group_count": 2,
             "ssm.inner_size": 64,
             "ssm.time_step_rank": 8,
+        },
+        dict,
+    ),
+    "nemotron-h": (
+        "nemotron_h",
+        HYBRID["nemotron-h"],
+        {
+            **NEMOTRON_H_VALUES,
+            "attention.head_count_kv": [0, 0, 2, 0],
+            "feed_forward_length": [0, 48, 0, 48],
+        },
+        dict,
+    ),
+    "nemotron-h-moe": (
+        "nemotron_h_moe",
+        HYBRID["nemotron-h-moe"],
+        {
+            **NEMOTRON_H_VALUES,
+            "attention.head_count_kv": [0, 0, 2, 0],
+            "feed_forward_length": [0, 24, 0, 24],
+            "expert_count": 5,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 24,
+            "expert_shared_feed_forward_length": 40,
+            "expert_shared_count": 1,
+            "expert_group_count": 1,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
         },
         dict,
     ),

@@ -76,6 +76,53 @@ def _falcon_h1(reading: Reading) -> Values:
     }
 
 
+def _widest(reading: Reading) -> int:
+    """Of layers of which some are no MLP."""
+    return int(max(reading.file.metadata.numbers(reading.key("feed_forward_length")), default=0))
+
+
+def _nemotron_h(reading: Reading) -> Values:
+    metadata, space, layers = reading.file.metadata, state_space(reading), range(reading.num_layers)
+    heads = metadata.numbers(reading.key("attention.head_count_kv"))
+    inner = metadata.numbers(reading.key("feed_forward_length"))
+    num_experts = reading.integer_or(0, "expert_count")
+    kinds = [
+        "full_attention" if heads[n] else "linear_attention" if not inner[n] else "mlp"
+        for n in layers
+    ]
+    eps = reading.optional_number("attention.layer_norm_rms_epsilon")
+    values = {
+        "layers_block_type": kinds,
+        # The converter writes it by either name.
+        "layer_norm_epsilon": eps or reading.optional_number("attention.layer_norm_epsilon"),
+        "mamba_num_heads": space["mamba_n_heads"],
+        "mamba_head_dim": reading.integer("ssm.inner_size") // space["mamba_n_heads"],
+        "n_groups": space["mamba_n_groups"],
+        "ssm_state_size": space["mamba_d_state"],
+        "conv_kernel": space["mamba_d_conv"],
+        "use_conv_bias": space["mamba_conv_bias"],
+        "use_bias": space["mamba_proj_bias"],
+        "mlp_bias": any(
+            reading.has_tensor(f"blk.{n}.{name}.bias")
+            for n in layers
+            for name in ("ffn_up", "ffn_up_shexp")
+        ),
+    }
+    if not num_experts:
+        return values
+    return {
+        **values,
+        "layers_block_type": ["moe" if kind == "mlp" else kind for kind in kinds],
+        "n_routed_experts": num_experts,
+        "num_experts_per_tok": reading.integer("expert_used_count"),
+        "moe_intermediate_size": reading.integer("expert_feed_forward_length"),
+        "moe_shared_expert_intermediate_size": reading.integer("expert_shared_feed_forward_length"),
+        "moe_latent_size": reading.optional_integer("moe_latent_size"),
+        "norm_topk_prob": metadata.optional_flag(reading.key("expert_weights_norm")) is True,
+        "routed_scaling_factor": weights_scale(reading),
+    }
+
+
 def _lfm2(reading: Reading) -> Values:
     heads = reading.file.metadata.numbers(reading.key("attention.head_count_kv"))
     return {
@@ -109,6 +156,15 @@ _DELTA_NET = Architecture(
     qkv_layout="gated",
 )
 
+# Positions are not rotated: that rows of q and k were put in another order changes nothing.
+_NEMOTRON_H = Architecture(
+    "NemotronHForCausalLM",
+    _nemotron_h,
+    num_kv_heads=some_kv_heads,
+    intermediate_size=_widest,
+    read=("expert_weights_scale", "nextn_predict_layers"),
+)
+
 HYBRIDS: Mapping[str, Architecture] = {
     "qwen35": _DELTA_NET,
     "qwen35moe": replace(_DELTA_NET, family="Qwen3_5MoeForCausalLM", values=_delta_net_moe),
@@ -119,6 +175,8 @@ HYBRIDS: Mapping[str, Architecture] = {
         tiled=False,
         delta_layout="grouped",
     ),
+    "nemotron_h": _NEMOTRON_H,
+    "nemotron_h_moe": _NEMOTRON_H,
     "falcon-h1": Architecture("FalconH1ForCausalLM", _falcon_h1),
     "lfm2": Architecture("Lfm2ForCausalLM", _lfm2, num_kv_heads=some_kv_heads),
     "lfm2moe": Architecture(

@@ -92,6 +92,8 @@ _ALTERNATIVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
         _block("ffn_gate.{expert}", "ffn_up.{expert}"),
     ),
     "layers.experts.down": (_block("ffn_down_exps.{expert}"), _block("ffn_down.{expert}")),
+    "layers.experts.up": (_block("ffn_up_exps.{expert}"),),
+    "layers.shared.up": (_block("ffn_up_shexp"),),
     "layers.shared.gate": (_block("ffn_gate_inp_shexp"),),
     # Gemma 4's is the MLP that its experts stand beside.
     "layers.shared.gate_up": (
