@@ -46,6 +46,7 @@ NATIVES = (
     "llama3", "qwen2-windows", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "gpt-j", "gpt-neox",
     "falcon-7b", "falcon-rw", "bloom", "mixtral", "qwen2-moe", "qwen3-moe", "deepseek-moe",
     "gpt-oss", "granite-moe", "phi3", "baichuan1-13b", "chatglm2", "glm", "qwen1", "smollm3",
+    "gemma4", "gemma4-per-layer", "gemma4-moe",
 )  # fmt: skip
 HYBRIDS = ("qwen3-next", "qwen3.5", "qwen3.5-last", "qwen3.5-moe", "lfm2", "lfm2-biases")
 FOREIGNERS = (

@@ -167,7 +167,8 @@ def _sentence_piece(
         "byte_fallback": has_bytes,
     }
     tokenizer = Tokenizer(models.BPE())
-    prefixed = metadata.optional_flag(_PREFIX + "add_space_prefix") is not False
+    stated = metadata.optional_flag(_PREFIX + "add_space_prefix")
+    prefixed = merges is None if stated is None else stated
     steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
     if prefixed:
         steps.insert(0, normalizers.Prepend(_SPACE))
