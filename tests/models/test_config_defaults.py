@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from streamserve.errors import ModelLoadError
+from streamserve.errors import ModelLoadError, UnsupportedModelError
 from streamserve.models.families import FAMILIES, Family
 from streamserve.models.hf_config import HfConfig
 
@@ -77,3 +77,26 @@ def test_the_heads_of_qwen_3_have_a_size_of_their_own():
     assert values.pop("head_dim") == 128
     spec, _ = read(FAMILIES["Qwen3ForCausalLM"], values)
     assert spec.layers[0].attention.query_key_head_size == 128
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_layer_norm_before": False}, "do_layer_norm_before false"),
+        ({"word_embed_proj_dim": 512}, "word_embed_proj_dim 512 must be hidden_size 768"),
+    ],
+)
+def test_what_opt_350m_has_is_refused_by_name(settings, message):
+    values = {**THEIRS["OPTForCausalLM"]().to_dict(), **settings}
+    with pytest.raises(UnsupportedModelError, match=message):
+        read(FAMILIES["OPTForCausalLM"], values)
+
+
+def test_what_hunyuan_calls_dynamic_is_a_larger_base():
+    values = THEIRS["HunYuanDenseV1ForCausalLM"](head_dim=128).to_dict()
+    values.pop("rope_parameters")
+    scaling = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+    spec, _ = read(FAMILIES["HunYuanDenseV1ForCausalLM"], {**values, "rope_scaling": scaling})
+    rope = spec.layers[0].attention.rope
+    assert rope.scaling is None
+    assert rope.base == pytest.approx(11_158_839.925)  # as llama.cpp's converter has it
