@@ -8,7 +8,7 @@ from torch import Tensor
 
 from streamserve.models.batch import ForwardBatch
 from streamserve.models.layers import bind_norm
-from streamserve.models.spec import AttentionSpec
+from streamserve.models.spec import LATENT_NORM, AttentionSpec
 from streamserve.models.weights import Weights
 from streamserve_kernels import Kernels
 
@@ -52,14 +52,14 @@ class LatentAttention:
         rope_size = spec.query_key_head_size - rank
         self._spec = spec
         self._input = weights.linears["layers.latent.input"]
-        self._norm = bind_norm(latent.norm, weights.norms["layers.latent.norm"], kernels)
+        self._norm = bind_norm(LATENT_NORM, weights.norms["layers.latent.norm"], kernels)
         self._query = self._query_norm = None
         width = spec.num_heads * (latent.key_size + rope_size)
         if latent.query_rank is not None:
             width = latent.query_rank
             self._query = weights.linears["layers.latent.query"]
             norm = weights.norms["layers.latent.query_norm"]
-            self._query_norm = bind_norm(latent.norm, norm, kernels)
+            self._query_norm = bind_norm(LATENT_NORM, norm, kernels)
         self._sizes = (width, rank, rope_size)
         self._keys = weights.by_head["layers.latent.keys"]
         self._values = weights.by_head["layers.latent.values"]

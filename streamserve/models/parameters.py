@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from streamserve.models.spec import (
+    LATENT_NORM,
     AttentionSpec,
     DecoderSpec,
     DeltaNetSpec,
@@ -257,9 +258,9 @@ def _latent_modules(
         prefix + "input", "linear", (first_size, rank + rope_size), input_size, layer=index
     )
     if latent.query_rank is not None:
-        yield _norm(prefix + "query_norm", latent.norm, latent.query_rank, index)
+        yield _norm(prefix + "query_norm", LATENT_NORM, latent.query_rank, index)
         yield Module(prefix + "query", "linear", (query_size,), latent.query_rank, layer=index)
-    yield _norm(prefix + "norm", latent.norm, rank, index)
+    yield _norm(prefix + "norm", LATENT_NORM, rank, index)
     heads_size = heads * (latent.key_size + latent.value_size)
     yield Module(prefix + "heads", "linear", (heads_size,), rank, layer=index, by_head=True)
     yield Module("layers.output", "linear", (hidden_size,), attention.output_size, layer=index)

@@ -79,6 +79,10 @@ class QueryScaleSpec:
     beta: float = 0.0
 
 
+LATENT_NORM = NormSpec("rms_norm", 1e-6)
+"""Of latents, whatever a model's other norms are."""
+
+
 @dataclass(frozen=True, slots=True)
 class LatentSpec:
     """Multi-head latent attention (DeepSeek-AI 2024): a token has one vector for all heads.
@@ -86,12 +90,11 @@ class LatentSpec:
     Of that each head makes the ``key_size`` elements of its key that do not turn, and its value of
     ``value_size``, by products of its own. They are not made: queries go through the heads' key
     products instead, and what they find through the value products. So attention has one head of
-    keys and values, ``value_head_size`` elements of that vector after ``norm``, with the elements
-    that do turn before them in the key. With ``query_rank`` queries are a product of a vector of
-    that size, normed too.
+    keys and values, ``value_head_size`` elements of that vector after `LATENT_NORM`, with the
+    elements that do turn before them in the key. With ``query_rank`` queries are a product of a
+    vector of that size, normed too.
     """
 
-    norm: NormSpec
     key_size: int
     value_size: int
     query_rank: int | None = None

@@ -450,7 +450,7 @@ NATIVE = {
     ),
     "deepseek-v3": lambda: transformers.DeepseekV3Config(**LATENT_EXPERTS),
     "kimi-k2": lambda: transformers.DeepseekV3Config(
-        **{**LATENT_EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
+        **{**LATENT_EXPERTS, "n_group": 1, "topk_group": 1, "qk_nope_head_dim": 6},
         rope_interleave=False,
         norm_topk_prob=False,
     ),

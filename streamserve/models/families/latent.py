@@ -27,7 +27,6 @@ from streamserve.models.spec import (
     ExpertsSpec,
     LatentSpec,
     MlpSpec,
-    NormSpec,
     RopeSpec,
     replace_attention,
 )
@@ -44,8 +43,6 @@ _NAMES = {
     "layers.latent.norm": (_ATTENTION + "kv_a_layernorm",),
     "layers.latent.heads": (_ATTENTION + "kv_b_proj",),
 }
-# Of the latents, whatever the config says of the others.
-_NORM = NormSpec("rms_norm", 1e-6)
 
 
 def latent_names(spec: DecoderSpec, mlp_names: Mapping[str, tuple[str, ...]]) -> WeightNames:
@@ -102,7 +99,6 @@ def latent_decoder(
         "value_head_size": rank,
         "scale": (key_size + rope_size) ** -0.5 * _sharpness(config, rope),
         "latent": LatentSpec(
-            norm=_NORM,
             key_size=key_size,
             value_size=config.integer_or(sizes.value_size, "v_head_dim"),
             query_rank=config.optional_integer("q_lora_rank", default=sizes.query_rank),
