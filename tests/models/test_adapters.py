@@ -23,7 +23,18 @@ from streamserve.models import Decoder, load_model
 from streamserve.models.adapters import adapter_bytes
 from streamserve_kernels.adapters import AdapterRows, StepAdapters
 from streamserve_kernels.native.library import why_not
-from tests.models.native import BASE, DELTA, DELTA_EXPERTS, ENDS, GPT2, GQA, LFM2, PHI3
+from tests.models.native import (
+    BASE,
+    DELTA,
+    DELTA_EXPERTS,
+    ENDS,
+    GEMMA4,
+    GPT2,
+    GQA,
+    LFM2,
+    NATIVE,
+    PHI3,
+)
 from tests.models.paged import PagedHarness, Sequence
 
 CPU = torch.device("cpu")
@@ -35,6 +46,9 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "transposed": lambda: transformers.GPT2Config(**GPT2, **ENDS),
     "q, k, v, z apart": lambda: transformers.Qwen3_5TextConfig(**DELTA),
     "short convolutions": lambda: transformers.Lfm2Config(**LFM2, full_attn_idxs=[1]),
+    "values that are keys": lambda: transformers.Gemma4TextConfig(
+        **GEMMA4, attention_k_eq_v=True, hidden_size_per_layer_input=0
+    ),
     "a plain MLP": lambda: transformers.PhiConfig(**BASE),
 }
 TOKENS = [5, 11, 3, 42, 7, 19, 23]
@@ -97,6 +111,19 @@ def test_logits_are_those_of_the_merged_model(kind, checkpoint, kernels, tmp_pat
     decoder.adapters.clear(1)
     empty = decoder.forward(with_adapters(batch, [1] * len(TOKENS)), harness.caches)
     assert torch.equal(empty, plain)
+
+
+def test_queries_alone_have_adapters_and_gates_of_parts(checkpoint, kernels, tmp_path):
+    directory, model = checkpoint(NATIVE["gemma4-per-layer"]())
+    targets = ["q_proj", "down_proj", "per_layer_input_gate"]
+    save_adapter(model, tmp_path / "adapter", target_modules=targets)
+    decoder = load(directory, kernels)
+    decoder.adapters.load(0, tmp_path / "adapter")
+    harness = PagedHarness(decoder)
+    batch = harness.batch([(Sequence(TOKENS), len(TOKENS))], all_rows=True)
+    adapted = decoder.forward(with_adapters(batch, [0] * len(TOKENS)), harness.caches)
+    expected = merged_logits(model, tmp_path / "adapter", TOKENS)
+    torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_by_key_head_are_put_in_order(checkpoint, kernels, tmp_path):
