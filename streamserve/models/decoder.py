@@ -337,6 +337,9 @@ class Decoder:
         if batch.adapters is not None and self.adapters is not None:
             self.adapters.current.adapters = batch.adapters
             blocks = self._adapted_blocks
+        if rows.shape[0] == 0 and not taps:
+            # Nobody asks for what the others find, and they leave nothing behind.
+            blocks = blocks[: self._num_writing()]
         num_blocks = len(blocks)
         last, last_rows = num_blocks - 1, None if num_blocks in taps else wanted
         for index, block in enumerate(blocks):
@@ -363,6 +366,11 @@ class Decoder:
         if residual is None:
             return self.final_norm.norm(x), x, found
         return (*self.final_norm.add_norm(x, residual), found)
+
+    def _num_writing(self) -> int:
+        """Blocks up to the last one that has a cache of its own."""
+        places = [self._cache_places[layer] for layer in self._layers]
+        return max(index for index, place in enumerate(places) if place not in places[:index]) + 1
 
     def one_of_each_layer(self) -> Decoder:
         """A thin copy that shares the weights: the first layer of each kind is left, and the last.

@@ -21,6 +21,7 @@ from streamserve.models import (
     load_model,
     read_text_files,
 )
+from streamserve.models.block import Block
 from streamserve.models.families import FAMILIES
 from streamserve.models.hf_config import HfConfig
 from tests.models.gguf_files import write_gguf
@@ -47,6 +48,21 @@ def test_layers_that_share_have_no_cache_that_is_counted_or_allocated():
     assert [keys.shape[3] for keys, _ in caches] == [16, 32, 16]
     held = sum(cache[0].nbytes for pair in caches for cache in pair)
     assert held == kv_bytes_per_block(spec, 4, torch.float32) == 2 * 4 * 4 * (16 + 32 + 16)
+
+
+def test_layers_without_a_cache_wait_for_somebody_who_asks(tmp_path, monkeypatch):
+    random_model(NATIVE[SHARING]()).save_pretrained(tmp_path)
+    kernels = streamserve_kernels.load(CPU, "naive")
+    decoder = load_model(tmp_path, dtype=torch.float32, device=CPU, kernels=kernels)
+    harness, sequence = PagedHarness(decoder), Sequence([1, 2, 3, 4, 5])
+    expected = PagedHarness(decoder).prefill([Sequence(sequence.tokens)], None)[0][-1:]
+    num_run = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *args: num_run.append(1) or forward(*args))
+    assert harness.step([(sequence, 4)]).shape[0] == 0
+    assert len(num_run) == 3  # of six
+    torch.testing.assert_close(harness.step([(sequence, 1)]), expected, rtol=1e-5, atol=1e-5)
+    assert len(num_run) == 3 + 6
 
 
 def test_keys_and_values_of_layers_that_use_anothers_may_be_there(tmp_path):
