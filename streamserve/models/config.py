@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,8 @@ from streamserve.models.spec import (
 )
 from streamserve.models.tensor_files import open_tensor_files
 from streamserve_kernels import Quantization
+
+logger = logging.getLogger(__name__)
 
 # transformers' names for the sampling settings that a model recommends.
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -91,7 +94,12 @@ def load_hf_config(
             )
         return _transformers_config(directory, config, stated, model_impl, trust_remote_code)
     else:
-        parsed = parse_config(config, **stated)
+        try:
+            parsed = parse_config(config, **stated)
+        except UnsupportedModelError as refusal:
+            if model_impl == "native" or hf_overrides:
+                raise
+            return _instead(refusal, directory, config, stated, trust_remote_code)
     names = parsed.family.weight_names(parsed.spec)
     stored = stored_quantization(values, directory, names, parsed.spec)
     return replace(parsed, stored_quantization=stored)
@@ -163,6 +171,22 @@ def _has_head(directory: Path) -> bool:
     except ModelLoadError:
         return False  # dummy weights need none; others are looked for again, and missed
     return any(name.endswith("lm_head.weight") for name in files.names())
+
+
+def _instead(
+    refusal: UnsupportedModelError,
+    directory: Path,
+    config: HfConfig,
+    stated: Mapping[str, Any],
+    trust_remote_code: bool,
+) -> ModelConfig:
+    """What the family refuses of a config, transformers may have. Raises the refusal otherwise."""
+    try:
+        found = _transformers_config(directory, config, stated, "transformers", trust_remote_code)
+    except (ModelLoadError, UnsupportedModelError):
+        raise refusal from None
+    logger.warning("%s: so the model runs through transformers", refusal)
+    return found
 
 
 def _transformers_config(

@@ -22,6 +22,7 @@ from streamserve.models import (
     supported_architectures,
 )
 from streamserve.models.checkpoint import RandomSource
+from streamserve.models.config import NativeConfig
 from streamserve.models.weights import build_weights
 from tests.models.paged import PagedHarness, Sequence
 
@@ -434,7 +435,6 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("changes", "error", "message"),
         [
-            ({"hidden_act": "mish"}, UnsupportedModelError, "hidden_act 'mish' is not supported"),
             (
                 {"quantization_config": {"quant_method": "hqq"}},
                 UnsupportedModelError,
@@ -450,6 +450,19 @@ class TestConfig:
         directory, _ = checkpoint(tiny_llama())
         edit_config(directory, **changes)
         with pytest.raises(error, match=message):
+            load_config(directory)
+
+    def test_what_the_family_refuses_transformers_may_have(self, checkpoint, tiny_llama, caplog):
+        directory, _ = checkpoint(tiny_llama())
+        edit_config(directory, hidden_act="mish")
+        with pytest.raises(UnsupportedModelError, match="hidden_act 'mish' is not supported"):
+            load_config(directory, model_impl="native")
+        assert not isinstance(load_config(directory), NativeConfig)
+        [said] = [record.getMessage() for record in caplog.records]
+        assert "hidden_act 'mish' is not supported" in said
+        assert said.endswith("so the model runs through transformers")
+        edit_config(directory, hidden_act="no such")
+        with pytest.raises(UnsupportedModelError, match="hidden_act 'no such' is not supported"):
             load_config(directory)
 
     def test_a_directory_without_a_config(self, tmp_path):
