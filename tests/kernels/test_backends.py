@@ -26,6 +26,7 @@ def test_exported_names() -> None:
     assert sorted(streamserve_kernels.__all__) == [
         "ActivationKind",
         "BACKENDS",
+        "ExpertKind",
         "GatedKind",
         "HeadsLinear",
         "Kernels",
