@@ -31,6 +31,8 @@ def family_messages(
         messages = _with_tools(messages, _json(shown) if is_text else shown)
     if answer_format.has_text_arguments:
         messages = tuple(_with_text_arguments(messages))
+    if parser == "lfm2":
+        return tuple(_lfm2(messages, has_calls=answer_format.has_calls))
     rewrite = _REWRITTEN.get(parser or "")
     return tuple(messages if rewrite is None else rewrite(messages))
 
@@ -89,6 +91,31 @@ def _phi4_mini(messages: Iterable[Message]) -> Iterator[Message]:
             calls = _json([call["function"] for call in message["tool_calls"]])
             content = f"{text_of(message.get('content'))}<|tool_call|>{calls}<|/tool_call|>"
             yield {"role": "assistant", "content": content}
+
+
+def _lfm2(messages: Iterable[Message], *, has_calls: bool) -> Iterator[Message]:
+    """Thoughts are in ``thinking``; calls are a part of the text where templates show no others."""
+    for message in messages:
+        shown = message
+        if thoughts := message.get("reasoning_content"):
+            shown = {**shown, "thinking": thoughts}
+        if "tool_calls" in message:
+            text = text_of(message.get("content"))
+            calls = ", ".join(map(_python_call, message["tool_calls"]))
+            text += "" if has_calls else f"<|tool_call_start|>[{calls}]<|tool_call_end|>"
+            shown = {**shown, "content": text}
+        yield shown
+
+
+def _python_call(call: Message) -> str:
+    function = call["function"]
+    arguments = (f"{key}={_python(value)}" for key, value in function["arguments"].items())
+    return f"{function['name']}({', '.join(arguments)})"
+
+
+def _python(value: Any) -> str:
+    """A literal, as the family's models write it: JSON where that is Python as well."""
+    return _json(value) if isinstance(value, str | dict) else repr(value)
 
 
 def _kimi_k2(messages: Iterable[Message]) -> Iterator[Message]:

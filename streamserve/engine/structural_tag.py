@@ -15,6 +15,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from streamserve.engine.lark_writer import EMPTY, FREE, LarkWriter
 from streamserve.engine.parsers.harmony import CHANNEL, END, MESSAGE, START, call_header
+from streamserve.engine.parsers.pythonic_formats import Lfm2Parser
 from streamserve.engine.parsers.section_formats import (
     DeepSeekV3Parser,
     DeepSeekV31Parser,
@@ -26,6 +27,7 @@ from streamserve.engine.parsers.tagged_formats import (
     Qwen3CoderParser,
     SeedOssParser,
 )
+from streamserve.engine.pythonic_grammar import python_list, pythonic_calls
 from streamserve.engine.schema_refs import moved
 from streamserve.engine.tagged_grammar import section_calls, tagged_calls
 
@@ -244,4 +246,6 @@ _FAMILIES: dict[str, Callable[[Format, LarkWriter], str]] = {
     "kimi_k2": partial(section_calls, KimiK2Parser),
     "deepseek_v3": partial(section_calls, DeepSeekV3Parser),
     "deepseek_v31": partial(section_calls, DeepSeekV31Parser),
+    "lfm2": partial(pythonic_calls, Lfm2Parser),
+    "pythonic": python_list,
 }

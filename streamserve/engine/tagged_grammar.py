@@ -22,7 +22,7 @@ from streamserve.engine.schema_refs import moved
 _BLANKS = r"/[ \t\r\n]{0,8}/"
 _KEY = r'/[^<>"\n\r\t ]{1,64}/'
 _MAX_DEPTH = 8  # of alternatives within alternatives
-_NOT_FOLLOWED = frozenset(
+NOT_FOLLOWED = frozenset(
     {
         "allOf",
         "anyOf",
@@ -39,6 +39,7 @@ _NOT_FOLLOWED = frozenset(
         "then",
     }
 )
+"""What a schema of all arguments may not say: each is held by itself."""
 
 
 def section_calls(parser: type[SectionParser], task: Mapping[str, Any], writer: LarkWriter) -> str:
@@ -50,7 +51,7 @@ def section_calls(parser: type[SectionParser], task: Mapping[str, Any], writer: 
     ]
     call = writer.rule(writer.either(calls))
     inside = f"{call}+ {writer.text(parser.section_close)}"
-    return _answer(parser.section_open, inside, task, writer)
+    return answer_with(parser.section_open, inside, task, writer)
 
 
 def _header(parser: type[SectionParser], name: str, writer: LarkWriter) -> str:
@@ -72,10 +73,11 @@ def tagged_calls(parser: type[TaggedParser], task: Mapping[str, Any], writer: La
     more = f"({_BLANKS} {call})*" if parser.has_sections else ""
     close = f"{_BLANKS} {writer.text(parser.section_close)}" if parser.section_close else ""
     inside = " ".join(filter(None, (_BLANKS, call, more, close)))
-    return _answer(parser.section_open, inside, task, writer)
+    return answer_with(parser.section_open, inside, task, writer)
 
 
-def _answer(begin: str, inside: str, task: Mapping[str, Any], writer: LarkWriter) -> str:
+def answer_with(begin: str, inside: str, task: Mapping[str, Any], writer: LarkWriter) -> str:
+    """An answer with calls: each is ``begin`` and ``inside``."""
     inside = writer.rule(inside)
     if task["answer"] is None:
         return f"({writer.until(begin)} {inside})* {FREE}"
@@ -87,7 +89,7 @@ def _arguments(style: TagStyle, schema: Any, writer: LarkWriter) -> Iterator[str
     """Each parameter at its place, or not at all where it is not required."""
     root = schema if isinstance(schema, dict) else {}
     outer = resolved(root, root)
-    if unknown := sorted(_NOT_FOLLOWED & outer.keys()):
+    if unknown := sorted(NOT_FOLLOWED & outer.keys()):
         raise ValueError(f"{unknown[0]} of parameters cannot be followed where calls are tags")
     properties = outer.get("properties")
     if not isinstance(properties, dict):

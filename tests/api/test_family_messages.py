@@ -6,7 +6,7 @@ import pytest
 
 from streamserve.api.family_messages import family_messages
 from streamserve.engine.chat_template import ChatTemplate
-from streamserve.engine.parsers.answer_format import choose_answer_format
+from streamserve.engine.parsers.answer_format import AnswerFormat, choose_answer_format
 from tests.api.harness import Api
 from tests.api.scripted import scripted_parts
 from tests.api.test_tools import HI, WEATHER
@@ -79,6 +79,27 @@ DEEPSEEK_V3_1 = """\
 {{ message['content'] }}{% endfor -%}
 {{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}"""
 
+LFM_2 = """\
+{%- set ns = namespace(system_prompt="") -%}
+{%- if tools -%}
+    {%- set ns.system_prompt = "List of tools: <|tool_list_start|>[" -%}
+    {%- for tool in tools -%}
+        {%- set ns.system_prompt = ns.system_prompt + tool | tojson -%}
+    {%- endfor -%}
+    {{- ns.system_prompt + "]<|tool_list_end|>" -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {{- "<|im_start|>" + message["role"] + "\\n" -}}
+    {%- set content = message["content"] -%}
+    {%- if message["role"] == "tool" -%}
+        {%- set content = "<|tool_response_start|>" + content + "<|tool_response_end|>" -%}
+    {%- endif -%}
+    {{- content + "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\\n" -}}
+{%- endif -%}"""
+
 FUNCTION = WEATHER["function"]
 ARGUMENTS = {"city": "Łódź"}
 CALL = {"name": "get_weather", "arguments": ARGUMENTS}
@@ -119,8 +140,16 @@ TURNS = f"<|user|>\nHi<|assistant|>get_weather\n{SHOWN}<|observation|>\nsun"
             f"<|assistant|><|tool_call|>[{json.dumps(CALL, ensure_ascii=False)}]<|/tool_call|>"
             "<|end|><|tool_response|>sun<|end|><|assistant|>",
         ),
+        (
+            LFM_2,
+            "lfm2",
+            f"List of tools: <|tool_list_start|>[{json.dumps(WEATHER)}]<|tool_list_end|>"
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<|tool_call_start|>"
+            '[get_weather(city="Łódź")]<|tool_call_end|><|im_end|>\n<|im_start|>tool\n'
+            "<|tool_response_start|>sun<|tool_response_end|><|im_end|>\n<|im_start|>assistant\n",
+        ),
     ],
-    ids=["glm-4-0414", "glm-4-9b", "phi-4-mini"],
+    ids=["glm-4-0414", "glm-4-9b", "phi-4-mini", "lfm-2"],
 )
 def test_tools_calls_and_results_reach_the_template(template, parser, prompt):
     compiled = ChatTemplate(template, source="the test")
@@ -128,6 +157,23 @@ def test_tools_calls_and_results_reach_the_template(template, parser, prompt):
     assert (found.tool_parser, found.reasoning_parser) == (parser, None)
     messages = family_messages(CHAT, found, [WEATHER])
     assert compiled.render(messages, tools=[WEATHER]) == prompt
+
+
+def test_an_lfm_sees_python_and_what_it_thought():
+    arguments = {"a": [1, None], "b": {"x": True}, "c": 'it\'s "x"', "d": False}
+    call = {"id": "a", "function": {"name": "f", "arguments": arguments}}
+    called = {"role": "assistant", "content": "Hm.", "tool_calls": [call]}
+    called["reasoning_content"] = "So"
+    found = AnswerFormat(tool_parser="lfm2")
+    [shown] = family_messages([called], found, [WEATHER])
+    assert shown["thinking"] == "So"
+    assert shown["content"] == (
+        'Hm.<|tool_call_start|>[f(a=[1, None], b={"x": true}, c="it\'s \\"x\\"", d=False)]'
+        "<|tool_call_end|>"
+    )
+    found = AnswerFormat(tool_parser="lfm2", has_calls=True)
+    [shown] = family_messages([{**called, "content": None}], found, [WEATHER])
+    assert shown == {**called, "content": "", "thinking": "So"}
 
 
 def test_calls_of_a_chat_are_numbered_for_kimi():

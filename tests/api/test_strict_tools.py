@@ -18,6 +18,7 @@ HERMES = f'<tool_call>\n{{"name": "pick", "arguments": {BAD}}}\n</tool_call>'
 LLAMA = f'{{"name": "pick", "parameters": {BAD}}}'
 MISTRAL = f'[TOOL_CALLS] [{{"name": "pick", "arguments": {BAD}}}]'
 PHI = f'<|tool_call|>[{{"name": "pick", "arguments": {BAD}}}]<|/tool_call|>'
+PYTHON = 'colour="green", sure=5, more=1'
 NAMED = f"[TOOL_CALLS]pick{BAD}"
 
 
@@ -137,10 +138,13 @@ async def test_a_chosen_call_in_tags_follows_its_schema(parser, note):
          f"```json\n{BAD}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
         ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>pick<｜tool▁sep｜>"
          f"{BAD}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+        ("lfm2", f"<|tool_call_start|>[pick({PYTHON}), add()]<|tool_call_end|>"),
+        ("pythonic", f"[pick({PYTHON})]"),
     ],
 )  # fmt: skip
 async def test_a_chosen_call_in_a_section_follows_its_schema(parser, says):
-    async with saying(f"Hm. {says}", parser).running() as api:
+    before = "" if parser == "pythonic" else "Hm. "
+    async with saying(before + says, parser).running() as api:
         message = (await api.chat(tools=[STRICT, ADD])).json["choices"][0]["message"]
     jsonschema.validate(json.loads(message["tool_calls"][0]["function"]["arguments"]), PICK)
 
@@ -166,6 +170,53 @@ async def test_what_tags_cannot_follow_is_refused(parameters, message):
     assert answer.status == 400
     assert answer.json["error"]["param"] == "tools"
     assert message in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"type": "object", "anyOf": [PICK]}, "anyOf of parameters cannot be followed"),
+        ({"type": "object", "properties": {"x y": {}}}, "'x y' cannot be the name of an argument"),
+    ],
+)
+async def test_what_calls_in_python_cannot_follow_is_refused(parameters, message):
+    strict = {**STRICT, "function": {**STRICT["function"], "parameters": parameters}}
+    async with saying("", "lfm2").running() as api:
+        answer = await api.chat(tools=[strict])
+    assert answer.status == 400
+    assert message in answer.json["error"]["message"]
+
+
+OPTIONAL = {
+    "type": "object",
+    "$defs": {"Day": {"enum": ["today", None]}},
+    "properties": {
+        "a": {"type": "integer"},
+        "b": {"type": "string"},
+        "c": {"$ref": "#/$defs/Day"},
+    },
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("required", "says", "called"),
+    [
+        ([], "", {}),
+        ([], 'b="x"', {"b": "x"}),
+        ([], 'a=1, c="today"', {"a": 1, "c": "today"}),
+        (["b"], 'b="x", c=null', {"b": "x", "c": None}),
+        (["b"], 'a=1, b="x"', {"a": 1, "b": "x"}),
+    ],
+)
+async def test_arguments_in_python_may_be_left_out(required, says, called):
+    parameters = {**OPTIONAL, "required": required}
+    strict = {**STRICT, "function": {**STRICT["function"], "parameters": parameters}}
+    says = f"<|tool_call_start|>[pick({says})]<|tool_call_end|>"
+    async with saying(says, "lfm2").running() as api:
+        message = (await api.chat(tools=[strict])).json["choices"][0]["message"]
+    [call] = message["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == called
 
 
 @pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral"])

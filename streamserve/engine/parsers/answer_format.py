@@ -13,6 +13,7 @@ from streamserve.engine.parsers.reasoning import REASONING_PARSERS, reasoning_pa
 from streamserve.engine.parsers.tool_formats import (
     TOOL_PARSER_ALIASES,
     TOOL_PARSERS,
+    has_calls,
     has_text_arguments,
     has_tools_in_messages,
     tool_parser_of_template,
@@ -30,7 +31,8 @@ class AnswerFormat:
     """The names of the parsers, ``None`` where the model has no such thing.
 
     ``template_variables`` are the names that the chat template reads; ``has_tools_in_messages``:
-    it finds tools in the system message. ``has_text_arguments``: it takes a call's for JSON.
+    it finds tools in the system message. ``has_text_arguments``: it takes a call's for JSON;
+    ``has_calls``: it shows those of earlier messages.
     ``template_defaults`` are variables that it gets where a request does not say them.
     """
 
@@ -39,6 +41,7 @@ class AnswerFormat:
     template_variables: frozenset[str] = frozenset()
     has_tools_in_messages: bool = False
     has_text_arguments: bool = False
+    has_calls: bool = False
     template_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,6 +114,7 @@ def choose_answer_format(
         template_variables=variables,
         has_tools_in_messages=in_messages,
         has_text_arguments=has_text_arguments(template.text),
+        has_calls=has_calls(template.text),
         template_defaults=dict(template_defaults),
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from streamserve.engine.parsers.argument_types import json_of, parameter_types
 from streamserve.engine.parsers.call_reader import HOLD_CHARACTERS
 from streamserve.engine.parsers.markers import may_become, num_leading_spaces, num_undecided
+from streamserve.engine.parsers.state_reader import StateReader
 
 _MAX_KEY = 256  # characters
 
@@ -31,60 +32,27 @@ class TagStyle:
     is_on_lines: bool = False
 
 
-class TaggedReader:
-    """Reads arguments up to the end of their call; used as a `CallReader` is.
+class TaggedReader(StateReader):
+    """A `StateReader` of arguments between tags.
 
-    A string is shown while it is being written, a value of another type when it is whole. What is
-    not decided yet, a tag that has just begun, is not consumed, and comes again with more.
-
-    ``hold``: so many characters are read before a call that has not ended is shown.
+    A string is shown while it is being written, a value of another type when it is whole.
     """
 
     def __init__(
         self, style: TagStyle, name: str, parameters: Any, *, hold: int = HOLD_CHARACTERS
     ) -> None:
         """``parameters`` is the JSON Schema of the arguments."""
+        super().__init__(name, hold=hold)
         self._style = style
         self._parameters = parameters
-        self._hold = hold
         # A grammar that makes calls closes what it opens, and strings may hold anything else.
         self._value_ends = (style.value_close, *(style.lenient_ends if hold else ()))
-        self._state: Callable[[str], int] = self._between
+        self._state = self._between
         self._key = ""
         self._keys: set[str] = set()
         self._types: frozenset[str] = frozenset()
         self._value = ""  # of which nothing has been shown
         self._is_at_start = True  # of a value
-        self._new = "{"  # arguments that have not been taken
-        self.name = name
-        self.text = ""
-        self.is_shown = False
-        self.is_done = False
-        self.is_broken = False
-
-    def feed(self, text: str) -> int:
-        """Take the next characters; return how many were consumed."""
-        self.is_shown = self.is_shown or not self._hold
-        position = 0
-        while position < len(text) and not (self.is_done or self.is_broken):
-            size = self._state(text[position:])
-            if not size:
-                break
-            self.text += text[position : position + size]
-            position += size
-            self.is_shown = self.is_shown or self.is_done or len(self.text) >= self._hold
-        return position
-
-    def take_arguments(self) -> str:
-        """The part of the arguments that has become known since the last time."""
-        if not self.is_shown:
-            return ""
-        new, self._new = self._new, ""
-        return new
-
-    def _break(self) -> int:
-        self.is_broken = True
-        return 0
 
     def _between(self, text: str) -> int:
         """Before a key, or the end."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamserve.engine.parsers.markers import NAME, num_leading_spaces
+from streamserve.engine.parsers.pythonic_formats import Lfm2Parser, PythonicParser
 from streamserve.engine.parsers.section_formats import (
     DeepSeekV3Parser,
     DeepSeekV31Parser,
@@ -268,9 +269,16 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "kimi_k2": KimiK2Parser,
     "deepseek_v3": DeepSeekV3Parser,
     "deepseek_v31": DeepSeekV31Parser,
+    "lfm2": Lfm2Parser,
+    "pythonic": PythonicParser,
 }
 
-TOOL_PARSER_ALIASES = {"glm47": "glm45", "qwen3_xml": "qwen3_coder", "llama4_json": "llama3_json"}
+TOOL_PARSER_ALIASES = {
+    "glm47": "glm45",
+    "qwen3_xml": "qwen3_coder",
+    "llama4_json": "llama3_json",
+    "llama4_pythonic": "pythonic",
+}
 """vLLM's other names of formats that are read here."""
 
 _MARKS_OF_TEMPLATES = {
@@ -282,6 +290,8 @@ _MARKS_OF_TEMPLATES = {
     "kimi_k2": ("<|tool_calls_section_begin|>", "<|tool_call_argument_begin|>"),
     "deepseek_v3": ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "```json"),
     "deepseek_v31": ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"),
+    "lfm2": ("List of tools: ", "<|im_start|>"),
+    "pythonic": ("[func_name1(params_name1=",),
 }
 
 
@@ -310,6 +320,11 @@ def has_tools_in_messages(source: str, *, knows_tools: bool) -> bool:
     """
     setter = "set tools = " if knows_tools else ""
     return re.search(setter + _TOOLS_OF_MESSAGE, source) is not None
+
+
+def has_calls(source: str) -> bool:
+    """Whether a chat template shows the calls of earlier messages."""
+    return "tool_calls" in source
 
 
 def has_text_arguments(source: str) -> bool:

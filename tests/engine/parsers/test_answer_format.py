@@ -51,6 +51,7 @@ QWEN3_CODER = "{%- if tools %}<tool_call><function=example><parameter=p>{%- endi
 GLM_4_5 = "[gMASK]<sop>{%- if tools -%}<tool_call>{name}<arg_key><arg_value>{%- endif %}</think>"
 MAGISTRAL = "{%- if tools is not none %}[AVAILABLE_TOOLS]{%- endif %}[TOOL_CALLS][THINK][/THINK]"
 GEMMA_4 = "{%- if tools %}<|tool>{%- endif %}<|tool_call>call:<|channel>thought\n<channel|>"
+LFM_2_5 = "<|im_start|>{%- if tools -%}List of tools: [{%- endif -%}</think>"
 SEED_OSS = "{%- if tools %}<seed:tool_call><function=f>{%- endif %}</seed:think>"
 
 
@@ -66,6 +67,7 @@ SEED_OSS = "{%- if tools %}<seed:tool_call><function=f>{%- endif %}</seed:think>
         (GLM_4_5, "glm45", "qwen3"),
         (MAGISTRAL, "mistral", "mistral"),
         (SEED_OSS, "seed_oss", "seed_oss"),
+        (LFM_2_5, "lfm2", "qwen3"),
         (GEMMA_4, None, "gemma4"),
     ],
 )
@@ -120,7 +122,7 @@ def test_auto_tool_choice_can_be_asked_for_and_turned_off():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tool_parser": "pythonic"}, "--tool-call-parser must be one of hermes"),
+        ({"tool_parser": "x"}, "--tool-call-parser must be one of hermes"),
         ({"reasoning_parser": "x"}, "--reasoning-parser must be one of qwen3"),
     ],
 )

@@ -65,6 +65,8 @@ OTHERS = {
     "kimi_k2": f"<|tool_calls_section_begin|>{KIMI_CALL}<|tool_calls_section_end|>",
     "deepseek_v3": f"<｜tool▁calls▁begin｜>{V3_CALL}<｜tool▁calls▁end｜>",
     "deepseek_v31": f"<｜tool▁calls▁begin｜>{V31_CALL}<｜tool▁calls▁end｜>",
+    "lfm2": "<|tool_call_start|>[add(a=1)]<|tool_call_end|>",
+    "pythonic": "<|python_start|>[add(a=1)]<|python_end|>",
 }
 
 
@@ -166,6 +168,17 @@ EXAMPLES = [
     bad("kimi_k2", ":0", ""),
     ("kimi_k2", f"<|tool_call_begin|>{LONG}{KIMI_CALL}", f"<|tool_call_begin|>{LONG}", [CALL_A]),
     ("deepseek_v31", V31_CALL + V31_CALL, "", [CALL_A, CALL_A]),
+    ("lfm2", f"<|tool_call_start|>[{A}, {B}]<|tool_call_end|>", "", [CALL_A, CALL_B]),
+    ("lfm2", "Hm. <|tool_call_start|>[add(a=1), add(a=1)]", "Hm. ", [CALL_A, CALL_A]),
+    ("lfm2", "<|tool_call_start|>add( a = 1 )<|tool_call_end|>", "", [CALL_A]),
+    ("lfm2", "[add(a=1)]", "[add(a=1)]", []),
+    ("lfm2", "<|tool_call_start|>[add(a=1), nobody()]", ", nobody()]", [CALL_A]),
+    bad("lfm2", "a=1", "1"),
+    bad("lfm2", "a=1", "a=1, a=2"),
+    bad("lfm2", "1", "1 + 1"),
+    ("pythonic", ' [add(a=1), get_weather(city="Łódź \\"x\\" }")]\n', "", [CALL_A, CALL_B]),
+    ("pythonic", "[add](https://add) it", "[add](https://add) it", []),
+    ("pythonic", "It is [add(a=1)]", "It is [add(a=1)]", []),
     ("required", f"[{PA}]", "", [CALL_A]),
     ("required", f"[{PA}, {B.replace('arguments', 'parameters')}]", "", [CALL_A, CALL_B]),
     ("required", '[{"name": "add", "parameters": {"a": 1', "", [("add", '{"a": 1')]),
@@ -229,6 +242,7 @@ MARKERS = [
 MARKERS += [mark for parser in TOOL_PARSERS.values() for mark in parser.markers]
 MARKERS += ["<function=add>", "<parameter=a>", "</parameter>", "</function>", "```", "</invoke>"]
 MARKERS += ['<invoke name="add">', '<parameter name="a">', "functions.add:0", "add\n```json\n"]
+MARKERS += ["[add(", "a=", "b='", '"""', "\\", "{'x': [", "True", ")"]
 LONG_CALL = call(text=LONG)
 CUT_CALLS = [LONG_CALL[:-9], LONG_CALL[:-3] + "\n", call("nobody", text=LONG)]
 SMALL = ["[", "]", ",", ";", " ", "\n", "add", "Hello", "<", "{", "}", '"']
@@ -340,6 +354,8 @@ def test_ids():
         ("{% if tools %}<｜tool▁call▁begin｜>n<｜tool▁sep｜>", "deepseek_v31"),
         ("{% if message['tools'] %}<|tool|><|/tool|>", "phi4_mini_json"),
         ("[gMASK]{% if tools %}{{ item.metadata }}", "glm4"),
+        ("<|im_start|>{% if tools %}List of tools: <|tool_list_start|>[", "lfm2"),
+        ("{% if tools %}[func_name1(params_name1=params_value1", "pythonic"),
         ("{% if tools %}", None),
     ],
 )
