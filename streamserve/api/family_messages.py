@@ -34,7 +34,9 @@ def family_messages(
     if parser == "lfm2":
         return tuple(_lfm2(messages, has_calls=answer_format.has_calls))
     rewrite = _REWRITTEN.get(parser or "")
-    return tuple(messages if rewrite is None else rewrite(messages))
+    if rewrite is not None:
+        messages = tuple(rewrite(messages))
+    return tuple(_with_results(messages) if answer_format.has_results_in_calls else messages)
 
 
 def _with_tools(messages: Sequence[Message], tools: Any) -> list[Message]:
@@ -135,6 +137,53 @@ def _kimi_k2(messages: Iterable[Message]) -> Iterator[Message]:
             yield message
 
 
+def _gemma4(messages: Iterable[Message]) -> Iterator[Message]:
+    """What was said before a call is thought: the template would show it behind the call's result,
+    and end the turn there.
+    """
+    for message in messages:
+        said = _said_before_call(message) if message.get("tool_calls") else ""
+        yield {**message, "content": "", "reasoning_content": said} if said else message
+
+
+def _with_results(messages: Sequence[Message]) -> Iterator[Message]:
+    """Results are in ``tool_responses`` of the message of the calls, and so is what the model says
+    next: Gemma 4's first templates show them nowhere else. JSON's objects are theirs as well.
+    """
+    position = 0
+    while position < len(messages):
+        message = messages[position]
+        position += 1
+        names = {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
+        behind = messages[position:]
+        results = list(itertools.takewhile(lambda found: found["role"] == "tool", behind))
+        if not names or not results:
+            yield message
+            continue
+        position += len(results)
+        said = text_of(message.get("content"))
+        last = messages[position] if position < len(messages) else {"role": ""}
+        if last["role"] == "assistant" and not last.get("tool_calls"):
+            said = "\n\n".join(filter(None, (said, text_of(last.get("content")))))
+            position += 1
+        responses = [
+            {
+                "name": names.get(result.get("tool_call_id"), "unknown"),
+                "response": _object_or_text(text_of(result.get("content"))),
+            }
+            for result in results
+        ]
+        yield {**message, "content": said, "tool_responses": responses}
+
+
+def _object_or_text(text: str) -> Any:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return found if isinstance(found, dict) else text
+
+
 def _with_text_arguments(messages: Iterable[Message]) -> Iterator[Message]:
     """Arguments as JSON: templates of DeepSeek add them to other text."""
     for message in messages:
@@ -154,6 +203,7 @@ _REWRITTEN: dict[str, Callable[[Iterable[Message]], Iterator[Message]]] = {
     "glm4": _glm4,
     "phi4_mini_json": _phi4_mini,
     "kimi_k2": _kimi_k2,
+    "gemma4": _gemma4,
 }
 
 
@@ -167,8 +217,14 @@ def _harmony(messages: Iterable[Message]) -> Iterator[Message]:
         if not message.get("tool_calls"):
             yield {**message, "thinking": thoughts} if thoughts else message
             continue
-        said = "\n\n".join(filter(None, (thoughts, text_of(message.get("content")))))
+        said = _said_before_call(message)
         yield {**message, "content": "", **({"thinking": said} if said else {})}
+
+
+def _said_before_call(message: Message) -> str:
+    """Thoughts and words."""
+    parts = (message.get("reasoning_content"), text_of(message.get("content")))
+    return "\n\n".join(filter(None, parts))
 
 
 def _json(value: Any) -> str:

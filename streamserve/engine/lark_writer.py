@@ -44,6 +44,14 @@ class LarkWriter:
         self._rules.append(f"{name}{flags}: {body}\n")
         return name
 
+    def reserve(self) -> str:
+        """The name of a rule that ``define`` gives its body, which may name it."""
+        return self.rule(EMPTY)
+
+    def define(self, name: str, body: str) -> None:
+        """Give a reserved rule its body."""
+        self._rules[int(name[1:])] = f"{name}: {body}\n"
+
     def either(self, bodies: Sequence[str]) -> str:
         """Any one of these."""
         return (

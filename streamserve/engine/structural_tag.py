@@ -13,6 +13,7 @@ from typing import Any
 
 from llguidance.gbnf_to_lark import any_to_lark
 
+from streamserve.engine.gemma_grammar import gemma4_calls
 from streamserve.engine.lark_writer import EMPTY, FREE, LarkWriter
 from streamserve.engine.parsers.harmony import CHANNEL, END, MESSAGE, START, call_header
 from streamserve.engine.parsers.pythonic_formats import Lfm2Parser
@@ -248,4 +249,5 @@ _FAMILIES: dict[str, Callable[[Format, LarkWriter], str]] = {
     "deepseek_v31": partial(section_calls, DeepSeekV31Parser),
     "lfm2": partial(pythonic_calls, Lfm2Parser),
     "pythonic": python_list,
+    "gemma4": gemma4_calls,
 }

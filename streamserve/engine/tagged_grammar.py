@@ -100,7 +100,7 @@ def _arguments(style: TagStyle, schema: Any, writer: LarkWriter) -> Iterator[str
         key = _key(style, writer.text(name), writer)
         # Of two alternatives that begin with a break, the lexer would know the longer one only.
         line = writer.text("\n") if style.is_on_lines else ""
-        value = writer.either(_Values(style, name, root, writer).all(properties.get(name)))
+        value = writer.either(Values(style, name, root, writer).all(properties.get(name)))
         argument = writer.rule(" ".join(filter(None, (key, line, value))))
         yield argument if name in required else f"{argument}?"
 
@@ -112,7 +112,7 @@ def _key(style: TagStyle, name: str, writer: LarkWriter) -> str:
     return " ".join(parts)
 
 
-class _Values:
+class Values:
     """What may stand for one parameter, each with the tag that closes it."""
 
     def __init__(
@@ -133,18 +133,20 @@ class _Values:
                 return [body for item in inner for body in self.all(item, depth - 1)]
         values = [found["const"]] if "const" in found else found.get("enum")
         if isinstance(values, list):
-            return [self._fixed(value) for value in values]
+            return [self.fixed(value) for value in values]
         types = parameter_types({"properties": {"": found}}, "")
-        bodies = [self._string(found)] if "string" in types else []
+        bodies = [self.string(found)] if "string" in types else []
         if others := sorted(types - {"string"}):
             bodies.append(self._json({**found, "type": others}))
         return bodies
 
-    def _fixed(self, value: Any) -> str:
+    def fixed(self, value: Any) -> str:
+        """One value, and the tag behind it."""
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         return self._until(re.escape(text))
 
-    def _string(self, schema: Mapping[str, Any]) -> str:
+    def string(self, schema: Mapping[str, Any]) -> str:
+        """Text of the schema, and the tag behind it."""
         pattern, least, most = (schema.get(key) for key in ("pattern", "minLength", "maxLength"))
         if pattern is None and not least and most is None:
             return self._writer.until(self._close)

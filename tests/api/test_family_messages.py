@@ -100,6 +100,32 @@ LFM_2 = """\
     {{- "<|im_start|>assistant\\n" -}}
 {%- endif -%}"""
 
+GEMMA_4 = """\
+{%- for message in messages -%}
+    {%- if message['role'] != 'tool' -%}
+        {%- if not (loop.index0 and loop.previtem['role'] == 'tool') -%}
+            {{- '<|turn>' + message['role'] + '\\n' -}}
+        {%- endif -%}
+        {%- if message.get('reasoning_content') -%}
+            {{- '<|channel>thought\\n' + message['reasoning_content'] + '\\n<channel|>' -}}
+        {%- endif -%}
+        {%- for tool_call in message['tool_calls'] or [] -%}
+            {{- '<|tool_call>call:' + tool_call['function']['name'] + '{' -}}
+            {%- for key, value in tool_call['function']['arguments'] | dictsort -%}
+                {{- key -}}:<|"|>{{- value -}}<|"|>
+            {%- endfor -%}
+            {{- '}<tool_call|>' -}}
+        {%- endfor -%}
+        {%- for response in message.get('tool_responses') or [] -%}
+            {{- '<|tool_response>response:' + response['name'] -}}
+            {{- response['response'] | tojson + '<tool_response|>' -}}
+        {%- endfor -%}
+        {{- message['content'] -}}
+        {%- if message['content'] -%}<turn|>{%- endif -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if tools -%}<|tool>{%- endif -%}"""
+
 FUNCTION = WEATHER["function"]
 ARGUMENTS = {"city": "Łódź"}
 CALL = {"name": "get_weather", "arguments": ARGUMENTS}
@@ -195,6 +221,44 @@ def test_arguments_that_a_template_adds_to_text_are_text():
     assert f"<｜tool▁sep｜>{SHOWN}<｜tool▁call▁end｜>" in compiled.render(messages, tools=[WEATHER])
     as_object = DEEPSEEK_V3_1.replace("['arguments']", "['arguments'] | tojson")
     assert not choose_answer_format(ChatTemplate(as_object, source="x")).has_text_arguments
+
+
+CALLED = f'<|tool_call>call:get_weather{{city:<|"|>{ARGUMENTS["city"]}<|"|>}}<tool_call|>'
+
+
+@pytest.mark.parametrize(
+    ("content", "response"),
+    [
+        ("sun", '"sun"'),
+        ('{"t": 5}', '{"t": 5}'),
+        ("[5]", '"[5]"'),
+        ([{"type": "text", "text": "sun"}], '"sun"'),
+    ],
+)
+def test_results_are_in_the_message_that_calls_for_gemma(content, response):
+    compiled = ChatTemplate(GEMMA_4, source="the test")
+    found = choose_answer_format(compiled)
+    assert (found.tool_parser, found.has_results_in_calls) == ("gemma4", True)
+    hi, call, _ = CHAT
+    result = {"role": "tool", "tool_call_id": "a", "content": content}
+    done = {"role": "assistant", "content": "Fine."}
+    chat = [hi, {**call, "content": "Wait."}, result, call, result, done, hi, call]
+    prompt = compiled.render(family_messages(chat, found, [WEATHER]), tools=[WEATHER])
+    shown = f"{CALLED}<|tool_response>response:get_weather{response}<tool_response|>"
+    assert prompt == (
+        f"<|turn>user\nHi<turn|><|turn>assistant\n<|channel>thought\nWait.\n<channel|>{shown}"
+        f"<|turn>assistant\n{shown}Fine.<turn|><|turn>user\nHi<turn|><|turn>assistant\n{CALLED}<|tool>"
+    )
+    stray = [hi, call, {**result, "tool_call_id": "unheard of"}]
+    prompt = compiled.render(family_messages(stray, found, [WEATHER]), tools=[WEATHER])
+    assert f"{CALLED}<|tool_response>response:unknown{response}" in prompt
+
+
+def test_a_template_that_finds_results_itself_gets_them_as_they_are():
+    newer = ChatTemplate(GEMMA_4 + "{# tool_call_id #}", source="the test")
+    found = choose_answer_format(newer)
+    assert (found.tool_parser, found.has_results_in_calls) == ("gemma4", False)
+    assert family_messages(CHAT, found, [WEATHER]) == CHAT
 
 
 async def test_a_templates_own_switch_of_thinking_is_turned():

@@ -64,7 +64,9 @@ async def test_a_chosen_call_of_a_strict_tool_follows_its_schema(parser, says, c
     jsonschema.validate(json.loads(arguments), PICK)
 
 
-@pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral", "glm4", "glm45", "kimi_k2"])
+@pytest.mark.parametrize(
+    "parser", ["hermes", "llama3_json", "mistral", "glm4", "glm45", "kimi_k2", "gemma4"]
+)
 @pytest.mark.parametrize("text", ["", "Łódź, <tool [TOOL", '{"name": "nobody", "parameters": {}}'])
 async def test_text_stays_free(parser, text):
     async with saying(text, parser).running() as api:
@@ -129,6 +131,54 @@ async def test_a_chosen_call_in_tags_follows_its_schema(parser, note):
     }
 
 
+LONG_STRINGS = {"type": "string", "pattern": "a", "minLength": 1}
+
+
+def having(schema) -> dict[str, Any]:
+    return {"type": "object", "properties": {"x": schema}}
+
+
+NOTED = {
+    **DATED,
+    "$defs": {"Note": {"type": "object", "properties": {"next": {"$ref": "#/$defs/Note"}}}},
+    "properties": {
+        **DATED["properties"],
+        "list": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2},
+        "any": {},
+    },
+    "required": [*DATED["required"], "list"],
+}
+GEMMA = (
+    '<|tool_call>call:pick{colour:<|"|>red<|"|>,sure:true,day:<|"|>2026/11<|"|>,short:<|"|>a\nb<|"|>'
+    ',text:<|"|>{"<|"|>,note:{next:{next:{}}},list:[1,2],any:[{a:<|"|>}<|"|>},null]}<tool_call|>'
+)
+
+
+async def test_a_chosen_call_of_gemmas_follows_its_schema():
+    """What follows it stays as it is said, of what does not something else is said."""
+    strict = {**STRICT, "function": {**STRICT["function"], "parameters": NOTED}}
+    called = []
+    wrong = (("red", "green"), ("a\nb", "a\nbc\n"), ("1,2", "1,2,3"), ("true", "5"))
+    for old, new in (("", ""), *wrong):
+        async with saying(f"Hm. {GEMMA.replace(old, new)}", "gemma4").running() as api:
+            message = (await api.chat(tools=[strict, ADD])).json["choices"][0]["message"]
+        assert message["content"].startswith("Hm. ")
+        called += [json.loads(call["function"]["arguments"]) for call in message["tool_calls"][:1]]
+    assert len(called) == 5
+    for arguments in called:
+        jsonschema.validate(arguments, NOTED)
+    assert called[0] == {
+        "colour": "red",
+        "sure": True,
+        "day": "2026/11",
+        "short": "a\nb",
+        "text": '{"',
+        "note": {"next": {"next": {}}},
+        "list": [1, 2],
+        "any": [{"a": "}"}, None],
+    }
+
+
 @pytest.mark.parametrize(
     ("parser", "says"),
     [
@@ -150,22 +200,22 @@ async def test_a_chosen_call_in_a_section_follows_its_schema(parser, says):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("parser", "parameters", "message"),
     [
-        ({"type": "object", "anyOf": [PICK]}, "anyOf of parameters cannot be followed"),
-        ({"type": "object", "properties": {"x": {"not": {}}}}, "the schema of x cannot be"),
-        (
-            {
-                "type": "object",
-                "properties": {"x": {"type": "string", "pattern": "a", "minLength": 1}},
-            },
-            "x has a pattern and a length",
-        ),
+        ("glm45", {"type": "object", "anyOf": [PICK]}, "anyOf of parameters cannot be followed"),
+        ("gemma4", {"type": "object", "anyOf": [PICK]}, "anyOf of parameters cannot be followed"),
+        ("glm45", having({"not": {}}), "the schema of x cannot be"),
+        ("gemma4", having({"not": {}}), "a schema of parameters cannot be followed"),
+        ("gemma4", having({"type": "array", "uniqueItems": True}), "uniqueItems of a list cannot"),
+        ("gemma4", having({"const": '<|"|>'}), "cannot be written in Gemma 4's calls"),
+        ("gemma4", having(False), "a schema that nothing follows"),
+        ("gemma4", having(LONG_STRINGS), "a parameter has a pattern and a length"),
+        ("glm45", having(LONG_STRINGS), "x has a pattern and a length"),
     ],
 )
-async def test_what_tags_cannot_follow_is_refused(parameters, message):
+async def test_what_tags_cannot_follow_is_refused(parser, parameters, message):
     strict = {**STRICT, "function": {**STRICT["function"], "parameters": parameters}}
-    async with saying("", "glm45").running() as api:
+    async with saying("", parser).running() as api:
         answer = await api.chat(tools=[strict])
     assert answer.status == 400
     assert answer.json["error"]["param"] == "tools"

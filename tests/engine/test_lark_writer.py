@@ -6,7 +6,7 @@ import json
 
 from streamserve.engine.lark_writer import LarkWriter, with_special_ids
 from streamserve.engine.parsers.tagged_formats import Qwen3CoderParser
-from streamserve.engine.tagged_grammar import _Values
+from streamserve.engine.tagged_grammar import Values
 
 
 def test_special_tokens_stand_in_texts_as_themselves():
@@ -43,7 +43,7 @@ def test_a_part_is_rendered_without_what_stands_beside_it():
 def rules(schema) -> str:
     """What may stand for a parameter of this schema between two tags."""
     writer = LarkWriter([], {})
-    _Values(Qwen3CoderParser.style, "x", {}, writer).all(schema)
+    Values(Qwen3CoderParser.style, "x", {}, writer).all(schema)
     return writer.render("")
 
 

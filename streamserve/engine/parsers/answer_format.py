@@ -14,6 +14,7 @@ from streamserve.engine.parsers.tool_formats import (
     TOOL_PARSER_ALIASES,
     TOOL_PARSERS,
     has_calls,
+    has_results_in_calls,
     has_text_arguments,
     has_tools_in_messages,
     tool_parser_of_template,
@@ -32,7 +33,8 @@ class AnswerFormat:
 
     ``template_variables`` are the names that the chat template reads; ``has_tools_in_messages``:
     it finds tools in the system message. ``has_text_arguments``: it takes a call's for JSON;
-    ``has_calls``: it shows those of earlier messages.
+    ``has_calls``: it shows those of earlier messages; ``has_results_in_calls``: it finds what tools
+    gave in the message that calls them.
     ``template_defaults`` are variables that it gets where a request does not say them.
     """
 
@@ -42,6 +44,7 @@ class AnswerFormat:
     has_tools_in_messages: bool = False
     has_text_arguments: bool = False
     has_calls: bool = False
+    has_results_in_calls: bool = False
     template_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,6 +118,7 @@ def choose_answer_format(
         has_tools_in_messages=in_messages,
         has_text_arguments=has_text_arguments(template.text),
         has_calls=has_calls(template.text),
+        has_results_in_calls=has_results_in_calls(template.text),
         template_defaults=dict(template_defaults),
     )
 

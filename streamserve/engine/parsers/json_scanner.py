@@ -8,8 +8,8 @@ from enum import Enum, auto
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STRING_RUN = re.compile(r'[^"\\\x00-\x1f]*')
-_SCALAR_RUN = re.compile(r"[-+.0-9A-Za-z]*")
-_SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
+SCALAR_RUN = re.compile(r"[-+.0-9A-Za-z]*")
+SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
 _ESCAPES = frozenset('"\\/bfnrt')
 _HEX = frozenset("0123456789abcdefABCDEF")
 
@@ -173,11 +173,11 @@ class JsonScanner:
         return position + 1
 
     def _in_scalar(self, position: int) -> int:
-        found = _SCALAR_RUN.match(self.text, position)
+        found = SCALAR_RUN.match(self.text, position)
         assert found is not None
         if found.end() == len(self.text):
             return found.end()  # it may go on
-        if _SCALAR.fullmatch(self.text, self._token_start, found.end()) is None:
+        if SCALAR.fullmatch(self.text, self._token_start, found.end()) is None:
             return self._break(found.end())
         return self._value_ended(found.end())
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from streamserve.engine.parsers.markers import NAME
 from streamserve.engine.parsers.tagged_reader import TaggedReader, TagStyle
-from streamserve.engine.parsers.tool_parser import MarkedParser
+from streamserve.engine.parsers.tool_parser import MarkedParser, Reader
 
 
 class TaggedParser(MarkedParser):
@@ -32,8 +32,10 @@ class TaggedParser(MarkedParser):
         if name not in self._tools or not rest.startswith(self.name_close):
             return self._fail()
         self._consume(len(name) + len(self.name_close))
-        reader = TaggedReader(self.style, name, self._tools[name], hold=self._hold)
-        return self._read_with(reader)
+        return self._read_with(self._new_reader(name))
+
+    def _new_reader(self, name: str) -> Reader:
+        return TaggedReader(self.style, name, self._tools[name], hold=self._hold)
 
     def _is_beginning(self, text: str) -> bool:
         return len(text) < len(self.name_close) and self.name_close.startswith(text)

@@ -8,6 +8,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+from streamserve.engine.parsers.gemma_calls import Gemma4Parser
 from streamserve.engine.parsers.markers import NAME, num_leading_spaces
 from streamserve.engine.parsers.pythonic_formats import Lfm2Parser, PythonicParser
 from streamserve.engine.parsers.section_formats import (
@@ -271,6 +272,7 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "deepseek_v31": DeepSeekV31Parser,
     "lfm2": Lfm2Parser,
     "pythonic": PythonicParser,
+    "gemma4": Gemma4Parser,
 }
 
 TOOL_PARSER_ALIASES = {
@@ -292,6 +294,7 @@ _MARKS_OF_TEMPLATES = {
     "deepseek_v31": ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"),
     "lfm2": ("List of tools: ", "<|im_start|>"),
     "pythonic": ("[func_name1(params_name1=",),
+    "gemma4": ("<|tool_call>call:",),
 }
 
 
@@ -330,3 +333,8 @@ def has_calls(source: str) -> bool:
 def has_text_arguments(source: str) -> bool:
     """Whether a chat template adds the arguments of calls to text, as JSON that they must be."""
     return _ADDED_ARGUMENTS.search(source) is not None
+
+
+def has_results_in_calls(source: str) -> bool:
+    """Whether a chat template finds the results of calls in the message of the calls alone."""
+    return "tool_responses" in source and "tool_call_id" not in source

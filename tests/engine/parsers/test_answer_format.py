@@ -68,7 +68,7 @@ SEED_OSS = "{%- if tools %}<seed:tool_call><function=f>{%- endif %}</seed:think>
         (MAGISTRAL, "mistral", "mistral"),
         (SEED_OSS, "seed_oss", "seed_oss"),
         (LFM_2_5, "lfm2", "qwen3"),
-        (GEMMA_4, None, "gemma4"),
+        (GEMMA_4, "gemma4", "gemma4"),
     ],
 )
 def test_what_published_templates_tell(template, tool_parser, reasoning_parser):

@@ -67,6 +67,7 @@ OTHERS = {
     "deepseek_v31": f"<｜tool▁calls▁begin｜>{V31_CALL}<｜tool▁calls▁end｜>",
     "lfm2": "<|tool_call_start|>[add(a=1)]<|tool_call_end|>",
     "pythonic": "<|python_start|>[add(a=1)]<|python_end|>",
+    "gemma4": "<|tool_call>call:add{a:1}<tool_call|>",
 }
 
 
@@ -179,6 +180,11 @@ EXAMPLES = [
     ("pythonic", ' [add(a=1), get_weather(city="Łódź \\"x\\" }")]\n', "", [CALL_A, CALL_B]),
     ("pythonic", "[add](https://add) it", "[add](https://add) it", []),
     ("pythonic", "It is [add(a=1)]", "It is [add(a=1)]", []),
+    ("gemma4", "<|tool_call>call:add{a:1}", "", [CALL_A]),
+    ("gemma4", 2 * OTHERS["gemma4"] + "Done", "Done", [CALL_A, CALL_A]),
+    bad("gemma4", "<|tool_call>", ""),
+    bad("gemma4", "call:", ""),
+    bad("gemma4", "{", "{{"),
     ("required", f"[{PA}]", "", [CALL_A]),
     ("required", f"[{PA}, {B.replace('arguments', 'parameters')}]", "", [CALL_A, CALL_B]),
     ("required", '[{"name": "add", "parameters": {"a": 1', "", [("add", '{"a": 1')]),
@@ -243,6 +249,7 @@ MARKERS += [mark for parser in TOOL_PARSERS.values() for mark in parser.markers]
 MARKERS += ["<function=add>", "<parameter=a>", "</parameter>", "</function>", "```", "</invoke>"]
 MARKERS += ['<invoke name="add">', '<parameter name="a">', "functions.add:0", "add\n```json\n"]
 MARKERS += ["[add(", "a=", "b='", '"""', "\\", "{'x': [", "True", ")"]
+MARKERS += ["call:add{", "a:", "b:5", "}<tool_call|>"]
 LONG_CALL = call(text=LONG)
 CUT_CALLS = [LONG_CALL[:-9], LONG_CALL[:-3] + "\n", call("nobody", text=LONG)]
 SMALL = ["[", "]", ",", ";", " ", "\n", "add", "Hello", "<", "{", "}", '"']
@@ -352,6 +359,7 @@ def test_ids():
         ("{% if tools %}<|tool_calls_section_begin|><|tool_call_argument_begin|>", "kimi_k2"),
         ("{% if tools %}<｜tool▁call▁begin｜>f<｜tool▁sep｜>n\n```json", "deepseek_v3"),
         ("{% if tools %}<｜tool▁call▁begin｜>n<｜tool▁sep｜>", "deepseek_v31"),
+        ("{% if tools %}<|tool>'<|tool_call>call:'", "gemma4"),
         ("{% if message['tools'] %}<|tool|><|/tool|>", "phi4_mini_json"),
         ("[gMASK]{% if tools %}{{ item.metadata }}", "glm4"),
         ("<|im_start|>{% if tools %}List of tools: <|tool_list_start|>[", "lfm2"),
