@@ -24,6 +24,7 @@ from streamserve.engine.parsers.reasoning import (
     state_after_prompt,
     thought_marks,
 )
+from streamserve.engine.parsers.response import ResponseParser, response_marks
 from streamserve.engine.parsers.tool_formats import TOOL_PARSERS, NamedParser, RequiredParser
 from streamserve.engine.parsers.tool_parser import ToolParser
 from streamserve.engine.template_turns import text_of
@@ -50,6 +51,8 @@ class AnswerParsing:
     include_reasoning: bool
     are_calls_held: bool
     thought_marks: ThoughtMarks = THINK
+    response_marks: tuple[ThoughtMarks, ...] = ()
+    is_continued: bool = False
 
     def new(self, token_bytes: Callable[[int], bytes]) -> AnswerParser:
         has_reasoning = self.state is not ThinkState.OVER
@@ -57,10 +60,16 @@ class AnswerParsing:
         tokens = ReasoningTokens(self.state, token_bytes, start=start, end=end)
         return AnswerParser(
             reasoning=ReasoningParser(self.state, self.thought_marks) if has_reasoning else None,
+            response=self._response_parser(),
             tools=None if self.use is None else self._tool_parser(self.use),
             tokens=tokens if has_reasoning else None,
             include_reasoning=self.include_reasoning,
         )
+
+    def _response_parser(self) -> ResponseParser | None:
+        if not self.response_marks:
+            return None
+        return ResponseParser(self.response_marks, is_open=self.is_continued)
 
     def _tool_parser(self, use: ToolUse) -> ToolParser:
         tools = {tool.name: tool.parameters for tool in use.tools}
@@ -95,6 +104,7 @@ class AnswerPlan:
         has_reasoning = answer_format.reasoning_parser is not None
         self.is_plain = not (self._parses_calls or has_reasoning)
         self._thought_marks = thought_marks(answer_format.reasoning_parser or "")
+        self._response_marks = response_marks(answer_format.reasoning_parser or "")
         reasoning = request.reasoning
         if reasoning.budget is not None and not has_reasoning:
             raise unsupported(
@@ -170,12 +180,14 @@ class AnswerPlan:
             markers += TOOL_PARSERS[self._format.tool_parser or ""].markers
         if self._format.reasoning_parser is not None:
             markers += self._thought_marks
+        for marks_of_text in self._response_marks:
+            markers += marks_of_text
         return any(marks.is_special(marker) for marker in markers)
 
     def parsing(self, prompt: str) -> Parsing | None:
         """How the answer is read; ``None``: its text is the content after all."""
         use, state = self._request.tools, self._state(prompt)
-        if state is ThinkState.OVER and not self._parses_calls:
+        if state is ThinkState.OVER and not (self._parses_calls or self._response_marks):
             return None
         return AnswerParsing(
             state=state,
@@ -184,6 +196,8 @@ class AnswerPlan:
             include_reasoning=self._request.reasoning.is_included,
             are_calls_held=are_held(self._request.params, use),
             thought_marks=self._thought_marks,
+            response_marks=self._response_marks,
+            is_continued=self._request.continue_final_message,
         )
 
     def _state(self, prompt: str) -> ThinkState:

@@ -42,11 +42,11 @@ LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 TOOL_CALL_PARSERS = (
     *("hermes", "llama3_json", "mistral", "glm4", "phi4_mini_json", "qwen3_coder", "seed_oss"),
     *("glm45", "minimax_m2", "kimi_k2", "deepseek_v3", "deepseek_v31", "lfm2", "pythonic"),
-    *("gemma4", "openai", "glm47", "qwen3_xml", "llama4_json", "llama4_pythonic"),
+    *("gemma4", "cohere", "openai", "glm47", "qwen3_xml", "llama4_json", "llama4_pythonic"),
 )
 REASONING_PARSERS = (
     *("qwen3", "deepseek_r1", "openai_gptoss", "mistral", "seed_oss", "gemma4"),
-    *("glm45", "deepseek_v3", "kimi_k2", "minimax_m2"),
+    *("glm45", "deepseek_v3", "kimi_k2", "minimax_m2", "cohere"),
 )
 KV_CACHE_DTYPES = ("auto", "fp8")
 _LOAD_FORMATS_OF_VLLM = {

@@ -69,6 +69,10 @@ class LarkWriter:
         # Two slashes alone would be a comment.
         return self._part(f"/{regex_to_lark(pattern, 'dws') or '(?:)'}/")
 
+    def is_token(self, name: str) -> bool:
+        """Whether this is a special token, which is no text."""
+        return name in self._numbers
+
     def text(self, text: str) -> str:
         """This text, the special tokens in it as themselves."""
         parts: list[str] = []

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from llguidance.gbnf_to_lark import any_to_lark
@@ -16,7 +17,9 @@ from llguidance.gbnf_to_lark import any_to_lark
 from streamserve.engine.gemma_grammar import gemma4_calls
 from streamserve.engine.lark_writer import EMPTY, FREE, LarkWriter
 from streamserve.engine.parsers.harmony import CHANNEL, END, MESSAGE, START, call_header
+from streamserve.engine.parsers.list_formats import CohereParser
 from streamserve.engine.parsers.pythonic_formats import Lfm2Parser
+from streamserve.engine.parsers.response import response_marks
 from streamserve.engine.parsers.section_formats import (
     DeepSeekV3Parser,
     DeepSeekV31Parser,
@@ -30,7 +33,7 @@ from streamserve.engine.parsers.tagged_formats import (
 )
 from streamserve.engine.pythonic_grammar import python_list, pythonic_calls
 from streamserve.engine.schema_refs import moved
-from streamserve.engine.tagged_grammar import section_calls, tagged_calls
+from streamserve.engine.tagged_grammar import answer_with, section_calls, tagged_calls
 
 _BLANKS = r"/[ \t\r\n]{0,8}/"
 _SEPARATOR = r"/[ \t\r\n]{0,8}[;,]?[ \t\r\n]{0,8}/"
@@ -131,16 +134,24 @@ def tool_call_grammar(text: str, writer: LarkWriter) -> str:
     return writer.render(_FAMILIES[task["parser"]](task, writer))
 
 
-def _call(tools: Sequence[Format], key: str, writer: LarkWriter) -> str:
-    """One call as JSON: a name, and under ``key`` its arguments."""
+def _call(
+    tools: Sequence[Format],
+    key: str,
+    writer: LarkWriter,
+    *,
+    name_key: str = "name",
+    before: Mapping[str, Format] = MappingProxyType({}),
+) -> str:
+    """One call as JSON: members ``before`` it, a name, and under ``key`` its arguments."""
     schemas = [
         {
             "type": "object",
             "properties": {
-                "name": {"const": tool["name"]},
+                **before,
+                name_key: {"const": tool["name"]},
                 key: moved(tool["arguments"], f"#/properties/{key}"),
             },
-            "required": ["name", key],
+            "required": [*before, name_key, key],
             "additionalProperties": False,
         }
         for tool in tools
@@ -210,13 +221,33 @@ def _glm4(task: Format, writer: LarkWriter) -> str:
 def _phi4_mini(task: Format, writer: LarkWriter) -> str:
     begin = "<|tool_call|>"
     call = _call(task["tools"], "arguments", writer)
-    inside = writer.rule(
-        f'{_BLANKS} "[" {_BLANKS} {call} ({_BLANKS} "," {_BLANKS} {call})* {_BLANKS} "]" {_BLANKS} '
-        f"{writer.text('<|/tool_call|>')}"
-    )
+    inside = writer.rule(f"{_array(call)} {writer.text('<|/tool_call|>')}")
     if task["answer"] is None:
         return f"({writer.until(begin)} {inside})* {FREE}"
     return f"{writer.json(task['answer'])} | {writer.text(begin)} {inside}"
+
+
+def _array(call: str) -> str:
+    return (
+        f'{_BLANKS} "[" {_BLANKS} {call} ({_BLANKS} "," {_BLANKS} {call})* {_BLANKS} "]" {_BLANKS}'
+    )
+
+
+def _cohere(task: Format, writer: LarkWriter) -> str:
+    call_id = {"tool_call_id": {"type": "string", "pattern": "^[0-9]{1,4}$"}}
+    tools = task["tools"]
+    call = _call(tools, "parameters", writer, name_key="tool_name", before=call_id)
+    inside = f"{_array(call)} {writer.text(CohereParser.section_close)}"
+    free = answer_with(CohereParser.section_open, inside, task, writer)
+    if task["answer"] is not None:
+        return free
+    # Marks that are special tokens are no free text, and a model that may not write them calls.
+    said = [
+        f"{_BLANKS} {writer.text(marks.start)} {writer.until(marks.end)}"
+        for marks in response_marks("cohere")
+        if writer.is_token(marks.start) and writer.is_token(marks.end)
+    ]
+    return writer.either([free, *said])
 
 
 def _harmony(task: Format, writer: LarkWriter) -> str:
@@ -250,4 +281,5 @@ _FAMILIES: dict[str, Callable[[Format, LarkWriter], str]] = {
     "lfm2": partial(pythonic_calls, Lfm2Parser),
     "pythonic": python_list,
     "gemma4": gemma4_calls,
+    "cohere": _cohere,
 }

@@ -96,6 +96,26 @@ async def test_thoughts_in_mistrals_marks_are_thoughts_and_have_a_budget():
     assert short.json["choices"][0]["message"]["reasoning_content"] == "Hm"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("thoughts", ["Hm.", None])
+async def test_marks_around_the_text_are_no_content(thoughts, stream):
+    """As Command writes it, whose template may have ended the thoughts in the prompt."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<|START_THINKING|>"
+    template += "" if thoughts else "<|END_THINKING|>"
+    says = f"{thoughts}<|END_THINKING|>" if thoughts else ""
+    says += "<|START_RESPONSE|>Yes.<|END_RESPONSE|>"
+    template = "{# <|END_THINKING|> #}" + template
+    async with Api(**scripted_parts(says, template=template)).running() as api:
+        answer = await api.chat(stream=stream)
+    if stream:
+        deltas = deltas_of(answer)
+        said = {key: "".join(delta.get(key) or "" for delta in deltas)
+                for key in ("reasoning_content", "content")}  # fmt: skip
+    else:
+        said = answer.json["choices"][0]["message"]
+    assert (said.get("reasoning_content") or None, said["content"]) == (thoughts, "Yes.")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "text", "thoughts", "content"),
     [

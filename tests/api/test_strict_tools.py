@@ -189,6 +189,8 @@ async def test_a_chosen_call_of_gemmas_follows_its_schema():
         ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>pick<｜tool▁sep｜>"
          f"{BAD}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
         ("lfm2", f"<|tool_call_start|>[pick({PYTHON}), add()]<|tool_call_end|>"),
+        ("cohere", '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "pick", "parameters": '
+         f"{BAD}}}]<|END_ACTION|>"),
         ("pythonic", f"[pick({PYTHON})]"),
     ],
 )  # fmt: skip

@@ -179,6 +179,28 @@ async def test_a_marker_may_be_a_special_token():
     grammars.close()
 
 
+async def test_commands_marks_are_special_tokens():
+    """A text in them stays possible: what may not begin one would call instead."""
+    marks = [*("<|START_ACTION|>", "<|END_ACTION|>"), *("<|START_RESPONSE|>", "<|END_RESPONSE|>")]
+    tokenizer = ByteTokenizer(("<s>", "</s>", *marks))
+    grammars = patient_grammars(tokenizer)
+    tools = [{"name": "f", "arguments": {"type": "object", "maxProperties": 0}}]
+    task = {"parser": "cohere", "answer": None, "tools": tools}
+    output = StructuredOutput(kind=GrammarKind.TOOL_CALLS, text=json.dumps(task))
+    await grammars.compile(output)
+    call = '{"tool_call_id": "0", "tool_name": "f", "parameters": {}}'
+    for says in (
+        f"<|START_ACTION|>[\n    {call},\n    {call}\n]<|END_ACTION|>",
+        "<|START_RESPONSE|>Hi<|END_RESPONSE|>",
+        "Hi",
+    ):
+        ids = [*tokenizer.encode(says, add_special_tokens=False), EOS]
+        assert grammars.matcher(output).validate_tokens(ids) == len(ids)
+    bad = tokenizer.encode('<|START_ACTION|>[{"tool_name"', add_special_tokens=False)
+    assert grammars.matcher(output).validate_tokens(bad) < len(bad)
+    grammars.close()
+
+
 async def test_harmonys_marks_are_special_tokens():
     """Thoughts and words may come first; what must be a call cannot be a last word."""
     tokenizer = ByteTokenizer(("<s>", "</s>", *MARKERS))

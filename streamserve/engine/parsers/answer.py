@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from streamserve.engine.parsers.events import Content, Event, Reasoning, joined
 from streamserve.engine.parsers.reasoning import ReasoningParser, ThoughtTokens
+from streamserve.engine.parsers.response import ResponseParser
 from streamserve.engine.parsers.tool_parser import ToolParser
 
 
@@ -20,11 +21,13 @@ class AnswerParser:
         self,
         *,
         reasoning: ReasoningParser | None = None,
+        response: ResponseParser | None = None,
         tools: ToolParser | None = None,
         tokens: ThoughtTokens | None = None,
         include_reasoning: bool = True,
     ) -> None:
         self._reasoning = reasoning
+        self._response = response
         self._tools = tools
         self._tokens = tokens
         self._include_reasoning = include_reasoning
@@ -66,6 +69,8 @@ class AnswerParser:
     def finish(self) -> list[Event]:
         """The text has ended; return what was held back."""
         events = [] if self._reasoning is None else self._find_calls(self._reasoning.finish())
+        if self._response is not None:
+            events += self._calls_in(self._response.finish())
         if self._tools is not None:
             events += self._tools.finish()
         return joined(events)
@@ -73,8 +78,12 @@ class AnswerParser:
     def _find_calls(self, events: Sequence[Event]) -> list[Event]:
         found: list[Event] = []
         for event in events:
-            if isinstance(event, Content) and self._tools is not None:
-                found += self._tools.feed(event.text)
+            if isinstance(event, Content):
+                response = self._response
+                found += self._calls_in(response.feed(event.text) if response else event.text)
             elif self._include_reasoning or not isinstance(event, Reasoning):
                 found.append(event)
         return found
+
+    def _calls_in(self, text: str) -> list[Event]:
+        return [Content(text)] if self._tools is None else self._tools.feed(text)

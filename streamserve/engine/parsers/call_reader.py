@@ -22,13 +22,20 @@ class CallReader:
     ``take_arguments`` what of its arguments is new. A call counts if it names one of ``names``, and
     its arguments are an object, or the same as a string, or left out.
 
-    ``hold`` of 0 is for text that a grammar made: it is shown as soon as it can be.
+    ``name_key`` is what the family calls a name. ``hold`` of 0 is for text that a grammar made: it
+    is shown as soon as it can be.
     """
 
     def __init__(
-        self, names: Collection[str], *, name: str | None = None, hold: int = HOLD_CHARACTERS
+        self,
+        names: Collection[str],
+        *,
+        name: str | None = None,
+        name_key: str = "name",
+        hold: int = HOLD_CHARACTERS,
     ) -> None:
         self._names = names
+        self._name_key = name_key
         self._step = hold or 1
         self._scanner = JsonScanner()
         self._is_bare = name is not None
@@ -129,7 +136,7 @@ class CallReader:
         self.is_shown = not self._is_malformed
 
     def _read_name(self) -> str | None:
-        span = self._scanner.members.get("name")
+        span = self._scanner.members.get(self._name_key)
         if span is None or span[1] is None or self.text[span[0]] != '"':
             return None
         name: str = json.loads(self.text[span[0] : span[1]])

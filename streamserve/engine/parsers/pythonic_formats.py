@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
+from streamserve.engine.parsers.list_formats import ListParser
 from streamserve.engine.parsers.markers import NAME
 from streamserve.engine.parsers.python_reader import PythonReader
-from streamserve.engine.parsers.tool_parser import ToolParser
 
 
-class PythonicParser(ToolParser):
+class PythonicParser(ListParser):
     """Llama 3.2 and 4 where a template asks for it: nothing but ``[name(key=value), …]``, or that
     between ``<|python_start|>`` and ``<|python_end|>``, maybe behind some text.
     """
 
-    section_open: ClassVar[str] = "<|python_start|>"
-    section_close: ClassVar[str] = "<|python_end|>"
+    section_open, section_close = "<|python_start|>", "<|python_end|>"
     markers = (section_open, section_close)
 
     def _begin(self) -> bool:
         if not self._at_text():
             return False
         return self._in_list() if self._buffer[0] == "[" else self._fail()
-
-    def _in_text(self) -> bool:
-        return self._say_until({self.section_open: self._in_list})
-
-    def _in_list(self) -> bool:
-        """Before the list, whose brackets models forget."""
-        self._state = self._in_list
-        if not self._at_text():
-            return False
-        if self._buffer[0] == "[":
-            self._consume(1)
-        self._state = self._before_call
-        return True
 
     def _before_call(self) -> bool:
         if not self._at_text():
@@ -50,22 +34,6 @@ class PythonicParser(ToolParser):
             return self._fail()
         self._consume(end + 1)
         return self._read_with(PythonReader(name, hold=self._hold))
-
-    def _after_call(self) -> bool:
-        if not self._at_text() or self._may_become(self.section_close):
-            return False
-        if self._buffer[0] == ",":
-            self._consume(1)
-            self._state = self._before_call
-            return True
-        if self._buffer[0] == "]":
-            self._consume(1)
-            self._raw = ""
-            return True
-        if self._buffer.startswith(self.section_close):
-            self._consume(len(self.section_close))
-            self._raw = ""
-        return self._fail()
 
 
 class Lfm2Parser(PythonicParser):

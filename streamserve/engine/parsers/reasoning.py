@@ -25,12 +25,13 @@ THINK = ThoughtMarks()
 _MARKS = {
     "mistral": ThoughtMarks("[THINK]", "[/THINK]"),
     "seed_oss": ThoughtMarks("<seed:think>", "</seed:think>"),
+    "cohere": ThoughtMarks("<|START_THINKING|>", "<|END_THINKING|>"),
     "gemma4": ThoughtMarks("<|channel>thought", "<channel|>"),
 }
 _ALWAYS_THINK = ("deepseek_r1", "kimi_k2", "minimax_m2")
 REASONING_PARSERS = (
     *("qwen3", "deepseek_r1", "openai_gptoss", "mistral", "seed_oss", "gemma4"),
-    *("glm45", "deepseek_v3", "kimi_k2", "minimax_m2"),
+    *("glm45", "deepseek_v3", "kimi_k2", "minimax_m2", "cohere"),
 )
 """Some differ in an answer that does not begin with its mark when the prompt says nothing:
 DeepSeek R1 and others think all the same, until ``</think>``. One is Harmony: `harmony`."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamserve.engine.parsers.gemma_calls import Gemma4Parser
+from streamserve.engine.parsers.list_formats import CohereParser
 from streamserve.engine.parsers.markers import NAME, num_leading_spaces
 from streamserve.engine.parsers.pythonic_formats import Lfm2Parser, PythonicParser
 from streamserve.engine.parsers.section_formats import (
@@ -273,6 +274,7 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "lfm2": Lfm2Parser,
     "pythonic": PythonicParser,
     "gemma4": Gemma4Parser,
+    "cohere": CohereParser,
 }
 
 TOOL_PARSER_ALIASES = {
@@ -293,6 +295,7 @@ _MARKS_OF_TEMPLATES = {
     "deepseek_v3": ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "```json"),
     "deepseek_v31": ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"),
     "lfm2": ("List of tools: ", "<|im_start|>"),
+    "cohere": ("<|START_ACTION|>", "tool_name"),
     "pythonic": ("[func_name1(params_name1=",),
     "gemma4": ("<|tool_call>call:",),
 }

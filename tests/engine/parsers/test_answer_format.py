@@ -52,6 +52,7 @@ GLM_4_5 = "[gMASK]<sop>{%- if tools -%}<tool_call>{name}<arg_key><arg_value>{%- 
 MAGISTRAL = "{%- if tools is not none %}[AVAILABLE_TOOLS]{%- endif %}[TOOL_CALLS][THINK][/THINK]"
 GEMMA_4 = "{%- if tools %}<|tool>{%- endif %}<|tool_call>call:<|channel>thought\n<channel|>"
 LFM_2_5 = "<|im_start|>{%- if tools -%}List of tools: [{%- endif -%}</think>"
+COMMAND_R7B = "{% if tools %}<|START_ACTION|>tool_name{% endif %}<|END_THINKING|>"
 SEED_OSS = "{%- if tools %}<seed:tool_call><function=f>{%- endif %}</seed:think>"
 
 
@@ -67,6 +68,7 @@ SEED_OSS = "{%- if tools %}<seed:tool_call><function=f>{%- endif %}</seed:think>
         (GLM_4_5, "glm45", "qwen3"),
         (MAGISTRAL, "mistral", "mistral"),
         (SEED_OSS, "seed_oss", "seed_oss"),
+        (COMMAND_R7B, "cohere", "cohere"),
         (LFM_2_5, "lfm2", "qwen3"),
         (GEMMA_4, "gemma4", "gemma4"),
     ],

@@ -43,7 +43,7 @@ def test_examples(state, text, reasoning, content):
         assert (message.reasoning, message.content) == (reasoning, content)
 
 
-@pytest.mark.parametrize("parser", ["mistral", "seed_oss", "gemma4"])
+@pytest.mark.parametrize("parser", ["mistral", "seed_oss", "gemma4", "cohere"])
 @pytest.mark.parametrize(("state", "text", "reasoning", "content"), EXAMPLES)
 def test_examples_in_other_marks(parser, state, text, reasoning, content):
     marks = thought_marks(parser)

@@ -57,6 +57,7 @@ V31_CALL = f"<｜tool▁call▁begin｜>add<｜tool▁sep｜>{ARGS_A}<｜tool▁
 V3_CALL = (
     f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{ARGS_A}\n```<｜tool▁call▁end｜>"
 )
+TOOL_A = '{"tool_call_id": "0", "tool_name": "add", "parameters": {"a": 1}}'
 OTHERS = {
     "qwen3_coder": f"<tool_call>\n{FUNCTION}</tool_call>",
     "seed_oss": f"<seed:tool_call>\n{FUNCTION}</seed:tool_call>",
@@ -66,6 +67,7 @@ OTHERS = {
     "deepseek_v3": f"<｜tool▁calls▁begin｜>{V3_CALL}<｜tool▁calls▁end｜>",
     "deepseek_v31": f"<｜tool▁calls▁begin｜>{V31_CALL}<｜tool▁calls▁end｜>",
     "lfm2": "<|tool_call_start|>[add(a=1)]<|tool_call_end|>",
+    "cohere": f"<|START_ACTION|>[\n    {TOOL_A}\n]<|END_ACTION|>",
     "pythonic": "<|python_start|>[add(a=1)]<|python_end|>",
     "gemma4": "<|tool_call>call:add{a:1}<tool_call|>",
 }
@@ -177,6 +179,9 @@ EXAMPLES = [
     bad("lfm2", "a=1", "1"),
     bad("lfm2", "a=1", "a=1, a=2"),
     bad("lfm2", "1", "1 + 1"),
+    ("cohere", f"<|START_ACTION|>[{TOOL_A}, {TOOL_A}]<|END_ACTION|> Hm", " Hm", [CALL_A, CALL_A]),
+    ("cohere", f"<|START_ACTION|>{TOOL_A}", "", [CALL_A]),
+    bad("cohere", "tool_name", "name"),
     ("pythonic", ' [add(a=1), get_weather(city="Łódź \\"x\\" }")]\n', "", [CALL_A, CALL_B]),
     ("pythonic", "[add](https://add) it", "[add](https://add) it", []),
     ("pythonic", "It is [add(a=1)]", "It is [add(a=1)]", []),
@@ -364,6 +369,7 @@ def test_ids():
         ("[gMASK]{% if tools %}{{ item.metadata }}", "glm4"),
         ("<|im_start|>{% if tools %}List of tools: <|tool_list_start|>[", "lfm2"),
         ("{% if tools %}[func_name1(params_name1=params_value1", "pythonic"),
+        ('{% if tools %}<|START_ACTION|>[{"tool_name": ', "cohere"),
         ("{% if tools %}", None),
     ],
 )
