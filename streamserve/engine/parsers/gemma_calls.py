@@ -36,32 +36,32 @@ class GemmaReader:
         self._state: Callable[[str, int], int] = self._before_key
         self._keys: list[set[str] | None] = [set()]  # of what is open: None is a list
         self._may_close = True  # nothing stands between an opening mark and here
-        self._new = "{"  # arguments that have not been taken
+        self._new = ["{"]  # arguments that have not been taken
         self.name = name
-        self.text = ""
+        self.text = ""  # all that was read, until the call is shown
         self.is_shown = False
         self.is_done = False
         self.is_broken = False
 
     def feed(self, text: str) -> int:
         """Take the next characters; return how many were consumed."""
-        self.is_shown = self.is_shown or not self._hold
         position = 0
         while position < len(text) and not (self.is_done or self.is_broken):
             end = self._step(text, position)
             if end == position:
                 break
-            self.text += text[position:end]
             position = end
-            self.is_shown = self.is_shown or self.is_done or len(self.text) >= self._hold
+        if not self.is_shown:
+            self.text += text[:position]
+            self.is_shown = self.is_done or len(self.text) >= self._hold
         return position
 
     def take_arguments(self) -> str:
         """The part of the arguments that has become known since the last time."""
         if not self.is_shown:
             return ""
-        new, self._new = self._new, ""
-        return new
+        new, self._new = self._new, []
+        return "".join(new)
 
     def _step(self, text: str, at: int) -> int:
         """Where the next part that is decided ends; ``at`` if none is."""
@@ -103,14 +103,14 @@ class GemmaReader:
         if key in keys:
             return self._break(start)
         keys.add(key)
-        self._new += json.dumps(key, ensure_ascii=False)
+        self._new.append(json.dumps(key, ensure_ascii=False))
         self._state = self._before_colon
         return end
 
     def _before_colon(self, text: str, at: int) -> int:
         if text[at] != ":":
             return self._break(at)
-        self._new += ": "
+        self._new.append(": ")
         self._state, self._may_close = self._before_value, False
         return at + 1
 
@@ -119,13 +119,13 @@ class GemmaReader:
             case "]" if self._may_close:
                 return self._closes(at)
             case "{" | "[" as opener:
-                self._new += opener
+                self._new.append(opener)
                 self._keys.append(set() if opener == "{" else None)
                 self._state = self._before_key if opener == "{" else self._before_value
                 self._may_close = True
                 return at + 1
         if text.startswith(QUOTE, at):
-            self._new += '"'
+            self._new.append('"')
             self._state = self._in_string
             return at + len(QUOTE)
         return at if may_become(text[at : at + len(QUOTE)], QUOTE) else self._scalar(text, at)
@@ -140,7 +140,7 @@ class GemmaReader:
         value = _PYTHON.get(found[0], found[0])
         if SCALAR.fullmatch(value) is None:
             return self._break(at)
-        self._new += value
+        self._new.append(value)
         self._state = self._behind_value
         return found.end()
 
@@ -149,10 +149,10 @@ class GemmaReader:
         is_open = end < 0
         if is_open:
             end = len(text) - num_undecided(text[at:], QUOTE)
-        self._new += json.dumps(text[at:end], ensure_ascii=False)[1:-1]
+        self._new.append(json.dumps(text[at:end], ensure_ascii=False)[1:-1])
         if is_open:
             return end
-        self._new += '"'
+        self._new.append('"')
         self._state = self._behind_value
         return end + len(QUOTE)
 
@@ -162,13 +162,13 @@ class GemmaReader:
             return self._closes(at)
         if text[at] != ",":
             return self._break(at)
-        self._new += ", "
+        self._new.append(", ")
         self._state = self._before_value if is_list else self._before_key
         self._may_close = False
         return at + 1
 
     def _closes(self, at: int) -> int:
-        self._new += "]" if self._keys.pop() is None else "}"
+        self._new.append("]" if self._keys.pop() is None else "}")
         self._state = self._behind_value
         self.is_done = not self._keys
         return at + 1

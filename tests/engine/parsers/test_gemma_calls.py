@@ -73,6 +73,7 @@ def test_arguments_become_json(arguments, value):
         "{a:[1}",
         "{a:[1,]}",
         "{a:[,1]}",
+        "{a:]}",
         "{a:text}",
         "{a:01}",
         "{a:inf}",
