@@ -41,7 +41,7 @@ DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 TOOL_CALL_PARSERS = (
     *("hermes", "llama3_json", "mistral", "glm4", "phi4_mini_json", "qwen3_coder", "seed_oss"),
-    *("glm45", "minimax_m2", "kimi_k2", "deepseek_v3", "deepseek_v31", "lfm2", "pythonic"),
+    *("glm45", "minimax_m2", "kimi_k2", "deepseek_v3", "deepseek_v31", "lfm2", "pythonic", "olmo3"),
     *("gemma4", "cohere", "openai", "glm47", "qwen3_xml", "llama4_json", "llama4_pythonic"),
 )
 REASONING_PARSERS = (

@@ -31,6 +31,13 @@ def pythonic_calls(
     return answer_with(parser.section_open, inside, task, writer)
 
 
+def python_lines(parser: type[PythonicParser], task: Mapping[str, Any], writer: LarkWriter) -> str:
+    """An answer that may call tools on lines between the parser's marks."""
+    call = _any_call(task, writer)
+    inside = f'{_BLANKS} {call} ("\\n" {call})* {_BLANKS} {writer.text(parser.section_close)}'
+    return answer_with(parser.section_open, inside, task, writer)
+
+
 def python_list(task: Mapping[str, Any], writer: LarkWriter) -> str:
     """A list of calls, and that from the first one's name on, or anything else."""
     more = _more(_any_call(task, writer))

@@ -18,7 +18,7 @@ from streamserve.engine.gemma_grammar import gemma4_calls
 from streamserve.engine.lark_writer import EMPTY, FREE, LarkWriter
 from streamserve.engine.parsers.harmony import CHANNEL, END, MESSAGE, START, call_header
 from streamserve.engine.parsers.list_formats import CohereParser
-from streamserve.engine.parsers.pythonic_formats import Lfm2Parser
+from streamserve.engine.parsers.pythonic_formats import Lfm2Parser, Olmo3Parser
 from streamserve.engine.parsers.response import response_marks
 from streamserve.engine.parsers.section_formats import (
     DeepSeekV3Parser,
@@ -31,7 +31,7 @@ from streamserve.engine.parsers.tagged_formats import (
     Qwen3CoderParser,
     SeedOssParser,
 )
-from streamserve.engine.pythonic_grammar import python_list, pythonic_calls
+from streamserve.engine.pythonic_grammar import python_lines, python_list, pythonic_calls
 from streamserve.engine.schema_refs import moved
 from streamserve.engine.tagged_grammar import answer_with, section_calls, tagged_calls
 
@@ -280,6 +280,7 @@ _FAMILIES: dict[str, Callable[[Format, LarkWriter], str]] = {
     "deepseek_v31": partial(section_calls, DeepSeekV31Parser),
     "lfm2": partial(pythonic_calls, Lfm2Parser),
     "pythonic": python_list,
+    "olmo3": partial(python_lines, Olmo3Parser),
     "gemma4": gemma4_calls,
     "cohere": _cohere,
 }

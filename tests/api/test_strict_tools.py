@@ -191,6 +191,7 @@ async def test_a_chosen_call_of_gemmas_follows_its_schema():
         ("lfm2", f"<|tool_call_start|>[pick({PYTHON}), add()]<|tool_call_end|>"),
         ("cohere", '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "pick", "parameters": '
          f"{BAD}}}]<|END_ACTION|>"),
+        ("olmo3", f"<function_calls>pick({PYTHON})\nadd()</function_calls>"),
         ("pythonic", f"[pick({PYTHON})]"),
     ],
 )  # fmt: skip

@@ -46,3 +46,20 @@ class Lfm2Parser(PythonicParser):
 
     def _begin(self) -> bool:
         return self._in_text()
+
+
+class Olmo3Parser(Lfm2Parser):
+    """OLMo 3: text, then ``<function_calls>``, calls on lines of their own, and
+    ``</function_calls>``.
+    """
+
+    section_open, section_close = "<function_calls>", "</function_calls>"
+    markers = (section_open, section_close)
+
+    def _after_call(self) -> bool:
+        if not self._at_text() or self._may_become(self.section_close):
+            return False
+        if self._buffer[0] in ",]" or self._buffer.startswith(self.section_close):
+            return super()._after_call()
+        self._state = self._before_call
+        return True

@@ -11,7 +11,7 @@ from typing import Any
 from streamserve.engine.parsers.gemma_calls import Gemma4Parser
 from streamserve.engine.parsers.list_formats import CohereParser
 from streamserve.engine.parsers.markers import NAME, num_leading_spaces
-from streamserve.engine.parsers.pythonic_formats import Lfm2Parser, PythonicParser
+from streamserve.engine.parsers.pythonic_formats import Lfm2Parser, Olmo3Parser, PythonicParser
 from streamserve.engine.parsers.section_formats import (
     DeepSeekV3Parser,
     DeepSeekV31Parser,
@@ -273,6 +273,7 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "deepseek_v31": DeepSeekV31Parser,
     "lfm2": Lfm2Parser,
     "pythonic": PythonicParser,
+    "olmo3": Olmo3Parser,
     "gemma4": Gemma4Parser,
     "cohere": CohereParser,
 }
@@ -296,6 +297,7 @@ _MARKS_OF_TEMPLATES = {
     "deepseek_v31": ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"),
     "lfm2": ("List of tools: ", "<|im_start|>"),
     "cohere": ("<|START_ACTION|>", "tool_name"),
+    "olmo3": ("<functions>", "<function_calls>"),
     "pythonic": ("[func_name1(params_name1=",),
     "gemma4": ("<|tool_call>call:",),
 }

@@ -68,6 +68,7 @@ OTHERS = {
     "deepseek_v31": f"<｜tool▁calls▁begin｜>{V31_CALL}<｜tool▁calls▁end｜>",
     "lfm2": "<|tool_call_start|>[add(a=1)]<|tool_call_end|>",
     "cohere": f"<|START_ACTION|>[\n    {TOOL_A}\n]<|END_ACTION|>",
+    "olmo3": "<function_calls>add(a=1)</function_calls>",
     "pythonic": "<|python_start|>[add(a=1)]<|python_end|>",
     "gemma4": "<|tool_call>call:add{a:1}<tool_call|>",
 }
@@ -182,6 +183,9 @@ EXAMPLES = [
     ("cohere", f"<|START_ACTION|>[{TOOL_A}, {TOOL_A}]<|END_ACTION|> Hm", " Hm", [CALL_A, CALL_A]),
     ("cohere", f"<|START_ACTION|>{TOOL_A}", "", [CALL_A]),
     bad("cohere", "tool_name", "name"),
+    ("olmo3", "<function_calls>\nadd(a=1)\nadd(a=1)\n</function_calls>", "", [CALL_A, CALL_A]),
+    ("olmo3", "<function_calls>[add(a=1), add(a=1)]", "", [CALL_A, CALL_A]),
+    ("olmo3", "<function_calls>add(a=1)\nadd it", "\nadd it", [CALL_A]),
     ("pythonic", ' [add(a=1), get_weather(city="Łódź \\"x\\" }")]\n', "", [CALL_A, CALL_B]),
     ("pythonic", "[add](https://add) it", "[add](https://add) it", []),
     ("pythonic", "It is [add(a=1)]", "It is [add(a=1)]", []),
@@ -370,6 +374,7 @@ def test_ids():
         ("<|im_start|>{% if tools %}List of tools: <|tool_list_start|>[", "lfm2"),
         ("{% if tools %}[func_name1(params_name1=params_value1", "pythonic"),
         ('{% if tools %}<|START_ACTION|>[{"tool_name": ', "cohere"),
+        ("{% if tools %}<functions></functions><function_calls>", "olmo3"),
         ("{% if tools %}", None),
     ],
 )
