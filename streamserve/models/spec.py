@@ -77,6 +77,7 @@ __all__ = [
     "head_sizes",
     "parts_of",
     "replace_attention",
+    "replace_attentions",
     "used_share",
 ]
 
@@ -272,6 +273,12 @@ class DecoderSpec:
     def row_width(self) -> int:
         given = 0 if self.per_layer is None else 2 * len(self.layers) * self.per_layer.size
         return given + max(_row_width(self.hidden_size, layer) for layer in self.layers)
+
+
+def replace_attentions(spec: DecoderSpec, **changes: Any) -> DecoderSpec:
+    """A decoder whose layers all attend, with other values of each `AttentionSpec`."""
+    changed = {layer: replace_attention(layer, **changes) for layer in spec.layers}
+    return replace(spec, layers=tuple(changed[layer] for layer in spec.layers))
 
 
 def _cache_layer(index: int, layer: LayerSpec) -> int:

@@ -19,7 +19,7 @@ from streamserve.models.families.llama import (
 )
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
-from streamserve.models.spec import DecoderSpec, replace_attention
+from streamserve.models.spec import DecoderSpec, replace_attentions
 
 NAMES = WeightNames(
     {**ATTENTION_NAMES, **MLP_NAMES, "layers.qkv": (LAYER + "self_attn.W_pack",)},
@@ -47,8 +47,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
     is_untold = config.values.get("max_position_embeddings") is None
     if not _HAS_ALIBI.get(spec.hidden_size, is_untold):
         return spec
-    layers = tuple(replace_attention(layer, rope=None, alibi=True) for layer in spec.layers)
-    return replace(spec, layers=layers)
+    return replace_attentions(spec, rope=None, alibi=True)
 
 
 FAMILIES = tuple(

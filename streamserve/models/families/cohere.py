@@ -14,10 +14,11 @@ from streamserve.models.families.llama import (
     LLAMA_NAMES,
     gated_mlp,
     rotary_decoder,
+    rotated_where_windowed,
     with_head_norms,
 )
 from streamserve.models.hf_config import HfConfig
-from streamserve.models.spec import DecoderSpec, NormSpec, replace_attention
+from streamserve.models.spec import DecoderSpec, NormSpec
 
 
 def _decoder(
@@ -55,12 +56,7 @@ def _cohere2(config: HfConfig) -> DecoderSpec:
     window = config.optional_integer("sliding_window", default=4096)
     every = config.integer_or(4, "sliding_window_pattern")
     windows = config.layer_windows(num_layers, window, every)
-    spec = _decoder(config, windows, 10_000.0)
-    layers = tuple(
-        replace_attention(layer, rope=None) if window is None else layer
-        for layer, window in zip(spec.layers, windows, strict=True)
-    )
-    return replace(spec, layers=layers)
+    return rotated_where_windowed(_decoder(config, windows, 10_000.0))
 
 
 def _family(

@@ -12,10 +12,15 @@ from dataclasses import replace
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families import routed
 from streamserve.models.families.family import Family
-from streamserve.models.families.llama import LAYER, gated_mlp, rotary_decoder
+from streamserve.models.families.llama import (
+    LAYER,
+    gated_mlp,
+    rotary_decoder,
+    rotated_where_windowed,
+)
 from streamserve.models.families.olmo import POST_NORM_NAMES, post_normed
 from streamserve.models.hf_config import HfConfig
-from streamserve.models.spec import DecoderSpec, replace_attention
+from streamserve.models.spec import DecoderSpec
 
 MOE_NAMES = replace(
     routed.NAMES,
@@ -42,13 +47,7 @@ def _rotated_where_windowed(config: HfConfig) -> DecoderSpec:
         default_eps=1e-5,
         qk_norm=True,
     )
-    if window is not None:
-        layers = tuple(
-            replace_attention(layer, rope=None) if window is None else layer
-            for layer, window in zip(spec.layers, windows, strict=True)
-        )
-        spec = replace(spec, layers=layers)
-    return spec
+    return spec if window is None else rotated_where_windowed(spec)
 
 
 def _dense(config: HfConfig) -> DecoderSpec:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from streamserve.models.families import gpt2
 from streamserve.models.families.family import Family
 from streamserve.models.hf_config import HfConfig
-from streamserve.models.spec import DecoderSpec, replace_attention
+from streamserve.models.spec import DecoderSpec, replace_attentions
 
 NAMES = replace(gpt2.NAMES, transposed=frozenset(), qkv_layout="grouped")
 
@@ -16,8 +16,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
     spec = gpt2.decoder(config, default_activation="gelu_pytorch_tanh")
     if not config.flag_or(True, "multi_query"):
         return spec
-    layers = (replace_attention(layer, num_kv_heads=1) for layer in spec.layers)
-    return replace(spec, layers=tuple(layers))
+    return replace_attentions(spec, num_kv_heads=1)
 
 
 FAMILIES = (

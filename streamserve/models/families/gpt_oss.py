@@ -5,14 +5,12 @@ All experts of a layer lie in one tensor, gates and ups in turns, and are publis
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
 from streamserve.models.families.llama import ATTENTION_NAMES, LAYER, rotary_decoder
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
-from streamserve.models.spec import DecoderSpec, ExpertsSpec, replace_attention
+from streamserve.models.spec import DecoderSpec, ExpertsSpec, replace_attentions
 
 _EXPERTS = frozenset({"layers.experts.gate_up", "layers.experts.down"})
 NAMES = WeightNames(
@@ -71,8 +69,7 @@ def _spec(config: HfConfig) -> DecoderSpec:
         qkv_bias=bias,
         output_bias=bias,
     )
-    layers = tuple(replace_attention(layer, sinks=True) for layer in spec.layers)
-    return replace(spec, layers=layers)
+    return replace_attentions(spec, sinks=True)
 
 
 FAMILIES = (

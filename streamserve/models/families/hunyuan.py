@@ -21,7 +21,7 @@ from streamserve.models.spec import (
     MlpSpec,
     QkNormSpec,
     RopeSpec,
-    replace_attention,
+    replace_attentions,
 )
 
 NAMES = WeightNames(
@@ -74,8 +74,7 @@ def _decoder(config: HfConfig, mlp: MlpSpec | ExpertsSpec) -> DecoderSpec:
     )
     assert spec.final_norm is not None
     norm = QkNormSpec(spec.final_norm, rotates_first=True)
-    layers = tuple(replace_attention(layer, qk_norm=norm) for layer in spec.layers)
-    return replace(spec, layers=layers)
+    return replace_attentions(spec, qk_norm=norm)
 
 
 def _dense(config: HfConfig) -> DecoderSpec:

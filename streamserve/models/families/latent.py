@@ -28,7 +28,7 @@ from streamserve.models.spec import (
     LatentSpec,
     MlpSpec,
     RopeSpec,
-    replace_attention,
+    replace_attentions,
 )
 
 _ATTENTION = LAYER + "self_attn."
@@ -104,8 +104,7 @@ def latent_decoder(
             query_rank=config.optional_integer("q_lora_rank", default=sizes.query_rank),
         ),
     }
-    layers = {layer: replace_attention(layer, **changes) for layer in spec.layers}
-    return replace(spec, layers=tuple(layers[layer] for layer in spec.layers))
+    return replace_attentions(spec, **changes)
 
 
 def _sharpness(config: HfConfig, rope: RopeSpec) -> float:

@@ -25,6 +25,7 @@ from streamserve.models.spec import (
     QueryScaleSpec,
     RopeSpec,
     replace_attention,
+    replace_attentions,
 )
 
 LAYER = "model.layers.{layer}."
@@ -116,8 +117,22 @@ def with_head_norms(spec: DecoderSpec) -> DecoderSpec:
     norm = spec.layers[0].attention_norm
     assert norm is not None
     qk_norm = QkNormSpec(replace(norm, bias=False), own_weights=True)
-    layers = (replace_attention(layer, qk_norm=qk_norm) for layer in spec.layers)
-    return replace(spec, layers=tuple(layers))
+    return replace_attentions(spec, qk_norm=qk_norm)
+
+
+def over_all_heads(spec: DecoderSpec) -> DecoderSpec:
+    """With norms of queries and keys over all heads at once, like the last norm of the model."""
+    assert spec.final_norm is not None
+    return replace_attentions(spec, qk_norm=QkNormSpec(spec.final_norm, per_head=False))
+
+
+def rotated_where_windowed(spec: DecoderSpec) -> DecoderSpec:
+    """With positions in the layers of a window only."""
+    layers = tuple(
+        replace_attention(layer, rope=None) if attention.window is None else layer
+        for layer, attention in zip(spec.layers, spec.attentions(), strict=True)
+    )
+    return replace(spec, layers=layers)
 
 
 def gated_mlp(config: HfConfig, *, bias: bool = False) -> MlpSpec:
@@ -186,8 +201,7 @@ def _ministral3(config: HfConfig) -> DecoderSpec:
             f"{config.source}: rope: llama_4_scaling_beta is not supported with rope type default"
         )
     scale = QueryScaleSpec("steps", rope.scaling.original_max_position_embeddings, beta)
-    layers = tuple(replace_attention(layer, query_scale=scale) for layer in spec.layers)
-    return replace(spec, layers=layers)
+    return replace_attentions(spec, query_scale=scale)
 
 
 def _qwen_windows(config: HfConfig) -> tuple[int | None, ...]:

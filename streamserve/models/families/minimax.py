@@ -9,8 +9,7 @@ from dataclasses import replace
 
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
-from streamserve.models.families.llama import LAYER, MIXTRAL_NAMES, rotary_decoder
-from streamserve.models.families.olmoe import over_all_heads
+from streamserve.models.families.llama import LAYER, MIXTRAL_NAMES, over_all_heads, rotary_decoder
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.spec import DecoderSpec, ExpertsSpec, RouterSpec
 

@@ -17,11 +17,12 @@ from streamserve.models.families.llama import (
     LLAMA_NAMES,
     MLP_NAMES,
     gated_mlp,
+    over_all_heads,
     rotary_decoder,
 )
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
-from streamserve.models.spec import DecoderSpec, NormSpec, QkNormSpec, replace_attention
+from streamserve.models.spec import DecoderSpec, NormSpec, replace_attention, replace_attentions
 
 POST_NORM_NAMES = WeightNames(
     {
@@ -59,8 +60,7 @@ def _olmo(config: HfConfig) -> DecoderSpec:
         output_bias=bias,
     )
     limit = config.optional_number(None, "clip_qkv")
-    layers = tuple(replace_attention(layer, qkv_limit=limit) for layer in spec.layers)
-    return replace(spec, layers=layers)
+    return replace_attentions(spec, qkv_limit=limit)
 
 
 def _normed_heads(
@@ -79,10 +79,7 @@ def _normed_heads(
         qkv_bias=bias,
         output_bias=bias,
     )
-    assert spec.final_norm is not None
-    norm = QkNormSpec(spec.final_norm, per_head=False)
-    layers = tuple(replace_attention(layer, qk_norm=norm) for layer in spec.layers)
-    return post_normed(replace(spec, layers=layers))
+    return post_normed(over_all_heads(spec))
 
 
 def _olmo2(config: HfConfig) -> DecoderSpec:

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families.family import Family
-from streamserve.models.families.llama import rotary_decoder
+from streamserve.models.families.llama import over_all_heads, rotary_decoder
 from streamserve.models.families.qwen_moe import NAMES
 from streamserve.models.hf_config import HfConfig
-from streamserve.models.spec import DecoderSpec, ExpertsSpec, QkNormSpec, replace_attention
-
-
-def over_all_heads(spec: DecoderSpec) -> DecoderSpec:
-    """The same, with norms of queries and keys over all heads at once."""
-    assert spec.final_norm is not None
-    norm = QkNormSpec(spec.final_norm, per_head=False)
-    layers = tuple(replace_attention(layer, qk_norm=norm) for layer in spec.layers)
-    return replace(spec, layers=layers)
+from streamserve.models.spec import DecoderSpec, ExpertsSpec
 
 
 def _spec(config: HfConfig) -> DecoderSpec:
