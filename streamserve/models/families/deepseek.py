@@ -7,32 +7,24 @@ of keys and values, which is another attention.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from streamserve.errors import UnsupportedModelError
+from streamserve.models.families import routed
 from streamserve.models.families.family import Family
 from streamserve.models.families.llama import (
     ATTENTION_NAMES,
-    LAYER,
     MLP_NAMES,
     gated_mlp,
     rotary_decoder,
 )
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
-from streamserve.models.spec import DecoderSpec, ExpertsSpec, MlpSpec
+from streamserve.models.spec import DecoderSpec, ExpertsSpec
 
-_EXPERT = LAYER + "mlp.experts.{expert}."
-_SHARED = LAYER + "mlp.shared_experts."
 NAMES = WeightNames(
     {
         **ATTENTION_NAMES,
         **MLP_NAMES,
-        "layers.router": (LAYER + "mlp.gate",),
-        "layers.experts.gate_up": (_EXPERT + "gate_proj", _EXPERT + "up_proj"),
-        "layers.experts.down": (_EXPERT + "down_proj",),
-        "layers.shared.gate_up": (_SHARED + "gate_proj", _SHARED + "up_proj"),
-        "layers.shared.down": (_SHARED + "down_proj",),
+        **routed.EXPERT_NAMES,
     },
     ignored=(r"rotary_emb\.inv_freq",),
 )
@@ -54,7 +46,7 @@ def _experts(config: HfConfig) -> ExpertsSpec:
         intermediate_size=size,
         activation=activation,
         renormalise=top_k > 1 and config.flag_or(False, "norm_topk_prob"),
-        shared=MlpSpec(num_shared * size, activation, gated=True) if num_shared else None,
+        shared=routed.shared_mlp(num_shared * size, activation),
         shared_gate=False,
     )
 
@@ -73,12 +65,8 @@ def _spec(config: HfConfig) -> DecoderSpec:
         return spec
     first = config.integer_or(0, "first_k_dense_replace", minimum=0)
     step = config.integer_or(1, "moe_layer_freq")
-    experts = _experts(config)
-    layers = tuple(
-        replace(layer, mlp=experts) if index >= first and index % step == 0 else layer
-        for index, layer in enumerate(spec.layers)
-    )
-    return replace(spec, layers=layers)
+    layers = range(first + -first % step, num_layers, step)
+    return routed.with_experts(spec, _experts(config), layers)
 
 
 FAMILIES = (

@@ -6,20 +6,17 @@ the config guess further tokens; they are not read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families import routed
-from streamserve.models.families.family import Family
+from streamserve.models.families.family import family
 from streamserve.models.families.latent import LatentSizes, latent_decoder, latent_names
-from streamserve.models.families.llama import LAYER, MLP_NAMES, gated_mlp
+from streamserve.models.families.llama import MLP_NAMES, gated_mlp
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
 from streamserve.models.spec import DecoderSpec, ExpertsSpec
 
-_CORRECTION = {"layers.router.correction": (LAYER + "mlp.gate.e_score_correction_bias",)}
 _SIZES = LatentSizes(rank=512, query_rank=1536, key_size=128, rope_size=64, value_size=128)
 
 
@@ -110,45 +107,29 @@ def _sparse_layers(config: HfConfig, num_layers: int) -> range:
     return range(first, num_layers)
 
 
-def _names(mlp_names: Mapping[str, tuple[str, ...]], spec: DecoderSpec) -> WeightNames:
-    return replace(latent_names(spec, mlp_names), skipped=(f"model.layers.{len(spec.layers)}.",))
-
-
-_V2_NAMES = partial(_names, {**MLP_NAMES, **routed.EXPERT_NAMES})
-_V3_NAMES = partial(_names, {**MLP_NAMES, **routed.EXPERT_NAMES, **_CORRECTION})
-
-
-def _family(
-    architecture: str,
-    model_type: str,
-    series: str,
-    title: str,
-    spec: Callable[[HfConfig], DecoderSpec],
-    context: int,
-    names: Callable[[DecoderSpec], WeightNames] = _V3_NAMES,
-) -> Family:
-    return Family(
-        architecture=architecture,
-        model_type=model_type,
-        series=series,
-        title=title,
-        spec=spec,
-        max_positions=lambda config: config.integer_or(context, "max_position_embeddings"),
-        names=names,
-    )
+def _names(spec: DecoderSpec) -> WeightNames:
+    names = latent_names(spec, {**MLP_NAMES, **routed.ROUTED_NAMES})
+    return replace(names, skipped=(f"model.layers.{len(spec.layers)}.",))
 
 
 FAMILIES = (
-    _family(
-        "DeepseekV2ForCausalLM", "deepseek_v2", "DeepSeek", "DeepSeek V2", _v2, 2048, _V2_NAMES
-    ),
-    _family(
+    family("DeepseekV2ForCausalLM", "deepseek_v2", "DeepSeek", "DeepSeek V2", _v2, 2048, _names),
+    family(
         "DeepseekV3ForCausalLM",
         "deepseek_v3",
         "DeepSeek",
         "DeepSeek V3, R1 (Moonlight, Kimi K2)",
         _v3,
         4096,
+        _names,
     ),
-    _family("Glm4MoeLiteForCausalLM", "glm4_moe_lite", "GLM", "GLM 4.7 Flash", _glm_flash, 202_752),
+    family(
+        "Glm4MoeLiteForCausalLM",
+        "glm4_moe_lite",
+        "GLM",
+        "GLM 4.7 Flash",
+        _glm_flash,
+        202_752,
+        _names,
+    ),
 )

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from streamserve.models.families import routed
 from streamserve.models.families.family import Family
-from streamserve.models.families.llama import gated_mlp, rotary_decoder
+from streamserve.models.families.llama import gated_mlp, later_windows, rotary_decoder
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.spec import DecoderSpec
 
 
-def _windows(config: HfConfig, num_layers: int) -> tuple[int | None, ...]:
-    """Layers from ``max_window_layers`` on are windowed, unless the config lists them."""
-    window = config.optional_integer("sliding_window", default=4096)
-    if config.values.get("layer_types") is not None:
-        return config.layer_windows(num_layers, window)
-    first = config.integer_or(62, "max_window_layers", minimum=0)
-    return tuple(window if layer >= first else None for layer in range(num_layers))
-
-
 def _spec(config: HfConfig) -> DecoderSpec:
     num_layers = config.integer("num_hidden_layers")
+    window = config.optional_integer("sliding_window", default=4096)
     bias = config.flag_or(False, "attention_bias")
     spec = rotary_decoder(
         config,
-        windows=_windows(config, num_layers),
+        windows=later_windows(config, window, default_first=62),
         mlp=gated_mlp(config),
         default_kv_heads=None if "num_key_value_heads" in config.values else 32,
         qkv_bias=bias,

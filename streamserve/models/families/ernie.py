@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families import routed
-from streamserve.models.families.family import Family
+from streamserve.models.families.family import family
 from streamserve.models.families.llama import (
     ATTENTION_NAMES,
     LAYER,
@@ -95,19 +95,18 @@ def _mixture(config: HfConfig) -> DecoderSpec:
     return routed.with_experts(spec, _experts(config), range(first, end, step))
 
 
-FAMILIES = tuple(
-    Family(
-        architecture=architecture,
-        model_type=model_type,
-        series="Ernie",
-        title=title,
-        spec=spec,
-        max_positions=lambda config: config.integer_or(131_072, "max_position_embeddings"),
-        names=names,
-    )
-    for architecture, model_type, title, spec, names in (
-        ("Ernie4_5ForCausalLM", "ernie4_5", "Ernie 4.5 (dense)", _dense, NAMES),
-        ("Ernie4_5_ForCausalLM", "ernie4_5", "Ernie 4.5 (dense)", _dense, NAMES),
-        ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", "Ernie 4.5 MoE", _mixture, MOE_NAMES),
-    )
+FAMILIES = (
+    family("Ernie4_5ForCausalLM", "ernie4_5", "Ernie", "Ernie 4.5 (dense)", _dense, 131_072, NAMES),
+    family(
+        "Ernie4_5_ForCausalLM", "ernie4_5", "Ernie", "Ernie 4.5 (dense)", _dense, 131_072, NAMES
+    ),
+    family(
+        "Ernie4_5_MoeForCausalLM",
+        "ernie4_5_moe",
+        "Ernie",
+        "Ernie 4.5 MoE",
+        _mixture,
+        131_072,
+        MOE_NAMES,
+    ),
 )

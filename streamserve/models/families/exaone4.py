@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from streamserve.errors import UnsupportedModelError
 from streamserve.models.families import routed
-from streamserve.models.families.family import Family
+from streamserve.models.families.family import family
 from streamserve.models.families.llama import (
     LAYER,
     gated_mlp,
@@ -77,19 +77,8 @@ def _mixture(config: HfConfig) -> DecoderSpec:
     return routed.with_experts(spec, experts, range(first, num_layers))
 
 
-FAMILIES = tuple(
-    Family(
-        architecture=architecture,
-        model_type=model_type,
-        series="EXAONE",
-        title=title,
-        spec=spec,
-        max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
-        names=names,
-    )
-    for architecture, model_type, title, spec, names in (
-        ("Exaone4ForCausalLM", "exaone4", "EXAONE 4", _dense, POST_NORM_NAMES),
-        ("ExaoneMoeForCausalLM", "exaone_moe", "K-EXAONE", _mixture, MOE_NAMES),
-        ("ExaoneMoEForCausalLM", "exaone_moe", "K-EXAONE", _mixture, MOE_NAMES),
-    )
+FAMILIES = (
+    family("Exaone4ForCausalLM", "exaone4", "EXAONE", "EXAONE 4", _dense, 2048, POST_NORM_NAMES),
+    family("ExaoneMoeForCausalLM", "exaone_moe", "EXAONE", "K-EXAONE", _mixture, 2048, MOE_NAMES),
+    family("ExaoneMoEForCausalLM", "exaone_moe", "EXAONE", "K-EXAONE", _mixture, 2048, MOE_NAMES),
 )

@@ -36,3 +36,24 @@ class Family:
 
     def weight_names(self, spec: DecoderSpec) -> WeightNames:
         return self.names if isinstance(self.names, WeightNames) else self.names(spec)
+
+
+def family(
+    architecture: str,
+    model_type: str,
+    series: str,
+    title: str,
+    spec: Callable[[HfConfig], DecoderSpec],
+    context: int,
+    names: WeightNames | Callable[[DecoderSpec], WeightNames],
+) -> Family:
+    """One whose configs state ``max_position_embeddings``, or mean a ``context`` of so many."""
+    return Family(
+        architecture=architecture,
+        model_type=model_type,
+        series=series,
+        title=title,
+        spec=spec,
+        max_positions=lambda config: config.integer_or(context, "max_position_embeddings"),
+        names=names,
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamserve.models.families import routed
-from streamserve.models.families.family import Family
+from streamserve.models.families.family import family
 from streamserve.models.families.llama import gated_mlp, rotary_decoder
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
@@ -64,18 +64,17 @@ def _names(spec: DecoderSpec) -> WeightNames:
     return replace(routed.NAMES, skipped=(f"model.layers.{len(spec.layers)}.",))
 
 
-FAMILIES = tuple(
-    Family(
-        architecture=architecture,
-        model_type=model_type,
-        series=series,
-        title=title,
-        spec=spec,
-        max_positions=lambda config: config.integer_or(131_072, "max_position_embeddings"),
-        names=names,
-    )
-    for architecture, model_type, series, title, spec, names in (
-        ("Glm4MoeForCausalLM", "glm4_moe", "GLM", "GLM 4.5, 4.6, 4.7, Air", _spec, _names),
-        ("SolarOpenForCausalLM", "solar_open", "Solar", "Solar Open", _solar_open, routed.NAMES),
-    )
+FAMILIES = (
+    family(
+        "Glm4MoeForCausalLM", "glm4_moe", "GLM", "GLM 4.5, 4.6, 4.7, Air", _spec, 131_072, _names
+    ),
+    family(
+        "SolarOpenForCausalLM",
+        "solar_open",
+        "Solar",
+        "Solar Open",
+        _solar_open,
+        131_072,
+        routed.NAMES,
+    ),
 )

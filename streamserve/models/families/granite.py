@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from streamserve.models.families.family import Family
+from streamserve.models.families.family import family
 from streamserve.models.families.llama import (
     ATTENTION_NAMES,
     LAYER,
@@ -70,25 +69,23 @@ def _granite_moe(config: HfConfig) -> DecoderSpec:
     return scaled_decoder(config, experts(config))
 
 
-def _family(
-    architecture: str,
-    model_type: str,
-    title: str,
-    spec: Callable[[HfConfig], DecoderSpec],
-    names: WeightNames,
-) -> Family:
-    return Family(
-        architecture=architecture,
-        model_type=model_type,
-        series="Granite",
-        title=title,
-        spec=spec,
-        max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
-        names=names,
-    )
-
-
 FAMILIES = (
-    _family("GraniteForCausalLM", "granite", "Granite 3, 4 (dense)", _granite, LLAMA_NAMES),
-    _family("GraniteMoeForCausalLM", "granitemoe", "Granite 3 MoE", _granite_moe, MOE_NAMES),
+    family(
+        "GraniteForCausalLM",
+        "granite",
+        "Granite",
+        "Granite 3, 4 (dense)",
+        _granite,
+        2048,
+        LLAMA_NAMES,
+    ),
+    family(
+        "GraniteMoeForCausalLM",
+        "granitemoe",
+        "Granite",
+        "Granite 3 MoE",
+        _granite_moe,
+        2048,
+        MOE_NAMES,
+    ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streamserve.errors import UnsupportedModelError
-from streamserve.models.families.family import Family
+from streamserve.models.families.family import family
 from streamserve.models.families.llama import (
     ATTENTION_NAMES,
     LAYER,
@@ -114,24 +114,23 @@ def _mixture(config: HfConfig) -> DecoderSpec:
     return _decoder(config, experts)
 
 
-FAMILIES = tuple(
-    Family(
-        architecture=architecture,
-        model_type=model_type,
-        series="HunYuan",
-        title=title,
-        spec=spec,
-        max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
-        names=names,
-    )
-    for architecture, model_type, title, spec, names in (
-        (
-            "HunYuanDenseV1ForCausalLM",
-            "hunyuan_v1_dense",
-            "HunYuan 0.5B, 1.8B, 4B, 7B",
-            _dense,
-            NAMES,
-        ),
-        ("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", "HunYuan A13B", _mixture, MOE_NAMES),
-    )
+FAMILIES = (
+    family(
+        "HunYuanDenseV1ForCausalLM",
+        "hunyuan_v1_dense",
+        "HunYuan",
+        "HunYuan 0.5B, 1.8B, 4B, 7B",
+        _dense,
+        2048,
+        NAMES,
+    ),
+    family(
+        "HunYuanMoEV1ForCausalLM",
+        "hunyuan_v1_moe",
+        "HunYuan",
+        "HunYuan A13B",
+        _mixture,
+        2048,
+        MOE_NAMES,
+    ),
 )

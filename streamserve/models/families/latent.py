@@ -6,12 +6,12 @@ MiniCPM 3 scales what a layer adds by how many there are; Youtu is DeepSeek V3 w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from streamserve.errors import UnsupportedModelError
-from streamserve.models.families.family import Family
+from streamserve.models.families.family import family
 from streamserve.models.families.llama import (
     ATTENTION_NAMES,
     LAYER,
@@ -148,25 +148,11 @@ def _youtu(config: HfConfig) -> DecoderSpec:
     return replace(spec, tied_head=config.flag_or(True, "tie_word_embeddings"))
 
 
-def _family(
-    architecture: str,
-    model_type: str,
-    title: str,
-    spec: Callable[[HfConfig], DecoderSpec],
-    context: int,
-) -> Family:
-    return Family(
-        architecture=architecture,
-        model_type=model_type,
-        series=title.split(maxsplit=1)[0],
-        title=title,
-        spec=spec,
-        max_positions=lambda config: config.integer_or(context, "max_position_embeddings"),
-        names=lambda spec: latent_names(spec, MLP_NAMES),
-    )
+def _names(spec: DecoderSpec) -> WeightNames:
+    return latent_names(spec, MLP_NAMES)
 
 
 FAMILIES = (
-    _family("MiniCPM3ForCausalLM", "minicpm3", "MiniCPM 3", _minicpm3, 32_768),
-    _family("YoutuForCausalLM", "youtu", "Youtu", _youtu, 131_072),
+    family("MiniCPM3ForCausalLM", "minicpm3", "MiniCPM", "MiniCPM 3", _minicpm3, 32_768, _names),
+    family("YoutuForCausalLM", "youtu", "Youtu", "Youtu", _youtu, 131_072, _names),
 )

@@ -6,11 +6,10 @@ correction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from streamserve.errors import UnsupportedModelError
-from streamserve.models.families.family import Family
+from streamserve.models.families.family import family
 from streamserve.models.families.llama import LAYER
 from streamserve.models.families.routed import with_experts
 from streamserve.models.hf_config import HfConfig
@@ -145,25 +144,7 @@ def _mixture(config: HfConfig) -> DecoderSpec:
     return with_experts(spec, experts, range(first, len(spec.layers)))
 
 
-def _family(
-    architecture: str,
-    model_type: str,
-    title: str,
-    spec: Callable[[HfConfig], DecoderSpec],
-    names: WeightNames,
-) -> Family:
-    return Family(
-        architecture=architecture,
-        model_type=model_type,
-        series="LFM",
-        title=title,
-        spec=spec,
-        max_positions=lambda config: config.integer_or(128_000, "max_position_embeddings"),
-        names=names,
-    )
-
-
 FAMILIES = (
-    _family("Lfm2ForCausalLM", "lfm2", "LFM 2 (dense)", _dense, NAMES),
-    _family("Lfm2MoeForCausalLM", "lfm2_moe", "LFM 2 MoE", _mixture, MOE_NAMES),
+    family("Lfm2ForCausalLM", "lfm2", "LFM", "LFM 2 (dense)", _dense, 128_000, NAMES),
+    family("Lfm2MoeForCausalLM", "lfm2_moe", "LFM", "LFM 2 MoE", _mixture, 128_000, MOE_NAMES),
 )

@@ -7,11 +7,10 @@ the MLP's place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from streamserve.errors import UnsupportedModelError
-from streamserve.models.families.family import Family
+from streamserve.models.families.family import family
 from streamserve.models.hf_config import HfConfig
 from streamserve.models.names import WeightNames
 from streamserve.models.spec import (
@@ -206,13 +205,19 @@ def _ministral3(config: HfConfig) -> DecoderSpec:
 
 def _qwen_windows(config: HfConfig) -> tuple[int | None, ...]:
     """Layers from ``max_window_layers`` on are windowed, if windows are switched on at all."""
-    num_layers = config.integer("num_hidden_layers")
     if not config.flag_or(False, "use_sliding_window"):
-        return (None,) * num_layers
-    window = config.optional_integer("sliding_window")
+        return (None,) * config.integer("num_hidden_layers")
+    return later_windows(config, config.optional_integer("sliding_window"), default_first=28)
+
+
+def later_windows(
+    config: HfConfig, window: int | None, *, default_first: int
+) -> tuple[int | None, ...]:
+    """Of layers from ``max_window_layers`` on, unless the config lists them."""
+    num_layers = config.integer("num_hidden_layers")
     if config.values.get("layer_types") is not None:
         return config.layer_windows(num_layers, window)
-    first = config.integer_or(28, "max_window_layers", minimum=0)
+    first = config.integer_or(default_first, "max_window_layers", minimum=0)
     return tuple(window if layer >= first else None for layer in range(num_layers))
 
 
@@ -258,43 +263,38 @@ def _mixtral(config: HfConfig) -> DecoderSpec:
     )
 
 
-def _family(
-    architecture: str,
-    model_type: str,
-    series: str,
-    title: str,
-    spec: Callable[[HfConfig], DecoderSpec],
-    context: int,
-    names: WeightNames = LLAMA_NAMES,
-) -> Family:
-    return Family(
-        architecture=architecture,
-        model_type=model_type,
-        series=series,
-        title=title,
-        spec=spec,
-        max_positions=lambda config: config.integer_or(context, "max_position_embeddings"),
-        names=names,
-    )
-
-
 FAMILIES = (
-    _family(
+    family(
         "LlamaForCausalLM",
         "llama",
         "Llama",
         "Llama 1, 2, 3.x (Vicuna, Alpaca, SmolLM, …)",
         _llama,
         2048,
+        LLAMA_NAMES,
     ),
-    _family("MistralForCausalLM", "mistral", "Mistral", "Mistral", _mistral, 4096 * 32),
-    _family("MinistralForCausalLM", "ministral", "Mistral", "Ministral", _mistral, 4096 * 32),
-    _family(
-        "Ministral3ForCausalLM", "ministral3", "Mistral", "Ministral 3", _ministral3, 4096 * 64
+    family("MistralForCausalLM", "mistral", "Mistral", "Mistral", _mistral, 4096 * 32, LLAMA_NAMES),
+    family(
+        "MinistralForCausalLM",
+        "ministral",
+        "Mistral",
+        "Ministral",
+        _mistral,
+        4096 * 32,
+        LLAMA_NAMES,
     ),
-    _family("Qwen2ForCausalLM", "qwen2", "Qwen", "Qwen 1.5, 2, 2.5", _qwen2, 32_768),
-    _family("Qwen3ForCausalLM", "qwen3", "Qwen", "Qwen 3", _qwen3, 32_768),
-    _family(
+    family(
+        "Ministral3ForCausalLM",
+        "ministral3",
+        "Mistral",
+        "Ministral 3",
+        _ministral3,
+        4096 * 64,
+        LLAMA_NAMES,
+    ),
+    family("Qwen2ForCausalLM", "qwen2", "Qwen", "Qwen 1.5, 2, 2.5", _qwen2, 32_768, LLAMA_NAMES),
+    family("Qwen3ForCausalLM", "qwen3", "Qwen", "Qwen 3", _qwen3, 32_768, LLAMA_NAMES),
+    family(
         "MixtralForCausalLM", "mixtral", "Mistral", "Mixtral", _mixtral, 4096 * 32, MIXTRAL_NAMES
     ),
 )

@@ -7,10 +7,9 @@ fourth layer, and stretches the positions of the others only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from streamserve.models.families.family import Family
+from streamserve.models.families.family import family
 from streamserve.models.families.llama import (
     ATTENTION_NAMES,
     LAYER,
@@ -101,26 +100,8 @@ def _olmo3(config: HfConfig) -> DecoderSpec:
     return replace(spec, layers=layers)
 
 
-def _family(
-    architecture: str,
-    model_type: str,
-    title: str,
-    spec: Callable[[HfConfig], DecoderSpec],
-    names: WeightNames,
-) -> Family:
-    return Family(
-        architecture=architecture,
-        model_type=model_type,
-        series="OLMo",
-        title=title,
-        spec=spec,
-        max_positions=lambda config: config.integer_or(2048, "max_position_embeddings"),
-        names=names,
-    )
-
-
 FAMILIES = (
-    _family("OlmoForCausalLM", "olmo", "OLMo 1", _olmo, LLAMA_NAMES),
-    _family("Olmo2ForCausalLM", "olmo2", "OLMo 2", _olmo2, POST_NORM_NAMES),
-    _family("Olmo3ForCausalLM", "olmo3", "OLMo 3", _olmo3, POST_NORM_NAMES),
+    family("OlmoForCausalLM", "olmo", "OLMo", "OLMo 1", _olmo, 2048, LLAMA_NAMES),
+    family("Olmo2ForCausalLM", "olmo2", "OLMo", "OLMo 2", _olmo2, 2048, POST_NORM_NAMES),
+    family("Olmo3ForCausalLM", "olmo3", "OLMo", "OLMo 3", _olmo3, 2048, POST_NORM_NAMES),
 )

@@ -24,14 +24,11 @@ EXPERT_NAMES = {
     "layers.shared.gate_up": (_SHARED + "gate_proj", _SHARED + "up_proj"),
     "layers.shared.down": (_SHARED + "down_proj",),
 }
-NAMES = WeightNames(
-    {
-        **ATTENTION_NAMES,
-        **MLP_NAMES,
-        **EXPERT_NAMES,
-        "layers.router.correction": (LAYER + "mlp.gate.e_score_correction_bias",),
-    }
-)
+ROUTED_NAMES = {
+    **EXPERT_NAMES,
+    "layers.router.correction": (LAYER + "mlp.gate.e_score_correction_bias",),
+}
+NAMES = WeightNames({**ATTENTION_NAMES, **MLP_NAMES, **ROUTED_NAMES})
 
 _APART = ("layers.experts.gate_up", "layers.experts.down")
 # Of checkpoints that may keep all experts of a layer in one tensor.
